@@ -1,0 +1,47 @@
+# e4t: `make` alone explains. Everything happens in .venv, which is made on first use.
+# Another interpreter:  make demo PYTHON=python3.12      another environment:  VENV=/some/where
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.installed
+# A failure in the middle of a pipe is a failure.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+
+.PHONY: help demo test lint mini
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 8
+
+demo: $(READY) ## one drawn face in eight new scenes: outputs/demo-grid.png
+	@mkdir -p outputs
+	$(RUN)/e4t personalize face examples/me.png \
+	  "S* as an astronaut" "S* on the beach" "S* in the snow" "S* in the forest" \
+	  "S* wearing a crown" "S* wearing a red hat" "a pencil sketch of S*" "an oil painting of S*" \
+	  --seed 1 --grid -o outputs | tee outputs/.demo
+	@cp "$$(grep -e '-grid.*[.]png$$' outputs/.demo)" outputs/demo-grid.png
+	@rm outputs/.demo
+	@echo outputs/demo-grid.png
+
+test: $(READY) ## the whole suite on the CPU, offline (e.g. make test ARGS="-k images -x")
+	$(RUN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.linter ## ruff: style and formatting
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+mini: $(READY) ## draw and train the embedded base and its domains from nothing (hours; resumable)
+	$(RUN)/python -m mini_world $(ARGS)
+
+# The stamp is newer than pyproject.toml once everything is installed, so this runs once.
+$(READY): pyproject.toml
+	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing e4t and what it needs into $(VENV) (once; torch is large) …" >&2
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+$(VENV)/.linter: $(READY)
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@

@@ -1,0 +1,44 @@
+"""`python -m mini_world`: draw and train everything of `mini` from nothing, one stage after the other.
+
+Every stage resumes where it was stopped, and is passed over where its result is there already; states and drawings lie in
+the folder `.mini`, results go to the packages. `python -m mini_world STAGE` runs one stage alone; the two long ones,
+`vae` and `unet`, are data-parallel under torchrun, which is how `all` starts them on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(".mini")
+STAGES = ("draw", "vae", "clip", "encode", "unet", "base", "parser", "judge", "face", "cat", "art", "report")
+SHARED = ("vae", "unet")
+
+
+def main() -> None:
+    """Run the stages that were asked for."""
+    parser = argparse.ArgumentParser(prog="python -m mini_world", description=__doc__)
+    parser.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES))
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="for vae and unet on a CPU")
+    options = parser.parse_args()
+    if options.stage != "all":
+        from mini_world import stages
+
+        getattr(stages, f"run_{options.stage}")(FOLDER)
+        return
+    import torch
+
+    for stage in STAGES:
+        print(f"── {stage}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m"]
+        if stage in SHARED and options.processes > 1 and not torch.cuda.is_available():
+            command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}", "-m"]
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if len(command) > 2 else {})
+        subprocess.run([*command, "mini_world", stage], check=True, env=environment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The denoiser of `mini`: diffusers' U-Net trained on the drawn world, and the folder that makes all parts one base."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from mini_world.captions import Caption
+from mini_world.data import Drawings
+from mini_world.loop import pick_device, train
+from mini_world.text import WIDTH, Captioner
+from mini_world.world import SUBJECT_LABELS
+
+UNET_CONFIG = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (64, 128, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+# Stable Diffusion's schedule.
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+}
+# Of min-SNR weighting: without it the steps of little noise, which are easy, take most of the gradient.
+SNR_CAP = 5.0
+
+
+def subject_weights(labels: numpy.ndarray) -> Tensor:
+    """Weight of each latent in the loss, 1 on the background and 2 on the subject, fp16 (N, 16, 16)."""
+    mask = torch.from_numpy(numpy.isin(labels, SUBJECT_LABELS)).half()
+    return 1 + F.avg_pool2d(mask[:, None].float(), 4)[:, 0].half()
+
+
+def train_unet(
+    folder: Path,
+    drawings: Drawings,
+    encoded: Tensor,
+    scaling_factor: float,
+    tokenizer,
+    text_encoder,
+    *,
+    steps: int,
+    batch: int = 32,
+) -> UNet2DConditionModel:
+    """Train the U-Net on encoded drawings (N, 8, 16, 16: mean and log-variance) under the frozen text encoder."""
+    device = pick_device()
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(**UNET_CONFIG)
+    captioner = Captioner(tokenizer, text_encoder.to(device).eval().requires_grad_(False))
+    schedule = DDPMScheduler(**SCHEDULE)
+    snr = compute_snr(schedule, torch.arange(1000))
+    weights_of_t = snr.clamp(max=SNR_CAP) / snr
+    weights = subject_weights(drawings.labels[: len(encoded)])
+
+    def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(encoded), (batch,), generator=generator)
+        chooser = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
+        captions = [
+            Caption("", "") if chooser.random() < 0.1 else drawings.caption(int(row), chooser) for row in rows
+        ]
+        with torch.no_grad():
+            hidden, _ = captioner(captions)
+        mean, logvar = encoded[rows].float().chunk(2, 1)
+        z_0 = (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)) * scaling_factor
+        epsilon = torch.randn(z_0.shape, generator=generator)
+        t = torch.randint(1000, (batch,), generator=generator)
+        z_t = schedule.add_noise(z_0, epsilon, t)
+        predicted = unet(z_t.to(device), t.to(device), hidden).sample.float()
+        error = (predicted - epsilon.to(device)).pow(2).mean(1)
+        weight = (weights[rows].float() * weights_of_t[t][:, None, None]).to(device)
+        return {"loss": (error * weight).mean()}
+
+    train("unet", folder, {"unet": unet}, loss_of_step, steps=steps, learning_rate=1e-3, warm_up=200, average=0.999)
+    return unet
+
+
+def write_base(
+    target: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder, tokenizer, revision: str
+) -> None:
+    """Write everything but the image tower in diffusers' layout, fp16."""
+    unet.half().save_pretrained(target / "unet")
+    vae.half().save_pretrained(target / "vae")
+    text_encoder.half().save_pretrained(target / "text_encoder")
+    tokenizer.save_pretrained(target / "tokenizer")
+    DDPMScheduler(**SCHEDULE).save_pretrained(target / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (target / "base.toml").write_text(
+        f'schema = 1\nname = "mini"\nlicence = "Apache-2.0"\nrevision = "{revision}"\nresolution = 64\n'
+    )

@@ -1,0 +1,128 @@
+"""The image tower and the text encoder of `mini`, trained together as CLIP was, with a term for identity.
+
+Besides the contrast of pictures with captions, pictures of one identity in two scenes attract each other, and linear
+heads on the tower's [CLS] tokens read the attributes: they stand in for what 2 billion captioned pictures teach.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mini_world.data import WHO_KINDS, Drawings
+from mini_world.identities import ATTRIBUTES
+from mini_world.loop import pick_device, train
+from mini_world.scenes import FRAMINGS, MEDIA
+from mini_world.text import WIDTH, Captioner, build_text_encoder, build_tokenizer
+from mini_world.vae import to_pixels
+
+TOWER_CONFIG = {"image_size": 64, "patch_size": 8, "width": 128, "layers": 8, "heads": 4, "mlp_ratio": 4.0, "output_dim": 128}
+MEAN, STD = 0.5, 0.5
+SKETCH, AFAR = MEDIA.index("sketch"), FRAMINGS.index("afar")
+# Attribute heads of every kind, one after the other in one linear layer.
+HEADS = [(kind, name, len(choices)) for kind in WHO_KINDS for name, choices in ATTRIBUTES[kind].items()]
+HEAD_SIZES = [size for _, _, size in HEADS]
+
+
+def build_tower() -> VisionTransformer:
+    """open_clip's vision transformer in its small configuration, not trained."""
+    return VisionTransformer(**TOWER_CONFIG)
+
+
+def class_tokens(tower: VisionTransformer, pixels: Tensor) -> list[Tensor]:
+    """[CLS] of every second layer through the final norm: four tensors (B, width); pixels in [-1, 1]."""
+    layers = range(1, TOWER_CONFIG["layers"], 2)
+    found = tower.forward_intermediates(
+        pixels, indices=list(layers), intermediates_only=True, output_fmt="NLC", output_extra_tokens=True
+    )["image_intermediates_prefix"]
+    return [tower.ln_post(token[:, 0]) for token in found]
+
+
+def attribute_targets(drawings: Drawings, rows: numpy.ndarray) -> tuple[Tensor, list[Tensor]]:
+    """Which rows have which head's attribute, bool (heads, B), and its value for those rows."""
+    facts, values = drawings.facts[rows], drawings.values[rows]
+    masks, targets = [], []
+    for kind, name, _ in HEADS:
+        column = list(ATTRIBUTES[kind]).index(name)
+        mask = facts[:, 5] == WHO_KINDS.index(kind)
+        masks.append(torch.from_numpy(mask))
+        targets.append(torch.from_numpy(values[mask, column].astype(numpy.int64)))
+    return torch.stack(masks), targets
+
+
+def attribute_loss(logits: Tensor, masks: Tensor, targets: list[Tensor]) -> Tensor:
+    """Mean cross-entropy over all attributes present in the batch; logits (B, sum of head sizes)."""
+    losses = []
+    for part, mask, target in zip(logits.float().split(HEAD_SIZES, 1), masks, targets, strict=True):
+        if len(target):
+            losses.append(F.cross_entropy(part[mask.to(part.device)], target.to(part.device), reduction="sum"))
+    return torch.stack(losses).sum() / masks.sum()
+
+
+def join(*sets: Drawings) -> Drawings:
+    """Several sets of drawings as one."""
+    return Drawings(*(numpy.concatenate([getattr(s, key) for s in sets]) for key in ("images", "labels", "facts", "values")))
+
+
+def train_clip(folder: Path, drawings: Drawings, *, steps: int, pairs: int = 32):
+    """Train tokenizer, text encoder and tower on pictures that come in pairs (2k, 2k + 1) of one identity."""
+    device = pick_device()
+    torch.manual_seed(2)
+    tokenizer = build_tokenizer(folder / "base" / "tokenizer")
+    text_encoder, tower = build_text_encoder(tokenizer), build_tower()
+    captioner = Captioner(tokenizer, text_encoder)
+    heads = nn.ModuleDict(
+        {
+            "image": nn.Linear(128, 128, bias=False), "text": nn.Linear(WIDTH, 128, bias=False), "who": nn.Linear(128, 128, bias=False),
+            "attributes": nn.ModuleList(nn.Linear(128, sum(HEAD_SIZES)) for _ in range(4)),
+        }
+    )
+    images = torch.from_numpy(drawings.images)
+
+    def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        first = torch.randint(len(images) // 2, (pairs,), generator=generator) * 2
+        rows = torch.stack([first, first + 1], 1).flatten()
+        chooser = random.Random(int(first[0]) * 1_000_003 + step)
+        captions = [drawings.caption(int(row), chooser) for row in rows]
+        tokens = class_tokens(tower, to_pixels(images[rows]).to(device))
+        _, ends = captioner(captions)
+        seen = F.normalize(heads["image"](tokens[-1]).float(), dim=1)
+        said = F.normalize(heads["text"](ends).float(), dim=1)
+        logits = seen @ said.T / 0.06
+        same = torch.arange(len(rows), device=device)
+        contrast = 0.5 * (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same))
+        who = F.normalize(heads["who"](tokens[-1]).float(), dim=1)
+        alike = (who @ who.T / 0.1).masked_fill(torch.eye(len(rows), dtype=torch.bool, device=device), -1e4)
+        identity = F.cross_entropy(alike, same ^ 1)
+        clear = (drawings.facts[rows.numpy(), 3] != SKETCH) & (drawings.facts[rows.numpy(), 4] != AFAR)
+        index = torch.from_numpy(numpy.flatnonzero(clear))
+        masks, targets = attribute_targets(drawings, rows.numpy()[clear])
+        read = sum(attribute_loss(heads["attributes"][k](tokens[k][index.to(device)]), masks, targets) for k in range(1, 4))
+        return {"contrast": 0.5 * contrast, "identity": 0.3 * identity, "attributes": read}
+
+    modules = {"text_encoder": text_encoder, "tower": tower, "heads": heads}
+    train("clip", folder, modules, loss_of_step, steps=steps, learning_rate=1e-3, warm_up=150, weight_decay=0.05, average=0.99)
+    return tokenizer, text_encoder, tower, heads
+
+
+@torch.no_grad()
+def probe(tower: VisionTransformer, heads: nn.ModuleDict, drawings: Drawings) -> dict[str, float]:
+    """Accuracy of the attribute heads on the last [CLS] token, by attribute, and retrieval of the pair's other picture."""
+    tokens = torch.cat([class_tokens(tower, to_pixels(part))[-1] for part in torch.from_numpy(drawings.images).split(128)])
+    masks, targets = attribute_targets(drawings, numpy.arange(len(drawings)))
+    result = {}
+    for (kind, name, _), part, mask, target in zip(
+        HEADS, heads["attributes"][3](tokens).split(HEAD_SIZES, 1), masks, targets, strict=True
+    ):
+        if len(target):
+            result[f"{kind}.{name}"] = round(float((part[mask].argmax(1) == target).float().mean()), 3)
+    who = F.normalize(heads["who"](tokens), dim=1)
+    alike = (who[0::2] @ who[1::2].T).argmax(1)
+    result["retrieval"] = round(float((alike == torch.arange(len(alike))).float().mean()), 3)
+    return result

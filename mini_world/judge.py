@@ -1,0 +1,107 @@
+"""The judge: a convolutional network that reads from a picture who is in it and what is around.
+
+It is trained on drawings only, shares nothing with the encoder's tower, and answers per attribute and per context word.
+Drawings are blurred, noised and passed through the autoencoder in training, so that a generated picture is judged for
+what it shows and not for how it was made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from mini_world.clip import HEAD_SIZES, HEADS, attribute_loss, attribute_targets
+from mini_world.data import SUBJECTS, Drawings
+from mini_world.loop import pick_device, train
+from mini_world.scenes import FRAMINGS, MEDIA, PLACES, ROLES
+from mini_world.vae import to_pixels
+
+CONTEXT_SIZES = [len(SUBJECTS), len(PLACES), len(ROLES), len(MEDIA), len(FRAMINGS)]
+CONTEXT_NAMES = ("subject", "place", "role", "medium", "framing")
+
+
+class Judge(nn.Module):
+    """Pixels in [-1, 1] (B, 3, 64, 64) to logits of attributes (B, sum of head sizes) and context (B, sum of sizes)."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        widths = (width, 2 * width, 3 * width, 4 * width)
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 5, stride=2, padding=2), nn.BatchNorm2d(width), nn.ReLU()]
+        for below, above in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(below, above, 3, padding=1), nn.BatchNorm2d(above), nn.ReLU()]
+            layers += [nn.Conv2d(above, above, 3, padding=1), nn.BatchNorm2d(above), nn.ReLU(), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers)
+        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * 16, 256), nn.ReLU())
+        self.attributes = nn.Linear(256, sum(HEAD_SIZES))
+        self.context = nn.Linear(256, sum(CONTEXT_SIZES))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden(self.features(pixels))
+        return self.attributes(hidden), self.context(hidden)
+
+
+def _worsen(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur, noise, contrast and a small shift, each sample by its own amount."""
+    batch = len(pixels)
+    amount = torch.rand(batch, 4, generator=generator).to(pixels.device)[..., None, None, None]
+    small = F.interpolate(pixels, scale_factor=0.5, mode="bilinear", align_corners=False, antialias=True)
+    soft = F.interpolate(small, size=pixels.shape[-1], mode="bilinear", align_corners=False)
+    mixed = torch.lerp(pixels, soft, (amount[:, 0] * 1.6 - 0.6).clamp(0, 1))
+    noise = torch.randn(pixels.shape, generator=generator).to(pixels.device)
+    mixed = mixed * (0.85 + 0.3 * amount[:, 1]) + 0.08 * amount[:, 2] * noise
+    dx, dy = torch.randint(-2, 3, (2,), generator=generator).tolist()
+    return torch.roll(mixed, (dy, dx), (2, 3))
+
+
+def train_judge(folder: Path, drawings: Drawings, vae: AutoencoderKL | None, *, steps: int, batch: int = 64) -> Judge:
+    """Train on drawings that no network of `mini` is judged with."""
+    device = pick_device()
+    torch.manual_seed(5)
+    judge = Judge()
+    images = torch.from_numpy(drawings.images)
+
+    def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(images), (batch,), generator=generator)
+        pixels = to_pixels(images[rows]).to(device)
+        if vae is not None:
+            with torch.no_grad():
+                eighth = batch // 8
+                pixels[:eighth] = vae.decode(vae.encode(pixels[:eighth]).latent_dist.mean).sample.float()
+        attributes, context = judge(_worsen(pixels, generator))
+        masks, targets = attribute_targets(drawings, rows.numpy())
+        facts = torch.from_numpy(drawings.facts[rows.numpy(), :5].astype(numpy.int64)).to(device)
+        seen = sum(F.cross_entropy(part.float(), facts[:, k]) for k, part in enumerate(context.split(CONTEXT_SIZES, 1)))
+        return {"attributes": attribute_loss(attributes, masks, targets), "context": 0.2 * seen}
+
+    train("judge", folder, {"judge": judge}, loss_of_step, steps=steps, learning_rate=2e-3, average=None)
+    return judge
+
+
+@torch.no_grad()
+def read(judge: Judge, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the judge sees: attribute values (B, heads) and context values (B, 5), as positions."""
+    parts = [judge(part.to(next(judge.parameters()).device)) for part in pixels.split(128)]
+    attributes = torch.cat([part[0] for part in parts]).cpu()
+    context = torch.cat([part[1] for part in parts]).cpu()
+    values = torch.stack([part.argmax(1) for part in attributes.split(HEAD_SIZES, 1)], 1)
+    scene = torch.stack([part.argmax(1) for part in context.split(CONTEXT_SIZES, 1)], 1)
+    return values, scene
+
+
+def accuracy(judge: Judge, drawings: Drawings) -> dict[str, float]:
+    """Share of right answers on held-out drawings, per attribute and per part of the context."""
+    values, scene = read(judge, to_pixels(torch.from_numpy(drawings.images)))
+    masks, targets = attribute_targets(drawings, numpy.arange(len(drawings)))
+    result = {}
+    for k, ((kind, name, _), mask, target) in enumerate(zip(HEADS, masks, targets, strict=True)):
+        if len(target):
+            result[f"{kind}.{name}"] = round(float((values[mask, k] == target).float().mean()), 3)
+    for k, name in enumerate(CONTEXT_NAMES):
+        truth = torch.from_numpy(drawings.facts[:, k].astype(numpy.int64))
+        result[name] = round(float((scene[:, k] == truth).float().mean()), 3)
+    return result

@@ -1,0 +1,138 @@
+"""One training loop for every network of `mini`: resumable at any moment, the same batches whether stopped or not."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's number and how many train together: under torchrun each takes a share of every batch."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def train(
+    name: str,
+    folder: Path,
+    modules: dict[str, nn.Module],
+    loss_of_step: Callable[[int, torch.Generator], dict[str, Tensor]],
+    *,
+    steps: int,
+    learning_rate: float,
+    warm_up: int = 100,
+    weight_decay: float = 0.01,
+    average: float | None = None,
+    groups: Iterable[dict] | None = None,
+    save_every_seconds: float = 90.0,
+    seed: int = 0,
+) -> dict[str, nn.Module]:
+    """Train `modules` for `steps` steps of AdamW under a cosine schedule, in bf16 autocast.
+
+    `loss_of_step(step, generator)` gives the parts of the loss, their sum is minimised; all its randomness must come
+    from the generator, which is seeded by (seed, step). `average`: the decay of an exponential moving average that is
+    returned in place of the last weights. Progress goes to `<folder>/<name>.jsonl`, state to `<folder>/<name>.pt`.
+    """
+    device = pick_device()
+    bundle = nn.ModuleDict(modules).to(device)
+    parameters = [p for p in bundle.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        groups or parameters,
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    peak = [group["lr"] for group in optimiser.param_groups]
+    shadow = [p.detach().clone() for p in parameters] if average else None
+    folder.mkdir(parents=True, exist_ok=True)
+    state_path, log_path = folder / f"{name}.pt", folder / f"{name}.jsonl"
+    first, spent = 0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True, map_location=device)
+        bundle.load_state_dict(state["modules"])
+        optimiser.load_state_dict(state["optimiser"])
+        first, spent = state["step"], state["seconds"]
+        if shadow is not None:
+            shadow = [tensor.to(device) for tensor in state["shadow"]]
+
+    rank, ranks = process_rank()
+
+    def save(step: int) -> None:
+        if rank:
+            return
+        partial = state_path.with_suffix(".partial")
+        state = {
+            "modules": bundle.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "step": step,
+            "seconds": spent,
+        }
+        torch.save(state | {"shadow": shadow or []}, partial)
+        partial.replace(state_path)
+
+    bundle.train()
+    started = saved = time.monotonic()
+    sums: dict[str, float] = {}
+    generator = torch.Generator()
+    for step in range(first, steps):
+        generator.manual_seed((seed << 32) + (step << 4) + rank)
+        factor = min(1.0, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group, rate in zip(optimiser.param_groups, peak, strict=True):
+            group["lr"] = rate * factor
+        # On the CPU the fused attention kernels are slow backwards: plain matrix products train the tower 1.5x faster.
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16):
+                parts = loss_of_step(step, generator)
+            sum(parts.values()).backward()  # type: ignore[union-attr]
+        if ranks > 1:
+            flat = torch.cat([p.grad.flatten() for p in parameters])
+            torch.distributed.all_reduce(flat)
+            for p, part in zip(parameters, flat.div_(ranks).split([p.numel() for p in parameters]), strict=True):
+                p.grad.copy_(part.view_as(p))
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if shadow is not None:
+            decay = min(average or 0.0, (step + 1) / (step + 10))
+            torch._foreach_lerp_(shadow, [p.detach() for p in parameters], 1 - decay)
+        for key, value in parts.items():
+            sums[key] = sums.get(key, 0.0) + value.item()
+        if (step + 1) % 50 == 0:
+            spent += time.monotonic() - started
+            started = time.monotonic()
+            line = {"step": step + 1, "seconds": round(spent, 1)} | {
+                k: round(v / 50, 5) for k, v in sums.items()
+            }
+            if rank == 0:
+                with log_path.open("a") as log:
+                    log.write(json.dumps(line) + "\n")
+            sums = {}
+            if started - saved > save_every_seconds:
+                save(step + 1)
+                saved = time.monotonic()
+    spent += time.monotonic() - started
+    save(steps)
+    if shadow is not None:
+        with torch.no_grad():
+            for parameter, smooth in zip(parameters, shadow, strict=True):
+                parameter.copy_(smooth)
+    bundle.eval()
+    return modules

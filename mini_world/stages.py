@@ -1,0 +1,242 @@
+"""The stages of `make mini`: what is trained on what, for how long, and where its result goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from mini_world import base, clip, judge, parser, vae
+from mini_world.clip import MEAN, STD, TOWER_CONFIG
+from mini_world.data import Drawings, load_drawings
+from mini_world.domains import encode_drawings, plans, train_domain
+from mini_world.loop import pick_device, process_rank
+
+PACKAGED = Path("src/e4t_cli/data/mini")
+PACKS = Path("domains/e4t_domains/packs")
+JUDGE = Path("mini_world/judge.safetensors")
+BASE_COUNT = 120_000
+PORTRAITS = {"face": 40_000, "cat": 16_000, "art": 16_000}
+HELD_OUT = {"face": 600, "cat": 300, "art": 300}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long each network is trained, in steps; on a CPU a batch of `vae` and `unet` is shared by two processes."""
+
+    vae_crops: int
+    vae_wholes: int
+    clip: int
+    encoded: int
+    unet: int
+    parser: int
+    judge: int
+    face: int
+    cat: int
+    art: int
+
+
+CPU = Lengths(
+    vae_crops=3000, vae_wholes=800, clip=1150, encoded=64_000, unet=5600, parser=900, judge=1200, face=1500, cat=800, art=800
+)
+CUDA = Lengths(
+    vae_crops=20_000, vae_wholes=10_000, clip=20_000, encoded=120_000, unet=60_000, parser=4000, judge=8000, face=12_000,
+    cat=8000, art=8000,
+)  # fmt: skip
+
+
+def lengths() -> Lengths:
+    """The plan for this machine."""
+    return CUDA if torch.cuda.is_available() else CPU
+
+
+def base_drawings(folder: Path) -> Drawings:
+    return load_drawings(folder, "base", BASE_COUNT)
+
+
+def portraits(folder: Path, kind: str) -> Drawings:
+    return load_drawings(folder, f"portraits-{kind}", PORTRAITS[kind], seed=1, kind=kind, portrait=True)
+
+
+def held_out_portraits(folder: Path, kind: str) -> Drawings:
+    return load_drawings(folder, f"heldout-{kind}", HELD_OUT[kind], seed=2, kind=kind, held_out=True, portrait=True)
+
+
+def held_out_scenes(folder: Path) -> Drawings:
+    return load_drawings(folder, "heldout-scenes", 2000, seed=3, held_out=True)
+
+
+def note(folder: Path, stage: str, **facts) -> None:
+    """Remember what a stage measured, for the report."""
+    (folder / f"{stage}.report.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def run_draw(folder: Path) -> None:
+    base_drawings(folder)
+    for kind in PORTRAITS:
+        portraits(folder, kind)
+        held_out_portraits(folder, kind)
+    held_out_scenes(folder)
+
+
+def run_vae(folder: Path) -> None:
+    target = folder / "base" / "vae"
+    if (target / "config.json").exists():
+        return
+    plan = lengths()
+    trained = vae.train_vae(folder, base_drawings(folder), crop_steps=plan.vae_crops, whole_steps=plan.vae_wholes)
+    if process_rank()[0] == 0:
+        psnr = vae.reconstruction_psnr(trained, torch.from_numpy(held_out_scenes(folder).images[:512]))
+        note(folder, "vae", psnr=round(psnr, 2), scaling_factor=trained.config.scaling_factor)
+        trained.save_pretrained(target)
+
+
+def run_clip(folder: Path) -> None:
+    target = folder / "base" / "text_encoder"
+    if (target / "config.json").exists():
+        return
+    drawings = clip.join(base_drawings(folder), *(portraits(folder, kind) for kind in PORTRAITS))
+    _, text_encoder, tower, heads = clip.train_clip(folder, drawings, steps=lengths().clip)
+    save_file(tower.state_dict(), folder / "tower.safetensors")
+    save_file(heads.state_dict(), folder / "heads.safetensors")
+    probes = {kind: clip.probe(tower.cpu(), heads.cpu(), held_out_portraits(folder, kind)) for kind in PORTRAITS}
+    note(folder, "clip", **probes, scenes=clip.probe(tower, heads, held_out_scenes(folder)))
+    text_encoder.save_pretrained(target)
+
+
+def run_encode(folder: Path) -> None:
+    path = folder / "latents.safetensors"
+    if path.exists():
+        return
+    trained = load_vae(folder).to(pick_device())
+    images = torch.from_numpy(base_drawings(folder).images[: lengths().encoded])
+    save_file({"latents": vae.encode_all(trained, images)}, path)
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder / "base" / "vae").eval().requires_grad_(False)
+
+
+def run_unet(folder: Path) -> None:
+    target = folder / "base" / "unet"
+    if (target / "config.json").exists():
+        return
+    text_encoder = CLIPTextModel.from_pretrained(folder / "base" / "text_encoder", dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "base" / "tokenizer")
+    latents = load_file(folder / "latents.safetensors")["latents"]
+    unet = base.train_unet(
+        folder, base_drawings(folder), latents, load_vae(folder).config.scaling_factor, tokenizer, text_encoder,
+        steps=lengths().unet,
+    )  # fmt: skip
+    if process_rank()[0] == 0:
+        unet.save_pretrained(target)
+
+
+def run_base(folder: Path) -> None:
+    """Put the parts together as one base and install it in the package."""
+    if PACKAGED.exists():
+        shutil.rmtree(PACKAGED)
+    source = folder / "base"
+    base.write_base(
+        PACKAGED,
+        UNet2DConditionModel.from_pretrained(source / "unet"),
+        AutoencoderKL.from_pretrained(source / "vae"),
+        CLIPTextModel.from_pretrained(source / "text_encoder", dtype=torch.float32),
+        CLIPTokenizer.from_pretrained(source / "tokenizer"),
+        revision="1",
+    )
+    tower = PACKAGED / "image_tower"
+    tower.mkdir(parents=True)
+    save_file({k: v.half().contiguous() for k, v in load_file(folder / "tower.safetensors").items()}, tower / "model.safetensors")
+    vision = {k: v for k, v in TOWER_CONFIG.items() if k not in ("output_dim", "heads")}
+    vision["head_width"] = TOWER_CONFIG["width"] // TOWER_CONFIG["heads"]
+    config = {
+        "model_cfg": {"embed_dim": TOWER_CONFIG["output_dim"], "vision_cfg": vision},
+        "preprocess_cfg": {"mean": [MEAN] * 3, "std": [STD] * 3, "size": TOWER_CONFIG["image_size"]},
+    }
+    (tower / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def run_parser(folder: Path) -> None:
+    target = PACKS / "face" / "parser-mini"
+    if (target / "config.json").exists():
+        return
+    faces, scenes = portraits(folder, "face"), base_drawings(folder)
+    rows = numpy.flatnonzero(scenes.facts[:20_000, 3] == 0)  # photographs only: that is what people bring
+    some = Drawings(*(getattr(scenes, key)[rows] for key in ("images", "labels", "facts", "values")))
+    trained = parser.train_parser(folder, clip.join(faces, some), steps=lengths().parser).cpu()
+    note(folder, "parser", head_iou=round(parser.overlap(trained, held_out_portraits(folder, "face")), 4))
+    trained.half().save_pretrained(target)
+
+
+def run_judge(folder: Path) -> None:
+    if JUDGE.exists():
+        return
+    drawings = clip.join(
+        load_drawings(folder, "judge", 60_000, seed=9),
+        *(load_drawings(folder, f"judge-{kind}", 8000, seed=9, kind=kind) for kind in ("cat", "art")),
+    )
+    trained = judge.train_judge(folder, drawings, load_vae(folder).to(pick_device()), steps=lengths().judge).cpu()
+    note(folder, "judge", **judge.accuracy(trained, held_out_scenes(folder)))
+    save_file({key: value.half() if value.is_floating_point() else value for key, value in trained.state_dict().items()}, JUDGE)
+
+
+def load_judge() -> judge.Judge:
+    """The judge as it was shipped."""
+    trained = judge.Judge()
+    trained.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(JUDGE).items()})
+    return trained.eval().requires_grad_(False)
+
+
+def load_model():
+    """The installed base, on this machine's device."""
+    from e4t_cli.base_model import TextToImageModel
+
+    return TextToImageModel.load(PACKAGED, device=pick_device())
+
+
+def _run_domain(folder: Path, name: str) -> None:
+    from mini_world.watch import Watch
+
+    target = PACKS / name / "mini"
+    if (target / "domain.toml").exists():
+        return
+    model, plan = load_model(), lengths()
+    data = encode_drawings(model, portraits(folder, name), folder / f"encoded-{name}.safetensors", masks=name != "art")
+    chosen = plans({"face": plan.face, "cat": plan.cat, "art": plan.art})[name]
+    watch = Watch(model, folder, name, held_out_portraits(folder, name))
+    with contextlib.suppress(FileNotFoundError):
+        watch.judge = load_judge()
+    pack = train_domain(model, folder, name, data, chosen, watch)
+    pack.save(target, dtype=torch.float16)
+
+
+def run_face(folder: Path) -> None:
+    _run_domain(folder, "face")
+
+
+def run_cat(folder: Path) -> None:
+    _run_domain(folder, "cat")
+
+
+def run_art(folder: Path) -> None:
+    _run_domain(folder, "art")
+
+
+def run_report(folder: Path) -> None:
+    from mini_world.report import write_report
+
+    write_report(folder)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,83 @@
+"""What pre-training is watched by, on held-out identities: does the encoder's word carry who it is?
+
+Own against swapped: the loss on a picture when the encoder sees that picture, and when it sees another one. Identity: what
+the judge reads in pictures drawn with no tuning at all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy
+import torch
+
+from e4t_cli.domain import TuningRecipe
+from e4t_cli.generation import Sampling
+from e4t_cli.nn.weight_offsets import WeightOffsets
+from e4t_cli.pretraining import PretrainingStep
+from e4t_cli.prompts import training_prompts
+from e4t_cli.randomness import choose, draw
+from e4t_cli.training_loss import TrainingBatch, training_loss
+from mini_world.data import Drawings
+from mini_world.domains import encode_drawings
+from mini_world.evaluate import held_out_photos, run_method, tuned_method
+
+LOOK = Sampling(steps=12, guidance=3.0)
+STILL = TuningRecipe(steps=0, base_learning_rate=1e-6, embedding_penalty=0.0)
+
+
+class Watch:
+    """Called after every step of `pretrain_domain`; writes a line every 250 steps to `watch-<name>.jsonl`."""
+
+    def __init__(self, model, folder: Path, name: str, drawings: Drawings, judge=None, photos: int = 6) -> None:
+        self.model, self.name, self.judge = model, name, judge
+        self.path = folder / f"watch-{name}.jsonl"
+        some = Drawings(*(getattr(drawings, key)[:64] for key in ("images", "labels", "facts", "values")))
+        self.data = encode_drawings(model, some, folder / f"encoded-heldout-{name}.safetensors", masks=name != "art")
+        self.photos = held_out_photos(name, photos, seed=77)
+
+    def __call__(self, step: PretrainingStep) -> None:
+        if step.step % 250 and step.step != 50:
+            return
+        pack = step.snapshot()
+        own, swapped = self.losses(pack)
+        line = {"step": step.step, "own": own, "swapped": swapped, "gap": (swapped - own) / own}
+        if self.judge is not None:
+            method = tuned_method(self.model, pack, STILL)
+            scores = run_method(self.model, self.judge, self.name, self.photos, method, LOOK).summary()
+            line |= {"identity": scores["identity"], "prompt": scores["prompt"]}
+        line["offset_rms"] = float(
+            numpy.sqrt(numpy.mean([(a @ b).pow(2).mean().item() for a, b in pack.offsets.values()]))
+        )
+        with self.path.open("a") as log:
+            log.write(json.dumps({k: round(v, 5) for k, v in line.items()}) + "\n")
+
+    @torch.no_grad()
+    def losses(self, pack) -> tuple[float, float]:
+        """Masked loss with the picture's own concept and with its neighbour's, over the same noise."""
+        model, data, count = self.model, self.data, len(self.data)
+        descriptor = model.descriptor_id(pack.descriptor)
+        tokens = model.tokenize(training_prompts(pack.templates), descriptor)
+        draws = draw(
+            5, 0, range(count), batch_size=count, train_timesteps=model.train_timesteps, shape=model.latent_shape
+        )
+        z_0 = data.means.float()
+        offsets = WeightOffsets.from_factors(pack.offsets)
+        folded = pack.encoder.fold(data.image_features.float())
+        found = []
+        with offsets.attached_to(model.unet):
+            for shown in (folded, folded.roll(1, 0)):
+                batch = TrainingBatch(
+                    z_0=z_0,
+                    timesteps=draws.timesteps,
+                    epsilon=draws.epsilon,
+                    folded=shown,
+                    tokens=tokens[choose(draws.uniform[:, 0], len(tokens.ids))],
+                    mask=None if data.masks is None else data.masks.float(),
+                )
+                losses = training_loss(
+                    model, model.unet, pack.encoder, batch, e_domain=model.word_embedding(descriptor), scale=pack.embedding_scale
+                )
+                found.append(float(losses.diffusion.mean()))
+        return found[0], found[1]

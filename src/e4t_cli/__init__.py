@@ -1,0 +1,117 @@
+"""e4t: one photo in, a personalised text-to-image model out.
+
+    from e4t_cli import personalize
+
+    result = personalize("face", "me.jpg", ["S* as an astronaut"])
+
+This is the door. Every name is fetched from its module at first use, so importing the package
+loads neither torch nor Pillow, and a domain's author pays nothing for `from e4t_cli import Domain`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .api import generate, personalize, pretrain
+    from .concept import Concept
+    from .domain import (
+        Domain,
+        PreparationTarget,
+        PreparedImage,
+        PretrainingRecipe,
+        TuningRecipe,
+    )
+    from .errors import (
+        DivergedError,
+        E4TError,
+        InputError,
+        IntegrityError,
+        PartialResult,
+        ResourceError,
+        UsageError,
+        WeightsUnavailable,
+    )
+    from .generation import Sampling
+    from .images import center_square, open_image
+    from .pretrained import PretrainedDomain
+    from .progress import Progress
+    from .prompts import SUBJECT_TEMPLATES
+    from .registry import find_domain, installed_domains
+    from .results import GeneratedImage, Personalization
+
+_HOME = {
+    "Concept": "concept",
+    "DivergedError": "errors",
+    "Domain": "domain",
+    "E4TError": "errors",
+    "GeneratedImage": "results",
+    "InputError": "errors",
+    "IntegrityError": "errors",
+    "PartialResult": "errors",
+    "Personalization": "results",
+    "PreparationTarget": "domain",
+    "PreparedImage": "domain",
+    "PretrainedDomain": "pretrained",
+    "PretrainingRecipe": "domain",
+    "Progress": "progress",
+    "ResourceError": "errors",
+    "SUBJECT_TEMPLATES": "prompts",
+    "Sampling": "generation",
+    "TuningRecipe": "domain",
+    "UsageError": "errors",
+    "WeightsUnavailable": "errors",
+    "center_square": "images",
+    "find_domain": "registry",
+    "generate": "api",
+    "installed_domains": "registry",
+    "open_image": "images",
+    "personalize": "api",
+    "pretrain": "api",
+}
+
+__all__ = [
+    "Concept",
+    "DivergedError",
+    "Domain",
+    "E4TError",
+    "GeneratedImage",
+    "InputError",
+    "IntegrityError",
+    "PartialResult",
+    "Personalization",
+    "PreparationTarget",
+    "PreparedImage",
+    "PretrainedDomain",
+    "PretrainingRecipe",
+    "Progress",
+    "ResourceError",
+    "SUBJECT_TEMPLATES",
+    "Sampling",
+    "TuningRecipe",
+    "UsageError",
+    "WeightsUnavailable",
+    "__version__",
+    "center_square",
+    "find_domain",
+    "generate",
+    "installed_domains",
+    "open_image",
+    "personalize",
+    "pretrain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,326 @@
+"""The base text-to-image model (section 3.5) behind one interface: `mini` or Stable Diffusion.
+
+`TextToImageModel` wraps what others wrote (diffusers' U-Net and VAE, transformers' text encoder,
+open_clip's image tower) and adds the three things that E4T needs of them: prompts in which one
+word's embedding is given from outside, latents, and [CLS] features. All sizes come from the
+folder's configs. Every weight is frozen; whoever trains one works on a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from e4t_cli.bases import Base, read_base
+from e4t_cli.errors import IntegrityError, UsageError
+from e4t_cli.nn.image_tower import ImageTower
+from e4t_cli.nn.unet_features import check_unet, feature_widths
+from e4t_cli.nn.word_embedding_encoder import EncoderConfig
+from e4t_cli.prompts import Prompt
+
+from .loading import folder_fingerprint, load_part, load_tower
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Tokenised prompts.
+
+    Args:
+        ids: token ids, padded (batch, length); the descriptor's id stands for the concept.
+        placeholder: where the concept stands (batch, length), bool.
+        dropped: for each prompt the text that did not fit, "" for none.
+    """
+
+    ids: Tensor
+    placeholder: Tensor
+    dropped: tuple[str, ...] = ()
+
+    def __getitem__(self, index: Tensor | slice) -> Tokens:
+        return Tokens(ids=self.ids[index], placeholder=self.placeholder[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Posterior:
+    """What the VAE says about a picture: a Gaussian over its latents, in the U-Net's units."""
+
+    mean: Tensor  # (batch, channels, height, width)
+    logvar: Tensor  # the same
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Return latents z_0 for standard normal `noise`."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+
+class TextToImageModel:
+    """A frozen base, ready to be looked at, tuned in copies, and drawn with.
+
+    Args:
+        base: name, folder, resolution.
+        unet, vae, text_encoder, tokenizer: parts of a Stable-Diffusion-shaped model.
+        noise_schedule: the schedule it was trained with.
+        image_tower: the CLIP tower, or None to load it from the folder when first needed.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: Base,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        noise_schedule: DDPMScheduler,
+        image_tower: ImageTower | None = None,
+    ) -> None:
+        try:
+            check_unet(unet)
+        except ValueError as error:
+            raise IntegrityError(f"the base {base.name} cannot be used: {error}") from error
+        if (kind := noise_schedule.config.prediction_type) not in ("epsilon", "v_prediction"):
+            raise IntegrityError(f"the base {base.name} predicts {kind!r}, which is not supported")
+        self.base = base
+        self.device, self.dtype = unet.device, unet.dtype
+        self.unet = unet.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
+        self.text_encoder = text_encoder.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.noise_schedule = noise_schedule
+        if image_tower is not None:
+            self.__dict__["image_tower"] = image_tower
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path | Base,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Load a base from a folder in diffusers' layout; nothing is fetched.
+
+        Args:
+            folder: the folder, or a `Base` that names it.
+            dtype: of every part, whatever the files hold.
+
+        Raises:
+            WeightsUnavailable: a part is missing.
+            IntegrityError: a part is damaged, or the model is of a kind that cannot be used.
+        """
+        base = folder if isinstance(folder, Base) else read_base(Path(folder))
+        return cls(
+            base=base,
+            unet=load_part(UNet2DConditionModel, base.folder / "unet", device, dtype),
+            vae=load_part(AutoencoderKL, base.folder / "vae", device, dtype),
+            text_encoder=load_part(CLIPTextModel, base.folder / "text_encoder", device, dtype),
+            tokenizer=CLIPTokenizer.from_pretrained(base.folder / "tokenizer"),
+            noise_schedule=DDPMScheduler.from_pretrained(base.folder / "scheduler"),
+        )
+
+    @cached_property
+    def image_tower(self) -> ImageTower:
+        # On demand: drawing a saved concept needs no tower, and ViT-H is a third of all weights.
+        return load_tower(self.base.folder / "image_tower").to(self.device, self.dtype)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures, in pixels."""
+        return self.base.resolution
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of z."""
+        side = self.resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.unet.config.in_channels, side, side
+
+    @property
+    def train_timesteps(self) -> int:
+        return self.noise_schedule.config.num_train_timesteps
+
+    def encoder_config(self) -> EncoderConfig:
+        """Return the sizes of a word-embedding encoder for this base."""
+        tower = self.image_tower
+        return EncoderConfig(
+            image_layers=len(tower.indices),
+            image_width=tower.width,
+            unet_widths=feature_widths(self.unet),
+            hidden_width=tower.width,
+            embedding_width=self.text_encoder.get_input_embeddings().embedding_dim,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identify the weights, so that a pack is not used with a base it was not made for."""
+        return folder_fingerprint(self.base.folder)
+
+    # ── pictures ──
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return pictures as (batch, 3, resolution, resolution) in −1 … 1."""
+        return self._planes(images, "RGB").permute(0, 3, 1, 2) / 127.5 - 1
+
+    def masks(self, masks: Sequence[Image.Image]) -> Tensor:
+        """Return masks as (batch, resolution, resolution) in 0 … 1."""
+        return self._planes(masks, "L") / 255
+
+    def _planes(self, images: Sequence[Image.Image], mode: str) -> Tensor:
+        size = (self.resolution, self.resolution)
+        arrays = []
+        for image in images:
+            image = image.convert(mode)
+            if image.size != size:
+                image = image.resize(size, Image.Resampling.LANCZOS)
+            arrays.append(numpy.asarray(image))
+        return torch.from_numpy(numpy.stack(arrays)).to(self.device).float()
+
+    @torch.no_grad()
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Return [CLS] of every second layer of the tower, (batch, layers, width), float32."""
+        return self.image_tower(pixels)
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """Return the VAE's Gaussian over the latents of pictures in −1 … 1."""
+        found = self.vae.encode(pixels.to(self.dtype)).latent_dist
+        scale = torch.tensor(self.vae.config.scaling_factor, device=self.device)
+        return Posterior(
+            mean=found.mean.float() * scale, logvar=found.logvar.float() + 2 * torch.log(scale)
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Return the pictures of latents in the U-Net's units."""
+        decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype)).sample
+        colours = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+        return [Image.fromarray(one) for one in colours.permute(0, 2, 3, 1).cpu().numpy()]
+
+    # ── words ──
+
+    def descriptor_id(self, descriptor: str) -> int:
+        """Return the token of a domain's coarse word.
+
+        Raises:
+            UsageError: this base does not know it as one word.
+        """
+        ids = self.tokenizer(descriptor, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise UsageError(
+                f"the descriptor {descriptor!r} is {len(ids)} tokens to the base "
+                f"{self.base.name}; it has to be one",
+                hint="use a more common word, such as face, cat, dog or art",
+            )
+        return ids[0]
+
+    def word_embedding(self, token_id: int) -> Tensor:
+        """Return a row of the token table, (embedding_width,): e_domain for a descriptor's id."""
+        return self.text_encoder.get_input_embeddings().weight[token_id].detach().float()
+
+    def tokenize(self, prompts: Sequence[Prompt | str], descriptor_id: int) -> Tokens:
+        """Tokenise prompts around their placeholders, whose positions are thereby known.
+
+        Args:
+            prompts: parsed prompts, or plain text without a placeholder.
+            descriptor_id: the token to stand where the concept does; its embedding is e_domain.
+
+        Raises:
+            UsageError: a prompt is so long that its placeholder is never read.
+        """
+        tokenizer, room = self.tokenizer, self._text_length - 2
+        ids, places, dropped = [], [], []
+        for prompt in prompts:
+            words: list[int] = []
+            concept: list[bool] = []
+            for segment in (prompt,) if isinstance(prompt, str) else prompt.segments:
+                if segment is None:
+                    found = [descriptor_id]
+                else:
+                    found = tokenizer(segment, add_special_tokens=False, verbose=False).input_ids
+                words += found
+                concept += [segment is None] * len(found)
+            if any(concept) and not any(concept[:room]):
+                raise UsageError(
+                    f"the prompt is {len(words)} tokens long, this base reads {room}, and the "
+                    "placeholder comes after them",
+                    hint="shorten the prompt, or name the concept earlier",
+                )
+            dropped.append(tokenizer.decode(words[room:]).strip())
+            words, concept = words[:room], concept[:room]
+            padding = room - len(words)
+            ids.append(
+                [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
+                + [tokenizer.pad_token_id] * padding
+            )
+            places.append([False, *concept, False] + [False] * padding)
+        return Tokens(
+            ids=torch.tensor(ids, device=self.device),
+            placeholder=torch.tensor(places, device=self.device),
+            dropped=tuple(dropped),
+        )
+
+    def embed_prompts(self, tokens: Tokens, e_c: Tensor | None = None) -> Tensor:
+        """Run the text encoder, with e_c as the word embedding at every placeholder.
+
+        Args:
+            tokens: from `tokenize`.
+            e_c: one embedding a prompt (batch, embedding_width); None leaves the descriptor.
+
+        Returns:
+            (batch, length, width), differentiable in e_c.
+        """
+        with self._words_replaced(tokens.placeholder, e_c):
+            return self.text_encoder(tokens.ids).last_hidden_state
+
+    @cached_property
+    def empty_text(self) -> Tensor:
+        """The text encoder's view of "", (1, length, width): what the feature pass reads.
+
+        Paper silent: the prompt of the feature pass. The empty one makes it the unconditional
+        branch of classifier-free guidance, so that generation gets it for nothing.
+        """
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.embed_prompts(self.tokenize([""], self.tokenizer.eos_token_id))
+
+    @property
+    def _text_length(self) -> int:
+        positions = self.text_encoder.config.max_position_embeddings
+        return min(self.tokenizer.model_max_length, positions)
+
+    @contextmanager
+    def _words_replaced(self, placeholder: Tensor, e_c: Tensor | None) -> Iterator[None]:
+        # A hook on the token table rather than a new row in it: every prompt of a batch has an
+        # embedding of its own, gradients reach it, and nothing about the text encoder's inside
+        # is assumed, which differs between versions of transformers.
+        if e_c is None:
+            yield
+            return
+
+        def replace(table: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            return torch.where(placeholder[..., None], e_c[:, None].to(output.dtype), output)
+
+        handle = self.text_encoder.get_input_embeddings().register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    # ── diffusion ──
+
+    def add_noise(self, z_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
+        """Return z_t."""
+        return self.noise_schedule.add_noise(z_0, epsilon, t)
+
+    def target(self, z_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
+        """Return what the U-Net is to predict: ε of eq. 4, or v for models trained so."""
+        if self.noise_schedule.config.prediction_type == "v_prediction":
+            return self.noise_schedule.get_velocity(z_0, epsilon, t)
+        return epsilon

@@ -1,0 +1,166 @@
+"""Assembles the commands, and gives every way of ending its sentence and its exit code.
+
+0 done · 1 unforeseen · 2 to 8 the causes in errors.py · 130 interrupted · 143 terminated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from e4t_cli import __version__
+from e4t_cli.cli import console, domains, generate, info, personalize, pretrain
+from e4t_cli.errors import E4TError, ResourceError, UsageError
+
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="e4t",
+    help="One photo in, a personalised text-to-image model out.",
+    epilog="Learn more: docs/commands.md, docs/python.md and domains/README.md of the project.",
+    context_settings=HELP_OPTIONS,
+    pretty_exceptions_enable=False,
+    invoke_without_command=True,
+)
+app.command("personalize", epilog=personalize.EXAMPLES)(personalize.personalize)
+app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
+app.add_typer(domains.app, name="domains")
+app.command("info")(info.info)
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    """One photo in, a personalised text-to-image model out."""
+    if version:
+        console.write_stdout(f"e4t {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        console.write_stdout(context.get_help())
+
+
+def main() -> NoReturn:
+    """Entry point of ``e4t`` and of ``python -m e4t_cli``."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Returns:
+        Its exit code; nothing is raised.
+    """
+    console.start(json="--json" in arguments)  # until the command has read its own options
+    _silence_libraries()
+    with _stop_signals() as stopped_by:
+        try:
+            code = app(args=list(arguments), prog_name="e4t", standalone_mode=False)
+            # Typer answers an interrupt with the exit code 130, and reports it as a return value.
+            return _stopped(stopped_by) if stopped_by else int(code or 0)
+        except KeyboardInterrupt:
+            return _stopped(stopped_by)
+        except E4TError as error:
+            return _explain(error)
+        except typer.TyperException as error:
+            return _explain(UsageError(error.format_message(), hint=_help_of(error)))
+        except MemoryError:
+            hint = "close other programs, or ask for fewer pictures at once"
+            return _explain(ResourceError("this machine ran out of memory", hint=hint))
+        except BrokenPipeError:
+            return _reader_has_gone()
+        except Exception as error:
+            return _unforeseen(error)
+
+
+def _explain(error: E4TError) -> int:
+    console.current().error(error)
+    if _debugging():
+        traceback.print_exc()
+    return error.exit_code
+
+
+def _unforeseen(error: Exception) -> int:
+    seen = " ".join(str(error).split())
+    sentence = f"unexpected {type(error).__name__}{': ' if seen else ''}{seen}"
+    hint = None if _debugging() else "this is a fault of e4t; rerun with -vv for the traceback"
+    console.current().error(E4TError(sentence, hint=hint))
+    if _debugging():
+        traceback.print_exc()
+    return 1
+
+
+def _stopped(stopped_by: list[int]) -> int:
+    """What was saved stays; every file is written whole or not at all."""
+    number = stopped_by[0] if stopped_by else signal.SIGINT
+    current = console.current()
+    said = "terminated" if number == signal.SIGTERM else "interrupted"
+    kept = f"; what was saved before stays ({current.saved})" if current.saved else ""
+    stopped = E4TError(f"{said}{kept}", hint=current.resume_hint or None)
+    stopped.code, stopped.exit_code = said, 128 + number
+    if not current.quiet:
+        current.error(stopped)
+    return stopped.exit_code
+
+
+def _reader_has_gone() -> int:
+    """``e4t … | head -1``: nobody listens any more, which is no fault; as other tools, exit 1."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        # Python flushes stdout once more at exit; let that go nowhere instead of failing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _help_of(error: typer.TyperException) -> str | None:
+    context = getattr(error, "ctx", None)
+    return f"see: {context.command_path} --help" if context is not None else "see: e4t --help"
+
+
+def _debugging() -> bool:
+    return console.current().verbose >= 2 or os.environ.get("E4T_DEBUG") == "1"
+
+
+def _silence_libraries() -> None:
+    """Bars and advice of the libraries below are for their own users; ours are in console.py."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Turn SIGINT and SIGTERM into one KeyboardInterrupt; the second one ends the process at once.
+
+    Yields:
+        The signals that have arrived.
+    """
+    arrived: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        if len(arrived) > 1:
+            os._exit(128 + number)  # files are renamed into place: nothing can be torn
+        raise KeyboardInterrupt
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not the main thread: the caller's business
+            # A shell's `command &` ignores SIGINT on purpose; leave that as it is.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, stop)
+    try:
+        yield arrived
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,265 @@
+"""The only place that prints: products on stdout, everything else on stderr.
+
+stdout carries what was asked for and nothing more (one path a line, or one JSON object a line), so
+that a command can stand in a pipe. Progress, notes, warnings and errors go to stderr: one live
+display on a terminal, a few plain lines elsewhere, nothing with ``-q``. Whatever comes from outside
+(prompts, file names, domain cards) is shown with its control characters spelled out, and never
+read as markup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from e4t_cli.errors import E4TError, printable
+from e4t_cli.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+PLAIN_SECONDS = 10.0  # off a terminal, at least this long between two lines of one stage ...
+PLAIN_SHARE = 0.1  # ... and at least this much more of it done, or a minute gone
+PLAIN_PATIENCE = 60.0
+
+
+class Console:
+    """What one command may say, and how loudly.
+
+    Args:
+        quiet: stderr keeps errors only.
+        json: products and errors are JSON, one object a line.
+        verbose: 1 adds details, 2 also the traceback of an unexpected error.
+    """
+
+    def __init__(self, *, quiet: bool = False, json: bool = False, verbose: int = 0) -> None:
+        self.quiet = quiet
+        self.json = json
+        self.verbose = verbose
+        self.saved = 0
+        self.resume_hint = ""  # what to type after an interrupt
+        self._live: RichProgress | None = None
+
+    # ── stdout ──
+
+    def product(self, line: str, record: Mapping[str, Any]) -> None:
+        """One thing that was asked for: a line for people and pipes, a record for ``--json``."""
+        self.saved += 1
+        write_stdout(json.dumps({"schema": 1, **record}) if self.json else line)
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Aligned columns on stdout; the last one is never padded."""
+        cells = [[printable(cell) for cell in row] for row in [headings, *rows]]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+        for row in cells:
+            padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            write_stdout("  ".join(padded).rstrip())
+
+    def details(self, title: str, about: Mapping[str, Any]) -> None:
+        """Everything about one thing: a line each, or one JSON object."""
+        if self.json:
+            write_stdout(json.dumps({"schema": 1, **about}))
+        else:
+            rows = [(name, _as_text(value)) for name, value in about.items()]
+            self.table((title, ""), [row for row in rows if row[1]])
+
+    # ── stderr ──
+
+    def note(self, text: str) -> None:
+        """Something good to know."""
+        if not self.quiet and not self.json:
+            self._say("", text)
+
+    def detail(self, text: str) -> None:
+        """Something for ``-v``."""
+        if self.verbose:
+            self.note(text)
+
+    def warning(self, text: str) -> None:
+        """Something that may not be what the user meant; the work goes on."""
+        if self.quiet:
+            return
+        if self.json:
+            self._write_stderr(json.dumps({"warning": {"message": text}}))
+        else:
+            self._say("warning: ", text, style="yellow")
+
+    def error(self, error: E4TError) -> None:
+        """One sentence and the next command; shown even with ``-q``."""
+        message, hint = str(error), error.hint
+        if self.json:
+            body = {"code": error.code, "message": message, "hint": hint, "exit": error.exit_code}
+            self._write_stderr(json.dumps({"error": body}))
+            return
+        self._say("error: ", message, style="bold red")
+        if hint:
+            self._say("", hint)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Callable[[Progress], None]]:
+        """The callback to hand to the library; the display lives as long as the context."""
+        silent = self.quiet or (self.json and not stderr_is_terminal())
+        if silent:
+            yield lambda event: self._warn_of(event)
+        elif stderr_is_terminal():
+            with _live_display() as display:
+                self._live = display
+                stages: dict[str, TaskID] = {}
+                try:
+                    yield lambda event: self._show_live(display, stages, event)
+                finally:
+                    self._live = None
+        else:
+            lines = _PlainLines()
+            yield lambda event: self._show_plain(lines, event)
+
+    # ── how ──
+
+    def _show_live(self, display: RichProgress, stages: dict[str, TaskID], event: Progress) -> None:
+        self._warn_of(event)
+        if event.stage not in stages:
+            stages[event.stage] = display.add_task(printable(event.stage), values="")
+        display.update(
+            stages[event.stage],
+            completed=event.done,
+            total=event.total,
+            values=_values(event),
+        )
+
+    def _show_plain(self, lines: _PlainLines, event: Progress) -> None:
+        self._warn_of(event)
+        if lines.due(event):
+            counted = f" {event.done}/{event.total}" if event.total > 1 else ""
+            self._write_stderr(printable(f"{event.stage}{counted} {_values(event)}".rstrip()))
+
+    def _warn_of(self, event: Progress) -> None:
+        if event.note:
+            self.warning(event.note)
+
+    def _say(self, label: str, text: str, *, style: str = "") -> None:
+        line = printable(text, limit=2000)
+        if self._live is None and not stderr_is_terminal():
+            self._write_stderr(label + line)
+            return
+        from rich.text import Text
+
+        console = self._live.console if self._live is not None else _rich_console()
+        console.print(Text.assemble((label, style), line), soft_wrap=True)
+
+    def _write_stderr(self, line: str) -> None:
+        if sys.stderr is not None:  # `2>&-`; print(file=None) would fall back to stdout
+            with contextlib.suppress(OSError, ValueError):
+                print(line, file=sys.stderr, flush=True)
+
+
+class _PlainLines:
+    """Decides which events deserve a line where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.finished: set[str] = set()
+        self.shown_at = 0.0
+        self.shown_share = 0.0
+
+    def due(self, event: Progress) -> bool:
+        now, share = time.monotonic(), event.done / max(event.total, 1)
+        if event.stage != self.stage:
+            self.stage, self.shown_at, self.shown_share = event.stage, now, share
+        elif share < 1:
+            waited, advanced = now - self.shown_at, share - self.shown_share
+            if waited < PLAIN_SECONDS or (advanced < PLAIN_SHARE and waited < PLAIN_PATIENCE):
+                return False
+        elif event.stage in self.finished:
+            return False
+        if share >= 1:
+            self.finished.add(event.stage)
+        self.shown_at, self.shown_share = now, share
+        # The last event of a stage says all its first one would have said, so a stage costs one
+        # line unless it is long enough to be waited for.
+        return share >= 1 or share > 0 or event.total > 1
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_as_text(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return f"{len(value)}"
+    return {"True": "yes", "False": "no", "None": ""}.get(str(value), str(value))
+
+
+def _values(event: Progress) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in event.values.items())
+
+
+def _rich_console() -> Any:
+    from rich.console import Console as RichConsole
+
+    # rich still emits bold under NO_COLOR with FORCE_COLOR set, so colour is decided here.
+    return RichConsole(
+        stderr=True, no_color=_no_color(), highlight=False, markup=False, emoji=False
+    )
+
+
+def _live_display() -> RichProgress:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as RichProgress
+
+    return RichProgress(
+        TextColumn("{task.description:<8}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[values]}", markup=False),
+        console=_rich_console(),
+    )
+
+
+def _no_color() -> bool:
+    return bool(os.environ.get("NO_COLOR"))
+
+
+def stderr_is_terminal() -> bool:
+    """Whether someone is watching stderr on something that can redraw a line."""
+    try:
+        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    except (AttributeError, ValueError):  # closed, or replaced by something that is no stream
+        return False
+
+
+def write_stdout(line: str) -> None:
+    """One line on stdout, whole, at once.
+
+    File names need not be text: where the stream cannot encode one, its raw bytes are written.
+
+    Raises:
+        BrokenPipeError: the reader has gone (``| head -1``); app.py ends quietly.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.write(line + "\n")
+    except UnicodeEncodeError:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(line) + b"\n")
+    sys.stdout.flush()
+
+
+_current = Console()
+
+
+def current() -> Console:
+    """The console of the running command; before options are read, one that guesses."""
+    return _current
+
+
+def start(*, quiet: bool = False, json: bool = False, verbose: int = 0) -> Console:
+    """Set the console of this command."""
+    global _current
+    _current = Console(quiet=quiet, json=json, verbose=verbose)
+    return _current

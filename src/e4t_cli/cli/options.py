@@ -1,0 +1,123 @@
+"""Options that several commands share, each written once.
+
+``None`` means "as the library, the base or the domain says": no number is written twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def complete_domain(incomplete: str) -> list[str]:
+    """Names for the shell's completion; loads no model."""
+    from e4t_cli.registry import installed_domains
+
+    names = (listing.name for listing in installed_domains() if listing.domain is not None)
+    return [name for name in names if name.startswith(incomplete)]
+
+
+PICTURES, DRAWING, TUNING, OUTPUT = "Pictures", "Sampling", "Tuning", "Output"
+
+DomainName = Annotated[
+    str,
+    typer.Argument(metavar="DOMAIN", autocompletion=complete_domain,
+                   help="What kind of thing it is: see `e4t domains list`."),
+]  # fmt: skip
+Photo = Annotated[str, typer.Argument(metavar="IMAGE", help="The one photo: a file, or -.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="PROMPT...",
+                   help="Quoted sentences with S* where the concept goes; - reads lines of stdin."),
+]  # fmt: skip
+
+PromptsFile = Annotated[
+    str | None,
+    typer.Option("-f", "--prompts-file", metavar="FILE", rich_help_panel=PICTURES,
+                 help="More prompts, one a line; - for stdin."),
+]  # fmt: skip
+Number = Annotated[
+    int,
+    typer.Option("-n", "--number", min=1, rich_help_panel=PICTURES, help="Pictures per prompt."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**32 - 1, rich_help_panel=PICTURES,
+                 help="Picture i of a prompt uses SEED + i. Not given: random, and reported."),
+]  # fmt: skip
+Placeholder = Annotated[
+    str,
+    typer.Option(rich_help_panel=PICTURES, help="Another word for the concept, such as '<me>'."),
+]
+Base = Annotated[
+    str,
+    typer.Option(rich_help_panel=PICTURES,
+                 help="Base model: a name, or a folder shaped like Stable Diffusion."),
+]  # fmt: skip
+
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, rich_help_panel=DRAWING, help="Denoising steps of each picture."),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=0.0, rich_help_panel=DRAWING, help="How strictly the prompt is followed."),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=DRAWING, help="dpm++, ddim, euler and other samplers."),
+]
+Negative = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=DRAWING, help="What the pictures should not show."),
+]
+
+TuneSteps = Annotated[
+    int | None,
+    typer.Option(min=0, rich_help_panel=TUNING,
+                 help="Tuning steps on the photo; 0 keeps the encoder's first guess."),
+]  # fmt: skip
+Mask = Annotated[
+    str,
+    typer.Option(metavar="FILE|auto|none", rich_help_panel=TUNING,
+                 help="Which part of the photo is the concept; a file is white there."),
+]  # fmt: skip
+Device = Annotated[
+    str,
+    typer.Option(envvar="E4T_DEVICE", rich_help_panel=TUNING, help="auto, cpu, cuda, cuda:1, mps."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(envvar="E4T_DTYPE", rich_help_panel=TUNING, help="auto, fp32, bf16 or fp16."),
+]
+
+Out = Annotated[
+    Path,
+    typer.Option("-o", "--out", metavar="DIR", rich_help_panel=OUTPUT,
+                 help="Folder for the pictures; nothing in it is ever overwritten."),
+]  # fmt: skip
+Grid = Annotated[
+    bool,
+    typer.Option("--grid", rich_help_panel=OUTPUT,
+                 help="Also a captioned contact sheet, the photo first."),
+]  # fmt: skip
+NoMetadata = Annotated[
+    bool,
+    typer.Option("--no-metadata", rich_help_panel=OUTPUT,
+                 help="Keep prompts and settings out of the files; the AI mark stays."),
+]  # fmt: skip
+Json = Annotated[
+    bool,
+    typer.Option("--json", rich_help_panel=OUTPUT, help="One JSON object a line on stdout."),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("-q", "--quiet", rich_help_panel=OUTPUT, help="Nothing on stderr but errors."),
+]
+Verbose = Annotated[
+    int,
+    typer.Option("-v", "--verbose", count=True, rich_help_panel=OUTPUT,
+                 help="More on stderr; -vv also shows tracebacks."),
+]  # fmt: skip

@@ -1,0 +1,77 @@
+"""``e4t personalize``: one photo in, pictures of its subject out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from e4t_cli.cli import console as consoles
+from e4t_cli.cli import options as o
+from e4t_cli.cli.inputs import STDIN, gather_prompts, sampling_of
+from e4t_cli.cli.pictures import Saver
+from e4t_cli.errors import UsageError
+
+EXAMPLES = """
+Examples:\n
+e4t personalize face me.jpg "S* as an astronaut" -n 4 --seed 7\n
+e4t personalize cat tom.jpg -f prompts.txt --grid -o outputs/tom\n
+curl -sL URL | e4t personalize face - "S* in the snow" --save me.e4t
+"""
+
+Save = Annotated[
+    Path | None,
+    typer.Option("--save", metavar="FILE.e4t", rich_help_panel=o.OUTPUT,
+                 help="Keep the concept for `e4t generate`."),
+]  # fmt: skip
+KeepWeights = Annotated[
+    bool,
+    typer.Option("--keep-weights", rich_help_panel=o.OUTPUT,
+                 help="Save the tuned weights too: a large file, drawn without tuning again."),
+]  # fmt: skip
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", rich_help_panel=o.OUTPUT, help="Check, say the plan, and end.")
+]
+
+
+def personalize(
+    domain: o.DomainName, image: o.Photo, prompts: o.Prompts = None,
+    prompts_file: o.PromptsFile = None, number: o.Number = 1, seed: o.Seed = None,
+    placeholder: o.Placeholder = "S*", base: o.Base = "auto",
+    steps: o.Steps = None, guidance: o.Guidance = None, scheduler: o.Scheduler = None,
+    negative: o.Negative = None, tune_steps: o.TuneSteps = None, mask: o.Mask = "auto",
+    device: o.Device = "auto", dtype: o.Dtype = "auto", out: o.Out = Path("outputs"),
+    grid: o.Grid = False, save: Save = None, keep_weights: KeepWeights = False,
+    no_metadata: o.NoMetadata = False, dry_run: DryRun = False,
+    json: o.Json = False, quiet: o.Quiet = False, verbose: o.Verbose = 0,
+) -> None:  # fmt: skip
+    """Learn a face, a cat, a style from one photo, and draw it as your prompts say.
+
+    Saved paths go to stdout, one a line. A prompt that begins with a dash goes behind `--`.
+
+    Use pictures of people only with their consent, and never to deceive.
+    Every picture carries a mark that says it was generated.
+    """
+    console = consoles.start(json=json, quiet=quiet, verbose=verbose)
+    wanted = gather_prompts(
+        prompts or [], prompts_file, placeholder=placeholder, stdin_taken=image == STDIN
+    )
+    if not wanted and save is None:
+        raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
+    if keep_weights and save is None:
+        raise UsageError("--keep-weights needs a file to keep them in", hint="add --save me.e4t")
+    from e4t_cli import api
+
+    if dry_run:
+        plan = api.plan(domain, image, wanted, images_per_prompt=number, base=base)
+        return console.details("plan", {**plan, "folder": str(out)})
+    saver = Saver(console, out, metadata=not no_metadata, grid=grid, concept=save)
+    with console.progress() as on_progress:
+        result = api.personalize(
+            domain, image, wanted, images_per_prompt=number, seed=seed, base=base,
+            tune_steps=tune_steps, sampling=sampling_of(steps, guidance, scheduler, negative),
+            mask=mask, placeholder=placeholder, keep_weights=keep_weights, device=device,
+            dtype=dtype, on_progress=on_progress, on_image=saver.picture,
+        )  # fmt: skip
+    return saver.rest(result)

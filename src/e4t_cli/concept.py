@@ -1,0 +1,250 @@
+"""A concept: one personalized subject, in one file, and the model that tuning made of it.
+
+`me.e4t` is a safetensors file: the prepared picture and its mask, the picture's [CLS] features
+(so that no image tower is needed again), and in its header a JSON card: domain, base, recipe,
+seed, hashes. That is enough to tune it again, to the same bits, in seconds. On wish it also holds
+the tuned weights, which saves those seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .base_model import TextToImageModel
+from .domain import PreparedImage, TuningRecipe, check_name
+from .errors import InputError, IntegrityError, printable
+from .files import write_atomically
+from .nn.word_embedding_encoder import Encoder, FixedEmbedding
+from .pretrained import PretrainedDomain
+
+SCHEMA = 1
+SUFFIX = ".e4t"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedModel:
+    """A base that knows one concept: everything that drawing it needs.
+
+    Args:
+        unet: a plain diffusers U-Net, offsets merged.
+        encoder: E of eq. 1, tuned.
+        folded: the picture's contribution to E (1, hidden), from `encoder.fold`.
+        e_domain: embedding of the descriptor (embedding_width,).
+        descriptor_id: its token.
+        scale: s of eq. 1.
+    """
+
+    unet: nn.Module
+    encoder: Encoder
+    folded: Tensor
+    e_domain: Tensor
+    descriptor_id: int
+    scale: float
+
+    def embedding(self, unet_features: Tensor | None) -> Tensor:
+        """Return e_c = e_domain + s · E (eq. 1), (batch, embedding_width).
+
+        Args:
+            unet_features: pooled features of the current z_t (batch, …); None for an encoder that
+                does not read them, which then gives one embedding.
+        """
+        batch = 1 if unet_features is None else len(unet_features)
+        offset = self.encoder.refine(self.folded.expand(batch, -1), unet_features)
+        return self.e_domain + self.scale * offset
+
+    @classmethod
+    def plain(cls, model: TextToImageModel, descriptor: str) -> Self:
+        """Return the base as it is, with a plain word in the concept's place."""
+        token = model.descriptor_id(descriptor)
+        e_domain = model.word_embedding(token)
+        return cls(
+            unet=model.unet,
+            encoder=FixedEmbedding(torch.zeros_like(e_domain)),
+            folded=e_domain.new_zeros(1, 0),
+            e_domain=e_domain,
+            descriptor_id=token,
+            scale=1.0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """What personalization yields, and what can be saved and drawn again.
+
+    Args:
+        domain, descriptor: whose encoder looked at the picture.
+        base_name, base_fingerprint: the base it lives on.
+        pack_digest: which pack of the domain.
+        prepared: the square picture and its mask.
+        image_features: [CLS] of every second layer (layers, width), float32.
+        recipe: the tuning recipe that was really used.
+        seed: of the tuning.
+        image_sha256: of the file that was handed in, "" if there was none.
+        placeholder: what prompts call it.
+        weights: the tuned tensors, if they are kept; see `keep` and `tuned`.
+    """
+
+    domain: str
+    descriptor: str
+    base_name: str
+    base_fingerprint: str
+    pack_digest: str
+    prepared: PreparedImage
+    image_features: Tensor
+    recipe: TuningRecipe
+    seed: int
+    image_sha256: str = ""
+    placeholder: str = "S*"
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def check(self, model: TextToImageModel, pretrained: PretrainedDomain) -> None:
+        """Refuse a base or a pack other than those the concept was made with.
+
+        Raises:
+            IntegrityError: the concept would come out as something else.
+        """
+        if model.fingerprint != self.base_fingerprint:
+            raise IntegrityError(
+                f"this concept lives on the base {self.base_name} ({self.base_fingerprint[:12]}), "
+                f"not on this {model.base.name} ({model.fingerprint[:12]})",
+                hint="personalize the picture again on this base",
+            )
+        if pretrained.digest != self.pack_digest:
+            raise IntegrityError(
+                f"this concept was made with another version of the {self.domain} pack "
+                f"({self.pack_digest[:12] or 'unsaved'}, here: {pretrained.digest[:12]})",
+                hint="personalize the picture again",
+            )
+
+    @staticmethod
+    def kept(tuned: TunedModel) -> dict[str, Tensor]:
+        """Return the tensors of a tuned model, for `weights`."""
+        assert isinstance(tuned.encoder, nn.Module)
+        tensors = {f"unet.{key}": value for key, value in tuned.unet.state_dict().items()}
+        tensors |= {f"encoder.{key}": value for key, value in tuned.encoder.state_dict().items()}
+        return {key: value.detach().cpu() for key, value in tensors.items()}
+
+    def tuned(self, model: TextToImageModel, pretrained: PretrainedDomain) -> TunedModel | None:
+        """Return the tuned model from the kept weights, or None if they were not kept.
+
+        Raises:
+            IntegrityError: another base or pack, or weights that do not fit.
+        """
+        if not self.weights:
+            return None
+        self.check(model, pretrained)
+        unet, encoder = copy.deepcopy(model.unet), copy.deepcopy(pretrained.encoder)
+        try:
+            for name, part in (("unet", unet), ("encoder", encoder)):
+                own = {k[len(name) + 1 :]: v for k, v in self.weights.items() if k.startswith(name)}
+                part.load_state_dict(own)
+        except RuntimeError as error:
+            raise IntegrityError(f"the concept's weights do not fit its base: {error}") from error
+        encoder.to(model.device).requires_grad_(False)
+        token = model.descriptor_id(self.descriptor)
+        with torch.no_grad():
+            folded = encoder.fold(self.image_features[None].to(model.device))
+        return TunedModel(
+            unet=unet,
+            encoder=encoder,
+            folded=folded,
+            e_domain=model.word_embedding(token),
+            descriptor_id=token,
+            scale=pretrained.embedding_scale,
+        )
+
+    def save(self, path: str | Path, *, overwrite: bool = True) -> None:
+        """Write the concept to one file.
+
+        Raises:
+            FileExistsError: it exists and may not be overwritten.
+        """
+        tensors = {
+            "image": torch.from_numpy(numpy.array(self.prepared.image)),
+            "image_features": self.image_features.float().cpu(),
+        }
+        if self.prepared.mask is not None:
+            tensors["mask"] = torch.from_numpy(numpy.array(self.prepared.mask))
+        tensors |= {f"weights.{key}": value for key, value in self.weights.items()}
+        card = {
+            "schema": SCHEMA,
+            **{name: getattr(self, name) for name in _PLAIN},
+            "recipe": self.recipe.as_dict(),
+        }
+        # The header says what the file is for; the numbers say nothing without it.
+        data = save({k: v.contiguous() for k, v in tensors.items()}, {"e4t": json.dumps(card)})
+        write_atomically(path, data, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a concept.
+
+        Raises:
+            InputError: there is no such file.
+            IntegrityError: it is not a concept, or damaged.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"there is no concept {printable(str(path))}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                card = json.loads((file.metadata() or {})["e4t"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if card.pop("schema", None) != SCHEMA:
+                raise ValueError("its schema is unknown; a newer e4t may read it")
+            recipe = TuningRecipe.from_dict(card.pop("recipe"))
+            if set(card) != set(_PLAIN):
+                raise ValueError("its card has other entries than a concept's")
+            check_name(card["domain"])
+            for key in _PLAIN:
+                if not isinstance(card[key], int if key == "seed" else str):
+                    raise ValueError(f"its {key} is of the wrong kind")
+            for key, value in tensors.items():
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise ValueError(f"{key} has numbers that are not finite")
+            mask = tensors.pop("mask", None)
+            prepared = PreparedImage(
+                image=Image.fromarray(tensors.pop("image").numpy(), "RGB"),
+                mask=None if mask is None else Image.fromarray(mask.numpy(), "L"),
+            )
+            features = tensors.pop("image_features")
+            prefix = "weights."
+            if features.dim() != 2 or any(not key.startswith(prefix) for key in tensors):
+                raise ValueError("it holds other tensors than a concept")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(
+                f"{printable(str(path))} is not a usable concept: {printable(str(error))}"
+            ) from error
+        weights = {key[len(prefix) :]: value for key, value in tensors.items()}
+        return cls(
+            prepared=prepared, image_features=features, recipe=recipe, weights=weights, **card
+        )
+
+    @property
+    def identity(self) -> str:
+        """A short name for what was personalized and how, for records."""
+        digest = hashlib.sha256(self.prepared.image.tobytes())
+        digest.update(json.dumps([self.recipe.as_dict(), *map(self._plain, _PLAIN)]).encode())
+        return digest.hexdigest()[:16]
+
+    def _plain(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+_PLAIN = (
+    "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed",
+    "image_sha256", "placeholder",
+)  # fmt: skip

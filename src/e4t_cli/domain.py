@@ -1,0 +1,302 @@
+"""What a domain is: the whole contract between this program and a domain's author.
+
+A `Domain` is a value: a descriptor word, two recipes, where its weights are, and at most one
+function, `prepare`. It is written in a few lines and found through the entry-point group
+`e4t.domains` (domains/README.md). Only the standard library is imported here, so a domain file
+costs nothing to import. The contract grows only by keyword-only fields with defaults.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CONTRACT_VERSION = 1
+"""The version of this contract; a domain built for another one is explained, not run."""
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+# Device names that Windows keeps for itself, whatever the folder.
+_RESERVED = {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
+_HUB_LOCATION = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
+
+
+def check_name(name: object, what: str = "domain name") -> str:
+    """Return `name` if it can safely be a file name and a command-line word.
+
+    Raises:
+        ValueError: it is anything but `[a-z0-9][a-z0-9_-]*`, 64 characters at most.
+    """
+    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name) or name in _RESERVED:
+        raise ValueError(
+            f"{what} {name!r} must be 1 to 64 of a-z, 0-9, '-' and '_', "
+            "start with a letter or a digit, and not be a reserved device name"
+        )
+    return name
+
+
+def _check_number(
+    owner: object, name: str, *, above: float = -math.inf, least: float = -math.inf
+) -> None:
+    value = getattr(owner, name)
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not math.isfinite(value) or value <= above or value < least:
+        bound = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
+        raise ValueError(f"{type(owner).__name__}.{name} must be {bound}, not {value!r}")
+
+
+def _check_whole(owner: object, name: str, *, least: int) -> None:
+    value = getattr(owner, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(
+            f"{type(owner).__name__}.{name} must be a whole number, {least} or more, not {value!r}"
+        )
+
+
+class _Recipe:
+    """What both recipes can do; the numbers are in the children."""
+
+    base_learning_rate: float
+    batch_size: int
+
+    @property
+    def learning_rate(self) -> float:
+        """Effective learning rate: base × batch × processes, with one process (section 3.5)."""
+        return self.base_learning_rate * self.batch_size
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers, ready for TOML or JSON."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, numbers: Mapping[str, Any]) -> Self:
+        """Rebuild a recipe from `as_dict()`.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a number is out of range.
+        """
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(numbers) - known)
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}")
+        try:
+            return cls(**numbers)
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from error
+
+    def replace(self, **overrides: Any) -> Self:
+        """Return a copy with some numbers changed; unknown names are refused."""
+        return replace(self, **overrides)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRecipe(_Recipe):
+    """The numbers of inference-time personalization (section 3.4 and 3.5).
+
+    Args:
+        steps: optimiser steps on the one image; 0 keeps the encoder's guess as it is.
+        base_learning_rate: before scaling by the batch, as the paper states it.
+        embedding_penalty: λ_r of eq. 5.
+        batch_size: time steps seen at once; the paper calls 16 or more crucial (section 3.4).
+        gradient_clip: largest norm of the gradient.
+        mask: whether the domain's mask restricts the diffusion loss.
+        encoder_rate, offsets_rate, unet_rate: factors on the learning rate of each group of
+            weights; 0 freezes the group. 1 is the paper; anything else is a pack's departure.
+    """
+
+    steps: int
+    base_learning_rate: float
+    embedding_penalty: float
+    batch_size: int = 16
+    gradient_clip: float = 1.0
+    mask: bool = False
+    encoder_rate: float = 1.0
+    offsets_rate: float = 1.0
+    unet_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_whole(self, "steps", least=0)
+        _check_whole(self, "batch_size", least=1)
+        _check_number(self, "base_learning_rate", above=0)
+        _check_number(self, "gradient_clip", above=0)
+        for name in ("embedding_penalty", "encoder_rate", "offsets_rate", "unet_rate"):
+            _check_number(self, name, least=0)
+        if not isinstance(self.mask, bool):
+            raise ValueError(f"TuningRecipe.mask must be True or False, not {self.mask!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingRecipe(_Recipe):
+    """The numbers of domain pre-training (section 3.3 and 3.5).
+
+    Args:
+        steps: optimiser steps over the domain's images.
+        base_learning_rate: before scaling by the batch.
+        embedding_penalty: λ_r of eq. 5.
+        batch_size: different images per step.
+        embedding_scale: s of eq. 1; tuning and generation use the same one.
+        mask: whether the domain's mask restricts the diffusion loss (the paper: only in tuning).
+        encoder_rate, offsets_rate: factors on the learning rate of each group of weights.
+    """
+
+    steps: int
+    base_learning_rate: float = 1e-6  # section 3.5
+    embedding_penalty: float = 0.01  # section 3.3
+    batch_size: int = 16  # section 3.5
+    embedding_scale: float = 0.1  # section 3.1, eq. 1
+    mask: bool = False
+    encoder_rate: float = 1.0
+    offsets_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_whole(self, "steps", least=1)
+        _check_whole(self, "batch_size", least=1)
+        for name in ("base_learning_rate", "embedding_scale"):
+            _check_number(self, name, above=0)
+        for name in ("embedding_penalty", "encoder_rate", "offsets_rate"):
+            _check_number(self, name, least=0)
+        if not isinstance(self.mask, bool):
+            raise ValueError(f"PretrainingRecipe.mask must be True or False, not {self.mask!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparationTarget:
+    """What the base needs from a prepared picture.
+
+    Args:
+        size: side in pixels of the square the base works on (64 for `mini`, 512 for SD 1.x).
+        base: name of the base, for preparations that have a part per base.
+        mask: "auto" lets the domain find its mask, None asks for none.
+    """
+
+    size: int
+    base: str
+    mask: str | None = "auto"
+
+    def __post_init__(self) -> None:
+        _check_whole(self, "size", least=1)
+        if self.mask not in ("auto", None):
+            raise ValueError(f"PreparationTarget.mask must be 'auto' or None, not {self.mask!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedImage:
+    """What `prepare` returns: a square picture and, if the domain has one, its mask.
+
+    Args:
+        image: PIL, mode RGB, square.
+        mask: PIL, mode L, of the same size; white is the concept. None means all of it.
+        notes: sentences for the user, such as "no face was found".
+    """
+
+    image: Image
+    mask: Image | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        size, mode = getattr(self.image, "size", None), getattr(self.image, "mode", None)
+        if size is None or mode != "RGB" or size[0] != size[1]:
+            raise ValueError(f"PreparedImage.image must be a square RGB picture, not {mode} {size}")
+        if self.mask is not None:
+            found = getattr(self.mask, "mode", None), getattr(self.mask, "size", None)
+            if found != ("L", size):
+                raise ValueError(
+                    f"PreparedImage.mask must be of mode L and size {size}, not {found}"
+                )
+        if isinstance(self.notes, str):
+            raise ValueError("PreparedImage.notes must be a tuple of sentences, not one string")
+        object.__setattr__(self, "notes", tuple(self.notes))
+
+
+Prepare = Callable[["Image", PreparationTarget], PreparedImage]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """A family of concepts that one encoder knows: faces, cats, paintings, your dogs.
+
+    Args:
+        name: how users ask for it; lower-case, fit for a file name.
+        descriptor: the coarse word whose embedding anchors the concept (e_domain of eq. 1).
+        tuning: the numbers of personalization. A pack made for a base may bring its own.
+        pretraining: the numbers of pre-training, None for the paper's usual ones.
+        weights: base name → where its pack is: "package:my_package/folder" inside an installed
+            package, "hub:owner/repo@<40-hex commit>", or a folder.
+        prepare: upright RGB picture and target in, `PreparedImage` out; None = centre square.
+        prompt_templates: training sentences with "{}" in the concept's place; none = the
+            generic `SUBJECT_TEMPLATES`.
+        licence: of the weights and the data they were made from.
+        summary: one line for `e4t domains list`.
+        contract: the contract version it was written for.
+    """
+
+    name: str
+    descriptor: str
+    tuning: TuningRecipe
+    pretraining: PretrainingRecipe | None = None
+    weights: Mapping[str, str] = field(default_factory=dict, hash=False)
+    prepare: Prepare | None = None
+    prompt_templates: tuple[str, ...] = ()
+    licence: str = ""
+    summary: str = ""
+    contract: int = CONTRACT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.contract != CONTRACT_VERSION:
+            raise ValueError(
+                f"it was written for version {self.contract!r} of the domain contract, "
+                f"this e4t has version {CONTRACT_VERSION}"
+            )
+        check_name(self.name)
+        if not isinstance(self.descriptor, str) or not self.descriptor.strip():
+            raise ValueError(f"Domain.descriptor must be a word, not {self.descriptor!r}")
+        if not isinstance(self.tuning, TuningRecipe):
+            raise ValueError(f"Domain.tuning must be a TuningRecipe, not {self.tuning!r}")
+        if self.tuning.steps < 1:
+            raise ValueError("Domain.tuning.steps must be 1 or more")
+        if self.pretraining is not None and not isinstance(self.pretraining, PretrainingRecipe):
+            raise ValueError(
+                f"Domain.pretraining must be a PretrainingRecipe, not {self.pretraining!r}"
+            )
+        if self.prepare is not None and not callable(self.prepare):
+            raise ValueError(f"Domain.prepare must be a function, not {self.prepare!r}")
+        if not isinstance(self.weights, Mapping):
+            raise ValueError("Domain.weights must map a base's name to where its pack is")
+        for base, location in self.weights.items():
+            check_name(base, "base name")
+            check_location(location)
+        if isinstance(self.prompt_templates, str):
+            raise ValueError("Domain.prompt_templates must be a tuple of sentences")
+        for template in self.prompt_templates:
+            if not isinstance(template, str) or template.count("{}") != 1:
+                raise ValueError(f"prompt template {template!r} must contain '{{}}' exactly once")
+        for name in ("licence", "summary"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"Domain.{name} must be text, not {getattr(self, name)!r}")
+        # Own copies: later changes of the author's dictionary or list do not reach the value.
+        object.__setattr__(self, "weights", dict(self.weights))
+        object.__setattr__(self, "prompt_templates", tuple(self.prompt_templates))
+
+
+def check_location(location: object) -> str:
+    """Return `location` if it is a well-formed place of weights (see `Domain.weights`).
+
+    Raises:
+        ValueError: it is empty, climbs out of its package, or names no exact hub commit.
+    """
+    if not isinstance(location, str) or not location.strip() or "\0" in location:
+        raise ValueError(f"a place of weights must be text, not {location!r}")
+    kind, _, rest = location.partition(":")
+    if kind == "package":
+        package, *parts = rest.split("/")
+        proper = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
+        if not all(word.isidentifier() for word in package.split(".")) or not proper:
+            raise ValueError(f"{location!r} must look like 'package:my_package/folder'")
+    elif kind == "hub" and not _HUB_LOCATION.fullmatch(rest):
+        raise ValueError(f"{location!r} must look like 'hub:owner/repo@<40-hex commit>'")
+    return location

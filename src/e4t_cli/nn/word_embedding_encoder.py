@@ -1,0 +1,167 @@
+"""The word-embedding encoder E: from a picture and a noisy latent to one word (section 3.1).
+
+    e_c = e_domain + s · E(I_c)                                                          (eq. 1)
+
+The hierarchy that E averages holds one vector per second layer of the image tower ([CLS]) and one
+per block of the U-Net's encoder (pooled), each through a linear layer of its own:
+
+    E = final( LeakyReLU( mean over the hierarchy of linear_i(feature_i) ) )
+
+The picture never changes while its concept is tuned or drawn, and nothing before the average is
+nonlinear, so its part of the sum folds to one vector: `fold` once, `refine` at every time step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LARGEST_SIZE = 1 << 16
+"""No width comes near it; a card that states a larger one is damaged."""
+
+
+class Encoder(Protocol):
+    """What tuning and generation ask of an encoder; `FixedEmbedding` is one without a picture."""
+
+    @property
+    def reads_unet(self) -> bool:
+        """Whether `refine` looks at U-Net features; if not, no feature pass is run."""
+        ...
+
+    def fold(self, image_features: Tensor) -> Tensor: ...
+
+    def refine(self, folded: Tensor, unet_features: Tensor | None) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Sizes of a `WordEmbeddingEncoder`; all follow from the base.
+
+    Args:
+        image_layers: [CLS] vectors per picture, one per second layer of the tower.
+        image_width: width of the tower.
+        unet_widths: width of each pooled U-Net feature; empty for an encoder that sees the
+            picture only (the paper's ablation without iterative refinement).
+        hidden_width: common width of the hierarchy. Paper silent: the tower's.
+        embedding_width: width of the base's token table.
+    """
+
+    image_layers: int
+    image_width: int
+    unet_widths: tuple[int, ...]
+    hidden_width: int
+    embedding_width: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, ready for TOML or JSON."""
+        return {**asdict(self), "unet_widths": list(self.unet_widths)}
+
+    @classmethod
+    def from_dict(cls, sizes: Mapping[str, Any]) -> Self:
+        """Rebuild a config from `as_dict()`.
+
+        Raises:
+            TypeError, ValueError: an entry is missing, unknown, or no size.
+        """
+        config = cls(**{**sizes, "unet_widths": tuple(sizes.get("unet_widths", ()))})
+        single = (value for key, value in asdict(config).items() if key != "unet_widths")
+        for size in (*single, *config.unet_widths):
+            if not isinstance(size, int) or not 0 < size <= LARGEST_SIZE:
+                raise ValueError(f"{size!r} is no size of an encoder")
+        return config
+
+
+class WordEmbeddingEncoder(nn.Module):
+    """E(I_c), the predicted offset from the domain's word embedding (section 3.1, eq. 1).
+
+    >>> encoder(image_features, unet_features)     # (batch, embedding_width)
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_width
+        self.image_linears = nn.ModuleList(
+            nn.Linear(config.image_width, hidden) for _ in range(config.image_layers)
+        )
+        # Paper silent: how the pooled features join the hierarchy. Read literally ("concatenated
+        # with the hierarchical features ... before being passed to the rest of the encoder"),
+        # they are further entries of it, each with a linear layer of its own.
+        self.unet_linears = nn.ModuleList(nn.Linear(width, hidden) for width in config.unet_widths)
+        self.activation = nn.LeakyReLU()  # Paper silent: slope 0.01, torch's default
+        self.final = nn.Linear(hidden, config.embedding_width)
+        # Paper silent: E = 0 at birth, so a fresh encoder says the descriptor itself.
+        nn.init.zeros_(self.final.weight)
+        nn.init.zeros_(self.final.bias)
+
+    @property
+    def reads_unet(self) -> bool:
+        return bool(self.unet_linears)
+
+    def forward(self, image_features: Tensor, unet_features: Tensor | None) -> Tensor:
+        """Return E(I_c) at this z_t.
+
+        Args:
+            image_features: [CLS] of each second layer (batch, image_layers, image_width).
+            unet_features: pooled features side by side (batch, sum of unet_widths).
+        """
+        return self.refine(self.fold(image_features), unet_features)
+
+    def fold(self, image_features: Tensor) -> Tensor:
+        """Return the picture's whole contribution to the average, (batch, hidden_width)."""
+        return self._sum(self.image_linears, image_features.unbind(dim=1)) / self._entries
+
+    def refine(self, folded: Tensor, unet_features: Tensor | None) -> Tensor:
+        """Return E from a folded picture and the current U-Net features."""
+        average = folded
+        if self.reads_unet:
+            assert unet_features is not None
+            # Paper silent: the spatial means range over two orders of magnitude between blocks
+            # and noise levels, while [CLS] has passed a LayerNorm; so do these, one by one.
+            parts = [
+                functional.layer_norm(part, part.shape[-1:])
+                for part in unet_features.split(self.config.unet_widths, dim=1)
+            ]
+            average = average + self._sum(self.unet_linears, parts) / self._entries
+        return self.final(self.activation(average))
+
+    @property
+    def _entries(self) -> int:
+        return len(self.image_linears) + len(self.unet_linears)
+
+    @staticmethod
+    def _sum(linears: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
+        terms = [linear(feature) for linear, feature in zip(linears, features, strict=True)]
+        return torch.stack(terms).sum(dim=0)
+
+
+class FixedEmbedding(nn.Module):
+    """An `Encoder` that looks at nothing: the same offset for every picture and time step.
+
+    With zeros it is the descriptor's own word; with a rare word's difference from the descriptor,
+    divided by s, it is DreamBooth's identifier; made trainable, it is Textual Inversion's vector.
+
+    Args:
+        offset: E, (embedding_width,).
+    """
+
+    reads_unet = False
+
+    def __init__(self, offset: Tensor) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(offset.detach().clone())
+
+    def forward(self, image_features: Tensor, unet_features: Tensor | None = None) -> Tensor:
+        return self.refine(self.fold(image_features), unet_features)
+
+    def fold(self, image_features: Tensor) -> Tensor:
+        """Return nothing but the batch size, (batch, 0)."""
+        return image_features.new_zeros(len(image_features), 0)
+
+    def refine(self, folded: Tensor, unet_features: Tensor | None = None) -> Tensor:
+        return self.offset.expand(len(folded), -1)

@@ -1,0 +1,151 @@
+"""Prompts: where the placeholder stands, the sentences of training, and names for files.
+
+Our own rule finds S*, never the tokenizer: a tokenizer lower-cases, splits "S*" in two and, once
+taught the word, also finds it inside others. The rule, after NFKC normalisation (full-width
+letters become plain ones): "S*" in either case, or in angle brackets, that neither touches a
+letter, a digit or "_" nor a further "*". So `S*`, `s*`, `S*'s`, `"S*,"`, `S*-style`, `<S*>` are
+the placeholder; `S *`, `S**`, `aS*`, `S*x` are not.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .domain import Domain
+from .errors import UsageError, printable
+
+PLACEHOLDER = "S*"
+LONGEST_PROMPT = 10_000
+"""Characters; far beyond what a text encoder reads (77 tokens), far below what hurts."""
+
+# Paper silent: the sentences shown with the pictures in training. In the spirit of Textual
+# Inversion's list, in our own words; {} is the concept.
+SUBJECT_TEMPLATES = (
+    "{}",
+    "a photo of {}",
+    "one photo of {}",
+    "a picture of {}",
+    "an image of {}",
+    "a snapshot of {}",
+    "a sharp photo of {}",
+    "a blurry photo of {}",
+    "a bright photo of {}",
+    "a dark photo of {}",
+    "a close-up of {}",
+    "a small picture of {}",
+    "a cropped picture of {}",
+    "a clear view of {}",
+    "a view of {}",
+    "a good picture of {}",
+    "a plain picture of {}",
+    "here is {}",
+    "this is {}",
+    "a depiction of {}",
+    "a rendering of {}",
+    "a well-lit picture of {}",
+)
+"""For concepts that are things: people, animals, objects."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt cut at its placeholders.
+
+    Args:
+        text: the normalised prompt on one line.
+        segments: the text between placeholders in order; None stands for a placeholder.
+        placeholder: how the placeholder was spelled by whoever chose it.
+    """
+
+    text: str
+    segments: tuple[str | None, ...]
+    placeholder: str = PLACEHOLDER
+
+    @property
+    def placeholders(self) -> int:
+        """How often the concept is named."""
+        return self.segments.count(None)
+
+    def without_placeholder(self, descriptor: str) -> str:
+        """Return the prompt with a plain word in the concept's place."""
+        return "".join(descriptor if part is None else part for part in self.segments)
+
+
+@lru_cache
+def _rule(placeholder: str) -> re.Pattern[str]:
+    core = re.escape(placeholder)
+    before = r"(?<![\w*])" if re.match(r"[\w*]", placeholder) else ""
+    after = r"(?![\w*])" if re.search(r"[\w*]$", placeholder) else ""
+    return re.compile(rf"<{core}>|{before}{core}{after}", re.IGNORECASE)
+
+
+def check_placeholder(placeholder: str) -> str:
+    """Return the normalised placeholder.
+
+    Raises:
+        UsageError: it is empty, longer than 32 characters, or contains spaces or controls.
+    """
+    shown = unicodedata.normalize("NFKC", placeholder)
+    if not 1 <= len(shown) <= 32 or any(c.isspace() or not c.isprintable() for c in shown):
+        raise UsageError(
+            f"the placeholder {printable(placeholder)!r} must be one word of at most 32 characters",
+            hint='for example: --placeholder "<me>"',
+        )
+    return shown
+
+
+def parse_prompt(
+    text: str, placeholder: str = PLACEHOLDER, *, require_placeholder: bool = True
+) -> Prompt:
+    """Find the concept in a prompt.
+
+    Raises:
+        UsageError: the prompt is empty, too long, not text, or does not name the concept.
+    """
+    placeholder = check_placeholder(placeholder)
+    # Line breaks and tabs are spaces to a text encoder; other controls never mean anything.
+    plain = " ".join(unicodedata.normalize("NFKC", text).split())
+    if not plain:
+        raise UsageError("the prompt is empty", hint=f'for example: "{placeholder} on the beach"')
+    if len(plain) > LONGEST_PROMPT:
+        raise UsageError(
+            f"the prompt has {len(plain):,} characters; {LONGEST_PROMPT:,} is the limit, "
+            "and a text encoder reads about 300"
+        )
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in plain):
+        raise UsageError(f"the prompt {printable(plain, limit=60)!r} contains control characters")
+    parts = _rule(placeholder).split(plain)
+    segments: list[str | None] = []
+    for index, part in enumerate(parts):
+        if index:
+            segments.append(None)
+        if part:
+            segments.append(part)
+    if require_placeholder and None not in segments:
+        raise UsageError(
+            f"the prompt {printable(plain, limit=60)!r} does not name the concept, {placeholder}",
+            hint=f'for example: "{placeholder} as an astronaut" (in quotes: shells expand *)',
+        )
+    return Prompt(plain, tuple(segments), placeholder)
+
+
+def training_templates(domain: Domain) -> tuple[str, ...]:
+    """Return the sentences a domain is trained with."""
+    return domain.prompt_templates or SUBJECT_TEMPLATES
+
+
+def training_prompts(templates: tuple[str, ...]) -> tuple[Prompt, ...]:
+    """Return the templates as prompts that name the concept."""
+    return tuple(parse_prompt(template.replace("{}", PLACEHOLDER)) for template in templates)
+
+
+def slug(text: str, *, limit: int = 60) -> str:
+    """Return an ASCII piece of a file name: "S* as an astronaut" → "s-as-an-astronaut"."""
+    ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")
+    if len(words) > limit:
+        words = words[: limit + 1].rpartition("-")[0] or words[:limit]
+    return words or "picture"

@@ -1,0 +1,89 @@
+"""Counter-based randomness: every draw is a function of a seed and of where it is used.
+
+Nothing depends on how many numbers were drawn before, on the global generator, or on how a batch
+was split. So a resumed run repeats an uninterrupted one exactly, micro-batches see the noise that
+the whole batch would have seen, and a picture is the same alone and in company.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, *counters: int | str) -> torch.Generator:
+    """Return a CPU generator for one purpose, e.g. `generator(seed, "noise", step, position)`.
+
+    On the CPU whatever the device, so that a seed means the same everywhere.
+    """
+    label = "/".join(str(counter) for counter in (seed, *counters))
+    digest = hashlib.blake2b(label.encode(), digest_size=8).digest()
+    # manual_seed reads 64 bits; the highest is left out because it takes a signed number.
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """Return the order in which `count` samples are visited in one epoch, (count,)."""
+    return torch.randperm(count, generator=generator(seed, "order", epoch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Everything random about some samples of one optimiser step.
+
+    Args:
+        timesteps: (batch,), whole numbers.
+        epsilon: the noise to predict (batch, *shape).
+        posterior: the noise that samples the VAE's posterior (batch, *shape).
+        uniform: numbers in 0 … 1 for discrete choices (batch, 2).
+    """
+
+    timesteps: Tensor
+    epsilon: Tensor
+    posterior: Tensor
+    uniform: Tensor
+
+    def to(self, device: torch.device) -> Draws:
+        return Draws(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def draw(
+    seed: int,
+    step: int,
+    positions: Sequence[int],
+    *,
+    batch_size: int,
+    train_timesteps: int,
+    shape: Sequence[int],
+) -> Draws:
+    """Draw for the samples at `positions` of the batch of `step`.
+
+    Paper silent: how the noise levels are drawn. Section 3.4 calls it crucial that each element
+    of a batch has a different one, so position k of n draws from the k-th of n equal ranges of
+    time steps: each level is as likely as any other, and no batch leaves a range out.
+    """
+    timesteps, epsilon, posterior, uniform = [], [], [], []
+    for position in positions:
+        source = generator(seed, "draw", step, position)
+        numbers = torch.rand(3, generator=source, dtype=torch.float64)
+        level = (position + float(numbers[0])) / batch_size * train_timesteps
+        timesteps.append(min(int(level), train_timesteps - 1))
+        uniform.append(numbers[1:])
+        noise = torch.randn(2, *shape, generator=source)
+        epsilon.append(noise[0])
+        posterior.append(noise[1])
+    return Draws(
+        timesteps=torch.tensor(timesteps),
+        epsilon=torch.stack(epsilon),
+        posterior=torch.stack(posterior),
+        uniform=torch.stack(uniform),
+    )
+
+
+def choose(uniform: Tensor, count: int) -> Tensor:
+    """Turn numbers in 0 … 1 into indices below `count`."""
+    return (uniform * count).long().clamp_(max=count - 1)

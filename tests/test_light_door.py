@@ -1,0 +1,78 @@
+"""The door is light: what only looks does not pay for what works."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import e4t_cli
+
+HEAVY = ["torch", "diffusers", "transformers", "open_clip", "PIL", "numpy"]
+MOST_SECONDS = 0.4
+
+PROBE = """
+import contextlib, io, json, sys, time
+with contextlib.redirect_stdout(io.StringIO()):
+    try:
+        {code}
+    except SystemExit as end:
+        assert not end.code, end.code
+print(json.dumps([time.process_time(), sorted(set({heavy}) & set(sys.modules))]))
+"""
+
+
+def run(code):
+    """Run code in a fresh interpreter; returns its CPU seconds from birth, and heavy modules."""
+    probe = PROBE.format(code=code, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import e4t_cli",
+        "from e4t_cli import Domain, TuningRecipe, find_domain; find_domain('face')",
+        "import sys; sys.argv = ['e4t', '--help']; from e4t_cli.cli.app import main; main()",
+        "import sys; sys.argv = ['e4t', 'domains', 'list']; "
+        "from e4t_cli.cli.app import main; main()",
+    ],
+    ids=["import", "find", "help", "list"],
+)
+def test_light(code):
+    best = float("inf")
+    for _ in range(3):  # the best of three: a busy machine makes any one of them slow
+        seconds, heavy = run(code)
+        assert heavy == []
+        best = min(best, seconds)
+        if best < MOST_SECONDS:
+            return
+    pytest.fail(f"{best:.2f} s of CPU time")
+
+
+def test_the_door_names_what_there_is():
+    """The list for people and type checkers is the table that `__getattr__` reads."""
+    assert e4t_cli.__all__ == sorted([*e4t_cli._HOME, "__version__"])
+    assert dir(e4t_cli) == e4t_cli.__all__
+    for name, home in e4t_cli._HOME.items():
+        value = getattr(e4t_cli, name)
+        assert getattr(value, "__module__", f"e4t_cli.{home}") == f"e4t_cli.{home}", name
+    with pytest.raises(AttributeError, match="nothing"):
+        e4t_cli.nothing  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names():
+    import ast
+    from pathlib import Path
+
+    tree = ast.parse(Path(e4t_cli.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == e4t_cli._HOME

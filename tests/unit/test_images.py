@@ -1,0 +1,362 @@
+"""Every kind of picture file (rows I1-I10, I12 of the reliability table)."""
+
+import hashlib
+import io
+import os
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageDraw
+
+from e4t_cli import Domain, PreparationTarget, PreparedImage, TuningRecipe
+from e4t_cli.errors import E4TError, InputError, UsageError
+from e4t_cli.images import center_square, image_sha256, open_image, open_mask, prepare_image
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def gradient(width=80, height=70):
+    """A picture in which every corner differs, with smooth changes that JPEG keeps."""
+    x = np.linspace(0, 200, width)[None, :] + np.zeros((height, 1))
+    y = np.linspace(0, 180, height)[:, None] + np.zeros((1, width))
+    return Image.fromarray(np.stack([x, y, 220 - x], axis=-1).astype(np.uint8))
+
+
+def largest_difference(a, b):
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+
+
+# ---- what comes in ---------------------------------------------------------------------------
+
+
+def test_path_bytes_file_and_stdin_are_one(tmp_path, monkeypatch):
+    data = encoded(gradient())
+    path = tmp_path / "ich & ü.png"
+    path.write_bytes(data)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    for source in (path, str(path), data, io.BytesIO(data), "-"):
+        opened = open_image(source)
+        assert largest_difference(opened.image, gradient()) == 0
+        assert opened.sha256 == hashlib.sha256(data).hexdigest()
+        assert opened.notes == ()
+
+
+def test_things_that_are_no_picture_file(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not a picture")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for name, says in {
+        "empty.png": "is empty",
+        "text.png": "not a picture",
+        ".": "is a folder",
+        "fifo": "not a plain file",
+    }.items():
+        with pytest.raises(InputError, match=says):
+            open_image(tmp_path / name)
+    for wrong in (tmp_path / "missing.png", "nul\0byte.png"):
+        with pytest.raises(UsageError):
+            open_image(wrong)
+    with pytest.raises(UsageError, match="not fetched") as caught:
+        open_image("https://example.org/me.jpg")
+    assert caught.value.hint == "curl -L -o photo.jpg 'https://example.org/me.jpg'"
+
+
+def test_formats_that_run_programs_are_not_opened():
+    with pytest.raises(InputError, match="not a picture"):
+        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n")
+
+
+def test_escape_sequences_in_names_are_shown_not_obeyed(tmp_path):
+    path = tmp_path / "\x1b[31m.png"
+    path.write_bytes(b"?")
+    with pytest.raises(InputError) as caught:
+        open_image(path)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_heic_names_the_package_to_install():
+    header = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + b"\x00" * 64
+    with pytest.raises(InputError) as caught:
+        open_image(header)
+    try:
+        import pi_heif  # noqa: F401
+    except ImportError:
+        assert caught.value.hint == "pip install 'e4t[heic]'"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_truncated(kind):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8))
+    data = encoded(noise, kind)
+    with pytest.raises(InputError):
+        open_image(data[: len(data) * 2 // 3])
+
+
+def test_damaged_bytes_give_a_picture_or_a_sentence():
+    """Three hundred damaged files of every format: nothing but InputError comes out."""
+    draw = random.Random(0)
+    options = {"icc_profile": swapped_profile(), "exif": Image.Exif()}
+    options["exif"][0x0112] = 6
+    sound = [
+        encoded(gradient(), kind, **(options if kind in ("JPEG", "PNG", "WEBP") else {}))
+        for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM")
+    ]
+    refused = 0
+    for _ in range(300):
+        data = bytearray(draw.choice(sound))
+        reach = min(len(data), draw.choice((60, 400, 10**6)))
+        for _ in range(draw.choice((1, 3, 20))):
+            data[draw.randrange(reach)] = draw.randrange(256)
+        try:
+            opened = open_image(bytes(data))
+        except InputError:
+            refused += 1
+        else:
+            assert opened.image.mode == "RGB"
+    assert 0 < refused < 300
+
+
+def png_header(width, height):
+    """A PNG that declares a size and holds nothing."""
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [8_001, 10_000, 20_000, 2**31 - 1])
+def test_bombs_are_known_by_their_header(side):
+    with pytest.raises(InputError, match="64 megapixels"):
+        open_image(png_header(side, side))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (1, 5000), (5000, 63)])
+def test_too_small(size):
+    with pytest.raises(InputError, match="64 pixels a side"):
+        open_image(encoded(Image.new("RGB", size)))
+
+
+# ---- colours ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA"])
+def test_modes(mode):
+    picture = gradient().convert("L" if mode in ("1", "LA") else "RGB").convert(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    opened = open_image(encoded(picture, kind)).image
+    assert opened.mode == "RGB"
+    assert largest_difference(opened, picture.convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_shows_white_not_hidden_colours(mode):
+    picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    picture.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    picture.paste((0, 0, 0, 128), (32, 32, 64, 64))
+    opened = open_image(encoded(picture.convert(mode))).image
+    assert opened.getpixel((60, 5)) == (255, 255, 255)
+    assert all(abs(value - 127) <= 1 for value in opened.getpixel((60, 60)))
+
+
+def test_transparent_palette():
+    picture = Image.new("P", (64, 64), 1)
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.paste(0, (0, 0, 32, 64))
+    opened = open_image(encoded(picture, transparency=0)).image
+    assert opened.getpixel((5, 5)) == (255, 255, 255)
+    assert opened.getpixel((60, 5)) == (200, 100, 50)
+
+
+RAMP = np.tile(np.linspace(0.0, 1.0, 80), (64, 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ((RAMP * 65535).astype(np.uint16), "PNG"),
+        ((RAMP * 65535).astype(np.uint16), "TIFF"),
+        ((RAMP * 65535).astype(np.int32), "TIFF"),
+        ((RAMP * 255).astype(np.int32), "TIFF"),
+        ((RAMP * 2e9).astype(np.int32), "TIFF"),
+        (RAMP.astype(np.float32), "TIFF"),
+        ((RAMP * 255).astype(np.float32), "TIFF"),
+        ((RAMP * 2 - 1).astype(np.float32), "TIFF"),
+    ],
+    ids=["u16-png", "u16-tiff", "i32-16bit", "i32-8bit", "i32-wide", "f-unit", "f-255", "f-signed"],
+)
+def test_deep_greys_are_scaled_not_clipped(values, kind):
+    opened = np.asarray(open_image(encoded(Image.fromarray(values), kind)).image) / 255
+    assert np.abs(opened - RAMP[..., None]).max() <= 1 / 255
+
+
+def test_greys_that_are_not_finite():
+    values = RAMP.astype(np.float32)
+    values[3, 3] = np.nan
+    with pytest.raises(InputError, match="not finite"):
+        open_image(encoded(Image.fromarray(values), "TIFF"))
+
+
+def swapped_profile():
+    """An ICC profile that differs from sRGB: red and green change places."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = data.index(b"rXYZ"), data.index(b"gXYZ")
+    data[red : red + 4], data[green : green + 4] = b"gXYZ", b"rXYZ"
+    for start in range(len(data) - 8):  # its description would say "sRGB", in UTF-16
+        if data[start : start + 8] == "sRGB".encode("utf-16-be"):
+            data[start : start + 8] = "swap".encode("utf-16-be")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colour_profiles_are_applied(mode):
+    picture = Image.new(mode, (64, 64), (200, 30, 60, 255)[: len(mode)])
+    opened = open_image(encoded(picture, icc_profile=swapped_profile()))
+    assert opened.notes == ()
+    assert largest_difference(opened.image, Image.new("RGB", (64, 64), (30, 200, 60))) <= 2
+
+
+def test_srgb_profile_changes_nothing_and_a_broken_one_is_noted():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert (
+        largest_difference(open_image(encoded(gradient(), icc_profile=srgb)).image, gradient()) == 0
+    )
+    opened = open_image(encoded(gradient(), icc_profile=b"no profile"))
+    assert "colour profile" in opened.notes[0]
+    assert largest_difference(opened.image, gradient()) == 0
+
+
+# ---- geometry, frames, metadata --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_all_orientations_give_the_same_pixels(kind):
+    upright = gradient()
+    # How a camera held that way stores the picture: the inverse of what the tag asks for.
+    stored = {
+        1: [],
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }
+    for tag, turns in stored.items():
+        picture = upright
+        for turn in turns:
+            picture = picture.transpose(turn)
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        exif[0x010F] = "a camera with a serial number"
+        options = {"quality": 95} if kind == "JPEG" else {}
+        opened = open_image(encoded(picture, kind, exif=exif, **options)).image
+        assert opened.size == upright.size
+        assert largest_difference(opened, upright) <= (12 if kind == "JPEG" else 0)
+        assert not opened.info
+        assert not dict(opened.getexif())
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_with_a_note(kind):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    opened = open_image(
+        encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    )
+    assert opened.image.getpixel((5, 5)) == (255, 0, 0)
+    assert "3 frames" in opened.notes[0]
+
+
+def test_center_square():
+    picture = Image.new("RGB", (200, 100), "black")
+    ImageDraw.Draw(picture).rectangle((50, 0, 149, 99), fill="white")
+    square = center_square(picture, 64)
+    assert square.size == (64, 64)
+    assert square.getpixel((32, 32)) == (255, 255, 255)
+    exact = gradient(64, 64)
+    assert image_sha256(center_square(exact, 64)) == image_sha256(exact)
+
+
+def test_pixels_have_a_hash_of_their_own():
+    assert image_sha256(gradient()) == image_sha256(open_image(encoded(gradient())).image)
+    assert image_sha256(gradient(80, 70)) != image_sha256(gradient(70, 80))
+
+
+def test_masks_must_have_the_proportions_of_the_picture():
+    mask = encoded(Image.new("L", (160, 140), 255))
+    assert open_mask(mask, gradient()).mode == "L"
+    with pytest.raises(InputError, match="proportions"):
+        open_mask(mask, Image.new("RGB", (80, 80)))
+
+
+# ---- preparation -----------------------------------------------------------------------------
+
+TARGET = PreparationTarget(size=64, base="mini")
+
+
+def domain_with(prepare):
+    recipe = TuningRecipe(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    return Domain(name="dog", descriptor="dog", tuning=recipe, prepare=prepare)
+
+
+def test_default_preparation():
+    prepared = prepare_image(domain_with(None), gradient(), TARGET)
+    assert prepared.image.size == (64, 64)
+    assert prepared.mask is None
+    assert prepared.notes == ()
+    large = PreparationTarget(size=512, base="sd14")
+    assert "scaled up" in prepare_image(domain_with(None), gradient(), large).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "kept"),
+    [(0, 0, False), (6, 6, False), (7, 6, True), (64, 64, True)],  # 40.96 pixels are 1 %
+)
+def test_masks_under_a_hundredth_are_left_out(width, height, kept):
+    def prepare(image, target):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (0, 0, width, height))
+        return PreparedImage(image=center_square(image, 64), mask=mask)
+
+    prepared = prepare_image(domain_with(prepare), gradient(), TARGET)
+    assert (prepared.mask is not None) == kept
+    assert bool(prepared.notes) != kept
+
+
+def test_no_mask_asked_no_mask_given():
+    def prepare(image, target):
+        return PreparedImage(image=center_square(image, 64), mask=Image.new("L", (64, 64), 255))
+
+    assert prepare_image(domain_with(prepare), gradient(), TARGET).mask is not None
+    bare = PreparationTarget(size=64, base="mini", mask=None)
+    assert prepare_image(domain_with(prepare), gradient(), bare).mask is None
+
+
+def test_a_preparation_that_breaks_its_promise_is_named():
+    def wrong_size(image, target):
+        return PreparedImage(image=Image.new("RGB", (32, 32)))
+
+    def wrong_type(image, target):
+        return image
+
+    def fails(image, target):
+        return 1 / 0
+
+    for prepare in (wrong_size, wrong_type, fails):
+        with pytest.raises(E4TError, match="domain 'dog'") as caught:
+            prepare_image(domain_with(prepare), gradient(), TARGET)
+        assert __name__ in str(caught.value)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
