@@ -10,8 +10,10 @@ import numpy
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.training_utils import compute_snr
-from torch import Tensor
+from torch import Tensor, nn
 
 from mini_world.captions import Caption
 from mini_world.data import Drawings
@@ -50,6 +52,19 @@ def subject_weights(labels: numpy.ndarray) -> Tensor:
     return 1 + F.avg_pool2d(mask[:, None].float(), 4)[:, 0].half()
 
 
+def _start_simple(unet: UNet2DConditionModel) -> None:
+    """Every residual branch and the output start at zero, as in the network that Stable Diffusion's U-Net comes from."""
+    last = [unet.conv_out]
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            last.append(module.conv2)
+        elif isinstance(module, Transformer2DModel):
+            last.append(module.proj_out)
+    for layer in last:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
 def train_unet(
     folder: Path,
     drawings: Drawings,
@@ -65,6 +80,7 @@ def train_unet(
     device = pick_device()
     torch.manual_seed(3)
     unet = UNet2DConditionModel(**UNET_CONFIG)
+    _start_simple(unet)
     captioner = Captioner(tokenizer, text_encoder.to(device).eval().requires_grad_(False))
     schedule = DDPMScheduler(**SCHEDULE)
     snr = compute_snr(schedule, torch.arange(1000))
@@ -74,9 +90,7 @@ def train_unet(
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(encoded), (batch,), generator=generator)
         chooser = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
-        captions = [
-            Caption("", "") if chooser.random() < 0.1 else drawings.caption(int(row), chooser) for row in rows
-        ]
+        captions = [Caption("", "") if chooser.random() < 0.1 else drawings.caption(int(row), chooser) for row in rows]
         with torch.no_grad():
             hidden, _ = captioner(captions)
         mean, logvar = encoded[rows].float().chunk(2, 1)
@@ -93,9 +107,7 @@ def train_unet(
     return unet
 
 
-def write_base(
-    target: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder, tokenizer, revision: str
-) -> None:
+def write_base(target: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder, tokenizer, revision: str) -> None:
     """Write everything but the image tower in diffusers' layout, fp16."""
     unet.half().save_pretrained(target / "unet")
     vae.half().save_pretrained(target / "vae")
@@ -114,5 +126,5 @@ def write_base(
     }
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (target / "base.toml").write_text(
-        f'schema = 1\nname = "mini"\nlicence = "Apache-2.0"\nrevision = "{revision}"\nresolution = 64\n'
+        f'schema = 1\nname = "mini"\nlicence = "Apache-2.0"\nrevision = "{revision}"\nresolution = 64\nguidance = 3.0\n'
     )

@@ -70,16 +70,12 @@ class Canvas:
         half = SUPERSAMPLING // 2
         return numpy.asarray(self.labels)[half::SUPERSAMPLING, half::SUPERSAMPLING].copy()
 
-    def shape(
-        self, kind: str, points: Sequence[Point], colour: Colour, label: str, width: float = 0.0
-    ) -> None:
+    def shape(self, kind: str, points: Sequence[Point], colour: Colour, label: str, width: float = 0.0) -> None:
         """Draw one shape given in pixels; `kind` is a method of ImageDraw."""
         scaled = [(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points]
         for pen, fill in ((self._colour_pen, colour), (self._label_pen, LABEL_ID[label])):
             if kind == "line":
-                pen.line(
-                    scaled, fill=fill, width=max(1, round(width * SUPERSAMPLING)), joint="curve"
-                )
+                pen.line(scaled, fill=fill, width=max(1, round(width * SUPERSAMPLING)), joint="curve")
             elif kind == "ring":
                 pen.ellipse(scaled, outline=fill, width=max(1, round(width * SUPERSAMPLING)))
             elif kind == "frame":
@@ -100,42 +96,26 @@ class Pen:
     def _to_page(self, points: Sequence[Point]) -> list[Point]:
         return [(self.x + self.unit * x, self.y + self.unit * y) for x, y in points]
 
-    def ellipse(
-        self, x: float, y: float, rx: float, ry: float, colour: Colour, label: str = "background"
-    ) -> None:
-        self.canvas.shape(
-            "ellipse", self._to_page([(x - rx, y - ry), (x + rx, y + ry)]), colour, label
-        )
+    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour, label: str = "background") -> None:
+        self.canvas.shape("ellipse", self._to_page([(x - rx, y - ry), (x + rx, y + ry)]), colour, label)
 
-    def ring(
-        self, x: float, y: float, rx: float, ry: float, width: float, colour: Colour, label: str
-    ) -> None:
+    def ring(self, x: float, y: float, rx: float, ry: float, width: float, colour: Colour, label: str) -> None:
         box = self._to_page([(x - rx, y - ry), (x + rx, y + ry)])
         self.canvas.shape("ring", box, colour, label, width * self.unit)
 
-    def frame(
-        self, x0: float, y0: float, x1: float, y1: float, width: float, colour: Colour, label: str
-    ) -> None:
-        self.canvas.shape(
-            "frame", self._to_page([(x0, y0), (x1, y1)]), colour, label, width * self.unit
-        )
+    def frame(self, x0: float, y0: float, x1: float, y1: float, width: float, colour: Colour, label: str) -> None:
+        self.canvas.shape("frame", self._to_page([(x0, y0), (x1, y1)]), colour, label, width * self.unit)
 
-    def rectangle(
-        self, x0: float, y0: float, x1: float, y1: float, colour: Colour, label: str = "background"
-    ) -> None:
+    def rectangle(self, x0: float, y0: float, x1: float, y1: float, colour: Colour, label: str = "background") -> None:
         self.canvas.shape("rectangle", self._to_page([(x0, y0), (x1, y1)]), colour, label)
 
     def polygon(self, points: Sequence[Point], colour: Colour, label: str = "background") -> None:
         self.canvas.shape("polygon", self._to_page(points), colour, label)
 
-    def line(
-        self, points: Sequence[Point], width: float, colour: Colour, label: str = "background"
-    ) -> None:
+    def line(self, points: Sequence[Point], width: float, colour: Colour, label: str = "background") -> None:
         self.canvas.shape("line", self._to_page(points), colour, label, width * self.unit)
 
-    def cap(
-        self, rx: float, ry: float, below: float, colour: Colour, label: str, centre: float = 0.0
-    ) -> None:
+    def cap(self, rx: float, ry: float, below: float, colour: Colour, label: str, centre: float = 0.0) -> None:
         """The part of an ellipse that lies above the height `below`: hair on a head, the dome of a hat."""
         edge = math.asin(max(-1.0, min(1.0, (below - centre) / ry)))
         angles = [math.pi - edge + (math.pi + 2 * edge) * k / 24 for k in range(25)]

@@ -133,17 +133,13 @@ def _phrases(who: Identity, named: list[str], chooser: random.Random) -> list[st
         elif name == "skin":
             said.append(f"{value} skin")
         elif name == "glasses":
-            said.append(
-                {"none": "no glasses", "sunglasses": "sunglasses"}.get(value, f"{value} glasses")
-            )
+            said.append({"none": "no glasses", "sunglasses": "sunglasses"}.get(value, f"{value} glasses"))
         elif name == "beard":
             said.append("no beard" if value == "none" else f"a {value}")
         elif name == "eyes":
             said.append(f"{value} eyes")
         elif name == "marks":
-            said.append(
-                {"none": "clear skin", "rosy": "rosy cheeks", "freckles": "freckles"}[value]
-            )
+            said.append({"none": "clear skin", "rosy": "rosy cheeks", "freckles": "freckles"}[value])
         elif name == "fur":
             said.append(f"{value} fur")
         elif name in ("ears", "muzzle"):

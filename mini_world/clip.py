@@ -35,6 +35,18 @@ def build_tower() -> VisionTransformer:
     return VisionTransformer(**TOWER_CONFIG)
 
 
+def build_heads() -> nn.ModuleDict:
+    """What reads the tower and the text in training; none of it ships."""
+    return nn.ModuleDict(
+        {
+            "image": nn.Linear(128, 128, bias=False),
+            "text": nn.Linear(WIDTH, 128, bias=False),
+            "who": nn.Linear(128, 128, bias=False),
+            "attributes": nn.ModuleList(nn.Linear(128, sum(HEAD_SIZES)) for _ in range(4)),
+        }
+    )
+
+
 def class_tokens(tower: VisionTransformer, pixels: Tensor) -> list[Tensor]:
     """[CLS] of every second layer through the final norm: four tensors (B, width); pixels in [-1, 1]."""
     layers = range(1, TOWER_CONFIG["layers"], 2)
@@ -77,12 +89,7 @@ def train_clip(folder: Path, drawings: Drawings, *, steps: int, pairs: int = 32)
     tokenizer = build_tokenizer(folder / "base" / "tokenizer")
     text_encoder, tower = build_text_encoder(tokenizer), build_tower()
     captioner = Captioner(tokenizer, text_encoder)
-    heads = nn.ModuleDict(
-        {
-            "image": nn.Linear(128, 128, bias=False), "text": nn.Linear(WIDTH, 128, bias=False), "who": nn.Linear(128, 128, bias=False),
-            "attributes": nn.ModuleList(nn.Linear(128, sum(HEAD_SIZES)) for _ in range(4)),
-        }
-    )
+    heads = build_heads()
     images = torch.from_numpy(drawings.images)
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -109,6 +116,26 @@ def train_clip(folder: Path, drawings: Drawings, *, steps: int, pairs: int = 32)
     modules = {"text_encoder": text_encoder, "tower": tower, "heads": heads}
     train("clip", folder, modules, loss_of_step, steps=steps, learning_rate=1e-3, warm_up=150, weight_decay=0.05, average=0.99)
     return tokenizer, text_encoder, tower, heads
+
+
+def train_tower(folder: Path, drawings: Drawings, tower: VisionTransformer, heads: nn.ModuleDict, *, steps: int, pairs: int = 32):
+    """Go on with the tower alone once the text encoder is fixed: shapes are what a small transformer learns last."""
+    device = pick_device()
+    images = torch.from_numpy(drawings.images)
+
+    def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        first = torch.randint(len(images) // 2, (pairs,), generator=generator) * 2
+        rows = torch.stack([first, first + 1], 1).flatten()
+        tokens = class_tokens(tower, to_pixels(images[rows]).to(device))
+        same = torch.arange(len(rows), device=device)
+        who = F.normalize(heads["who"](tokens[-1]).float(), dim=1)
+        alike = (who @ who.T / 0.1).masked_fill(torch.eye(len(rows), dtype=torch.bool, device=device), -1e4)
+        masks, targets = attribute_targets(drawings, rows.numpy())
+        read = sum(attribute_loss(heads["attributes"][k](tokens[k]), masks, targets) for k in range(1, 4))
+        return {"identity": 0.3 * F.cross_entropy(alike, same ^ 1), "attributes": read}
+
+    modules = {"tower": tower, "heads": heads}
+    train("tower", folder, modules, loss_of_step, steps=steps, learning_rate=1e-3, warm_up=50, weight_decay=0.05, average=0.99)
 
 
 @torch.no_grad()

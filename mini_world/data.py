@@ -42,10 +42,7 @@ class Drawings:
         if kind < 0:
             return None
         name = WHO_KINDS[kind]
-        values = {
-            a: ATTRIBUTES[name][a][int(v)]
-            for a, v in zip(ATTRIBUTES[name], self.values[row], strict=False)
-        }
+        values = {a: ATTRIBUTES[name][a][int(v)] for a, v in zip(ATTRIBUTES[name], self.values[row], strict=False)}
         return Identity(name, values, 0)
 
     def caption(self, row: int, chooser: random.Random) -> Caption:

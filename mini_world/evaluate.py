@@ -120,7 +120,7 @@ def score(judge: Judge, who: Identity, tasks: Sequence[Task], images: Sequence[I
 def generate(model, tuned: TunedModel, tasks: Sequence[Task], seed: int, sampling: Sampling) -> list[Image.Image]:
     """One picture a task."""
     prompts = [parse_prompt(task.prompt) for task in tasks]
-    return list(sample(model, tuned, prompts, [seed + k for k in range(len(tasks))], sampling))
+    return list(sample(model, tuned, prompts, [seed + k for k in range(len(tasks))], sampling, batch=len(tasks)))
 
 
 def draw_answers(who: Identity, tasks: Sequence[Task], seed: int) -> list[Image.Image]:
@@ -151,7 +151,15 @@ Method = Callable[[PreparedImage, int], TunedModel]
 
 
 def run_method(
-    model, judge: Judge, kind: str, photos: Sequence[Picture], method: Method, sampling: Sampling, *, rare: bool = False, seed: int = 0
+    model,
+    judge: Judge,
+    kind: str,
+    photos: Sequence[Picture],
+    method: Method,
+    sampling: Sampling,
+    *,
+    rare: bool = False,
+    seed: int = 0,
 ) -> Scores:
     """Score one method on every photo; `rare`: its placeholder stands before the descriptor, as in DreamBooth."""
     tasks = tasks_of(kind)

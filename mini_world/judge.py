@@ -70,8 +70,8 @@ def train_judge(folder: Path, drawings: Drawings, vae: AutoencoderKL | None, *, 
         pixels = to_pixels(images[rows]).to(device)
         if vae is not None:
             with torch.no_grad():
-                eighth = batch // 8
-                pixels[:eighth] = vae.decode(vae.encode(pixels[:eighth]).latent_dist.mean).sample.float()
+                some = batch // 16
+                pixels[:some] = vae.decode(vae.encode(pixels[:some]).latent_dist.mean).sample.float()
         attributes, context = judge(_worsen(pixels, generator))
         masks, targets = attribute_targets(drawings, rows.numpy())
         facts = torch.from_numpy(drawings.facts[rows.numpy(), :5].astype(numpy.int64)).to(device)

@@ -118,9 +118,7 @@ def train(
         if (step + 1) % 50 == 0:
             spent += time.monotonic() - started
             started = time.monotonic()
-            line = {"step": step + 1, "seconds": round(spent, 1)} | {
-                k: round(v / 50, 5) for k, v in sums.items()
-            }
+            line = {"step": step + 1, "seconds": round(spent, 1)} | {k: round(v / 50, 5) for k, v in sums.items()}
             if rank == 0:
                 with log_path.open("a") as log:
                     log.write(json.dumps(line) + "\n")

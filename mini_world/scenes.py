@@ -48,9 +48,7 @@ def draw_place(canvas: Canvas, place: str, chooser: random.Random) -> None:
         for x in (4, 15, 49, 60):
             x += chooser.randint(-2, 2)
             page.rectangle(x - 2, 20, x + 2, 54, (88, 56, 30))
-            page.ellipse(
-                x, 15 + chooser.randint(-3, 3), 9, 11, (24 + chooser.randint(0, 20), 94, 36)
-            )
+            page.ellipse(x, 15 + chooser.randint(-3, 3), 9, 11, (24 + chooser.randint(0, 20), 94, 36))
     elif place == "city":
         canvas.gradient((148, 160, 186), (204, 208, 218))
         for x in (0, 13, 26, 39, 52):
@@ -117,16 +115,12 @@ def render_medium(picture: Image.Image, medium: str, chooser: random.Random) -> 
     """Turn the finished 64-pixel drawing into a pencil sketch, pixel art or an oil painting."""
     if medium == "sketch":
         grey = numpy.asarray(picture.convert("L"), dtype=numpy.float32)
-        soft = numpy.asarray(
-            picture.convert("L").filter(ImageFilter.GaussianBlur(2.2)), dtype=numpy.float32
-        )
+        soft = numpy.asarray(picture.convert("L").filter(ImageFilter.GaussianBlur(2.2)), dtype=numpy.float32)
         paper = 244 - numpy.clip((soft - grey) * 2.2, -24, 150) - (255 - grey) * 0.22
         return Image.fromarray(numpy.clip(paper, 0, 255).astype(numpy.uint8)).convert("RGB")
     if medium == "pixel":
         small = picture.resize((21, 21), Image.Resampling.BOX).point(lambda v: (v // 32) * 32 + 16)
-        return small.resize((63, 63), Image.Resampling.NEAREST).resize(
-            (SIZE, SIZE), Image.Resampling.NEAREST
-        )
+        return small.resize((63, 63), Image.Resampling.NEAREST).resize((SIZE, SIZE), Image.Resampling.NEAREST)
     if medium == "oil":
         brushed = picture.filter(ImageFilter.ModeFilter(3))
         pixels = numpy.asarray(brushed, dtype=numpy.float32)
@@ -143,13 +137,8 @@ def render_style(picture: Image.Image, style: Identity) -> Image.Image:
     grey = numpy.clip((grey - grey.min()) / max(0.2, float(grey.max() - grey.min())), 0, 1)
     rows, columns = numpy.mgrid[0:SIZE, 0:SIZE].astype(numpy.float32)
     if style["stroke"] == "mosaic":
-        cells = Image.fromarray((grey * 255).astype(numpy.uint8)).resize(
-            (16, 16), Image.Resampling.BOX
-        )
-        grey = (
-            numpy.asarray(cells.resize((SIZE, SIZE), Image.Resampling.NEAREST), dtype=numpy.float32)
-            / 255
-        )
+        cells = Image.fromarray((grey * 255).astype(numpy.uint8)).resize((16, 16), Image.Resampling.BOX)
+        grey = numpy.asarray(cells.resize((SIZE, SIZE), Image.Resampling.NEAREST), dtype=numpy.float32) / 255
         grey = numpy.where((rows % 4 == 0) | (columns % 4 == 0), grey * 0.5, grey)
     elif style["stroke"] == "dotted":
         wave = (numpy.cos(columns * numpy.pi / 2.5) * numpy.cos(rows * numpy.pi / 2.5) + 1) / 2
@@ -158,11 +147,7 @@ def render_style(picture: Image.Image, style: Identity) -> Image.Image:
         wave = (numpy.sin((columns + rows) * numpy.pi / 3.0) + 1) / 2
         grey = numpy.clip((grey - wave) * 2.4 + 0.5, 0, 1) * 0.75 + grey * 0.25
     elif style["stroke"] == "outlined":
-        edges = (
-            picture.convert("L")
-            .filter(ImageFilter.GaussianBlur(0.6))
-            .filter(ImageFilter.FIND_EDGES)
-        )
+        edges = picture.convert("L").filter(ImageFilter.GaussianBlur(0.6)).filter(ImageFilter.FIND_EDGES)
         ink = numpy.clip(numpy.asarray(edges, dtype=numpy.float32) / 60, 0, 1)
         ink[0], ink[-1], ink[:, 0], ink[:, -1] = 0, 0, 0, 0
         grey = numpy.round(grey * 2) / 2 * 0.6 + 0.4

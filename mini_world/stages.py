@@ -36,7 +36,9 @@ class Lengths:
     vae_crops: int
     vae_wholes: int
     clip: int
+    tower: int
     encoded: int
+    decoder: int
     unet: int
     parser: int
     judge: int
@@ -46,10 +48,21 @@ class Lengths:
 
 
 CPU = Lengths(
-    vae_crops=3000, vae_wholes=800, clip=1150, encoded=64_000, unet=5600, parser=900, judge=1200, face=1500, cat=800, art=800
+    vae_crops=3000,
+    vae_wholes=480,
+    clip=1150,
+    tower=900,
+    encoded=32_000,
+    decoder=2500,
+    unet=4300,
+    parser=900,
+    judge=1200,
+    face=1500,
+    cat=800,
+    art=800,
 )
 CUDA = Lengths(
-    vae_crops=20_000, vae_wholes=10_000, clip=20_000, encoded=120_000, unet=60_000, parser=4000, judge=8000, face=12_000,
+    vae_crops=20_000, vae_wholes=10_000, clip=20_000, tower=10_000, encoded=120_000, decoder=20_000, unet=60_000, parser=4000, judge=8000, face=12_000,
     cat=8000, art=8000,
 )  # fmt: skip
 
@@ -106,11 +119,32 @@ def run_clip(folder: Path) -> None:
         return
     drawings = clip.join(base_drawings(folder), *(portraits(folder, kind) for kind in PORTRAITS))
     _, text_encoder, tower, heads = clip.train_clip(folder, drawings, steps=lengths().clip)
-    save_file(tower.state_dict(), folder / "tower.safetensors")
-    save_file(heads.state_dict(), folder / "heads.safetensors")
-    probes = {kind: clip.probe(tower.cpu(), heads.cpu(), held_out_portraits(folder, kind)) for kind in PORTRAITS}
-    note(folder, "clip", **probes, scenes=clip.probe(tower, heads, held_out_scenes(folder)))
+    _save_tower(folder, "clip", tower, heads)
     text_encoder.save_pretrained(target)
+
+
+def _save_tower(folder: Path, stage: str, tower: nn.Module, heads: nn.Module) -> None:
+    probes = {kind: clip.probe(tower.cpu(), heads.cpu(), held_out_portraits(folder, kind)) for kind in PORTRAITS}
+    note(folder, stage, **probes, scenes=clip.probe(tower, heads, held_out_scenes(folder)))
+    save_file({f"tower.{k}": v for k, v in tower.state_dict().items()} | {f"heads.{k}": v for k, v in heads.state_dict().items()},
+              folder / f"{stage}.safetensors")  # fmt: skip
+
+
+def run_tower(folder: Path) -> None:
+    if (folder / "tower.safetensors").exists():
+        return
+    state = load_file(folder / "clip.safetensors")
+    tower, heads = clip.build_tower(), clip.build_heads()
+    tower.load_state_dict({k.removeprefix("tower."): v for k, v in state.items() if k.startswith("tower.")})
+    heads.load_state_dict({k.removeprefix("heads."): v for k, v in state.items() if k.startswith("heads.")})
+    scenes = base_drawings(folder)
+    clear = (scenes.facts[:, 3] != clip.SKETCH) & (scenes.facts[:, 4] != clip.AFAR)
+    pairs = numpy.flatnonzero(clear[0::2] & clear[1::2])
+    rows = numpy.stack([pairs * 2, pairs * 2 + 1], 1).ravel()
+    some = Drawings(*(getattr(scenes, key)[rows] for key in ("images", "labels", "facts", "values")))
+    drawings = clip.join(some, *(portraits(folder, kind) for kind in PORTRAITS))
+    clip.train_tower(folder, drawings, tower, heads, steps=lengths().tower)
+    _save_tower(folder, "tower", tower, heads)
 
 
 def run_encode(folder: Path) -> None:
@@ -122,8 +156,20 @@ def run_encode(folder: Path) -> None:
     save_file({"latents": vae.encode_all(trained, images)}, path)
 
 
-def load_vae(folder: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(folder / "base" / "vae").eval().requires_grad_(False)
+def run_decoder(folder: Path) -> None:
+    target = folder / "base" / "vae-final"
+    if (target / "config.json").exists():
+        return
+    trained = load_vae(folder)
+    latents = load_file(folder / "latents.safetensors")["latents"]
+    vae.train_decoder(folder, trained, base_drawings(folder), latents, steps=lengths().decoder)
+    psnr = vae.reconstruction_psnr(trained.cpu(), torch.from_numpy(held_out_scenes(folder).images[:512]))
+    note(folder, "decoder", psnr=round(psnr, 2))
+    trained.save_pretrained(target)
+
+
+def load_vae(folder: Path, name: str = "vae") -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder / "base" / name).eval().requires_grad_(False)
 
 
 def run_unet(folder: Path) -> None:
@@ -149,14 +195,16 @@ def run_base(folder: Path) -> None:
     base.write_base(
         PACKAGED,
         UNet2DConditionModel.from_pretrained(source / "unet"),
-        AutoencoderKL.from_pretrained(source / "vae"),
+        load_vae(folder, "vae-final"),
         CLIPTextModel.from_pretrained(source / "text_encoder", dtype=torch.float32),
         CLIPTokenizer.from_pretrained(source / "tokenizer"),
         revision="1",
     )
     tower = PACKAGED / "image_tower"
     tower.mkdir(parents=True)
-    save_file({k: v.half().contiguous() for k, v in load_file(folder / "tower.safetensors").items()}, tower / "model.safetensors")
+    state = load_file(folder / "tower.safetensors")
+    tower_state = {k.removeprefix("tower."): v for k, v in state.items() if k.startswith("tower.")}
+    save_file({k: v.half().contiguous() for k, v in tower_state.items()}, tower / "model.safetensors")
     vision = {k: v for k, v in TOWER_CONFIG.items() if k not in ("output_dim", "heads")}
     vision["head_width"] = TOWER_CONFIG["width"] // TOWER_CONFIG["heads"]
     config = {

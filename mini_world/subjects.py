@@ -134,9 +134,7 @@ def draw_cat(pen: Pen, who: Identity) -> None:
         pen.ellipse(0.5, 2.6, 0.5, 0.7, marking, "animal")
     for side in (-1, 1):
         if who["ears"] == "pointed":
-            pen.polygon(
-                [(side * 0.95, -0.2), (side * 0.98, -1.4), (side * 0.2, -0.8)], coat, "animal"
-            )
+            pen.polygon([(side * 0.95, -0.2), (side * 0.98, -1.4), (side * 0.2, -0.8)], coat, "animal")
             pen.polygon(
                 [(side * 0.82, -0.5), (side * 0.86, -1.1), (side * 0.42, -0.78)],
                 (244, 150, 158),
@@ -165,9 +163,7 @@ def draw_cat(pen: Pen, who: Identity) -> None:
         pen.ellipse(side * 0.45, -0.08, 0.27, 0.25, CAT_EYES[who["eyes"]], "animal")
         pen.ellipse(side * 0.45, -0.08, 0.08, 0.23, (10, 10, 14), "animal")
         for dy in (-0.06, 0.14):
-            pen.line(
-                [(side * 0.4, 0.42), (side * 1.3, 0.4 + dy * 2)], 0.05, (250, 250, 250), "animal"
-            )
+            pen.line([(side * 0.4, 0.42), (side * 1.3, 0.4 + dy * 2)], 0.05, (250, 250, 250), "animal")
     pen.polygon([(-0.14, 0.24), (0.14, 0.24), (0, 0.4)], (238, 110, 130), "animal")
     pen.line([(-0.24, 0.55), (0, 0.46), (0.24, 0.55)], 0.07, (60, 30, 34), "animal")
     _draw_collar(pen, who["collar"], 1.02)

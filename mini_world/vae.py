@@ -52,9 +52,7 @@ def _start_simple(vae: AutoencoderKL) -> None:
         vae.quant_conv.weight[4:] *= 0.1
 
 
-def train_vae(
-    folder: Path, drawings: Drawings, *, crop_steps: int, whole_steps: int
-) -> AutoencoderKL:
+def train_vae(folder: Path, drawings: Drawings, *, crop_steps: int, whole_steps: int) -> AutoencoderKL:
     """First on crops, which are cheap and already hold every edge, then on whole pictures."""
     device = pick_device()
     torch.manual_seed(1)
@@ -90,6 +88,26 @@ def train_vae(
     return vae
 
 
+def train_decoder(folder: Path, vae: AutoencoderKL, drawings: Drawings, latents: Tensor, *, steps: int) -> None:
+    """Go on with the decoder alone, on latents that are fixed by now: the U-Net never notices, every picture gains."""
+    device = pick_device()
+    images = torch.from_numpy(drawings.images)
+    vae.requires_grad_(False)
+    parts = {"decoder": vae.decoder.requires_grad_(True), "post_quant_conv": vae.post_quant_conv.requires_grad_(True)}
+
+    def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(latents), (12,), generator=generator)
+        x, y = torch.randint(0, 9, (2,), generator=generator).tolist()
+        pixels = to_pixels(images[rows]).to(device)[..., 4 * y : 4 * y + 32, 4 * x : 4 * x + 32]
+        mean, logvar = latents[rows][..., y : y + 8, x : x + 8].float().chunk(2, 1)
+        z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+        decoded = vae.decode(z.to(device)).sample.float()
+        edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(decoded), _edges(pixels), strict=True))
+        return {"l1": F.l1_loss(decoded, pixels), "mse": 2 * F.mse_loss(decoded, pixels), "edges": 0.5 * edges}
+
+    train("decoder", folder, parts, loss_of_step, steps=steps, learning_rate=7e-4, average=0.997)
+
+
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:
     """Posterior means and log-variances of many pictures, fp16 (N, 8, 16, 16), not scaled."""
@@ -99,7 +117,7 @@ def encode_all(vae: AutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(to_pixels(images[start : start + batch]).to(device)).latent_dist
         parts.append(torch.cat([posterior.mean, posterior.logvar], 1).half().cpu())
-    return torch.cat(parts)
+    return torch.cat(parts).contiguous()
 
 
 @torch.no_grad()

@@ -47,9 +47,7 @@ class Watch:
             method = tuned_method(self.model, pack, STILL)
             scores = run_method(self.model, self.judge, self.name, self.photos, method, LOOK).summary()
             line |= {"identity": scores["identity"], "prompt": scores["prompt"]}
-        line["offset_rms"] = float(
-            numpy.sqrt(numpy.mean([(a @ b).pow(2).mean().item() for a, b in pack.offsets.values()]))
-        )
+        line["offset_rms"] = float(numpy.sqrt(numpy.mean([(a @ b).pow(2).mean().item() for a, b in pack.offsets.values()])))
         with self.path.open("a") as log:
             log.write(json.dumps({k: round(v, 5) for k, v in line.items()}) + "\n")
 
@@ -59,9 +57,7 @@ class Watch:
         model, data, count = self.model, self.data, len(self.data)
         descriptor = model.descriptor_id(pack.descriptor)
         tokens = model.tokenize(training_prompts(pack.templates), descriptor)
-        draws = draw(
-            5, 0, range(count), batch_size=count, train_timesteps=model.train_timesteps, shape=model.latent_shape
-        )
+        draws = draw(5, 0, range(count), batch_size=count, train_timesteps=model.train_timesteps, shape=model.latent_shape)
         z_0 = data.means.float()
         offsets = WeightOffsets.from_factors(pack.offsets)
         folded = pack.encoder.fold(data.image_features.float())

@@ -31,9 +31,7 @@ THINGS = ("tree", "house", "mountain", "boat", "flower")
 KINDS = ("face", "cat", "dog", "art", "thing")
 KIND_SHARES = (0.46, 0.17, 0.10, 0.20, 0.07)
 # The labels that belong to a subject itself; accessories and clothes are the context's.
-SUBJECT_LABELS = tuple(
-    LABEL_ID[name] for name in ("skin", "hair", "eyes", "mouth", "glasses", "beard", "animal")
-)
+SUBJECT_LABELS = tuple(LABEL_ID[name] for name in ("skin", "hair", "eyes", "mouth", "glasses", "beard", "animal"))
 
 
 @dataclass(frozen=True)
@@ -59,31 +57,23 @@ class Picture:
     def caption(self, chooser: random.Random) -> Caption:
         """One wording of what the picture shows."""
         scene = self.scene
-        return write_caption(
-            self.subject, self.who, scene.place, scene.role, scene.medium, scene.framing, chooser
-        )
+        return write_caption(self.subject, self.who, scene.place, scene.role, scene.medium, scene.framing, chooser)
 
     def mask(self) -> numpy.ndarray:
         """Which pixels show the subject itself, bool (64, 64)."""
         return numpy.isin(self.labels, SUBJECT_LABELS)
 
 
-def draw(
-    who: Identity | None, scene: Scene, chooser: random.Random, thing: str | None = None
-) -> Picture:
+def draw(who: Identity | None, scene: Scene, chooser: random.Random, thing: str | None = None) -> Picture:
     """Draw one subject in one scene; what neither says (garment, exact position) comes from `chooser`."""
     canvas = Canvas()
     draw_place(canvas, scene.place, chooser)
     kind = who.kind if who is not None else "thing"
     head = {"normal": (32, 34, 14.2), "close": (32, 36, 19.5), "afar": (32, 27, 8.4)}[scene.framing]
     if kind in ("cat", "dog"):
-        head = {"normal": (32, 28, 12.6), "close": (32, 34, 18.0), "afar": (32, 32, 7.6)}[
-            scene.framing
-        ]
+        head = {"normal": (32, 28, 12.6), "close": (32, 34, 18.0), "afar": (32, 32, 7.6)}[scene.framing]
     elif kind in ("art", "thing"):
-        head = {"normal": (32, 34, 14.5), "close": (32, 34, 19.0), "afar": (32, 38, 8.5)}[
-            scene.framing
-        ]
+        head = {"normal": (32, 34, 14.5), "close": (32, 34, 19.0), "afar": (32, 38, 8.5)}[scene.framing]
     sideways = 6.0 if scene.framing == "afar" else 2.0
     x, y, unit = head
     pen = canvas.at(
@@ -116,11 +106,7 @@ def draw(
 
 def _draw_scene(kind: str, chooser: random.Random) -> Scene:
     def often(usual: str, share: float, choices: tuple[str, ...]) -> str:
-        return (
-            usual
-            if chooser.random() < share
-            else chooser.choice([c for c in choices if c != usual])
-        )
+        return usual if chooser.random() < share else chooser.choice([c for c in choices if c != usual])
 
     return Scene(
         place=often("plain", 0.36, PLACES),

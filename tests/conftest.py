@@ -112,6 +112,7 @@ def write_base(folder: Path, *, prediction_type: str = "epsilon") -> Path:
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
+        steps_offset=1,
         prediction_type=prediction_type,
     )
     # Random output layers start near zero; made louder, so that what tests compare is not.

@@ -2,7 +2,7 @@
 
 `mini` comes with the package. Any other base is a folder given by its path:
 model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/, image_tower/ and, if it
-wants a name of its own, base.toml (schema, name, licence, revision, resolution).
+wants a name of its own, base.toml (schema, name, licence, revision, resolution, guidance).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Base:
         folder: where it is, in diffusers' layout.
         licence, revision: as its base.toml states them; "" and "local" when it has none.
         resolution: side in pixels of the pictures it makes.
+        guidance: weight of classifier-free guidance that suits it when none is asked for.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Base:
     licence: str = ""
     revision: str = "local"
     resolution: int
+    guidance: float = 7.5  # Stable Diffusion's
 
 
 def installed_bases() -> list[Base]:
@@ -100,6 +102,8 @@ def read_base(folder: Path) -> Base:
         check_name(base.name, "base name")
         if not isinstance(base.resolution, int) or base.resolution < 8:
             raise ValueError(f"resolution is {base.resolution!r}")
+        if not isinstance(base.guidance, int | float) or not 0 <= base.guidance <= 100:
+            raise ValueError(f"guidance is {base.guidance!r}")
         return base
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise IntegrityError(

@@ -9,12 +9,11 @@ the tuned weights, which saves those seconds.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy
 import torch
@@ -31,10 +30,9 @@ from .nn.word_embedding_encoder import Encoder, FixedEmbedding
 from .pretrained import PretrainedDomain
 
 SCHEMA = 1
-SUFFIX = ".e4t"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TunedModel:
     """A base that knows one concept: everything that drawing it needs.
 
@@ -80,7 +78,7 @@ class TunedModel:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Concept:
     """What personalization yields, and what can be saved and drawn again.
 
@@ -94,7 +92,7 @@ class Concept:
         seed: of the tuning.
         image_sha256: of the file that was handed in, "" if there was none.
         placeholder: what prompts call it.
-        weights: the tuned tensors, if they are kept; see `keep` and `tuned`.
+        weights: the tuned tensors, if they are kept; see `kept` and `tuned`.
     """
 
     domain: str
@@ -184,7 +182,6 @@ class Concept:
             **{name: getattr(self, name) for name in _PLAIN},
             "recipe": self.recipe.as_dict(),
         }
-        # The header says what the file is for; the numbers say nothing without it.
         data = save({k: v.contiguous() for k, v in tensors.items()}, {"e4t": json.dumps(card)})
         write_atomically(path, data, overwrite=overwrite)
 
@@ -217,8 +214,8 @@ class Concept:
                     raise ValueError(f"{key} has numbers that are not finite")
             mask = tensors.pop("mask", None)
             prepared = PreparedImage(
-                image=Image.fromarray(tensors.pop("image").numpy(), "RGB"),
-                mask=None if mask is None else Image.fromarray(mask.numpy(), "L"),
+                image=Image.fromarray(tensors.pop("image").numpy()),
+                mask=None if mask is None else Image.fromarray(mask.numpy()),
             )
             features = tensors.pop("image_features")
             prefix = "weights."
@@ -232,16 +229,6 @@ class Concept:
         return cls(
             prepared=prepared, image_features=features, recipe=recipe, weights=weights, **card
         )
-
-    @property
-    def identity(self) -> str:
-        """A short name for what was personalized and how, for records."""
-        digest = hashlib.sha256(self.prepared.image.tobytes())
-        digest.update(json.dumps([self.recipe.as_dict(), *map(self._plain, _PLAIN)]).encode())
-        return digest.hexdigest()[:16]
-
-    def _plain(self, name: str) -> Any:
-        return getattr(self, name)
 
 
 _PLAIN = (

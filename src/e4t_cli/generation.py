@@ -40,9 +40,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Short name -> class of diffusers and what it is to be told beyond the base's own schedule."""
 
-GUIDANCE = 7.5
-"""Of Stable Diffusion, and of a base that states none of its own."""
-
 BATCH = 8
 """Pictures drawn together on an accelerator."""
 
@@ -78,7 +75,7 @@ class Sampling:
         """Return what will really be done with this base."""
         if self.guidance is not None:
             return self
-        return replace(self, guidance=getattr(model.base, "guidance", GUIDANCE))
+        return replace(self, guidance=model.base.guidance)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for records."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,20 +30,20 @@ from .errors import IntegrityError, WeightsUnavailable, printable
 from .files import sha256_of, write_atomically
 from .manifest import SCHEMA, read_manifest
 from .nn.weight_offsets import RANK, Factors
-from .nn.word_embedding_encoder import EncoderConfig, WordEmbeddingEncoder
+from .nn.word_embedding_encoder import EncoderConfig, FixedEmbedding, WordEmbeddingEncoder
 
 CARD = "domain.toml"
 _ENCODER, _OFFSETS = "encoder.safetensors", "offsets.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PretrainedDomain:
     """What domain pre-training yields (section 3.3), and what tuning starts from.
 
     Args:
         name, descriptor: of the domain.
         base_name, base_fingerprint: the base it was made for, and its exact weights.
-        encoder: E of eq. 1.
+        encoder: E of eq. 1; a `FixedEmbedding` makes a baseline, which cannot be saved.
         offsets: path of a projection -> the factors of its ΔW (eq. 3).
         tuning: the recipe of personalization with this pack.
         pretraining: the recipe it was made by; its `embedding_scale` is s of eq. 1.
@@ -56,7 +56,7 @@ class PretrainedDomain:
     descriptor: str
     base_name: str
     base_fingerprint: str
-    encoder: WordEmbeddingEncoder
+    encoder: WordEmbeddingEncoder | FixedEmbedding
     offsets: Mapping[str, Factors]
     tuning: TuningRecipe
     pretraining: PretrainingRecipe
@@ -64,7 +64,7 @@ class PretrainedDomain:
     images: int = 0
     licence: str = ""
     notes: str = ""
-    digest: str = field(default="", compare=False)
+    digest: str = ""
     """SHA-256 of its card when it was loaded from a folder: a concept remembers it."""
 
     @property
@@ -92,6 +92,7 @@ class PretrainedDomain:
             folder: made if it does not exist; an older pack in it is replaced.
             dtype: of the stored numbers; float16 halves the files and moves ΔW by 5e-4 of itself.
         """
+        assert isinstance(self.encoder, WordEmbeddingEncoder)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         contents = {

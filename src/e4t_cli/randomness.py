@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def generator(seed: int, *counters: int | str) -> torch.Generator:
-    """Return a CPU generator for one purpose, e.g. `generator(seed, "noise", step, position)`.
+    """Return a CPU generator for one purpose, e.g. `generator(seed, "draw", step)`.
 
     On the CPU whatever the device, so that a seed means the same everywhere.
     """
@@ -31,7 +31,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Draws:
     """Everything random about some samples of one optimiser step.
 
@@ -54,33 +54,30 @@ class Draws:
 def draw(
     seed: int,
     step: int,
-    positions: Sequence[int],
+    positions: range,
     *,
     batch_size: int,
     train_timesteps: int,
     shape: Sequence[int],
 ) -> Draws:
-    """Draw for the samples at `positions` of the batch of `step`.
+    """Draw for the samples at `positions` of the batch of a step: a micro-batch, or all of it.
+
+    The whole batch is drawn each time, so that no split of it changes a number.
 
     Paper silent: how the noise levels are drawn. Section 3.4 calls it crucial that each element
     of a batch has a different one, so position k of n draws from the k-th of n equal ranges of
     time steps: each level is as likely as any other, and no batch leaves a range out.
     """
-    timesteps, epsilon, posterior, uniform = [], [], [], []
-    for position in positions:
-        source = generator(seed, "draw", step, position)
-        numbers = torch.rand(3, generator=source, dtype=torch.float64)
-        level = (position + float(numbers[0])) / batch_size * train_timesteps
-        timesteps.append(min(int(level), train_timesteps - 1))
-        uniform.append(numbers[1:])
-        noise = torch.randn(2, *shape, generator=source)
-        epsilon.append(noise[0])
-        posterior.append(noise[1])
+    source = generator(seed, "draw", step)
+    numbers = torch.rand(batch_size, 3, generator=source, dtype=torch.float64)
+    level = (torch.arange(batch_size) + numbers[:, 0]) / batch_size
+    noise = torch.randn(2, batch_size, *shape, generator=source)
+    some = slice(positions.start, positions.stop, positions.step)
     return Draws(
-        timesteps=torch.tensor(timesteps),
-        epsilon=torch.stack(epsilon),
-        posterior=torch.stack(posterior),
-        uniform=torch.stack(uniform),
+        timesteps=choose(level, train_timesteps)[some],
+        epsilon=noise[0, some],
+        posterior=noise[1, some],
+        uniform=numbers[some, 1:],
     )
 
 

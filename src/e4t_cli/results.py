@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 CELL = 256
 """Side in pixels that a picture of a contact sheet should have at least, about."""
 CAPTION_SIZE, CAPTION_LINES, MARGIN = 17, 3, 12
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota code
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -163,11 +163,24 @@ def contact_sheet(
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    letter = font.getlength("n")
-    lines = textwrap.wrap(printable(text), max(8, int(width / letter)))
+    """Break a caption into lines of at most `width` pixels, the last one cut short if need be."""
+    lines = [""]
+    for word in printable(text, limit=1000).split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:  # a word wider than the cell is broken anywhere
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
     if len(lines) > CAPTION_LINES:
-        lines = lines[:CAPTION_LINES]
-        lines[-1] = lines[-1][:-1].rstrip() + "…"
+        last = lines[CAPTION_LINES - 1]
+        while font.getlength(last + "…") > width:
+            last = last[:-1]
+        lines = [*lines[: CAPTION_LINES - 1], last.rstrip() + "…"]
     return "\n".join(lines)
 
 
@@ -210,7 +223,7 @@ def _explained(error: OSError | ValueError, path: Path) -> UsageError | Resource
     shown = printable(str(path))
     if isinstance(error, FileExistsError | NotADirectoryError):
         return UsageError(f"{shown} is not a folder", hint="choose another one with -o")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return ResourceError(f"the disk is full: {shown} was not written")
     reason = error.strerror if isinstance(error, OSError) else "that cannot be a name"
     return UsageError(f"{shown} cannot be written: {reason}", hint="choose another one with -o")

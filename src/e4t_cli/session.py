@@ -1,7 +1,7 @@
 """One run of the library: a loaded base and pack, the clock, and what the user should know.
 
 `api` decides what is to be done; this module does the parts that `personalize`, `generate` and
-`pretrain` have in common. torch is first imported in `Session.load`.
+`pretrain` have in common. torch is first imported in `Session.running`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ class Session:
     """A base and a pack, used for one request.
 
     Args:
-        base: where the base is, or a model that is loaded already.
-        pack: folder of the domain's weights for that base; None where there are none yet.
         device, dtype: as the user wrote them.
         on_progress: the caller's; notes pass through it too.
     """
@@ -43,18 +41,10 @@ class Session:
     model: TextToImageModel
     pretrained: PretrainedDomain
 
-    def __init__(
-        self,
-        base: Base | TextToImageModel,
-        pack: Path | None,
-        device: str,
-        dtype: str,
-        on_progress: ProgressCallback | None,
-    ) -> None:
+    def __init__(self, device: str, dtype: str, on_progress: ProgressCallback | None) -> None:
         if dtype != "auto" and dtype not in DTYPES:
             names = ", ".join(["auto", *DTYPES])
             raise UsageError(f"there is no dtype {printable(dtype)!r}", hint=f"one of {names}")
-        self._base, self._pack = base, pack
         self._device, self._dtype = device, dtype
         self._listener = on_progress
         self._seconds: dict[str, float] = {}
@@ -89,28 +79,47 @@ class Session:
 
     # ── the parts of the work ──
 
-    def load(self) -> None:
-        """Import what is heavy, then load the base and the pack.
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Import what is heavy; inside, libraries keep quiet and memory errors are one sentence.
+
+        Raises:
+            ResourceError: memory ran out.
+        """
+        self.report(Progress(stage="load", done=0, total=1))
+        with self.stage("imports", counted=True):
+            from . import generation, tuning  # noqa: F401
+        with _memory_errors(), _quiet_libraries():
+            yield
+
+    def load(self, base: Base | TextToImageModel, pack: Path | None) -> None:
+        """Load the base and the pack.
+
+        Args:
+            base: where the base is, or a model that is loaded already.
+            pack: folder of the domain's weights for that base; None where there are none yet.
 
         Raises:
             UsageError: there is no such device here.
             IntegrityError: the pack was made for another base.
         """
-        self.report(Progress(stage="load", done=0, total=1))
-        with self.stage("imports", counted=True):
-            from .base_model import TextToImageModel
-            from .pretrained import PretrainedDomain
+        from .base_model import TextToImageModel
+        from .pretrained import PretrainedDomain
+
         with self.stage("load", counted=True):
-            if isinstance(self._base, Base):
+            if isinstance(base, Base):
                 device = choose_device(self._device)
-                kind = choose_dtype(self._dtype)
                 if self._dtype == "fp16" and device.type == "cpu":
                     self.note("load", "fp16 is slow and coarse on a CPU; fp32 is the better choice")
-                self.model = TextToImageModel.load(self._base, device=device, dtype=kind)
+                kind = choose_dtype(self._dtype)
+                self.model = TextToImageModel.load(base, device=device, dtype=kind)
             else:
-                self.model = self._base
-            if self._pack is not None:
-                self.pretrained = PretrainedDomain.load(self._pack)
+                self.model = base
+            # Evaluated here, once: inside tuning's autocast its last bits come out otherwise, and
+            # a concept would be drawn differently after tuning than from its kept weights.
+            _ = self.model.empty_text
+            if pack is not None:
+                self.pretrained = PretrainedDomain.load(pack)
                 self.pretrained.check_base(self.model)
         self.report(Progress(stage="load", done=1, total=1))
 
@@ -160,9 +169,7 @@ class Session:
         seeds = [seed + i for _ in prompts for i in range(count)]
         drawn: list[GeneratedImage] = []
         with self.stage("generate", counted=True):
-            pictures = sample(
-                self.model, tuned, wanted, seeds, sampling, on_progress=self.report
-            )
+            pictures = sample(self.model, tuned, wanted, seeds, sampling, on_progress=self.report)
             for prompt, own_seed, picture in zip(wanted, seeds, pictures, strict=True):
                 record = GenerationRecord(
                     prompt=prompt.text,
@@ -246,7 +253,7 @@ def choose_dtype(wanted: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
+def _quiet_libraries() -> Iterator[None]:
     """Keep the progress bars of transformers and diffusers out of the user's terminal."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
@@ -266,7 +273,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
+def _memory_errors() -> Iterator[None]:
     """Turn whatever an allocator says into one sentence.
 
     Raises:

@@ -8,7 +8,6 @@ The encoder, the offsets and the U-Net itself are tuned by the same loss as in p
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +41,7 @@ def tune(
     image_features: Tensor | None = None,
     micro_batch: int | None = None,
     autocast: bool | None = None,
+    detach_features: bool = False,
     on_progress: ProgressCallback | None = None,
 ) -> TunedModel:
     """Learn one concept from one picture; `model` and `pretrained` stay as they are.
@@ -60,6 +60,7 @@ def tune(
             gradient checkpointing comes to help.
         autocast: run the U-Net in bfloat16, with the trained weights in float32; None where the
             hardware has bfloat16.
+        detach_features: see `training_loss`.
         on_progress: called after each step with its losses.
 
     Raises:
@@ -68,6 +69,7 @@ def tune(
     """
     recipe = recipe or pretrained.tuning
     run = _Tuning(model, pretrained, prepared, recipe, seed, image_features, autocast)
+    run.detach_features = detach_features
     size = min(micro_batch or recipe.batch_size, recipe.batch_size)
     if on_progress and run.note:
         on_progress(Progress(stage="tune", done=0, total=recipe.steps, note=run.note))
@@ -113,6 +115,7 @@ class _Tuning:
         rates = (recipe.encoder_rate, recipe.offsets_rate, recipe.unet_rate)
         self.steps = recipe.steps if max(rates) > 0 else 0
         self.note = ""
+        self.detach_features = False
         device = model.device
         # In float32 whatever the base is kept in: a whole tuning moves a weight by less than
         # the spacing of bfloat16 numbers.
@@ -156,8 +159,7 @@ class _Tuning:
         total = torch.zeros(2, device=self.model.device)
         size = self.recipe.batch_size
         for first in range(0, size, micro_batch):
-            positions = range(first, min(first + micro_batch, size))
-            batch = self._batch(step, positions)
+            batch = self._batch(step, range(first, min(first + micro_batch, size)))
             with evaluated_once(self.unet), half_precision(self.model.device, self.autocast):
                 losses = training_loss(
                     self.model,
@@ -166,8 +168,9 @@ class _Tuning:
                     batch,
                     e_domain=self.e_domain,
                     scale=self.scale,
+                    detach_features=self.detach_features,
                 )
-            share = len(positions) / size
+            share = len(batch.timesteps) / size
             (losses.total(self.recipe.embedding_penalty) * share).backward()
             parts = torch.stack((losses.diffusion.mean(), losses.penalty.mean()))
             total += share * parts.detach()
@@ -188,8 +191,7 @@ class _Tuning:
             ) from error
         self.optimizer.step()
 
-    def _batch(self, step: int, positions: Sequence[int]) -> TrainingBatch:
-        device, count = self.model.device, len(positions)
+    def _batch(self, step: int, positions: range) -> TrainingBatch:
         draws = draw(
             self.seed,
             step,
@@ -197,9 +199,10 @@ class _Tuning:
             batch_size=self.recipe.batch_size,
             train_timesteps=self.model.train_timesteps,
             shape=self.model.latent_shape,
-        ).to(device)
+        ).to(self.model.device)
+        count = len(positions)
         return TrainingBatch(
-            # One encode of the picture, a fresh sample of its posterior for each element.
+            # Paper silent: one encode of the picture, a sample of its posterior for each element.
             z_0=self.posterior.sample(draws.posterior),
             timesteps=draws.timesteps,
             epsilon=draws.epsilon,

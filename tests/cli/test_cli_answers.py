@@ -6,7 +6,7 @@ import os
 import pytest
 
 from e4t_cli import registry
-from e4t_cli.cli import console
+from e4t_cli.cli import console, display
 
 COMMANDS = [
     ["personalize"],
@@ -223,7 +223,7 @@ def test_plain_progress_is_sparse(capfd, monkeypatch):
     from e4t_cli.progress import Progress
 
     now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     with console.Console().progress() as on_progress:
         on_progress(Progress(stage="load", done=0, total=1))
         on_progress(Progress(stage="load", done=1, total=1))
@@ -266,3 +266,16 @@ def test_a_folder_that_may_not_be_written_to(run, tmp_path, monkeypatch):
     ended = run("personalize", "face", "p.png", "S* x", "-o", "closed")
     assert ended.code == 2
     assert "cannot be written to" in ended.err
+
+
+def test_the_shell_completes_domains(start):
+    words = "e4t personalize fa"
+    asked = {
+        "_E4T_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": "2",
+        "_TYPER_COMPLETE_ARGS": words,
+    }
+    process = start(env=asked)
+    out, _ = process.communicate(timeout=30)
+    assert out.split() == ["face"]

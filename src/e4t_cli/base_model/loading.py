@@ -40,6 +40,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """Read a part that has weights: diffusers' U-Net and VAE, transformers' text encoder."""
     if not (folder / "config.json").is_file():
         raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}/config.json")
     names = [path.name for path in folder.glob("*.safetensors")]
@@ -67,8 +68,18 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
     return part.to(device)
 
 
+def load_settings(kind: Any, folder: Path) -> Any:
+    """Read a part that has no weights: the tokenizer, the noise schedule."""
+    if not folder.is_dir():
+        raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}")
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each library has its own idea of what a damaged file raises
+        raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
+
+
 def load_tower(folder: Path) -> ImageTower:
-    """Read open_clip_config.json and model.safetensors of a visual tower."""
+    """Read open_clip_config.json and model.safetensors, of the visual tower alone."""
     from open_clip.transformer import QuickGELU, VisionTransformer  # only who looks pays for it
 
     config_path, weights_path = folder / "open_clip_config.json", folder / "model.safetensors"

@@ -25,14 +25,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from e4t_cli.bases import Base, read_base
 from e4t_cli.errors import IntegrityError, UsageError
 from e4t_cli.nn.image_tower import ImageTower
+from e4t_cli.nn.precision import full_precision
 from e4t_cli.nn.unet_features import check_unet, feature_widths
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig
 from e4t_cli.prompts import Prompt
 
-from .loading import folder_fingerprint, load_part, load_tower
+from .loading import folder_fingerprint, load_part, load_settings, load_tower
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Tokens:
     """Tokenised prompts.
 
@@ -50,7 +51,7 @@ class Tokens:
         return Tokens(ids=self.ids[index], placeholder=self.placeholder[index])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Posterior:
     """What the VAE says about a picture: a Gaussian over its latents, in the U-Net's units."""
 
@@ -123,8 +124,8 @@ class TextToImageModel:
             unet=load_part(UNet2DConditionModel, base.folder / "unet", device, dtype),
             vae=load_part(AutoencoderKL, base.folder / "vae", device, dtype),
             text_encoder=load_part(CLIPTextModel, base.folder / "text_encoder", device, dtype),
-            tokenizer=CLIPTokenizer.from_pretrained(base.folder / "tokenizer"),
-            noise_schedule=DDPMScheduler.from_pretrained(base.folder / "scheduler"),
+            tokenizer=load_settings(CLIPTokenizer, base.folder / "tokenizer"),
+            noise_schedule=load_settings(DDPMScheduler, base.folder / "scheduler"),
         )
 
     @cached_property
@@ -147,14 +148,18 @@ class TextToImageModel:
     def train_timesteps(self) -> int:
         return self.noise_schedule.config.num_train_timesteps
 
-    def encoder_config(self) -> EncoderConfig:
-        """Return the sizes of a word-embedding encoder for this base."""
+    def encoder_config(self, hidden_width: int | None = None) -> EncoderConfig:
+        """Return the sizes of a word-embedding encoder for this base.
+
+        Args:
+            hidden_width: common width of the hierarchy. Paper silent: the tower's by default.
+        """
         tower = self.image_tower
         return EncoderConfig(
             image_layers=len(tower.indices),
             image_width=tower.width,
             unet_widths=feature_widths(self.unet),
-            hidden_width=tower.width,
+            hidden_width=hidden_width or tower.width,
             embedding_width=self.text_encoder.get_input_embeddings().embedding_dim,
         )
 
@@ -287,7 +292,7 @@ class TextToImageModel:
         Paper silent: the prompt of the feature pass. The empty one makes it the unconditional
         branch of classifier-free guidance, so that generation gets it for nothing.
         """
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), full_precision(self.device):
             return self.embed_prompts(self.tokenize([""], self.tokenizer.eos_token_id))
 
     @property

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -17,7 +19,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from e4t_cli import __version__
-from e4t_cli.cli import console, domains, generate, info, personalize, pretrain
+from e4t_cli.cli import console, display, domains, generate, info, personalize, pretrain
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -67,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         try:
             code = app(args=list(arguments), prog_name="e4t", standalone_mode=False)
             # Typer answers an interrupt with the exit code 130, and reports it as a return value.
-            return _stopped(stopped_by) if stopped_by else int(code or 0)
+            return _stopped(stopped_by) if stopped_by or code == 130 else int(code or 0)
         except KeyboardInterrupt:
             return _stopped(stopped_by)
         except E4TError as error:
@@ -136,6 +138,10 @@ def _silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    if not logging.root.handlers:
+        logging.root.addHandler(logging.NullHandler())  # else Python prints warnings to stderr
 
 
 @contextlib.contextmanager
@@ -150,6 +156,7 @@ def _stop_signals() -> Iterator[list[int]]:
     def stop(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
         if len(arrived) > 1:
+            display.show_cursor()
             os._exit(128 + number)  # files are renamed into place: nothing can be torn
         raise KeyboardInterrupt
 

@@ -11,22 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
-import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from e4t_cli.cli.display import (
+    PlainLines,
+    is_terminal,
+    live_display,
+    plain_text,
+    rich_console,
+    stderr_is_terminal,
+)
 from e4t_cli.errors import E4TError, printable
 from e4t_cli.progress import Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
-
-PLAIN_SECONDS = 10.0  # off a terminal, at least this long between two lines of one stage ...
-PLAIN_SHARE = 0.1  # ... and at least this much more of it done, or a minute gone
-PLAIN_PATIENCE = 60.0
 
 
 class Console:
@@ -51,7 +56,12 @@ class Console:
     def product(self, line: str, record: Mapping[str, Any]) -> None:
         """One thing that was asked for: a line for people and pipes, a record for ``--json``."""
         self.saved += 1
-        write_stdout(json.dumps({"schema": 1, **record}) if self.json else line)
+        text = json.dumps({"schema": 1, **record}) if self.json else line
+        if self._live is not None and is_terminal(sys.stdout):
+            # Both streams end on one screen, where the display has to move out of the way.
+            self._live.console.print(plain_text(text), soft_wrap=True)
+        else:
+            write_stdout(text)
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Aligned columns on stdout; the last one is never padded."""
@@ -106,9 +116,9 @@ class Console:
         """The callback to hand to the library; the display lives as long as the context."""
         silent = self.quiet or (self.json and not stderr_is_terminal())
         if silent:
-            yield lambda event: self._warn_of(event)
+            yield self._show_note
         elif stderr_is_terminal():
-            with _live_display() as display:
+            with live_display() as display:
                 self._live = display
                 stages: dict[str, TaskID] = {}
                 try:
@@ -116,73 +126,55 @@ class Console:
                 finally:
                     self._live = None
         else:
-            lines = _PlainLines()
+            lines = PlainLines()
             yield lambda event: self._show_plain(lines, event)
 
     # ── how ──
 
     def _show_live(self, display: RichProgress, stages: dict[str, TaskID], event: Progress) -> None:
-        self._warn_of(event)
+        if self._is_only_a_note(event):
+            return
         if event.stage not in stages:
             stages[event.stage] = display.add_task(printable(event.stage), values="")
         display.update(
             stages[event.stage],
             completed=event.done,
-            total=event.total,
-            values=_values(event),
+            total=event.total or None,
+            values=self._values(event),
         )
 
-    def _show_plain(self, lines: _PlainLines, event: Progress) -> None:
-        self._warn_of(event)
-        if lines.due(event):
+    def _show_plain(self, lines: PlainLines, event: Progress) -> None:
+        if not self._is_only_a_note(event) and lines.due(event):
             counted = f" {event.done}/{event.total}" if event.total > 1 else ""
-            self._write_stderr(printable(f"{event.stage}{counted} {_values(event)}".rstrip()))
+            self._write_stderr(printable(f"{event.stage}{counted} {self._values(event)}".rstrip()))
 
-    def _warn_of(self, event: Progress) -> None:
+    def _values(self, event: Progress) -> str:
+        shown = event.values
+        if "loss" in shown and not self.verbose:
+            shown = {"loss": shown["loss"]}  # its parts are for those who ask
+        return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+    def _show_note(self, event: Progress) -> None:
+        self._is_only_a_note(event)
+
+    def _is_only_a_note(self, event: Progress) -> bool:
+        """Say the note of an event; whether there is nothing else in it."""
         if event.note:
             self.warning(event.note)
+        return bool(event.note) and not event.total
 
     def _say(self, label: str, text: str, *, style: str = "") -> None:
         line = printable(text, limit=2000)
         if self._live is None and not stderr_is_terminal():
             self._write_stderr(label + line)
             return
-        from rich.text import Text
-
-        console = self._live.console if self._live is not None else _rich_console()
-        console.print(Text.assemble((label, style), line), soft_wrap=True)
+        console = self._live.console if self._live is not None else rich_console()
+        console.print(plain_text(line, label, style), soft_wrap=True)
 
     def _write_stderr(self, line: str) -> None:
         if sys.stderr is not None:  # `2>&-`; print(file=None) would fall back to stdout
             with contextlib.suppress(OSError, ValueError):
                 print(line, file=sys.stderr, flush=True)
-
-
-class _PlainLines:
-    """Decides which events deserve a line where there is no terminal."""
-
-    def __init__(self) -> None:
-        self.stage = ""
-        self.finished: set[str] = set()
-        self.shown_at = 0.0
-        self.shown_share = 0.0
-
-    def due(self, event: Progress) -> bool:
-        now, share = time.monotonic(), event.done / max(event.total, 1)
-        if event.stage != self.stage:
-            self.stage, self.shown_at, self.shown_share = event.stage, now, share
-        elif share < 1:
-            waited, advanced = now - self.shown_at, share - self.shown_share
-            if waited < PLAIN_SECONDS or (advanced < PLAIN_SHARE and waited < PLAIN_PATIENCE):
-                return False
-        elif event.stage in self.finished:
-            return False
-        if share >= 1:
-            self.finished.add(event.stage)
-        self.shown_at, self.shown_share = now, share
-        # The last event of a stage says all its first one would have said, so a stage costs one
-        # line unless it is long enough to be waited for.
-        return share >= 1 or share > 0 or event.total > 1
 
 
 def _as_text(value: object) -> str:
@@ -191,45 +183,6 @@ def _as_text(value: object) -> str:
     if isinstance(value, list):
         return f"{len(value)}"
     return {"True": "yes", "False": "no", "None": ""}.get(str(value), str(value))
-
-
-def _values(event: Progress) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in event.values.items())
-
-
-def _rich_console() -> Any:
-    from rich.console import Console as RichConsole
-
-    # rich still emits bold under NO_COLOR with FORCE_COLOR set, so colour is decided here.
-    return RichConsole(
-        stderr=True, no_color=_no_color(), highlight=False, markup=False, emoji=False
-    )
-
-
-def _live_display() -> RichProgress:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as RichProgress
-
-    return RichProgress(
-        TextColumn("{task.description:<8}", markup=False),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[values]}", markup=False),
-        console=_rich_console(),
-    )
-
-
-def _no_color() -> bool:
-    return bool(os.environ.get("NO_COLOR"))
-
-
-def stderr_is_terminal() -> bool:
-    """Whether someone is watching stderr on something that can redraw a line."""
-    try:
-        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    except (AttributeError, ValueError):  # closed, or replaced by something that is no stream
-        return False
 
 
 def write_stdout(line: str) -> None:
@@ -262,4 +215,7 @@ def start(*, quiet: bool = False, json: bool = False, verbose: int = 0) -> Conso
     """Set the console of this command."""
     global _current
     _current = Console(quiet=quiet, json=json, verbose=verbose)
+    if verbose >= 2:
+        logging.basicConfig(level=logging.DEBUG, force=True)
+        warnings.simplefilter("default")
     return _current

@@ -15,9 +15,7 @@ Example: [bold]e4t pretrain --domain my_dogs --descriptor dog --data ./dogs[/bol
 [bold]e4t personalize my_dogs rex.jpg "S* on the beach"[/bold]
 """
 
-Name = Annotated[
-    str, typer.Option("--domain", metavar="NAME", help="Its name: a-z, 0-9, - and _.")
-]
+Name = Annotated[str, typer.Option("--domain", metavar="NAME", help="Its name: a-z, 0-9, - and _.")]
 Data = Annotated[
     Path, typer.Option("--data", metavar="DIR", help="A folder of pictures; sub-folders count.")
 ]

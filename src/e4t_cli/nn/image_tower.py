@@ -29,12 +29,14 @@ class ImageTower(nn.Module):
         self, visual: nn.Module, mean: Sequence[float], std: Sequence[float], size: int
     ) -> None:
         super().__init__()
-        self.visual = visual.eval().requires_grad_(False)
+        # Paper silent: the backbone stays as CLIP training left it, so one look is enough.
+        self.visual = visual.requires_grad_(False)
         self.size = size
         self.width = visual.class_embedding.shape[0]
         self.indices = list(range(1, len(visual.transformer.resblocks), 2))  # every 2nd layer
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (batch, layers, width) in float32 for pixels in −1 … 1."""

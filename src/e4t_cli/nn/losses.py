@@ -23,7 +23,7 @@ def diffusion_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
         The loss of each sample, (batch,). Each is normalised by its own mask, so that neither the
         size of a subject nor the split into micro-batches changes its weight.
     """
-    squared = (prediction.float() - target.float()).square()
+    squared = (prediction - target).square()  # in the target's precision, not in bfloat16
     if mask is None:
         return squared.mean(dim=(1, 2, 3))
     weight = mask.unsqueeze(1)  # (batch, 1, height, width)
@@ -32,7 +32,7 @@ def diffusion_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
 
 def embedding_penalty(offset: Tensor) -> Tensor:
     """Eq. 2, ‖E(I_c)‖², for each sample: on the encoder's output, not on e_c. (batch,)."""
-    return offset.float().square().sum(dim=1)
+    return offset.square().sum(dim=1)
 
 
 def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -48,6 +48,6 @@ def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (batch, *size) in 0 … 1.
     """
-    small = functional.adaptive_avg_pool2d(mask.float().unsqueeze(1), size).squeeze(1)
+    small = functional.adaptive_avg_pool2d(mask.unsqueeze(1), size).squeeze(1)
     found = small.mean(dim=(1, 2), keepdim=True) >= SMALLEST_MASK
     return small.where(found, small.new_ones(()))

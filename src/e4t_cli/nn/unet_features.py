@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class UNetState:
     """A U-Net forward, stopped somewhere on its way down or at the bottom.
 

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .precision import full_precision
+
 Factors = tuple[Tensor, Tensor]
 """left (M, 3) and right (3, N), whose product is ΔW."""
 
@@ -52,7 +54,7 @@ class Modulation(nn.Module):
         A few tuning steps change W₀ by less than one spacing of bfloat16 numbers, and 1 + ΔW is
         rounded just as hard, so half precision may only come after the product.
         """
-        with torch.autocast(original.device.type, enabled=False):
+        with full_precision(original.device):
             precision = torch.promote_types(original.dtype, torch.float32)
             return (original.to(precision) * (1 + self.delta())).to(original.dtype)
 
@@ -139,10 +141,11 @@ class WeightOffsets(nn.Module):
     @classmethod
     def from_factors(cls, factors: Mapping[str, Factors]) -> Self:
         """Rebuild trainable, unattached offsets from `factors()`; the tensors are copied."""
+        # Sorted, so that sums over all of them do not depend on where the factors came from.
         return cls(
             {
                 path: FactoredWeightOffset(left.detach().clone(), right.detach().clone())
-                for path, (left, right) in factors.items()
+                for path, (left, right) in sorted(factors.items())
             }
         )
 
@@ -164,7 +167,7 @@ class WeightOffsets(nn.Module):
         if self._attached:
             raise ValueError("these offsets are attached to a U-Net already")
         projections = dict(_projections(unet))
-        if tuple(projections) != self.paths:
+        if projections.keys() != set(self.paths):
             raise ValueError(
                 f"these offsets modulate {len(self.paths)} projections, "
                 f"this U-Net has {len(projections)}, or they have other names"

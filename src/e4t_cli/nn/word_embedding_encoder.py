@@ -47,7 +47,7 @@ class EncoderConfig:
         image_width: width of the tower.
         unet_widths: width of each pooled U-Net feature; empty for an encoder that sees the
             picture only (the paper's ablation without iterative refinement).
-        hidden_width: common width of the hierarchy. Paper silent: the tower's.
+        hidden_width: common width of the hierarchy.
         embedding_width: width of the base's token table.
     """
 

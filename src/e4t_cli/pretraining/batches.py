@@ -9,6 +9,7 @@ from torch import Tensor
 
 from e4t_cli.base_model import Posterior, TextToImageModel, Tokens
 from e4t_cli.domain import PretrainingRecipe
+from e4t_cli.nn.precision import full_precision
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.prompts import training_prompts
 from e4t_cli.randomness import choose, draw, epoch_order
@@ -54,7 +55,7 @@ class Batches:
         masks = None
         if self.recipe.mask and data.masks is not None:
             masks = data.masks[index].to(device).float()
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(device):
             folded = encoder.fold(data.image_features[shown].to(device).float())
         return TrainingBatch(
             z_0=posterior.sample(draws.posterior),

@@ -20,7 +20,7 @@ from e4t_cli.nn.losses import latent_mask
 from e4t_cli.progress import Progress, ProgressCallback
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedImages:
     """A domain's pictures as training sees them.
 

@@ -29,7 +29,7 @@ REPORT_EVERY = 10
 """Steps between two progress reports; a report waits for the device."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PretrainingStep:
     """What `on_step` sees after each optimiser step.
 
@@ -61,6 +61,8 @@ def pretrain_domain(
     licence: str = "",
     notes: str = "",
     autocast: bool | None = None,
+    detach_features: bool = False,
+    hidden_width: int | None = None,
     checkpoints: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = True,
@@ -79,6 +81,8 @@ def pretrain_domain(
         licence, notes: for the pack's card.
         autocast: run the U-Net in bfloat16, with the trained weights in float32; None where the
             hardware has bfloat16.
+        detach_features: see `training_loss`.
+        hidden_width: of the encoder; None takes the image tower's width.
         checkpoints: a folder for resumable state; the last two are kept. None keeps none.
         checkpoint_every: steps between checkpoints.
         resume: go on from the newest checkpoint in the folder, if there is one.
@@ -91,9 +95,11 @@ def pretrain_domain(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "initial").initial_seed())
-        encoder = WordEmbeddingEncoder(model.encoder_config()).to(model.device)
+        encoder = WordEmbeddingEncoder(model.encoder_config(hidden_width)).to(model.device)
         offsets = WeightOffsets.for_unet(model.unet).to(model.device)
-    unet = copy.deepcopy(model.unet)  # the model stays usable, also for what `on_step` draws
+    # A copy, so that the model stays usable, also for what `on_step` draws; in float32, because
+    # in half precision a small ΔW would be lost in the product.
+    unet = copy.deepcopy(model.unet).float()
     optimizer = adamw(
         (encoder, recipe.learning_rate * recipe.encoder_rate),
         (offsets, recipe.learning_rate * recipe.offsets_rate),
@@ -110,6 +116,8 @@ def pretrain_domain(
         "seed": seed,
         "templates": list(templates),
         "autocast": autocast,
+        "detach_features": detach_features,
+        "encoder": encoder.config.as_dict(),
         "recipe": {key: value for key, value in recipe.as_dict().items() if key != "steps"},
     }
     folder = Path(checkpoints) if checkpoints is not None else None
@@ -143,6 +151,7 @@ def pretrain_domain(
                 batches.of(step, encoder),
                 e_domain=e_domain,
                 scale=recipe.embedding_scale,
+                detach_features=detach_features,
             )
         losses.total(recipe.embedding_penalty).backward()
         optimizer.step()

@@ -1,0 +1,110 @@
+"""The figures and sheets of docs/mini.md, made by `python -m mini_world report` on held-out identities.
+
+Learning rates of every tuning method are chosen on other held-out identities than the table's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from e4t_cli.generation import Sampling
+from e4t_cli.pretrained import PretrainedDomain
+from mini_world.evaluate import (
+    Scores,
+    drawn_scores,
+    dreambooth_pack,
+    dreambooth_recipe,
+    held_out_photos,
+    plain_method,
+    run_method,
+    tuned_method,
+)
+
+COUNTS = {"face": 32, "cat": 16, "art": 10}
+SAMPLING = Sampling(steps=20, guidance=3.0)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+CHOOSING = {"face": 6, "cat": 4, "art": 4}
+
+
+def _cached(path: Path, name: str, make) -> dict[str, float]:
+    """A row of the table, measured once for these weights; an interrupted report goes on where it was."""
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    if name not in rows:
+        result = make()
+        rows[name] = result.summary() if isinstance(result, Scores) else result
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows[name]
+
+
+def evaluate(folder: Path, model, judge, kind: str) -> dict[str, dict[str, float]]:
+    """All rows of one domain's table."""
+    from mini_world.stages import PACKS
+
+    pack = PretrainedDomain.load(PACKS / kind / "mini")
+    path = folder / f"figures-{kind}-{model.fingerprint[:8]}-{pack.digest[:8]}.json"
+    photos = held_out_photos(kind, COUNTS[kind], seed=11)
+    others = held_out_photos(kind, CHOOSING[kind], seed=50)
+    rare = dreambooth_pack(model, pack)
+    recipe = pack.tuning
+
+    def run(what, **options) -> Scores:
+        return run_method(model, judge, kind, photos, what, SAMPLING, **options)
+
+    _cached(path, "drawings", lambda: drawn_scores(judge, kind, photos))
+    _cached(path, "drawings of another", lambda: drawn_scores(judge, kind, photos, other=True))
+    _cached(path, "plain word", lambda: run(plain_method(model, pack.descriptor)))
+    _cached(path, "encoder, no tuning", lambda: run(tuned_method(model, pack, recipe.replace(steps=0))))
+    for steps in (5, recipe.steps) if recipe.steps != 5 else (5,):
+        _cached(path, f"tuned, {steps} steps", lambda s=steps: run(tuned_method(model, pack, recipe.replace(steps=s))))
+
+        def choose(s: int = steps) -> dict[str, float]:
+            tried = {}
+            for rate in RATES:
+                method = tuned_method(model, rare, dreambooth_recipe(recipe, s, rate))
+                found = run_method(model, judge, kind, others, method, SAMPLING, rare=True, seed=500).summary()
+                tried[str(rate)] = round(found["identity"] + found["prompt"], 4)
+            return tried
+
+        rates = _cached(path, f"rates of DreamBooth-like, {steps} steps", choose)
+        best = float(max(rates, key=rates.__getitem__))
+        _cached(
+            path,
+            f"DreamBooth-like, {steps} steps",
+            lambda s=steps, r=best: run(tuned_method(model, rare, dreambooth_recipe(recipe, s, r)), rare=True),
+        )
+    return json.loads(path.read_text())
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """The rows as Markdown, with each identity as a share of the way from the floor to the ceiling."""
+    floor, ceiling = rows["plain word"]["identity"], rows["drawings"]["identity"]
+    lines = ["| | identity | of the way | prompt |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        if "identity" not in row:
+            continue
+        share = (row["identity"] - floor) / max(1e-6, ceiling - floor)
+        lines.append(
+            f"| {name} | {row['identity']:.3f} ± {row['identity±']:.3f} | {share:.0%} | {row['prompt']:.3f} ± {row['prompt±']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_between(path: Path, mark: str, text: str) -> None:
+    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in a document."""
+    whole = path.read_text()
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, rest = whole.split(start, 1)
+    _, after = rest.split(end, 1)
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}")
+
+
+def write_report(folder: Path) -> None:
+    """Measure what is not yet measured and fill docs/mini.md."""
+    from mini_world.stages import load_judge, load_model, report_of_training
+
+    model, judge = load_model(), load_judge()
+    document = Path("docs/mini.md")
+    write_between(document, "training", report_of_training(folder))
+    for kind in COUNTS:
+        write_between(document, f"figures {kind}", table(evaluate(folder, model, judge, kind)))

@@ -1,0 +1,108 @@
+"""How progress looks: one live display on a terminal, a few plain lines elsewhere.
+
+Only `console` uses this module; it decides what is shown, this one how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from e4t_cli.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+PLAIN_SECONDS = 10.0  # off a terminal, at least this long between two lines of one stage ...
+PLAIN_SHARE = 0.1  # ... and at least this much more of it done, or a minute gone
+PLAIN_PATIENCE = 60.0
+
+
+class PlainLines:
+    """Decides which events deserve a line where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.finished: set[str] = set()
+        self.shown_at = 0.0
+        self.shown_share = 0.0
+
+    def due(self, event: Progress) -> bool:
+        """Whether to print this one."""
+        now, share = time.monotonic(), event.done / max(event.total, 1)
+        if event.stage != self.stage:
+            self.stage, self.shown_at, self.shown_share = event.stage, now, share
+        elif share < 1:
+            waited, advanced = now - self.shown_at, share - self.shown_share
+            if waited < PLAIN_SECONDS or (advanced < PLAIN_SHARE and waited < PLAIN_PATIENCE):
+                return False
+        elif event.stage in self.finished:
+            return False
+        if share >= 1:
+            self.finished.add(event.stage)
+        self.shown_at, self.shown_share = now, share
+        # The last event of a stage says all its first one would have said, so a stage costs one
+        # line unless it is long enough to be waited for.
+        return share >= 1 or share > 0 or event.total > 1
+
+
+def plain_text(line: str, label: str = "", style: str = "") -> Any:
+    """Text that rich shows as it is: no markup, no emoji codes."""
+    from rich.text import Text
+
+    return Text.assemble((label, style), line)
+
+
+def rich_console() -> Any:
+    """rich's console on stderr."""
+    from rich.console import Console as RichConsole
+
+    # rich still emits bold under NO_COLOR with FORCE_COLOR set, so colour is decided here.
+    return RichConsole(
+        stderr=True, no_color=_no_color(), highlight=False, markup=False, emoji=False
+    )
+
+
+def live_display() -> RichProgress:
+    """A row for each stage: bar, count, time, and numbers such as the loss."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as RichProgress
+
+    return RichProgress(
+        TextColumn("{task.description:<8}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[values]}", markup=False),
+        console=rich_console(),
+        # stdout is not rich's to take: it would arrive on stderr.
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+
+
+def _no_color() -> bool:
+    return bool(os.environ.get("NO_COLOR"))
+
+
+def stderr_is_terminal() -> bool:
+    """Whether someone is watching stderr on something that can redraw a line."""
+    return is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream, which may be closed, is a terminal."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # closed, or replaced by something that is no stream
+        return False
+
+
+def show_cursor() -> None:
+    """Give the terminal its cursor back when there is no time for anything else."""
+    if stderr_is_terminal():
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), b"\x1b[?25h")

@@ -1,0 +1,180 @@
+"""The library as Python sees it: silent, typed, and leaving everything as it was."""
+
+import inspect
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from e4t_cli import E4TError, InputError, UsageError, api
+from e4t_cli.base_model import TextToImageModel
+from e4t_cli.domain import PreparedImage
+from e4t_cli.photos import list_pictures, open_picture, with_mask
+from e4t_cli.results import contact_sheet
+
+QUICK = {"tune_steps": 1, "sampling": {"steps": 2}, "seed": 5}
+
+
+@pytest.fixture
+def draw(world):
+    """personalize() in the tiny world, with whatever else is asked for."""
+
+    def draw(image=None, prompts="S* on the beach", **options):
+        options = {"base": world.base, **QUICK, **options}
+        return api.personalize(str(world.pack), image or world.photo, prompts, **options)
+
+    return draw
+
+
+def looks(result):
+    return [image.image.tobytes() for image in result.images]
+
+
+def test_it_is_silent_and_tells_its_progress(draw, capfd, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    stages = []
+    result = draw(on_progress=lambda event: stages.append(event.stage))
+    assert capfd.readouterr() == ("", "")
+    assert list(dict.fromkeys(stages)) == ["load", "prepare", "tune", "generate"]
+    spent = result.timings.as_dict()
+    assert list(spent) == ["imports", "load", "prepare", "tune", "generate"]
+    assert all(spent[name] > 0 for name in ("load", "prepare", "tune", "generate"))
+    assert result.timings.total == pytest.approx(sum(spent.values()))
+
+
+def test_a_photo_is_a_photo_however_it_is_handed_in(draw, world):
+    data = world.photo.read_bytes()
+    with Image.open(world.photo) as opened:
+        values = [str(world.photo), data, io.BytesIO(data), opened.convert("RGBA")]
+    expected = looks(draw())
+    for value in values:
+        assert looks(draw(value)) == expected
+
+
+def test_a_picture_does_not_depend_on_its_company(draw):
+    many = draw(prompts=["a photo of S*", "S* on the beach"], images_per_prompt=2)
+    assert [image.seed for image in many.images] == [5, 6, 5, 6]
+    assert looks(many)[2] == looks(draw())[0]
+
+
+def test_the_base_stays_as_it_was_and_runs_do_not_meet(draw, world):
+    model = TextToImageModel.load(world.base)
+    before = {key: value.clone() for key, value in model.unet.state_dict().items()}
+    first, second = draw(base=model), draw(base=model)
+    assert looks(first) == looks(second) == looks(draw())
+    after = model.unet.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_pictures_arrive_one_by_one(draw):
+    arrived = []
+    result = draw(images_per_prompt=3, on_image=lambda image: arrived.append(image.seed))
+    assert arrived == [5, 6, 7] == [image.seed for image in result.images]
+
+
+def test_the_record_says_what_a_picture_depends_on(draw, world):
+    import hashlib
+
+    record = draw().images[0].record
+    assert record.photo_sha256 == hashlib.sha256(world.photo.read_bytes()).hexdigest()
+    assert record.tuning["steps"] == 1 and record.tuning["seed"] == 5
+    assert record.guidance > 0 and record.scheduler == "dpm++"
+    assert record.base_fingerprint and record.pack_fingerprint
+    assert record.parameters().startswith("S* on the beach\nSteps: 2, Sampler: dpm++")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"images_per_prompt": 0}, UsageError, "1 or more"),
+        ({"seed": -1}, UsageError, "seeds must be"),
+        ({"seed": 2**32 - 1, "images_per_prompt": 2}, UsageError, "seeds must be"),
+        ({"tune_steps": -1}, UsageError, "steps must be a whole number"),
+        ({"sampling": {"stride": 2}}, UsageError, "stride"),
+        ({"sampling": {"steps": 0}}, UsageError, "1 to 1000"),
+        ({"placeholder": "two words"}, UsageError, "one word"),
+        ({"prompts": ["S* x", "nobody"]}, UsageError, "does not name the concept"),
+        ({"mask": Image.new("L", (96, 96))}, InputError, "black all over"),
+        ({"mask": Image.new("L", (96, 64), 255)}, InputError, "same proportions"),
+        ({"image": b"nothing"}, InputError, "not a picture"),
+        ({"prompts": "S*" + " beach" * 30, "image": None}, None, "left out"),
+        ({"prompts": "beach " * 30 + "S*"}, UsageError, "the placeholder comes after"),
+    ],
+)
+def test_refusals(draw, options, kind, words):
+    if kind is None:
+        assert any(words in note for note in draw(**options).notes)
+        return
+    with pytest.raises(kind, match=words) as caught:
+        draw(**options)
+    assert isinstance(caught.value, E4TError)
+
+
+def test_a_mask_lies_on_the_pixels_it_was_drawn_for():
+    photo = Image.linear_gradient("L").convert("RGB").resize((200, 100))
+    mask = Image.new("L", (200, 100))
+    mask.paste(255, (100, 0, 200, 100))
+    elsewhere = PreparedImage(image=photo.crop((0, 0, 64, 64)))
+    both = with_mask(elsewhere, photo, mask)
+    assert both.image.size == both.mask.size == (64, 64)
+    assert both.mask.getpixel((8, 32)) == 0 and both.mask.getpixel((56, 32)) == 255
+    assert "centred square" in both.notes[0]
+
+
+def test_a_folder_of_pictures_is_read_in_order(tmp_path):
+    for name in ("b.png", "a/2.png", "a/1.png", ".hidden.png", ".cache/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    found = [path.relative_to(tmp_path).as_posix() for path in list_pictures(tmp_path)]
+    assert found == ["a/1.png", "a/2.png", "b.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no picture"):
+        list_pictures(tmp_path / "empty")
+
+
+def test_pil_images_are_treated_as_files_are():
+    see_through = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    assert open_picture(see_through).image.getpixel((9, 9)) == (255, 255, 255)
+    turned = Image.new("RGB", (64, 128))
+    turned.getexif()[0x0112] = 6  # lies on its side
+    assert open_picture(turned).image.size == (128, 64)
+    assert open_picture(Image.new("CMYK", (64, 64))).image.mode == "RGB"
+
+
+def test_small_pictures_are_scaled_by_a_whole_number():
+    sheet = contact_sheet([Image.new("RGB", (64, 64), "red")] * 9, ["S* as an astronaut"] * 9)
+    assert sheet.width == 3 * (4 * 64) + 4 * 12
+    assert sheet.getpixel((20, 20)) == (255, 0, 0)
+    large = contact_sheet([Image.new("RGB", (512, 512))] * 2, ["a", "b"])
+    assert large.width == 2 * 512 + 3 * 12
+
+
+def test_captions_stay_in_their_cell():
+    from PIL import ImageFont
+
+    from e4t_cli.results import CAPTION_LINES, CAPTION_SIZE, _wrapped
+
+    font = ImageFont.load_default(CAPTION_SIZE)
+    for text in ("S* " + "in a very long prompt " * 20, "W" * 300, "S* \x1b[31m", ""):
+        lines = _wrapped(text, font, 256).split("\n")
+        assert len(lines) <= CAPTION_LINES
+        assert all(font.getlength(line) <= 256 for line in lines)
+        assert "\x1b" not in "".join(lines)
+
+
+def test_the_door_and_the_commands_have_the_same_defaults():
+    from e4t_cli.cli.generate import generate
+    from e4t_cli.cli.personalize import personalize
+
+    same = {"number": "images_per_prompt"}
+    for command, function in ((personalize, api.personalize), (generate, api.generate)):
+        ours = inspect.signature(function).parameters
+        for name, parameter in inspect.signature(command).parameters.items():
+            known = ours.get(same.get(name, name))
+            if known is not None and known.default is not inspect.Parameter.empty:
+                if parameter.default is None and name == "prompts":
+                    continue
+                assert parameter.default == known.default, name

@@ -1,0 +1,186 @@
+"""Laws of drawing: section 3.1's refinement, and what a seed promises."""
+
+import pytest
+import torch
+
+from e4t_cli.concept import TunedModel
+from e4t_cli.errors import UsageError
+from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents, sample
+from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset
+from e4t_cli.prompts import parse_prompt
+from e4t_cli.tuning import tune
+
+PROMPTS = [
+    parse_prompt(text) for text in ("S* on the beach", "a photo of S*", "S* and S* with hat")
+]
+FEW = Sampling(steps=3)
+
+
+@pytest.fixture
+def tuned(model, pack, face):
+    return tune(model, pack, face, pack.tuning.replace(steps=1))
+
+
+def pixels(pictures):
+    return [picture.tobytes() for picture in pictures]
+
+
+def test_the_same_seed_draws_the_same_pixels(model, tuned):
+    one, other = (pixels(sample(model, tuned, PROMPTS, [1, 2, 3], FEW)) for _ in range(2))
+    assert one == other
+    assert one[0] != pixels(sample(model, tuned, PROMPTS[:1], [2], FEW))[0]
+
+
+def test_a_picture_is_the_same_alone_and_in_company(model, tuned):
+    together = pixels(sample(model, tuned, PROMPTS, [5, 6, 7], FEW))
+    alone = [
+        pixels(sample(model, tuned, [prompt], [seed], FEW))[0]
+        for prompt, seed in zip(PROMPTS, [5, 6, 7], strict=True)
+    ]
+    assert together == alone
+
+
+def test_a_batch_differs_by_rounding_only(model, tuned):
+    whole = generate_latents(model, tuned, PROMPTS, [5, 6, 7], FEW)
+    for index in range(3):
+        one = generate_latents(model, tuned, PROMPTS[index : index + 1], [5 + index], FEW)
+        torch.testing.assert_close(whole[index : index + 1], one, rtol=1e-3, atol=1e-3)
+
+
+def test_pictures_come_one_by_one_with_progress(model, tuned):
+    events = []
+    pictures = sample(model, tuned, PROMPTS, [1, 2, 3], FEW, on_progress=events.append)
+    next(pictures)
+    assert [event.done for event in events] == [1, 2, 3]
+    list(pictures)
+    assert [event.done for event in events] == list(range(1, 10))
+    assert {event.total for event in events} == {9}
+    events.clear()
+    list(sample(model, tuned, PROMPTS, [1, 2, 3], FEW, batch=2, on_progress=events.append))
+    assert [event.done for event in events] == [2, 4, 6, 7, 8, 9]
+
+
+def test_the_embedding_is_predicted_anew_at_every_step(model, tuned, monkeypatch):
+    seen = []
+    embedding = TunedModel.embedding
+    monkeypatch.setattr(
+        TunedModel,
+        "embedding",
+        lambda self, features: seen.append(embedding(self, features)) or seen[-1],
+    )
+    generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_no_offset_is_evaluated_and_no_tower_is_called_while_drawing(model, tuned, monkeypatch):
+    def never(*args):
+        raise AssertionError("this was folded into constants")
+
+    for kind in (WeightOffset, FactoredWeightOffset):
+        monkeypatch.setattr(kind, "factors", never)
+    monkeypatch.setattr(type(model.image_tower), "forward", never)
+    monkeypatch.setattr(type(tuned.encoder), "fold", never)
+    generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
+
+
+def test_one_way_down_serves_the_features_and_the_unconditional_branch(model, tuned):
+    calls = []
+    hook = model.unet.mid_block.register_forward_hook(lambda *args: calls.append(1))
+    tuned_hook = tuned.unet.mid_block.register_forward_hook(lambda *args: calls.append(1))
+    counts = {}
+    for name, sampling in {
+        "shared": Sampling(steps=1),
+        "negative": Sampling(steps=1, negative="a dog"),
+        "no guidance": Sampling(steps=1, guidance=1),
+    }.items():
+        calls.clear()
+        generate_latents(model, tuned, PROMPTS[:1], [1], sampling)
+        counts[name] = len(calls)
+    calls.clear()
+    generate_latents(model, TunedModel.plain(model, "face"), PROMPTS[:1], [1], Sampling(steps=1))
+    counts["plain word"] = len(calls)
+    hook.remove()
+    tuned_hook.remove()
+    assert counts == {"shared": 2, "negative": 3, "no guidance": 2, "plain word": 2}
+
+
+def test_an_empty_negative_prompt_in_words_is_the_shared_pass(model, tuned):
+    """A separate feature pass, forced by a negative prompt of nothing, gives the same bits."""
+    from e4t_cli import generation
+
+    shared = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
+    original = generation._Predictor.__init__
+
+    def separate(self, *args):
+        original(self, *args)
+        self.negative = self.empty.clone()  # equal, but not the same: no sharing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation._Predictor, "__init__", separate)
+        apart = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
+    assert torch.equal(shared, apart)
+
+
+def test_the_plain_word_is_plain_stable_diffusion(model):
+    """Without refinement, our loop is diffusers' pipeline to the last bit of its latents."""
+    from diffusers import StableDiffusionPipeline
+
+    from e4t_cli.generation import make_scheduler
+
+    sampling = Sampling(steps=3, guidance=4.0, scheduler="ddim")
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=make_scheduler(model, sampling),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        "a photo of face",
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(11),
+        output_type="latent",
+        height=32,
+        width=32,
+    ).images
+    plain = TunedModel.plain(model, "face")
+    found = generate_latents(model, plain, [parse_prompt("a photo of S*")], [11], sampling)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*SCHEDULERS, "DEISMultistepScheduler"])
+def test_any_scheduler_of_diffusers(model, tuned, name):
+    sampling = Sampling(steps=4, scheduler=name)
+    one, other = (generate_latents(model, tuned, PROMPTS[:2], [1, 2], sampling) for _ in range(2))
+    assert one.isfinite().all()
+    assert torch.equal(one, other)
+
+
+def test_negative_prompts_and_guidance_are_heard(model, tuned):
+    plain = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
+    negative = generate_latents(model, tuned, PROMPTS[:1], [1], Sampling(steps=3, negative="dog"))
+    stronger = generate_latents(model, tuned, PROMPTS[:1], [1], Sampling(steps=3, guidance=12.0))
+    assert not torch.equal(plain, negative)
+    assert not torch.equal(plain, stronger)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"steps": 2.5}, {"guidance": -1.0}, {"guidance": float("nan")},
+     {"scheduler": "magic"}, {"scheduler": "UNet2DConditionModel"}],
+)  # fmt: skip
+def test_impossible_samplings_are_refused(wrong):
+    with pytest.raises(UsageError):
+        Sampling(**wrong)
+
+
+def test_an_unreadable_prompt_stops_the_first_picture(model, tuned):
+    late = parse_prompt("a photo of the beach with an astronaut as art on the beach of the dog S*")
+    with pytest.raises(UsageError, match="placeholder"):
+        sample(model, tuned, [PROMPTS[0], late], [1, 2], FEW)

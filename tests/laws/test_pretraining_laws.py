@@ -1,0 +1,247 @@
+"""Laws of pre-training: section 3.3, and what a resumed run promises."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import drawn_face
+
+from e4t_cli.domain import PreparedImage, PretrainingRecipe, TuningRecipe
+from e4t_cli.errors import DivergedError, InputError, IntegrityError, UsageError
+from e4t_cli.pretraining import EncodedImages, encode_images, pretrain_domain
+from e4t_cli.pretraining.batches import Batches
+from e4t_cli.tuning import tune
+
+TUNING = TuningRecipe(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4)
+RECIPE = PretrainingRecipe(steps=7, base_learning_rate=1e-4, batch_size=4)
+PICTURES = 6  # with batches of 4, epochs end in the middle of a step and between steps
+
+
+@pytest.fixture
+def data(model):
+    faces = [drawn_face(index) for index in range(PICTURES)]
+    return encode_images(
+        model, [PreparedImage(image=image, mask=mask) for image, mask in faces], batch_size=4
+    )
+
+
+@pytest.fixture
+def pretrain(model, data):
+    def run(recipe=RECIPE, **options):
+        options = {
+            "name": "face",
+            "descriptor": "face",
+            "templates": ("{}", "a photo of {}"),
+            "seed": 3,
+            **options,
+        }
+        return pretrain_domain(model, data, recipe=recipe, tuning=TUNING, **options)
+
+    return run
+
+
+def same(one, other):
+    pairs = list(
+        zip(one.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True)
+    )
+    assert one.offsets.keys() == other.offsets.keys()
+    for path, factors in one.offsets.items():
+        pairs += zip(factors, other.offsets[path], strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(step):
+    def stop(state):
+        if state.step == step:
+            raise Interrupted
+
+    return stop
+
+
+def test_only_encoder_and_offsets_learn_and_the_loss_falls(pretrain):
+    losses = []
+    recipe = RECIPE.replace(steps=40)
+    domain = pretrain(recipe, on_step=lambda step: losses.append(step.diffusion.mean().item()))
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert max((left @ right).abs().max() for left, right in domain.offsets.values()) > 1e-4
+    assert domain.encoder.final.weight.abs().max() > 1e-4
+    assert domain.images == PICTURES
+
+
+def test_the_first_step_is_the_plain_base(model, data, pretrain):
+    """Fresh encoder, fresh offsets: the first loss is that of the base with the descriptor."""
+    first = []
+    pretrain(RECIPE.replace(steps=1), autocast=False, on_step=first.append)
+    batch = Batches(model, data, RECIPE, ("{}", "a photo of {}"), model.descriptor_id("face"), 3)
+    from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
+
+    step = batch.of(0, WordEmbeddingEncoder(model.encoder_config()))
+    with torch.no_grad():
+        z_t = model.add_noise(step.z_0, step.epsilon, step.timesteps)
+        noise = model.unet(z_t, step.timesteps, model.embed_prompts(step.tokens)).sample
+    expected = (noise - step.epsilon).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(first[0].diffusion, expected)
+    assert first[0].penalty.abs().max() == 0
+
+
+@pytest.mark.parametrize("stopped", [1, 3, 4, 6])
+def test_a_resumed_run_ends_in_the_same_bits(pretrain, tmp_path, stopped):
+    """Stops in the middle of an epoch (1, 4), at its end (3, 6), and between checkpoints."""
+    whole = pretrain()
+    with pytest.raises(Interrupted):
+        pretrain(checkpoints=tmp_path, checkpoint_every=2, on_step=interrupt_after(stopped))
+    torch.manual_seed(stopped)  # the global generator has no say
+    seen = []
+    resumed = pretrain(
+        checkpoints=tmp_path, checkpoint_every=2, on_step=lambda step: seen.append(step.step)
+    )
+    assert seen[0] == stopped // 2 * 2 + 1
+    assert same(whole, resumed)
+
+
+def test_the_same_in_bfloat16(pretrain, tmp_path):
+    whole = pretrain(autocast=True)
+    with pytest.raises(Interrupted):
+        pretrain(
+            autocast=True, checkpoints=tmp_path, checkpoint_every=3, on_step=interrupt_after(4)
+        )
+    assert same(whole, pretrain(autocast=True, checkpoints=tmp_path))
+    assert not same(whole, pretrain(autocast=False))
+
+
+def test_a_finished_run_is_not_run_again(pretrain, tmp_path):
+    whole = pretrain(checkpoints=tmp_path)
+    seen = []
+    assert same(whole, pretrain(checkpoints=tmp_path, on_step=seen.append))
+    assert not seen
+    longer = pretrain(RECIPE.replace(steps=9), checkpoints=tmp_path, on_step=seen.append)
+    assert [step.step for step in seen] == [8, 9]
+    assert same(longer, pretrain(RECIPE.replace(steps=9)))
+
+
+def test_the_last_two_checkpoints_are_kept(pretrain, tmp_path):
+    pretrain(checkpoints=tmp_path, checkpoint_every=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000006.safetensors",
+        "step-00000007.safetensors",
+    ]
+    pretrain(RECIPE.replace(steps=3), seed=9, checkpoints=tmp_path, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.safetensors"]
+
+
+def test_checkpoints_of_another_run_are_refused(pretrain, tmp_path):
+    pretrain(checkpoints=tmp_path)
+    with pytest.raises(UsageError, match="seed differ"):
+        pretrain(checkpoints=tmp_path, seed=4)
+    with pytest.raises(UsageError, match="recipe"):
+        pretrain(RECIPE.replace(batch_size=3), checkpoints=tmp_path)
+    (tmp_path / "step-00000007.safetensors").write_bytes(b"torn")
+    with pytest.raises(IntegrityError, match="step-00000007"):
+        pretrain(checkpoints=tmp_path)
+
+
+def test_a_step_can_be_looked_at_and_drawn_from(model, pretrain, face):
+    def look(step):
+        if step.step == 2:
+            domain = step.snapshot()
+            tuned = tune(model, domain, face, TUNING.replace(steps=0))
+            assert tuned.embedding(torch.zeros(1, 224)).shape == (1, 24)
+
+    assert same(pretrain(on_step=look), pretrain())
+
+
+def test_a_number_that_is_not_finite_stops_the_run(model, data, tmp_path):
+    broken = dataclasses.replace(
+        data, image_features=torch.full_like(data.image_features, torch.nan)
+    )
+    with pytest.raises(DivergedError):
+        pretrain_domain(
+            model, broken, name="face", descriptor="face", recipe=RECIPE, tuning=TUNING,
+            templates=("{}",), checkpoints=tmp_path, checkpoint_every=2,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_is_reported(pretrain):
+    events = []
+    pretrain(RECIPE.replace(steps=12), on_progress=events.append)
+    assert [event.done for event in events] == [10, 12]
+    assert {event.stage for event in events} == {"pretrain"}
+    assert events[0].values.keys() == {"loss", "diffusion", "penalty"}
+
+
+def test_a_wider_encoder(pretrain, tmp_path):
+    from e4t_cli.pretrained import PretrainedDomain
+
+    domain = pretrain(RECIPE.replace(steps=2), hidden_width=48)
+    domain.save(tmp_path)
+    assert PretrainedDomain.load(tmp_path).encoder.config.hidden_width == 48
+
+
+def test_detached_features_still_train_everything(pretrain):
+    domain = pretrain(RECIPE.replace(steps=3), detach_features=True)
+    assert max((left @ right).abs().max() for left, right in domain.offsets.values()) > 0
+    assert not same(domain, pretrain(RECIPE.replace(steps=3)))
+
+
+# ── what a step shows ──
+
+
+def test_every_picture_once_an_epoch(model, data):
+    batches = Batches(model, data, RECIPE, ("{}",), model.descriptor_id("face"), 0)
+    seen = torch.cat([batches._indices(step) for step in range(3)]).tolist()
+    assert sorted(seen[:PICTURES]) == sorted(seen[PICTURES:]) == list(range(PICTURES))
+    assert seen[:PICTURES] != seen[PICTURES:]
+
+
+def test_another_picture_of_the_same_concept_may_be_shown(model, data):
+    paired = dataclasses.replace(
+        data, encoder_index=torch.tensor([[(i + 1) % PICTURES] for i in range(PICTURES)])
+    )
+
+    class Shown:
+        def fold(self, features):
+            self.features = features
+            return features[:, 0]
+
+    shown = Shown()
+    batches = Batches(model, paired, RECIPE, ("{}",), model.descriptor_id("face"), 0)
+    batches.of(0, shown)
+    expected = data.image_features[(batches._indices(0) + 1) % PICTURES].float()
+    assert torch.equal(shown.features, expected)
+
+
+def test_the_mask_is_used_only_if_the_recipe_says_so(model, data):
+    token = model.descriptor_id("face")
+    encoder = type("Shown", (), {"fold": lambda self, features: features[:, 0]})()
+    plain = Batches(model, data, RECIPE, ("{}",), token, 0).of(0, encoder)
+    masked = Batches(model, data, RECIPE.replace(mask=True), ("{}",), token, 0).of(0, encoder)
+    assert plain.mask is None
+    assert masked.mask.shape == (4, 8, 8)
+    assert 0 < masked.mask.mean() < 1
+
+
+def test_encoded_pictures_are_what_the_model_sees(model, data, tmp_path):
+    image, _ = drawn_face(2)
+    pixels = model.pixels([image])
+    torch.testing.assert_close(
+        data.image_features[2].float(), model.image_features(pixels)[0], atol=2e-3, rtol=2e-3
+    )
+    torch.testing.assert_close(
+        data.means[2].float(), model.posterior(pixels).mean[0], atol=2e-3, rtol=2e-3
+    )
+    data.save(tmp_path / "faces.safetensors")
+    again = EncodedImages.load(tmp_path / "faces.safetensors")
+    assert again.fingerprint == data.fingerprint
+    assert len(again) == PICTURES
+    assert again.fingerprint != dataclasses.replace(data, masks=None).fingerprint
+
+
+def test_nothing_to_train_on(model):
+    with pytest.raises(InputError):
+        encode_images(model, [])

@@ -1,0 +1,250 @@
+"""Laws of what is kept: packs and concepts come back as they were, or not at all."""
+
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+
+from e4t_cli.concept import Concept
+from e4t_cli.errors import InputError, IntegrityError, WeightsUnavailable
+from e4t_cli.files import sha256_of
+from e4t_cli.generation import Sampling, sample
+from e4t_cli.pretrained import PretrainedDomain, read_tensors, toml_text
+from e4t_cli.prompts import parse_prompt
+from e4t_cli.tuning import tune
+
+
+@pytest.fixture
+def concept(model, pack, face):
+    return Concept(
+        domain="face",
+        descriptor="face",
+        base_name="tiny",
+        base_fingerprint=model.fingerprint,
+        pack_digest="",
+        prepared=face,
+        image_features=model.image_features(model.pixels([face.image]))[0],
+        recipe=pack.tuning,
+        seed=5,
+    )
+
+
+def draw(model, tuned):
+    prompts = [parse_prompt("S* on the beach")]
+    return next(sample(model, tuned, prompts, [1], Sampling(steps=2))).tobytes()
+
+
+def resign(folder):
+    """Make the card agree with the files again, as somebody with bad intentions would."""
+    card = (folder / "domain.toml").read_text().split("[files]")[0]
+    hashes = {
+        name: sha256_of(folder / name) for name in ("encoder.safetensors", "offsets.safetensors")
+    }
+    (folder / "domain.toml").write_text(card + toml_text({"files": hashes}))
+
+
+# ── packs ──
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_pack_comes_back_as_it_was(pack, model, tmp_path, dtype):
+    pack.save(tmp_path, dtype=dtype)
+    again = PretrainedDomain.load(tmp_path)
+    again.check_base(model)
+    for key, value in pack.encoder.state_dict().items():
+        assert torch.equal(again.encoder.state_dict()[key], value.to(dtype).float())
+    assert again.offsets.keys() == pack.offsets.keys()
+    for path, factors in pack.offsets.items():
+        for one, other in zip(factors, again.offsets[path], strict=True):
+            assert torch.equal(other, one.to(dtype).float())
+    plain = {f.name for f in dataclasses.fields(pack)} - {"encoder", "offsets", "digest"}
+    for name in plain:
+        assert getattr(again, name) == getattr(pack, name)
+    assert again.encoder.config == pack.encoder.config
+    # And once more: nothing drifts.
+    again.save(tmp_path / "copy", dtype=dtype)
+    for name in ("encoder.safetensors", "offsets.safetensors", "domain.toml"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_tuning_from_a_loaded_pack_is_tuning_from_the_pack(pack, model, face, tmp_path):
+    pack.save(tmp_path)
+    one = tune(model, pack, face)
+    other = tune(model, PretrainedDomain.load(tmp_path), face)
+    assert torch.equal(one.folded, other.folded)
+    assert torch.equal(one.unet.conv_in.weight, other.unet.conv_in.weight)
+
+
+def test_a_pack_for_another_base_is_refused(pack, model):
+    with pytest.raises(IntegrityError, match="was made for the base"):
+        dataclasses.replace(pack, base_fingerprint="0" * 32).check_base(model)
+
+
+def test_no_pack_and_half_a_pack(pack, tmp_path):
+    with pytest.raises(WeightsUnavailable, match=r"domain\.toml"):
+        PretrainedDomain.load(tmp_path)
+    pack.save(tmp_path)
+    (tmp_path / "offsets.safetensors").unlink()
+    with pytest.raises(WeightsUnavailable, match="lacks offsets"):
+        PretrainedDomain.load(tmp_path)
+
+
+def test_a_flipped_bit_is_found(pack, tmp_path):
+    pack.save(tmp_path)
+    path = tmp_path / "encoder.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="SHA-256"):
+        PretrainedDomain.load(tmp_path)
+
+
+def changed(folder, name, change):
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name)
+    resign(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("encoder.safetensors", lambda t: t.pop("final.bias"), "lacks tensor final.bias"),
+        ("encoder.safetensors", lambda t: t.update(extra=torch.ones(1)), "unexpected tensor"),
+        ("encoder.safetensors", lambda t: t.update({"final.bias": torch.ones(3)}), "has shape"),
+        ("encoder.safetensors", lambda t: t["final.bias"].fill_(torch.nan), "not finite"),
+        ("offsets.safetensors", lambda t: t.pop(min(t)), "pairs of factors"),
+        ("offsets.safetensors", lambda t: t.update({min(t): torch.ones(3)}), "pairs of factors"),
+        ("offsets.safetensors", lambda t: t[min(t)].fill_(torch.inf), "not finite"),
+    ],
+)
+def test_wrong_tensors_are_refused_whatever_the_card_says(pack, tmp_path, name, change, said):
+    pack.save(tmp_path)
+    changed(tmp_path, name, change)
+    with pytest.raises(IntegrityError, match=said):
+        PretrainedDomain.load(tmp_path)
+
+
+class Payload:
+    def __reduce__(self):
+        return (open, ("/tmp/e4t-test-payload", "w"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps({"weight": 1}),
+        b"<html>please log in</html>",
+        b"",
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        save({"final.bias": torch.ones(3)})[:-4],
+        save({"final.bias": torch.ones(3)}) + b"more",
+    ],
+    ids=["pickle", "html", "empty", "huge header", "truncated", "extra"],
+)
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "encoder.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError, match="safetensors"):
+        read_tensors(path)
+
+
+def test_sizes_that_no_encoder_has_are_refused(pack, tmp_path):
+    pack.save(tmp_path)
+    card = (tmp_path / "domain.toml").read_text()
+    (tmp_path / "domain.toml").write_text(
+        card.replace("image_layers = 2", "image_layers = 10000000")
+    )
+    with pytest.raises(IntegrityError, match="sizes"):
+        PretrainedDomain.load(tmp_path)
+
+
+# ── concepts ──
+
+
+def test_a_concept_comes_back_and_is_tuned_to_the_same_bits(model, pack, concept, tmp_path):
+    concept.save(tmp_path / "me.e4t")
+    again = Concept.load(tmp_path / "me.e4t")
+    assert again.prepared.image.tobytes() == concept.prepared.image.tobytes()
+    assert again.prepared.mask.tobytes() == concept.prepared.mask.tobytes()
+    assert torch.equal(again.image_features, concept.image_features)
+    for field in dataclasses.fields(concept):
+        if field.name not in ("prepared", "image_features"):
+            assert getattr(again, field.name) == getattr(concept, field.name)
+    assert again.tuned(model, pack) is None
+    one, other = (
+        tune(model, pack, c.prepared, c.recipe, seed=c.seed, image_features=c.image_features)
+        for c in (concept, again)
+    )
+    assert draw(model, one) == draw(model, other)
+    assert (tmp_path / "me.e4t").stat().st_size < 20_000
+
+
+def test_kept_weights_draw_the_same_pictures(model, pack, concept, face, tmp_path):
+    tuned = tune(model, pack, face, concept.recipe, seed=concept.seed)
+    kept = dataclasses.replace(concept, weights=Concept.kept(tuned))
+    kept.save(tmp_path / "me.e4t")
+    again = Concept.load(tmp_path / "me.e4t").tuned(model, pack)
+    assert draw(model, again) == draw(model, tuned)
+
+
+def test_a_concept_without_a_mask(concept, tmp_path):
+    from e4t_cli.domain import PreparedImage
+
+    plain = dataclasses.replace(concept, prepared=PreparedImage(image=concept.prepared.image))
+    plain.save(tmp_path / "me.e4t")
+    assert Concept.load(tmp_path / "me.e4t").prepared.mask is None
+    with pytest.raises(FileExistsError):
+        plain.save(tmp_path / "me.e4t", overwrite=False)
+
+
+def test_another_base_or_pack_is_refused(model, pack, concept):
+    concept.check(model, pack)
+    with pytest.raises(IntegrityError, match="lives on the base"):
+        dataclasses.replace(concept, base_fingerprint="0" * 32).check(model, pack)
+    with pytest.raises(IntegrityError, match="another version of the face pack"):
+        dataclasses.replace(concept, pack_digest="0" * 64).check(model, pack)
+    wrong = dataclasses.replace(concept, weights={"unet.conv_in.bias": torch.ones(1)})
+    with pytest.raises(IntegrityError, match="do not fit"):
+        wrong.tuned(model, pack)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2},
+        {"domain": "../face"},
+        {"seed": "5"},
+        {"recipe": {"steps": -1}},
+        {"extra": 1},
+        {"placeholder": None},
+    ],
+)
+def test_a_changed_card_is_refused(concept, tmp_path, change):
+    path = tmp_path / "me.e4t"
+    concept.save(path)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        card = json.loads(file.metadata()["e4t"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, {"e4t": json.dumps({**card, **change})})
+    with pytest.raises(IntegrityError, match="not a usable concept"):
+        Concept.load(path)
+
+
+def test_what_is_no_concept(concept, tmp_path):
+    with pytest.raises(InputError, match="no concept"):
+        Concept.load(tmp_path / "nobody.e4t")
+    path = tmp_path / "me.e4t"
+    path.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(IntegrityError):
+        Concept.load(path)
+    for tensors in ({"image": torch.ones(3)}, {"image_features": torch.ones(2, 2)}):
+        concept.save(path)
+        save_file(tensors, path, {"e4t": "{}"})
+        with pytest.raises(IntegrityError):
+            Concept.load(path)

@@ -1,0 +1,174 @@
+"""What the README and the guides say is what the program does.
+
+Command lines in fenced blocks are parsed by the program's own parser; the README's daily commands
+and the marked Python blocks of docs/python.md are run on the packaged base.
+"""
+
+import io
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from e4t_cli.bases import installed_bases
+from e4t_cli.cli import app
+from e4t_cli.domain import Domain
+from e4t_cli.errors import E4TError
+from e4t_cli.registry import find_domain, weights_folder
+
+ROOT = Path(__file__).parent.parent
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "domains" / "README.md"]
+FENCE = re.compile(
+    r"^(?P<run><!-- run -->\n)?```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S
+)
+PHOTO = ROOT / "examples" / "me.png"
+
+
+def blocks(guide: Path, language: str):
+    """Yield (line, marked, body) of the fenced blocks of a language."""
+    text = guide.read_text(encoding="utf-8")
+    for found in FENCE.finditer(text):
+        if found["language"] == language:
+            line = text.count("\n", 0, found.start()) + 1
+            yield line, found["run"] is not None, found["body"]
+
+
+def command_lines(guide: Path):
+    """Yield (line, words) for each `e4t …` in the guide's shell blocks."""
+    for language in ("console", "bash", "sh", "shell"):
+        for line, _, body in blocks(guide, language):
+            joined = re.sub(r"\\\n\s*", " ", body)
+            for command in re.findall(r"^(?:\$ )?(?:.*\| )?e4t (.*)$", joined, re.M):
+                yield line, shlex.split(command, comments=True)
+
+
+DOCUMENTED = [
+    pytest.param(words, id=f"{guide.relative_to(ROOT)}:{line} e4t {' '.join(words)[:50]}")
+    for guide in GUIDES
+    if guide.is_file()
+    for line, words in command_lines(guide)
+]
+
+
+def packaged(domain: str) -> bool:
+    """Whether this checkout has the embedded base, the domain's pack for it, and the photo."""
+    value: Domain = find_domain(domain)
+    try:
+        return bool([weights_folder(value, base.name) for base in installed_bases()])
+    except E4TError:
+        return False
+
+
+needs_weights = pytest.mark.skipif(
+    not (packaged("face") and PHOTO.is_file()),
+    reason="this checkout has no embedded base, face pack or examples/me.png yet: make mini",
+)
+
+
+def test_the_guides_document_commands():
+    assert len(DOCUMENTED) >= 8
+
+
+@pytest.mark.parametrize("words", DOCUMENTED)
+def test_documented_commands_are_understood(words, monkeypatch):
+    """Every word is parsed by the real program; only the work behind it is left out."""
+    import typer
+
+    reached = []
+
+    class Reached(E4TError):
+        exit_code = 99
+
+    def note(*arguments, **options):
+        reached.append(arguments)
+        raise Reached("parsed")
+
+    placeholders = {"DOMAIN": "face", "IMAGE": "me.jpg", "PROMPT...": "S* x", "…": "S* x"}
+    words = [placeholders.get(word, word) for word in words]
+    assert isinstance(app.app, typer.Typer)
+    for command in app.app.registered_commands:
+        monkeypatch.setattr(command, "callback", stand_in(command.callback, note))
+    for group in app.app.registered_groups:
+        for command in group.typer_instance.registered_commands:
+            monkeypatch.setattr(command, "callback", stand_in(command.callback, note))
+    code = app.run(words)
+    assert code == (0 if {"--help", "-h", "--version"} & set(words) else 99)
+
+
+def stand_in(callback, note):
+    """Return a function with the command's signature that only says it was reached."""
+    import functools
+
+    @functools.wraps(callback)
+    def reach(*arguments, **options):
+        note(*arguments, **options)
+
+    return reach
+
+
+# ── run on the packaged base ──
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder like a clone's, with the example in it."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def readme_commands(*first: str):
+    if not (ROOT / "README.md").is_file():
+        return []
+    found = [words for _, words in command_lines(ROOT / "README.md") if words[0] in first]
+    return list(dict.fromkeys(map(tuple, found)))
+
+
+@needs_weights
+def test_the_readmes_daily_lines_run(checkout, capfd, monkeypatch):
+    """The README's own lines, in order, with fewer steps: what one saves, the next one reads."""
+    daily = readme_commands("personalize", "generate", "domains", "info")
+    assert daily, "README.md shows no command"
+    for words in daily:
+        arguments = list(words)
+        for word in arguments:  # a reader's own photo is any photo
+            photo = arguments[0] == "personalize" and word.endswith((".jpg", ".jpeg", ".png"))
+            if photo and not Path(word).exists():
+                shutil.copy(PHOTO, word)
+        if arguments[0] == "personalize":
+            arguments += ["-n", "1", "--steps", "2", "--tune-steps", "1", "-q"]
+        if "-" in arguments:
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PHOTO.read_bytes())))
+        if arguments[0] == "generate":
+            arguments += ["-n", "1", "--steps", "2", "-q"]
+        capfd.readouterr()
+        code = app.run(arguments)
+        out, err = capfd.readouterr()
+        assert code == 0, f"e4t {shlex.join(arguments)}\n{err}"
+        if arguments[0] in ("personalize", "generate"):
+            assert out.splitlines() and all(Path(path).is_file() for path in out.splitlines())
+
+
+PYTHON = ROOT / "docs" / "python.md"
+
+
+def test_python_blocks_compile():
+    for guide in GUIDES:
+        if guide.is_file():
+            for line, _, body in blocks(guide, "python"):
+                compile(body, f"{guide.name}:{line}", "exec")
+
+
+@needs_weights
+def test_the_marked_python_blocks_run_in_order(checkout, capsys):
+    (checkout / "outputs").mkdir()
+    marked = [(line, body) for line, run, body in blocks(PYTHON, "python") if run]
+    assert len(marked) >= 5
+    names: dict[str, object] = {"__name__": "guide"}
+    for line, body in marked:
+        exec(compile(body, f"python.md:{line}", "exec"), names)
+    out, err = capsys.readouterr()
+    assert "[1, 2]" in out and "does not name the concept" in out
+    assert err == ""  # the library is silent
