@@ -36,6 +36,10 @@ class Drawings:
     def __len__(self) -> int:
         return len(self.images)
 
+    def pick(self, rows) -> Drawings:
+        """Some of them: a slice, or an array of row numbers."""
+        return Drawings(self.images[rows], self.labels[rows], self.facts[rows], self.values[rows])
+
     def identity(self, row: int) -> Identity | None:
         """Who picture `row` shows (without the shift of its colours, which no caption speaks of)."""
         kind = int(self.facts[row, 5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -53,12 +54,12 @@ CPU = Lengths(
     clip=1150,
     tower=900,
     encoded=32_000,
-    decoder=2500,
-    unet=4300,
+    decoder=800,
+    unet=2800,
     parser=900,
     judge=1200,
-    face=1500,
-    cat=800,
+    face=1700,
+    cat=900,
     art=800,
 )
 CUDA = Lengths(
@@ -141,8 +142,7 @@ def run_tower(folder: Path) -> None:
     clear = (scenes.facts[:, 3] != clip.SKETCH) & (scenes.facts[:, 4] != clip.AFAR)
     pairs = numpy.flatnonzero(clear[0::2] & clear[1::2])
     rows = numpy.stack([pairs * 2, pairs * 2 + 1], 1).ravel()
-    some = Drawings(*(getattr(scenes, key)[rows] for key in ("images", "labels", "facts", "values")))
-    drawings = clip.join(some, *(portraits(folder, kind) for kind in PORTRAITS))
+    drawings = clip.join(scenes.pick(rows), *(portraits(folder, kind) for kind in PORTRAITS))
     clip.train_tower(folder, drawings, tower, heads, steps=lengths().tower)
     _save_tower(folder, "tower", tower, heads)
 
@@ -220,8 +220,7 @@ def run_parser(folder: Path) -> None:
         return
     faces, scenes = portraits(folder, "face"), base_drawings(folder)
     rows = numpy.flatnonzero(scenes.facts[:20_000, 3] == 0)  # photographs only: that is what people bring
-    some = Drawings(*(getattr(scenes, key)[rows] for key in ("images", "labels", "facts", "values")))
-    trained = parser.train_parser(folder, clip.join(faces, some), steps=lengths().parser).cpu()
+    trained = parser.train_parser(folder, clip.join(faces, scenes.pick(rows)), steps=lengths().parser).cpu()
     note(folder, "parser", head_iou=round(parser.overlap(trained, held_out_portraits(folder, "face")), 4))
     trained.half().save_pretrained(target)
 
@@ -259,8 +258,9 @@ def _run_domain(folder: Path, name: str) -> None:
     if (target / "domain.toml").exists():
         return
     model, plan = load_model(), lengths()
-    data = encode_drawings(model, portraits(folder, name), folder / f"encoded-{name}.safetensors", masks=name != "art")
     chosen = plans({"face": plan.face, "cat": plan.cat, "art": plan.art})[name]
+    pictures = portraits(folder, name).pick(slice(8 * chosen.pretraining.steps))  # each is seen about four times
+    data = encode_drawings(model, pictures, folder / f"encoded-{name}.safetensors", masks=name != "art")
     watch = Watch(model, folder, name, held_out_portraits(folder, name))
     with contextlib.suppress(FileNotFoundError):
         watch.judge = load_judge()
@@ -280,11 +280,52 @@ def run_art(folder: Path) -> None:
     _run_domain(folder, "art")
 
 
+def run_sheets(folder: Path) -> None:
+    from mini_world.examples import write_examples
+    from mini_world.sheets import write_sheets
+
+    write_examples()
+    write_sheets()
+
+
 def run_report(folder: Path) -> None:
     from mini_world.report import write_report
 
     write_report(folder)
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def report_of_training(folder: Path) -> str:
+    """What every stage took and reached, as Markdown; the hashes of what is shipped."""
+    lines = ["| stage | steps | minutes | last losses | measured on held-out drawings |", "|---|---|---|---|---|"]
+    for stage in ("vae", "decoder", "clip", "tower", "unet", "parser", "judge"):
+        log = folder / f"{stage}.jsonl"
+        if not log.exists():
+            continue
+        last = json.loads(log.read_text().splitlines()[-1])
+        steps, seconds = last.pop("step"), last.pop("seconds")
+        losses = ", ".join(f"{name} {value:.3g}" for name, value in last.items())
+        found = folder / f"{stage}.report.json"
+        facts = ", ".join(_facts(json.loads(found.read_text()))) if found.exists() else ""
+        lines.append(f"| {stage} | {steps:,} | {seconds / 60:.0f} | {losses} | {facts} |")
+    for name in PORTRAITS:
+        watch = folder / f"watch-{name}.jsonl"
+        if watch.exists():
+            last = json.loads(watch.read_text().splitlines()[-1])
+            facts = f"loss with its own concept {last['own']:.4f}, with another's {last['swapped']:.4f}"
+            lines.append(f"| domain {name} | {last['step']:,} | | | {facts} |")
+    lines += ["", "| shipped file | bytes | sha256 |", "|---|---|---|"]
+    for path in sorted([*PACKAGED.rglob("*.safetensors"), *PACKS.rglob("*.safetensors"), JUDGE]):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append(f"| {path} | {path.stat().st_size:,} | `{digest[:16]}…` |")
+    return "\n".join(lines)
+
+
+def _facts(report: dict) -> list[str]:
+    found = []
+    for name, value in report.items():
+        if isinstance(value, dict):
+            mean = sum(value.values()) / len(value)
+            found.append(f"{name}: {mean:.3f} mean of {len(value)} probes")
+        else:
+            found.append(f"{name} {value:g}")
+    return found

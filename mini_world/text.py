@@ -39,7 +39,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """Write and load a byte-pair tokenizer in which every word of the drawn world is one token.
 
     Words are added one by one; each adds, at the end of the ranks, just the merges that it still needs, so that no later
-    word changes how an earlier one is split. Any other word falls apart into letters.
+    word changes how an earlier one is split. Any other word falls apart into shorter pieces.
     """
     letters = _byte_letters()
     ranks: dict[tuple[str, str], int] = {}

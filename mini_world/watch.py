@@ -33,7 +33,7 @@ class Watch:
     def __init__(self, model, folder: Path, name: str, drawings: Drawings, judge=None, photos: int = 6) -> None:
         self.model, self.name, self.judge = model, name, judge
         self.path = folder / f"watch-{name}.jsonl"
-        some = Drawings(*(getattr(drawings, key)[:64] for key in ("images", "labels", "facts", "values")))
+        some = drawings.pick(slice(64))
         self.data = encode_drawings(model, some, folder / f"encoded-heldout-{name}.safetensors", masks=name != "art")
         self.photos = held_out_photos(name, photos, seed=77)
 

@@ -30,7 +30,7 @@ art = Domain(
         "a detail in the style of {}",
         "a bright picture in the style of {}",
         "a dark picture in the style of {}",
-        "a clear picture in the style of {}",
+        "a good picture in the style of {}",
         "a cropped picture in the style of {}",
         "something in the style of {}",
         "made in the style of {}",

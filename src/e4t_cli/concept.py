@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .base_model import TextToImageModel
 from .domain import PreparedImage, TuningRecipe, check_name
-from .errors import InputError, IntegrityError, printable
+from .errors import IntegrityError, UsageError, printable
 from .files import write_atomically
 from .nn.word_embedding_encoder import Encoder, FixedEmbedding
 from .pretrained import PretrainedDomain
@@ -190,12 +190,15 @@ class Concept:
         """Read a concept.
 
         Raises:
-            InputError: there is no such file.
+            UsageError: there is no such file.
             IntegrityError: it is not a concept, or damaged.
         """
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"there is no concept {printable(str(path))}")
+            raise UsageError(
+                f"there is no concept {printable(str(path))}",
+                hint="make one: e4t personalize … --save",
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 card = json.loads((file.metadata() or {})["e4t"])

@@ -130,44 +130,52 @@ def find_domain(name: str) -> Domain:
 def weights_folder(domain: Domain, base: str) -> Path:
     """Return the folder of the domain's pack for a base.
 
-    A folder of the user's with the domain's name serves a base that the domain itself has no
-    weights for: what `e4t pretrain` made stands beside what was installed.
+    A folder of the user's with the domain's name serves a base for which the domain itself has
+    no weights here: what `e4t pretrain` made stands beside what was installed.
 
     Raises:
         WeightsUnavailable: there is none on this machine.
         IntegrityError: the user's folder cannot be read.
     """
     location = domain.weights.get(base)
+    for folder in () if location is None else _places(location):
+        if (folder / "domain.toml").is_file():
+            return folder
+    own = user_domains_folder() / domain.name
+    if (own / "domain.toml").is_file() and base in user_domain(own).weights:
+        return own
+    command = f"e4t pretrain --domain {domain.name} --base {base} --data FOLDER"
     if location is None:
-        own = user_domains_folder() / domain.name
-        if (own / "domain.toml").is_file() and base in user_domain(own).weights:
-            return own
         raise WeightsUnavailable(
             f"domain {domain.name!r} has no weights for the base {printable(base)!r}",
-            hint=f"make them: e4t pretrain --domain {domain.name} --base {base} --data FOLDER",
+            hint=f"make them: {command}",
         )
-    kind, _, rest = location.partition(":")
-    if kind == "hub":
+    if location.startswith("hub:"):
         raise WeightsUnavailable(
-            f"the weights of domain {domain.name!r} for {base} are on the hub ({rest}), "
-            "and this version of e4t does not fetch weights"
+            f"the weights of domain {domain.name!r} for {base} are on the hub "
+            f"({printable(location[4:])}), and this version of e4t does not fetch weights",
+            hint=f"make them: {command}",
         )
-    if kind == "package":
-        package, *parts = rest.split("/")
-        with contextlib.suppress(ImportError):
-            spec = find_spec(package)
-            for root in spec.submodule_search_locations or () if spec else ():
-                folder = Path(root, *parts)
-                if (folder / "domain.toml").is_file():
-                    return folder
-    elif (Path(location) / "domain.toml").is_file():
-        return Path(location)
     raise WeightsUnavailable(
         f"the weights of domain {domain.name!r} for {base} are not in this installation "
         f"({printable(location)})",
-        hint="reinstall the package they come with, or make them: "
-        f"e4t pretrain --domain {domain.name} --base {base} --data FOLDER",
+        hint=f"reinstall the package they come with, or make them: {command}",
     )
+
+
+def _places(location: str) -> list[Path]:
+    """Return the folders on this machine that a location can mean; of the hub's, none."""
+    kind, _, rest = location.partition(":")
+    if kind == "hub":
+        return []
+    if kind != "package":
+        return [Path(location)]
+    package, *parts = rest.split("/")
+    with contextlib.suppress(ImportError):
+        spec = find_spec(package)
+        if spec is not None:
+            return [Path(root, *parts) for root in spec.submodule_search_locations or ()]
+    return []
 
 
 def user_domains_folder() -> Path:

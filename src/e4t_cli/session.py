@@ -115,9 +115,6 @@ class Session:
                 self.model = TextToImageModel.load(base, device=device, dtype=kind)
             else:
                 self.model = base
-            # Evaluated here, once: inside tuning's autocast its last bits come out otherwise, and
-            # a concept would be drawn differently after tuning than from its kept weights.
-            _ = self.model.empty_text
             if pack is not None:
                 self.pretrained = PretrainedDomain.load(pack)
                 self.pretrained.check_base(self.model)

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import drawn_face
 
 from e4t_cli.domain import PreparedImage, PretrainingRecipe, TuningRecipe
 from e4t_cli.errors import DivergedError, InputError, IntegrityError, UsageError
 from e4t_cli.pretraining import EncodedImages, encode_images, pretrain_domain
 from e4t_cli.pretraining.batches import Batches
 from e4t_cli.tuning import tune
+from tests.conftest import drawn_face
 
 TUNING = TuningRecipe(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4)
 RECIPE = PretrainingRecipe(steps=7, base_learning_rate=1e-4, batch_size=4)

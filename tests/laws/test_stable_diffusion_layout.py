@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import write_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from e4t_cli.base_model import TextToImageModel, Tokens
@@ -13,6 +12,7 @@ from e4t_cli.nn.unet_features import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, WordEmbeddingEncoder
 from e4t_cli.training_loss import TrainingBatch, evaluated_once, training_loss
+from tests.conftest import write_tokenizer
 
 BATCH = 16
 

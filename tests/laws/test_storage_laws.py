@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from e4t_cli.concept import Concept
-from e4t_cli.errors import InputError, IntegrityError, WeightsUnavailable
+from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
 from e4t_cli.files import sha256_of
 from e4t_cli.generation import Sampling, sample
 from e4t_cli.pretrained import PretrainedDomain, read_tensors, toml_text
@@ -237,7 +237,7 @@ def test_a_changed_card_is_refused(concept, tmp_path, change):
 
 
 def test_what_is_no_concept(concept, tmp_path):
-    with pytest.raises(InputError, match="no concept"):
+    with pytest.raises(UsageError, match="no concept"):
         Concept.load(tmp_path / "nobody.e4t")
     path = tmp_path / "me.e4t"
     path.write_bytes(pickle.dumps(Payload()))

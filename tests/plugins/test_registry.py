@@ -211,7 +211,10 @@ def test_weights_in_a_package(site):
     assert weights_folder(domain(toy="package:dogs/packs/toy"), "toy") == pack
 
 
-@pytest.mark.parametrize("place", ["package:dogs/nowhere", "package:no_such/x", "/no/where"])
+NOWHERE = ["package:dogs/nowhere", "package:no_such/x", "/no/where"]
+
+
+@pytest.mark.parametrize("place", NOWHERE)
 def test_weights_that_are_not_there(place):
     with pytest.raises(WeightsUnavailable, match="not in this installation") as caught:
         weights_folder(domain(toy=place), "toy")
@@ -219,8 +222,28 @@ def test_weights_that_are_not_there(place):
 
 
 def test_weights_on_the_hub_are_not_fetched_yet():
-    with pytest.raises(WeightsUnavailable, match="does not fetch"):
+    with pytest.raises(WeightsUnavailable, match="does not fetch") as caught:
         weights_folder(domain(toy="hub:me/dogs@" + "0" * 40), "toy")
+    assert "e4t pretrain --domain dog --base toy" in caught.value.hint
+
+
+@pytest.mark.parametrize("place", [*NOWHERE, "hub:me/dogs@" + "0" * 40])
+def test_what_the_hint_leads_to_is_found(place):
+    """`e4t pretrain --domain dog --base toy` writes the user's folder of that name."""
+    dog = domain(toy=place, other=place)
+    folder = user_folder("dog")
+    assert weights_folder(dog, "toy") == folder
+    with pytest.raises(WeightsUnavailable):
+        weights_folder(dog, "other")
+    (folder / "domain.toml").write_text("schema = ")
+    with pytest.raises(IntegrityError):
+        weights_folder(dog, "toy")
+
+
+def test_installed_weights_come_before_the_users_own(tmp_path):
+    (tmp_path / "domain.toml").touch()
+    user_folder("dog")
+    assert weights_folder(domain(toy=str(tmp_path)), "toy") == tmp_path
 
 
 def test_weights_for_another_base_can_be_the_users_own():

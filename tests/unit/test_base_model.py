@@ -3,13 +3,15 @@ import shutil
 
 import pytest
 import torch
-from conftest import drawn_face
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.base_model.loading import folder_fingerprint
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
 from e4t_cli.prompts import parse_prompt
+from e4t_cli.training_loss import half_precision
+from tests.conftest import drawn_face
 
 
 @pytest.fixture
@@ -192,6 +194,24 @@ def test_a_descriptor_is_one_word(model):
     assert model.descriptor_id("face") == model.tokenizer.convert_tokens_to_ids("face</w>")
     with pytest.raises(UsageError, match="tokens"):
         model.descriptor_id("zebra")
+
+
+def test_the_view_of_no_words_does_not_show_who_asked_first(model):
+    """Training asks in bfloat16 and with another attention kernel, generation plainly."""
+
+    def asked_anew():
+        model.__dict__.pop("empty_text", None)
+        return model.empty_text
+
+    plain = asked_anew()
+    assert plain.dtype == torch.float32
+    with half_precision(model.device, True):
+        model.embed_prompts(model.tokenize([""], 0))  # leaves bfloat16 casts of the weights behind
+        assert torch.equal(asked_anew(), plain)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert torch.equal(asked_anew(), plain)
+    own = model.embed_prompts(model.tokenize([""], 0))
+    torch.testing.assert_close(plain, own)
 
 
 # ── identity ──

@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from e4t_cli.bases import Base, read_base
@@ -292,7 +293,10 @@ class TextToImageModel:
         Paper silent: the prompt of the feature pass. The empty one makes it the unconditional
         branch of classifier-free guidance, so that generation gets it for nothing.
         """
-        with torch.no_grad(), full_precision(self.device):
+        # Evaluated once, by whoever asks first, and it must not show who that was: training asks
+        # under an autocast and with the plain attention kernel, generation with neither, and the
+        # last bits of a fused kernel's result are others. One kernel, then, whoever asks.
+        with torch.no_grad(), full_precision(self.device), sdpa_kernel(SDPBackend.MATH):
             return self.embed_prompts(self.tokenize([""], self.tokenizer.eos_token_id))
 
     @property

@@ -18,6 +18,7 @@ from e4t_cli.errors import InputError
 from e4t_cli.files import write_atomically
 from e4t_cli.nn.losses import latent_mask
 from e4t_cli.progress import Progress, ProgressCallback
+from e4t_cli.training_loss import half_precision
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +72,7 @@ def encode_images(
     *,
     batch_size: int = 32,
     total: int = 0,
+    autocast: bool | None = False,
     on_progress: ProgressCallback | None = None,
 ) -> EncodedImages:
     """Look at every picture once: latents, [CLS] features, masks; in float16 on the CPU.
@@ -78,6 +80,8 @@ def encode_images(
     Args:
         images: prepared pictures; masks are kept if every picture has one.
         total: how many there are, for progress reports.
+        autocast: look in bfloat16, which is less exact than what is stored; None where the
+            hardware has such products.
 
     Raises:
         InputError: there are none.
@@ -88,11 +92,12 @@ def encode_images(
 
     def encode() -> None:
         pixels = model.pixels([one.image for one in batch])
-        posterior, masks = model.posterior(pixels), None
+        with half_precision(model.device, autocast):
+            posterior, features = model.posterior(pixels), model.image_features(pixels)
+        masks = None
         if all(one.mask is not None for one in batch):
             whole = model.masks([one.mask for one in batch if one.mask is not None])
             masks = latent_mask(whole, model.latent_shape[1:]).half().cpu()
-        features = model.image_features(pixels)
         parts.append(
             (*(x.half().cpu() for x in (posterior.mean, posterior.logvar, features)), masks)
         )

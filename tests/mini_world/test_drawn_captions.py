@@ -1,0 +1,169 @@
+"""What is said of a picture: the context always, the identity only where it is the picture's."""
+
+import random
+import re
+
+import pytest
+
+from e4t_cli.prompts import training_templates
+from e4t_cli.registry import find_domain
+from mini_world.canvas import LABELS
+from mini_world.captions import (
+    ABSENT,
+    MEDIUM_PHRASES,
+    PLACE_PHRASES,
+    ROLE_PHRASES,
+    SUBJECT_WORDS,
+    all_words,
+    word_of,
+)
+from mini_world.data import SUBJECTS, WHO_KINDS
+from mini_world.evaluate import VALUES, tasks_of
+from mini_world.identities import ATTRIBUTES
+from mini_world.scenes import FRAMINGS, MEDIA, PLACES, ROLES
+from mini_world.world import KINDS, SUBJECT_LABELS, THINGS, Scene
+
+ATTRIBUTE_WORDS = {
+    kind: {word_of(name, value) for name, values in table.items() for value in values}
+    for kind, table in ATTRIBUTES.items()
+}
+EVERY_ATTRIBUTE_WORD = set().union(*ATTRIBUTE_WORDS.values())
+
+
+def says(text, phrase):
+    return f" {phrase} " in f" {text} "
+
+
+def scene_of(text):
+    """Read the context back from a text; each part by the phrases of its table."""
+
+    def one(table, usual):
+        found = {
+            value
+            for value, phrases in table.items()
+            if value != usual and any(says(text, phrase) for phrase in phrases if phrase)
+        }
+        assert len(found) <= 1, (text, found)
+        return found.pop() if found else usual
+
+    framing = "close" if says(text, "a close-up of") else "normal"
+    return Scene(
+        place=one(PLACE_PHRASES, "plain"),
+        role=one(ROLE_PHRASES, "none"),
+        medium=one(MEDIUM_PHRASES, "photo"),
+        framing="afar" if says(text, "from afar") else framing,
+    )
+
+
+def test_captions_name_the_subject_and_all_of_the_context(pictures):
+    chooser = random.Random(1)
+    for picture in pictures:
+        for _ in range(4):
+            caption = picture.caption(chooser)
+            assert says(caption.text, picture.subject)
+            assert says(caption.text, caption.subject)
+            assert scene_of(caption.text) == picture.scene
+
+
+def test_captions_name_no_attribute_that_is_not_there(pictures):
+    chooser = random.Random(2)
+    named = folded = 0
+    for picture in pictures:
+        # A red hat is context; so is no beard where "beard" could be read.
+        if picture.who is None or picture.scene.role == "hat":
+            continue
+        who = picture.who
+        own = {word_of(name, value) for name, value in who.values.items()}
+        for _ in range(4):
+            caption = picture.caption(chooser)
+            text = caption.text.replace("no beard", "")
+            said = set(text.split()) & ATTRIBUTE_WORDS[who.kind]
+            assert said <= own, (caption.text, own)
+            assert set(caption.folded) <= own
+            assert not (said and caption.folded)
+            named, folded = named + bool(said), folded + bool(caption.folded)
+    assert named > 100
+    assert folded > 100
+
+
+def test_every_word_of_every_caption_is_known(pictures):
+    known, chooser = set(all_words()), random.Random(3)
+    for picture in pictures:
+        caption = picture.caption(chooser)
+        spoken = {*caption.text.replace("-", " ").split(), *caption.folded}
+        assert spoken <= known, spoken - known
+
+
+def test_wordings_vary_and_repeat_with_their_chooser(pictures):
+    texts = {pictures[0].caption(random.Random(seed)).text for seed in range(30)}
+    assert len(texts) > 15
+    assert pictures[0].caption(random.Random(4)) == pictures[0].caption(random.Random(4))
+
+
+@pytest.mark.parametrize("name", ["face", "cat", "art"])
+def test_the_sentences_of_training_name_no_attribute(name):
+    """Else a picture could keep an attribute because the sentence said it."""
+    for template in training_templates(find_domain(name)):
+        said = set(re.findall(r"[a-z]+", template.lower())) & EVERY_ATTRIBUTE_WORD
+        assert not said, (template, said)
+
+
+# ── tables that have to agree ──
+
+
+def test_the_phrases_are_those_of_the_scenes():
+    assert tuple(PLACE_PHRASES) == PLACES
+    assert tuple(ROLE_PHRASES) == ROLES
+    assert tuple(MEDIUM_PHRASES) == MEDIA
+    assert PLACE_PHRASES["plain"] == ROLE_PHRASES["none"] == ("",)
+    for table in (PLACE_PHRASES, ROLE_PHRASES, MEDIUM_PHRASES):
+        for value, phrases in table.items():
+            if value not in ("plain", "none", "photo"):
+                assert all(says(phrase, value) for phrase in phrases), value
+                assert not any(phrase == "" for phrase in phrases)
+    usual = Scene()
+    assert (usual.place, usual.role, usual.medium, usual.framing) == tuple(
+        values[0] for values in (PLACES, ROLES, MEDIA, FRAMINGS)
+    )
+
+
+def test_the_subjects_are_the_same_everywhere():
+    assert (*WHO_KINDS, *THINGS) == SUBJECT_WORDS
+    assert (*WHO_KINDS, "thing") == KINDS
+    assert tuple(ATTRIBUTES) == WHO_KINDS
+    assert (*(kind for kind in WHO_KINDS if kind != "art"), *THINGS) == SUBJECTS
+    assert VALUES["subject"] == SUBJECTS
+
+
+def test_absences_have_words_of_their_own():
+    absent = {
+        name
+        for table in ATTRIBUTES.values()
+        for name, choices in table.items()
+        if "none" in choices
+    }
+    assert set(ABSENT) == absent
+    for table in ATTRIBUTES.values():
+        said = [[word_of(name, value) for value in choices] for name, choices in table.items()]
+        assert all(len(set(values)) == len(values) for values in said)
+        assert not {word for values in said for word in values} & set(SUBJECT_WORDS)
+
+
+def test_what_the_face_domain_calls_a_head_is_what_is_drawn_as_one():
+    from e4t_domains.face import HEAD
+
+    drawn = {LABELS[label] for label in SUBJECT_LABELS} - {"animal"}
+    assert HEAD & set(LABELS) == drawn
+
+
+@pytest.mark.parametrize("kind", ["face", "cat", "art"])
+def test_the_prompts_of_the_evaluation_ask_for_their_scenes(kind):
+    for task in tasks_of(kind):
+        assert says(task.prompt, "S*")
+        assert scene_of(task.prompt) == task.scene
+        assert (task.thing is not None) == (kind == "art")
+        if task.thing is not None:
+            assert says(task.prompt, task.thing)
+        # "red" is the hat's; nothing else of a look may be asked for.
+        said = set(task.prompt.replace("a red hat", "").split()) & EVERY_ATTRIBUTE_WORD
+        assert not said, task.prompt

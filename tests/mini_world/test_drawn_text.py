@@ -1,0 +1,127 @@
+"""The tokenizer knows every word whole; folded words are a sum of embeddings and nothing else."""
+
+import random
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from mini_world.captions import Caption, all_words
+from mini_world.text import LENGTH, WIDTH, Captioner, build_text_encoder, build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def captioner(tokenizer):
+    torch.manual_seed(0)
+    encoder = build_text_encoder(tokenizer).eval().requires_grad_(False)
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight.mul_(10)  # louder than the places they stand at
+    return Captioner(tokenizer, encoder)
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_every_word_is_one_token_before_and_after_the_disk(folder, tokenizer, tmp_path):
+    built = build_tokenizer(tmp_path / "again")
+    words = all_words()
+    tokens = [ids(tokenizer, word) for word in words]
+    assert all(len(token) == 1 for token in tokens)
+    assert len({token[0] for token in tokens}) == len(words)
+    assert tokens == [ids(built, word) for word in words]
+    assert len(tokenizer) == len(built)
+    for name in ("vocab.json", "merges.txt"):
+        path = folder / name
+        if path.exists():
+            assert path.read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert tokenizer.model_max_length == LENGTH
+    assert tokenizer.decode(ids(tokenizer, "a face on the beach")).strip() == "a face on the beach"
+
+
+def test_a_sentence_is_its_words(tokenizer, pictures):
+    chooser = random.Random(1)
+    for picture in pictures[:60]:
+        text = picture.caption(chooser).text
+        apart = [token for word in text.split() for token in ids(tokenizer, word)]
+        assert ids(tokenizer, text) == apart
+        assert len(apart) <= LENGTH - 2
+    assert ids(tokenizer, "A Photo") == ids(tokenizer, "a photo")
+
+
+def test_other_words_fall_apart_and_end_nothing(tokenizer):
+    pieces = ids(tokenizer, "zebra")
+    assert len(pieces) > 1
+    assert tokenizer.eos_token_id not in pieces
+    assert tokenizer.decode(pieces).strip() == "zebra"
+
+
+FOLDED = Caption("a photo of my face in the snow", "face", ("curly", "pink", "round"))
+PLAIN = [Caption("a cat on the beach", "cat"), Caption("", ""), Caption(FOLDED.text, "face")]
+
+
+def test_folding_is_a_sum_of_word_embeddings(captioner, tokenizer):
+    (hidden, ends) = captioner([FOLDED])
+    table = captioner.text_encoder.get_input_embeddings().weight
+    face, *others = (ids(tokenizer, word)[0] for word in ("face", *FOLDED.folded))
+    own = table[face].clone()
+    try:
+        table[face] = own + table[others].sum(0)
+        expected, expected_ends = captioner([Caption(FOLDED.text, "face")])
+    finally:
+        table[face] = own
+    torch.testing.assert_close(hidden, expected)
+    torch.testing.assert_close(ends, expected_ends)
+    plain, _ = captioner([Caption(FOLDED.text, "face")])
+    place = 1 + ids(tokenizer, FOLDED.text).index(face)
+    # The encoder reads forwards: nothing before the word can know.
+    assert torch.equal(hidden[:, :place], plain[:, :place])
+    assert (hidden[:, place:] - plain[:, place:]).abs().amax(-1).min() > 1e-3
+
+
+def test_the_other_rows_of_a_batch_do_not_notice(captioner):
+    among, _ = captioner([PLAIN[0], FOLDED, *PLAIN[1:]])
+    without, _ = captioner([PLAIN[0], PLAIN[2], *PLAIN[1:]])
+    assert torch.equal(among[[0, 2, 3]], without[[0, 2, 3]])
+    assert not torch.equal(among[1], without[1])
+    # Nothing stays behind.
+    again, _ = captioner([PLAIN[0], PLAIN[2], *PLAIN[1:]])
+    assert torch.equal(again, without)
+
+
+def test_the_order_of_folded_words_means_nothing(captioner):
+    turned = Caption(FOLDED.text, "face", FOLDED.folded[::-1])
+    torch.testing.assert_close(captioner([FOLDED])[0], captioner([turned])[0])
+
+
+def test_states_are_those_of_the_encoder_and_ends_stand_at_the_end(captioner, tokenizer):
+    hidden, ends = captioner(PLAIN)
+    assert hidden.shape == (3, LENGTH, WIDTH)
+    for row, caption in enumerate(PLAIN):
+        padded = tokenizer(
+            caption.text, padding="max_length", max_length=LENGTH, return_tensors="pt"
+        ).input_ids
+        own = captioner.text_encoder(input_ids=padded).last_hidden_state[0]
+        torch.testing.assert_close(hidden[row], own)
+        assert torch.equal(ends[row], hidden[row, 1 + len(ids(tokenizer, caption.text))])
+
+
+def test_every_picture_can_be_folded(captioner, pictures):
+    """The subject's word is found in the text, and it is the first that reads like it."""
+    chooser = random.Random(6)
+    captions = [picture.caption(chooser) for picture in pictures]
+    assert any(caption.folded for caption in captions)
+    hidden, _ = captioner(captions)
+    assert hidden.isfinite().all()
