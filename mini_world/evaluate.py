@@ -28,17 +28,13 @@ VALUES = {"subject": SUBJECTS, "place": PLACES, "role": ROLES, "medium": MEDIA, 
 # Each prompt with the scene that it asks for; only what differs from a plain photograph is asked of the judge.
 SUBJECT_PROMPTS: tuple[tuple[str, Scene], ...] = (
     ("a photo of S* on the beach", Scene(place="beach")),
-    ("a photo of S* in the snow", Scene(place="snow")),
     ("S* in the city", Scene(place="city")),
     ("S* as an astronaut", Scene(role="astronaut")),
-    ("S* as an astronaut in space", Scene(role="astronaut", place="space")),
     ("S* wearing a crown in the forest", Scene(role="crown", place="forest")),
     ("a photo of S* wearing a red hat", Scene(role="hat")),
     ("S* wearing a scarf in the snow", Scene(role="scarf", place="snow")),
     ("a pencil sketch of S*", Scene(medium="sketch")),
     ("an oil painting of S* on the beach", Scene(medium="oil", place="beach")),
-    ("pixel art of S*", Scene(medium="pixel")),
-    ("a close-up of S* in the forest", Scene(framing="close", place="forest")),
 )
 ART_PROMPTS: tuple[tuple[str, Scene, str], ...] = tuple(
     (f"a {thing} in the style of S*{where}", Scene(place=place), thing)

@@ -39,7 +39,6 @@ class Lengths:
     clip: int
     tower: int
     encoded: int
-    decoder: int
     unet: int
     parser: int
     judge: int
@@ -54,7 +53,6 @@ CPU = Lengths(
     clip=1150,
     tower=900,
     encoded=32_000,
-    decoder=800,
     unet=2800,
     parser=900,
     judge=1200,
@@ -63,7 +61,7 @@ CPU = Lengths(
     art=800,
 )
 CUDA = Lengths(
-    vae_crops=20_000, vae_wholes=10_000, clip=20_000, tower=10_000, encoded=120_000, decoder=20_000, unet=60_000, parser=4000, judge=8000, face=12_000,
+    vae_crops=20_000, vae_wholes=10_000, clip=20_000, tower=10_000, encoded=120_000, unet=60_000, parser=4000, judge=8000, face=12_000,
     cat=8000, art=8000,
 )  # fmt: skip
 
@@ -156,20 +154,8 @@ def run_encode(folder: Path) -> None:
     save_file({"latents": vae.encode_all(trained, images)}, path)
 
 
-def run_decoder(folder: Path) -> None:
-    target = folder / "base" / "vae-final"
-    if (target / "config.json").exists():
-        return
-    trained = load_vae(folder)
-    latents = load_file(folder / "latents.safetensors")["latents"]
-    vae.train_decoder(folder, trained, base_drawings(folder), latents, steps=lengths().decoder)
-    psnr = vae.reconstruction_psnr(trained.cpu(), torch.from_numpy(held_out_scenes(folder).images[:512]))
-    note(folder, "decoder", psnr=round(psnr, 2))
-    trained.save_pretrained(target)
-
-
-def load_vae(folder: Path, name: str = "vae") -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(folder / "base" / name).eval().requires_grad_(False)
+def load_vae(folder: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder / "base" / "vae").eval().requires_grad_(False)
 
 
 def run_unet(folder: Path) -> None:
@@ -195,7 +181,7 @@ def run_base(folder: Path) -> None:
     base.write_base(
         PACKAGED,
         UNet2DConditionModel.from_pretrained(source / "unet"),
-        load_vae(folder, "vae-final"),
+        load_vae(folder),
         CLIPTextModel.from_pretrained(source / "text_encoder", dtype=torch.float32),
         CLIPTokenizer.from_pretrained(source / "tokenizer"),
         revision="1",
@@ -297,7 +283,7 @@ def run_report(folder: Path) -> None:
 def report_of_training(folder: Path) -> str:
     """What every stage took and reached, as Markdown; the hashes of what is shipped."""
     lines = ["| stage | steps | minutes | last losses | measured on held-out drawings |", "|---|---|---|---|---|"]
-    for stage in ("vae", "decoder", "clip", "tower", "unet", "parser", "judge"):
+    for stage in ("vae", "clip", "tower", "unet", "parser", "judge"):
         log = folder / f"{stage}.jsonl"
         if not log.exists():
             continue

@@ -88,26 +88,6 @@ def train_vae(folder: Path, drawings: Drawings, *, crop_steps: int, whole_steps:
     return vae
 
 
-def train_decoder(folder: Path, vae: AutoencoderKL, drawings: Drawings, latents: Tensor, *, steps: int) -> None:
-    """Go on with the decoder alone, on latents that are fixed by now: the U-Net never notices, every picture gains."""
-    device = pick_device()
-    images = torch.from_numpy(drawings.images)
-    vae.requires_grad_(False)
-    parts = {"decoder": vae.decoder.requires_grad_(True), "post_quant_conv": vae.post_quant_conv.requires_grad_(True)}
-
-    def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(latents), (12,), generator=generator)
-        x, y = torch.randint(0, 9, (2,), generator=generator).tolist()
-        pixels = to_pixels(images[rows]).to(device)[..., 4 * y : 4 * y + 32, 4 * x : 4 * x + 32]
-        mean, logvar = latents[rows][..., y : y + 8, x : x + 8].float().chunk(2, 1)
-        z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
-        decoded = vae.decode(z.to(device)).sample.float()
-        edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(decoded), _edges(pixels), strict=True))
-        return {"l1": F.l1_loss(decoded, pixels), "mse": 2 * F.mse_loss(decoded, pixels), "edges": 0.5 * edges}
-
-    train("decoder", folder, parts, loss_of_step, steps=steps, learning_rate=7e-4, average=0.997)
-
-
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:
     """Posterior means and log-variances of many pictures, fp16 (N, 8, 16, 16), not scaled."""
