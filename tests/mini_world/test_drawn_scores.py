@@ -92,7 +92,13 @@ def test_only_what_the_prompt_asks_for_counts():
 def test_the_shipped_judge_tells_an_identity_from_another(judge, kind):
     photos = held_out_photos(kind, 4, seed=5)
     own, other = (drawn_scores(judge, kind, photos, other=swapped) for swapped in (False, True))
-    assert (own.identity.mean(1) > other.identity.mean(1)).all()
+    looks = [photo.who.values for photo in photos]
+    # There are some seventy held-out styles: a neighbour can be the same one.
+    apart = [
+        look != neighbour for look, neighbour in zip(looks, looks[1:] + looks[:1], strict=True)
+    ]
+    assert sum(apart) >= 3
+    assert (own.identity.mean(1)[apart] > other.identity.mean(1)[apart] + 0.2).all()
     assert own.identity.shape == own.prompt.shape == (4, len(tasks_of(kind)))
     assert own.prompt.mean() > 0.8
 
