@@ -24,7 +24,7 @@ from mini_world.world import SUBJECT_LABELS
 # zero within a few hundred steps: the gain in the loss that an identity is worth is a thousandth.
 # Departure: the learning rate. 1e-6 · 16 is right for a pre-trained tower of 632 M parameters and 480,000 samples.
 # Departure: faces are masked in pre-training too, so that E spends itself on the head and not on the garment.
-PENALTY = 3e-6
+PENALTY = 1e-5
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Plan:
 def plans(steps: dict[str, int]) -> dict[str, Plan]:
     """The recipes of the three packs; `steps` is how long each is pre-trained."""
     faces = PretrainingRecipe(
-        steps=steps["face"], base_learning_rate=1e-3 / 32, batch_size=32, embedding_penalty=PENALTY, mask=True, offsets_rate=0.05
+        steps=steps["face"], base_learning_rate=1e-3 / 32, batch_size=32, embedding_penalty=PENALTY, mask=True, offsets_rate=0.01
     )
     others = faces.replace(mask=False)
     # Departure: tuning rates were chosen on identities that no table reports; the base has a hundredth of the parameters

@@ -35,7 +35,9 @@ def _cached(path: Path, name: str, make) -> dict:
     rows = json.loads(path.read_text()) if path.exists() else {}
     if name not in rows:
         result = make()
-        rows[name] = result.summary() | {"each": result.identity.mean(1).round(4).tolist()} if isinstance(result, Scores) else result
+        rows[name] = (
+            result.summary() | {"each": result.identity.mean(1).round(4).tolist()} if isinstance(result, Scores) else result
+        )
         path.write_text(json.dumps(rows, indent=1) + "\n")
     return rows[name]
 
@@ -96,7 +98,10 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     ours, theirs = (numpy.array(rows[f"{name}, {FEW} steps"]["each"]) for name in ("tuned", "DreamBooth-like"))
     ahead = ours - theirs
     interval = 1.96 * ahead.std(ddof=1) / len(ahead) ** 0.5
-    lines += ["", f"After {FEW} steps the method is ahead of DreamBooth-like tuning by {ahead.mean():+.3f} ± {interval:.3f} (paired)."]
+    lines += [
+        "",
+        f"After {FEW} steps the method is ahead of DreamBooth-like tuning by {ahead.mean():+.3f} ± {interval:.3f} (paired).",
+    ]
     lines += [f"Rates tried (identity + prompt on other identities): {_rates(rows)}."]
     return "\n".join(lines)
 
@@ -105,7 +110,9 @@ def _rates(rows: dict[str, dict[str, float]]) -> str:
     found = []
     for name, row in rows.items():
         if name.startswith("rates of "):
-            found.append(name.removeprefix("rates of ") + ": " + ", ".join(f"{rate} → {value:.3f}" for rate, value in row.items()))
+            found.append(
+                name.removeprefix("rates of ") + ": " + ", ".join(f"{rate} → {value:.3f}" for rate, value in row.items())
+            )
     return "; ".join(found)
 
 

@@ -45,6 +45,7 @@ class Lengths:
     face: int
     cat: int
     art: int
+    pictures: dict[str, int]  # of each domain
 
 
 CPU = Lengths(
@@ -56,14 +57,25 @@ CPU = Lengths(
     unet=2800,
     parser=900,
     judge=1200,
-    face=1700,
-    cat=900,
-    art=800,
+    face=1200,
+    cat=750,
+    art=700,
+    pictures={"face": 13_600, "cat": 7200, "art": 6400},
 )
 CUDA = Lengths(
-    vae_crops=20_000, vae_wholes=10_000, clip=20_000, tower=10_000, encoded=120_000, unet=60_000, parser=4000, judge=8000, face=12_000,
-    cat=8000, art=8000,
-)  # fmt: skip
+    vae_crops=20_000,
+    vae_wholes=10_000,
+    clip=20_000,
+    tower=10_000,
+    encoded=120_000,
+    unet=60_000,
+    parser=4000,
+    judge=8000,
+    face=12_000,
+    cat=8000,
+    art=8000,
+    pictures=PORTRAITS,
+)
 
 
 def lengths() -> Lengths:
@@ -245,7 +257,7 @@ def _run_domain(folder: Path, name: str) -> None:
         return
     model, plan = load_model(), lengths()
     chosen = plans({"face": plan.face, "cat": plan.cat, "art": plan.art})[name]
-    pictures = portraits(folder, name).pick(slice(8 * chosen.pretraining.steps))  # each is seen about four times
+    pictures = portraits(folder, name).pick(slice(plan.pictures[name]))
     data = encode_drawings(model, pictures, folder / f"encoded-{name}.safetensors", masks=name != "art")
     watch = Watch(model, folder, name, held_out_portraits(folder, name))
     with contextlib.suppress(FileNotFoundError):
