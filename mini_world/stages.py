@@ -310,7 +310,8 @@ def report_of_training(folder: Path) -> str:
         if watch.exists():
             last = json.loads(watch.read_text().splitlines()[-1])
             facts = f"loss with its own concept {last['own']:.4f}, with another's {last['swapped']:.4f}"
-            lines.append(f"| domain {name} | {last['step']:,} | | | {facts} |")
+            steps = json.loads((folder / f"domain-{name}.jsonl").read_text().splitlines()[-1])["step"]
+            lines.append(f"| domain {name} | {steps:,} | | | {facts} (at step {last['step']:,}) |")
     lines += ["", "| shipped file | bytes | sha256 |", "|---|---|---|"]
     for path in sorted([*PACKAGED.rglob("*.safetensors"), *PACKS.rglob("*.safetensors"), JUDGE]):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
