@@ -130,7 +130,7 @@ def test_wrong_tensors_are_refused_whatever_the_card_says(pack, tmp_path, name, 
 
 class Payload:
     def __reduce__(self):
-        return (open, ("/tmp/e4t-test-payload", "w"))
+        return (pytest.fail, ("the payload was run",))
 
 
 @pytest.mark.parametrize(
