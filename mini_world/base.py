@@ -65,22 +65,31 @@ def _start_simple(unet: UNet2DConditionModel) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def build_unet() -> UNet2DConditionModel:
+    """The denoiser before its first step."""
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(**UNET_CONFIG)
+    _start_simple(unet)
+    return unet
+
+
 def train_unet(
     folder: Path,
+    unet: UNet2DConditionModel,
     drawings: Drawings,
     encoded: Tensor,
     scaling_factor: float,
     tokenizer,
     text_encoder,
     *,
+    name: str,
     steps: int,
+    learning_rate: float,
+    seed: int,
     batch: int = 32,
-) -> UNet2DConditionModel:
+) -> None:
     """Train the U-Net on encoded drawings (N, 8, 16, 16: mean and log-variance) under the frozen text encoder."""
     device = pick_device()
-    torch.manual_seed(3)
-    unet = UNet2DConditionModel(**UNET_CONFIG)
-    _start_simple(unet)
     captioner = Captioner(tokenizer, text_encoder.to(device).eval().requires_grad_(False))
     schedule = DDPMScheduler(**SCHEDULE)
     snr = compute_snr(schedule, torch.arange(1000))
@@ -103,8 +112,8 @@ def train_unet(
         weight = (weights[rows].float() * weights_of_t[t][:, None, None]).to(device)
         return {"loss": (error * weight).mean()}
 
-    train("unet", folder, {"unet": unet}, loss_of_step, steps=steps, learning_rate=1e-3, warm_up=200, average=0.999)
-    return unet
+    options = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
+    train(name, folder, {"unet": unet}, loss_of_step, warm_up=200, average=0.999, **options)
 
 
 def write_base(target: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder, tokenizer, revision: str) -> None:

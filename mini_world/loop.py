@@ -40,13 +40,14 @@ def train(
     warm_up: int = 100,
     weight_decay: float = 0.01,
     average: float | None = None,
+    seed: int = 0,
     groups: Iterable[dict] | None = None,
     save_every_seconds: float = 90.0,
 ) -> dict[str, nn.Module]:
     """Train `modules` for `steps` steps of AdamW under a cosine schedule, in bf16 autocast.
 
     `loss_of_step(step, generator)` gives the parts of the loss, their sum is minimised; all its randomness must come
-    from the generator, which is seeded by step and process. `average`: the decay of an exponential moving average that is
+    from the generator, which is seeded by `seed`, step and process. `average`: the decay of an exponential moving average that is
     returned in place of the last weights. Progress goes to `<folder>/<name>.jsonl`, state to `<folder>/<name>.pt`.
     """
     device = pick_device()
@@ -92,7 +93,7 @@ def train(
     sums: dict[str, float] = {}
     generator = torch.Generator()
     for step in range(first, steps):
-        generator.manual_seed((step << 4) + rank)
+        generator.manual_seed((seed << 40) + (step << 4) + rank)
         factor = min(1.0, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group, rate in zip(optimiser.param_groups, peak, strict=True):
             group["lr"] = rate * factor

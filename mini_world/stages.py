@@ -31,6 +31,15 @@ HELD_OUT = {"face": 600, "cat": 300, "art": 300}
 
 
 @dataclass(frozen=True)
+class Round:
+    """One cosine schedule of the U-Net's training: its steps, its peak learning rate, over how many encoded pictures."""
+
+    steps: int
+    learning_rate: float
+    pictures: int
+
+
+@dataclass(frozen=True)
 class Lengths:
     """How long each network is trained, in steps; on a CPU a batch of `vae` and `unet` is shared by two processes."""
 
@@ -38,8 +47,7 @@ class Lengths:
     vae_wholes: int
     clip: int
     tower: int
-    encoded: int
-    unet: int
+    unet: tuple[Round, ...]
     parser: int
     judge: int
     face: int
@@ -53,8 +61,7 @@ CPU = Lengths(
     vae_wholes=480,
     clip=1150,
     tower=900,
-    encoded=32_000,
-    unet=2800,
+    unet=(Round(2800, 1e-3, 32_000), Round(4200, 6e-4, 64_000)),
     parser=900,
     judge=1200,
     face=1200,
@@ -67,8 +74,7 @@ CUDA = Lengths(
     vae_wholes=10_000,
     clip=20_000,
     tower=10_000,
-    encoded=120_000,
-    unet=60_000,
+    unet=(Round(60_000, 1e-3, 120_000),),
     parser=4000,
     judge=8000,
     face=12_000,
@@ -162,7 +168,8 @@ def run_encode(folder: Path) -> None:
     if path.exists():
         return
     trained = load_vae(folder).to(pick_device())
-    images = torch.from_numpy(base_drawings(folder).images[: lengths().encoded])
+    count = max(part.pictures for part in lengths().unet)
+    images = torch.from_numpy(base_drawings(folder).images[:count])
     save_file({"latents": vae.encode_all(trained, images)}, path)
 
 
@@ -177,10 +184,13 @@ def run_unet(folder: Path) -> None:
     text_encoder = CLIPTextModel.from_pretrained(folder / "base" / "text_encoder", dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "base" / "tokenizer")
     latents = load_file(folder / "latents.safetensors")["latents"]
-    unet = base.train_unet(
-        folder, base_drawings(folder), latents, load_vae(folder).config.scaling_factor, tokenizer, text_encoder,
-        steps=lengths().unet,
-    )  # fmt: skip
+    drawings, scaling_factor = base_drawings(folder), load_vae(folder).config.scaling_factor
+    unet = base.build_unet()
+    for number, part in enumerate(lengths().unet):
+        base.train_unet(
+            folder, unet, drawings, latents[: part.pictures], scaling_factor, tokenizer, text_encoder,
+            name=f"unet-{number + 1}", steps=part.steps, learning_rate=part.learning_rate, seed=number,
+        )  # fmt: skip
     if process_rank()[0] == 0:
         unet.save_pretrained(target)
 
@@ -295,7 +305,8 @@ def run_report(folder: Path) -> None:
 def report_of_training(folder: Path) -> str:
     """What every stage took and reached, as Markdown; the hashes of what is shipped."""
     lines = ["| stage | steps | minutes | last losses | measured on held-out drawings |", "|---|---|---|---|---|"]
-    for stage in ("vae", "clip", "tower", "unet", "parser", "judge"):
+    rounds = [f"unet-{number + 1}" for number in range(len(lengths().unet))]
+    for stage in ("vae", "clip", "tower", *rounds, "parser", "judge"):
         log = folder / f"{stage}.jsonl"
         if not log.exists():
             continue
