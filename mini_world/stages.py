@@ -296,6 +296,12 @@ def run_sheets(folder: Path) -> None:
     write_sheets()
 
 
+def run_dogs(folder: Path) -> None:
+    from mini_world.dogs import write_dogs
+
+    write_dogs(folder)
+
+
 def run_report(folder: Path) -> None:
     from mini_world.report import write_report
 
