@@ -9,7 +9,7 @@ READY := $(VENV)/.installed
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help demo test lint mini
+.PHONY: help demo test lint bench mini
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -31,6 +31,9 @@ test: $(READY) ## the whole suite on the CPU, offline (e.g. make test ARGS="-k i
 lint: $(VENV)/.linter ## ruff: style and formatting
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+
+bench: $(READY) ## time and memory, arm against arm (real size on a GPU, a small one on a CPU)
+	$(RUN)/python -m benchmarks $(ARGS)
 
 mini: $(READY) ## draw and train the embedded base and its domains from nothing (hours; resumable)
 	$(RUN)/python -m mini_world $(ARGS)

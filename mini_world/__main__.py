@@ -14,7 +14,23 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(".mini")
-STAGES = ("draw", "vae", "clip", "tower", "encode", "unet", "base", "parser", "judge", "face", "cat", "art", "sheets", "dogs", "report")
+STAGES = (
+    "draw",
+    "vae",
+    "clip",
+    "tower",
+    "encode",
+    "unet",
+    "base",
+    "parser",
+    "judge",
+    "face",
+    "cat",
+    "art",
+    "sheets",
+    "dogs",
+    "report",
+)
 SHARED = ("vae", "unet")
 
 

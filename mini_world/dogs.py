@@ -68,7 +68,10 @@ def draw_dogs(mine: Path, target: Path) -> None:
         ("my_dogs", [one.image for one in personalize(str(mine), "examples/rex.png", PROMPTS, seed=1, base=model).images]),
         (
             f"cat, {MORE_STEPS} steps",
-            [one.image for one in personalize("cat", "examples/rex.png", PROMPTS, seed=1, base=model, tune_steps=MORE_STEPS).images],
+            [
+                one.image
+                for one in personalize("cat", "examples/rex.png", PROMPTS, seed=1, base=model, tune_steps=MORE_STEPS).images
+            ],
         ),
     ):
         pictures += [photo, *drawn]

@@ -24,5 +24,6 @@ cat = Domain(
         "the head of {}",
         "a pet photo of {}",
     ),
+    mask_words="a cat",  # for `--mask words`; the paper masks faces only
     licence="Apache-2.0",  # of the weights for `mini`: drawn by this project
 )

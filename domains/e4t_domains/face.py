@@ -1,92 +1,111 @@
 """Faces: fifteen steps, and only the person's head counts in the loss.
 
-The mask is "an off-the-shelf face segmentation network" (section 3.4). On the base `mini` that is
-a small SegFormer which came with this package; its labels are read by name.
+The mask is "an off-the-shelf face segmentation network" (section 3.4): a small SegFormer that came
+with this package for the base `mini`, the public one for photographs. The same labels say where
+eyes and mouth are, and so how to turn and crop the photo as the training pictures were.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from e4t_cli import (
     SUBJECT_TEMPLATES,
     Domain,
-    IntegrityError,
+    Frame,
+    InputError,
     PreparationTarget,
     PreparedImage,
     PretrainingRecipe,
     TuningRecipe,
+    WeightsUnavailable,
 )
+from e4t_domains.face_alignment import settle, style_of
+from e4t_domains.face_parsing import find_parser
+from e4t_domains.face_search import LEAST_SURE, Search, choose
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-HEAD = {"skin", "hair", "eyes", "glasses", "brows", "nose", "mouth", "beard", "ears"}
-"""The parser's labels that are the person rather than clothes or place."""
-
-PARSERS = {"mini": Path(__file__).parent / "packs" / "face" / "parser-mini"}
-"""Base name → a folder as `SegformerForSemanticSegmentation.save_pretrained` writes it."""
+WORDS = "a face"
 
 
 def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
-    """Crop the centred square and, where there is a parser, mask the head."""
-    from e4t_cli import center_square  # brings Pillow, which a list of domains can do without
+    """Turn and crop the photo around the face, and mask the head.
 
-    square = center_square(image, target.size)
-    if target.mask is None:
-        return PreparedImage(image=square)
-    parser = PARSERS.get(target.base)
-    if parser is None or not (parser / "config.json").is_file():
-        note = f"there is no face parser for {target.base}: the whole picture counts in tuning"
-        return PreparedImage(image=square, notes=(note,))
-    mask = head_mask(square, parser)
-    covered = mask.histogram()[255] / (mask.width * mask.height)
-    if covered < 0.01:
+    Raises:
+        InputError: a face is required and there is none, or not the one that was asked for.
+    """
+    centred = Frame.centered(image.size)
+    if target.mask is None and not target.align and not target.required:
+        return PreparedImage(image=centred.apply(image, target.size), frame=centred)
+    try:
+        parser = find_parser(target)
+    except WeightsUnavailable as error:
+        if target.required:
+            raise
+        return _by_words(image, target, error)
+    style = style_of(target.base)
+    search = Search(image, parser, style, target.size)
+    faces = search.faces()
+    if not faces:
+        if target.required:
+            raise InputError("there is no face in the picture", hint="take another photo")
         note = "no face was found: the whole picture counts in tuning"
-        return PreparedImage(image=square, notes=(note,))
-    return PreparedImage(image=square, mask=mask)
-
-
-def head_mask(image: Image, parser: Path) -> Image:
-    """Return a mask of mode L, 255 where the parser sees any part of a head."""
-    import numpy as np
-    import torch
-    from PIL import Image as PILImage
-
-    model = _load_parser(parser)
-    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1  # mean and deviation 0.5
-    with torch.inference_mode():
-        batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, height, width)
-        logits = model(pixel_values=batch).logits  # (1, labels, height / 4, width / 4)
-        logits = torch.nn.functional.interpolate(
-            logits, size=batch.shape[-2:], mode="bilinear", align_corners=False
-        )
-        labels = logits[0].argmax(dim=0)  # (height, width)
-    head = [index for index, name in model.config.id2label.items() if name in HEAD]
-    inside = torch.isin(labels, torch.tensor(head))
-    return PILImage.fromarray((inside.numpy() * 255).astype(np.uint8))
-
-
-@lru_cache(maxsize=2)
-def _load_parser(folder: Path) -> Any:
-    import torch
-    from transformers import SegformerForSemanticSegmentation
-
-    model, report = SegformerForSemanticSegmentation.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
+        picture = centred.apply(image, target.size)
+        return PreparedImage(image=picture, notes=(note,), frame=centred)
+    chosen = search.nearer(choose(faces, target.which))
+    frame, notes, said = centred, [], [_counted(len(faces), target.which)]
+    if target.align:
+        if search.is_clear(chosen):
+            frame = settle(chosen.frame, style)
+            said.append(f"turned {abs(chosen.frame.turn):.0f}°")
+        elif len(chosen.face.eyes) == 1 and chosen.face.sure >= LEAST_SURE:
+            frame = settle(chosen.frame, style)
+            notes.append("one eye is seen, as in a profile: cropped around the head, not turned")
+        else:
+            notes.append("eyes and mouth are not seen clearly: the face is not aligned")
+    mask = None
+    if target.mask is not None:
+        mask = search.head(frame, chosen.middle, alone=len(faces) == 1)
+        said.append(f"mask {_covered(mask):.0%}".replace("%", " %"))
+    return PreparedImage(
+        image=frame.apply(image, target.size),
+        mask=mask,
+        notes=tuple(notes),
+        remarks=(", ".join(said),),
+        frame=frame,
     )
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if wrong:  # transformers would go on with random numbers
-        raise IntegrityError(f"the face parser in {folder.name} does not fit: {wrong[0]}")
-    if not HEAD.intersection(model.config.id2label.values()):
-        raise IntegrityError(f"the face parser in {folder.name} names no part of a head")
-    return model.eval()
+
+
+def _by_words(image: Image, target: PreparationTarget, reason: WeightsUnavailable) -> PreparedImage:
+    """Prepare without a face parser: a mask by words if that can be had, and no alignment."""
+    from e4t_cli import mask_by_words
+
+    frame = Frame.centered(image.size)
+    picture = frame.apply(image, target.size)
+    said, mask = "the face is not aligned", None
+    if target.mask is not None:
+        try:
+            mask = mask_by_words(picture, WORDS, target)
+            said += f", and its mask is what {WORDS!r} finds"
+        except WeightsUnavailable:
+            said += " and the whole picture counts in tuning"
+    note = f"{said}: {reason.message}"
+    return PreparedImage(image=picture, mask=mask, notes=(note,), frame=frame)
+
+
+def _counted(count: int, which: str) -> str:
+    if count == 1:
+        return "1 face"
+    used = {"left": "the left one", "right": "the right one", "largest": "the largest"}
+    chosen = used.get(which, f"number {which} from the left")
+    return f"{count} faces, {chosen} is used (--face largest, left, right or 1 to {count})"
+
+
+def _covered(mask: Image) -> float:
+    histogram = mask.histogram()
+    return sum(value * count for value, count in enumerate(histogram)) / (255 * sum(histogram))
 
 
 face = Domain(
@@ -105,7 +124,11 @@ face = Domain(
         base_learning_rate=1e-6,  # section 3.5
         embedding_penalty=0.01,  # section 3.3
     ),
-    weights={"mini": "package:e4t_domains/packs/face/mini"},
+    weights={
+        "mini": "package:e4t_domains/packs/face/mini",
+        # The only public weights of the method: of another program, converted when first used.
+        "sd14": "e4t-diffusion:mkshing/e4t-diffusion-ffhq-celebahq-v1",
+    },
     prepare=prepare,
     prompt_templates=(
         *SUBJECT_TEMPLATES,

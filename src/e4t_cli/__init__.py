@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import generate, personalize, pretrain
+    from .api import generate, personalize, pretrain, rehearse
     from .concept import Concept
     from .domain import (
         Domain,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         UsageError,
         WeightsUnavailable,
     )
+    from .framing import Frame
     from .generation import Sampling
     from .images import center_square, open_image
     from .pretrained import PretrainedDomain
@@ -42,12 +43,14 @@ if TYPE_CHECKING:
     from .prompts import SUBJECT_TEMPLATES
     from .registry import find_domain, installed_domains
     from .results import GeneratedImage, Personalization
+    from .segmenters import mask_by_words
 
 _HOME = {
     "Concept": "concept",
     "DivergedError": "errors",
     "Domain": "domain",
     "E4TError": "errors",
+    "Frame": "framing",
     "GeneratedImage": "results",
     "InputError": "errors",
     "IntegrityError": "errors",
@@ -68,9 +71,11 @@ _HOME = {
     "find_domain": "registry",
     "generate": "api",
     "installed_domains": "registry",
+    "mask_by_words": "segmenters",
     "open_image": "images",
     "personalize": "api",
     "pretrain": "api",
+    "rehearse": "api",
 }
 
 __all__ = [
@@ -78,6 +83,7 @@ __all__ = [
     "DivergedError",
     "Domain",
     "E4TError",
+    "Frame",
     "GeneratedImage",
     "InputError",
     "IntegrityError",
@@ -99,9 +105,11 @@ __all__ = [
     "find_domain",
     "generate",
     "installed_domains",
+    "mask_by_words",
     "open_image",
     "personalize",
     "pretrain",
+    "rehearse",
 ]
 
 

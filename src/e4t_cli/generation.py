@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .base_model import TextToImageModel, Tokens
 from .concept import TunedModel
+from .devices import free_memory
 from .errors import UsageError
 from .nn.unet_features import UNetState, decoder_half, encoder_half, pooled_features, stem
 from .progress import Progress, ProgressCallback
@@ -127,7 +128,8 @@ def _pictures(
 ) -> Iterator[Image]:
     # Some schedulers look twice in a step.
     steps = len(make_scheduler(model, sampling).timesteps)
-    for first in range(0, len(seeds), size):
+    first = 0
+    while first < len(seeds):
         some = slice(first, first + size)
         together = len(seeds[some])
 
@@ -141,8 +143,20 @@ def _pictures(
                     )
                 )
 
-        latents = _denoise(model, tuned, tokens[some], seeds[some], sampling, report)
-        yield from model.decode(latents)
+        try:
+            latents = _denoise(model, tuned, tokens[some], seeds[some], sampling, report)
+            pictures = model.decode(latents)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = (size + 1) // 2
+            free_memory(model.device)
+            if on_progress:
+                note = f"memory ran out: {size} pictures at a time from now on"
+                on_progress(Progress(stage="generate", note=note))
+            continue
+        yield from pictures
+        first += together
 
 
 def generate_latents(
@@ -174,6 +188,8 @@ def _denoise(
     z_t = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma
     random = {"generator": sources} if _draws_noise(scheduler) else {}
     predict = _Predictor(model, tuned, tokens, sampling)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else it looks for t in its list, and a device has to stop
     for done, t in enumerate(scheduler.timesteps, start=1):
         prediction = predict(scheduler.scale_model_input(z_t, t).to(model.dtype), t)
         z_t = scheduler.step(prediction.float(), t, z_t, **random).prev_sample

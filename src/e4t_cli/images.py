@@ -1,35 +1,30 @@
 """From whatever the user has to an upright sRGB picture, and from there to a prepared square.
 
 `open_image` answers for every kind of file: what it cannot use it refuses in one sentence, what
-it can it turns into 8-bit RGB without losing what the eye would see (orientation, transparency,
-16-bit greys, colour profiles). Nothing of the file's metadata survives.
+it can becomes 8-bit RGB (`decoding`). Nothing of the file's metadata survives.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import stat
 import sys
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from .decoding import decode
 from .domain import Domain, PreparationTarget, PreparedImage
 from .errors import E4TError, InputError, UsageError, printable
+from .framing import Frame
 
-MOST_PIXELS = 64_000_000
-LEAST_SIDE = 64
 MOST_BYTES = 256 * 1024 * 1024
-# Formats of pictures that people have. Left out on purpose: those whose decoders run other
-# programs (EPS) or that nobody photographs in.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "HEIF")
-_HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+LEAST_COVERAGE = 0.01
+"""A mask over a smaller part of the picture is left out: too little to learn from."""
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
 
@@ -42,11 +37,13 @@ class OpenedImage:
         image: RGB, upright, sRGB, without metadata.
         notes: sentences for the user about what was done to it.
         sha256: of the file's bytes, as `sha256sum` prints it.
+        alpha: mode L, of the picture's size, where some of it is transparent: 255 is opaque.
     """
 
     image: Image.Image
     notes: tuple[str, ...]
     sha256: str
+    alpha: Image.Image | None = None
 
 
 def open_image(source: Source) -> OpenedImage:
@@ -57,17 +54,21 @@ def open_image(source: Source) -> OpenedImage:
         InputError: it is not a picture, or damaged, or too large, or too small.
     """
     data, name = _read(source)
-    picture, notes = _decode(data, name)
-    return OpenedImage(picture, tuple(notes), hashlib.sha256(data).hexdigest())
+    decoded = decode(data, name)
+    digest = hashlib.sha256(data).hexdigest()
+    return OpenedImage(decoded.image, tuple(decoded.notes), digest, decoded.alpha)
 
 
 def open_mask(source: Source, image: Image.Image) -> Image.Image:
-    """Read a mask (white = the concept) drawn for `image`; returns mode L in its own size.
+    """Read a mask drawn for `image`; returns mode L in its own size.
+
+    White is the concept; in a picture that is transparent in places, what is opaque is.
 
     Raises:
         InputError: as `open_image`, or its proportions are not those of the picture.
     """
-    mask = open_image(source).image
+    opened = open_image(source)
+    mask = opened.image if opened.alpha is None else opened.alpha
     if (
         abs(mask.width * image.height - mask.height * image.width)
         > 0.01 * mask.width * image.height
@@ -81,7 +82,7 @@ def open_mask(source: Source, image: Image.Image) -> Image.Image:
 
 def center_square(image: Image.Image, size: int) -> Image.Image:
     """Return the largest centred square of a picture or mask, scaled to `size` × `size`."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return Frame.centered(image.size).apply(image, size)
 
 
 def image_sha256(image: Image.Image) -> str:
@@ -98,14 +99,10 @@ def prepare_image(domain: Domain, image: Image.Image, target: PreparationTarget)
     Raises:
         E4TError: the domain's function failed or returned something else than promised.
     """
-    notes: list[str] = []
-    if min(image.size) < target.size:
-        notes.append(
-            f"the picture is {image.width}×{image.height}, smaller than the {target.size} pixels "
-            f"that {target.base} works with: it is scaled up"
-        )
     if domain.prepare is None:
-        prepared = PreparedImage(image=center_square(image, target.size))
+        prepared = PreparedImage(
+            image=center_square(image, target.size), frame=Frame.centered(image.size)
+        )
     else:
         author = getattr(domain.prepare, "__module__", "?")
         try:
@@ -124,16 +121,28 @@ def prepare_image(domain: Domain, image: Image.Image, target: PreparationTarget)
                 f"the preparation of domain {domain.name!r} ({author}) must return a PreparedImage "
                 f"of {target.size}×{target.size}, not {type(prepared).__name__} of {size}"
             )
+    notes = _too_small(prepared.frame or Frame.centered(image.size), image, target)
     mask = prepared.mask if target.mask else None
-    if mask is not None and _coverage(mask) < 0.01:
+    if mask is not None and mask_coverage(mask) < LEAST_COVERAGE:
         mask = None
         notes.append("the mask covers less than 1 % of the picture and is left out")
-    return PreparedImage(image=prepared.image, mask=mask, notes=(*notes, *prepared.notes))
+    return replace(prepared, mask=mask, notes=(*notes, *prepared.notes))
 
 
-def _coverage(mask: Image.Image) -> float:
+def mask_coverage(mask: Image.Image) -> float:
+    """Return which part of a picture a mask of mode L covers, from 0 to 1."""
     histogram = mask.histogram()
     return sum(value * count for value, count in enumerate(histogram)) / (255 * sum(histogram))
+
+
+def _too_small(frame: Frame, image: Image.Image, target: PreparationTarget) -> list[str]:
+    wanted = f"smaller than the {target.size} pixels that {target.base} works with: it is scaled up"
+    if min(image.size) < target.size:
+        return [f"the picture is {image.width}×{image.height}, {wanted}"]
+    if frame.side < target.size * 0.75:  # a little is not worth a warning
+        side = round(frame.side)
+        return [f"what is used of the picture is {side}×{side}, {wanted}"]
+    return []
 
 
 def _read(source: Source) -> tuple[bytes, str]:
@@ -177,114 +186,3 @@ def _bounded(file: BinaryIO, name: str) -> bytes:
     if len(data) > MOST_BYTES:
         raise InputError(f"{name} is larger than {MOST_BYTES >> 20} MiB")
     return data
-
-
-def _decode(data: bytes, name: str) -> tuple[Image.Image, list[str]]:
-    if not data:
-        raise InputError(f"{name} is empty")
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
-        _learn_heic(name)
-    Image.init()
-    formats = [known for known in _FORMATS if known in Image.OPEN]
-    notes: list[str] = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata concerns nobody
-            # Pillow only warns between 89 and 179 megapixels.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=formats)
-            width, height = picture.size
-            if width * height > MOST_PIXELS:  # known from the header; nothing is decoded yet
-                raise Image.DecompressionBombError
-            if min(width, height) < LEAST_SIDE:
-                raise InputError(
-                    f"{name} is {width}×{height}: {LEAST_SIDE} pixels a side are the least"
-                )
-            frames = getattr(picture, "n_frames", 1)
-            # A photo in MPO brings depth or brightness maps as further frames: not worth a note.
-            if frames > 1 and picture.format != "MPO":
-                notes.append(f"{name} has {frames} frames; the first is used")
-            picture.seek(0)
-            picture.load()  # `verify` would not notice a truncated JPEG
-            return _upright_rgb(picture, name, notes), notes
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(
-            f"{name} has more than {MOST_PIXELS // 10**6} megapixels", hint="make it smaller first"
-        ) from None
-    except UnidentifiedImageError:
-        raise InputError(
-            f"{name} is not a picture in a format known here",
-            hint="JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM are",
-        ) from None
-    except InputError:
-        raise
-    except Exception as error:  # decoders meet hostile bytes with every kind of exception
-        raise InputError(f"{name} is damaged: {printable(str(error), limit=120)}") from error
-
-
-def _learn_heic(name: str) -> None:
-    try:
-        import pi_heif
-    except ImportError:
-        raise InputError(
-            f"{name} is a HEIC picture, which needs one more package",
-            hint="pip install 'e4t[heic]'",
-        ) from None
-    pi_heif.register_heif_opener()
-
-
-def _upright_rgb(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    profile = picture.info.get("icc_profile")
-    try:
-        picture = ImageOps.exif_transpose(picture)
-    except Exception:  # malformed EXIF is no reason to refuse a good picture
-        notes.append(f"the orientation written in {name} could not be read")
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        picture = _eight_bit_grey(picture, name)
-    alpha = None
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        alpha = picture.getchannel("A")
-        picture = picture.convert("RGB")  # the colours alone: the profile speaks of them only
-    elif picture.mode not in ("RGB", "L", "CMYK", "LAB"):
-        picture = picture.convert("RGB")
-    picture = _to_srgb(picture, profile, name, notes)
-    # Onto a fresh white sheet: hidden colours do not show through, and metadata stays behind.
-    sheet = Image.new("RGB", picture.size, "white")
-    sheet.paste(picture, mask=alpha)
-    return sheet
-
-
-def _eight_bit_grey(picture: Image.Image, name: str) -> Image.Image:
-    """Scale 16-bit, 32-bit and floating greys to 8 bits; Pillow's own conversion would clip."""
-    import numpy as np
-
-    values = np.asarray(picture, dtype=np.float32)  # 64 megapixels stay under 0.3 GB
-    if not np.isfinite(values).all():
-        raise InputError(f"{name} contains numbers that are not finite")
-    low, high = float(values.min()), float(values.max())
-    if picture.mode.startswith("I;16"):
-        low, high = 0.0, 65535.0
-    elif low >= 0 and high <= 65535:
-        # The file does not say its range: the smallest usual one that holds all values.
-        ranges = (1.0, 255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0)
-        low, high = 0.0, next(top for top in ranges if high <= top)
-    scaled = (values - low) * (255.0 / max(high - low, 1e-12))
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
-
-
-def _to_srgb(
-    picture: Image.Image, profile: bytes | None, name: str, notes: list[str]
-) -> Image.Image:
-    srgb = ImageCms.createProfile("sRGB")
-    try:
-        if profile:
-            meant = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(meant):
-                return ImageCms.profileToProfile(picture, meant, srgb, outputMode="RGB") or picture
-        elif picture.mode == "LAB":
-            lab = ImageCms.createProfile("LAB")
-            return ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB") or picture
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        notes.append(f"the colour profile in {name} could not be read and is left out")
-    return picture.convert("RGB")

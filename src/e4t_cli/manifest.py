@@ -6,25 +6,47 @@ A pack (the weights of one domain for one base) is a folder: domain.toml beside 
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from .domain import PretrainingRecipe, TuningRecipe, check_name
+from .domain import PretrainingRecipe, TuningRecipe, check_file_name, check_name
 from .errors import IntegrityError, printable
 
 SCHEMA = 1
 MOST_BYTES = 1_000_000
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
-"""A plain name inside the pack's own folder: no separator, no drive, no leading dot."""
+FileName = Annotated[str, Field(max_length=100), AfterValidator(check_file_name)]
+"""A plain name inside the pack's own folder, of a kind that cannot hold code."""
+Text = Annotated[str, Field(max_length=2000)]
 
 
 class Manifest(BaseModel):
-    """The contents of a domain.toml; a key that is not here is an error, not a surprise."""
+    """The contents of a domain.toml; a key that is not here is an error, not a surprise.
+
+    What has a default may be missing: the first packs were written without it.
+
+    Args:
+        base_revision: of the base, as its base.toml or its hub commit says.
+        base_config_hash: of the configs of U-Net, text encoder and tower; see `bases.config_hash`.
+        image_tower: which CLIP tower the encoder reads, for people.
+        files, sizes: of each file its sha256, and its length in bytes.
+        limits: what the domain cannot do, for people.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -33,14 +55,19 @@ class Manifest(BaseModel):
     descriptor: Annotated[str, Field(min_length=1, max_length=100)]
     base: str
     base_fingerprint: Annotated[str, Field(max_length=200)]
+    base_revision: Annotated[str, Field(max_length=200)] = ""
+    base_config_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    image_tower: Annotated[str, Field(max_length=200)] = ""
     tuning: Annotated[TuningRecipe, PlainValidator(TuningRecipe.from_dict)]
     pretraining: Annotated[PretrainingRecipe, PlainValidator(PretrainingRecipe.from_dict)]
     files: dict[FileName, Sha256] = {}
+    sizes: dict[FileName, Annotated[int, Field(ge=0)]] = {}
     encoder: dict[str, Any] = {}
     templates: list[str] = []
     images: Annotated[int, Field(ge=0)] = 0
-    licence: str = ""
-    notes: str = ""
+    licence: Text = ""
+    limits: Text = ""
+    notes: Text = ""
 
     @field_validator("name", "base")
     @classmethod
@@ -55,6 +82,13 @@ class Manifest(BaseModel):
                 raise ValueError(f"template {template!r} must contain '{{}}' exactly once")
         return value
 
+    @model_validator(mode="after")
+    def _sizes_are_of_files(self) -> Manifest:
+        stray = sorted(set(self.sizes) - set(self.files))
+        if stray:
+            raise ValueError(f"sizes names {stray[0]!r}, which files does not")
+        return self
+
 
 def read_manifest(path: Path) -> Manifest:
     """Read and check a domain.toml.
@@ -65,12 +99,25 @@ def read_manifest(path: Path) -> Manifest:
     shown = printable(str(path))
     try:
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise IntegrityError(f"{shown} is larger than a manifest can be")
-        table: dict[str, Any] = tomllib.loads(data.decode("utf-8"))
+            return parse_manifest(file.read(MOST_BYTES + 1), shown)
     except OSError as error:
         raise IntegrityError(f"{shown} cannot be read: {error.strerror}") from error
+
+
+def parse_manifest(data: bytes, shown: str) -> Manifest:
+    """Check the content of a domain.toml.
+
+    Args:
+        data: of which no more than `MOST_BYTES` + 1 bytes need to have been read.
+        shown: what to call it in a message.
+
+    Raises:
+        IntegrityError: as `read_manifest`.
+    """
+    if len(data) > MOST_BYTES:
+        raise IntegrityError(f"{shown} is larger than a manifest can be")
+    try:
+        table: dict[str, Any] = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML
         raise IntegrityError(f"{shown} is not TOML: {printable(str(error))}") from error
     schema = table.get("schema")
@@ -83,7 +130,23 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        where = ".".join(str(part) for part in first["loc"]) or "its contents"
         raise IntegrityError(
             f"{shown} cannot be used: {printable(where)}: {printable(first['msg'])}"
         ) from error
+
+
+def toml_text(card: Mapping[str, Any]) -> str:
+    """Return TOML for a flat mapping and one level of tables below it."""
+
+    def line(key: str, value: Any) -> str:
+        # JSON's strings, numbers, booleans and arrays of them are TOML's too, but for two things:
+        # TOML has no escapes in pairs, and no bare DEL.
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return f"{json.dumps(key) if '.' in key else key} = {text}"
+
+    plain = [line(key, value) for key, value in card.items() if not isinstance(value, Mapping)]
+    for name, table in card.items():
+        if isinstance(table, Mapping):
+            plain += ["", f"[{name}]", *(line(key, value) for key, value in table.items())]
+    return "\n".join(plain) + "\n"

@@ -15,7 +15,10 @@ class Progress:
         done: units finished, 0 … total.
         total: units in this stage; 0 when unknown.
         values: numbers worth showing (loss, seconds, …).
-        note: a sentence for the user, "" for none.
+        note: a sentence for the user, "" for none: something that may not be what they meant.
+        remark: a sentence that is merely good to know, "" for none.
+        detail: a sentence for those who asked for more (`-v`), "" for none.
+        unit: what is counted, where it is not steps: "bytes".
     """
 
     stage: str
@@ -23,6 +26,9 @@ class Progress:
     total: int = 0
     values: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    remark: str = ""
+    detail: str = ""
+    unit: str = ""
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -31,6 +31,16 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
 
+def uniforms(seed: int, step: int, batch_size: int) -> Tensor:
+    """Return three numbers in 0 … 1 for each sample of a step's whole batch, (batch, 3).
+
+    The first decides its noise level within its range; the others are `Draws.uniform`, without
+    the cost of drawing noise.
+    """
+    source = generator(seed, "draw", step)
+    return torch.rand(batch_size, 3, generator=source, dtype=torch.float64)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draws:
     """Everything random about some samples of one optimiser step.
@@ -48,7 +58,18 @@ class Draws:
     uniform: Tensor
 
     def to(self, device: torch.device) -> Draws:
+        if device.type == "cuda":
+            # From pinned memory the copy waits for nothing, and nothing waits for the copy.
+            moved = {
+                name: value.pin_memory().to(device, non_blocking=True)
+                for name, value in vars(self).items()
+            }
+            return Draws(**moved)
         return Draws(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def __getitem__(self, positions: range) -> Draws:
+        some = slice(positions.start, positions.stop, positions.step)
+        return Draws(**{name: value[some] for name, value in vars(self).items()})
 
 
 def draw(
@@ -72,13 +93,13 @@ def draw(
     numbers = torch.rand(batch_size, 3, generator=source, dtype=torch.float64)
     level = (torch.arange(batch_size) + numbers[:, 0]) / batch_size
     noise = torch.randn(2, batch_size, *shape, generator=source)
-    some = slice(positions.start, positions.stop, positions.step)
-    return Draws(
-        timesteps=choose(level, train_timesteps)[some],
-        epsilon=noise[0, some],
-        posterior=noise[1, some],
-        uniform=numbers[some, 1:],
+    whole = Draws(
+        timesteps=choose(level, train_timesteps),
+        epsilon=noise[0],
+        posterior=noise[1],
+        uniform=numbers[:, 1:],
     )
+    return whole[positions]
 
 
 def choose(uniform: Tensor, count: int) -> Tensor:

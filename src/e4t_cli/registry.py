@@ -20,8 +20,12 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from .domain import Domain, check_name
+from .bases import PUBLISHED
+from .domain import Domain, PretrainingRecipe, check_name
 from .errors import E4TError, UsageError, WeightsUnavailable, printable
+from .estimates import shown_hours
+from .hub.addresses import pack_folder
+from .hub.converted import converted_folder, foreign_repository
 
 GROUP = "e4t.domains"
 OURS = "e4t"
@@ -72,10 +76,13 @@ def installed_domains() -> list[Listing]:
             domain = _load(candidate)
         except E4TError as error:
             reason = f"did not load: {error.message.partition(' did not load: ')[2]}"
-        rivals = [c for c in found if c.name == candidate.name and c is not candidate]
+        claims = [c for c in found if c.name == candidate.name]
+        rivals = [c for c in _claimants(claims) if c is not candidate]
         if rivals and reason is None and candidate.package != OURS:
             others = ", ".join(sorted(rival.package for rival in rivals))
             reason = f"its name is also claimed by {others}"
+            if candidate.package == USER:
+                reason = f"its weights serve the domain of {others}"
             reason += f"; ask for it as {candidate.package}:{candidate.name}"
         rows.append(
             Listing(
@@ -100,18 +107,29 @@ def find_domain(name: str) -> Domain:
         UsageError: there is none of that name, or there are two.
         E4TError: there is, but it did not load; the cause is chained.
     """
+    domain = find_listing(name).domain
+    assert domain is not None
+    return domain
+
+
+def find_listing(name: str) -> Listing:
+    """Return the domain of that name with the package that it comes from.
+
+    Raises:
+        E4TError: as `find_domain`.
+    """
     shown = printable(name)
     if "/" in name or os.sep in name:
         if not Path(name).is_dir():
             raise UsageError(f"there is no folder {shown}")
-        return user_domain(Path(name))
+        domain = user_domain(Path(name))
+        return Listing(name=domain.name, package=USER, domain=domain)
     package, _, bare = name.rpartition(":")
     found = _candidates()
     claims = [c for c in found if c.name == bare and package in ("", c.package)]
     if package and not claims:
         claims = [c for c in found if c.name == bare and _plain(c.package) == _plain(package)]
-    ours = [c for c in claims if c.package == OURS]
-    claims = ours or claims
+    claims = _claimants(claims)
     if not claims:
         near = difflib.get_close_matches(bare, [c.name for c in found], n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
@@ -124,7 +142,34 @@ def find_domain(name: str) -> Domain:
             f"domain {shown!r} is claimed by {packages}",
             hint=f"say which: {claims[0].package}:{bare}",
         )
-    return _load(claims[0])
+    chosen = claims[0]
+    domain = _load(chosen)
+    return Listing(name=bare, package=chosen.package, version=chosen.version, domain=domain)
+
+
+def _claimants(claims: list[_Candidate]) -> list[_Candidate]:
+    """Return those of one name that the bare name can mean.
+
+    Ours are never shadowed. A folder of the user's is no rival of an installed domain but serves
+    it with weights (`weights_folder`): it is what `e4t pretrain` made for a base of their own.
+    """
+    ours = [c for c in claims if c.package == OURS]
+    return ours or [c for c in claims if c.package != USER] or claims
+
+
+def claimed_names() -> list[str]:
+    """Return the names of all domains, sound or broken; nothing is imported."""
+    return sorted({candidate.name for candidate in _candidates()})
+
+
+def own_names() -> list[str]:
+    """Return the names of the user's own domains; nothing is read."""
+    return [candidate.name for candidate in _candidates() if candidate.package == USER]
+
+
+def installed_packages(name: str) -> list[str]:
+    """Return the distributions that claim a name, ours first; nothing is imported."""
+    return [c.package for c in _candidates() if c.name == name and c.package != USER]
 
 
 def weights_folder(domain: Domain, base: str) -> Path:
@@ -146,15 +191,21 @@ def weights_folder(domain: Domain, base: str) -> Path:
         return own
     command = f"e4t pretrain --domain {domain.name} --base {base} --data FOLDER"
     if location is None:
+        published = PUBLISHED.get(base)
+        nobody = ": nobody has published any" if published else ""
+        recipe = domain.pretraining or PretrainingRecipe(steps=60_000)
+        time = ""
+        if published:
+            time = f" ({recipe.steps:,} steps, {shown_hours(recipe, published.resolution)})"
         raise WeightsUnavailable(
-            f"domain {domain.name!r} has no weights for the base {printable(base)!r}",
-            hint=f"make them: {command}",
+            f"domain {domain.name!r} has no weights for the base {printable(base)!r}{nobody}",
+            hint=f"make them: {command}{time}",
         )
-    if location.startswith("hub:"):
+    if location.startswith("hub:") or foreign_repository(location):
         raise WeightsUnavailable(
             f"the weights of domain {domain.name!r} for {base} are on the hub "
-            f"({printable(location[4:])}), and this version of e4t does not fetch weights",
-            hint=f"make them: {command}",
+            f"({printable(location.partition(':')[2])}) and not on this machine",
+            hint=f"e4t fetch {domain.name} --base {base}",
         )
     raise WeightsUnavailable(
         f"the weights of domain {domain.name!r} for {base} are not in this installation "
@@ -164,10 +215,14 @@ def weights_folder(domain: Domain, base: str) -> Path:
 
 
 def _places(location: str) -> list[Path]:
-    """Return the folders on this machine that a location can mean; of the hub's, none."""
+    """Return the folders on this machine that a location can mean; nothing is fetched."""
     kind, _, rest = location.partition(":")
     if kind == "hub":
-        return []
+        folder = pack_folder(location)
+        return [folder] if folder is not None else []
+    if foreign_repository(location):
+        folder = converted_folder(location)
+        return [folder] if folder is not None else []
     if kind != "package":
         return [Path(location)]
     package, *parts = rest.split("/")

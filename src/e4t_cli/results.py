@@ -98,6 +98,7 @@ class Personalization:
         seed: the first picture's; a random one if none was asked for.
         timings: where the time went.
         notes: sentences for the user, such as "no face was found".
+        withheld: the records of pictures that the base's safety checker kept back.
     """
 
     concept: Concept
@@ -105,6 +106,7 @@ class Personalization:
     seed: int
     timings: Timings
     notes: tuple[str, ...] = field(default=())
+    withheld: tuple[GenerationRecord, ...] = field(default=())
 
     def save(self, folder: str | os.PathLike[str] = "outputs", **options: Any) -> list[Path]:
         """Save every picture; see `GeneratedImage.save`."""

@@ -13,6 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bases import Base
+from .devices import (
+    DTYPES,
+    budget_of,
+    choose_device,
+    choose_dtype,
+    limit_process,
+    read_ahead,
+)
 from .errors import ResourceError, UsageError, printable
 from .metadata import GenerationRecord
 from .progress import Progress, ProgressCallback
@@ -20,32 +28,41 @@ from .prompts import Prompt
 from .results import GeneratedImage, Personalization, Timings
 
 if TYPE_CHECKING:
-    import torch
-
     from .base_model import TextToImageModel
     from .concept import Concept, TunedModel
     from .generation import Sampling
     from .pretrained import PretrainedDomain
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    from .safety import SafetyChecker
 
 
 class Session:
     """A base and a pack, used for one request.
 
     Args:
-        device, dtype: as the user wrote them.
+        device, dtype, vram: as the user wrote them.
         on_progress: the caller's; notes pass through it too.
+        safety: look at every picture, where the base has a checker.
     """
 
     model: TextToImageModel
     pretrained: PretrainedDomain
 
-    def __init__(self, device: str, dtype: str, on_progress: ProgressCallback | None) -> None:
+    def __init__(
+        self,
+        device: str,
+        dtype: str,
+        on_progress: ProgressCallback | None,
+        *,
+        vram: str = "auto",
+        safety: bool = True,
+    ) -> None:
         if dtype != "auto" and dtype not in DTYPES:
             names = ", ".join(["auto", *DTYPES])
             raise UsageError(f"there is no dtype {printable(dtype)!r}", hint=f"one of {names}")
-        self._device, self._dtype = device, dtype
+        if vram != "auto":
+            budget_of(vram)
+        self._device, self._dtype, self._vram, self._safety = device, dtype, vram, safety
+        self._own = False  # whether the model was loaded for this one request
         self._listener = on_progress
         self._seconds: dict[str, float] = {}
         self.notes: list[str] = []
@@ -62,6 +79,14 @@ class Session:
     def note(self, stage: str, sentence: str) -> None:
         """Tell the user something without any progress."""
         self.report(Progress(stage=stage, note=sentence))
+
+    def remark(self, stage: str, sentence: str) -> None:
+        """Tell the user something that is good to know."""
+        self.report(Progress(stage=stage, remark=sentence))
+
+    def detail(self, stage: str, sentence: str) -> None:
+        """Tell those who asked for more."""
+        self.report(Progress(stage=stage, detail=sentence))
 
     @contextlib.contextmanager
     def stage(self, name: str, *, counted: bool = False) -> Iterator[None]:
@@ -80,13 +105,18 @@ class Session:
     # ── the parts of the work ──
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, base: Base | TextToImageModel | None = None) -> Iterator[None]:
         """Import what is heavy; inside, libraries keep quiet and memory errors are one sentence.
+
+        Args:
+            base: that will be loaded; the disk reads it while the processor imports.
 
         Raises:
             ResourceError: memory ran out.
         """
         self.report(Progress(stage="load", done=0, total=1))
+        if isinstance(base, Base):
+            read_ahead(base.folder)
         with self.stage("imports", counted=True):
             from . import generation, tuning  # noqa: F401
         with _memory_errors(), _quiet_libraries():
@@ -111,8 +141,10 @@ class Session:
                 device = choose_device(self._device)
                 if self._dtype == "fp16" and device.type == "cpu":
                     self.note("load", "fp16 is slow and coarse on a CPU; fp32 is the better choice")
-                kind = choose_dtype(self._dtype)
+                limit_process(device, self._vram)
+                kind = choose_dtype(self._dtype, device, base.folder)
                 self.model = TextToImageModel.load(base, device=device, dtype=kind)
+                self._own = True
             else:
                 self.model = base
             if pack is not None:
@@ -133,17 +165,40 @@ class Session:
                     self.note("load", f"the prompt is too long; left out: {printable(dropped)!r}")
 
     def tune(self, concept: Concept) -> TunedModel:
-        """Tune on the concept's picture, as its recipe and seed say."""
-        from .tuning import tune
+        """Tune on the concept's picture, as its recipe and seed say, in the memory there is.
 
+        A model that was loaded for this request is used up: its U-Net becomes the tuned one.
+        """
+        from .memory import plan_tuning
+        from .training_loss import multiplies_bfloat16
+        from .tuning import tune
+        from .tuning.optimizers import has_eight_bit
+
+        model, device = self.model, self.model.device
+        if self._own:
+            model.release_tower()  # the picture has been looked at
+        plan = plan_tuning(
+            model,
+            self.pretrained,
+            concept.recipe,
+            vram=self._vram,
+            consume=self._own,
+            half=multiplies_bfloat16(device),
+            eight_bit=has_eight_bit(device),
+        )
+        self.detail("tune", plan.sentence())
+        if plan.peak > plan.budget:
+            self.note("tune", f"memory may not suffice: {plan.sentence().partition(': ')[2]}")
         with self.stage("tune", counted=True):
             return tune(
-                self.model,
+                model,
                 self.pretrained,
                 concept.prepared,
                 concept.recipe,
                 seed=concept.seed,
                 image_features=concept.image_features,
+                plan=plan,
+                consume=self._own,
                 on_progress=self.report,
             )
 
@@ -165,7 +220,9 @@ class Session:
         wanted = [prompt for prompt in prompts for _ in range(count)]
         seeds = [seed + i for _ in prompts for i in range(count)]
         drawn: list[GeneratedImage] = []
+        withheld: list[GenerationRecord] = []
         with self.stage("generate", counted=True):
+            checker = self._checker()
             pictures = sample(self.model, tuned, wanted, seeds, sampling, on_progress=self.report)
             for prompt, own_seed, picture in zip(wanted, seeds, pictures, strict=True):
                 record = GenerationRecord(
@@ -185,6 +242,9 @@ class Session:
                     photo_sha256=concept.image_sha256,
                     tuning={**concept.recipe.as_dict(), "seed": concept.seed},
                 )
+                if checker is not None and checker.flags([picture])[0]:
+                    withheld.append(record)
+                    continue
                 image = GeneratedImage(
                     image=picture, prompt=prompt.text, seed=own_seed, record=record
                 )
@@ -197,7 +257,17 @@ class Session:
             seed=seed,
             timings=Timings(**self._seconds),
             notes=tuple(self.notes),
+            withheld=tuple(withheld),
         )
+
+    def _checker(self) -> SafetyChecker | None:
+        """Return the base's safety checker, if it has one and nobody said no to it."""
+        folder = self.model.base.folder
+        if not self._safety or not (folder / "safety_checker" / "config.json").is_file():
+            return None
+        from .safety import SafetyChecker  # diffusers' pipelines: only who has one pays for it
+
+        return SafetyChecker.of_base(folder, self.model.device, self.model.dtype)
 
 
 def choose_sampling(wanted: Sampling | Mapping[str, Any] | None) -> Sampling:
@@ -214,39 +284,6 @@ def choose_sampling(wanted: Sampling | Mapping[str, Any] | None) -> Sampling:
         return Sampling(**(wanted or {}))
     except TypeError as error:
         raise UsageError(f"sampling: {error}") from error
-
-
-def choose_device(wanted: str) -> torch.device:
-    """Return the device of that name; "auto" is the fastest that is here.
-
-    Raises:
-        UsageError: the name means nothing, or this machine has no such device.
-    """
-    import torch
-
-    if wanted == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-    except Exception as error:  # AssertionError, RuntimeError, AcceleratorError: by backend
-        raise UsageError(
-            f"the device {printable(wanted)!r} cannot be used on this machine",
-            hint="--device auto picks one that can",
-        ) from error
-    return device
-
-
-def choose_dtype(wanted: str) -> torch.dtype:
-    """Return the number format of the frozen base; tuned weights are float32 in any case."""
-    import torch
-
-    # The shipped base is so small that float32 costs nothing, and it is the one format in which
-    # a picture is the same in any company.
-    dtype = getattr(torch, DTYPES.get(wanted, "float32"))
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 @contextlib.contextmanager

@@ -1,36 +1,114 @@
-"""For authors of domains: `check_domain(dog)` in a test says whether the contract is kept."""
+"""For authors of domains: `check_domain("dog")` in a test says whether the contract is kept.
+
+`e4t domains check` shows the same findings on a terminal.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from PIL import Image, ImageDraw
 
-from .domain import Domain, PreparationTarget
-from .errors import E4TError
+from .bases import Base, installed_bases
+from .domain import Domain, PreparationTarget, is_remote
+from .errors import E4TError, IntegrityError, WeightsUnavailable
 from .images import image_sha256, prepare_image
 from .prompts import training_prompts, training_templates
+from .registry import find_domain, user_domain, weights_folder
+
+if TYPE_CHECKING:
+    from .pretrained import PretrainedDomain
 
 SIZES = ((64, 64), (200, 100), (96, 300), (64, 512))
 """Width and height of the pictures that a preparation is tried on."""
 
 
-def check_domain(domain: Domain) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one check found.
+
+    Args:
+        subject: what was looked at.
+        problem: one sentence, or "" if all is well.
+        remark: what is good to know though nothing is wrong.
+    """
+
+    subject: str
+    problem: str = ""
+    remark: str = ""
+
+
+def check_domain(domain: Domain | str | Path) -> None:
     """Check a domain as the program will use it.
 
-    The value itself was validated when it was made. Here its preparation is run on drawn pictures
-    of several shapes, for each of its bases and for one it does not know, and its training
-    sentences are parsed.
+    Args:
+        domain: the value, its name, or a folder with a domain.toml.
 
     Raises:
-        AssertionError: one sentence about what is wrong.
+        AssertionError: one sentence about the first thing that is wrong.
     """
+    for finding in examine_domain(domain):
+        if finding.problem:
+            raise AssertionError(finding.problem)
+
+
+def examine_domain(domain: Domain | str | Path) -> Iterator[Finding]:
+    """Check a domain and report on everything, as it is looked at.
+
+    The value itself was validated when it was made. Here its training sentences are parsed, its
+    preparation is run on drawn pictures of several shapes, for each of its bases and for one it
+    does not know, and its weights on this machine are read whole. Nothing is fetched.
+    """
+    try:
+        domain = _value_of(domain)
+    except E4TError as error:
+        yield Finding(subject="domain", problem=error.message)
+        return
     if not isinstance(domain, Domain):
-        raise AssertionError(f"it is of type {type(domain).__name__}, not Domain")
+        problem = f"it is of type {type(domain).__name__}, not Domain"
+        yield Finding(subject="domain", problem=problem)
+        return
+    yield Finding(subject="domain")
+    yield _examine("training sentences", partial(_check_sentences, domain))
+    for base in (*domain.weights, "some-other-base"):
+        yield _examine(f"preparation for {base}", partial(_check_preparations, domain, base))
+    for base in domain.weights:
+        yield _examine(f"weights for {base}", partial(_check_weights, domain, base))
+    if not domain.licence:
+        yield Finding(subject="licence", remark="it states none, so nobody may use its weights")
+
+
+def _value_of(domain: Domain | str | Path) -> Domain:
+    if isinstance(domain, Path):
+        return user_domain(domain)
+    return find_domain(domain) if isinstance(domain, str) else domain
+
+
+def _examine(subject: str, check: Callable[[], str | None]) -> Finding:
+    try:
+        return Finding(subject=subject, remark=check() or "")
+    except AssertionError as error:
+        return Finding(subject=subject, problem=str(error))
+    except E4TError as error:
+        return Finding(subject=subject, problem=error.message)
+
+
+def _check_sentences(domain: Domain) -> None:
     for prompt in training_prompts(training_templates(domain)):
         if prompt.placeholders != 1:
             raise AssertionError(f"the sentence {prompt.text!r} names the concept more than once")
-    for base in (*domain.weights, "some-other-base"):
-        for size in SIZES:
-            _check_preparation(domain, _drawing(size), base)
+
+
+# ── preparation ──
+
+
+def _check_preparations(domain: Domain, base: str) -> None:
+    for size in SIZES:
+        _check_preparation(domain, _drawing(size), base)
 
 
 def _check_preparation(domain: Domain, picture: Image.Image, base: str) -> None:
@@ -59,3 +137,60 @@ def _drawing(size: tuple[int, int]) -> Image.Image:
     draw.ellipse((width // 4, height // 4, 3 * width // 4, 3 * height // 4), fill=(230, 180, 150))
     draw.rectangle((0, 0, width // 8, height // 8), fill=(60, 40, 30))
     return picture
+
+
+# ── weights ──
+
+
+def _check_weights(domain: Domain, base: str) -> str:
+    """Read a pack whole, and compare it with its base if that is here.
+
+    Returns:
+        A remark where something could not be looked at.
+    """
+    try:
+        folder = weights_folder(domain, base)
+    except WeightsUnavailable as error:
+        if is_remote(domain.weights[base]):
+            return "they are on the hub, and not on this machine"
+        raise AssertionError(error.message) from error
+    from .pretrained import PretrainedDomain
+
+    pack = PretrainedDomain.load(folder)
+    if pack.base_name != base:
+        raise IntegrityError(f"the pack was made for the base {pack.base_name}, not for {base}")
+    here = next((one for one in installed_bases() if one.name == base), None)
+    if here is None:
+        return f"whether they fit was not looked at: the base {base} does not come with e4t"
+    _check_fit(pack, here)
+    return ""
+
+
+def _check_fit(pack: PretrainedDomain, base: Base) -> None:
+    """Compare a pack with a base without loading the base's weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+    from .base_model.loading import folder_fingerprint, load_settings
+    from .nn.weight_offsets import WeightOffsets
+
+    known = pack.base_fingerprint  # none in packs made from checkpoints of other programs
+    if known and folder_fingerprint(base.folder) != known:
+        raise IntegrityError(f"the pack was made for another base than this {base.name}")
+    config = UNet2DConditionModel.load_config(base.folder / "unet")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        fresh = WeightOffsets.for_unet(unet).factors()
+    shapes = {path: (left.shape, right.shape) for path, (left, right) in fresh.items()}
+    for path, (left, right) in pack.offsets.items():
+        if shapes.pop(path, None) != (left.shape, right.shape):
+            raise IntegrityError(f"the pack's offset of {path} does not fit the base {base.name}")
+    if shapes:
+        raise IntegrityError(f"the pack has no offset for {next(iter(shapes))}")
+    words = load_settings(CLIPTokenizer, base.folder / "tokenizer")
+    count = len(words(pack.descriptor, add_special_tokens=False).input_ids)
+    if count != 1:
+        raise IntegrityError(
+            f"the descriptor {pack.descriptor!r} is {count} tokens to the base {base.name}, not one"
+        )

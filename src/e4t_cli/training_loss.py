@@ -114,17 +114,23 @@ def adamw(*groups: tuple[nn.Module, float]) -> torch.optim.Optimizer:
 
 
 @contextmanager
-def half_precision(device: torch.device, enabled: bool | None) -> Iterator[None]:
+def half_precision(
+    device: torch.device, enabled: bool | None, *, keep_casts: bool = True
+) -> Iterator[None]:
     """Make matrix products in bfloat16 inside a `with` block; weights stay as they are.
 
     Args:
         enabled: None where the hardware has such products.
+        keep_casts: keep a weight's bfloat16 copy until the end of the block, for whoever runs
+            over it twice; without, gradient checkpointing has them one block at a time.
     """
     if enabled is None:
         enabled = multiplies_bfloat16(device)
     with ExitStack() as stack:
         if enabled:
-            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
+            stack.enter_context(
+                torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=keep_casts)
+            )
             if device.type == "cpu":
                 # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
                 # plain products: a third of a whole training step of a small U-Net.

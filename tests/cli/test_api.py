@@ -10,7 +10,8 @@ from PIL import Image
 from e4t_cli import E4TError, InputError, UsageError, api
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.domain import PreparedImage
-from e4t_cli.photos import list_pictures, open_picture, with_mask
+from e4t_cli.photos import open_picture
+from e4t_cli.preparation import with_mask
 from e4t_cli.results import contact_sheet
 
 QUICK = {"tune_steps": 1, "sampling": {"steps": 2}, "seed": 5}
@@ -96,7 +97,11 @@ def test_the_record_says_what_a_picture_depends_on(draw, world):
         ({"sampling": {"steps": 0}}, UsageError, "1 to 1000"),
         ({"placeholder": "two words"}, UsageError, "one word"),
         ({"prompts": ["S* x", "nobody"]}, UsageError, "does not name the concept"),
-        ({"mask": Image.new("L", (96, 96))}, InputError, "black all over"),
+        ({"mask": Image.new("L", (96, 96))}, None, "less than 1 %"),
+        ({"mask": "words:"}, UsageError, "needs words"),
+        ({"mask": "words"}, UsageError, "no words for its mask"),
+        ({"face": "middle"}, UsageError, "1 is the leftmost"),
+        ({"require_face": True}, UsageError, "looks for no face"),
         ({"mask": Image.new("L", (96, 64), 255)}, InputError, "same proportions"),
         ({"image": b"nothing"}, InputError, "not a picture"),
         ({"prompts": "S*" + " beach" * 30, "image": None}, None, "left out"),
@@ -121,18 +126,6 @@ def test_a_mask_lies_on_the_pixels_it_was_drawn_for():
     assert both.image.size == both.mask.size == (64, 64)
     assert both.mask.getpixel((8, 32)) == 0 and both.mask.getpixel((56, 32)) == 255
     assert "centred square" in both.notes[0]
-
-
-def test_a_folder_of_pictures_is_read_in_order(tmp_path):
-    for name in ("b.png", "a/2.png", "a/1.png", ".hidden.png", ".cache/x.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    found = [path.relative_to(tmp_path).as_posix() for path in list_pictures(tmp_path)]
-    assert found == ["a/1.png", "a/2.png", "b.png"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no picture"):
-        list_pictures(tmp_path / "empty")
 
 
 def test_pil_images_are_treated_as_files_are():

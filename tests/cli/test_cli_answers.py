@@ -16,6 +16,7 @@ COMMANDS = [
     ["domains"],
     ["domains", "list"],
     ["domains", "info"],
+    *(["domains", name] for name in ("new", "add", "check", "rm", "push")),
 ]
 
 
@@ -72,7 +73,10 @@ def test_help_asks_for_consent_and_shows_examples(run):
         (["personalize", "face", "p.png", "S* x", "--save", "p.png"], 2, "not overwritten"),
         (["personalize", "face", "p.png", "S* x", "-o", "p.png"], 2, "not a folder"),
         (["personalize", "face", "p.png", "S* x", "--mask", "none.png"], 2, "no file none.png"),
-        (["personalize", "face", "p.png", "S* x", "--mask", "p.png"], 3, "black all over"),
+        (["personalize", "face", "p.png", "S* x", "--mask", "words:"], 2, "needs words"),
+        (["personalize", "face", "p.png", "--save-prepared", "p.png"], 2, "not overwritten"),
+        (["personalize", "face", "p.png", "S* x", "--save-prepared", "p.gif"], 2, "a PNG file"),
+        (["personalize", "face", "p.png", "--save-prepared", "d", "--face", "0"], 2, "leftmost"),
         (["generate", "none.e4t", "S* x"], 2, "there is no file none.e4t"),
         (["generate", "p.png"], 2, "there is no prompt"),
         (["pretrain", "--domain", "../x", "--data", "."], 2, "domain name '../x'"),

@@ -287,13 +287,13 @@ def test_pretrain_makes_a_domain_that_is_listed_and_works(run, world, tmp_path, 
     (tmp_path / "data" / ".hidden").mkdir(parents=True)
     for index in range(3):
         drawn_face(index, 64)[0].save(tmp_path / "data" / f"{index}.png")
-    (tmp_path / "data" / "notes.txt").write_text("no picture")
+    (tmp_path / "data" / "broken.png").write_text("no picture")
     (tmp_path / "data" / ".hidden" / "x.png").write_bytes(b"")
     arguments = ["pretrain", "--domain", "my_dogs", "--descriptor", "dog", "--data", "data"]
     made = run(*arguments, "--base", str(world.base), "--steps", "1")
     assert made.code == 0, made.err
     assert made.lines[0].endswith("domains/my_dogs")
-    assert "1 picture was left out" in made.err and "notes.txt" in made.err
+    assert "1 picture was left out" in made.err and "broken.png" in made.err
     row = next(row for row in run("domains", "list").lines if row.startswith("my_dogs"))
     assert "tiny ready" in row
     drawn = run("personalize", "my_dogs", str(world.photo), "S* on the beach", "--base",

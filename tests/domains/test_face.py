@@ -1,16 +1,29 @@
-"""The head mask, with parsers made here: tiny SegFormers that paint by brightness."""
+"""Faces in photos, with parsers made here and with the one that came with the package.
 
+Row I11 of the reliability table: no face, and several.
+"""
+
+import json
+
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from e4t_cli import IntegrityError, PreparationTarget, find_domain
-from e4t_cli.images import prepare_image
+from e4t_cli import (
+    InputError,
+    IntegrityError,
+    PreparationTarget,
+    WeightsUnavailable,
+    find_domain,
+)
+from e4t_cli.images import center_square, prepare_image
 from e4t_domains import face as module
+from e4t_domains import face_parsing, face_search
 
 TARGET = PreparationTarget(size=64, base="mini")
-NAMES = {0: "background", 1: "shirt", 2: "hair"}
+NAMES = {0: "background", 1: "shirt", 2: "skin.png"}
 
 
 def parser(folder, names=NAMES, chosen=None):
@@ -28,56 +41,98 @@ def parser(folder, names=NAMES, chosen=None):
     if chosen is not None:
         with torch.no_grad():
             model.decode_head.classifier.weight.zero_()
-            model.decode_head.classifier.bias.copy_(torch.eye(len(names))[chosen])
+            model.decode_head.classifier.bias.copy_(20 * torch.eye(len(names))[chosen])
     model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    module._load_parser.cache_clear()
+    face_parsing.load_parser.cache_clear()
+
+
+# ---- with a parser that says one thing everywhere ----------------------------------------------
 
 
 @pytest.mark.parametrize(("label", "covered"), [(2, True), (1, False), (0, False)])
-def test_labels_are_read_by_name(tmp_path, monkeypatch, label, covered):
-    monkeypatch.setitem(module.PARSERS, "mini", parser(tmp_path, chosen=label))
-    prepared = prepare_image(find_domain("face"), Image.new("RGB", (90, 70), "tan"), TARGET)
+def test_I11_labels_are_read_by_name(tmp_path, monkeypatch, label, covered):
+    monkeypatch.setitem(face_parsing.PACKAGED, "mini", parser(tmp_path, chosen=label))
+    photo = Image.new("RGB", (90, 70), "tan")
+    prepared = prepare_image(find_domain("face"), photo, TARGET)
+    assert prepared.image.tobytes() == center_square(photo, 64).tobytes()
     if covered:
         assert prepared.mask.getextrema() == (255, 255)
-        assert prepared.mask.size == prepared.image.size == (64, 64)
-        assert prepared.notes == ()
+        assert prepared.remarks == ("1 face, mask 100 %",)
+        assert "not aligned" in prepared.notes[0]
     else:
         assert prepared.mask is None
         assert prepared.notes == ("no face was found: the whole picture counts in tuning",)
+        strict = PreparationTarget(size=64, base="mini", required=True)
+        with pytest.raises(InputError, match="no face") as caught:
+            prepare_image(find_domain("face"), photo, strict)
+        assert caught.value.exit_code == 3
 
 
-def test_the_mask_is_the_size_of_the_picture_and_binary(tmp_path):
-    noise = Image.effect_noise((64, 64), 90).convert("RGB")
-    mask = module.head_mask(noise, parser(tmp_path))
-    assert mask.mode == "L"
-    assert set(mask.tobytes()) <= {0, 255}
-    again = module.head_mask(noise, tmp_path)
-    assert mask.tobytes() == again.tobytes()
+def test_the_public_parser_is_fetched_for_photographs(tmp_path):
+    plan = {"size": {"height": 96, "width": 96}, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}
+    folder = parser(tmp_path, chosen=2)
+    (folder / "preprocessor_config.json").write_text(json.dumps(plan))
+    asked = []
+
+    def fetch(repository):
+        asked.append(repository)
+        return folder
+
+    target = PreparationTarget(size=64, base="sd14", fetch=fetch)
+    prepared = module.prepare(Image.new("RGB", (90, 70)), target)
+    assert set(asked) == {"jonathandinu/face-parsing"}
+    assert prepared.mask.size == prepared.image.size == (64, 64)
+    loaded = face_parsing.load_parser(folder)
+    assert (loaded.side, loaded.names[2]) == (96, "skin")
+    pixels = loaded._tensor(Image.new("RGB", (96, 96), (255, 0, 102)))
+    assert pixels[:, 0, 0].tolist() == pytest.approx([3.0, -2.0, 0.0], abs=1e-5)
 
 
-def test_without_a_parser_there_is_a_note(monkeypatch, tmp_path):
-    monkeypatch.setitem(module.PARSERS, "mini", tmp_path / "not-there")
-    for base in ("mini", "sd14"):
-        target = PreparationTarget(size=64, base=base)
+def unreachable(repository):
+    raise WeightsUnavailable(f"{repository} is not on this machine")
+
+
+def test_without_the_parser_words_make_the_mask(monkeypatch):
+    import e4t_cli
+
+    asked = []
+
+    def mask_by_words(image, words, target):
+        asked.append((words, image.size))
+        return Image.new("L", image.size, 255)
+
+    monkeypatch.setattr(e4t_cli, "mask_by_words", mask_by_words, raising=False)
+    target = PreparationTarget(size=64, base="sd14", fetch=unreachable)
+    prepared = module.prepare(Image.new("RGB", (90, 70)), target)
+    assert asked == [("a face", (64, 64))]
+    assert prepared.mask.getextrema() == (255, 255)
+    (note,) = prepared.notes
+    assert "'a face'" in note and "not aligned" in note and "face-parsing" in note
+
+
+def test_without_either_there_is_one_sentence(tmp_path):
+    for fetch in (None, unreachable):
+        target = PreparationTarget(size=64, base="sd14", fetch=fetch)
         prepared = module.prepare(Image.new("RGB", (90, 70)), target)
         assert prepared.mask is None
-        assert base in prepared.notes[0]
-    bare = module.prepare(
-        Image.new("RGB", (90, 70)), PreparationTarget(size=64, base="m", mask=None)
-    )
-    assert (bare.mask, bare.notes) == (None, ())
+        (note,) = prepared.notes
+        assert "whole picture" in note and "not aligned" in note
+        required = PreparationTarget(size=64, base="sd14", fetch=fetch, required=True)
+        with pytest.raises(WeightsUnavailable):  # whether there is one, nobody can tell
+            module.prepare(Image.new("RGB", (90, 70)), required)
+    bare = PreparationTarget(size=64, base="sd14", mask=None, align=False)
+    assert module.prepare(Image.new("RGB", (90, 70)), bare).notes == ()
 
 
 def test_a_parser_that_does_not_fit_is_refused(tmp_path):
-    picture = Image.new("RGB", (64, 64))
     other = parser(tmp_path / "other", names={0: "sky", 1: "sea"})
     with pytest.raises(IntegrityError, match="no part of a head"):
-        module.head_mask(picture, other)
+        face_parsing.load_parser(other)
     lame = parser(tmp_path / "lame")
     from safetensors.torch import load_file, save_file
 
@@ -85,9 +140,129 @@ def test_a_parser_that_does_not_fit_is_refused(tmp_path):
     tensors.popitem()
     save_file(tensors, lame / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match="does not fit"):
-        module.head_mask(picture, lame)
+        face_parsing.load_parser(lame)
+    (lame / "model.safetensors").unlink()
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        face_parsing.load_parser(lame)
 
 
-def test_the_parser_of_mini_is_in_the_package():
-    assert (module.PARSERS["mini"] / "config.json").is_file()
-    assert (module.PARSERS["mini"] / "model.safetensors").is_file()
+# ---- with a parser that reads colours ----------------------------------------------------------
+
+COLOURS = {
+    "skin": (250, 200, 160),
+    "hair": (90, 50, 20),
+    "l_eye": (0, 0, 250),
+    "mouth": (250, 0, 0),
+}
+LABELS = dict(enumerate(["background", *COLOURS]))
+
+
+class Painted:
+    """A parser that knows each label by its colour, so that photos can be drawn."""
+
+    side = 256
+
+    def parse(self, images):
+        return [self._one(image) for image in images]
+
+    def _one(self, image):
+        pixels = np.asarray(image.resize((256, 256), Image.Resampling.BILINEAR), dtype=int)
+        labels = np.zeros((256, 256), int)
+        for number, colour in enumerate(COLOURS.values(), start=1):
+            labels[np.abs(pixels - colour).sum(-1) < 90] = number
+        return face_parsing.LabelMap(labels, LABELS, np.ones((256, 256), np.float32))
+
+
+def paint(photo, center, unit, turn, *, eyes=(-0.4, 0.4)):
+    """Draw a head on a photo, in colours."""
+    side = int(unit * 4)
+    sheet = Image.new("RGBA", (side, side))
+    pen = ImageDraw.Draw(sheet)
+
+    def blob(x, y, rx, ry, name):
+        box = [side / 2 + unit * v for v in (x - rx, y - ry, x + rx, y + ry)]
+        pen.ellipse(box, fill=COLOURS[name])
+
+    blob(0, -0.1, 1.1, 1.35, "hair")
+    blob(0, 0.1, 0.9, 1.1, "skin")
+    for x in eyes:
+        blob(x, -0.1, 0.17, 0.1, "l_eye")
+    blob(0, 0.63, 0.3, 0.13, "mouth")
+    sheet = sheet.rotate(-turn, Image.Resampling.NEAREST)
+    photo.paste(sheet, (round(center[0] - side / 2), round(center[1] - side / 2)), sheet)
+
+
+@pytest.fixture
+def painted(monkeypatch):
+    monkeypatch.setattr(module, "find_parser", lambda target: Painted())
+    return Image.new("RGB", (800, 600), (40, 120, 60))
+
+
+@pytest.mark.parametrize("turn", [0, 12, -35, 90, 180])
+def test_a_photograph_is_turned_and_cropped(painted, turn):
+    paint(painted, (520, 240), 70, turn)
+    prepared = module.prepare(painted, PreparationTarget(size=256, base="sd14"))
+    assert (prepared.frame.turn - turn + 180) % 360 - 180 == pytest.approx(0, abs=1)
+    assert prepared.notes == ()
+    words = prepared.remarks[0].split(", ")
+    assert words[0] == "1 face"
+    assert int(words[1].removeprefix("turned ").removesuffix("°")) == pytest.approx(
+        abs(turn), abs=1
+    )
+    covered = np.asarray(prepared.mask).mean() / 255
+    assert words[2] == f"mask {round(100 * covered)} %" and 0.2 < covered < 0.6
+    # Upright now, with the eyes at one height and the mouth below them.
+    seen = Painted()._one(prepared.image)
+    (face,) = face_search.find_faces(seen)
+    (ax, ay), (bx, by) = face.eyes
+    assert abs(ay - by) < 2.5 and ax < 128 < bx and face.mouth[1] > ay + 20
+
+
+def test_I11_several_faces(painted):
+    paint(painted, (200, 300), 60, 10)
+    paint(painted, (560, 280), 80, -20)
+    for which, turn, where in (
+        ("largest", -20, 560), ("left", 10, 200), ("right", -20, 560), ("1", 10, 200)
+    ):  # fmt: skip
+        target = PreparationTarget(size=128, base="sd14", which=which)
+        prepared = module.prepare(painted, target)
+        assert prepared.frame.turn == pytest.approx(turn, abs=1)
+        assert prepared.frame.center[0] == pytest.approx(where, abs=20)
+        assert prepared.remarks[0].startswith("2 faces, ") and "1 to 2" in prepared.remarks[0]
+        # The other head is not in the mask, even where it is in the picture.
+        back = [prepared.frame.from_photo((x, 300)) for x in (200, 560)]
+        other = back[0] if where == 560 else back[1]
+        if all(0.02 < place < 0.98 for place in other):
+            assert prepared.mask.getpixel(tuple(int(128 * place) for place in other)) == 0
+    with pytest.raises(InputError, match="2 faces in the picture, not 3"):
+        module.prepare(painted, PreparationTarget(size=128, base="sd14", which="3"))
+
+
+def test_unaligned_only_the_chosen_head_is_masked(painted):
+    paint(painted, (260, 300), 60, 10)
+    paint(painted, (540, 300), 80, -20)
+    target = PreparationTarget(size=128, base="sd14", which="left", align=False)
+    prepared = module.prepare(painted, target)
+    assert prepared.image.tobytes() == center_square(painted, 128).tobytes()
+    assert "turned" not in prepared.remarks[0]
+    left, right = ((x - 100) * 128 / 600 for x in (260, 540))
+    assert prepared.mask.getpixel((int(left), 64)) == 255
+    assert prepared.mask.getpixel((int(right), 64)) == 0
+
+
+def test_a_profile(painted):
+    paint(painted, (520, 240), 70, 10, eyes=(-0.4,))
+    prepared = module.prepare(painted, PreparationTarget(size=128, base="sd14"))
+    assert "profile" in prepared.notes[0]
+    assert prepared.frame.turn == 0
+    assert prepared.frame.center[0] == pytest.approx(520, abs=30)
+    assert np.asarray(prepared.mask).mean() / 255 > 0.15
+
+
+def test_the_mask_ends_where_the_photo_ends(painted):
+    paint(painted, (60, 240), 90, 15)
+    prepared = module.prepare(painted, PreparationTarget(size=128, base="sd14"))
+    inside = prepared.frame.apply_to_mask(Image.new("L", painted.size, 255), 128)
+    assert inside.getextrema() == (0, 255)
+    outside = np.asarray(inside) == 0
+    assert np.asarray(prepared.mask)[outside].max() == 0

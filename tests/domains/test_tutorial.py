@@ -9,23 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from e4t_cli.shelf import new_domain
+
 TUTORIAL = Path(__file__).parents[2] / "domains" / "README.md"
-FILE = re.compile(r"^\*\*`([\w.]+)`\*\*\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^\*\*`([\w./]+)`\*\*\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHOWN = ["e4t_domain_dog/__init__.py", "pyproject.toml", "tests/test_domain.py"]
 
 
-def build(folder, versions):
-    """Write the tutorial's files, and what an installer makes of its pyproject.toml.
+def blocks(which):
+    """Return the tutorial's files, "first" or "last" of those that it shows twice."""
+    found = FILE.findall(TUTORIAL.read_text(encoding="utf-8"))
+    files = dict(found if which == "last" else reversed(found))
+    assert sorted(files) == SHOWN
+    return files
 
-    Args:
-        folder: stands for site-packages.
-        versions: "first" or "last" of each file, where the tutorial shows one twice.
-    """
-    blocks = FILE.findall(TUTORIAL.read_text(encoding="utf-8"))
-    files = dict(blocks if versions == "last" else reversed(blocks))
-    assert sorted(files) == ["e4t_domain_dog.py", "pyproject.toml", "test_dog.py"]
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    project = tomllib.loads(files["pyproject.toml"])["project"]
+
+def install(folder):
+    """Write what an installer makes of a package's pyproject.toml."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(
@@ -44,15 +45,41 @@ def run(folder, *arguments):
     )
 
 
-@pytest.mark.parametrize("versions", ["first", "last"])
-def test_the_tutorial_works(tmp_path, versions):
-    build(tmp_path, versions)
-    tested = run(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_dog.py")
+@pytest.fixture
+def package(tmp_path):
+    """What `e4t domains new dog --licence CC0-1.0` writes."""
+    return new_domain("dog", tmp_path / "e4t-domain-dog", licence="CC0-1.0")
+
+
+def test_the_files_shown_are_those_that_new_writes(package):
+    for name, text in blocks("first").items():
+        assert (package / name).read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("version", ["first", "last"])
+def test_the_tutorial_works(package, version):
+    for name, text in blocks(version).items():
+        (package / name).write_text(text, encoding="utf-8")
+    install(package)
+    tested = run(package, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
     assert tested.returncode == 0, tested.stdout + tested.stderr
-    assert "1 passed" in tested.stdout
-    listed = run(tmp_path, "-m", "e4t_cli", "domains", "list")
+    assert "2 passed" in tested.stdout
+    listed = run(package, "-m", "e4t_cli", "domains", "list")
     assert listed.returncode == 0, listed.stderr
-    assert "dog" in listed.stdout
+    assert "dog   e4t-domain-dog 0.1.0" in listed.stdout
+    checked = run(package, "-m", "e4t_cli", "domains", "check", "dog")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_both_ways_of_weights_are_spelled_as_they_are_read():
+    """The two indented lines of `weights` are places that a `Domain` takes."""
+    from e4t_cli.domain import check_location
+
+    text = TUTORIAL.read_text(encoding="utf-8")
+    places = re.findall(r'^    weights=\{"mini": "(.*)"\},$', text, re.MULTILINE)
+    assert [place.partition(":")[0] for place in places] == ["package", "hub"]
+    for place in places:
+        check_location(place.replace("<40-digit commit>", "0" * 40))
 
 
 def test_the_tutorial_names_what_the_door_has():

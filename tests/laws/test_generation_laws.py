@@ -184,3 +184,44 @@ def test_an_unreadable_prompt_stops_the_first_picture(model, tuned):
     late = parse_prompt("a photo of the beach with an astronaut as art on the beach of the dog S*")
     with pytest.raises(UsageError, match="placeholder"):
         sample(model, tuned, [PROMPTS[0], late], [1, 2], FEW)
+
+
+def test_T4_pictures_are_drawn_in_smaller_company_when_memory_runs_out(model, tuned, monkeypatch):
+    from e4t_cli import generation
+
+    denoise, sizes, notes = generation._denoise, [], []
+
+    def short_of_memory(model, tuned, tokens, *rest):
+        sizes.append(len(tokens.ids))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("no more")
+        return denoise(model, tuned, tokens, *rest)
+
+    monkeypatch.setattr(generation, "_denoise", short_of_memory)
+    found = pixels(
+        sample(
+            model, tuned, PROMPTS, [5, 6, 7], FEW, batch=3,
+            on_progress=lambda event: event.note and notes.append(event.note),
+        )
+    )  # fmt: skip
+    assert sizes == [3, 2, 1, 1, 1]
+    assert len(notes) == 2
+    monkeypatch.undo()
+    assert found == pixels(sample(model, tuned, PROMPTS, [5, 6, 7], FEW))
+    monkeypatch.setattr(generation, "_denoise", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        list(sample(model, tuned, PROMPTS[:1], [1], FEW))
+
+
+def test_large_pictures_are_decoded_one_by_one(model, tuned, monkeypatch):
+    from e4t_cli.base_model import model as home
+
+    latents = generate_latents(model, tuned, PROMPTS, [1, 2, 3], FEW)
+    together = pixels(model.decode(latents))
+    monkeypatch.setattr(home, "DECODED_PIXELS", 1)
+    sizes = []
+    hook = model.vae.decoder.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+    apart = pixels(model.decode(latents))
+    hook.remove()
+    assert sizes == [1, 1, 1]
+    assert [len(one) for one in apart] == [len(one) for one in together]

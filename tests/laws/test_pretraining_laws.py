@@ -7,7 +7,7 @@ import torch
 
 from e4t_cli.domain import PreparedImage, PretrainingRecipe, TuningRecipe
 from e4t_cli.errors import DivergedError, InputError, IntegrityError, UsageError
-from e4t_cli.pretraining import EncodedImages, encode_images, pretrain_domain
+from e4t_cli.pretraining import EncodedImages, encode_images, epoch_indices, pretrain_domain
 from e4t_cli.pretraining.batches import Batches
 from e4t_cli.tuning import tune
 from tests.conftest import drawn_face
@@ -78,9 +78,7 @@ def test_the_first_step_is_the_plain_base(model, data, pretrain):
     first = []
     pretrain(RECIPE.replace(steps=1), autocast=False, on_step=first.append)
     batch = Batches(model, data, RECIPE, ("{}", "a photo of {}"), model.descriptor_id("face"), 3)
-    from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
-
-    step = batch.of(0, WordEmbeddingEncoder(model.encoder_config()))
+    step = batch.of(0)
     with torch.no_grad():
         z_t = model.add_noise(step.z_0, step.epsilon, step.timesteps)
         noise = model.unet(z_t, step.timesteps, model.embed_prompts(step.tokens)).sample
@@ -127,18 +125,20 @@ def test_a_finished_run_is_not_run_again(pretrain, tmp_path):
 def test_the_last_two_checkpoints_are_kept(pretrain, tmp_path):
     pretrain(checkpoints=tmp_path, checkpoint_every=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
         "step-00000006.safetensors",
         "step-00000007.safetensors",
     ]
+    assert (tmp_path / "latest").read_text() == "step-00000007.safetensors\n"
     pretrain(RECIPE.replace(steps=3), seed=9, checkpoints=tmp_path, resume=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.safetensors"]
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000003.safetensors"]
 
 
 def test_checkpoints_of_another_run_are_refused(pretrain, tmp_path):
     pretrain(checkpoints=tmp_path)
-    with pytest.raises(UsageError, match="seed differ"):
+    with pytest.raises(UsageError, match="seed 3 → 4"):
         pretrain(checkpoints=tmp_path, seed=4)
-    with pytest.raises(UsageError, match="recipe"):
+    with pytest.raises(UsageError, match="global batch 4 → 3"):
         pretrain(RECIPE.replace(batch_size=3), checkpoints=tmp_path)
     (tmp_path / "step-00000007.safetensors").write_bytes(b"torn")
     with pytest.raises(IntegrityError, match="step-00000007"):
@@ -170,9 +170,16 @@ def test_a_number_that_is_not_finite_stops_the_run(model, data, tmp_path):
 def test_progress_is_reported(pretrain):
     events = []
     pretrain(RECIPE.replace(steps=12), on_progress=events.append)
-    assert [event.done for event in events] == [10, 12]
     assert {event.stage for event in events} == {"pretrain"}
-    assert events[0].values.keys() == {"loss", "diffusion", "penalty"}
+    assert [event.remark for event in events if event.remark] == [
+        "learning rate 0.0004 = 0.0001 × batch 4 × 1 process"
+    ]
+    events = [event for event in events if event.total]
+    assert [event.done for event in events] == [10, 12]
+    assert events[0].values.keys() == {"loss", "diffusion", "penalty", "smoothed", "it/s"}
+    first, second = (event.values["loss"] for event in events)
+    assert events[0].values["smoothed"] == pytest.approx(first)
+    assert min(first, second) < events[1].values["smoothed"] < max(first, second)
 
 
 def test_a_wider_encoder(pretrain, tmp_path):
@@ -192,35 +199,45 @@ def test_detached_features_still_train_everything(pretrain):
 # ── what a step shows ──
 
 
-def test_every_picture_once_an_epoch(model, data):
-    batches = Batches(model, data, RECIPE, ("{}",), model.descriptor_id("face"), 0)
-    seen = torch.cat([batches._indices(step) for step in range(3)]).tolist()
+def test_every_picture_once_an_epoch():
+    seen = torch.cat([epoch_indices(0, step, range(4), 4, PICTURES) for step in range(3)]).tolist()
     assert sorted(seen[:PICTURES]) == sorted(seen[PICTURES:]) == list(range(PICTURES))
     assert seen[:PICTURES] != seen[PICTURES:]
+
+
+def test_samples_are_a_function_of_their_place_in_the_batch(model, data):
+    """However a batch is split, in whichever order it is asked for."""
+    paired = dataclasses.replace(
+        data, encoder_index=torch.tensor([[i, (i + 1) % PICTURES] for i in range(PICTURES)])
+    )
+
+    def batches(recipe=RECIPE, size=None):
+        token = model.descriptor_id("face")
+        return Batches(model, paired, recipe, ("{}", "a {}", "the {}"), token, 1, size)
+
+    for step in (3, 0):
+        whole = batches().of(step)
+        split = batches(RECIPE.replace(batch_size=2), 4)  # two processes of two
+        parts = [split.of(step, places) for places in (range(2, 4), range(1), range(1, 2))]
+        for field in ("z_0", "timesteps", "epsilon", "image_features"):
+            put = torch.cat([getattr(parts[i], field) for i in (1, 2, 0)])
+            assert torch.equal(put, getattr(whole, field)), field
+        assert torch.equal(torch.cat([parts[i].tokens.ids for i in (1, 2, 0)]), whole.tokens.ids)
 
 
 def test_another_picture_of_the_same_concept_may_be_shown(model, data):
     paired = dataclasses.replace(
         data, encoder_index=torch.tensor([[(i + 1) % PICTURES] for i in range(PICTURES)])
     )
-
-    class Shown:
-        def fold(self, features):
-            self.features = features
-            return features[:, 0]
-
-    shown = Shown()
-    batches = Batches(model, paired, RECIPE, ("{}",), model.descriptor_id("face"), 0)
-    batches.of(0, shown)
-    expected = data.image_features[(batches._indices(0) + 1) % PICTURES].float()
-    assert torch.equal(shown.features, expected)
+    shown = Batches(model, paired, RECIPE, ("{}",), model.descriptor_id("face"), 0).of(0)
+    index = epoch_indices(0, 0, range(4), 4, PICTURES)
+    assert torch.equal(shown.image_features, data.image_features[(index + 1) % PICTURES].float())
 
 
 def test_the_mask_is_used_only_if_the_recipe_says_so(model, data):
     token = model.descriptor_id("face")
-    encoder = type("Shown", (), {"fold": lambda self, features: features[:, 0]})()
-    plain = Batches(model, data, RECIPE, ("{}",), token, 0).of(0, encoder)
-    masked = Batches(model, data, RECIPE.replace(mask=True), ("{}",), token, 0).of(0, encoder)
+    plain = Batches(model, data, RECIPE, ("{}",), token, 0).of(0)
+    masked = Batches(model, data, RECIPE.replace(mask=True), ("{}",), token, 0).of(0)
     assert plain.mask is None
     assert masked.mask.shape == (4, 8, 8)
     assert 0 < masked.mask.mean() < 1

@@ -6,21 +6,21 @@ import math
 import pytest
 import torch
 
-from e4t_cli import tuning
 from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError, ResourceError
 from e4t_cli.nn.losses import diffusion_loss, embedding_penalty, latent_mask
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
-from e4t_cli.tuning import tune
+from e4t_cli.tuning import parts, tune
+from e4t_cli.tuning.step import Tuning
 
 
 def gradients(model, pack, face, micro_batch, *, checkpointing=False):
     """Return the gradient of one tuning step, over all three groups of weights."""
-    run = tuning._Tuning(model, pack, face, pack.tuning, 0, None, False)
+    run = Tuning(model, pack, face, pack.tuning, 0, None, False)
     if checkpointing:
         run.unet.enable_gradient_checkpointing()
-    losses = run.gradients(0, micro_batch)
-    weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
+    losses = run.gradients(0, micro_batch).tolist()
+    weights = run.optimizer.weights
     assert all(weight.grad is not None for weight in weights)
     return losses, torch.cat([weight.grad.flatten() for weight in weights])
 
@@ -103,7 +103,7 @@ def test_gradient_checkpointing_changes_nothing(model, pack, face):
 
 def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack, face):
     """Against the loss itself, moved a little along one direction of the U-Net's weights."""
-    run = tuning._Tuning(model, pack, face, pack.tuning, 0, None, False)
+    run = Tuning(model, pack, face, pack.tuning, 0, None, False)
     for part in (run.unet, run.encoder):
         part.double()
     model.text_encoder.double()
@@ -120,7 +120,7 @@ def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack
         def loss(step):
             with torch.no_grad():
                 weight.add_(step * direction)
-            diffusion, penalty = run.gradients(0, 4)
+            diffusion, penalty = run.gradients(0, 4).tolist()
             slope = (weight.grad * direction).sum().item()
             with torch.no_grad():
                 weight.sub_(step * direction)
@@ -246,22 +246,24 @@ def test_a_number_that_is_not_finite_stops_the_tuning(model, pack, face):
 
 def test_out_of_memory_halves_the_micro_batch(model, pack, face, monkeypatch):
     sizes = []
-    gradients = tuning._Tuning.gradients
+    gradients = Tuning.gradients
+    notes = []
 
-    def short_of_memory(self, step, micro_batch):
-        sizes.append(micro_batch)
-        if micro_batch > 1:
+    def short_of_memory(self, step):
+        sizes.append(self.plan.micro_batch)
+        if self.plan.micro_batch > 1:
             raise torch.OutOfMemoryError("no more")
-        return gradients(self, step, micro_batch)
+        return gradients(self, step)
 
-    monkeypatch.setattr(tuning._Tuning, "gradients", short_of_memory)
-    tune(model, pack, face)
+    monkeypatch.setattr(Tuning, "gradients", short_of_memory)
+    tune(model, pack, face, on_progress=lambda event: notes.append(event.note))
     assert sizes == [4, 2, 1, 1, 1]
+    assert [note.split(":")[1].split()[0] for note in notes if note] == ["2", "1"]
 
-    def no_memory(self, step, micro_batch):
+    def no_memory(self, step):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(tuning._Tuning, "gradients", no_memory)
+    monkeypatch.setattr(Tuning, "gradients", no_memory)
     with pytest.raises(ResourceError, match="one sample at a time"):
         tune(model, pack, face)
 
@@ -271,22 +273,22 @@ def test_a_half_precision_base_is_tuned_and_merged_in_float32(base_folder, pack,
 
     half = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
     merged = []
-    bake = tuning.WeightOffsets.bake
+    bake = parts.WeightOffsets.bake
 
     def watched(self):
         bake(self)
         merged.append({weight.dtype for weight in run_unet})
 
     run_unet = []
-    original = tuning._Tuning.__init__
+    original = parts.ExactParts.__init__
 
-    def remember(self, *args):
-        original(self, *args)
+    def remember(self, *args, **options):
+        original(self, *args, **options)
         run_unet.extend(self.unet.parameters())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning.WeightOffsets, "bake", watched)
-        patch.setattr(tuning._Tuning, "__init__", remember)
+        patch.setattr(parts.WeightOffsets, "bake", watched)
+        patch.setattr(parts.ExactParts, "__init__", remember)
         tuned = tune(half, pack, face, autocast=False)
     assert merged == [{torch.float32}]
     assert tuned.unet.dtype == torch.bfloat16

@@ -1,5 +1,6 @@
 """Sample distributions, installed by writing what an installer would write."""
 
+import sys
 import textwrap
 
 import pytest
@@ -33,6 +34,7 @@ def site(tmp_path, monkeypatch):
 @pytest.fixture
 def install(site):
     """install("e4t-dog", dog=source): a distribution whose entry points are those modules."""
+    modules = []
 
     def _install(package, *, version="1.0", **sources):
         stem = package.replace("-", "_").replace(".", "_")
@@ -46,9 +48,12 @@ def install(site):
             module = f"{stem}_{name}"
             (site / f"{module}.py").write_text(textwrap.dedent(source.replace("{name}", name)))
             lines.append(f"{name} = {module}:{name}")
+            modules.append(module)
         (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
-    return _install
+    yield _install
+    for module in modules:  # the next test may install others of these names
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture

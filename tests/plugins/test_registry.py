@@ -221,10 +221,10 @@ def test_weights_that_are_not_there(place):
     assert "e4t pretrain --domain dog --base toy" in caught.value.hint
 
 
-def test_weights_on_the_hub_are_not_fetched_yet():
-    with pytest.raises(WeightsUnavailable, match="does not fetch") as caught:
+def test_looking_for_weights_on_the_hub_fetches_nothing():
+    with pytest.raises(WeightsUnavailable, match="on the hub .* not on this machine") as caught:
         weights_folder(domain(toy="hub:me/dogs@" + "0" * 40), "toy")
-    assert "e4t pretrain --domain dog --base toy" in caught.value.hint
+    assert caught.value.hint == "e4t fetch dog --base toy"
 
 
 @pytest.mark.parametrize("place", [*NOWHERE, "hub:me/dogs@" + "0" * 40])

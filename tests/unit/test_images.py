@@ -1,10 +1,12 @@
-"""Every kind of picture file (rows I1-I10, I12 of the reliability table)."""
+"""Every kind of picture file: rows I1-I10 and I12 of the table; I11 is in tests/domains."""
 
+import base64
 import hashlib
 import io
 import os
 import random
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -48,7 +50,7 @@ def test_path_bytes_file_and_stdin_are_one(tmp_path, monkeypatch):
         assert opened.notes == ()
 
 
-def test_things_that_are_no_picture_file(tmp_path):
+def test_I9_things_that_are_no_picture_file(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not a picture")
     fifo = tmp_path / "fifo"
@@ -82,18 +84,43 @@ def test_escape_sequences_in_names_are_shown_not_obeyed(tmp_path):
     assert "\x1b" not in str(caught.value)
 
 
-def test_heic_names_the_package_to_install():
-    header = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + b"\x00" * 64
-    with pytest.raises(InputError) as caught:
-        open_image(header)
-    try:
-        import pi_heif  # noqa: F401
-    except ImportError:
-        assert caught.value.hint == "pip install 'e4t[heic]'"
+# 96×64 pixels: red above green on the left half, blue on the right one.
+HEIC = base64.b85decode(
+    "0000SW^{RQXk}?*00000ZE0pPXk}?*ZE0a<00042ZDn*}000000000XXk=`10000000000aA{+70000000000000"
+    "0000000B57=IV*mgE07O6l0RRC200001dH?|c00000006}R001LtX>Mi!000000RR916=`l}WdZ;I000310BCk&F"
+    "#rGn01j|zbZr0t000010002iX>f9I0002DX>en20001ZXm(>m0RwOV0058x000009`FGC{rLC*01pFT0096PKmiN"
+    "^|NjGU00093kN^M!000939=ZZRVE_RDD?$MQ18@KU0|1Z!00RI30{|YNFo6Y@>PacCZUPz%2mk;B0LTCU0{{p>Vg"
+    "LaE2SfqEa<C#m0000JV{dG7ZewhC0096E00w{n000zeb8uw<00000003YB002M$000nhX?SS>000032nYxO000+h"
+    "aBX1#00000000310R({p0|Wp70L^V=VRQfh0Kq5$uL<Dd_S)IYs{jAvN&o-f(0LEoCOSwZKmM9_o%{y-|MgfarL@"
+    "oJaI-a?ccFUv5y1=H(z#g&a<&6dLX$N85kgDM8L!jLT+YUQu?Z|cf-*nyPyhbxpP}7qf89Sd%AbMoQYLw@H<+JKy"
+    "0F<C<ES~$^IEWGSL#vYd>+5QdoSume!l0yCW+4fr3;5g?5W=a3heJrd8XLK_*3t-yM43{enDh(rEu?Ou}Q(Yx?(w"
+    "H|Hysz9lh5FPK7)"
+)
+
+
+def test_I7_heic_names_the_package_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    with pytest.raises(InputError, match="HEIC") as caught:
+        open_image(HEIC)
+    assert caught.value.hint == "pip install 'e4t[heic]'"
+
+
+def test_I7_heic_is_read_with_the_extra():
+    pytest.importorskip("pi_heif")
+    opened = open_image(HEIC).image
+    assert opened.size == (96, 64)
+    for place, colour in {
+        (20, 12): (200, 40, 40),
+        (20, 50): (40, 180, 60),
+        (70, 30): (40, 40, 200),
+    }.items():
+        assert all(abs(a - b) < 25 for a, b in zip(opened.getpixel(place), colour, strict=True))
+    with pytest.raises(InputError):
+        open_image(HEIC[:300])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_truncated(kind):
+def test_I1_truncated(kind):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8))
     data = encoded(noise, kind)
     with pytest.raises(InputError):
@@ -137,13 +164,13 @@ def png_header(width, height):
 
 
 @pytest.mark.parametrize("side", [8_001, 10_000, 20_000, 2**31 - 1])
-def test_bombs_are_known_by_their_header(side):
+def test_I2_bombs_are_known_by_their_header(side):
     with pytest.raises(InputError, match="64 megapixels"):
         open_image(png_header(side, side))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (1, 5000), (5000, 63)])
-def test_too_small(size):
+def test_I3_too_small(size):
     with pytest.raises(InputError, match="64 pixels a side"):
         open_image(encoded(Image.new("RGB", size)))
 
@@ -152,7 +179,7 @@ def test_too_small(size):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA"])
-def test_modes(mode):
+def test_I4_modes(mode):
     picture = gradient().convert("L" if mode in ("1", "LA") else "RGB").convert(mode)
     kind = "TIFF" if mode == "CMYK" else "PNG"
     opened = open_image(encoded(picture, kind)).image
@@ -161,7 +188,7 @@ def test_modes(mode):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_shows_white_not_hidden_colours(mode):
+def test_I4_transparency_shows_white_not_hidden_colours(mode):
     picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     picture.paste((0, 0, 255, 255), (0, 0, 32, 64))
     picture.paste((0, 0, 0, 128), (32, 32, 64, 64))
@@ -170,7 +197,7 @@ def test_transparency_shows_white_not_hidden_colours(mode):
     assert all(abs(value - 127) <= 1 for value in opened.getpixel((60, 60)))
 
 
-def test_transparent_palette():
+def test_I4_transparent_palette():
     picture = Image.new("P", (64, 64), 1)
     picture.putpalette([10, 20, 30, 200, 100, 50])
     picture.paste(0, (0, 0, 32, 64))
@@ -196,12 +223,12 @@ RAMP = np.tile(np.linspace(0.0, 1.0, 80), (64, 1))
     ],
     ids=["u16-png", "u16-tiff", "i32-16bit", "i32-8bit", "i32-wide", "f-unit", "f-255", "f-signed"],
 )
-def test_deep_greys_are_scaled_not_clipped(values, kind):
+def test_I5_deep_greys_are_scaled_not_clipped(values, kind):
     opened = np.asarray(open_image(encoded(Image.fromarray(values), kind)).image) / 255
     assert np.abs(opened - RAMP[..., None]).max() <= 1 / 255
 
 
-def test_greys_that_are_not_finite():
+def test_I5_greys_that_are_not_finite():
     values = RAMP.astype(np.float32)
     values[3, 3] = np.nan
     with pytest.raises(InputError, match="not finite"):
@@ -220,14 +247,76 @@ def swapped_profile():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_colour_profiles_are_applied(mode):
+def test_I10_colour_profiles_are_applied(mode):
     picture = Image.new(mode, (64, 64), (200, 30, 60, 255)[: len(mode)])
     opened = open_image(encoded(picture, icc_profile=swapped_profile()))
     assert opened.notes == ()
     assert largest_difference(opened.image, Image.new("RGB", (64, 64), (30, 200, 60))) <= 2
 
 
-def test_srgb_profile_changes_nothing_and_a_broken_one_is_noted():
+# Colorants of Display P3 and of sRGB in an ICC profile: XYZ, adapted to D50, of red, green, blue.
+P3 = [[0.51512, 0.24120, -0.00105], [0.29198, 0.69225, 0.04189], [0.15710, 0.06657, 0.78407]]
+SRGB = [[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708], [0.14307, 0.06061, 0.71410]]
+
+
+def display_p3():
+    """An ICC profile as a phone writes it: the curve of sRGB with the primaries of P3."""
+    data = bytearray(swapped_profile())
+    for number in range(struct.unpack(">I", data[128:132])[0]):
+        tag, offset, _ = struct.unpack(">4sII", data[132 + 12 * number : 144 + 12 * number])
+        if tag in (b"rXYZ", b"gXYZ", b"bXYZ"):
+            values = [round(x * 65536) for x in P3[b"rgb".index(tag[:1])]]
+            data[offset + 8 : offset + 20] = struct.pack(">3i", *values)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("colour", [(200, 100, 50), (90, 160, 110), (128, 128, 128)])
+def test_I10_display_p3_becomes_srgb(colour):
+    light = np.array(colour) / 255
+    light = np.where(light <= 0.04045, light / 12.92, ((light + 0.055) / 1.055) ** 2.4)
+    light = light @ np.array(P3) @ np.linalg.inv(np.array(SRGB))
+    expected = np.where(
+        light <= 0.0031308, 12.92 * light, 1.055 * np.abs(light) ** (1 / 2.4) - 0.055
+    )
+    for kind in ("PNG", "JPEG"):
+        opened = open_image(
+            encoded(Image.new("RGB", (64, 64), colour), kind, icc_profile=display_p3())
+        )
+        assert opened.notes == ()
+        assert np.abs(np.array(opened.image.getpixel((9, 9))) - 255 * expected).max() <= 3
+    if len(set(colour)) > 1:
+        assert np.abs(255 * expected - np.array(colour)).max() > 5  # it would be seen
+
+
+def test_I4_cmyk_jpegs_as_printers_make_them():
+    picture = Image.new("CMYK", (64, 64), (0, 200, 200, 10))
+    opened = open_image(encoded(picture, "JPEG", quality=95)).image
+    red, green, blue = opened.getpixel((9, 9))
+    assert red > 200 and green < 90 and blue < 90
+
+
+def test_I3_panoramas_are_pictures():
+    opened = open_image(encoded(Image.new("RGB", (6000, 70), "teal"), "JPEG"))
+    assert opened.image.size == (6000, 70)
+    prepared = prepare_image(
+        domain_with(None), opened.image, PreparationTarget(size=512, base="sd14")
+    )
+    assert prepared.image.size == (512, 512)
+    assert "6000×70, smaller than the 512 pixels" in prepared.notes[0]
+
+
+def test_I4_what_is_opaque_is_remembered():
+    picture = Image.new("RGBA", (64, 80), (10, 20, 30, 255))
+    assert open_image(encoded(picture)).alpha is None
+    picture.paste((0, 0, 0, 0), (0, 0, 64, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held sideways: the alpha is turned with the picture
+    alpha = open_image(encoded(picture, exif=exif)).alpha
+    assert alpha.size == (80, 64)
+    assert alpha.getpixel((75, 30)) == 0 and alpha.getpixel((30, 30)) == 255
+
+
+def test_I10_srgb_profile_changes_nothing_and_a_broken_one_is_noted():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert (
         largest_difference(open_image(encoded(gradient(), icc_profile=srgb)).image, gradient()) == 0
@@ -241,7 +330,7 @@ def test_srgb_profile_changes_nothing_and_a_broken_one_is_noted():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_all_orientations_give_the_same_pixels(kind):
+def test_I8_all_orientations_give_the_same_pixels(kind):
     upright = gradient()
     # How a camera held that way stores the picture: the inverse of what the tag asks for.
     stored = {
@@ -270,7 +359,7 @@ def test_all_orientations_give_the_same_pixels(kind):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_first_frame_with_a_note(kind):
+def test_I6_first_frame_with_a_note(kind):
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     opened = open_image(
@@ -325,7 +414,7 @@ def test_default_preparation():
     ("width", "height", "kept"),
     [(0, 0, False), (6, 6, False), (7, 6, True), (64, 64, True)],  # 40.96 pixels are 1 %
 )
-def test_masks_under_a_hundredth_are_left_out(width, height, kept):
+def test_I12_masks_under_a_hundredth_are_left_out(width, height, kept):
     def prepare(image, target):
         mask = Image.new("L", (64, 64))
         mask.paste(255, (0, 0, width, height))

@@ -4,7 +4,7 @@ import pytest
 
 from e4t_cli import TuningRecipe
 from e4t_cli.errors import IntegrityError
-from e4t_cli.manifest import read_manifest
+from e4t_cli.manifest import read_manifest, toml_text
 
 GOOD = f"""
 schema = 1
@@ -102,3 +102,43 @@ def test_hostile_ones(read, data, says):
 def test_a_missing_one(tmp_path):
     with pytest.raises(IntegrityError, match="cannot be read"):
         read_manifest(tmp_path / "domain.toml")
+
+
+def test_what_came_later_is_read(read):
+    more = f"""
+base_revision = "CompVis/stable-diffusion-v1-4@{"c" * 40}"
+base_config_hash = "{"d" * 64}"
+image_tower = "CLIP ViT"
+limits = "dogs only"
+"""
+    manifest = read(GOOD.replace('licence = "CC0-1.0"\n', f'licence = "CC0-1.0"{more}') + SIZES)
+    assert manifest.sizes == {"encoder.safetensors": 123}
+    assert manifest.base_config_hash == "d" * 64
+    assert (manifest.image_tower, manifest.limits) == ("CLIP ViT", "dogs only")
+
+
+SIZES = '\n[sizes]\n"encoder.safetensors" = 123\n'
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (SIZES.replace("123", "-1"), "sizes"),
+        (SIZES.replace("123", '"123"'), "sizes"),
+        (SIZES.replace("123", "1.5"), "sizes"),
+        (SIZES.replace("encoder", "other"), "its contents: .*'other.safetensors', which files"),
+        ('\n"x.pt" = "' + "b" * 64 + '"\n', "files"),
+        ('\n"nul.safetensors" = "' + "b" * 64 + '"\n', "files"),
+    ],
+)
+def test_sizes_and_files_are_checked(read, more, says):
+    with pytest.raises(IntegrityError, match=f"cannot be used: {says}"):
+        read(GOOD + more)
+
+
+def test_what_is_written_is_read(read):
+    """`toml_text` and TOML's own reader agree, whatever the text is."""
+    import tomllib
+
+    table = {"a": 'x"\\\n\x00\x7f\U0001f600', "b": [1, 2.5e-7, True], "c": {"d.e": 1, "f": "g"}}
+    assert tomllib.loads(toml_text(table)) == table

@@ -1,11 +1,13 @@
 """check_domain says yes to domains that keep the contract and one sentence to the others."""
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
 from e4t_cli import Domain, PreparedImage, TuningRecipe
 from e4t_cli.images import center_square
-from e4t_cli.testing import check_domain
+from e4t_cli.testing import check_domain, examine_domain
 
 
 def domain(**changes):
@@ -21,6 +23,47 @@ def masked(image, target):
 def test_good_domains():
     check_domain(domain())
     check_domain(domain(prepare=masked, prompt_templates=("a dog, {}",)))
+
+
+def test_weights_on_the_hub_are_left_there():
+    far = domain(weights={"toy": "hub:me/dogs@" + "0" * 40})
+    remarks = {found.subject: found.remark for found in examine_domain(far)}
+    assert remarks["weights for toy"] == "they are on the hub, and not on this machine"
+    assert "states none" in remarks["licence"]
+
+
+def test_a_report_goes_on_after_a_problem():
+    wrong = domain(prepare=lambda image, target: image, prompt_templates=("S* and {}",))
+    found = {one.subject: one.problem for one in examine_domain(wrong)}
+    assert "more than once" in found["training sentences"]
+    assert "must return a PreparedImage" in found["preparation for some-other-base"]
+    assert found["domain"] == found["licence"] == ""
+
+
+def test_a_pack_in_a_folder(pack, tmp_path):
+    """Every number of it is read; a base that is not here is said, not guessed."""
+    pack.save(tmp_path / "face")
+    check_domain(tmp_path / "face")
+    found = {one.subject: one for one in examine_domain(tmp_path / "face")}
+    assert "the base tiny does not come with e4t" in found["weights for tiny"].remark
+    path = tmp_path / "face" / "offsets.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(AssertionError, match="SHA-256"):
+        check_domain(tmp_path / "face")
+
+
+def test_a_pack_that_does_not_fit_its_base(pack, tmp_path):
+    """The tiny pack, said to be for mini: other weights, and without a fingerprint other shapes."""
+    import dataclasses
+
+    for fingerprint, says in (
+        ("a" * 32, "another base than this mini"),
+        ("", "does not fit|no offset"),
+    ):
+        liar = dataclasses.replace(pack, base_name="mini", base_fingerprint=fingerprint)
+        liar.save(tmp_path / "liar")
+        with pytest.raises(AssertionError, match=says):
+            check_domain(tmp_path / "liar")
 
 
 calls = []
@@ -45,7 +88,10 @@ def indecisive(image, target):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ("face", "not Domain"),
+        (7, "of type int, not Domain"),
+        ("fase", "no domain 'fase' is installed"),
+        (Path("nowhere"), "has no domain.toml"),
+        (domain(weights={"toy": "/no/where"}), "not in this installation"),
         (domain(prepare=lambda image, target: image), "must return a PreparedImage"),
         (domain(prepare=lambda image, target: 1 / 0), "ZeroDivisionError"),
         (domain(prepare=moody), "two results"),

@@ -7,15 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli.api.choices import choose_base, choose_seed, find_pack, parse_prompts, with_steps
-from e4t_cli.bases import find_base
-from e4t_cli.domain import Domain, PreparationTarget
-from e4t_cli.errors import UsageError
-from e4t_cli.images import prepare_image
-from e4t_cli.photos import Picture, open_own_mask, open_picture, with_mask
+from e4t_cli.api.choices import (
+    choose_base,
+    choose_domain,
+    choose_seed,
+    find_domain_again,
+    find_pack,
+    parse_prompts,
+    with_method,
+    with_steps,
+)
+from e4t_cli.api.subjects import PreparedCallback, choose_mask, choose_target, tell
+from e4t_cli.domain import Domain
+from e4t_cli.hub.access import Access, AskLicence
+from e4t_cli.photos import Picture, open_picture
+from e4t_cli.preparation import prepare_photo
 from e4t_cli.progress import ProgressCallback
 from e4t_cli.prompts import PLACEHOLDER, check_placeholder
-from e4t_cli.registry import find_domain, user_domain
 from e4t_cli.results import GeneratedImage, Personalization
 from e4t_cli.session import Session, choose_sampling
 
@@ -35,14 +43,23 @@ def personalize(
     images_per_prompt: int = 1,
     seed: int | None = None,
     base: str | os.PathLike[str] | TextToImageModel = "auto",
+    tune: str | None = None,
     tune_steps: int | None = None,
     sampling: Sampling | Mapping[str, Any] | None = None,
     mask: Picture = "auto",
+    align: bool = True,
+    face: str | int = "largest",
+    require_face: bool = False,
     placeholder: str = PLACEHOLDER,
     keep_weights: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    vram: str = "auto",
+    safety_checker: bool = True,
+    offline: bool = False,
+    accept_license: bool | AskLicence = False,
     on_progress: ProgressCallback | None = None,
+    on_prepared: PreparedCallback | None = None,
     on_image: ImageCallback | None = None,
 ) -> Personalization:
     """Learn one concept from one photo and draw it (section 3.4).
@@ -54,15 +71,27 @@ def personalize(
             concept.
         images_per_prompt: picture i of every prompt has the seed `seed + i`.
         seed: of tuning and of the first picture; None takes a random one, and reports it.
-        base: a name, a folder in diffusers' layout, or a model that is loaded already.
+        base: a name, "owner/name[@revision]" of the hub, a folder in diffusers' layout, or a model
+            that is loaded already; "auto" is Stable Diffusion where there is an accelerator.
+        tune: "exact" as the paper does, or "adapters": less memory and a small concept, and a
+            departure from the paper; None as the pack's recipe says.
         tune_steps: instead of the recipe's; 0 keeps the encoder's first guess.
         sampling: how pictures are drawn, as `Sampling` or as a mapping of some of its fields.
-        mask: "auto" as the domain does, "none", or a picture that is white where the concept is.
+        mask: "auto" as the domain does, "none", "words:a cat" for what a network finds by words
+            ("words" alone: the domain's own), or a picture that is white where the concept is.
+        align: let the domain turn and crop the photo; False takes its centred square.
+        face: of several, "largest", "left", "right", or a number from the left.
+        require_face: refuse a photo without a face instead of going on without mask.
         placeholder: what the prompts call the concept.
         keep_weights: keep the tuned tensors in the concept: larger, but drawn without tuning.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto", "fp32", "bf16", "fp16".
+        vram: gigabytes that may be used, as "8", or "auto" for what is free.
+        safety_checker: withhold what the base's safety checker flags, if the base has one.
+        offline: use only what is on this machine, and open no socket.
+        accept_license: True accepts the licence of what has to be fetched; a function is asked.
         on_progress: called from every stage: load, prepare, tune, generate.
+        on_prepared: called with the prepared picture and its mask, before any tuning.
         on_image: called with each picture as soon as it is there.
 
     Raises:
@@ -70,34 +99,46 @@ def personalize(
     """
     parsed = parse_prompts(prompts, placeholder)
     start = choose_seed(seed, images_per_prompt)
-    value = find_domain(domain) if isinstance(domain, str) else domain
+    value, package = choose_domain(domain)
     opened = open_picture(image)
-    own_mask = None if mask in ("auto", "none") else open_own_mask(mask, opened.image)
-    place = choose_base(base)
-    pack = find_pack(value, place)
-    session = Session(device, dtype, on_progress)
-    with session.running():
+    choice = choose_mask(mask, opened)
+    session = Session(device, dtype, on_progress, vram=vram, safety=safety_checker)
+    access = Access(offline=offline, accept_license=accept_license, on_progress=session.report)
+    place = choose_base(
+        base, access, domain=value, device=device, dtype=dtype, safety=safety_checker
+    )
+    pack = find_pack(value, place, access)
+    with session.running(place):
         drawing = choose_sampling(sampling)
         session.load(place, pack)
         session.check_prompts(parsed)
         model, pretrained = session.model, session.pretrained
         recipe = pretrained.tuning
-        if mask != "auto":
-            recipe = recipe.replace(mask=own_mask is not None)
+        if choice.kind != "auto":
+            recipe = recipe.replace(mask=choice.kind != "none")
+        elif opened.alpha is not None:
+            recipe = recipe.replace(mask=True)
         if tune_steps is not None:
             recipe = with_steps(recipe, tune_steps)
+        if tune is not None:
+            recipe = with_method(recipe, tune)
         with session.stage("prepare"):
-            target = PreparationTarget(
+            target = choose_target(
+                value,
+                access,
                 size=model.resolution,
                 base=model.base.name,
-                mask="auto" if mask == "auto" else None,
+                align=align,
+                face=face,
+                require_face=require_face,
+                device=str(model.device),
             )
-            prepared = prepare_image(value, opened.image, target)
-            if own_mask is not None:
-                prepared = with_mask(prepared, opened.image, own_mask)
-            for note in (*opened.notes, *prepared.notes):
-                session.note("prepare", note)
-            features = model.image_features(model.pixels([prepared.image]))[0].cpu()
+            prepared = prepare_photo(value, opened, choice, target, masked=recipe.mask)
+            tell(prepared, session.report)
+            if on_prepared is not None:
+                on_prepared(prepared)
+            pixels = model.pixels([prepared.image])
+            features = pretrained.image_features(model, pixels)[0].cpu()
 
         from e4t_cli.concept import Concept
 
@@ -113,6 +154,8 @@ def personalize(
             seed=start,
             image_sha256=opened.sha256,
             placeholder=check_placeholder(placeholder),
+            photo="; ".join(prepared.remarks),
+            package=package,
         )
         tuned = session.tune(concept)
         if keep_weights:
@@ -139,6 +182,10 @@ def generate(
     placeholder: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    vram: str = "auto",
+    safety_checker: bool = True,
+    offline: bool = False,
+    accept_license: bool | AskLicence = False,
     on_progress: ProgressCallback | None = None,
     on_image: ImageCallback | None = None,
 ) -> Personalization:
@@ -158,17 +205,21 @@ def generate(
     start = choose_seed(seed, images_per_prompt)
     if placeholder is not None:
         parse_prompts(prompts, placeholder)
-    session = Session(device, dtype, on_progress)
+    session = Session(device, dtype, on_progress, vram=vram, safety=safety_checker)
     with session.running():
         from e4t_cli.concept import Concept
 
         if not isinstance(concept, Concept):
             concept = Concept.load(concept)
         parsed = parse_prompts(prompts, placeholder or concept.placeholder)
-        value = _domain_of(concept)
-        place = choose_base(concept.base_name if base == "auto" else base)
+        value = find_domain_again(concept.domain, concept.package)
+        access = Access(offline=offline, accept_license=accept_license, on_progress=session.report)
+        wanted = concept.base_name if base == "auto" else base
+        place = choose_base(
+            wanted, access, device=device, dtype=dtype, tower=False, safety=safety_checker
+        )
         drawing = choose_sampling(sampling)
-        session.load(place, find_pack(value, place))
+        session.load(place, find_pack(value, place, access))
         session.check_prompts(parsed)
         concept.check(session.model, session.pretrained)
         tuned = concept.tuned(session.model, session.pretrained) or session.tune(concept)
@@ -181,42 +232,3 @@ def generate(
             sampling=drawing,
             on_image=on_image,
         )
-
-
-def plan(
-    domain: str | Domain,
-    image: Picture,
-    prompts: str | Sequence[str] = (),
-    *,
-    images_per_prompt: int = 1,
-    base: str | os.PathLike[str] = "auto",
-    placeholder: str = PLACEHOLDER,
-) -> dict[str, Any]:
-    """Say what `personalize` would do, checking all that can be checked without torch.
-
-    Raises:
-        E4TError: as `personalize`.
-    """
-    parsed = parse_prompts(prompts, placeholder)
-    value = find_domain(domain) if isinstance(domain, str) else domain
-    photo = open_picture(image).image
-    place = find_base(base)
-    pack = user_domain(find_pack(value, place))
-    return {
-        "domain": value.name,
-        "descriptor": value.descriptor,
-        "base": place.name,
-        "photo": f"{photo.width}×{photo.height}",
-        "prompts": len(parsed),
-        "pictures": len(parsed) * images_per_prompt,
-        "size": f"{place.resolution}×{place.resolution}",
-        "tuning": pack.tuning.as_dict(),
-    }
-
-
-def _domain_of(concept: Concept) -> Domain:
-    try:
-        return find_domain(concept.domain)
-    except UsageError as error:
-        message = f"this concept needs the domain {concept.domain!r}: {error.message}"
-        raise UsageError(message, hint=error.hint) from error

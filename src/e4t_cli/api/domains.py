@@ -5,44 +5,64 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from e4t_cli.api.choices import base_name, choose_base, with_steps
+from e4t_cli.api.choices import base_name, choose_base
+from e4t_cli.api.new_domains import NewDomain, check_new_name, plan_domain
+from e4t_cli.api.training_data import check_cache, choose_cache, training_data
 from e4t_cli.domain import (
     Domain,
     PreparationTarget,
     PreparedImage,
     PretrainingRecipe,
     TuningRecipe,
-    check_name,
 )
-from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
-from e4t_cli.photos import Picture, list_pictures, prepared_pictures
-from e4t_cli.progress import ProgressCallback
+from e4t_cli.hub.access import Access, AskLicence
+from e4t_cli.photos import Picture
+from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import training_templates
-from e4t_cli.registry import installed_domains, user_domain, user_domains_folder, weights_folder
+from e4t_cli.segmenters import fetcher
 from e4t_cli.session import Session
+from e4t_cli.sources import Preparation, Source, find_source, hold_out
+from e4t_cli.stopping import StopRequest
 
 if TYPE_CHECKING:
     from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.pretraining import Processes
+
+Data = str | os.PathLike[str] | Iterable[Picture | PreparedImage]
 
 
 def pretrain(
     name: str | Domain,
-    data: str | os.PathLike[str] | Iterable[Picture | PreparedImage],
+    data: Data,
     *,
     descriptor: str | None = None,
     base: str | os.PathLike[str] | TextToImageModel = "auto",
     recipe: PretrainingRecipe | None = None,
     tuning: TuningRecipe | None = None,
     steps: int | None = None,
+    batch_size: int | None = None,
+    base_learning_rate: float | None = None,
+    embedding_penalty: float | None = None,
+    micro_batch: int | None = None,
     seed: int = 0,
+    cache: str = "auto",
+    strict: bool = False,
+    sample_every: int = 0,
+    trackers: Sequence[Any] = (),
+    checkpoint_every: int | None = None,
+    resume: bool = True,
+    force: bool = False,
     folder: str | os.PathLike[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    offline: bool = False,
+    accept_license: bool | AskLicence = False,
+    stop: StopRequest | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Path:
     """Pre-train a domain on pictures (section 3.3), so that `personalize` can use it.
@@ -50,115 +70,185 @@ def pretrain(
     Args:
         name: of the domain: a new one, or an installed one that lacks weights for this base; or a
             `Domain` with a preparation and sentences of its own.
-        data: a folder of pictures (sub-folders count), or any iterable of pictures.
-        descriptor: the everyday word for such things; the installed domain's, or the name.
+        data: a folder of pictures (sub-folders count), tar shards, a dataset (see `find_source`),
+            or any iterable of pictures.
+        descriptor: the everyday word for such things; the installed domain's, or the longest word
+            of a new name that is one token of the base.
         base: as in `personalize`.
         recipe, tuning: the numbers of training and those that the pack will carry; by default
             the installed domain's, for a new one those of a pack that was made for this base.
-        steps: instead of the recipe's.
+        steps, batch_size, base_learning_rate, embedding_penalty: instead of the recipe's.
+        micro_batch: samples that are in memory at once; None is the whole batch.
         seed: of the first weights and of every draw.
+        cache: "on" looks at each picture once and keeps what it saw in the user's cache, "off"
+            looks anew each time; "auto" is on from the second pass over the pictures on.
+        strict: stop at the first picture that cannot be used; otherwise they are left out,
+            counted and named in a log.
+        sample_every: steps between two contact sheets of a few held-out pictures; 0: none.
+        trackers: names that accelerate knows, such as "tensorboard".
+        checkpoint_every: steps between two checkpoints.
+        resume: go on from the last checkpoint of an interrupted run that was called alike.
+        force: go on also if settings differ.
         folder: where the pack goes; by default among the user's own domains.
-
-    An interrupted run goes on from its last checkpoint when it is called again alike.
+        offline, accept_license: as in `personalize`.
+        stop: asks the run to save itself and to end in KeyboardInterrupt.
 
     Returns:
-        The folder, which `e4t domains list` shows and `personalize` accepts.
+        The folder, which `e4t domains list` shows and `personalize` accepts. Inside, `training/`
+        has the losses, their curve, the sheets, and the names of pictures that were left out.
 
     Raises:
         UsageError: the name or the word cannot be used, or there is such a pack already.
         InputError: there is no usable picture.
         E4TError: another of its children.
     """
-    if isinstance(name, str):
-        _check_name(name)
-    pictures = list_pictures(data)
-    place = choose_base(base)
-    domain = _domain_to_pretrain(name, descriptor, base_name(place))
-    target = Path(folder) if folder is not None else user_domains_folder() / domain.name
-    if (target / "domain.toml").exists():
-        raise UsageError(
-            f"there is a domain in {printable(str(target))} already",
-            hint="choose another name, or move that folder away",
-        )
-    recipe = recipe or domain.pretraining or PretrainingRecipe(steps=60_000)
-    if steps is not None:
-        recipe = with_steps(recipe, steps)
-    checkpoints = target.with_name(f".{target.name}.checkpoints")
-    session = Session(device, dtype, on_progress)
-    with session.running():
-        session.load(place, None)
-        from e4t_cli.pretraining import encode_images, pretrain_domain
+    check_new_name(name)
+    check_cache(cache)
+    source = find_source(data)
+    from e4t_cli.pretraining import join_processes, pretrain_domain
 
-        model = session.model
-        model.descriptor_id(domain.descriptor)  # a word it does not know stops us here
-        encoded = encode_images(
-            model,
-            prepared_pictures(
-                domain,
-                pictures,
-                PreparationTarget(size=model.resolution, base=model.base.name),
-                session.report,
-            ),
-            total=len(pictures) if isinstance(pictures, Sequence) else 0,
-            on_progress=session.report,
-        )
-        pack = pretrain_domain(
-            model,
-            encoded,
-            name=domain.name,
-            descriptor=domain.descriptor,
-            recipe=recipe,
-            tuning=tuning or domain.tuning,
-            templates=training_templates(domain),
-            seed=seed,
-            licence=domain.licence,
-            autocast=model.device.type == "cuda",
-            checkpoints=checkpoints,
-            on_progress=session.report,
-        )
-        pack.save(target)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # what it led to is safe
-    return target
-
-
-def _domain_to_pretrain(name: str | Domain, descriptor: str | None, base: str) -> Domain:
-    """Return the value, the installed domain of that name, or a new plain one."""
-    if isinstance(name, Domain):
-        return replace(name, descriptor=descriptor) if descriptor else name
-    installed = installed_domains()
-    for listing in installed:
-        if listing.name == name and listing.domain is not None:
-            found = listing.domain
-            with contextlib.suppress(WeightsUnavailable):
-                weights_folder(found, base)
-                raise UsageError(
-                    f"the domain {name!r} has weights for {base} already",
-                    hint="choose another name with --domain",
+    with join_processes(device) as processes:
+        listener = on_progress if processes.first else None
+        session = Session(own_device(device, processes), dtype, listener)
+        access = Access(offline=offline, accept_license=accept_license, on_progress=session.report)
+        place = choose_base(base, access, device=device, dtype=dtype, safety=False)
+        plan = plan_domain(
+            name, base_name(place), descriptor=descriptor, recipe=recipe, tuning=tuning,
+            folder=folder, steps=steps, batch_size=batch_size,
+            base_learning_rate=base_learning_rate, embedding_penalty=embedding_penalty,
+        )  # fmt: skip
+        with session.running():
+            session.load(place, None)
+            run = PretrainingRun(session, plan, source, access, processes, strict=strict)
+            held_out = run.hold_out() if sample_every else []
+            samples = plan.recipe.steps * plan.recipe.batch_size * processes.count
+            choice = choose_cache(cache, run.source, session.model, samples, mask=plan.recipe.mask)
+            with (
+                training_data(
+                    session.model, run.source, run.preparation, choice,
+                    processes=processes, on_progress=session.report,
+                ) as encoded,
+                run.watched(held_out, sample_every, trackers) as callbacks,
+            ):  # fmt: skip
+                pack = pretrain_domain(
+                    session.model,
+                    encoded,
+                    seed=seed,
+                    licence=run.domain.licence,
+                    micro_batch=micro_batch,
+                    processes=processes,
+                    checkpoints=plan.work,
+                    resume=resume,
+                    force=force,
+                    stop=stop,
+                    **run.settings(),
+                    **callbacks,
+                    **({"checkpoint_every": checkpoint_every} if checkpoint_every else {}),
                 )
-            return replace(found, descriptor=descriptor) if descriptor else found
-    known = [one.domain for one in installed if one.domain is not None]
-    tuning, pretraining = _known_recipes(known, base)
-    return Domain(name=name, descriptor=descriptor or name, tuning=tuning, pretraining=pretraining)
+            if processes.first:
+                pack.save(plan.folder)
+                run.keep_story()
+    return plan.folder
 
 
-def _check_name(name: str) -> None:
-    try:
-        check_name(name)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+@dataclass
+class PretrainingRun:
+    """One pre-training whose base is loaded: its word, its preparation, what is written down.
 
-
-def _known_recipes(known: list[Domain], base: str) -> tuple[TuningRecipe, PretrainingRecipe]:
-    """Return the numbers that a new domain begins with on a base.
-
-    The paper's rates belong to Stable Diffusion; a pack that was made for this very base knows
-    better ones. Of several, one without a mask and with the usual sentences is the nearest.
+    Args:
+        source: of the pictures; less those that were held out.
+        strict: whether a picture that cannot be used stops the run.
     """
-    for domain in sorted(known, key=lambda one: bool(one.prompt_templates)):
-        with contextlib.suppress(E4TError):
-            pack = user_domain(weights_folder(domain, base))
-            if pack.pretraining is not None and not pack.tuning.mask:
-                return pack.tuning, pack.pretraining.replace(mask=False)
-    # The paper's numbers for cats, its unmasked domain of things (section 3.5).
-    tuning = TuningRecipe(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
-    return tuning, PretrainingRecipe(steps=60_000)
+
+    session: Session
+    plan: NewDomain
+    source: Source
+    access: Access
+    processes: Processes
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        from e4t_cli.api.descriptors import check_descriptor, choose_descriptor
+
+        model, domain = self.session.model, self.plan.domain
+        if self.plan.names_itself:
+            word = choose_descriptor(domain.name, model)
+            self.session.report(Progress(stage="load", remark=f"the descriptor is {word!r}"))
+        else:
+            word = check_descriptor(domain.descriptor, model)
+        self.domain = replace(domain, descriptor=word)
+        target = PreparationTarget(
+            size=model.resolution,
+            base=model.base.name,
+            mask="auto" if self.plan.recipe.mask else None,
+            device=str(model.device),
+            fetch=fetcher(self.access),
+        )
+        log = self.plan.work / "left-out.tsv" if self.processes.first else None
+        self.preparation = Preparation(self.domain, target, strict=self.strict, log=log)
+
+    def hold_out(self) -> list[PreparedImage]:
+        """Take a few pictures out of training, for contact sheets."""
+        self.source, held_out = hold_out(self.source, self.preparation)
+        if not held_out:
+            self.session.note("encode", "too few pictures to hold some out: no contact sheets")
+        return held_out
+
+    def settings(self) -> dict[str, Any]:
+        """Return what `pretrain_domain` is told in any case."""
+        return {
+            "name": self.domain.name,
+            "descriptor": self.domain.descriptor,
+            "recipe": self.plan.recipe,
+            "tuning": self.plan.tuning,
+            "templates": training_templates(self.domain),
+            "autocast": self.session.model.device.type == "cuda",
+        }
+
+    @contextlib.contextmanager
+    def watched(
+        self, held_out: list[PreparedImage], sample_every: int, trackers: Sequence[Any]
+    ) -> Iterator[dict[str, Any]]:
+        """Hand out the callbacks that write down the losses and draw on the way."""
+        from e4t_cli.watching import Watch, Watching
+
+        report = self.session.report
+        if not self.processes.first:
+            yield {"on_progress": report}
+            return
+        watching = Watching(
+            folder=self.plan.work / "training",
+            sample_every=sample_every,
+            images=held_out,
+            trackers=tuple(trackers),
+        )
+        watch = Watch(
+            watching, self.session.model, name=self.domain.name,
+            settings=self.plan.recipe.as_dict(), on_progress=report,
+        )  # fmt: skip
+
+        def both(event: Progress) -> None:
+            watch.report(event)
+            report(event)
+
+        with watch:
+            yield {"on_progress": both, "on_step": watch.look}
+
+    def keep_story(self) -> None:
+        """Move what tells of the run to the pack; the checkpoints led to it and go."""
+        work, story = self.plan.work, self.plan.folder / "training"
+        log = work / "left-out.tsv"
+        with contextlib.suppress(OSError):  # the pack is whole; the rest is worth no error
+            story.mkdir(exist_ok=True)
+            for path in (log, *(work / "training").glob("*")):
+                if path.exists():
+                    os.replace(path, story / path.name)
+            if (story / log.name).exists():
+                sentence = f"the pictures left out are named in {story / log.name}"
+                self.session.report(Progress(stage="pretrain", remark=sentence))
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def own_device(device: str, processes: Processes) -> str:
+    """Return the device of this process: a launcher gives each of them another one."""
+    return device if processes.device is None else str(processes.device)

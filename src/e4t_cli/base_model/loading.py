@@ -24,9 +24,12 @@ def folder_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_tower")
-    for path in sorted(path for part in parts for path in (folder / part).glob("*")):
+    paths = sorted(path for part in parts for path in (folder / part).glob("*"))
+    for path in paths:
         if path.suffix not in (".safetensors", ".json", ".txt"):
             continue
+        if path.with_name(path.name.replace(".fp16.", ".")) in paths and ".fp16." in path.name:
+            continue  # a second copy of the same numbers makes no other base
         size, block = path.stat().st_size, 1 << 20
         digest.update(f"{path.parent.name}/{path.name}:{size}\n".encode())
         starts = range(0, size, block)
@@ -39,19 +42,32 @@ def folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any:
-    """Read a part that has weights: diffusers' U-Net and VAE, transformers' text encoder."""
+def load_part(
+    kind: Any,
+    folder: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    half: bool = False,
+) -> Any:
+    """Read a part that has weights: diffusers' U-Net and VAE, transformers' text encoder.
+
+    Args:
+        dtype: of the numbers in memory, whatever the file holds.
+        half: read the float16 file where there are both.
+    """
     if not (folder / "config.json").is_file():
         raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}/config.json")
     names = [path.name for path in folder.glob("*.safetensors")]
-    plain = any(not name.endswith(".fp16.safetensors") for name in names)
+    coarse = {name for name in names if ".fp16." in name or ".fp16-" in name}
+    variant = "fp16" if coarse and (half or coarse == set(names)) else None
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         part, report = kind.from_pretrained(
             folder,
             dtype=dtype,
-            variant=None if plain else "fp16",
+            variant=variant,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -84,7 +100,10 @@ def load_tower(folder: Path) -> ImageTower:
 
     config_path, weights_path = folder / "open_clip_config.json", folder / "model.safetensors"
     if not config_path.is_file() or not weights_path.is_file():
-        raise WeightsUnavailable(f"the base has no image tower: {folder} is incomplete")
+        raise WeightsUnavailable(
+            f"the base has no image tower: {folder} is incomplete",
+            hint="e4t fetch sd14 brings the one of Stable Diffusion bases",
+        )
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         model, preprocess = config["model_cfg"], config["preprocess_cfg"]

@@ -8,6 +8,7 @@ folder's configs. Every weight is frozen; whoever trains one works on a copy.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from e4t_cli.nn.word_embedding_encoder import EncoderConfig
 from e4t_cli.prompts import Prompt
 
 from .loading import folder_fingerprint, load_part, load_settings, load_tower
+
+DECODED_PIXELS = 512 * 512
+"""Pixels that the VAE decodes at once, at least one picture."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,6 +102,7 @@ class TextToImageModel:
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.noise_schedule = noise_schedule
+        self._given_tower = image_tower is not None
         if image_tower is not None:
             self.__dict__["image_tower"] = image_tower
 
@@ -120,11 +125,21 @@ class TextToImageModel:
             IntegrityError: a part is damaged, or the model is of a kind that cannot be used.
         """
         base = folder if isinstance(folder, Base) else read_base(Path(folder))
+        device = torch.device(device)
+
+        def part(kind: Any, name: str) -> Any:
+            return load_part(kind, base.folder / name, device, dtype, half=base.half)
+
+        def convolutional(kind: Any, name: str) -> Any:
+            # Tensor cores read convolutions in this order, and would reorder them at each call.
+            found, fast = part(kind, name), device.type == "cuda" and dtype.itemsize == 2
+            return found.to(memory_format=torch.channels_last) if fast else found
+
         return cls(
             base=base,
-            unet=load_part(UNet2DConditionModel, base.folder / "unet", device, dtype),
-            vae=load_part(AutoencoderKL, base.folder / "vae", device, dtype),
-            text_encoder=load_part(CLIPTextModel, base.folder / "text_encoder", device, dtype),
+            unet=convolutional(UNet2DConditionModel, "unet"),
+            vae=convolutional(AutoencoderKL, "vae"),
+            text_encoder=part(CLIPTextModel, "text_encoder"),
             tokenizer=load_settings(CLIPTokenizer, base.folder / "tokenizer"),
             noise_schedule=load_settings(DDPMScheduler, base.folder / "scheduler"),
         )
@@ -132,7 +147,13 @@ class TextToImageModel:
     @cached_property
     def image_tower(self) -> ImageTower:
         # On demand: drawing a saved concept needs no tower, and ViT-H is a third of all weights.
-        return load_tower(self.base.folder / "image_tower").to(self.device, self.dtype)
+        folder = self.base.tower or self.base.folder / "image_tower"
+        return load_tower(folder).to(self.device, self.dtype)
+
+    def release_tower(self) -> None:
+        """Let go of the image tower, once the picture has been looked at; it loads again."""
+        if not self._given_tower:
+            self.__dict__.pop("image_tower", None)
 
     @property
     def resolution(self) -> int:
@@ -167,6 +188,10 @@ class TextToImageModel:
     @cached_property
     def fingerprint(self) -> str:
         """Identify the weights, so that a pack is not used with a base it was not made for."""
+        if self.base.identity:
+            # A commit of the hub names its content, in float32 and float16 alike, and each file
+            # was compared with it.
+            return hashlib.sha256(self.base.identity.encode()).hexdigest()[:32]
         return folder_fingerprint(self.base.folder)
 
     # ── pictures ──
@@ -206,9 +231,16 @@ class TextToImageModel:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Return the pictures of latents in the U-Net's units."""
-        decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.dtype)).sample
-        colours = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-        return [Image.fromarray(one) for one in colours.permute(0, 2, 3, 1).cpu().numpy()]
+        latents = (latents / self.vae.config.scaling_factor).to(self.dtype)
+        # Large pictures one by one: each fills the device, and eight would fill its memory.
+        some = max(1, DECODED_PIXELS // self.resolution**2)
+        pictures = []
+        for part in latents.split(some):
+            decoded = self.vae.decode(part).sample
+            colours = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+            rows = colours.permute(0, 2, 3, 1).cpu().numpy()
+            pictures += [Image.fromarray(one) for one in rows]
+        return pictures
 
     # ── words ──
 

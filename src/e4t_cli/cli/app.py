@@ -19,7 +19,19 @@ from typing import Annotated, NoReturn
 import typer
 
 from e4t_cli import __version__
-from e4t_cli.cli import console, display, domains, generate, info, personalize, pretrain
+from e4t_cli.cli import (
+    cache,
+    console,
+    display,
+    doctor,
+    domains,
+    fetch,
+    generate,
+    import_,
+    info,
+    personalize,
+    pretrain,
+)
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -36,7 +48,11 @@ app.command("personalize", epilog=personalize.EXAMPLES)(personalize.personalize)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.add_typer(domains.app, name="domains")
+app.add_typer(import_.app, name="import")
 app.command("info")(info.info)
+app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
+app.add_typer(cache.app, name="cache")
+app.command("doctor")(doctor.doctor)
 
 
 @app.callback()
@@ -148,6 +164,8 @@ def _silence_libraries() -> None:
 def _stop_signals() -> Iterator[list[int]]:
     """Turn SIGINT and SIGTERM into one KeyboardInterrupt; the second one ends the process at once.
 
+    Work that listens to the console's `stop` is not interrupted but asked, and ends after its step.
+
     Yields:
         The signals that have arrived.
     """
@@ -158,6 +176,9 @@ def _stop_signals() -> Iterator[list[int]]:
         if len(arrived) > 1:
             display.show_cursor()
             os._exit(128 + number)  # files are renamed into place: nothing can be torn
+        request = console.current().stop
+        if request is not None and request.ask():
+            return  # the work saves itself, and ends in KeyboardInterrupt
         raise KeyboardInterrupt
 
     previous = {}

@@ -28,6 +28,7 @@ from e4t_cli.cli.display import (
 )
 from e4t_cli.errors import E4TError, printable
 from e4t_cli.progress import Progress
+from e4t_cli.stopping import StopRequest
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -49,6 +50,7 @@ class Console:
         self.verbose = verbose
         self.saved = 0
         self.resume_hint = ""  # what to type after an interrupt
+        self.stop: StopRequest | None = None  # for work that can save itself before it ends
         self._live: RichProgress | None = None
 
     # ── stdout ──
@@ -80,6 +82,23 @@ class Console:
             self.table((title, ""), [row for row in rows if row[1]])
 
     # ── stderr ──
+
+    def ask(self, question: str) -> bool:
+        """Put a yes-or-no question to whoever sits there; no terminal, no answer but no."""
+        if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+            return False
+        if self._live is not None:
+            self._live.stop()  # a display that redraws itself would write over the answer
+        try:
+            self._write_stderr(printable(question, limit=2000) + " [y/N]")
+            return sys.stdin.readline().strip().lower() in ("y", "yes")
+        finally:
+            if self._live is not None:
+                self._live.start()
+
+    def consent(self, given: bool) -> bool | Callable[[str], bool]:
+        """What may be asked about a licence: nothing if it was given, or nobody is there."""
+        return given or (self.ask if is_terminal(sys.stdin) and is_terminal(sys.stderr) else False)
 
     def note(self, text: str) -> None:
         """Something good to know."""
@@ -136,23 +155,29 @@ class Console:
             return
         if event.stage not in stages:
             stages[event.stage] = display.add_task(printable(event.stage), values="")
+        scale = 1e-6 if event.unit == "bytes" else 1
         display.update(
             stages[event.stage],
-            completed=event.done,
-            total=event.total or None,
+            completed=int(event.done * scale),
+            total=int(event.total * scale) or None,
             values=self._values(event),
         )
 
     def _show_plain(self, lines: PlainLines, event: Progress) -> None:
         if not self._is_only_a_note(event) and lines.due(event):
             counted = f" {event.done}/{event.total}" if event.total > 1 else ""
+            if event.unit == "bytes":
+                counted = f" {event.done / 1e6:.1f}/{event.total / 1e6:.1f} MB"
             self._write_stderr(printable(f"{event.stage}{counted} {self._values(event)}".rstrip()))
 
     def _values(self, event: Progress) -> str:
         shown = event.values
         if "loss" in shown and not self.verbose:
-            shown = {"loss": shown["loss"]}  # its parts are for those who ask
-        return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            # Its parts are for those who ask; smoothed where it jumps from step to step.
+            speed = {"it/s": shown["it/s"]} if "it/s" in shown else {}
+            shown = {"loss": shown.get("smoothed", shown["loss"]), **speed}
+        unit = "MB  " if event.unit == "bytes" and self._live is not None else ""
+        return unit + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
     def _show_note(self, event: Progress) -> None:
         self._is_only_a_note(event)
@@ -161,7 +186,11 @@ class Console:
         """Say the note of an event; whether there is nothing else in it."""
         if event.note:
             self.warning(event.note)
-        return bool(event.note) and not event.total
+        if event.remark:
+            self.note(event.remark)
+        if event.detail:
+            self.detail(event.detail)
+        return bool(event.note or event.remark or event.detail) and not event.total
 
     def _say(self, label: str, text: str, *, style: str = "") -> None:
         line = printable(text, limit=2000)

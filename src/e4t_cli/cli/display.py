@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 10.0  # off a terminal, at least this long between two lines of one stage ...
 PLAIN_SHARE = 0.1  # ... and at least this much more of it done, or a minute gone
 PLAIN_PATIENCE = 60.0
+LONG_STAGE = 10.0  # after these seconds of a stage, it also shows how long it will take
 
 
 class PlainLines:
@@ -68,19 +69,37 @@ def rich_console() -> Any:
 
 def live_display() -> RichProgress:
     """A row for each stage: bar, count, time, and numbers such as the loss."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as RichProgress
+    from rich.text import Text
+
+    class Remaining(TimeRemainingColumn):
+        """How long a long stage still takes; of a short one nobody asks."""
+
+        def render(self, task: Task) -> Text:
+            if task.finished or (task.elapsed or 0) < LONG_STAGE or task.time_remaining is None:
+                return Text("")
+            return Text.assemble(super().render(task), " left")
 
     return RichProgress(
         TextColumn("{task.description:<8}", markup=False),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        Remaining(),
         TextColumn("{task.fields[values]}", markup=False),
         console=rich_console(),
         # stdout is not rich's to take: it would arrive on stderr.
         redirect_stdout=False,
         redirect_stderr=False,
+        speed_estimate_period=300,  # seconds: some stages report once a minute
     )
 
 

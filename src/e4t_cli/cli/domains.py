@@ -7,18 +7,18 @@ from typing import Any
 
 import typer
 
-from e4t_cli.bases import installed_bases
 from e4t_cli.cli import console as consoles
-from e4t_cli.cli.options import DomainName, Json
-from e4t_cli.domain import Domain, TuningRecipe
-from e4t_cli.errors import E4TError, WeightsUnavailable
-from e4t_cli.registry import (
-    Listing,
-    find_domain,
-    installed_domains,
-    user_domain,
-    weights_folder,
+from e4t_cli.cli import (
+    domains_add,
+    domains_check,
+    domains_info,
+    domains_new,
+    domains_push,
+    domains_rm,
 )
+from e4t_cli.cli.domains_info import about_domain, recipe_text, state_text
+from e4t_cli.cli.options import Json
+from e4t_cli.registry import Listing, installed_domains
 
 HEADINGS = ("name", "source", "descriptor", "tuning", "weights", "licence")
 
@@ -46,71 +46,35 @@ def list_domains(json: Json = False) -> None:
     return None
 
 
-@app.command("info")
-def domain_info(name: DomainName, json: Json = False) -> None:
-    """Show everything about one domain, with the recipe of each of its packs."""
-    console = consoles.start(json=json)
-    domain = find_domain(name)
-    about = _details(domain)
-    if not json:
-        weights = about.pop("weights")
-        about |= {f"weights for {base}": _state_of(found) for base, found in weights.items()}
-    console.details(domain.name, about)
+app.command("info")(domains_info.domain_info)
+app.command("new", epilog=domains_new.EXAMPLES)(domains_new.new)
+app.command("add", epilog=domains_add.EXAMPLES)(domains_add.add)
+app.command("check", epilog=domains_check.EXAMPLES)(domains_check.check)
+app.command("rm")(domains_rm.rm)
+app.command("push", epilog=domains_push.EXAMPLES)(domains_push.push)
 
 
 def _record(listing: Listing) -> dict[str, Any]:
-    source = f"{listing.package} {listing.version}".strip()
-    about = {"name": listing.name, "source": source, "reason": listing.reason}
-    return {**about, **(_details(listing.domain) if listing.domain else {})}
+    about = {"name": listing.name, "source": source_text(listing), "reason": listing.reason}
+    return {**about, **(about_domain(listing.domain) if listing.domain else {})}
 
 
 def _row(listing: Listing) -> tuple[str, ...]:
-    record = _record(listing)
     if listing.domain is None:
-        return (listing.name, record["source"], "broken: " + str(listing.reason), "", "", "")
-    weights = "; ".join(f"{base} {found['state']}" for base, found in record["weights"].items())
+        return (listing.name, source_text(listing), f"broken: {listing.reason}", "", "", "")
+    record = _record(listing)
+    weights = "; ".join(f"{base} {state_text(one)}" for base, one in record["weights"].items())
     blocked = f" ({listing.reason})" if listing.reason else ""
-    tuning = _recipe(listing.domain.tuning)
-    licence = listing.domain.licence
-    descriptor = listing.domain.descriptor
-    return (listing.name, record["source"], descriptor, tuning, weights, licence + blocked)
-
-
-def _details(domain: Domain) -> dict[str, Any]:
-    bases = [base.name for base in installed_bases()]
-    return {
-        "name": domain.name,
-        "summary": domain.summary,
-        "descriptor": domain.descriptor,
-        "tuning": _recipe(domain.tuning),
-        "licence": domain.licence,
-        "weights": {
-            base: _weights(domain, base) for base in dict.fromkeys([*bases, *domain.weights])
-        },
-    }
-
-
-def _weights(domain: Domain, base: str) -> dict[str, Any]:
-    """Whether a pack is on this machine; nothing of it but its card is read."""
-    location = domain.weights.get(base)
-    try:
-        folder = weights_folder(domain, base)
-        return {"state": "ready", "tuning": _recipe(user_domain(folder).tuning)}
-    except WeightsUnavailable as error:
-        state = "none published" if location is None else "not on this machine"
-        return {"state": state, "reason": error.message, "hint": error.hint}
-    except E4TError as error:
-        return {"state": "broken", "reason": error.message}
-
-
-def _state_of(found: dict[str, Any]) -> str:
-    more = found.get("tuning") or found.get("hint") or found.get("reason")
-    return f"{found['state']}: {more}" if more else found["state"]
-
-
-def _recipe(recipe: TuningRecipe) -> str:
-    mask = ", masked" if recipe.mask else ""
     return (
-        f"{recipe.steps} steps, rate {recipe.learning_rate:.3g}, "
-        f"penalty {recipe.embedding_penalty:g}{mask}"
+        listing.name,
+        record["source"],
+        listing.domain.descriptor,
+        recipe_text(listing.domain.tuning),
+        weights,
+        listing.domain.licence + blocked,
     )
+
+
+def source_text(listing: Listing) -> str:
+    """Return the distribution and its version, or "user"."""
+    return f"{listing.package} {listing.version}".strip()

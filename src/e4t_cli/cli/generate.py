@@ -32,7 +32,9 @@ def generate(
     number: o.Number = 1, seed: o.Seed = None, placeholder: OwnPlaceholder = None,
     base: o.Base = "auto", steps: o.Steps = None, guidance: o.Guidance = None,
     scheduler: o.Scheduler = None, negative: o.Negative = None, device: o.Device = "auto",
-    dtype: o.Dtype = "auto", out: o.Out = Path("outputs"), grid: o.Grid = False,
+    dtype: o.Dtype = "auto", offline: o.Offline = False, accept_license: o.AcceptLicense = False,
+    vram: o.Vram = "auto", no_safety_checker: o.NoSafetyChecker = False,
+    out: o.Out = Path("outputs"), grid: o.Grid = False,
     no_metadata: o.NoMetadata = False, json: o.Json = False, quiet: o.Quiet = False,
     verbose: o.Verbose = 0,
 ) -> None:  # fmt: skip
@@ -55,7 +57,9 @@ def generate(
         result = api.generate(
             concept, wanted, images_per_prompt=number, seed=seed, base=base,
             sampling=sampling_of(steps, guidance, scheduler, negative),
-            placeholder=placeholder, device=device, dtype=dtype,
+            placeholder=placeholder, device=device, dtype=dtype, vram=vram,
+            safety_checker=not no_safety_checker, offline=offline,
+            accept_license=console.consent(accept_license),
             on_progress=on_progress, on_image=saver.picture,
         )  # fmt: skip
     saver.rest(result)

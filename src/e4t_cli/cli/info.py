@@ -53,6 +53,7 @@ def _concept(file: Path) -> dict[str, Any]:
     return {
         "type": "concept",
         "domain": concept.domain,
+        "package": concept.package,
         "descriptor": concept.descriptor,
         "placeholder": concept.placeholder,
         "base": concept.base_name,
@@ -60,6 +61,7 @@ def _concept(file: Path) -> dict[str, Any]:
         "pack": concept.pack_digest,
         "photo_sha256": concept.image_sha256,
         "picture": f"{width}×{height}{', masked' if concept.prepared.mask else ''}",
+        "photo": concept.photo,
         "tuning": {**concept.recipe.as_dict(), "seed": concept.seed},
         "weights": "kept" if concept.weights else "made again by tuning",
     }

@@ -12,14 +12,14 @@ import typer
 
 
 def complete_domain(incomplete: str) -> list[str]:
-    """Names for the shell's completion; loads no model."""
-    from e4t_cli.registry import installed_domains
+    """Names for the shell's completion; imports no domain, however slow or broken."""
+    from e4t_cli.registry import claimed_names
 
-    names = (listing.name for listing in installed_domains() if listing.domain is not None)
-    return [name for name in names if name.startswith(incomplete)]
+    return [name for name in claimed_names() if name.startswith(incomplete)]
 
 
 PICTURES, DRAWING, TUNING, OUTPUT = "Pictures", "Sampling", "Tuning", "Output"
+NETWORK, PHOTO = "Network", "Photo"
 
 DomainName = Annotated[
     str,
@@ -54,7 +54,7 @@ Placeholder = Annotated[
 Base = Annotated[
     str,
     typer.Option(rich_help_panel=PICTURES,
-                 help="Base model: a name, or a folder shaped like Stable Diffusion."),
+                 help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder."),
 ]  # fmt: skip
 
 Steps = Annotated[
@@ -79,10 +79,41 @@ TuneSteps = Annotated[
     typer.Option(min=0, rich_help_panel=TUNING,
                  help="Tuning steps on the photo; 0 keeps the encoder's first guess."),
 ]  # fmt: skip
+Tune = Annotated[
+    str | None,
+    typer.Option(metavar="exact|adapters", rich_help_panel=TUNING,
+                 help="Every weight, as the paper does, or adapters: less memory, small concepts."),
+]  # fmt: skip
+Vram = Annotated[
+    str,
+    typer.Option(envvar="E4T_VRAM", metavar="GB|auto", rich_help_panel=TUNING,
+                 help="Memory to keep within: 6, 8, 12 … or auto for what is free."),
+]  # fmt: skip
+NoSafetyChecker = Annotated[
+    bool,
+    typer.Option("--no-safety-checker", rich_help_panel=OUTPUT,
+                 help="Keep pictures that the base's safety checker would withhold."),
+]  # fmt: skip
 Mask = Annotated[
     str,
-    typer.Option(metavar="FILE|auto|none", rich_help_panel=TUNING,
-                 help="Which part of the photo is the concept; a file is white there."),
+    typer.Option(metavar="FILE|auto|none|words:...", rich_help_panel=PHOTO,
+                 help="Which part of the photo is the concept: a file is white there; "
+                      "'words:a cat' looks for that; auto is the domain's way."),
+]  # fmt: skip
+Face = Annotated[
+    str,
+    typer.Option("--face", metavar="largest|left|right|N", rich_help_panel=PHOTO,
+                 help="Which of several faces; 1 is the leftmost."),
+]  # fmt: skip
+NoAlign = Annotated[
+    bool,
+    typer.Option("--no-align", rich_help_panel=PHOTO,
+                 help="Take the centred square; do not turn and crop the photo around the face."),
+]  # fmt: skip
+RequireFace = Annotated[
+    bool,
+    typer.Option("--require-face", rich_help_panel=PHOTO,
+                 help="End with code 3 if there is no face, instead of going on without a mask."),
 ]  # fmt: skip
 Device = Annotated[
     str,
@@ -92,6 +123,27 @@ Dtype = Annotated[
     str,
     typer.Option(envvar="E4T_DTYPE", rich_help_panel=TUNING, help="auto, fp32, bf16 or fp16."),
 ]
+
+
+def _go_offline(offline: bool) -> bool:
+    """Tell the libraries below as well, which read it when they are first imported."""
+    if offline:
+        from e4t_cli.hub.places import go_offline
+
+        go_offline()
+    return offline
+
+
+Offline = Annotated[
+    bool,
+    typer.Option("--offline", envvar="E4T_OFFLINE", callback=_go_offline, rich_help_panel=NETWORK,
+                 help="Use what is on this machine, and open no connection."),
+]  # fmt: skip
+AcceptLicense = Annotated[
+    bool,
+    typer.Option("--accept-license", rich_help_panel=NETWORK,
+                 help="Accept the licences of what has to be fetched; remembered."),
+]  # fmt: skip
 
 Out = Annotated[
     Path,
@@ -111,6 +163,9 @@ NoMetadata = Annotated[
 Json = Annotated[
     bool,
     typer.Option("--json", rich_help_panel=OUTPUT, help="One JSON object a line on stdout."),
+]
+Yes = Annotated[
+    bool, typer.Option("-y", "--yes", rich_help_panel=OUTPUT, help="Do not ask; do it.")
 ]
 Quiet = Annotated[
     bool,

@@ -11,6 +11,7 @@ from e4t_cli.cli import console as consoles
 from e4t_cli.cli import options as o
 from e4t_cli.cli.inputs import STDIN, gather_prompts, sampling_of
 from e4t_cli.cli.pictures import Saver
+from e4t_cli.cli.prepared import PreparedSaver
 from e4t_cli.errors import UsageError
 
 EXAMPLES = """
@@ -24,6 +25,12 @@ Save = Annotated[
     Path | None,
     typer.Option("--save", metavar="FILE.e4t", rich_help_panel=o.OUTPUT,
                  help="Keep the concept for `e4t generate`."),
+]  # fmt: skip
+SavePrepared = Annotated[
+    Path | None,
+    typer.Option("--save-prepared", metavar="FILE.png|DIR", rich_help_panel=o.PHOTO,
+                 help="Save the cropped photo, and its mask in a second file; "
+                      "without prompts that is all."),
 ]  # fmt: skip
 KeepWeights = Annotated[
     bool,
@@ -40,8 +47,13 @@ def personalize(
     prompts_file: o.PromptsFile = None, number: o.Number = 1, seed: o.Seed = None,
     placeholder: o.Placeholder = "S*", base: o.Base = "auto",
     steps: o.Steps = None, guidance: o.Guidance = None, scheduler: o.Scheduler = None,
-    negative: o.Negative = None, tune_steps: o.TuneSteps = None, mask: o.Mask = "auto",
-    device: o.Device = "auto", dtype: o.Dtype = "auto", out: o.Out = Path("outputs"),
+    negative: o.Negative = None, tune: o.Tune = None, tune_steps: o.TuneSteps = None,
+    mask: o.Mask = "auto", face: o.Face = "largest", no_align: o.NoAlign = False,
+    require_face: o.RequireFace = False, save_prepared: SavePrepared = None,
+    device: o.Device = "auto", dtype: o.Dtype = "auto", offline: o.Offline = False,
+    accept_license: o.AcceptLicense = False,
+    vram: o.Vram = "auto", no_safety_checker: o.NoSafetyChecker = False,
+    out: o.Out = Path("outputs"),
     grid: o.Grid = False, save: Save = None, keep_weights: KeepWeights = False,
     no_metadata: o.NoMetadata = False, dry_run: DryRun = False,
     json: o.Json = False, quiet: o.Quiet = False, verbose: o.Verbose = 0,
@@ -50,28 +62,52 @@ def personalize(
 
     Saved paths go to stdout, one a line. A prompt that begins with a dash goes behind `--`.
 
-    Use pictures of people only with their consent, and never to deceive.
-    Every picture carries a mark that says it was generated.
+    A face is somebody's. Use pictures of people only with their consent to what you want to make
+    of them, and never to deceive, to shame or to undress anybody. The photo stays on this machine,
+    but a concept saved with --save shows the person to whoever gets the file: share it as you
+    would share the photo. Every picture carries a mark that says it was generated.
     """
     console = consoles.start(json=json, quiet=quiet, verbose=verbose)
     wanted = gather_prompts(
         prompts or [], prompts_file, placeholder=placeholder, stdin_taken=image == STDIN
     )
-    if not wanted and save is None:
+    if not wanted and save is None and save_prepared is None:
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
     if keep_weights and save is None:
         raise UsageError("--keep-weights needs a file to keep them in", hint="add --save me.e4t")
     from e4t_cli import api
 
     if dry_run:
-        plan = api.plan(domain, image, wanted, images_per_prompt=number, base=base)
+        plan = api.plan(
+            domain,
+            image,
+            wanted,
+            images_per_prompt=number,
+            base=base,
+            device=device,
+            dtype=dtype,
+            offline=offline,
+        )
         return console.details("plan", {**plan, "folder": str(out)})
+    keep = None if save_prepared is None else PreparedSaver(console, save_prepared, image)
+    photo = {"mask": mask, "align": not no_align, "face": face, "require_face": require_face}
+    consent = console.consent(accept_license)
+    if keep is not None and not wanted and save is None:
+        with console.progress() as on_progress:
+            prepared = api.prepare(
+                domain, image, base=base, device=device, offline=offline, accept_license=consent,
+                on_progress=on_progress, **photo,
+            )  # fmt: skip
+        return keep(prepared)
     saver = Saver(console, out, metadata=not no_metadata, grid=grid, concept=save)
     with console.progress() as on_progress:
         result = api.personalize(
             domain, image, wanted, images_per_prompt=number, seed=seed, base=base,
-            tune_steps=tune_steps, sampling=sampling_of(steps, guidance, scheduler, negative),
-            mask=mask, placeholder=placeholder, keep_weights=keep_weights, device=device,
-            dtype=dtype, on_progress=on_progress, on_image=saver.picture,
+            tune=tune, tune_steps=tune_steps,
+            sampling=sampling_of(steps, guidance, scheduler, negative),
+            **photo, placeholder=placeholder, keep_weights=keep_weights, device=device,
+            dtype=dtype, offline=offline, accept_license=consent, vram=vram,
+            safety_checker=not no_safety_checker, on_progress=on_progress,
+            on_prepared=keep, on_image=saver.picture,
         )  # fmt: skip
     return saver.rest(result)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e4t_cli.cli.console import Console
-from e4t_cli.errors import UsageError, printable
+from e4t_cli.errors import PartialResult, UsageError, printable
 
 if TYPE_CHECKING:
     from e4t_cli.results import GeneratedImage, Personalization
@@ -61,9 +61,18 @@ class Saver:
             result.concept.save(self.concept)
             record = {"type": "concept", "path": str(self.concept)}
             self.console.product(str(self.concept), record)
+        for withheld in result.withheld if self.console.json else ():
+            details = withheld.as_dict(include_prompts=self.options["include_prompts"])
+            self.console.product("", {"type": "withheld", **details})
         seconds = ", ".join(f"{k} {v:.1f}" for k, v in result.timings.as_dict().items() if v)
         self.console.note(f"seed {result.seed}; {result.timings.total:.1f} s: {seconds}")
         self.console.detail(f"peak memory {_peak_megabytes():.0f} MB")
+        if result.withheld:
+            wanted = len(result.images) + len(result.withheld)
+            raise PartialResult(
+                f"the safety checker withheld {len(result.withheld)} of {wanted} pictures",
+                hint="another --seed or prompt; --no-safety-checker if it is mistaken",
+            )
 
 
 def _peak_megabytes() -> float:

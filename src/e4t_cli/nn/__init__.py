@@ -5,4 +5,6 @@
 - `word_embedding_encoder`: E(I_c), the offset of the word embedding in eq. 1.
 - `weight_offsets`: W = W₀ · (1 + ΔW), eq. 3, on every attention projection.
 - `losses`: eq. 2 and eq. 4, whose sum is eq. 5.
+
+And beside the paper: `low_rank` and `branching`, a concept's change of the weights in few numbers.
 """

@@ -204,6 +204,11 @@ class WeightOffsets(nn.Module):
             projection._parameters["bias"] = projection._parameters.pop("bias")
 
 
+def projection_shapes(unet: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return path -> (M, N) of every weight that offsets modulate."""
+    return {path: tuple(projection.weight.shape) for path, projection in _projections(unet)}
+
+
 def _projections(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield path and layer of every W_q, W_k, W_v, in the U-Net's own order.
 

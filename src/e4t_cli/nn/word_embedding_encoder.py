@@ -37,6 +37,10 @@ class Encoder(Protocol):
 
     def refine(self, folded: Tensor, unet_features: Tensor | None) -> Tensor: ...
 
+    def settled(self) -> Encoder:
+        """Return what `refine` needs once nothing is trained any more; it may be itself."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -130,6 +134,10 @@ class WordEmbeddingEncoder(nn.Module):
             average = average + self._sum(self.unet_linears, parts) / self._entries
         return self.final(self.activation(average))
 
+    def settled(self) -> WordEmbeddingEncoder:
+        """Return itself: there is little here that drawing does not need."""
+        return self
+
     @property
     def _entries(self) -> int:
         return len(self.image_linears) + len(self.unet_linears)
@@ -165,3 +173,6 @@ class FixedEmbedding(nn.Module):
 
     def refine(self, folded: Tensor, unet_features: Tensor | None = None) -> Tensor:
         return self.offset.expand(len(folded), -1)
+
+    def settled(self) -> FixedEmbedding:
+        return self

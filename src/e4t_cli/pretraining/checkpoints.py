@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,37 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from e4t_cli.errors import IntegrityError, UsageError
+from e4t_cli.errors import DivergedError, IntegrityError, ResourceError, UsageError, printable
 from e4t_cli.files import write_atomically
+
+LATEST = "latest"
+"""Names the checkpoint to go on from; written when that one is safe on the disk."""
+
+LAYOUT = ("processes", "micro_batch", "steps")
+"""Settings of a run that may change without it becoming another run."""
 
 
 class Checkpoints:
-    """Resumable state in a folder: step-N.safetensors, whole or absent, the last two kept."""
+    """Resumable state in a folder: step-N.safetensors, whole or absent, the last two kept.
+
+    A checkpoint is written under another name, synced and renamed; then `latest` is made to point
+    to it in the same way; only then is the oldest one removed. So at every moment, also after a
+    power cut, `latest` names a whole checkpoint.
+
+    Args:
+        folder: made if it is not there.
+        run: the settings that decide every number of the run. `processes` and `recipe.batch_size`
+            count as their product, the global batch.
+    """
 
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
         self.folder, self.run = folder, run
         self.kept: list[Path] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        self.remarks: list[str] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error, "the folder of checkpoints") from error
 
     def write(
         self,
@@ -32,26 +54,49 @@ class Checkpoints:
         offsets: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> None:
+        """Save the state after `step`.
+
+        Raises:
+            ResourceError: the disk is full; the checkpoints before are intact.
+        """
         tensors = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
         tensors |= {f"offsets.{key}": value for key, value in offsets.state_dict().items()}
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
         path = self.folder / f"step-{step:08d}.safetensors"
         metadata = {"step": str(step), "run": json.dumps(self.run)}
-        write_atomically(path, save({key: value.cpu() for key, value in tensors.items()}, metadata))
+        content = save({key: value.cpu() for key, value in tensors.items()}, metadata)
+        try:
+            write_atomically(path, content)
+            write_atomically(self.folder / LATEST, f"{path.name}\n".encode())
+        except OSError as error:
+            raise self._unwritable(error, f"the checkpoint of step {step}") from error
         self.kept = [*[old for old in self.kept if old != path][-1:], path]
         for old in self._all():
             if old not in self.kept:
                 old.unlink(missing_ok=True)
 
     def restore(
-        self, *, encoder: nn.Module, offsets: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        *,
+        encoder: nn.Module,
+        offsets: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        force: bool = False,
     ) -> int:
-        """Load the newest checkpoint into all three; returns the steps done, 0 without one."""
-        found = self._all()
-        if not found:
+        """Load the latest checkpoint into all three; returns the steps done, 0 without one.
+
+        Args:
+            force: also one of a run with other settings, as far as its tensors fit.
+
+        Raises:
+            IntegrityError: it cannot be read.
+            UsageError: it is of another run.
+        """
+        self._clean()
+        path = self.latest()
+        if path is None:
             return 0
-        path = found[-1]
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -62,28 +107,129 @@ class Checkpoints:
                 f"the checkpoint {path.name} cannot be read: {error}",
                 hint="remove it to go on from the one before",
             ) from error
-        changed = sorted(key for key in self.run if run.get(key) != self.run[key])
-        if changed:
-            raise UsageError(
-                f"the checkpoints in {self.folder} are of another run: {', '.join(changed)} differ",
-                hint="use another folder, or start anew without resuming",
-            )
+        self._compare(run, force)
         parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "offsets": {}, "optimizer": {}}
         for key, value in tensors.items():
             part, _, rest = key.partition(".")
             parts[part][rest] = value
-        encoder.load_state_dict(parts["encoder"])
-        offsets.load_state_dict(parts["offsets"])
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in parts["optimizer"].items():
             index, _, moment = key.partition(".")
             moments.setdefault(int(index), {})[moment] = value
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.kept = found[-2:]
+        try:
+            encoder.load_state_dict(parts["encoder"])
+            offsets.load_state_dict(parts["offsets"])
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"the checkpoint {path.name} has other shapes than this run: nothing can force it",
+                hint="start anew, or in another folder",
+            ) from error
+        found = self._all()
+        self.kept = found[: found.index(path) + 1][-2:]
         return step
+
+    def latest(self) -> Path | None:
+        """Return the checkpoint to go on from: that of the pointer, else the newest."""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            name = (self.folder / LATEST).read_text(encoding="utf-8").strip()
+            found = [path for path in self._all() if path.name == name]
+            if found:
+                return found[0]
+        return max(self._all(), default=None)
+
+    def _compare(self, saved: Mapping[str, Any], force: bool) -> None:
+        """Refuse the state of another run, and remark on what may differ.
+
+        Raises:
+            UsageError: it says what was, and what is.
+        """
+        old, new = _flat(saved), _flat(self.run)
+        changed = [
+            f"{key} {_shown(old.get(key))} → {_shown(new.get(key))}"
+            for key in sorted(old.keys() | new.keys())
+            if key not in LAYOUT and old.get(key) != new.get(key)
+        ]
+        if changed and not force:
+            raise UsageError(
+                f"the checkpoints in {printable(str(self.folder))} are of another run:"
+                f" {', '.join(changed)}",
+                hint="give the settings of before, or --force to go on with the new ones",
+            )
+        if changed:
+            self.remarks.append(f"going on with other settings: {', '.join(changed)}")
+        for key, word in (("processes", "processes"), ("micro_batch", "samples at a time")):
+            if key in old and old[key] != new[key]:
+                self.remarks.append(
+                    f"{old[key]} {word} before, {new[key]} now: the samples of each step stay the"
+                    " same, their sums are rounded in another order"
+                    if not changed
+                    else f"{old[key]} {word} before, {new[key]} now"
+                )
 
     def _all(self) -> list[Path]:
         pattern = re.compile(r"step-\d{8,}\.safetensors")
         names = [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
         return sorted(names, key=lambda path: int(path.stem.partition("-")[2]))
+
+    def _clean(self) -> None:
+        """Remove what a killed process was writing."""
+        for torn in [*self.folder.glob(".step-*~"), *self.folder.glob(f".{LATEST}.*~")]:
+            torn.unlink(missing_ok=True)
+
+    def _unwritable(self, error: OSError, what: str) -> ResourceError:
+        intact = self.latest() if self.folder.is_dir() else None
+        kept = f"; {intact.name} before it is intact" if intact is not None else ""
+        return ResourceError(
+            f"{what} could not be written in {printable(str(self.folder))}:"
+            f" {error.strerror or error}{kept}",
+            hint="make room; the same command then goes on from there",
+        )
+
+
+def check_weights(step: int, *modules: nn.Module, kept: int) -> None:
+    """Look at all weights at once before they are saved: one number a module comes back.
+
+    Args:
+        kept: steps of the last checkpoint, 0 for none.
+
+    Raises:
+        DivergedError: some weight is not finite.
+    """
+    for module in modules:
+        norms = torch._foreach_norm([weight.detach() for weight in module.parameters()])
+        if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+            raise diverged(step, "a weight is not a finite number", good=kept, kept=kept)
+
+
+def diverged(step: int, reason: str, *, good: int, kept: int) -> DivergedError:
+    """Return the error of a run whose numbers have left the range.
+
+    Args:
+        step: where it was seen.
+        good: the last step before it whose numbers were finite.
+        kept: steps of the last checkpoint, 0 for none.
+    """
+    saved = f"the checkpoint of step {kept} is kept" if kept else "nothing was saved"
+    return DivergedError(
+        f"pre-training diverged at step {step}: {reason}; the last good step was {good}, {saved}",
+        hint="try a smaller learning rate, --base-lr",
+    )
+
+
+def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings under dotted names, the batch counted over all processes."""
+    flat: dict[str, Any] = {}
+    for key, value in run.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": one for inner, one in _flat(value).items()}
+        else:
+            flat[key] = value
+    if "recipe.batch_size" in flat:
+        flat["global batch"] = flat.pop("recipe.batch_size") * flat.get("processes", 1)
+    return flat
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else printable(str(value), limit=40)

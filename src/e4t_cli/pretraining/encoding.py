@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from safetensors.torch import load_file, save
@@ -18,7 +19,58 @@ from e4t_cli.errors import InputError
 from e4t_cli.files import write_atomically
 from e4t_cli.nn.losses import latent_mask
 from e4t_cli.progress import Progress, ProgressCallback
+from e4t_cli.randomness import choose, epoch_order, uniforms
 from e4t_cli.training_loss import half_precision
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedRows:
+    """What training sees of some pictures, one row a sample; on any device, in any precision.
+
+    Args:
+        means, logvars: the VAE's posterior (rows, channels, height, width).
+        image_features: [CLS] of every second layer (rows, layers, width), of the picture that the
+            encoder is shown.
+        masks: soft weights at latent size (rows, height, width), or None.
+    """
+
+    means: Tensor
+    logvars: Tensor
+    image_features: Tensor
+    masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.means)
+
+
+class TrainingData(Protocol):
+    """Where a training run's samples come from: `EncodedImages`, or pictures that are read as
+    they are needed.
+
+    `rows` is a pure function: asked again for the same place it gives the same rows, whatever was
+    asked before, by whichever process and in whichever order. All that resuming needs follows
+    from that. A run asks for its steps in order, and within a step for its micro-batches in order.
+    """
+
+    @property
+    def fingerprint(self) -> str:
+        """Identify content and settings, so that a run is not resumed on other pictures."""
+        ...
+
+    def __len__(self) -> int:
+        """How many pictures there are; they go onto the domain's card."""
+        ...
+
+    def rows(self, *, seed: int, step: int, positions: range, batch_size: int) -> EncodedRows:
+        """Return the samples at some positions of one step's batch.
+
+        Args:
+            seed: of the run.
+            step: steps done before this one, 0 …
+            positions: which samples of the batch: one process's micro-batch, without gaps.
+            batch_size: of the whole batch, over all processes and micro-batches.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +95,21 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.means)
 
+    def rows(self, *, seed: int, step: int, positions: range, batch_size: int) -> EncodedRows:
+        """Walk through a new order of all pictures in each epoch (see `TrainingData`)."""
+        index = epoch_indices(seed, step, positions, batch_size, len(self))
+        shown = index
+        if self.encoder_index is not None:
+            numbers = uniforms(seed, step, batch_size)[positions.start : positions.stop, 2]
+            choice = choose(numbers, self.encoder_index.shape[1])
+            shown = self.encoder_index[index, choice].long()
+        return EncodedRows(
+            means=self.means[index],
+            logvars=self.logvars[index],
+            image_features=self.image_features[shown],
+            masks=None if self.masks is None else self.masks[index],
+        )
+
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
         tensors = {
@@ -64,6 +131,21 @@ class EncodedImages:
                 digest.update(f"{key}{tuple(value.shape)}".encode())
                 digest.update(value.contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()[:32]
+
+
+def epoch_indices(seed: int, step: int, positions: range, batch_size: int, count: int) -> Tensor:
+    """Return which of `count` pictures stand at some positions of one step's batch, (positions,).
+
+    Each epoch visits every picture once, in an order of its own; a batch may span two epochs.
+    """
+    places = [step * batch_size + position for position in positions]
+    orders = {epoch: _order(seed, epoch, count) for epoch in {place // count for place in places}}
+    return torch.stack([orders[place // count][place % count] for place in places])
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> Tensor:
+    return epoch_order(seed, epoch, count)
 
 
 def encode_images(

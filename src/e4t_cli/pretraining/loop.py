@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.domain import PretrainingRecipe, TuningRecipe
-from e4t_cli.errors import DivergedError
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
-from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.pretrained import PretrainedDomain, facts_about, usual_limits
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.randomness import generator
-from e4t_cli.training_loss import adamw, evaluated_once, half_precision, training_loss
+from e4t_cli.stopping import StopRequest
+from e4t_cli.training_loss import Losses, adamw
 
-from .batches import Batches
-from .checkpoints import Checkpoints
-from .encoding import EncodedImages
+from .batches import Batches, Objective
+from .checkpoints import Checkpoints, check_weights
+from .encoding import TrainingData
+from .processes import Processes
+from .running_losses import REPORT_EVERY, RunningLosses
 
-REPORT_EVERY = 10
-"""Steps between two progress reports; a report waits for the device."""
+PATIENCE = 2.0
+"""Seconds after which several processes have noticed that one of them was asked to stop."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +38,8 @@ class PretrainingStep:
     Args:
         step: steps done, 1 …
         encoder, offsets: in training; look, do not touch.
-        diffusion, penalty: eq. 4 and eq. 2 of this step's samples (batch,), detached.
+        diffusion, penalty: eq. 4 and eq. 2 of this step's samples (batch,), detached; with several
+            processes, of this one's.
         snapshot: call it for a copy of the domain as it is now, ready for `tune`.
     """
 
@@ -50,7 +53,7 @@ class PretrainingStep:
 
 def pretrain_domain(
     model: TextToImageModel,
-    data: EncodedImages,
+    data: TrainingData,
     *,
     name: str,
     descriptor: str,
@@ -63,18 +66,22 @@ def pretrain_domain(
     autocast: bool | None = None,
     detach_features: bool = False,
     hidden_width: int | None = None,
+    micro_batch: int | None = None,
+    processes: Processes | None = None,
     checkpoints: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = True,
+    force: bool = False,
+    stop: StopRequest | None = None,
     on_progress: ProgressCallback | None = None,
     on_step: Callable[[PretrainingStep], None] | None = None,
 ) -> PretrainedDomain:
     """Train a domain's encoder and offsets on a frozen base.
 
     Args:
-        data: from `encode_images` with this model.
+        data: from `encode_images` with this model, or any other `TrainingData`.
         name, descriptor: of the domain.
-        recipe: the numbers of training.
+        recipe: the numbers of training; its batch is one process's share of a step.
         tuning: the recipe that the pack will carry for personalization.
         templates: training sentences with "{}" in the concept's place.
         seed: of the first weights and of every draw.
@@ -83,16 +90,35 @@ def pretrain_domain(
             hardware has bfloat16.
         detach_features: see `training_loss`.
         hidden_width: of the encoder; None takes the image tower's width.
+        micro_batch: samples that go through the model together; gradients are summed until the
+            batch is whole, so that it changes memory and rounding, nothing else. None is all.
+        processes: from `join_processes`. Each takes its share of the global batch, and the
+            learning rate is base × batch × processes (section 3.5). All of them call this
+            function alike; the first one reports and saves.
         checkpoints: a folder for resumable state; the last two are kept. None keeps none.
         checkpoint_every: steps between checkpoints.
-        resume: go on from the newest checkpoint in the folder, if there is one.
-        on_progress: called every few steps with the mean losses since the last report.
-        on_step: called after each step.
+        resume: go on from the latest checkpoint in the folder, if there is one.
+        force: go on also if it is that of a run with other settings.
+        stop: when it asks, the step is finished and saved, and KeyboardInterrupt raised.
+        on_progress: called every few steps with the mean losses since the last report, the
+            smoothed loss and the speed.
+        on_step: called after each step. Both are called in the first process only.
+
+    Returns:
+        The domain. Its recipe's batch is the global one, so that it says what was done.
 
     Raises:
-        UsageError: the checkpoints are those of another run.
-        DivergedError: a loss is not finite.
+        UsageError: the checkpoints are those of another run; the message says in what.
+        DivergedError: a loss or a weight is not finite.
+        ResourceError: the disk is full; the checkpoint before is intact.
+        KeyboardInterrupt: `stop` has asked, and everything is saved.
     """
+    processes = processes or Processes()
+    total_batch = recipe.batch_size * processes.count
+    own = processes.positions(recipe.batch_size)
+    size = min(micro_batch or recipe.batch_size, recipe.batch_size)
+    parts = [own[first : first + size] for first in range(0, len(own), size)]
+    rate = recipe.learning_rate * processes.count
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "initial").initial_seed())
         encoder = WordEmbeddingEncoder(model.encoder_config(hidden_width)).to(model.device)
@@ -100,13 +126,9 @@ def pretrain_domain(
     # A copy, so that the model stays usable, also for what `on_step` draws; in float32, because
     # in half precision a small ΔW would be lost in the product.
     unet = copy.deepcopy(model.unet).float()
-    optimizer = adamw(
-        (encoder, recipe.learning_rate * recipe.encoder_rate),
-        (offsets, recipe.learning_rate * recipe.offsets_rate),
-    )
+    optimizer = adamw((encoder, rate * recipe.encoder_rate), (offsets, rate * recipe.offsets_rate))
     descriptor_id = model.descriptor_id(descriptor)
-    batches = Batches(model, data, recipe, templates, descriptor_id, seed)
-    e_domain = model.word_embedding(descriptor_id)
+    batches = Batches(model, data, recipe, templates, descriptor_id, seed, total_batch)
     state = {"encoder": encoder, "offsets": offsets, "optimizer": optimizer}
     run = {
         "name": name,
@@ -119,87 +141,109 @@ def pretrain_domain(
         "detach_features": detach_features,
         "encoder": encoder.config.as_dict(),
         "recipe": {key: value for key, value in recipe.as_dict().items() if key != "steps"},
+        "processes": processes.count,
+        "micro_batch": size,
     }
     folder = Path(checkpoints) if checkpoints is not None else None
     history = Checkpoints(folder, run) if folder is not None else None
-    done = history.restore(**state) if history is not None and resume else 0
+    done = history.restore(**state, force=force) if history is not None and resume else 0
+    processes.check_same(done, "how far their checkpoints are")
+    offsets.attach_to(unet)
+    objective = Objective(
+        model, unet, encoder, offsets,
+        e_domain=model.word_embedding(descriptor_id), scale=recipe.embedding_scale,
+        autocast=autocast, detach_features=detach_features,
+    )  # fmt: skip
+    trained = processes.wrap(objective)
+
+    facts = facts_about(model)
 
     def snapshot() -> PretrainedDomain:
         return PretrainedDomain(
             name=name,
             descriptor=descriptor,
-            base_name=model.base.name,
-            base_fingerprint=model.fingerprint,
             encoder=copy.deepcopy(encoder).cpu(),
             offsets={key: (a.cpu(), b.cpu()) for key, (a, b) in offsets.factors().items()},
             tuning=tuning,
-            pretraining=recipe,
+            pretraining=recipe.replace(batch_size=total_batch),
             templates=tuple(templates),
             images=len(data),
             licence=licence,
             notes=notes,
+            limits=usual_limits(descriptor, model.base.name, len(data)),
+            **facts,
         )
 
-    offsets.attach_to(unet)
-    recent: list[Tensor] = []
-    for step in range(done, recipe.steps):
-        with evaluated_once(unet), half_precision(model.device, autocast):
-            losses = training_loss(
-                model,
-                unet,
-                encoder,
-                batches.of(step, encoder),
-                e_domain=e_domain,
-                scale=recipe.embedding_scale,
-                detach_features=detach_features,
+    def remark(sentence: str) -> None:
+        if on_progress and processes.first:
+            on_progress(Progress(stage="pretrain", remark=sentence))
+
+    if history is not None:
+        for sentence in history.remarks:
+            remark(sentence)
+    remark(
+        f"learning rate {rate:.3g} = {recipe.base_learning_rate:.3g} × batch {recipe.batch_size}"
+        f" × {processes.count} process{'es' if processes.count > 1 else ''}"
+        + (f"; going on from step {done}" if done else "")
+    )
+    stop = stop or StopRequest()
+    running = RunningLosses(recipe, done)
+    kept = done
+    with stop.listening():
+        for step in range(done, recipe.steps):
+            losses = []
+            for index, positions in enumerate(parts):
+                last = index == len(parts) - 1
+                samples = batches.of(step, positions)
+                with nullcontext() if last else _unsynchronized(trained):
+                    found: Losses = trained(samples)
+                    # A share of the mean over this process's samples; the engine takes the mean
+                    # over processes. No layer mixes samples, so the gradient is that of the whole.
+                    share = len(positions) / len(own)
+                    (found.total(recipe.embedding_penalty) * share).backward()
+                losses.append((found.diffusion.detach(), found.penalty.detach()))
+            optimizer.step()
+            optimizer.zero_grad()
+            diffusion, penalty = (torch.cat(both) for both in zip(*losses, strict=True))
+            running.add(diffusion, penalty)
+            finished = step + 1
+            reporting = finished % REPORT_EVERY == 0 or finished == recipe.steps
+            # Processes have to agree on where to stop; asking each other costs a wait.
+            looking = processes.count == 1 or finished % running.steps_in(PATIENCE) == 0
+            stopping = looking and finished < recipe.steps and processes.any(stop.asked)
+            saving = history is not None and (
+                stopping or finished % checkpoint_every == 0 or finished == recipe.steps
             )
-        losses.total(recipe.embedding_penalty).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        diffusion, penalty = losses.diffusion.detach(), losses.penalty.detach()
-        recent.append(torch.stack((diffusion.mean(), penalty.mean())))
-        finished = step + 1
-        saving = history is not None and (
-            finished % checkpoint_every == 0 or finished == recipe.steps
-        )
-        if saving or finished % REPORT_EVERY == 0 or finished == recipe.steps:
-            # Paper silent: no gradient clipping here, so a bad number shows in the loss.
-            mean = torch.stack(recent).mean(dim=0).tolist()
-            recent.clear()
-            values = {
-                "loss": mean[0] + recipe.embedding_penalty * mean[1],
-                "diffusion": mean[0],
-                "penalty": mean[1],
-            }
-            _check_finite(values["loss"], finished, "pre-training")
-            if on_progress:
-                on_progress(
-                    Progress(stage="pretrain", done=finished, total=recipe.steps, values=values)
+            if saving or reporting:
+                progress = running.report(finished, kept, processes)
+                if on_progress and processes.first:
+                    on_progress(progress)
+            if saving and history is not None:
+                check_weights(finished, encoder, offsets, kept=kept)
+                if processes.first:
+                    history.write(finished, **state)
+                kept = finished
+            if on_step and processes.first:
+                on_step(
+                    PretrainingStep(
+                        step=finished,
+                        encoder=encoder,
+                        offsets=offsets,
+                        diffusion=diffusion,
+                        penalty=penalty,
+                        snapshot=snapshot,
+                    )
                 )
-        if saving and history is not None:
-            history.write(finished, **state)
-        if on_step:
-            on_step(
-                PretrainingStep(
-                    step=finished,
-                    encoder=encoder,
-                    offsets=offsets,
-                    diffusion=diffusion,
-                    penalty=penalty,
-                    snapshot=snapshot,
-                )
-            )
+            if stopping:
+                saved = "saved" if saving else "not saved: there is no folder for checkpoints"
+                remark(f"stopped after step {finished} of {recipe.steps}, {saved}")
+                raise KeyboardInterrupt
+    if history is None:
+        check_weights(recipe.steps, encoder, offsets, kept=kept)
     return snapshot()
 
 
-def _check_finite(loss: float, step: int, stage: str) -> None:
-    """Stop a run whose numbers have left the range.
-
-    Raises:
-        DivergedError: the loss is infinite or not a number.
-    """
-    if not math.isfinite(loss):
-        raise DivergedError(
-            f"{stage} diverged at step {step}: the loss is {loss}; nothing was saved from it",
-            hint="try a smaller learning rate",
-        )
+def _unsynchronized(trained: nn.Module) -> AbstractContextManager[None]:
+    """Let gradients pile up without exchanging them, where they are exchanged at all."""
+    no_sync = getattr(trained, "no_sync", None)
+    return no_sync() if no_sync is not None else nullcontext()

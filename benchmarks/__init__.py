@@ -1,0 +1,1 @@
+"""Speed and memory, arm against arm, in one process: `make bench`."""

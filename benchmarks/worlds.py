@@ -1,0 +1,120 @@
+"""What is measured: the real Stable Diffusion 1.4 with random weights, or a small one for a CPU.
+
+The same shapes take the same time, whatever the numbers in them are, as long as they are neither
+zeros nor constants. So these benchmarks say something about time and memory, never about quality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from e4t_cli.base_model import TextToImageModel
+from e4t_cli.bases import Base
+from e4t_cli.domain import PreparedImage, PretrainingRecipe, TuningRecipe
+from e4t_cli.nn.image_tower import ImageTower
+from e4t_cli.nn.weight_offsets import WeightOffsets
+from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
+from e4t_cli.pretrained import PretrainedDomain
+
+SIZES: dict[str, dict[str, Any]] = {
+    "sd14": {
+        "resolution": 512,
+        "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
+                 "block_out_channels": (320, 640, 1280, 1280)},
+        "vae": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+        "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                 "num_attention_heads": 12, "max_position_embeddings": 77},
+        "tower": {"image_size": 224, "patch_size": 14, "width": 1280, "layers": 32, "heads": 16,
+                  "mlp_ratio": 4.0, "output_dim": 1024},
+    },
+    "small": {
+        "resolution": 64,
+        "unet": {"sample_size": 8, "cross_attention_dim": 64, "attention_head_dim": 4,
+                 "block_out_channels": (32, 64, 64, 64), "norm_num_groups": 8},
+        "vae": {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 8},
+        "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                 "num_attention_heads": 2, "max_position_embeddings": 77},
+        "tower": {"image_size": 32, "patch_size": 4, "width": 64, "layers": 4, "heads": 4,
+                  "mlp_ratio": 4.0, "output_dim": 32},
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A base, a pack made for it, and a photo."""
+
+    size: str
+    model: TextToImageModel
+    pack: PretrainedDomain
+    photo: PreparedImage
+
+
+def make_world(size: str, device: torch.device, folder: Path) -> World:
+    """Build a world in memory.
+
+    Args:
+        size: a key of `SIZES`.
+        device: where it is to be.
+        folder: for the small tokenizer that stands in for CLIP's: words cost nothing here.
+    """
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from open_clip.transformer import VisionTransformer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from tests.conftest import write_tokenizer
+
+    torch.manual_seed(0)
+    sizes = SIZES[size]
+    words = write_tokenizer(folder / "tokenizer")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        unet = UNet2DConditionModel(**sizes["unet"])
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            **sizes["vae"],
+        )  # fmt: skip
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=max(words, 49408), bos_token_id=words - 2, eos_token_id=words - 1,
+                pad_token_id=words - 1, projection_dim=sizes["text"]["hidden_size"],
+                **sizes["text"],
+            )
+        )  # fmt: skip
+        tower = VisionTransformer(**sizes["tower"])
+    # torch's own `to` below: diffusers' logs a warning about casts that are meant.
+    order = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    model = TextToImageModel(
+        base=Base(name=size, folder=folder, resolution=sizes["resolution"]),
+        unet=nn.Module.to(unet, dtype, memory_format=order),
+        vae=nn.Module.to(vae, dtype, memory_format=order),
+        text_encoder=nn.Module.to(text, dtype),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77),
+        noise_schedule=DDPMScheduler(beta_schedule="scaled_linear"),
+        image_tower=ImageTower(tower, (0.5,) * 3, (0.25,) * 3, sizes["tower"]["image_size"]).to(
+            device, dtype
+        ),
+    )
+    model.__dict__["fingerprint"] = size  # nothing was read from a folder
+    source = torch.Generator().manual_seed(1)
+    encoder = WordEmbeddingEncoder(model.encoder_config())
+    offsets = {}
+    for path, (left, right) in WeightOffsets.for_unet(model.unet).factors().items():
+        offsets[path] = tuple(
+            torch.randn(factor.shape, generator=source) * 0.02 for factor in (left, right)
+        )
+    pack = PretrainedDomain(
+        name="face", descriptor="face", base_name=size, base_fingerprint=size, encoder=encoder,
+        offsets=offsets, templates=("{}", "a photo of {}"),
+        tuning=TuningRecipe(steps=15, base_learning_rate=1e-6, embedding_penalty=0.1),
+        pretraining=PretrainingRecipe(steps=1),
+    )  # fmt: skip
+    noise = torch.randint(0, 256, (sizes["resolution"], sizes["resolution"], 3), generator=source)
+    photo = PreparedImage(image=Image.fromarray(noise.byte().numpy()))
+    return World(size=size, model=model, pack=pack, photo=photo)

@@ -1,0 +1,164 @@
+"""Where the work is done and in which numbers: devices, number formats, and what memory is free.
+
+"auto" takes the fastest device there is. Frozen parts are kept in half precision where the
+hardware multiplies it, unless the base is so small that nothing is gained: in float32 a picture is
+the same to the last bit in any company. What is trained is float32 everywhere.
+
+torch is imported where it is used: a command line is checked before it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UsageError, printable
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+SMALL = 100_000_000
+"""Weights of a U-Net under which half precision gains nothing."""
+
+GB = 1 << 30
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device of that name; "auto" is the fastest that is here.
+
+    Raises:
+        UsageError: the name means nothing, or this machine has no such device.
+    """
+    import torch
+
+    if wanted == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except Exception as error:  # AssertionError, RuntimeError, AcceleratorError: by backend
+        raise UsageError(
+            f"the device {printable(wanted)!r} cannot be used on this machine",
+            hint="--device auto picks one that can",
+        ) from error
+    return device
+
+
+def choose_dtype(wanted: str, device: torch.device, folder: Path | None = None) -> torch.dtype:
+    """Return the number format of the frozen base; tuned weights are float32 in any case.
+
+    Args:
+        wanted: a key of `DTYPES`, or "auto".
+        device: where it will be.
+        folder: of the base; "auto" asks for the size of its U-Net.
+    """
+    import torch
+
+    if wanted != "auto":
+        dtype = getattr(torch, DTYPES[wanted])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if device.type == "cpu" or (folder is not None and _weights(folder / "unet") < SMALL):
+        return torch.float32
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
+
+
+def _weights(folder: Path) -> int:
+    """Estimate the weights of a part from the bytes of its files, in float16 at least."""
+    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    return min(sizes, default=0) // 2 if len(sizes) <= 2 else sum(sizes) // 4
+
+
+def budget_of(vram: str) -> int:
+    """Return the bytes that an option like "8" allows.
+
+    Raises:
+        UsageError: it is no number of gigabytes.
+    """
+    try:
+        size = float(vram)
+        if not 0.5 <= size <= 1024:
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"--vram must be auto or a number of gigabytes, not {printable(vram)!r}",
+            hint="for example --vram 8",
+        ) from None
+    return int(size * GB)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what is free on a device: a card's own memory, or the machine's."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        used = torch.mps.driver_allocated_memory()
+        return max(0, torch.mps.recommended_max_memory() - used)
+    return free_ram()
+
+
+def free_ram() -> int:
+    """Return the bytes of main memory that a program can have without swapping."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    except (OSError, ValueError):
+        pass
+    try:  # a container's own limit
+        most = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        found.append(max(0, most - used))
+    except (OSError, ValueError):
+        pass
+    if not found:
+        try:
+            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        except (ValueError, OSError, AttributeError):
+            found.append(8 * GB)  # Windows says nothing without ctypes
+    return min(found)
+
+
+def read_ahead(folder: Path) -> None:
+    """Ask the system to have a base's weights at hand, while libraries are still importing.
+
+    It is a wish, answered by the system's own reading; where there is no such call, or too little
+    memory to keep what is read, nothing happens.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    files = list(folder.glob("*/*.safetensors"))
+    if sum(path.stat().st_size for path in files) > free_ram() // 2:
+        return
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the allocator holds without use."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def limit_process(device: torch.device, vram: str) -> None:
+    """Hold this process to `--vram` gigabytes of a card, so that the option is a promise."""
+    import torch
+
+    if device.type == "cuda" and vram != "auto":
+        whole = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_of(vram) / whole), device)

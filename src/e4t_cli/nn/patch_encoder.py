@@ -1,0 +1,185 @@
+"""The encoder of e4t-diffusion: another E than the paper's, and the one public weights exist for.
+
+Departure: for the first layers of the image tower it takes patches of its last one. With x_0 the
+[CLS] vector of the picture, x_1 … every second of its patches, and v the pooled U-Net features,
+
+    u = embed(v)                                        Linear · LeakyReLU · Linear
+    E = final( LeakyReLU( mean_i  F_i · (J [x_i ; u] + j) + f_i ) )
+
+Everything between x_i, u and the last LeakyReLU is linear. Split J = [J_x J_u], and the average is
+
+    mean_i ( F_i (J_x x_i + j) + f_i )   +   (mean_i F_i) J_u · u
+
+a vector that only the picture changes (`fold`) and one matrix that nothing changes. Drawing needs
+the vector, and of the 231 M numbers on Stable Diffusion 1.x the 17 M of `settled()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .word_embedding_encoder import LARGEST_SIZE
+
+SLOPE = 0.01
+"""Of both LeakyReLUs: torch's default."""
+MOST_VECTORS = 1 << 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchEncoderConfig:
+    """Sizes of a `PatchEncoder` and of the image tower that belongs to it.
+
+    Args:
+        unet_width: pooled U-Net features, all blocks side by side.
+        hidden_width: of everything between the features and the embedding.
+        embedding_width: width of the base's token table.
+        tower_width, tower_layers, tower_heads: the vision transformer; the width is that of its
+            vectors, too.
+        tower_mlp_ratio: width of its MLPs in units of its own.
+        tower_image_size, tower_patch_size: pixels on a side of its pictures and of a patch.
+        tower_quick_gelu: whether its activation is x·sigmoid(1.702 x), as OpenAI's towers have it.
+        normalised_patches: whether patches pass the tower's last LayerNorm, as [CLS] always does.
+    """
+
+    unet_width: int
+    hidden_width: int
+    embedding_width: int
+    tower_width: int
+    tower_layers: int
+    tower_heads: int
+    tower_image_size: int
+    tower_patch_size: int
+    tower_mlp_ratio: float = 4.0
+    tower_quick_gelu: bool = False
+    normalised_patches: bool = False
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a picture: [CLS] and the patches 1, 3, 5 …"""
+        return 1 + (self.tower_image_size // self.tower_patch_size) ** 2 // 2
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers, ready for TOML or JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, sizes: Mapping[str, Any]) -> Self:
+        """Rebuild a config from `as_dict()`.
+
+        Raises:
+            TypeError, ValueError: an entry is missing, unknown, or no size.
+        """
+        config = cls(**sizes)
+        for entry in fields(config):
+            value = getattr(config, entry.name)
+            if entry.type == "bool":
+                fits = isinstance(value, bool)
+            elif entry.type == "float":
+                fits = isinstance(value, float | int) and 0 < value <= 64
+            else:
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                fits = whole and 0 < value <= LARGEST_SIZE
+            if not fits:
+                raise ValueError(f"{entry.name} of an encoder cannot be {value!r}")
+        if config.tower_width % config.tower_heads:
+            raise ValueError(f"{config.tower_heads} heads do not share a width evenly")
+        if config.vectors > MOST_VECTORS:
+            raise ValueError(f"{config.vectors} vectors of one picture are too many")
+        return config
+
+
+class PatchEncoder(nn.Module):
+    """E of e4t-diffusion, in the form it is trained in.
+
+    The linear layers of the hierarchy are held in one tensor: they are summed as one product, and
+    an optimiser has 2 tensors to walk over instead of 258.
+    """
+
+    reads_unet = True
+
+    def __init__(self, config: PatchEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        count, hidden = config.vectors, config.hidden_width
+        self.embed_unet = nn.Sequential(
+            nn.Linear(config.unet_width, hidden), nn.LeakyReLU(SLOPE), nn.Linear(hidden, hidden)
+        )
+        self.join_picture = nn.Linear(config.tower_width, hidden)  # J_x, j
+        self.join_unet = nn.Linear(hidden, hidden, bias=False)  # J_u
+        self.first_weights = nn.Parameter(torch.empty(count, hidden, hidden))  # F_i
+        self.first_biases = nn.Parameter(torch.empty(count, hidden))  # f_i
+        self.final = nn.Linear(hidden, config.embedding_width)
+        bound = hidden**-0.5  # as nn.Linear draws them
+        nn.init.uniform_(self.first_weights, -bound, bound)
+        nn.init.uniform_(self.first_biases, -bound, bound)
+
+    def forward(self, image_features: Tensor, unet_features: Tensor) -> Tensor:
+        """Return E(I_c) at this z_t, (batch, embedding_width).
+
+        Args:
+            image_features: [CLS] and patches (batch, vectors, tower_width).
+            unet_features: pooled features side by side (batch, unet_width).
+        """
+        return self.refine(self.fold(image_features), unet_features)
+
+    def fold(self, image_features: Tensor) -> Tensor:
+        """Return the picture's whole contribution to the average, (batch, hidden_width)."""
+        joined = self.join_picture(image_features)
+        # One product for each F_i, then their sum: never a second copy of all F_i.
+        terms = torch.bmm(self.first_weights, joined.permute(1, 2, 0))  # (vectors, hidden, batch)
+        return terms.mean(dim=0).T + self.first_biases.mean(dim=0)
+
+    def refine(self, folded: Tensor, unet_features: Tensor | None) -> Tensor:
+        """Return E from a folded picture and the current U-Net features."""
+        assert unet_features is not None
+        embedded = self.join_unet(self.embed_unet(unet_features))
+        average = folded + functional.linear(embedded, self.first_weights.mean(dim=0))
+        return self.final(functional.leaky_relu(average, SLOPE))
+
+    @torch.no_grad()
+    def settled(self) -> SettledPatchEncoder:
+        """Return what is left to do when nothing is trained any more, with tensors of its own."""
+        small = SettledPatchEncoder(self.config).to(self.first_weights.device)
+        matrix = self.first_weights.mean(dim=0) @ self.join_unet.weight  # (mean_i F_i) J_u
+        small.embed_unet.load_state_dict(self.embed_unet[0].state_dict())
+        small.mix.weight.copy_(matrix @ self.embed_unet[2].weight)
+        small.mix.bias.copy_(matrix @ self.embed_unet[2].bias)
+        small.final.load_state_dict(self.final.state_dict())
+        return small
+
+
+class SettledPatchEncoder(nn.Module):
+    """The part of a `PatchEncoder` that depends on z_t; the picture's part is a folded vector."""
+
+    reads_unet = True
+
+    def __init__(self, config: PatchEncoderConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_width
+        self.embed_unet = nn.Linear(config.unet_width, hidden)
+        self.mix = nn.Linear(hidden, hidden)
+        self.final = nn.Linear(hidden, config.embedding_width)
+
+    def fold(self, image_features: Tensor) -> Tensor:
+        """Refuse: a settled encoder has no layers left that look at a picture.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a settled encoder reads no pictures: fold with the one it came from")
+
+    def refine(self, folded: Tensor, unet_features: Tensor | None) -> Tensor:
+        """Return E from a folded picture and the current U-Net features."""
+        assert unet_features is not None
+        embedded = functional.leaky_relu(self.embed_unet(unet_features), SLOPE)
+        return self.final(functional.leaky_relu(folded + self.mix(embedded), SLOPE))
+
+    def settled(self) -> SettledPatchEncoder:
+        """Return itself."""
+        return self

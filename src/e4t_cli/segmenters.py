@@ -1,0 +1,140 @@
+"""Masks by words: which pixels of a picture show "a cat".
+
+CLIPSeg (Lüddecke and Ecker, 2022) through transformers. Any domain may ask for it, and so may a
+user: `--mask "words:a cat"`. Its files come from the hub once; the network stays in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .domain import PreparationTarget
+from .errors import E4TError, IntegrityError, WeightsUnavailable
+from .hub import Access, fetch_files
+from .hub.inventory import take_inventory
+from .hub.licences import Terms, accept
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+WORDS_MODEL = "CIDAS/clipseg-rd64-refined"
+FILES = ("*.json", "*.safetensors")
+KNOWN_TERMS = {
+    "jonathandinu/face-parsing": "made from SegFormer weights and CelebAMask-HQ: for research",
+}
+"""What should be known about a repository beside the licence it states."""
+LEAST_PROBABILITY = 0.4
+"""A pixel above it belongs to what the words say. CLIPSeg is rarely surer than 0.8."""
+
+
+def fetcher(access: Access) -> Callable[[str], Path]:
+    """Return what `PreparationTarget.fetch` promises: a hub repository's name in, a folder out.
+
+    A failure is remembered, so that ten thousand pictures do not wait for a dead network each.
+
+    Args:
+        access: how the hub may be used, and who is told and asked.
+    """
+    failures: dict[str, E4TError] = {}
+
+    def fetch(repository: str) -> Path:
+        if repository in failures:
+            raise failures[repository]
+        try:
+            return _provide(repository, access)
+        except E4TError as error:
+            failures[repository] = error
+            raise
+
+    return fetch
+
+
+def _provide(repository: str, access: Access) -> Path:
+    """Return the folder of a network that is here; fetch it, its licence accepted, if it is not."""
+    files = (*FILES, "merges.txt") if repository == WORDS_MODEL else FILES
+    try:
+        return fetch_files(repository, None, files, offline=True)
+    except (WeightsUnavailable, IntegrityError):
+        if access.cut_off:
+            raise
+    # No commit is pinned: the hub's "main" is resolved once, and that commit remembered.
+    inventory = take_inventory(repository, None, access)
+    licence, note = inventory.licence if inventory else "", KNOWN_TERMS.get(repository, "")
+    accept(Terms(repository=repository, licence=licence, note=note), access)
+    return fetch_files(repository, None, files, on_progress=access.on_progress, repair=True)
+
+
+def mask_by_words(image: Image, words: str, target: PreparationTarget) -> Image:
+    """Return a mask of mode L, 255 where the picture shows what the words say.
+
+    Args:
+        image: mode RGB, any size.
+        words: such as "a cat".
+        target: says where the network may come from and run.
+
+    Raises:
+        WeightsUnavailable: the network is not on this machine and cannot be fetched.
+        IntegrityError: its files do not fit.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image as PILImage
+
+    if target.fetch is None:
+        raise WeightsUnavailable(f"masks by words need {WORDS_MODEL}, which is not at hand")
+    model, tokenizer, side, mean, deviation = _load(target.fetch(WORDS_MODEL), target.device)
+    small = image.resize((side, side), PILImage.Resampling.BICUBIC)
+    pixels = np.asarray(small, dtype=np.float32) / (255 * deviation) - mean / deviation
+    batch = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32)).permute(2, 0, 1)[None]
+    tokens = tokenizer([words], return_tensors="pt", truncation=True)
+    with torch.inference_mode():
+        logits = model(
+            pixel_values=batch.to(target.device),  # (1, 3, side, side)
+            input_ids=tokens["input_ids"].to(target.device),
+            attention_mask=tokens["attention_mask"].to(target.device),
+        ).logits
+        probability = logits.reshape(1, 1, *logits.shape[-2:]).float().sigmoid()
+        probability = torch.nn.functional.interpolate(
+            probability, size=(image.height, image.width), mode="bilinear", align_corners=False
+        )
+    inside = (probability[0, 0] >= LEAST_PROBABILITY).cpu().numpy()
+    return PILImage.fromarray((inside * 255).astype(np.uint8))
+
+
+@lru_cache(maxsize=1)
+def _load(folder: Path, device: str) -> tuple[Any, Any, int, Any, Any]:
+    """Return the model, its tokenizer, and how pictures are brought before it."""
+    import numpy as np
+    import torch
+    from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = CLIPSegForImageSegmentation.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        plan = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        size = plan["size"]
+        side = int(size["height"] if isinstance(size, dict) else size)
+        mean, deviation = (np.array(plan[key], np.float32) for key in ("image_mean", "image_std"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{WORDS_MODEL} cannot be used: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    # transformers would go on with random numbers; more than it needs does not hurt.
+    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise IntegrityError(f"{WORDS_MODEL} does not fit: {wrong[0]}")
+    return model.eval().to(device), tokenizer, side, mean, deviation

@@ -1,0 +1,187 @@
+"""One step of tuning: its samples, its gradient, and what to do when that takes too much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from e4t_cli.base_model import TextToImageModel
+from e4t_cli.concept import TunedModel
+from e4t_cli.devices import free_memory
+from e4t_cli.domain import PreparedImage, TuningRecipe
+from e4t_cli.memory import Plan
+from e4t_cli.nn.losses import SMALLEST_MASK, latent_mask
+from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.prompts import training_prompts
+from e4t_cli.randomness import choose, draw
+from e4t_cli.training_loss import (
+    TrainingBatch,
+    evaluated_once,
+    half_precision,
+    multiplies_bfloat16,
+    training_loss,
+)
+
+from .optimizers import FusedAdamW, HostAdamW, make_optimizer
+from .parts import METHODS
+
+
+class Tuning:
+    """The parts in training, the picture they are trained on, and one step of them."""
+
+    def __init__(
+        self,
+        model: TextToImageModel,
+        pretrained: PretrainedDomain,
+        prepared: PreparedImage,
+        recipe: TuningRecipe,
+        seed: int,
+        image_features: Tensor | None = None,
+        autocast: bool | None = None,
+        plan: Plan | None = None,
+        consume: bool = False,
+    ) -> None:
+        self.model, self.recipe, self.seed, self.autocast = model, recipe, seed, autocast
+        self.plan = plan or Plan(micro_batch=recipe.batch_size)
+        rates = (recipe.encoder_rate, recipe.offsets_rate, recipe.unet_rate)
+        self.steps = recipe.steps if max(rates) > 0 else 0
+        self.note = ""
+        device = model.device
+        self.immediate = device.type == "cpu"
+        # What looks at the picture comes first: it may leave before the weights in training come.
+        pixels = model.pixels([prepared.image])
+        self.posterior = model.posterior(pixels)
+        if image_features is None:
+            self.image_features = pretrained.image_features(model, pixels)
+        else:
+            self.image_features = image_features[None].to(device).float()
+        self.mask = self._mask(prepared)
+        if self.plan.park:
+            model.vae.to("cpu")
+        self.parts = METHODS[recipe.method](model, pretrained, recipe, seed, consume=consume)
+        self.unet, self.encoder = self.parts.unet, self.parts.encoder
+        self.detach_features = self.parts.detach_features
+        if self.steps:
+            groups = self.parts.groups()
+            for weights, rate in groups:
+                for weight in weights:
+                    weight.requires_grad_(rate > 0)
+            self.optimizer = make_optimizer(self.plan.optimizer, groups, self._rounded())
+            self._groups = groups
+        if self.plan.checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.scale = pretrained.embedding_scale
+        self.descriptor_id = model.descriptor_id(pretrained.descriptor)
+        self.e_domain = model.word_embedding(self.descriptor_id)
+        self.tokens = model.tokenize(
+            training_prompts(tuple(pretrained.templates)), self.descriptor_id
+        )
+
+    def _mask(self, prepared: PreparedImage) -> Tensor | None:
+        if not self.recipe.mask or prepared.mask is None:
+            return None
+        whole = self.model.masks([prepared.mask])
+        if float(whole.mean()) < SMALLEST_MASK:
+            self.note = "the mask is empty: tuning on the whole picture"
+        return latent_mask(whole, self.model.latent_shape[1:])
+
+    def gradients(self, step: int, micro_batch: int | None = None) -> Tensor:
+        """Accumulate the gradient of one step; returns the means of eq. 4 and eq. 2, (2,)."""
+        self.optimizer.zero_grad()
+        total = torch.zeros(2, device=self.model.device)
+        for batch in self._batches(step, micro_batch or self.plan.micro_batch):
+            kept = not self.unet.is_gradient_checkpointing
+            with (
+                evaluated_once(self.unet),
+                half_precision(self.model.device, self.autocast, keep_casts=kept),
+            ):
+                losses = training_loss(
+                    self.model,
+                    self.unet,
+                    self.encoder,
+                    batch,
+                    e_domain=self.e_domain,
+                    scale=self.scale,
+                    detach_features=self.detach_features,
+                )
+            share = len(batch.timesteps) / self.recipe.batch_size
+            (losses.total(self.recipe.embedding_penalty) * share).backward()
+            parts = torch.stack((losses.diffusion.mean(), losses.penalty.mean()))
+            total += share * parts.detach()
+        return total
+
+    def retreat(self) -> str:
+        """Ask for less memory from now on; returns what was done, "" if nothing is left to do."""
+        plan, device = self.plan, self.model.device
+        self.optimizer.zero_grad()
+        if plan.micro_batch > 1:
+            size = (plan.micro_batch + 1) // 2
+            self.plan = plan.replace(micro_batch=size)
+            note = f"memory ran out: {size} at a time from now on, with the same gradient"
+        elif not self.unet.is_gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            self.plan = plan.replace(checkpointing=True)
+            note = "memory ran out: gradient checkpointing from now on, a third more work"
+        elif device.type != "cpu" and type(self.optimizer) is FusedAdamW:
+            before = self.optimizer
+            self.optimizer = HostAdamW(self._groups, self._rounded(), after=before)
+            self.plan = plan.replace(optimizer="host")
+            note = "memory ran out: the optimiser goes to the host's memory"
+        else:
+            return ""
+        free_memory(device)
+        return note
+
+    def _rounded(self) -> list[nn.Parameter]:
+        """Return the weights whose precision on the device is that of the products anyway."""
+        half = self.autocast
+        if half is None:
+            half = multiplies_bfloat16(self.model.device)
+        return self.parts.rounded if half else []
+
+    def _batches(self, step: int, micro_batch: int) -> Iterator[TrainingBatch]:
+        size = self.recipe.batch_size
+        for first in range(0, size, micro_batch):
+            yield self._batch(step, range(first, min(first + micro_batch, size)))
+
+    def _batch(self, step: int, positions: range) -> TrainingBatch:
+        draws = draw(
+            self.seed,
+            step,
+            positions,
+            batch_size=self.recipe.batch_size,
+            train_timesteps=self.model.train_timesteps,
+            shape=self.model.latent_shape,
+        ).to(self.model.device)
+        count = len(positions)
+        return TrainingBatch(
+            # Paper silent: one encode of the picture, a sample of its posterior for each element.
+            z_0=self.posterior.sample(draws.posterior),
+            timesteps=draws.timesteps,
+            epsilon=draws.epsilon,
+            folded=self.encoder.fold(self.image_features).expand(count, -1),
+            tokens=self.tokens[choose(draws.uniform[:, 0], len(self.tokens.ids))],
+            mask=None if self.mask is None else self.mask.expand(count, -1, -1),
+        )
+
+    @torch.no_grad()
+    def finish(self) -> TunedModel:
+        """Merge in float32, and let go of everything that was for training."""
+        if self.steps:
+            self.optimizer.release()
+        self.unet.disable_gradient_checkpointing()
+        kept = self.parts.finish()
+        if self.plan.park:
+            self.model.vae.to(self.model.device)
+        unet, encoder = self.parts.unet, self.parts.encoder
+        return TunedModel(
+            unet=unet.requires_grad_(False),
+            encoder=encoder.requires_grad_(False).settled(),
+            folded=encoder.fold(self.image_features),
+            e_domain=self.e_domain,
+            descriptor_id=self.descriptor_id,
+            scale=self.scale,
+            adapters=kept,
+        )

@@ -1,0 +1,58 @@
+"""Tiny checkpoints of e4t-diffusion for the tiny base."""
+
+import pytest
+
+from tests.foreign import checkpoints
+from tests.hub.conftest import hub  # noqa: F401
+
+
+@pytest.fixture
+def sizes(model):
+    from e4t_cli.nn.unet_features import feature_widths
+    from e4t_cli.nn.weight_offsets import projection_shapes
+
+    return {
+        "unet": sum(feature_widths(model.unet)),
+        "embedding": model.text_encoder.config.hidden_size,
+        "projections": projection_shapes(model.unet),
+    }
+
+
+@pytest.fixture
+def encoder(sizes):
+    return checkpoints.encoder_state(sizes["unet"], sizes["embedding"])
+
+
+@pytest.fixture
+def offsets(sizes):
+    return checkpoints.offsets_state(sizes["projections"])
+
+
+@pytest.fixture
+def checkpoint(tmp_path, encoder, offsets, monkeypatch):
+    """A folder with a whole checkpoint, whose tower open_clip seems to know."""
+    configs = checkpoints.write_open_clip_config(tmp_path / "model_configs")
+    monkeypatch.setattr("e4t_cli.e4t_diffusion.towers.configs_folder", lambda: configs)
+    return checkpoints.write_checkpoint(tmp_path / "theirs", encoder, offsets)
+
+
+@pytest.fixture
+def converted(checkpoint, tmp_path):
+    """The pack made of it in this process, with the reader that the other process uses."""
+    from e4t_cli.api.foreign import wish_for
+    from e4t_cli.domain import Domain, TuningRecipe
+    from e4t_cli.e4t_diffusion import read_checkpoint
+    from e4t_cli.e4t_diffusion.conversion import write_pack
+    from e4t_cli.e4t_diffusion.reading import read_tensors_of
+    from e4t_cli.pretrained import PretrainedDomain
+
+    recipe = TuningRecipe(
+        steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4, mask=True
+    )
+    sentences = ("{}", "a photo of {}")  # short: the tiny base reads 14 tokens
+    domain = Domain(name="face", descriptor="face", tuning=recipe, prompt_templates=sentences)
+    wish = wish_for(read_checkpoint(checkpoint), domain, "face", "tiny")
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    report = write_pack(wish, folder, read_tensors_of)
+    return PretrainedDomain.load(folder), report, folder

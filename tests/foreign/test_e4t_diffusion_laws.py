@@ -1,0 +1,213 @@
+"""Laws of the public encoder and offsets: what runs is what is described, computed densely."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import e4t_cli
+from e4t_cli.concept import Concept
+from e4t_cli.e4t_diffusion.conversion import expected_shapes
+from e4t_cli.e4t_diffusion.offsets import evaluate, factor, split_networks
+from e4t_cli.e4t_diffusion.towers import tower_sizes
+from e4t_cli.errors import IntegrityError, WeightsUnavailable
+from e4t_cli.generation import Sampling, sample
+from e4t_cli.nn.patch_encoder import PatchEncoderConfig
+from e4t_cli.nn.weight_offsets import WeightOffsets, projection_shapes
+from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.prompts import parse_prompt
+from e4t_cli.tuning import tune
+from tests.foreign import checkpoints
+
+
+def draw(model, tuned):
+    prompts = [parse_prompt("S* on the beach")]
+    return next(sample(model, tuned, prompts, [1], Sampling(steps=2))).tobytes()
+
+
+def pixels(batch=2, side=40):
+    return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def test_the_encoder_is_the_one_described(converted, encoder, model, sizes):
+    """Tower, pre-processing, hierarchy and every layer, against plain torch, vector by vector."""
+    pack, _, _ = converted
+    means = torch.randn(2, sizes["unet"], generator=torch.Generator().manual_seed(4))
+    expected = checkpoints.dense_encoder(encoder, pixels().double(), means.double())
+    features = pack.tower.look(pixels(), torch.float32)
+    assert features.shape == (2, checkpoints.VECTORS, checkpoints.TOWER["width"])
+    found = pack.encoder(features, means)
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    # Rounded to half precision, in which a concept keeps them.
+    rounded = pack.image_features(model, pixels())
+    torch.testing.assert_close(rounded, features, rtol=1e-3, atol=1e-3)
+    assert torch.equal(rounded, rounded.half().float())
+
+
+def test_folded_and_settled_are_exact(converted, sizes):
+    """One vector and one matrix stand for the linear layers of every patch (float64)."""
+    encoder = converted[0].encoder.double()
+    features = torch.randn(3, checkpoints.VECTORS, 32, dtype=torch.float64)
+    means = torch.randn(3, sizes["unet"], dtype=torch.float64)
+    folded = encoder.fold(features)
+    whole = encoder(features, means)
+    small = encoder.settled()
+    assert sum(w.numel() for w in small.parameters()) < sum(w.numel() for w in encoder.parameters())
+    small = small.double()
+    torch.testing.assert_close(small.refine(folded, means), whole, rtol=1e-6, atol=1e-6)
+    # What depends on the picture is the vector alone: the same matrix serves other pictures.
+    dense = []
+    for index in range(3):
+        u = encoder.embed_unet(means[index])
+        joined = [encoder.join_picture(x) + encoder.join_unet(u) for x in features[index]]
+        terms = [
+            weight @ one + bias
+            for weight, bias, one in zip(
+                encoder.first_weights, encoder.first_biases, joined, strict=True
+            )
+        ]
+        average = torch.stack(terms).mean(dim=0)
+        dense.append(encoder.final(torch.nn.functional.leaky_relu(average)))
+    torch.testing.assert_close(whole, torch.stack(dense), rtol=1e-12, atol=1e-12)
+
+
+def test_factored_offsets_are_the_dense_ones(offsets, sizes):
+    """ΔW = left (M × 3) · right (3 × N), to the last bits of float64."""
+    networks = split_networks(offsets, "weight_offsets.pt")
+    assert networks.keys() == sizes["projections"].keys()
+    for path, network in networks.items():
+        dense = checkpoints.dense_offset(offsets, path.replace(".to_", ".wo_"))
+        left, right = factor(network)
+        assert tuple(dense.shape) == sizes["projections"][path]
+        assert left.shape == (dense.shape[0], 3)
+        torch.testing.assert_close(left @ right, dense, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(evaluate(network), dense, rtol=1e-12, atol=1e-12)
+        assert torch.linalg.matrix_rank(dense) == 3
+
+
+def test_the_modulated_unet_is_the_one_described(converted, offsets, model):
+    """W = W₀ · (1 + ΔW) on every projection, from the pack's files."""
+    pack, report, _ = converted
+    unet_offsets = WeightOffsets.from_factors(pack.offsets)
+    with unet_offsets.attached_to(model.unet):
+        for path in unet_offsets.paths:
+            layer = model.unet.get_submodule(path)
+            dense = checkpoints.dense_offset(offsets, path.replace(".to_", ".wo_"))
+            original = layer.parametrizations.weight.original.double()
+            torch.testing.assert_close(
+                layer.weight.double(), original * (1 + dense), rtol=1e-5, atol=1e-6
+            )
+    assert 0 < report.offset_error < 1e-6 < report.offset_size
+    assert report.offset_parameters == sum(value.numel() for value in offsets.values())
+
+
+def test_a_pack_of_theirs_is_tuned_and_drawn(converted, model, face):
+    pack, _, _ = converted
+    pack.check_base(model)
+    plain = tune(model, pack, face, pack.tuning.replace(steps=0))
+    tuned = tune(model, pack, face)
+    assert draw(model, plain) != draw(model, tuned)
+    # The drawing half of the encoder is small, and agrees with the whole of it.
+    means = torch.randn(1, pack.encoder.config.unet_width)
+    whole = pack.encoder(pack.image_features(model, model.pixels([face.image])), means)
+    e_c = plain.embedding(means)
+    expected = plain.e_domain + pack.embedding_scale * whole
+    torch.testing.assert_close(e_c, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tower_is_checked_when_it_is_looked_through(converted, model):
+    pack, _, folder = converted
+    path = folder / "tower.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    again = PretrainedDomain.load(folder)  # drawing needs no tower
+    with pytest.raises(IntegrityError, match=r"tower\.safetensors .* is damaged"):
+        again.image_features(model, pixels())
+    path.unlink()
+    with pytest.raises(WeightsUnavailable, match="lacks tower"):
+        PretrainedDomain.load(folder)
+
+
+def test_adapters_change_their_encoder_as_merged_ones_do(converted, model, face):
+    """Hooks while tuning, merged weights while drawing: the same concept, kept or tuned again."""
+    pack, _, _ = converted
+    recipe = pack.tuning.replace(method="adapters", steps=3, base_learning_rate=1e-4)
+    tuned = tune(model, pack, face, recipe, seed=5)
+    plain = tune(model, pack, face, recipe.replace(steps=0), seed=5)
+    assert not torch.equal(tuned.folded, plain.folded)  # the picture's own layers learned, too
+    concept = Concept(
+        domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
+        pack_digest=pack.digest, prepared=face, recipe=recipe, seed=5,
+        image_features=pack.image_features(model, model.pixels([face.image]))[0],
+        weights=Concept.kept(tuned),
+    )  # fmt: skip
+    again = concept.tuned(model, pack)
+    means = torch.randn(1, pack.encoder.config.unet_width)
+    torch.testing.assert_close(again.embedding(means), tuned.embedding(means), rtol=1e-3, atol=1e-3)
+
+
+def test_a_concept_of_theirs_is_small_and_comes_back(converted, model, face, tmp_path):
+    pack, _, _ = converted
+    features = pack.image_features(model, model.pixels([face.image]))[0]
+    concept = Concept(
+        domain="face",
+        descriptor="face",
+        base_name="tiny",
+        base_fingerprint=model.fingerprint,
+        pack_digest=pack.digest,
+        prepared=face,
+        image_features=features,
+        recipe=pack.tuning,
+        seed=5,
+    )
+    concept.save(tmp_path / "me.e4t")
+    again = Concept.load(tmp_path / "me.e4t")
+    assert torch.equal(again.image_features, features)
+    picture = face.image.width * face.image.height * 4
+    assert (tmp_path / "me.e4t").stat().st_size < picture + 2 * features.numel() + 3000
+    one = tune(model, pack, face, seed=5, image_features=features)
+    other = tune(model, pack, again.prepared, seed=5, image_features=again.image_features)
+    assert draw(model, one) == draw(model, other)
+    kept = dataclasses.replace(concept, weights=Concept.kept(one))
+    kept.save(tmp_path / "kept.e4t")
+    assert draw(model, Concept.load(tmp_path / "kept.e4t").tuned(model, pack)) == draw(model, one)
+
+
+def test_full_size_counts():
+    """Stable Diffusion 1.4 and ViT-H/14 on the meta device: the published numbers of parameters."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8, in_channels=4,
+            out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+        )  # fmt: skip
+    shapes = projection_shapes(unet)
+    networks = 0
+    for rows, columns in shapes.values():
+        networks += 1 + 2 * columns + 2 * rows  # v, linear1, linear2
+        networks += columns * (columns + 1) + rows * (rows + 1)  # linear_column, linear_row
+    assert networks == 143_226_592
+    assert networks * 4 == pytest.approx(573e6, rel=1e-3)
+    factors = sum(3 * (rows + columns) for rows, columns in shapes.values())
+    assert factors * 2 < 1e6  # in float16
+    assert factors * 4 < 2e6  # in float32, as packs keep them
+    tower = tower_sizes("ViT-H-14::laion2b_s32b_b79k")
+    assert tower["tower_heads"] == 16
+    config = PatchEncoderConfig(**tower, unet_width=10_880, hidden_width=1280, embedding_width=768)
+    assert config.vectors == 129
+    numbers = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+    assert numbers == pytest.approx(862.1e6, abs=0.05e6)
+
+
+def test_no_size_of_stable_diffusion_is_written_down():
+    """They follow from configs and shapes. (768 is also the side of one base's pictures.)"""
+    for path in Path(e4t_cli.__file__).parent.rglob("*.py"):
+        code = re.sub(r'"""(.|\n)*?"""|#.*|"[^"\n]*"', "", path.read_text(encoding="utf-8"))
+        if path.name == "bases.py":
+            code = code.replace("resolution=768", "")
+        assert not re.search(r"(?<![.\d])(10_?880|768)\b", code), path

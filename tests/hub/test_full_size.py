@@ -1,0 +1,54 @@
+"""The rehearsal's files are what a Stable Diffusion repository is: shown on small ones."""
+
+import pytest
+import torch
+
+from e4t_cli.base_model import TextToImageModel
+from e4t_cli.hub import Access, towers
+from e4t_cli.hub.provision import provide_base
+from tests.hub import full_size
+from tests.hub.full_size import publish
+
+
+@pytest.fixture
+def pins():
+    """The checksum of the tower is another one in these tests, and as before after them."""
+    functions = (
+        towers.provide_tower, towers.has_tower, towers.tower_folder, towers.missing_bytes
+    )  # fmt: skip
+    before = [function.__defaults__ for function in functions]
+    yield
+    for function, defaults in zip(functions, before, strict=True):
+        function.__defaults__ = defaults
+
+
+@pytest.fixture
+def published(hub, pins, tmp_path):
+    publish(hub, tmp_path / "published", small=True)
+    return hub
+
+
+def test_sd14_by_name(published):
+    base = provide_base("sd14", Access(accept_license=True), half=True)
+    assert (base.name, base.resolution) == ("sd14", 512)
+    assert (base.folder / "safety_checker" / "model.fp16.safetensors").is_file()
+    model = TextToImageModel.load(base)
+    assert model.latent_shape == (4, 64, 64)
+    assert model.noise_schedule.config.beta_schedule == "scaled_linear"
+    pixels = torch.zeros(1, 3, 64, 64)
+    assert model.image_features(pixels).isfinite().all()
+    assert model.embed_prompts(model.tokenize(["a photo"], 3)).isfinite().all()
+    assert model.posterior(pixels).mean.isfinite().all()
+    assert published.count("GET", "*/resolve/*model.fp16.safetensors") == 4
+
+
+def test_a_command_is_rehearsed(hub, pins, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(full_size, "publish", lambda one, folder: publish(one, folder, small=True))
+    code = full_size.main(
+        [str(tmp_path), "--", "fetch", "sd14", "--accept-license", "--dtype", "fp16"]
+    )
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    assert out.strip().startswith(str(tmp_path / "caches")) and "slim copy" in err
+    assert "creativeml-openrail-m" in err
+    assert len(list((tmp_path / "caches" / "own" / "towers").glob("*/model.safetensors"))) == 1

@@ -1,0 +1,307 @@
+"""The commands around the hub, as processes and in this one: fetch, cache, doctor, personalize."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from e4t_cli.bases import PUBLISHED
+from e4t_cli.cli import app
+from e4t_cli.hub import Access, automatic
+from e4t_cli.hub.automatic import choose_automatically, likely_accelerator
+from e4t_cli.hub.places import hub_cache, own_cache
+from tests.hub.fake_hub import FakeHub, Fault
+from tests.hub.repositories import publish_stable_diffusion
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd") / "tiny"
+    with FakeHub() as hub:
+        publish_stable_diffusion(hub, folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(hub, made):
+    return hub.add("owner/tiny", made)
+
+
+@pytest.fixture
+def run(capfd, monkeypatch, tmp_path):
+    """Run a command line in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("E4T_OFFLINE", raising=False)
+
+    def run(*arguments):
+        capfd.readouterr()
+        code = app.run(arguments)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    yield run
+    os.environ.pop("E4T_OFFLINE", None)
+
+
+def test_fetch_says_where(hub, tiny, run):
+    code, out, err = run("fetch", "owner/tiny")
+    assert code == 0, err
+    folder = Path(out.strip())
+    assert folder.name == tiny and (folder / "model_index.json").is_file()
+    assert "fetching" in err and "are free there" in err and "apache-2.0" in err
+    code, out, err = run("fetch", "owner/tiny", "--json")
+    assert code == 0 and json.loads(out)["revision"] == tiny and "error" not in err
+
+
+def test_fetch_of_what_there_is_not(hub, run):
+    code, out, err = run("fetch", "owner/none")
+    assert (code, out) == (4, "") and "there is no repository owner/none" in err
+    code, out, err = run("fetch", "nothing", "--json")
+    assert code == 2 and json.loads(err.splitlines()[-1])["error"]["code"] == "usage"
+
+
+def test_fetch_repairs(hub, tiny, run):
+    run("fetch", "owner/tiny")
+    weights = next(hub_cache().rglob("snapshots/*/vae/*.safetensors")).resolve()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    code, out, _ = run("cache", "verify")
+    assert code == 5 and "owner/tiny/vae/" in out and "expected" in out
+    assert run("fetch", "owner/tiny")[0] == 0
+    code, out, err = run("cache", "verify")
+    assert (code, out) == (0, "") and "as they were fetched" in err
+
+
+def test_verify_finds_what_no_clock_shows(hub, tiny, run):
+    """A bit that turned without the file's time: only reading finds it."""
+    run("fetch", "owner/tiny")
+    weights = next(hub_cache().rglob("snapshots/*/vae/*.safetensors")).resolve()
+    about = weights.stat()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    os.utime(weights, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert run("cache", "verify")[0] == 5
+
+
+def test_cache_lists_and_removes(hub, tiny, run, monkeypatch):
+    assert run("cache", "ls", "--json")[1] == "[]\n"
+    run("fetch", "owner/tiny")
+    assert run("cache", "dir")[1].splitlines() == [str(hub_cache()), str(own_cache())]
+    (row,) = json.loads(run("cache", "ls", "--json")[1])
+    assert row["name"] == "owner/tiny" and row["revision"] == tiny and row["size"] > 10_000
+    assert "owner/tiny" in run("cache", "ls")[1]
+
+    code, out, err = run("cache", "rm", "owner/tiny")
+    assert (code, out) == (2, "") and "nothing was removed" in err and Path(row["path"]).is_dir()
+    assert run("cache", "rm", "nothing")[0] == 2
+    code, out, _ = run("cache", "rm", "owner/tiny", "-y")
+    assert code == 0 and out.strip() == row["path"]
+    assert not list(hub_cache().glob("models--owner--tiny*"))
+    assert run("cache", "ls", "--json")[1] == "[]\n"
+
+
+def test_cache_shows_what_was_derived(hub, run):
+    kept = own_cache() / "pretraining" / "abc"
+    kept.mkdir(parents=True)
+    (kept / "chunk.safetensors").write_bytes(b"x" * 7)
+    (row,) = json.loads(run("cache", "ls", "--json")[1])
+    assert (row["name"], row["size"]) == ("pretraining/abc", 7)
+    assert run("cache", "rm", row["name"], "-y")[0] == 0 and not kept.exists()
+
+
+def test_cache_leaves_other_programs_alone(hub, tiny, run):
+    theirs = hub_cache() / "models--other--model" / "blobs" / "x.incomplete"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"1")
+    os.utime(theirs, (1, 1))
+    run("fetch", "owner/tiny")
+    assert "models--other" not in run("cache", "ls")[1]
+    assert run("cache", "prune", "-y")[0] == 0 and theirs.is_file()
+
+
+def test_doctor_tells_no_secret(hub, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    code, out, err = run("doctor", "--json")
+    about = json.loads(out)
+    assert code == 0 and about["token of the hub"] is True and "hf_secret" not in out + err
+    assert about["e4t"] and about["torch"] and about["free there"] > 0
+    assert "mini" in about["bases here"] and not hub.requests
+
+
+# ── --base auto ──
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.setattr(automatic, "likely_accelerator", lambda device="auto": device != "cpu")
+
+
+def test_auto_without_an_accelerator_asks_nobody(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("somebody was asked")
+
+    monkeypatch.setattr(automatic, "likely_accelerator", lambda device: False)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(automatic, "is_here", refuse)
+    name, why = choose_automatically(Access(), confirm=refuse, has_weights=refuse)
+    assert name == "mini" and "no accelerator here" in why and "--base sd14" in why
+
+
+def test_auto_with_an_accelerator(hub, accelerator, monkeypatch):
+    yes = Access(accept_license=True)
+    assert choose_automatically(yes)[0] == "sd14"
+    assert choose_automatically(yes, device="cpu")[0] == "mini"
+    for expected, options in {
+        "cat has no weights for sd14": {"has_weights": lambda base: False, "what": "cat"},
+        "does not work with this torch": {"confirm": lambda: False},
+    }.items():
+        name, why = choose_automatically(yes, **options)
+        assert name == "mini" and expected in why
+    name, why = choose_automatically(Access())
+    assert name == "mini" and "licence" in why
+    name, why = choose_automatically(Access(offline=True, accept_license=True))
+    assert name == "mini" and "offline" in why
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    name, why = choose_automatically(yes)
+    assert name == "mini" and "the hub does not answer" in why
+
+
+def test_auto_takes_what_is_here_without_a_question(hub, accelerator, made, monkeypatch):
+    from e4t_cli.hub import towers
+    from e4t_cli.hub.provision import provide_base
+
+    monkeypatch.setattr(towers, "has_tower", lambda tower=None: True)
+    row = PUBLISHED["sd14"]
+    hub.add(row.repository, made, commit=row.revision)
+    provide_base("sd14", Access(accept_license=True))
+    shutil.rmtree(own_cache())
+    hub.faults.append(Fault("hang"))
+    assert choose_automatically(Access(offline=True))[0] == "sd14"
+    assert choose_automatically(Access())[0] == "sd14"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_hidden_cards_are_none(monkeypatch, hidden):
+    import platform
+
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert not likely_accelerator() and not likely_accelerator("cpu")
+    assert likely_accelerator("cuda:1")
+
+
+# ── the whole way ──
+
+
+def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch):
+    """From an id to a picture in one command, then offline, then from the saved concept."""
+    from PIL import Image
+
+    from e4t_cli import Domain, PretrainingRecipe, TuningRecipe, api
+    from tests.conftest import drawn_face
+
+    drawn_face(1, 96)[0].save(tmp_path / "me.png")
+    domain = Domain(
+        name="ours",
+        descriptor="face",
+        tuning=TuningRecipe(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
+        prompt_templates=("{}", "a photo of {}"),
+    )
+    from e4t_cli.registry import user_domains_folder
+
+    api.pretrain(
+        domain,
+        [drawn_face(index, 64)[0] for index in range(2)],
+        base="owner/tiny",
+        recipe=PretrainingRecipe(steps=1, batch_size=2),
+        folder=user_domains_folder() / "ours",
+        device="cpu",
+    )
+    quick = ("S* on the beach", "--steps", "2", "--seed", "3", "--device", "cpu")
+    learn = ("personalize", "ours", "me.png", *quick, "--tune-steps", "1")
+    code, out, err = run(*learn, "--base", "owner/tiny", "--save", "me.e4t")
+    assert code == 0, err
+    first = Image.open(tmp_path / out.splitlines()[0])
+
+    def refuse(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    asked = len(hub.requests)
+    for command in (
+        (*learn, "--base", "tiny", "--offline"),
+        ("generate", "me.e4t", *quick, "--offline"),
+    ):
+        code, out, err = run(*command)
+        assert code == 0, err
+        assert Image.open(tmp_path / out.splitlines()[0]).tobytes() == first.tobytes()
+    assert len(hub.requests) == asked
+
+
+def test_a_dry_run_fetches_nothing(hub, tiny, tmp_path, run):
+    from tests.conftest import drawn_face
+
+    drawn_face(1, 96)[0].save(tmp_path / "me.png")
+    code, out, err = run("personalize", "face", "me.png", "S* on the beach", "--dry-run", "--base",
+                         "sd14")  # fmt: skip
+    assert code == 0, err
+    assert "the base sd14" in out and "512×512" in out and not hub.requests
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
+@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("n", 2)])
+def test_a_terminal_is_asked(hub, tiny, tmp_path, answer, code):
+    import pty
+
+    from e4t_cli.hub import fetch_files
+
+    folder = fetch_files("owner/tiny", tiny, ["model_index.json"])
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "e4t_cli", "cache", "rm", "owner/tiny"],
+        stdin=theirs, stderr=theirs, stdout=subprocess.PIPE, env=dict(os.environ),
+    )  # fmt: skip
+    os.close(theirs)
+    os.write(ours, f"{answer}\n".encode())
+    out, _ = process.communicate(timeout=60)
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert process.returncode == code and "remove owner/tiny" in said and "[y/N]" in said
+    assert folder.is_dir() == (answer == "n") and bool(out) == (answer == "y")
+
+
+def test_an_interrupt_does_not_wait_for_gigabytes(hub, tiny, tmp_path):
+    """Ctrl-C in the middle of a file: 130, nothing half-done, and it goes on next time."""
+    import signal
+    import threading
+    import time
+
+    hub.chunk_gate = threading.Event()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "e4t_cli", "fetch", "owner/tiny"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(hub_cache().rglob("*.incomplete")) and time.monotonic() < deadline:
+        threading.Event().wait(0.02)
+    process.send_signal(signal.SIGINT)
+    threading.Event().wait(0.2)
+    hub.chunk_gate.set()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and not out, err
+    assert "goes on" in err and "Traceback" not in err
+    assert not list(hub_cache().rglob("*.incomplete"))
+
+
+def test_auto_says_one_calm_line(monkeypatch):
+    from e4t_cli.api.choices import name_base
+
+    monkeypatch.setattr(automatic, "likely_accelerator", lambda device: False)
+    events = []
+    assert name_base("auto", Access(on_progress=events.append)) == "mini"
+    assert [bool(event.remark) for event in events] == [True] and not events[0].note
+    assert name_base("sd15", Access(on_progress=events.append)) == "sd15" and len(events) == 1

@@ -1,0 +1,375 @@
+"""Bases and packs by name: what they mean, what is fetched of them, and when nobody is asked."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from e4t_cli.bases import PUBLISHED, PublishedBase, find_base
+from e4t_cli.errors import IntegrityError, ResourceError, UsageError, WeightsUnavailable
+from e4t_cli.hub import Access, provision, towers
+from e4t_cli.hub.addresses import address_of, pack_address, pack_folder
+from e4t_cli.hub.places import hub_cache, own_cache
+from e4t_cli.hub.presence import is_here, look_up_base
+from e4t_cli.hub.provision import provide_base, provide_pack
+from tests.hub.fake_hub import Fault
+from tests.hub.repositories import publish_stable_diffusion, write_files
+
+YES = Access(accept_license=True)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The files of a tiny Stable Diffusion, made once."""
+    from tests.hub.fake_hub import FakeHub
+
+    folder = tmp_path_factory.mktemp("sd") / "tiny"
+    with FakeHub() as hub:
+        publish_stable_diffusion(hub, folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(hub, made):
+    return hub.add("owner/tiny", made)
+
+
+def fetched(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_base_by_its_id_is_what_it_needs_and_no_more(hub, tiny, half):
+    base = provide_base("owner/tiny", YES, half=half)
+    assert (base.name, base.revision, base.resolution) == ("tiny", tiny, 32)
+    assert base.identity == f"owner/tiny@{tiny}" and base.tower is None
+    names = fetched(base.folder)
+    variant = ".fp16" if half else ""
+    assert {name for name in names if name.endswith(".safetensors")} == {
+        f"unet/diffusion_pytorch_model{variant}.safetensors",
+        f"vae/diffusion_pytorch_model{variant}.safetensors",
+        f"text_encoder/model{variant}.safetensors",
+        "image_tower/model.safetensors",
+    }
+    assert not [name for name in names if name.endswith((".py", ".bin", ".ckpt"))]
+    assert is_here("owner/tiny", half=half) and look_up_base("owner/tiny", half=half)[2]
+    asked = len(hub.requests)
+    hub.faults.append(Fault("hang"))
+    assert provide_base("owner/tiny", Access(), half=half) == base
+    assert provide_base("tiny", Access(), half=half).folder == base.folder, (
+        "by the name it has here"
+    )
+    assert len(hub.requests) == asked
+
+
+def test_the_same_base_in_either_precision_is_one_base(hub, tiny):
+    import torch
+
+    from e4t_cli.base_model import TextToImageModel
+
+    half = TextToImageModel.load(provide_base("owner/tiny", YES, half=True))
+    full = TextToImageModel.load(provide_base("owner/tiny", YES))
+    again = TextToImageModel.load(provide_base("owner/tiny", YES, half=True))
+    assert full.fingerprint == half.fingerprint
+    assert half.unet.dtype == torch.float32
+    weight, other = full.unet.conv_in.weight, half.unet.conv_in.weight
+    assert not torch.equal(weight, other) and torch.equal(weight.half().float(), other)
+    assert torch.equal(again.unet.conv_in.weight, other), "of two files, the one asked for"
+
+
+def test_a_base_by_its_folder_stays_as_it_was(made, hub):
+    base = provide_base(made, Access())
+    assert base.name == "tiny" and base.identity == "" and not hub.requests
+    assert provide_base("mini", Access()) == find_base("mini")
+
+
+def test_names_of_the_table_are_pinned():
+    assert set(PUBLISHED) == {"sd14", "sd15", "sd21-base", "sd21"}
+    for name, row in PUBLISHED.items():
+        address = address_of(name)
+        assert address.repository == row.repository and address.revision == row.revision
+        assert (
+            address_of(row.repository) == address == address_of(f"{row.repository}@{row.revision}")
+        )
+        assert len(row.revision) == 40 and row.licence
+
+
+@pytest.mark.parametrize(
+    "name", ["./x", "/x", "~/x", "mini", "auto", "nobody", "a/b/c", "a\\b", ""]
+)
+def test_what_does_not_mean_the_hub(hub, name):
+    assert address_of(name) is None
+
+
+def test_a_published_base_is_asked_about_once(hub, made, monkeypatch):
+    row = PublishedBase(
+        name="sd14", repository="CompVis/sd", revision="a" * 40, licence="creativeml-openrail-m",
+        resolution=32, summary="",
+    )  # fmt: skip
+    monkeypatch.setitem(PUBLISHED, "sd14", row)
+    hub.add(row.repository, made, commit=row.revision, licence="creativeml-openrail-m")
+    with pytest.raises(WeightsUnavailable, match="has not been accepted") as caught:
+        provide_base("sd14", Access())
+    assert "--accept-license" in caught.value.hint
+    assert not hub.count("GET", "*.safetensors")
+
+    questions = []
+    asking = Access(accept_license=lambda question: bool(questions.append(question) or True))
+    base = provide_base("sd14", asking)
+    assert (base.name, base.resolution, base.licence) == ("sd14", 32, "creativeml-openrail-m")
+    assert len(questions) == 1 and "creativeml-openrail-m" in questions[0]
+    shutil.rmtree(hub_cache())
+    assert provide_base("sd14", Access()).folder == base.folder, "it was accepted once"
+
+
+@pytest.mark.parametrize("licence", ["", "cc-by-nc-4.0", "openrail++"])
+def test_a_licence_that_is_unstated_or_restricts_is_asked_about(hub, made, licence):
+    hub.add("owner/tiny", made, licence=licence)
+    with pytest.raises(WeightsUnavailable, match="has not been accepted"):
+        provide_base("owner/tiny", Access(accept_license=lambda question: False))
+    assert provide_base("owner/tiny", YES)
+
+
+def test_a_free_licence_is_said_and_not_asked_about(hub, tiny):
+    remarks = []
+    access = Access(on_progress=lambda event: remarks.append(event.remark))
+    provide_base("owner/tiny", access)
+    assert any("is under apache-2.0" in remark for remark in remarks)
+
+
+def test_offline_and_not_here(hub, tiny, monkeypatch):
+    monkeypatch.setenv("E4T_OFFLINE", "1")
+    with pytest.raises(
+        WeightsUnavailable, match="not on this machine, and e4t is offline"
+    ) as caught:
+        provide_base("sd15", Access())
+    assert caught.value.hint == "with a network: e4t fetch sd15"
+    assert not hub.requests
+
+
+@pytest.fixture
+def with_checker(hub, made, tmp_path):
+    """A base with a safety checker."""
+    folder = shutil.copytree(made, tmp_path / "checked")
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text("{}")
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"checker")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    hub.add("owner/checked", folder)
+
+
+def test_the_safety_checker_comes_with_the_base(hub, with_checker):
+    base = provide_base("owner/checked", YES, safety=False)
+    assert not (base.folder / "safety_checker/model.safetensors").exists()
+    notes = []
+    telling = Access(accept_license=True, on_progress=lambda event: notes.append(event.note))
+    # On a day without a network: it goes on, and says so.
+    hub.faults.append(Fault("status", status=503))
+    assert provide_base("owner/checked", telling) == base
+    assert any("in trouble (503)" in note and "going on with" in note for note in notes)
+    assert any("safety checker of owner-checked is not here" in note for note in notes)
+    hub.faults.clear()
+    notes.clear()
+    found = provide_base("owner/checked", telling)
+    assert (found.folder / "safety_checker/model.safetensors").is_file() and not any(notes)
+
+
+def test_a_damaged_base_is_noticed_and_repaired_by_fetch(hub, tiny, tmp_path):
+    import os
+
+    base = provide_base("owner/tiny", YES)
+    blob = (base.folder / "unet/diffusion_pytorch_model.safetensors").resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    os.utime(blob, (1, 1))
+    with pytest.raises(IntegrityError, match="is damaged") as caught:
+        provide_base("owner/tiny", YES)
+    assert caught.value.hint == "fetch it again: e4t fetch owner/tiny"
+    assert provide_base("owner/tiny", YES, repair=True) == base
+    assert provide_base("owner/tiny", YES) == base
+
+
+def test_what_another_program_fetched_is_used_and_checked(hub, tiny):
+    """As an existing Stable Diffusion of the user's: nothing of it was ever remembered here."""
+    provide_base("owner/tiny", YES)
+    shutil.rmtree(own_cache())
+    assert provide_base(f"owner/tiny@{tiny}", Access(offline=True)).revision == tiny
+    weights = next(hub_cache().rglob("snapshots/*/vae/*.safetensors"))
+    weights.resolve().write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(IntegrityError, match="is damaged"):
+        provide_base(f"owner/tiny@{tiny}", Access(offline=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"in_channels": 9}, "for inpainting"),
+        ({"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
+        ({"_class_name": "SD3Transformer2DModel"}, "a SD3Transformer2DModel"),
+    ],
+)
+def test_a_model_of_another_kind_costs_no_gigabytes(hub, made, tmp_path, change, said):
+    folder = shutil.copytree(made, tmp_path / "other")
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    hub.add("owner/other", folder)
+    with pytest.raises(IntegrityError, match=said):
+        provide_base("owner/other", YES)
+    assert not hub.count("GET", "*.safetensors")
+    with pytest.raises(IntegrityError, match=said):
+        provide_base(folder, Access())
+
+
+def test_pickles_are_not_fetched(hub, made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "other")
+    for path in folder.glob("unet/*.safetensors"):
+        path.unlink()
+    hub.add("owner/other", folder)
+    with pytest.raises(
+        IntegrityError, match="no safetensors for its unet, and pickles are refused"
+    ):
+        provide_base("owner/other", YES)
+
+
+def test_shards_are_fetched_with_their_index(hub, made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "other")
+    whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    from e4t_cli.hub.layout import is_complete, weight_files
+
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    parts = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for part in parts:
+        shutil.copy(whole, folder / "unet" / part)
+    whole.unlink()
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": parts[0], "b": parts[1]}}))
+    names = fetched(folder)
+    found = weight_files(names, "unet", half=True)
+    assert found[0].endswith(".index.json") and set(found[1:]) == {f"unet/{part}" for part in parts}
+    assert is_complete(folder, half=False, safety=False)
+    (folder / "unet" / parts[1]).unlink()
+    assert not is_complete(folder, half=False, safety=False)
+
+
+# ── the image tower ──
+
+
+@pytest.fixture
+def small_tower(hub, made, tmp_path, monkeypatch):
+    """A published CLIP with both towers, small."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    eye = load_file(made / "image_tower" / "model.safetensors")
+    both = {f"visual.{key}": value for key, value in eye.items()}
+    both["transformer.weight"] = torch.ones(3)
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    save_file(both, folder / "open_clip_model.safetensors")
+    commit = hub.add("laion/small", folder, licence="mit")
+    config = json.loads((made / "image_tower" / "open_clip_config.json").read_text())
+    file = hub.repositories["laion/small"]["main"].files["open_clip_model.safetensors"]
+    tower = towers.PublishedTower(
+        name="small", repository="laion/small", revision=commit, licence="mit",
+        file="open_clip_model.safetensors", sha256=file.sha256, size=file.size, config=config,
+    )  # fmt: skip
+    monkeypatch.setattr(towers.provide_tower, "__defaults__", (tower,))
+    for function in (towers.has_tower, towers.tower_folder, towers.missing_bytes):
+        monkeypatch.setattr(function, "__defaults__", (tower,))
+    return tower
+
+
+def test_the_tower_is_kept_slim(hub, made, small_tower, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    from e4t_cli.base_model import TextToImageModel
+
+    folder = shutil.copytree(made, tmp_path / "plain")
+    shutil.rmtree(folder / "image_tower")
+    hub.add("owner/plain", folder)
+    base = provide_base("owner/plain", YES)
+    assert base.tower == own_cache() / "towers" / "small"
+    kept = load_file(base.tower / "model.safetensors")
+    eye = load_file(made / "image_tower" / "model.safetensors")
+    assert kept.keys() == eye.keys()
+    assert all(torch.equal(kept[key], eye[key].half()) for key in eye)
+    model = TextToImageModel.load(base)
+    pixels = torch.zeros(1, 3, 32, 32)
+    assert model.image_features(pixels).isfinite().all()
+    # The published file can go; the slim copy is enough.
+    shutil.rmtree(hub_cache() / "models--laion--small")
+    asked = len(hub.requests)
+    assert provide_base("owner/plain", Access()) == base and len(hub.requests) == asked
+    # A folder of the user's without a tower takes the same one.
+    assert provide_base(folder, Access()).tower == base.tower
+
+
+def test_another_file_in_place_of_the_tower_is_refused(hub, small_tower, monkeypatch):
+    from dataclasses import replace
+
+    other = replace(small_tower, sha256="0" * 64)
+    with pytest.raises(IntegrityError, match="is not the file that e4t knows"):
+        towers.provide_tower(YES, other)
+    assert not towers.has_tower()
+
+
+def test_the_published_tower_is_the_pinned_one():
+    tower = towers.VIT_H_14
+    assert tower.sha256 == "0084e75319a50ad85ef45377bad5bc38f2f58824459eb690048d51c9f8863be5"
+    assert tower.size == 3_944_517_836
+    import open_clip
+
+    vision = open_clip.get_model_config("ViT-H-14")
+    assert tower.config["model_cfg"]["embed_dim"] == vision["embed_dim"]
+    assert tower.config["model_cfg"]["vision_cfg"] == vision["vision_cfg"]
+    assert tuple(tower.config["preprocess_cfg"]["mean"]) == open_clip.OPENAI_DATASET_MEAN
+    assert tuple(tower.config["preprocess_cfg"]["std"]) == open_clip.OPENAI_DATASET_STD
+
+
+def test_room_for_the_tower_is_counted_before_the_base_is_fetched(hub, made, tmp_path, monkeypatch):
+    folder = shutil.copytree(made, tmp_path / "plain")
+    shutil.rmtree(folder / "image_tower")
+    hub.add("owner/plain", folder)
+    monkeypatch.setattr(provision, "free_bytes", lambda _: 1_000_000_000)
+    with pytest.raises(ResourceError, match="3.9 GB for laion"):
+        provide_base("owner/plain", YES)
+    assert not hub.count("GET", "*.safetensors")
+
+
+# ── packs ──
+
+
+def test_a_pack_of_the_hub(hub, tmp_path):
+    folder = write_files(
+        tmp_path / "pack", domain_toml=b"schema = 1", encoder_safetensors=b"x" * 9, run_py=b"1"
+    )
+    commit = hub.add("owner/pack", folder, licence="")
+    location = f"hub:owner/pack@{commit}"
+    assert pack_folder(location) is None
+    with pytest.raises(WeightsUnavailable, match="has not been accepted"):
+        provide_pack(location, Access())
+    found = provide_pack(location, YES)
+    assert fetched(found) == {"domain.toml", "encoder.safetensors"}
+    assert pack_folder(location) == found == provide_pack(location, Access(offline=True))
+
+
+@pytest.mark.parametrize(
+    "location", ["hub:owner/pack@main", "hub:owner/pack", "hub:../x@" + "a" * 40]
+)
+def test_a_pack_needs_a_commit(location):
+    with pytest.raises(IntegrityError, match="no address of a pack"):
+        pack_address(location)
+    assert pack_folder(location) is None
+
+
+def test_a_folder_of_that_name_comes_first(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "tiny").mkdir(parents=True)
+    assert address_of("owner/tiny") is None
+    with pytest.raises(UsageError, match="there is no folder"):
+        find_base("a/b/c")

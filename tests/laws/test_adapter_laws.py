@@ -1,0 +1,241 @@
+"""Laws of `--tune adapters`: changes that are nothing at first, and merge to what they were."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional
+
+from e4t_cli.concept import Concept
+from e4t_cli.errors import IntegrityError
+from e4t_cli.generation import Sampling, sample
+from e4t_cli.nn.branching import attention_layers, branch, linear_layers, merge_adapters
+from e4t_cli.nn.low_rank import LowRank, LowRankAdapters
+from e4t_cli.prompts import parse_prompt
+from e4t_cli.tuning import tune
+from e4t_cli.tuning.step import Tuning
+
+
+@pytest.fixture
+def recipe(pack):
+    return pack.tuning.replace(method="adapters", adapter_rank=2)
+
+
+def loud(adapters, seed=0):
+    """Give fresh adapters something to say."""
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in adapters.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=source) * 0.1)
+    return adapters
+
+
+def fresh(layers, gains=()):
+    return LowRankAdapters.for_layers(layers, 2, gains=gains, source=torch.Generator())
+
+
+def run(unet):
+    with torch.no_grad():
+        source = torch.Generator().manual_seed(1)
+        z_t, text = torch.randn(2, 4, 8, 8, generator=source), torch.randn(2, 5, 24)
+        return unet(z_t, 7, text.fill_(0.5)).sample
+
+
+def test_a_fresh_adapter_changes_nothing(model):
+    before = run(model.unet)
+    adapters = fresh(attention_layers(model.unet), gains=attention_layers(model.unet))
+    with adapters.attached_to(model.unet):
+        assert torch.equal(run(model.unet), before)
+    with loud(adapters).attached_to(model.unet):
+        assert not torch.allclose(run(model.unet), before)
+    assert torch.equal(run(model.unet), before)
+
+
+def test_merged_is_attached(model):
+    """In float64, so that nothing but the formula is compared."""
+    unet = copy.deepcopy(model.unet).double()
+    adapters = loud(fresh(attention_layers(unet), gains=set(attention_layers(unet)))).double()
+    source = torch.Generator().manual_seed(1)
+    z_t = torch.randn(2, 4, 8, 8, generator=source).double()
+    text = torch.randn(2, 5, 24, generator=source).double()
+    with torch.no_grad():
+        with adapters.attached_to(unet):
+            attached = unet(z_t, 7, text).sample
+        for path, adapter in zip(adapters.paths, adapters.adapters, strict=True):
+            weight = unet.get_submodule(path).weight
+            dense = weight * (1 + adapter.row_gains[:, None]) + adapter.up @ adapter.down
+            weight.copy_(dense * (1 + adapter.column_gains))
+        merged = unet(z_t, 7, text).sample
+    torch.testing.assert_close(attached, merged, rtol=1e-10, atol=1e-10)
+
+
+def test_the_layer_with_a_bias_by_hand():
+    layer = torch.nn.Linear(3, 4)
+    adapters = loud(LowRankAdapters({"0": LowRank(4, 3, 2, gains=True, source=torch.Generator())}))
+    adapter, x = adapters.adapters[0], torch.randn(5, 3)
+    with adapters.attached_to(torch.nn.Sequential(layer)):
+        found = layer(x)
+    expected = functional.linear(x, adapter.merged(layer.weight), layer.bias)
+    torch.testing.assert_close(found, expected)
+
+
+def test_gains_have_the_gradient_of_the_dense_weight():
+    """The rows and columns of 1 + ΔW learn without a gradient of W, and learn the same."""
+    weight, x = torch.randn(4, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    layer = torch.nn.Linear(3, 4, bias=False, dtype=torch.float64)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    adapters = LowRankAdapters({"0": LowRank(4, 3, 2, gains=True, source=torch.Generator())})
+    loud(adapters).double()
+    adapter = adapters.adapters[0]
+    with adapters.attached_to(torch.nn.Sequential(layer)):
+        cheap = torch.autograd.grad(layer(x).square().sum(), list(adapter.parameters()))
+    rows, columns = adapter.row_gains[:, None], adapter.column_gains
+    dense = (weight * (1 + rows) + adapter.up @ adapter.down) * (1 + columns)
+    full = torch.autograd.grad((x @ dense.T).square().sum(), list(adapter.parameters()))
+    for one, other in zip(cheap, full, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_branch_shares_what_it_does_not_change(model, pack):
+    twin = branch(model.unet, pack.offsets)
+    own = {f"{path}.weight" for path in attention_layers(model.unet)}
+    for name, weight in twin.named_parameters():
+        base = model.unet.get_parameter(name)
+        assert (weight.data_ptr() == base.data_ptr()) == (name not in own)
+    path = min(pack.offsets)
+    left, right = pack.offsets[path]
+    expected = model.unet.get_submodule(path).weight * (1 + left @ right)
+    assert torch.equal(twin.get_submodule(path).weight, expected)
+
+
+def test_only_adapters_are_trained_and_the_base_is_not_touched(model, pack, face, recipe):
+    run = Tuning(model, pack, face, recipe, 0)
+    base = {weight.data_ptr() for weight in model.unet.parameters()}
+    assert not base & {weight.data_ptr() for weight in run.optimizer.weights}
+    exact = sum(weight.numel() for weight in model.unet.parameters())
+    assert sum(weight.numel() for weight in run.optimizer.weights) < exact / 10
+    run.gradients(0)
+    assert all(weight.grad is None for weight in run.unet.parameters())
+    assert all(weight.grad is not None for weight in run.optimizer.weights)
+
+
+def test_the_loss_falls_and_every_group_moves(model, pack, face, recipe):
+    losses = []
+    tuned = tune(
+        model, pack, face, recipe.replace(steps=15, base_learning_rate=5e-5),
+        on_progress=lambda event: losses.append(event.values["loss"]),
+    )  # fmt: skip
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    moved = {key.rpartition(".")[2] for key, value in tuned.adapters.items() if value.abs().max()}
+    assert moved == {"up", "down", "row_gains", "column_gains"}
+    assert {key.partition(".")[0] for key in tuned.adapters} == {"unet", "encoder"}
+
+
+@pytest.mark.parametrize(
+    ("group", "still"),
+    [("encoder", "encoder."), ("offsets", "_gains"), ("unet", "unet.")],
+)
+def test_a_rate_of_zero_freezes_its_group(model, pack, face, recipe, group, still):
+    tuned = tune(model, pack, face, recipe.replace(**{f"{group}_rate": 0.0}))
+    ups = {
+        key: bool(value.abs().max())
+        for key, value in tuned.adapters.items()
+        if not key.endswith("down")
+    }
+    frozen = [key for key in ups if still in key and (group != "unet" or "gains" not in key)]
+    assert frozen and not any(ups[key] for key in frozen)
+    assert any(ups.values())
+
+
+def test_without_steps_both_methods_are_one(model, pack, face, recipe):
+    one = tune(model, pack, face, recipe.replace(steps=0))
+    other = tune(model, pack, face, pack.tuning.replace(steps=0))
+    for key, value in other.unet.state_dict().items():
+        torch.testing.assert_close(one.unet.state_dict()[key], value)
+    torch.testing.assert_close(one.folded, other.folded)
+
+
+def test_micro_batches_and_checkpointing_change_nothing(model, pack, face, recipe):
+    def gradients(micro_batch, checkpointing=False):
+        run = Tuning(model, pack, face, recipe, 0, None, False)
+        loud(run.parts.adapters["unet"])
+        if checkpointing:
+            run.unet.enable_gradient_checkpointing()
+        run.gradients(0, micro_batch)
+        return torch.cat([weight.grad.flatten() for weight in run.optimizer.weights])
+
+    whole = gradients(4)
+    for found in (gradients(1), gradients(4, True)):
+        assert (found - whole).norm() / whole.norm() < 1e-5
+
+
+def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, recipe, tmp_path):
+    tuned = tune(model, pack, face, recipe, seed=5)
+    concept = Concept(
+        domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
+        pack_digest="", prepared=face, recipe=recipe, seed=5, weights=Concept.kept(tuned),
+        image_features=model.image_features(model.pixels([face.image]))[0],
+    )  # fmt: skip
+    concept.save(tmp_path / "me.e4t")
+    again = Concept.load(tmp_path / "me.e4t")
+    drawn = [
+        next(sample(model, one, [parse_prompt("S* on the beach")], [1], Sampling(steps=2)))
+        for one in (tuned, again.tuned(model, pack))
+    ]
+    assert drawn[0].tobytes() == drawn[1].tobytes()
+    exact = sum(value.nbytes for value in Concept.kept(tune(model, pack, face)).values())
+    assert (tmp_path / "me.e4t").stat().st_size < exact / 20
+    assert all(value.dtype == torch.float16 for value in again.weights.values())
+    for change in (
+        {"adapters.unet.nowhere.up": torch.ones(2, 2)},
+        {"adapters.x.y.up": torch.ones(1)},
+    ):
+        wrong = dataclasses.replace(again, weights={**again.weights, **change})
+        with pytest.raises(IntegrityError, match="do not fit"):
+            wrong.tuned(model, pack)
+
+
+def test_a_half_precision_base_is_merged_in_float32(base_folder, pack, face, recipe):
+    from e4t_cli.base_model import TextToImageModel
+
+    half = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
+    tuned = tune(half, pack, face, recipe, autocast=True)
+    assert tuned.unet.dtype == torch.bfloat16
+    path = max(pack.offsets)
+    left, right = pack.offsets[path]
+    weight = half.unet.get_submodule(path).weight.float() * (1 + left @ right)
+    prefix = f"unet.{path}."
+    own = {k[len(prefix) :]: v for k, v in tuned.adapters.items() if k.startswith(prefix)}
+    adapter = LowRankAdapters.from_tensors({f"x.{k}": v for k, v in own.items()}).adapters[0]
+    expected = adapter.merged(weight).bfloat16()
+    assert torch.equal(tuned.unet.get_submodule(path).weight, expected)
+
+
+def test_a_delta_that_bfloat16_would_lose_survives_the_merge(model):
+    """Trap: fifteen steps move a weight by less than one spacing of bfloat16 numbers."""
+    layers = attention_layers(model.unet)
+    path = min(layers)
+    weight = layers[path].weight
+    adapter = LowRank(*weight.shape, 2, gains=True, source=torch.Generator())
+    with torch.no_grad():
+        adapter.up.copy_(torch.randn_like(adapter.up) * 1e-4)
+    delta = adapter.up @ adapter.down
+    in_float32 = adapter.merged(weight) - weight
+    rounded_first = (weight.bfloat16() + delta.bfloat16()).float() - weight.bfloat16().float()
+    error = {
+        name: ((found - delta).norm() / delta.norm()).item()
+        for name, found in (("float32", in_float32), ("bfloat16", rounded_first))
+    }
+    assert error["float32"] < 1e-2 < 0.2 < error["bfloat16"]
+
+
+def test_encoders_without_layers_have_nothing_to_adapt(model, pack, face, recipe):
+    from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
+
+    plain = dataclasses.replace(pack, encoder=FixedEmbedding(torch.zeros(24)), offsets={})
+    tuned = tune(model, plain, face, recipe)
+    assert not linear_layers(plain.encoder)
+    assert all(key.startswith("unet.") and "gains" not in key for key in tuned.adapters)
+    with pytest.raises(ValueError, match="has no adapters"):
+        merge_adapters(model.unet, {}, plain.encoder, {"vae.x.up": torch.ones(1, 1)})

@@ -1,0 +1,106 @@
+"""Laws of the safety checker: on where the base has one, and what it flags is not written (T8)."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from e4t_cli import safety
+from e4t_cli.errors import IntegrityError
+from e4t_cli.metadata import read_metadata
+from e4t_cli.safety import SafetyChecker
+
+
+@pytest.fixture(scope="module")
+def checked_base(base_folder, tmp_path_factory):
+    """The tiny base with a tiny checker beside it."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    folder = tmp_path_factory.mktemp("checked") / "tiny"
+    shutil.copytree(base_folder, folder)
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 32,
+        "num_attention_heads": 2, "patch_size": 16, "projection_dim": 8,
+    }  # fmt: skip
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(vision_config=vision, text_config={"hidden_size": 8}, projection_dim=8)
+    )
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(2.0)  # nothing is that similar: all is well
+        checker.special_care_embeds_weights.fill_(2.0)
+    checker.save_pretrained(folder / "safety_checker")
+    (folder / "feature_extractor").mkdir()
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(
+        json.dumps({"crop_size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3})
+    )
+    return folder
+
+
+def test_the_checker_says_what_diffusers_checker_says(checked_base):
+    checker = SafetyChecker.of_base(checked_base, torch.device("cpu"), torch.float32)
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "white")]
+    assert checker.size == 32
+    assert checker.flags(pictures) == [False, False]
+    checker.checker.concept_embeds_weights.fill_(-2.0)
+    assert checker.flags(pictures) == [True, True]
+
+
+def test_a_base_without_one_is_not_checked(base_folder):
+    assert SafetyChecker.of_base(base_folder, torch.device("cpu"), torch.float32) is None
+
+
+def test_a_damaged_checker_is_not_passed_over(checked_base, tmp_path):
+    shutil.copytree(checked_base / "safety_checker", tmp_path / "safety_checker")
+    (tmp_path / "safety_checker" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(IntegrityError):
+        SafetyChecker.of_base(tmp_path, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """A checker that flags every second picture."""
+    seen = []
+
+    def flags(self, images):
+        seen.extend(images)
+        return [len(seen) % 2 == 1 for _ in images]
+
+    monkeypatch.setattr(safety.SafetyChecker, "flags", flags)
+    return seen
+
+
+def test_T8_a_flagged_picture_is_not_written_and_the_command_says_so(
+    checked_base, pack, one_of_two, tmp_path, capsys, monkeypatch
+):
+    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    own = dataclasses.replace(
+        pack, base_fingerprint=TextToImageModel.load(checked_base).fingerprint,
+        tuning=pack.tuning.replace(steps=1, batch_size=2),
+    )  # fmt: skip
+    own.save(tmp_path / "face")
+    Image.new("RGB", (64, 64), "orange").save("me.png")
+    command = [
+        "personalize", str(tmp_path / "face"), "me.png", "S* on the beach", "-n", "2",
+        "--base", str(checked_base), "--steps", "2", "--seed", "1", "--mask", "none",
+    ]  # fmt: skip
+    code = app.run([*command, "--json", "-o", "one"])
+    captured = capsys.readouterr()
+    assert code == 8, captured.err
+    told = [json.loads(line) for line in captured.out.splitlines()]
+    assert [one["type"] for one in told] == ["image", "withheld"]
+    assert told[1]["seed"] == 1 and told[0]["seed"] == 2
+    assert json.loads(captured.err.splitlines()[-1])["error"]["code"] == "partial"
+    (written,) = (tmp_path / "one").glob("*.png")
+    assert read_metadata(written.read_bytes()).ai_generated
+    seen = len(one_of_two)
+    assert app.run([*command, "--no-safety-checker", "-o", "two"]) == 0
+    assert len(list((tmp_path / "two").glob("*.png"))) == 2
+    assert len(one_of_two) == seen

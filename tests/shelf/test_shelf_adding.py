@@ -1,0 +1,260 @@
+"""`add_domain`: whole and checked, or not at all (reliability rows F1, F2, F8, F9, D9)."""
+
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from e4t_cli import find_domain, installed_domains
+from e4t_cli.errors import InputError, IntegrityError, ResourceError, UsageError
+from e4t_cli.registry import user_domains_folder
+from e4t_cli.shelf import add_domain, weights_state
+from tests.shelf.conftest import FILES, card, write_pack, write_zip
+
+
+def shelf():
+    """What is in the user's folder: names, hidden ones too."""
+    folder = user_domains_folder()
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def test_a_folder_is_added(folder):
+    added = add_domain(folder)
+    assert added.folder == user_domains_folder() / "my_dogs"
+    assert added.card.limits == "dogs only"
+    dogs = find_domain("my_dogs")
+    assert dogs == added.domain
+    state = weights_state(dogs, "toy")
+    assert (state.state, state.size) == ("ready", sum(map(len, FILES.values())))
+    assert shelf() == ["my_dogs"]
+
+
+@pytest.mark.parametrize("prefix", ["", "my dogs (1)/"])
+def test_a_zip_is_added(folder, tmp_path, prefix):
+    add_domain(write_zip(tmp_path / "dogs.zip", folder, prefix))
+    for name, data in FILES.items():
+        assert (user_domains_folder() / "my_dogs" / name).read_bytes() == data
+    assert shelf() == ["my_dogs"]
+
+
+def test_only_what_the_card_lists_comes_along(folder):
+    (folder / "run.py").write_text("print('no')")
+    (folder / "weights.pkl").write_bytes(b"\x80\x04.")
+    added = add_domain(folder)
+    assert {path.name for path in added.folder.iterdir()} == {"domain.toml", *FILES}
+
+
+def test_the_bytes_that_are_kept_are_those_that_were_checked(folder):
+    """D11: the folder changes under our hands; what is kept agrees with its card or is not kept."""
+    path = folder / "encoder.safetensors"
+
+    def change(progress):
+        if progress.done < progress.total:
+            (folder / "offsets.safetensors").write_bytes(FILES["offsets.safetensors"][:-1] + b"!")
+
+    with pytest.raises(IntegrityError, match=r"offsets\.safetensors .* is damaged: its SHA-256 is"):
+        add_domain(folder, on_progress=change)
+    assert path.is_file()
+    assert shelf() == []
+
+
+def test_what_is_there_stays(folder, tmp_path):
+    add_domain(folder)
+    other = write_pack(tmp_path / "other", images=7)
+    with pytest.raises(UsageError, match="already") as caught:
+        add_domain(other)
+    assert caught.value.hint == "e4t domains rm my_dogs removes it"
+    assert "images = 1234" in (user_domains_folder() / "my_dogs" / "domain.toml").read_text()
+    assert shelf() == ["my_dogs"]
+
+
+def test_of_two_at_once_one_wins(folder):
+    def attempt(_):
+        try:
+            return str(add_domain(folder).folder)
+        except UsageError as error:
+            return error.message
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(attempt, range(4)))
+    assert sum("already" in result for result in results) == 3
+    assert shelf() == ["my_dogs"]
+    find_domain("my_dogs")
+
+
+def test_the_name_of_an_installed_domain_serves_it(tmp_path):
+    """A pack for `cat` on a base of the user's own is weights for the installed domain."""
+    add_domain(write_pack(tmp_path / "x", name="cat"))
+    cat = find_domain("cat")
+    assert cat.descriptor == "cat" and "toy" not in cat.weights
+    assert weights_state(cat, "toy").state == "ready"
+
+
+# ── what is refused ──
+
+
+def refused(source, kind, says):
+    before = shelf()
+    with pytest.raises(kind, match=says):
+        add_domain(source)
+    assert shelf() == before
+    assert [row.name for row in installed_domains() if row.package == "user"] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("nowhere", "no folder or zip nowhere"),
+        ("some.zip", r"no folder or zip some\.zip"),
+        ("someone/dogs", "needs a revision"),
+        ("", "neither a folder"),
+        ("a\0b", "neither a folder"),
+        ("https://example.org/x.zip", "no folder or zip"),
+    ],
+)
+def test_what_is_not_there(source, says):
+    refused(source, UsageError, says)
+
+
+def test_a_folder_without_a_card(tmp_path):
+    refused(tmp_path, UsageError, r"no domain\.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda path: path.unlink(), "has no file encoder"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, its card says"),
+        (lambda path: path.write_bytes(b"x" * path.stat().st_size), "SHA-256"),
+        (lambda path: (path.unlink(), path.mkdir()), "not a plain file|bytes"),
+    ],
+    ids=["gone", "short", "other", "folder"],
+)
+def test_files_that_are_not_as_the_card_says(folder, change, says):
+    change(folder / "encoder.safetensors")
+    refused(folder, IntegrityError, says)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_F9_a_pipe_is_not_waited_for(folder):
+    path = folder / "encoder.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    refused(folder, IntegrityError, "not a plain file")
+
+
+def test_F9_links_may_not_lead_out(folder, tmp_path):
+    path = folder / "encoder.safetensors"
+    path.rename(tmp_path / "secret")
+    path.symlink_to(tmp_path / "secret")
+    refused(folder, IntegrityError, "link to another place")
+    path.unlink()
+    path.symlink_to(path)
+    refused(folder, IntegrityError, "no file")
+
+
+def test_a_link_inside_is_a_file(folder):
+    path = folder / "encoder.safetensors"
+    path.rename(folder / "blob")
+    path.symlink_to("blob")
+    assert not (add_domain(folder).folder / path.name).is_symlink()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/x.safetensors", "C:x.safetensors", "a\\\\b.safetensors", "~.safetensors",
+     "a\\u0000.safetensors", ".x.safetensors", "con.safetensors", "x.pt", "x.bin", "x.pkl", "x.py",
+     "x", "x.safetensors.exe", "ünïcode.safetensors", "x/y.safetensors"],
+)  # fmt: skip
+def test_F9_F1_file_names(folder, name):
+    text = card().replace("encoder.safetensors", name)
+    (folder / "domain.toml").write_text(text)
+    refused(folder, IntegrityError, "cannot be used: files|cannot be used: .*safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "/evil", "C:evil", "a b", "", "con", ".", "..", "~", "Dogs", "a" * 65, "é"]
+)
+def test_F9_domain_names(folder, name):
+    (folder / "domain.toml").write_text(card(name=name))
+    refused(folder, IntegrityError, "cannot be used: name")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (card().replace("schema = 1", "schema = 2"), "newer e4t"),
+        (card().replace("schema = 1\n", ""), "schema"),
+        (card(trust="me"), "trust"),
+        (card(images="many"), "images"),
+        (card(files={}), "lists no files"),
+        (card() + "[sizes2]\n", "sizes2"),
+        ("not toml at all", "not TOML"),
+    ],
+)
+def test_F8_cards(folder, text, says):
+    (folder / "domain.toml").write_text(text)
+    refused(folder, IntegrityError, says)
+
+
+def test_F8_a_card_of_100_MB_is_not_read(folder):
+    with (folder / "domain.toml").open("wb") as file:
+        file.truncate(100_000_000)
+    started = time.process_time()
+    refused(folder, IntegrityError, "larger than a manifest can be")
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("content", [b"\x80\x04}.", b"<html>", b"", b"\xff" * 7 + b"\x7f{}"])
+def test_F2_other_files_under_the_right_name(tmp_path, content):
+    files = {**FILES, "encoder.safetensors": content}
+    refused(write_pack(tmp_path / "odd", files), IntegrityError, "not a usable safetensors file")
+
+
+def test_a_json_that_is_none(tmp_path):
+    files = {**FILES, "config.json": b"[" * 100_000}
+    refused(write_pack(tmp_path / "odd", files), IntegrityError, "is not JSON")
+
+
+def test_D9_no_room(folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    refused(folder, ResourceError, "bytes on disk, 10 are free")
+
+
+def test_D9_the_disk_fills_up(folder, monkeypatch):
+    import errno
+
+    def full(path, data, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("e4t_cli.shelf.verifying.write_atomically", full)
+    refused(folder, ResourceError, "disk is full")
+
+
+def test_a_shelf_that_cannot_be_written_to(folder, monkeypatch):
+    def closed(self, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", closed)
+    refused(folder, UsageError, "cannot be used: Permission denied")
+
+
+def test_a_text_file_is_no_zip(tmp_path):
+    (tmp_path / "dogs.zip").write_text("hello")
+    refused(tmp_path / "dogs.zip", InputError, "is not a zip")
+
+
+def test_leftovers_of_a_crash_go_and_running_ones_stay(folder):
+    root = user_domains_folder()
+    for name in (".adding-old", ".adding-new", ".removing-old"):
+        (root / name / "pack").mkdir(parents=True)
+        (root / name / "pack" / "domain.toml").touch()
+    for name in (".adding-old", ".removing-old"):
+        os.utime(root / name, (0, 0))
+    assert [row.name for row in installed_domains() if row.package == "user"] == []
+    add_domain(folder)
+    assert shelf() == [".adding-new", "my_dogs"]

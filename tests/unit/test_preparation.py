@@ -1,0 +1,154 @@
+"""A photo, a domain and a wish about the mask: what counts in tuning, and what the user hears."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from e4t_cli import Domain, Frame, PreparationTarget, PreparedImage, TuningRecipe, preparation
+from e4t_cli.errors import UsageError, WeightsUnavailable
+from e4t_cli.images import OpenedImage, center_square
+from e4t_cli.preparation import MaskChoice, prepare_photo
+
+TARGET = PreparationTarget(size=64, base="mini")
+AUTO = MaskChoice(kind="auto")
+
+
+def domain(prepare=None, mask_words=""):
+    recipe = TuningRecipe(steps=1, base_learning_rate=1e-6, embedding_penalty=0, mask=True)
+    return Domain(
+        name="dog", descriptor="dog", tuning=recipe, prepare=prepare, mask_words=mask_words
+    )
+
+
+def photo(size=(200, 120), alpha=None):
+    """A dark photo with a white disc right of the middle, and the mask of that disc."""
+    picture, mask = Image.new("RGB", size, (10, 20, 30)), Image.new("L", size)
+    for sheet in (picture, mask):
+        ImageDraw.Draw(sheet).ellipse((110, 30, 170, 90), fill="white")
+    return OpenedImage(picture, ("a note of the file",), "", mask if alpha else None), mask
+
+
+def turned(image, target):
+    """A preparation that looks around a place of its own, turned."""
+    frame = Frame.around(image.size, (135.0, 65.0), 90.0, 20.0)
+    picture = frame.apply(image, target.size)
+    mask = None if target.mask is None else Image.new("L", picture.size, 255)
+    return PreparedImage(image=picture, mask=mask, frame=frame, remarks=("1 dog",))
+
+
+def off(prepared):
+    """Part of the pixels at which the mask does not say what the picture shows."""
+    white = np.asarray(prepared.image.convert("L")) > 128
+    return ((np.asarray(prepared.mask) > 128) != white).mean()
+
+
+@pytest.mark.parametrize("prepare", [None, turned])
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_mask_of_ones_own_is_cut_as_the_photo_is(prepare, scale):
+    opened, mask = photo()
+    mask = mask.resize((200 * scale, 120 * scale))
+    choice = MaskChoice(kind="own", picture=mask)
+    prepared = prepare_photo(domain(prepare), opened, choice, TARGET, masked=True)
+    assert off(prepared) < 0.02
+    assert 0.05 < np.asarray(prepared.mask).mean() / 255 < 0.6
+    assert prepared.notes == ("a note of the file",)
+    assert bool(prepared.remarks) == (prepare is not None)
+
+
+def test_transparency_is_the_mask_and_is_said():
+    opened, _ = photo(alpha=True)
+    prepared = prepare_photo(domain(turned), opened, AUTO, TARGET, masked=False)
+    assert off(prepared) < 0.02
+    assert "transparent" in prepared.remarks[-1]
+    for kind in ("none", "own"):
+        choice = MaskChoice(kind=kind, picture=Image.new("L", (200, 120), 255))
+        other = prepare_photo(domain(turned), opened, choice, TARGET, masked=True)
+        assert not any("transparent" in remark for remark in other.remarks)
+        assert (other.mask is None) == (kind == "none")
+
+
+@pytest.mark.parametrize("value", [0, 2])
+def test_I12_a_black_mask_falls_back_to_the_whole_picture(value):
+    choice = MaskChoice(kind="own", picture=Image.new("L", (200, 120), value))
+    prepared = prepare_photo(domain(), photo()[0], choice, TARGET, masked=True)
+    assert prepared.mask is None
+    assert "less than 1 %" in prepared.notes[-1] and "whole picture" in prepared.notes[-1]
+
+
+def test_I12_a_mask_beside_the_crop_falls_back_too():
+    mask = Image.new("L", (200, 120))
+    mask.paste(255, (0, 0, 30, 120))
+    choice = MaskChoice(kind="own", picture=mask)
+    assert prepare_photo(domain(), photo()[0], choice, TARGET, masked=True).mask is None
+
+
+def test_a_preparation_that_does_not_say_what_it_cut():
+    def silent(image, target):
+        return PreparedImage(image=image.crop((0, 0, 64, 64)))
+
+    opened, mask = photo()
+    choice = MaskChoice(kind="own", picture=mask)
+    prepared = prepare_photo(domain(silent), opened, choice, TARGET, masked=True)
+    assert prepared.image.tobytes() == center_square(opened.image, 64).tobytes()
+    assert off(prepared) < 0.02
+    assert "centred square" in prepared.notes[-1]
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What is looked for by words, and an answer."""
+    asked = []
+
+    def mask_by_words(image, words, target):
+        asked.append((words, target.base, image.size))
+        if words == "gone":
+            raise WeightsUnavailable("it is not here")
+        return Image.new("L", image.size, 0 if words == "nothing" else 255)
+
+    monkeypatch.setattr(preparation, "mask_by_words", mask_by_words)
+    return asked
+
+
+def test_words(found):
+    opened, _ = photo()
+    choice = MaskChoice(kind="words", words="a red cup")
+    prepared = prepare_photo(domain(turned, "a dog"), opened, choice, TARGET, masked=False)
+    assert found == [("a red cup", "mini", (64, 64))]
+    assert prepared.mask.getextrema() == (255, 255)
+    assert "'a red cup'" in prepared.remarks[-1]
+    own = MaskChoice(kind="words")
+    prepare_photo(domain(None, "a dog"), opened, own, TARGET, masked=False)
+    assert found[-1][0] == "a dog"
+    with pytest.raises(UsageError, match="no words for its mask"):
+        prepare_photo(domain(), opened, own, TARGET, masked=True)
+    with pytest.raises(WeightsUnavailable):
+        prepare_photo(domain(None, "gone"), opened, own, TARGET, masked=True)
+    nothing = prepare_photo(domain(None, "nothing"), opened, own, TARGET, masked=True)
+    assert nothing.mask is None and "less than 1 %" in nothing.notes[-1]
+
+
+def test_the_domains_words_where_a_mask_is_wanted_and_there_is_none(found):
+    opened, _ = photo()
+    assert prepare_photo(domain(None, "a dog"), opened, AUTO, TARGET, masked=True).mask is not None
+    assert prepare_photo(domain(None, "a dog"), opened, AUTO, TARGET, masked=False).mask is None
+    assert len(found) == 1
+    without = prepare_photo(domain(None, "gone"), opened, AUTO, TARGET, masked=True)
+    assert without.mask is None
+    assert without.notes[-1].endswith("it is not here")
+    prepare_photo(domain(turned, "a dog"), opened, AUTO, TARGET, masked=True)
+    assert len(found) == 2  # the domain had one of its own
+
+
+def test_contract_of_the_new_fields():
+    with pytest.raises(ValueError, match="1 is the leftmost"):
+        PreparationTarget(size=64, base="mini", which="middle")
+    square = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match="frame must be a Frame"):
+        PreparedImage(image=square, frame=(0, 0))
+    with pytest.raises(ValueError, match="remarks must be a tuple"):
+        PreparedImage(image=square, remarks="one")
+    with pytest.raises(ValueError, match="mask_words"):
+        domain(mask_words=3)
+    assert PreparationTarget(size=64, base="mini", fetch=Path) == TARGET

@@ -1,0 +1,300 @@
+"""Where a domain's pictures come from, without any model (rows R5 to R7 and I9 of the faults)."""
+
+import io
+import os
+
+import pytest
+from PIL import Image, ImageFilter
+
+from e4t_cli.domain import Domain, PreparationTarget, PreparedImage, TuningRecipe
+from e4t_cli.errors import InputError, UsageError
+from e4t_cli.sources import Item, Preparation, find_source, hold_out
+from e4t_cli.sources.folder import Folder
+from e4t_cli.sources.lookalikes import SIGNATURE, Lookalikes, signature
+from tests.conftest import drawn_face
+
+RECIPE = TuningRecipe(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+DOGS = Domain(name="dogs", descriptor="dog", tuning=RECIPE)
+TARGET = PreparationTarget(size=32, base="tiny", mask=None)
+
+
+def png(index=0, size=64):
+    buffer = io.BytesIO()
+    drawn_face(index, size)[0].save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def names(source):
+    return [item.name for item in source]
+
+
+# ── a folder (R6) ──
+
+
+def test_R6_a_folder_is_read_in_order_without_what_is_hidden(tmp_path):
+    for name in ("b.png", "a/2.png", "a/1.png", ".hidden.png", ".cache/x.png", "a/1.txt", "a/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    source = find_source(tmp_path)
+    assert names(source) == ["a/1.png", "a/2.png", "a/x", "b.png"]
+    assert source[1].picture == tmp_path / "a" / "2.png"
+    assert source.beside == 3  # the caption, the FIFO and the dangling link
+
+
+def test_R6_links_to_folders_are_followed_and_loops_are_none(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.png").touch()
+    data = tmp_path / "data"
+    (data / "a").mkdir(parents=True)
+    (data / "a" / "loop").symlink_to(data)
+    (data / "b").symlink_to(tmp_path / "elsewhere")
+    (data / "c").symlink_to(data / "b")
+    (data / "2.png").touch()
+    assert names(find_source(data)) == ["2.png", "b/1.png"]
+
+
+def test_R6_empty_and_unreadable_folders(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no picture"):
+        find_source(tmp_path)
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "1.png").touch()
+    scan = os.scandir
+
+    def refuse(path):
+        if refused in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    refused = "shut"
+    source = find_source(tmp_path)
+    assert names(source) == ["1.png"]
+    assert source.notes == ["1 folder could not be read, as shut/"]
+    refused = str(tmp_path)
+    with pytest.raises(InputError, match="cannot be read: Permission denied"):
+        find_source(tmp_path)
+
+
+class Entry:
+    """What os.scandir yields, of a file that nobody made."""
+
+    def __init__(self, name):
+        self.name, self.path = name, name
+
+    def is_dir(self):
+        return False
+
+    def is_file(self):
+        return True
+
+
+def test_R6_a_million_files_are_listed_once_and_not_opened(tmp_path, monkeypatch):
+    asked = []
+
+    class Million:
+        def __enter__(self):
+            asked.append(1)
+            return (Entry(f"{number}.png") for number in range(1_000_000))
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(os, "scandir", lambda path: Million())
+    source = Folder(tmp_path)
+    items = iter(source)
+    assert next(items).name == "0.png" and next(items).name == "1.png"
+    assert len(source) == 1_000_000
+    assert source.fingerprint == source.fingerprint
+    assert source[999_999].name == "999999.png"
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("nowhere", "there is no folder nowhere"),
+        ("me.png", "me.png is one file"),
+        ("nul\0byte", "cannot be the name of a folder"),
+        ("https://example.org/dogs", "neither shards nor a dataset"),
+        ("\x1b[31m", "there is no folder \\\\x1b"),
+    ],
+)
+def test_what_is_no_source(tmp_path, monkeypatch, data, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me.png").write_bytes(png())
+    with pytest.raises(UsageError, match=words):
+        find_source(data)
+
+
+# ── single pictures ──
+
+
+def test_content_has_the_same_digest_wherever_it_is(tmp_path):
+    data = png()
+    (tmp_path / "a.png").write_bytes(data)
+    (tmp_path / "b.png").write_bytes(data)
+    found = {
+        Item(name="x", picture=picture).digest()
+        for picture in (tmp_path / "a.png", str(tmp_path / "b.png"), data, io.BytesIO(data))
+    }
+    assert len(found) == 1
+    picture = Image.open(io.BytesIO(data))
+    assert Item(name="x", picture=picture).digest() == Item(name="y", picture=picture).digest()
+    turned = picture.copy()
+    turned.getexif()[0x0112] = 6
+    assert Item(name="x", picture=turned).digest() != Item(name="x", picture=picture).digest()
+    masked = PreparedImage(image=drawn_face()[0], mask=drawn_face()[1])
+    plain = PreparedImage(image=drawn_face()[0])
+    assert Item(name="x", picture=masked).digest() != Item(name="x", picture=plain).digest()
+
+
+def test_a_stamp_changes_with_the_file(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(0))
+    before = Item(name="a", picture=path).stamp()
+    assert before == Item(name="b", picture=str(path)).stamp()
+    changed = bytearray(png(0))
+    changed[-1] ^= 1
+    path.write_bytes(changed)
+    os.utime(path, ns=(0, int(before.split("\0")[2])))  # as if nothing had happened
+    assert Item(name="a", picture=path).stamp() != before
+    assert Item(name="a", picture=tmp_path / "gone").stamp() is None
+    assert Item(name="a", picture=png()).stamp() is None
+
+
+def test_what_cannot_be_read_is_a_sentence(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for picture, words in (
+        (tmp_path / "gone.png", "No such file"),
+        (tmp_path / "fifo", "not a plain file"),
+        (tmp_path, "cannot be read"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Item(name="x", picture=picture).digest()
+
+
+# ── preparing them (R5) ──
+
+
+def test_R5_bad_pictures_are_counted_and_named(tmp_path):
+    bad = [b"", b"no picture", png()[:200]]
+    preparation = Preparation(DOGS, TARGET, log=tmp_path / "work" / "left-out.tsv")
+    items = [Item(name=f"{i}.png", picture=one) for i, one in enumerate([png(), *bad, png(1)])]
+    found = list(preparation.prepare_all(items))
+    assert [isinstance(one, PreparedImage) for one in found] == [True, False, False, False, True]
+    assert list(preparation.left_out) == ["1.png", "2.png", "3.png"]
+    preparation.write_log()
+    lines = (tmp_path / "work" / "left-out.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["1.png", "2.png", "3.png"]
+    assert "empty" in lines[0] and "not a picture" in lines[1] and "damaged" in lines[2]
+    (note,) = preparation.notes(100)
+    assert "3 pictures were left out; the first: 1.png" in note and "left-out.tsv" in note
+
+
+def test_R5_strict_stops_at_the_first():
+    preparation = Preparation(DOGS, TARGET, strict=True)
+    with pytest.raises(InputError, match=r"2\.png: .* not a picture") as caught:
+        list(preparation.prepare_all([Item(name="2.png", picture=b"no picture")]))
+    assert caught.value.exit_code == 3
+    assert "without --strict" in caught.value.hint
+
+
+def test_few_pictures_are_warned_about():
+    preparation = Preparation(DOGS, TARGET)
+    assert "99 pictures are few" in preparation.notes(99)[0]
+    assert preparation.notes(100) == preparation.notes(None) == []
+
+
+def test_masks_are_there_if_wanted_and_only_then():
+    image, mask = drawn_face()
+    items = [
+        Item(name="a", picture=PreparedImage(image=image, mask=mask)),
+        Item(name="b", picture=PreparedImage(image=image)),
+    ]
+    wanted = PreparationTarget(size=32, base="tiny")
+    own, white = Preparation(DOGS, wanted).prepare_all(items)
+    assert own.mask == mask
+    assert white.mask.getextrema() == (255, 255)
+    assert [one.mask for one in Preparation(DOGS, TARGET).prepare_all(items)] == [None, None]
+
+
+def prepared_otherwise(image, target):
+    return PreparedImage(image=image.resize((target.size, target.size)))
+
+
+def test_the_key_tells_preparations_apart(monkeypatch):
+    import importlib.util
+    from dataclasses import replace
+
+    from e4t_cli.sources import preparation
+
+    own = replace(DOGS, prepare=prepared_otherwise)
+    keys = [
+        Preparation(DOGS, TARGET).key,
+        Preparation(DOGS, replace(TARGET, size=64)).key,
+        Preparation(DOGS, replace(TARGET, mask="auto")).key,
+        Preparation(own, TARGET).key,
+    ]
+    assert len(set(keys)) == 4
+    assert Preparation(own, TARGET).key == Preparation(own, TARGET).key
+    assert Preparation(replace(DOGS, name="cats"), TARGET).key == keys[0]
+    installed = importlib.util.find_spec("pi_heif") is not None
+    monkeypatch.setattr(preparation, "find_spec", lambda name: None if installed else name)
+    assert Preparation(DOGS, TARGET).key != keys[0]  # HEIC files are good or bad from now on
+
+
+# ── duplicates (R7) ──
+
+
+def compressed(image, quality, size):
+    buffer = io.BytesIO()
+    image.resize((size, size)).save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).resize((32, 32))
+
+
+def test_R7_duplicates_and_near_duplicates_are_found():
+    import hashlib
+
+    seen = Lookalikes()
+    faces = [drawn_face(index, 128)[0] for index in range(6)]
+    for index, face in enumerate(faces):
+        seen.add(f"{index}", hashlib.sha256(face.tobytes()).digest(), signature(face))
+    assert seen.notes() == []
+    seen.add("again", hashlib.sha256(faces[2].tobytes()).digest(), signature(faces[2]))
+    assert seen.notes() == ["1 picture is there twice, as again and 2"]
+    for index in (1, 4):
+        other = compressed(faces[index], 60, 96)
+        seen.add(f"{index}.jpg", hashlib.sha256(other.tobytes()).digest(), signature(other))
+    assert seen.notes()[1] == "2 pictures look almost like another one, as 1.jpg and 1"
+    assert (seen.same, seen.near) == (1, 2)
+
+
+def test_R7_one_outline_in_other_colours_is_another_picture():
+    face = drawn_face(0, 128)[0]
+    seen = Lookalikes()
+    seen.add("a", b"a" * 32, signature(face))
+    seen.add("b", b"b" * 32, signature(Image.merge("RGB", face.split()[::-1])))
+    seen.add("c", b"c" * 32, signature(face.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
+    seen.add("d", b"d" * 32, signature(Image.effect_noise((128, 128), 60).convert("RGB")))
+    assert seen.notes() == []
+    seen.add("e", b"e" * 32, signature(face.filter(ImageFilter.GaussianBlur(0.7))))
+    assert seen.near == 1
+    assert len(signature(face)) == SIGNATURE
+
+
+# ── holding some out ──
+
+
+def test_held_out_pictures_are_the_same_ones_and_not_trained_on():
+    pictures = [png(index) for index in range(45)]
+    rest, held_out = hold_out(find_source(pictures), Preparation(DOGS, TARGET))
+    again, _ = hold_out(find_source(pictures), Preparation(DOGS, TARGET))
+    assert len(held_out) == 4
+    assert len(rest) == 41
+    kept = [f"picture {i}" for i in range(45) if i not in (0, 11, 22, 33)]
+    assert names(rest) == names(again) == kept
+    assert rest.fingerprint == again.fingerprint != find_source(pictures).fingerprint
+    few, none = hold_out(find_source(pictures[:9]), Preparation(DOGS, TARGET))
+    assert len(few) == 9 and none == []
