@@ -119,17 +119,21 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-def readme_commands(*first: str):
-    if not (ROOT / "README.md").is_file():
-        return []
-    found = [words for _, words in command_lines(ROOT / "README.md") if words[0] in first]
+def readme_commands(section: str, *first: str):
+    """The distinct command lines of one section of the README that begin so."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = text.count("\n", 0, text.index(f"## {section}\n")) + 1
+    after = text.find("\n## ", text.index(f"## {section}\n"))
+    end = text.count("\n", 0, after) + 1
+    lines = command_lines(ROOT / "README.md")
+    found = [words for line, words in lines if start < line < end and words[0] in first]
     return list(dict.fromkeys(map(tuple, found)))
 
 
 @needs_weights
 def test_the_readmes_daily_lines_run(checkout, capfd, monkeypatch):
     """The README's own lines, in order, with fewer steps: what one saves, the next one reads."""
-    daily = readme_commands("personalize", "generate", "domains", "info")
+    daily = readme_commands("Daily use", "personalize", "generate", "domains", "info")
     assert daily, "README.md shows no command"
     for words in daily:
         arguments = list(words)
@@ -149,6 +153,25 @@ def test_the_readmes_daily_lines_run(checkout, capfd, monkeypatch):
         assert code == 0, f"e4t {shlex.join(arguments)}\n{err}"
         if arguments[0] in ("personalize", "generate"):
             assert out.splitlines() and all(Path(path).is_file() for path in out.splitlines())
+
+
+@needs_weights
+def test_the_readmes_second_story_runs(checkout, capfd):
+    """A folder of dogs becomes a domain that knows a dog, in fewer steps than the reader takes."""
+    shorter = {
+        "pretrain": ["--steps", "2", "--batch", "2", "-q"],
+        "personalize": ["--steps", "2", "--tune-steps", "1", "-q"],
+    }
+    story = readme_commands("A domain of your own", *shorter)
+    assert [words[0] for words in story] == ["pretrain", "personalize"]
+    for number in range(4, 200):  # four pictures tell as much as two hundred
+        (checkout / "examples" / "dogs" / f"dog-{number:03d}.png").unlink()
+    for words in story:
+        capfd.readouterr()
+        code = app.run([*words, *shorter[words[0]]])
+        out, err = capfd.readouterr()
+        assert code == 0, f"e4t {shlex.join(words)}\n{err}"
+        assert all(Path(path).exists() for path in out.splitlines()) and out
 
 
 PYTHON = ROOT / "docs" / "python.md"
