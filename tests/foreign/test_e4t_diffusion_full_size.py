@@ -4,54 +4,14 @@ python -m pytest -m slow tests/foreign/test_e4t_diffusion_full_size.py -s
 """
 
 import pytest
-import torch
 
 from e4t_cli.api.foreign import import_checkpoint
-from e4t_cli.e4t_diffusion.conversion import expected_shapes
-from e4t_cli.e4t_diffusion.towers import tower_sizes
-from e4t_cli.nn.patch_encoder import PatchEncoderConfig
-from e4t_cli.nn.weight_offsets import projection_shapes
-from tests.foreign import checkpoints
-
-
-def numbers(*shape):
-    return torch.empty(shape).uniform_(-1, 1) * max(shape[-1:], default=1) ** -0.5
-
-
-def network(rows, columns):
-    """The tensors of one offset at the size and scale of torch's own first weights."""
-    tensors = {"v": torch.ones(1)}
-    for name, reads, writes in (
-        ("linear1", 1, columns), ("linear2", 1, rows),
-        ("linear_column", columns, columns), ("linear_row", rows, rows),
-    ):  # fmt: skip
-        tensors[f"{name}.weight"] = numbers(writes, reads)
-        tensors[f"{name}.bias"] = torch.empty(writes).uniform_(-1, 1) * reads**-0.5
-    return tensors
+from tests.foreign.full_size import write_full_size
 
 
 @pytest.mark.slow
 def test_the_published_size(tmp_path):
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=768, attention_head_dim=8, in_channels=4,
-            out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
-        )  # fmt: skip
-    offsets = {
-        f"{path.replace('.to_', '.wo_')}.{key}": value
-        for path, shape in projection_shapes(unet).items()
-        for key, value in network(*shape).items()
-    }
-    tower = "ViT-H-14::laion2b_s32b_b79k"
-    sizes = {"unet_width": 10_880, "hidden_width": 1280, "embedding_width": 768}
-    config = PatchEncoderConfig(**tower_sizes(tower), **sizes)
-    encoder = {key: numbers(*shape) for key, shape in expected_shapes(config).items()}
-    settings = checkpoints.config(clip_model_name_or_path=tower)
-    folder = checkpoints.write_checkpoint(tmp_path / "theirs", encoder, offsets, settings)
-    del encoder, offsets
+    folder = write_full_size(tmp_path / "theirs")
     assert (folder / "weight_offsets.pt").stat().st_size == pytest.approx(573e6, rel=0.001)
     assert (folder / "encoder.pt").stat().st_size == pytest.approx(3.45e9, rel=0.001)
     made = import_checkpoint(folder, name="people")

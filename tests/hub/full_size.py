@@ -1,10 +1,11 @@
 """A rehearsal at full size: Stable Diffusion 1.4 with random weights on the fake hub.
 
-    python -m tests.hub.full_size FOLDER [--publish OWNER/NAME=FOLDER]... -- personalize face …
+    python -m tests.hub.full_size FOLDER [--faces] -- personalize face examples/me.png … --base sd14
 
 makes the files of `sd14` and its image tower in FOLDER/published (4 GB, once), serves them at the
-pinned commits, and runs the command with caches in FOLDER/caches. The architectures are exact and
-the numbers are noise, so what comes out is a picture of noise; everything on the way is real.
+pinned commits, and runs the command with caches in FOLDER/caches. With --faces a checkpoint like
+the public face weights (another 4 GB) is made and served too. The architectures are exact and the
+numbers are noise, so what comes out is a picture of noise; everything on the way is real.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from tests.hub.fake_hub import FakeHub
 
+FACES = "mkshing/e4t-diffusion-ffhq-celebahq-v1"
 _BLOCK = 1 << 22  # numbers at a time
 
 
@@ -181,8 +183,13 @@ def main(arguments: list[str]) -> int:
     with FakeHub() as hub:
         os.environ.update(hub.environment(root / "caches"))
         publish(hub, root / "published")
-        for name, _, where in (one.partition("=") for one in more if one != "--publish"):
-            hub.add(name, Path(where), licence="")
+        if "--faces" in more:
+            checkpoint = root / "published" / "faces"
+            if not (checkpoint / "config.json").is_file():
+                from tests.foreign.full_size import write_full_size
+
+                write_full_size(checkpoint)
+            hub.add(FACES, checkpoint, licence="")
         from e4t_cli.cli.app import run
 
         return run(arguments[split + 1 :])
