@@ -30,6 +30,13 @@ def _one_thread_and_own_home(tmp_path_factory, monkeypatch):
     home = tmp_path_factory.mktemp("home")
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(home))
+    # `--offline` tells the whole process, which here has other tests to run.
+    before = dict(os.environ)
+    yield
+    for name in ("E4T_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.pop(name, None)
+        if name in before:
+            os.environ[name] = before[name]
 
 
 def write_tokenizer(folder: Path) -> int:
