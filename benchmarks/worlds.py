@@ -16,11 +16,12 @@ from torch import nn
 
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.bases import Base
-from e4t_cli.domain import PreparedImage, PretrainingRecipe, TuningRecipe
+from e4t_cli.domain import PreparedImage
 from e4t_cli.nn.image_tower import ImageTower
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 
 SIZES: dict[str, dict[str, Any]] = {
     "sd14": {

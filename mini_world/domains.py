@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from e4t_cli.domain import PreparedImage, PretrainingRecipe, TuningRecipe
+from e4t_cli.domain import PreparedImage
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.pretraining import EncodedImages, PretrainingStep, encode_images, pretrain_domain
 from e4t_cli.prompts import training_templates
+from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from e4t_cli.registry import find_domain
 from mini_world.data import Drawings
 from mini_world.world import SUBJECT_LABELS
@@ -68,7 +69,7 @@ def encode_drawings(model, drawings: Drawings, path: Path, *, masks: bool) -> En
     if path.exists():
         return EncodedImages.load(path)
     images = prepared_images(drawings, masks)
-    data = encode_images(model, images, batch_size=64, total=len(drawings), autocast=True)
+    data = encode_images(model, images, batch_size=64, total=len(drawings), autocast=None)
     path.parent.mkdir(parents=True, exist_ok=True)
     data.save(path)
     return data
@@ -98,7 +99,7 @@ def train_domain(model, folder: Path, name: str, data: EncodedImages, plan: Plan
         templates=training_templates(domain),
         licence="Apache-2.0",
         notes="drawn by mini_world; trained by make mini",
-        autocast=True,
+        autocast=None,
         checkpoints=folder / f"domain-{name}",
         checkpoint_every=250,
         on_progress=report,

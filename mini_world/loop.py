@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from e4t_cli.training_loss import half_precision
+
 
 def pick_device() -> torch.device:
     """CUDA where there is one, else the CPU."""
@@ -44,7 +46,7 @@ def train(
     groups: Iterable[dict] | None = None,
     save_every_seconds: float = 90.0,
 ) -> dict[str, nn.Module]:
-    """Train `modules` for `steps` steps of AdamW under a cosine schedule, in bf16 autocast.
+    """Train `modules` for `steps` steps of AdamW under a cosine schedule, in bf16 where the device multiplies it.
 
     `loss_of_step(step, generator)` gives the parts of the loss, their sum is minimised; all its randomness must come
     from the generator, which is seeded by `seed`, step and process. `average`: the decay of an exponential moving average that is
@@ -99,7 +101,7 @@ def train(
             group["lr"] = rate * factor
         # On the CPU the fused attention kernels are slow backwards: plain matrix products train the tower 1.5x faster.
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
-            with torch.autocast(device.type, torch.bfloat16):
+            with half_precision(device, None):
                 parts = loss_of_step(step, generator)
             sum(parts.values()).backward()  # type: ignore[union-attr]
         if ranks > 1:

@@ -12,9 +12,9 @@ import argparse
 import time
 
 from e4t_cli.concept import Concept
-from e4t_cli.domain import TuningRecipe
 from e4t_cli.generation import Sampling
 from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.recipes import TuningRecipe
 from e4t_cli.tuning import tune
 from mini_world.evaluate import held_out_photos, run_method
 from mini_world.stages import PACKS, load_judge, load_model

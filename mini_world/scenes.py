@@ -119,13 +119,16 @@ def render_medium(picture: Image.Image, medium: str, chooser: random.Random) -> 
         paper = 244 - numpy.clip((soft - grey) * 2.2, -24, 150) - (255 - grey) * 0.22
         return Image.fromarray(numpy.clip(paper, 0, 255).astype(numpy.uint8)).convert("RGB")
     if medium == "pixel":
-        small = picture.resize((21, 21), Image.Resampling.BOX).point(lambda v: (v // 32) * 32 + 16)
-        return small.resize((63, 63), Image.Resampling.NEAREST).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+        # As wide as a latent is, so that the autoencoder can hold them.
+        small = picture.resize((16, 16), Image.Resampling.BOX).point(lambda v: (v // 32) * 32 + 16)
+        return small.resize((SIZE, SIZE), Image.Resampling.NEAREST)
     if medium == "oil":
         brushed = picture.filter(ImageFilter.ModeFilter(3))
         pixels = numpy.asarray(brushed, dtype=numpy.float32)
         rows, columns = numpy.mgrid[0:SIZE, 0:SIZE]
-        strokes = numpy.sin((columns + rows * 0.6) * 1.6 + chooser.uniform(0, 6)) * 13
+        # Broad and wavy: strokes finer than two latents are lost on the way through the autoencoder.
+        bend = numpy.sin(rows * 0.2 + chooser.uniform(0, 6)) * 2
+        strokes = numpy.sin(columns * 0.55 + rows * 0.45 + bend) * 22
         pixels = (pixels - 128) * 1.12 + 132 + strokes[..., None]
         return Image.fromarray(numpy.clip(pixels, 0, 255).astype(numpy.uint8))
     return picture

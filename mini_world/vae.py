@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from e4t_cli.training_loss import half_precision
 from mini_world.data import Drawings
 from mini_world.loop import pick_device, train
 
@@ -94,7 +95,7 @@ def encode_all(vae: AutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:
     device = next(vae.parameters()).device
     parts = []
     for start in range(0, len(images), batch):
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device, None):
             posterior = vae.encode(to_pixels(images[start : start + batch]).to(device)).latent_dist
         parts.append(torch.cat([posterior.mean, posterior.logvar], 1).half().cpu())
     return torch.cat(parts).contiguous()

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy
 import torch
 
-from e4t_cli.domain import TuningRecipe
 from e4t_cli.generation import Sampling
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.pretraining import PretrainingStep
 from e4t_cli.prompts import training_prompts
 from e4t_cli.randomness import choose, draw
+from e4t_cli.recipes import TuningRecipe
 from e4t_cli.training_loss import TrainingBatch, training_loss
 from mini_world.data import Drawings
 from mini_world.domains import encode_drawings

@@ -198,10 +198,10 @@ def face():
 @pytest.fixture
 def pack(model):
     """A pre-trained domain with random weights, loud enough to be heard in every result."""
-    from e4t_cli.domain import PretrainingRecipe, TuningRecipe
     from e4t_cli.nn.weight_offsets import WeightOffsets
     from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
     from e4t_cli.pretrained import PretrainedDomain
+    from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 
     source = torch.Generator().manual_seed(1)
     encoder = WordEmbeddingEncoder(model.encoder_config())

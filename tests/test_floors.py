@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "e4t_cli"
 DOMAINS = ROOT / "domains" / "e4t_domains"
 
 FLOORS = [
-    {"errors", "framing", "progress", "stopping"},  # the contract: standard library only
+    {"errors", "framing", "progress", "recipes", "stopping"},  # the contract: standard library only
     {"domain", "decoding"},
     {
         "files",

@@ -21,7 +21,7 @@ from e4t_cli import (
     WeightsUnavailable,
 )
 from e4t_domains.face_alignment import settle, style_of
-from e4t_domains.face_parsing import find_parser
+from e4t_domains.face_parsing import PUBLIC, find_parser
 from e4t_domains.face_search import LEAST_SURE, Search, choose
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ face = Domain(
         "sd14": "e4t-diffusion:mkshing/e4t-diffusion-ffhq-celebahq-v1",
     },
     prepare=prepare,
+    networks=(PUBLIC,),
     prompt_templates=(
         *SUBJECT_TEMPLATES,
         "a portrait of {}",

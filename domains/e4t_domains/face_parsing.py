@@ -123,29 +123,12 @@ def load_parser(folder: Path, device: str = "cpu") -> Parser:
         IntegrityError: its weights do not fit, or it names no part of a head.
     """
     import numpy as np
-    import torch
     from transformers import SegformerForSemanticSegmentation
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, report = SegformerForSemanticSegmentation.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"the face parser in {folder.name} cannot be read: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    # transformers would go on with random numbers; more than it needs does not hurt.
-    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
-    if wrong:
-        raise IntegrityError(f"the face parser in {folder.name} does not fit: {wrong[0]}")
+    from e4t_cli import load_segmenter
+
+    what = f"the face parser in {folder.name}"
+    model = load_segmenter(SegformerForSemanticSegmentation, folder, what)
     names = {int(index): name.removesuffix(".png") for index, name in model.config.id2label.items()}
     if not HEAD.intersection(names.values()):
         raise IntegrityError(f"the face parser in {folder.name} names no part of a head")

@@ -18,13 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import generate, personalize, pretrain, rehearse
     from .concept import Concept
-    from .domain import (
-        Domain,
-        PreparationTarget,
-        PreparedImage,
-        PretrainingRecipe,
-        TuningRecipe,
-    )
+    from .domain import Domain, PreparationTarget, PreparedImage
     from .errors import (
         DivergedError,
         E4TError,
@@ -41,9 +35,10 @@ if TYPE_CHECKING:
     from .pretrained import PretrainedDomain
     from .progress import Progress
     from .prompts import SUBJECT_TEMPLATES
+    from .recipes import PretrainingRecipe, TuningRecipe
     from .registry import find_domain, installed_domains
     from .results import GeneratedImage, Personalization
-    from .segmenters import mask_by_words
+    from .segmenters import load_segmenter, mask_by_words
 
 _HOME = {
     "Concept": "concept",
@@ -59,18 +54,19 @@ _HOME = {
     "PreparationTarget": "domain",
     "PreparedImage": "domain",
     "PretrainedDomain": "pretrained",
-    "PretrainingRecipe": "domain",
+    "PretrainingRecipe": "recipes",
     "Progress": "progress",
     "ResourceError": "errors",
     "SUBJECT_TEMPLATES": "prompts",
     "Sampling": "generation",
-    "TuningRecipe": "domain",
+    "TuningRecipe": "recipes",
     "UsageError": "errors",
     "WeightsUnavailable": "errors",
     "center_square": "images",
     "find_domain": "registry",
     "generate": "api",
     "installed_domains": "registry",
+    "load_segmenter": "segmenters",
     "mask_by_words": "segmenters",
     "open_image": "images",
     "personalize": "api",
@@ -105,6 +101,7 @@ __all__ = [
     "find_domain",
     "generate",
     "installed_domains",
+    "load_segmenter",
     "mask_by_words",
     "open_image",
     "personalize",

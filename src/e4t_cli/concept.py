@@ -23,12 +23,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .base_model import TextToImageModel
-from .domain import PreparedImage, TuningRecipe, check_name
+from .domain import PreparedImage, check_name
 from .errors import IntegrityError, UsageError, printable
 from .files import write_atomically
 from .nn.branching import merge_adapters
 from .nn.word_embedding_encoder import Encoder, FixedEmbedding
 from .pretrained import PretrainedDomain
+from .recipes import TuningRecipe
 
 SCHEMA = 1
 

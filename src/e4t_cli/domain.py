@@ -8,12 +8,13 @@ costs nothing to import. The contract grows only by keyword-only fields with def
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
+
+from .recipes import PretrainingRecipe, TuningRecipe, check_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,7 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # Device names that Windows keeps for itself, whatever the folder.
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.(safetensors|json)")
-_FOREIGN_LOCATION = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_LOCATION = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
@@ -60,24 +61,6 @@ def check_file_name(name: object) -> str:
     return str(name)
 
 
-def _check_number(
-    owner: object, name: str, *, above: float = -math.inf, least: float = -math.inf
-) -> None:
-    value = getattr(owner, name)
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not math.isfinite(value) or value <= above or value < least:
-        bound = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
-        raise ValueError(f"{type(owner).__name__}.{name} must be {bound}, not {value!r}")
-
-
-def _check_whole(owner: object, name: str, *, least: int) -> None:
-    value = getattr(owner, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"{type(owner).__name__}.{name} must be a whole number, {least} or more, not {value!r}"
-        )
-
-
 def check_which(which: object) -> str:
     """Return `which` if it says which of several subjects is meant.
 
@@ -87,131 +70,6 @@ def check_which(which: object) -> str:
     if which in ("largest", "left", "right") or re.fullmatch(r"[1-9]\d{0,3}", str(which)):
         return str(which)
     raise ValueError(f"{which!r} must be largest, left, right, or a number: 1 is the leftmost")
-
-
-class _Recipe:
-    """What both recipes can do; the numbers are in the children."""
-
-    base_learning_rate: float
-    batch_size: int
-
-    @property
-    def learning_rate(self) -> float:
-        """Effective learning rate: base × batch × processes, with one process (section 3.5)."""
-        return self.base_learning_rate * self.batch_size
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers, ready for TOML or JSON."""
-        return asdict(self)  # type: ignore[call-overload]
-
-    @classmethod
-    def from_dict(cls, numbers: Mapping[str, Any]) -> Self:
-        """Rebuild a recipe from `as_dict()`.
-
-        Raises:
-            ValueError: a key is unknown or missing, or a number is out of range.
-        """
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(numbers) - known)
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}")
-        try:
-            return cls(**numbers)
-        except TypeError as error:
-            raise ValueError(f"{cls.__name__}: {error}") from error
-
-    def replace(self, **overrides: Any) -> Self:
-        """Return a copy with some numbers changed; unknown names are refused."""
-        return replace(self, **overrides)  # type: ignore[type-var]
-
-
-TUNING_METHODS = ("exact", "adapters")
-"""How a concept may be tuned, the paper's way first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuningRecipe(_Recipe):
-    """The numbers of inference-time personalization (section 3.4 and 3.5).
-
-    Args:
-        steps: optimiser steps on the one image; 0 keeps the encoder's guess as it is.
-        base_learning_rate: before scaling by the batch, as the paper states it.
-        embedding_penalty: λ_r of eq. 5.
-        batch_size: time steps seen at once; the paper calls 16 or more crucial (section 3.4).
-        gradient_clip: largest norm of the gradient.
-        mask: whether the domain's mask restricts the diffusion loss.
-        encoder_rate, offsets_rate, unet_rate: factors on the learning rate of each group of
-            weights; 0 freezes the group. 1 is the paper; anything else is a pack's departure.
-        method: "exact" tunes every weight, as the paper does; "adapters" leaves the base as it is
-            and tunes low-rank changes of its attention layers and of the encoder.
-        adapter_rank: of those changes.
-        adapters_rate: a further factor on the learning rate of adapters, which start at nothing
-            and have to go further than weights do. Paper silent: measured on `mini`, where
-            faces are kept as well as by exact tuning at 60, and prompts are lost beyond.
-    """
-
-    steps: int
-    base_learning_rate: float
-    embedding_penalty: float
-    batch_size: int = 16
-    gradient_clip: float = 1.0
-    mask: bool = False
-    encoder_rate: float = 1.0
-    offsets_rate: float = 1.0
-    unet_rate: float = 1.0
-    method: str = "exact"
-    adapter_rank: int = 8
-    adapters_rate: float = 60.0
-
-    def __post_init__(self) -> None:
-        _check_whole(self, "steps", least=0)
-        _check_whole(self, "batch_size", least=1)
-        _check_whole(self, "adapter_rank", least=1)
-        _check_number(self, "base_learning_rate", above=0)
-        _check_number(self, "gradient_clip", above=0)
-        for name in (
-            "embedding_penalty", "encoder_rate", "offsets_rate", "unet_rate", "adapters_rate"
-        ):  # fmt: skip
-            _check_number(self, name, least=0)
-        if self.method not in TUNING_METHODS:
-            methods = " or ".join(map(repr, TUNING_METHODS))
-            raise ValueError(f"TuningRecipe.method must be {methods}, not {self.method!r}")
-        if not isinstance(self.mask, bool):
-            raise ValueError(f"TuningRecipe.mask must be True or False, not {self.mask!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainingRecipe(_Recipe):
-    """The numbers of domain pre-training (section 3.3 and 3.5).
-
-    Args:
-        steps: optimiser steps over the domain's images.
-        base_learning_rate: before scaling by the batch.
-        embedding_penalty: λ_r of eq. 5.
-        batch_size: different images per step.
-        embedding_scale: s of eq. 1; tuning and generation use the same one.
-        mask: whether the domain's mask restricts the diffusion loss (the paper: only in tuning).
-        encoder_rate, offsets_rate: factors on the learning rate of each group of weights.
-    """
-
-    steps: int
-    base_learning_rate: float = 1e-6  # section 3.5
-    embedding_penalty: float = 0.01  # section 3.3
-    batch_size: int = 16  # section 3.5
-    embedding_scale: float = 0.1  # section 3.1, eq. 1
-    mask: bool = False
-    encoder_rate: float = 1.0
-    offsets_rate: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_whole(self, "steps", least=1)
-        _check_whole(self, "batch_size", least=1)
-        for name in ("base_learning_rate", "embedding_scale"):
-            _check_number(self, name, above=0)
-        for name in ("embedding_penalty", "encoder_rate", "offsets_rate"):
-            _check_number(self, name, least=0)
-        if not isinstance(self.mask, bool):
-            raise ValueError(f"PretrainingRecipe.mask must be True or False, not {self.mask!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +98,7 @@ class PreparationTarget:
     fetch: Callable[[str], Path] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_whole(self, "size", least=1)
+        check_whole(self, "size", least=1)
         check_which(self.which)
         if self.mask not in ("auto", None):
             raise ValueError(f"PreparationTarget.mask must be 'auto' or None, not {self.mask!r}")
@@ -307,6 +165,8 @@ class Domain:
         download_sizes: base name → bytes to fetch, for weights that are on the hub; for the list.
         mask_words: what a network that finds things by words looks for where a mask is wanted
             and `prepare` has none: "a cat".
+        networks: repositories of the hub that `prepare` asks `PreparationTarget.fetch` for, on
+            bases of the hub; `e4t fetch` brings them beforehand.
         contract: the contract version it was written for.
     """
 
@@ -321,6 +181,7 @@ class Domain:
     summary: str = ""
     download_sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
     mask_words: str = ""
+    networks: tuple[str, ...] = ()
     contract: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
@@ -358,10 +219,16 @@ class Domain:
         for name in ("licence", "summary", "mask_words"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"Domain.{name} must be text, not {getattr(self, name)!r}")
+        if isinstance(self.networks, str):
+            raise ValueError("Domain.networks must be a tuple of hub repositories")
+        for repository in self.networks:
+            if not isinstance(repository, str) or not _REPOSITORY.fullmatch(repository):
+                raise ValueError(f"Domain.networks: {repository!r} must look like 'owner/name'")
         # Own copies: later changes of the author's dictionary or list do not reach the value.
         object.__setattr__(self, "weights", dict(self.weights))
         object.__setattr__(self, "download_sizes", dict(self.download_sizes))
         object.__setattr__(self, "prompt_templates", tuple(self.prompt_templates))
+        object.__setattr__(self, "networks", tuple(self.networks))
 
 
 def check_location(location: object) -> str:
@@ -380,7 +247,7 @@ def check_location(location: object) -> str:
             raise ValueError(f"{location!r} must look like 'package:my_package/folder'")
     elif kind == "hub" and not _HUB_LOCATION.fullmatch(rest):
         raise ValueError(f"{location!r} must look like 'hub:owner/repo@<40-hex commit>'")
-    elif kind == "e4t-diffusion" and not _FOREIGN_LOCATION.fullmatch(rest):
+    elif kind == "e4t-diffusion" and not _REPOSITORY.fullmatch(rest):
         raise ValueError(f"{location!r} must look like 'e4t-diffusion:owner/repo'")
     return location
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .domain import PretrainingRecipe
+from .recipes import PretrainingRecipe
 
 # Forward and backward of one 512-pixel picture with only W_q, W_k, W_v and offsets in training,
 # counted on Stable Diffusion 1.4's configs; the pictures were looked at beforehand (pretraining/):

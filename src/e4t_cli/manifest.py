@@ -23,8 +23,9 @@ from pydantic import (
     model_validator,
 )
 
-from .domain import PretrainingRecipe, TuningRecipe, check_file_name, check_name
+from .domain import check_file_name, check_name
 from .errors import IntegrityError, printable
+from .recipes import PretrainingRecipe, TuningRecipe
 
 SCHEMA = 1
 MOST_BYTES = 1_000_000

@@ -19,9 +19,9 @@ from torch import nn
 
 from .base_model import TextToImageModel
 from .devices import GB, budget_of, free_bytes
-from .domain import TuningRecipe
 from .nn.branching import attention_layers
 from .pretrained import PretrainedDomain
+from .recipes import TuningRecipe
 
 USABLE = 0.92
 """Share of a card that one process can have: fragments and other programs take the rest."""

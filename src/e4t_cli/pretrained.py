@@ -26,7 +26,6 @@ from torch import Tensor
 
 from .architecture import config_hash, describe_tower
 from .base_model import TextToImageModel
-from .domain import PretrainingRecipe, TuningRecipe
 from .encoders import PackEncoder, PackTower, describe_encoder, empty_encoder, widths_read
 from .errors import IntegrityError, WeightsUnavailable, printable
 from .files import sha256_of, write_atomically
@@ -36,6 +35,7 @@ from .nn.unet_features import feature_widths
 from .nn.weight_offsets import Factors, projection_shapes
 from .nn.word_embedding_encoder import FixedEmbedding
 from .pack_files import check_file, pair_factors, read_tensors
+from .recipes import PretrainingRecipe, TuningRecipe
 
 CARD = "domain.toml"
 _ENCODER, _OFFSETS = "encoder.safetensors", "offsets.safetensors"

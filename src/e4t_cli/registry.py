@@ -21,11 +21,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .bases import PUBLISHED
-from .domain import Domain, PretrainingRecipe, check_name
+from .domain import Domain, check_name
 from .errors import E4TError, UsageError, WeightsUnavailable, printable
 from .estimates import shown_hours
 from .hub.addresses import pack_folder
 from .hub.converted import converted_folder, foreign_repository
+from .recipes import PretrainingRecipe
 
 GROUP = "e4t.domains"
 OURS = "e4t"

@@ -109,20 +109,10 @@ def mask_by_words(image: Image, words: str, target: PreparationTarget) -> Image:
 def _load(folder: Path, device: str) -> tuple[Any, Any, int, Any, Any]:
     """Return the model, its tokenizer, and how pictures are brought before it."""
     import numpy as np
-    import torch
     from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    model = load_segmenter(CLIPSegForImageSegmentation, folder, WORDS_MODEL)
     try:
-        model, report = CLIPSegForImageSegmentation.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         plan = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         size = plan["size"]
@@ -130,11 +120,40 @@ def _load(folder: Path, device: str) -> tuple[Any, Any, int, Any, Any]:
         mean, deviation = (np.array(plan[key], np.float32) for key in ("image_mean", "image_std"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{WORDS_MODEL} cannot be used: {error}") from error
+    return model.to(device), tokenizer, side, mean, deviation
+
+
+def load_segmenter(kind: Any, folder: Path, what: str) -> Any:
+    """Load a segmentation network of transformers, whole or not at all.
+
+    Args:
+        kind: its class.
+        folder: as `save_pretrained` writes it; safetensors only.
+        what: what to call it if it does not load.
+
+    Raises:
+        IntegrityError: it cannot be read, or weights are missing or of other shapes.
+    """
+    import torch
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, report = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{what} cannot be used: {error}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
     # transformers would go on with random numbers; more than it needs does not hurt.
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:
-        raise IntegrityError(f"{WORDS_MODEL} does not fit: {wrong[0]}")
-    return model.eval().to(device), tokenizer, side, mean, deviation
+        raise IntegrityError(f"{what} does not fit: {wrong[0]}")
+    return model.eval()

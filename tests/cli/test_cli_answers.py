@@ -48,6 +48,18 @@ def test_help_asks_for_consent_and_shows_examples(run):
     assert 'e4t personalize face me.jpg "S* as an astronaut"' in text
 
 
+@pytest.mark.parametrize("columns", [60, 100])
+def test_help_fills_its_lines(run, monkeypatch, columns):
+    """A docstring's own breaks fit no terminal: a line ends where the next word is too long."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = run("personalize", "--help").out
+    paragraph = text.partition("A face is somebody's")[2].partition("\n  ")[0]
+    lines = [line.strip() for line in paragraph.splitlines()][1:]
+    assert len(lines) > 2
+    for line, below in zip(lines, lines[1:], strict=False):
+        assert len(f" {line} {below.split()[0]} ") > columns
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

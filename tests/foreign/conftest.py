@@ -40,11 +40,12 @@ def checkpoint(tmp_path, encoder, offsets, monkeypatch):
 def converted(checkpoint, tmp_path):
     """The pack made of it in this process, with the reader that the other process uses."""
     from e4t_cli.api.foreign import wish_for
-    from e4t_cli.domain import Domain, TuningRecipe
+    from e4t_cli.domain import Domain
     from e4t_cli.e4t_diffusion import read_checkpoint
     from e4t_cli.e4t_diffusion.conversion import write_pack
     from e4t_cli.e4t_diffusion.reading import read_tensors_of
     from e4t_cli.pretrained import PretrainedDomain
+    from e4t_cli.recipes import TuningRecipe
 
     recipe = TuningRecipe(
         steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4, mask=True

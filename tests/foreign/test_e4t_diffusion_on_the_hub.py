@@ -9,7 +9,7 @@ from e4t_cli.api import public_weights
 from e4t_cli.api.choices import find_pack, reads_tower
 from e4t_cli.api.public_weights import provide_converted
 from e4t_cli.bases import PUBLISHED, read_base
-from e4t_cli.domain import Domain, TuningRecipe
+from e4t_cli.domain import Domain
 from e4t_cli.e4t_diffusion.conversion import write_pack
 from e4t_cli.e4t_diffusion.reading import read_tensors_of
 from e4t_cli.errors import IntegrityError, WeightsUnavailable
@@ -18,6 +18,7 @@ from e4t_cli.hub.converted import converted_folder, foreign_repository, place_of
 from e4t_cli.hub.inventory import forget
 from e4t_cli.hub.places import own_cache
 from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.recipes import TuningRecipe
 from e4t_cli.registry import find_domain, user_domains_folder, weights_folder
 from tests.conftest import drawn_face
 from tests.hub.fake_hub import Fault

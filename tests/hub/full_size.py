@@ -2,10 +2,11 @@
 
     python -m tests.hub.full_size FOLDER [--faces] -- personalize face examples/me.png … --base sd14
 
-makes the files of `sd14` and its image tower in FOLDER/published (4 GB, once), serves them at the
-pinned commits, and runs the command with caches in FOLDER/caches. With --faces a checkpoint like
-the public face weights (another 4 GB) is made and served too. The architectures are exact and the
-numbers are noise, so what comes out is a picture of noise; everything on the way is real.
+makes the files of `sd14`, its image tower and a face parser in FOLDER/published (4 GB, once),
+serves them, the first two at the pinned commits, and runs the command with caches in FOLDER/caches.
+With --faces a checkpoint like the public face weights (another 4 GB) is made and served too. The
+architectures are exact and the numbers are noise, so what comes out is a picture of noise;
+everything on the way is real.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from typing import Any
 from tests.hub.fake_hub import FakeHub
 
 FACES = "mkshing/e4t-diffusion-ffhq-celebahq-v1"
+PARSER = "jonathandinu/face-parsing"
+PARTS = (
+    "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear",
+    "mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth",
+)  # fmt: skip
 _BLOCK = 1 << 22  # numbers at a time
 
 
@@ -146,8 +152,33 @@ def write_tower(folder: Path, config: dict[str, Any]) -> None:
     write_noise(both, folder / "open_clip_model.safetensors")
 
 
+def write_parser(folder: Path, *, small: bool = False) -> None:
+    """Write a repository as the public face parser's: a SegFormer B5 of 19 labels."""
+    import torch
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    sizes = {"hidden_sizes": [64, 128, 320, 512], "depths": [3, 6, 40, 3]}
+    decoder = 768
+    if small:
+        sizes, decoder = {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4}, 16
+    config = SegformerConfig(**sizes, decoder_hidden_size=decoder, id2label=dict(enumerate(PARTS)))
+    with torch.device("meta"):
+        parser = SegformerForSemanticSegmentation(config)
+    write_noise(parser, folder / "model.safetensors")
+    config.save_pretrained(folder)
+    plan = {
+        "size": {"height": 512, "width": 512},
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(plan))
+
+
 def publish(hub: FakeHub, folder: Path, *, small: bool = False) -> None:
-    """Publish `sd14` and its image tower at their pinned commits, and pin the tower's checksum."""
+    """Publish `sd14` and its image tower at their pinned commits, and a face parser.
+
+    The tower's checksum is pinned anew: it is another file.
+    """
     from e4t_cli.bases import PUBLISHED
     from e4t_cli.hub import towers
 
@@ -165,6 +196,9 @@ def publish(hub: FakeHub, folder: Path, *, small: bool = False) -> None:
         write_stable_diffusion(folder / "sd14", small=small)
     if not (folder / "tower" / pinned.file).is_file():
         write_tower(folder / "tower", config)
+    if not (folder / "parser" / "config.json").is_file():
+        write_parser(folder / "parser", small=small)
+    hub.add(PARSER, folder / "parser", licence="")
     hub.add(base.repository, folder / "sd14", commit=base.revision, licence=base.licence)
     hub.add(pinned.repository, folder / "tower", commit=pinned.revision, licence="mit")
     file = hub.repositories[pinned.repository][pinned.revision].files[pinned.file]

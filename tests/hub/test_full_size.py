@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from e4t_cli import Domain, TuningRecipe, registry
 from e4t_cli.base_model import TextToImageModel
+from e4t_cli.cli import app
 from e4t_cli.hub import Access, towers
 from e4t_cli.hub.provision import provide_base
 from tests.hub import full_size
-from tests.hub.full_size import publish
+from tests.hub.full_size import PARSER, publish
+from tests.shelf.conftest import write_pack
 
 
 @pytest.fixture
@@ -52,3 +55,24 @@ def test_a_command_is_rehearsed(hub, pins, tmp_path, monkeypatch, capfd):
     assert out.strip().startswith(str(tmp_path / "caches")) and "slim copy" in err
     assert "creativeml-openrail-m" in err
     assert len(list((tmp_path / "caches" / "own" / "towers").glob("*/model.safetensors"))) == 1
+
+
+def test_a_domain_comes_with_its_networks(published, tmp_path, monkeypatch, capfd):
+    commit = published.add("me/pack", write_pack(tmp_path / "pack"))
+    domain = Domain(
+        name="look",
+        descriptor="face",
+        tuning=TuningRecipe(steps=1, base_learning_rate=1e-5, embedding_penalty=0.1),
+        weights={"sd14": f"hub:me/pack@{commit}"},
+        networks=(PARSER,),
+    )
+    monkeypatch.setattr(registry, "find_domain", lambda name: domain)
+    wanted = ("fetch", "look", "--base", "sd14")
+    assert app.run([*wanted, "--accept-license"]) == 0
+    out, err = capfd.readouterr()
+    base, pack, network = out.splitlines()
+    assert "face-parsing" in network and "for research" in err
+    published.requests.clear()
+    assert app.run([*wanted, "--offline"]) == 0
+    assert capfd.readouterr().out.splitlines() == [base, pack, network]
+    assert not published.requests

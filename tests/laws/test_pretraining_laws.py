@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from e4t_cli.domain import PreparedImage, PretrainingRecipe, TuningRecipe
+from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError, InputError, IntegrityError, UsageError
 from e4t_cli.pretraining import EncodedImages, encode_images, epoch_indices, pretrain_domain
 from e4t_cli.pretraining.batches import Batches
+from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from e4t_cli.tuning import tune
 from tests.conftest import drawn_face
 

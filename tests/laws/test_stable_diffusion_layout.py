@@ -7,13 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from e4t_cli.base_model import TextToImageModel, Tokens
 from e4t_cli.bases import Base
 from e4t_cli.concept import TunedModel
-from e4t_cli.domain import PretrainingRecipe, TuningRecipe
 from e4t_cli.generation import Sampling, _Predictor
 from e4t_cli.nn.image_tower import ImageTower
 from e4t_cli.nn.unet_features import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, WordEmbeddingEncoder
 from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from e4t_cli.training_loss import TrainingBatch, evaluated_once, training_loss
 from e4t_cli.tuning.parts import METHODS
 from tests.conftest import write_tokenizer

@@ -51,7 +51,8 @@ def own(monkeypatch):
 def write_card(folder: Path, monkeypatch):
     """A card whose reading is not what is tested here."""
     from e4t_cli import registry
-    from e4t_cli.domain import Domain, PretrainingRecipe, TuningRecipe
+    from e4t_cli.domain import Domain
+    from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 
     (folder / "domain.toml").write_text(CARD.format(name=folder.name))
     value = Domain(

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from e4t_cli.domain import PreparedImage, PretrainingRecipe, TuningRecipe
+from e4t_cli.domain import PreparedImage
 from e4t_cli.pretraining import encode_images, pretrain_domain
+from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from tests.conftest import drawn_face
 
 TUNING = TuningRecipe(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4)

@@ -29,8 +29,8 @@ import transformers
 from e4t_cli.api import domains as api
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.cli import app, console
-from e4t_cli.domain import PretrainingRecipe, TuningRecipe
 from e4t_cli.pretraining import EncodedImages, join_processes, pretrain_domain
+from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from e4t_cli.stopping import StopRequest
 
 

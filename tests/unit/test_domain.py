@@ -95,6 +95,8 @@ def test_names_are_safe_as_file_names(name):
         ({"prompt_templates": "a photo of {}"}, "tuple"),
         ({"prompt_templates": ("a photo",)}, "exactly once"),
         ({"summary": None}, "summary"),
+        ({"networks": "owner/name"}, "tuple"),
+        ({"networks": ("../x",)}, "owner/name"),
         ({"contract": 2}, "version 2"),
     ],
 )

@@ -6,8 +6,9 @@ import os
 import pytest
 from PIL import Image, ImageFilter
 
-from e4t_cli.domain import Domain, PreparationTarget, PreparedImage, TuningRecipe
+from e4t_cli.domain import Domain, PreparationTarget, PreparedImage
 from e4t_cli.errors import InputError, UsageError
+from e4t_cli.recipes import TuningRecipe
 from e4t_cli.sources import Item, Preparation, find_source, hold_out
 from e4t_cli.sources.folder import Folder
 from e4t_cli.sources.lookalikes import SIGNATURE, Lookalikes, signature

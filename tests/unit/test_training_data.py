@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from e4t_cli.api.training_data import choose_cache, training_data
-from e4t_cli.domain import Domain, PreparationTarget, PreparedImage, TuningRecipe
+from e4t_cli.domain import Domain, PreparationTarget, PreparedImage
 from e4t_cli.errors import InputError, ResourceError, UsageError
 from e4t_cli.pretraining import EncodedImages, EncodedRows, Processes, encode_images, epoch_indices
 from e4t_cli.pretraining import cache as caching
 from e4t_cli.pretraining.cache import EncodingCache, bytes_per_picture
 from e4t_cli.pretraining.chunks import write_chunk
 from e4t_cli.pretraining.live import LiveImages, LiveStream
+from e4t_cli.recipes import TuningRecipe
 from e4t_cli.sources import Preparation, find_source
 from e4t_cli.sources.lookalikes import SIGNATURE
 from tests.conftest import RESOLUTION, drawn_face

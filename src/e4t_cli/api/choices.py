@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from e4t_cli.api.public_weights import provide_converted
 from e4t_cli.bases import Base
-from e4t_cli.domain import TUNING_METHODS, Domain, PretrainingRecipe, TuningRecipe
+from e4t_cli.domain import Domain
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
 from e4t_cli.hub import Access
 from e4t_cli.hub.addresses import address_of, pack_folder
@@ -19,6 +19,7 @@ from e4t_cli.hub.automatic import choose_automatically, likely_accelerator
 from e4t_cli.hub.converted import converted_folder, foreign_repository
 from e4t_cli.hub.provision import provide_base, provide_pack
 from e4t_cli.prompts import Prompt, parse_prompt
+from e4t_cli.recipes import TUNING_METHODS, PretrainingRecipe, TuningRecipe
 from e4t_cli.registry import (
     USER,
     find_domain,

@@ -13,17 +13,12 @@ from typing import TYPE_CHECKING, Any
 from e4t_cli.api.choices import base_name, choose_base
 from e4t_cli.api.new_domains import NewDomain, check_new_name, plan_domain
 from e4t_cli.api.training_data import check_cache, choose_cache, training_data
-from e4t_cli.domain import (
-    Domain,
-    PreparationTarget,
-    PreparedImage,
-    PretrainingRecipe,
-    TuningRecipe,
-)
+from e4t_cli.domain import Domain, PreparationTarget, PreparedImage
 from e4t_cli.hub.access import Access, AskLicence
 from e4t_cli.photos import Picture
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import training_templates
+from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from e4t_cli.segmenters import fetcher
 from e4t_cli.session import Session
 from e4t_cli.sources import Preparation, Source, find_source, hold_out

@@ -12,9 +12,10 @@ from e4t_cli.api.choices import base_name, choose_base
 from e4t_cli.api.domains import Data, PretrainingRun, own_device
 from e4t_cli.api.new_domains import check_new_name, plan_domain
 from e4t_cli.api.training_data import CacheChoice, check_cache, choose_cache
-from e4t_cli.domain import Domain, PreparedImage, PretrainingRecipe, TuningRecipe
+from e4t_cli.domain import Domain, PreparedImage
 from e4t_cli.hub.access import Access, AskLicence
 from e4t_cli.progress import Progress, ProgressCallback
+from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from e4t_cli.session import Session
 from e4t_cli.sources import Item, Listed, Source, find_source
 from e4t_cli.sources.lookalikes import signature

@@ -9,18 +9,16 @@ folder's configs. Every weight is frozen; whoever trains one works on a copy.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import numpy
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -33,39 +31,11 @@ from e4t_cli.nn.word_embedding_encoder import EncoderConfig
 from e4t_cli.prompts import Prompt
 
 from .loading import folder_fingerprint, load_part, load_settings, load_tower
+from .pictures import Posterior, pictures_of, planes_of
+from .words import Tokens, tokenize_prompts, words_replaced
 
 DECODED_PIXELS = 512 * 512
 """Pixels that the VAE decodes at once, at least one picture."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Tokens:
-    """Tokenised prompts.
-
-    Args:
-        ids: token ids, padded (batch, length); the descriptor's id stands for the concept.
-        placeholder: where the concept stands (batch, length), bool.
-        dropped: for each prompt the text that did not fit, "" for none.
-    """
-
-    ids: Tensor
-    placeholder: Tensor
-    dropped: tuple[str, ...] = ()
-
-    def __getitem__(self, index: Tensor | slice) -> Tokens:
-        return Tokens(ids=self.ids[index], placeholder=self.placeholder[index])
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Posterior:
-    """What the VAE says about a picture: a Gaussian over its latents, in the U-Net's units."""
-
-    mean: Tensor  # (batch, channels, height, width)
-    logvar: Tensor  # the same
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """Return latents z_0 for standard normal `noise`."""
-        return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
 class TextToImageModel:
@@ -198,21 +168,12 @@ class TextToImageModel:
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Return pictures as (batch, 3, resolution, resolution) in −1 … 1."""
-        return self._planes(images, "RGB").permute(0, 3, 1, 2) / 127.5 - 1
+        planes = planes_of(images, self.resolution, "RGB").to(self.device).float()
+        return planes.permute(0, 3, 1, 2) / 127.5 - 1
 
     def masks(self, masks: Sequence[Image.Image]) -> Tensor:
         """Return masks as (batch, resolution, resolution) in 0 … 1."""
-        return self._planes(masks, "L") / 255
-
-    def _planes(self, images: Sequence[Image.Image], mode: str) -> Tensor:
-        size = (self.resolution, self.resolution)
-        arrays = []
-        for image in images:
-            image = image.convert(mode)
-            if image.size != size:
-                image = image.resize(size, Image.Resampling.LANCZOS)
-            arrays.append(numpy.asarray(image))
-        return torch.from_numpy(numpy.stack(arrays)).to(self.device).float()
+        return planes_of(masks, self.resolution, "L").to(self.device).float() / 255
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -236,10 +197,7 @@ class TextToImageModel:
         some = max(1, DECODED_PIXELS // self.resolution**2)
         pictures = []
         for part in latents.split(some):
-            decoded = self.vae.decode(part).sample
-            colours = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-            rows = colours.permute(0, 2, 3, 1).cpu().numpy()
-            pictures += [Image.fromarray(one) for one in rows]
+            pictures += pictures_of(self.vae.decode(part).sample)
         return pictures
 
     # ── words ──
@@ -273,36 +231,14 @@ class TextToImageModel:
         Raises:
             UsageError: a prompt is so long that its placeholder is never read.
         """
-        tokenizer, room = self.tokenizer, self._text_length - 2
-        ids, places, dropped = [], [], []
-        for prompt in prompts:
-            words: list[int] = []
-            concept: list[bool] = []
-            for segment in (prompt,) if isinstance(prompt, str) else prompt.segments:
-                if segment is None:
-                    found = [descriptor_id]
-                else:
-                    found = tokenizer(segment, add_special_tokens=False, verbose=False).input_ids
-                words += found
-                concept += [segment is None] * len(found)
-            if any(concept) and not any(concept[:room]):
-                raise UsageError(
-                    f"the prompt is {len(words)} tokens long, this base reads {room}, and the "
-                    "placeholder comes after them",
-                    hint="shorten the prompt, or name the concept earlier",
-                )
-            dropped.append(tokenizer.decode(words[room:]).strip())
-            words, concept = words[:room], concept[:room]
-            padding = room - len(words)
-            ids.append(
-                [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
-                + [tokenizer.pad_token_id] * padding
-            )
-            places.append([False, *concept, False] + [False] * padding)
-        return Tokens(
-            ids=torch.tensor(ids, device=self.device),
-            placeholder=torch.tensor(places, device=self.device),
-            dropped=tuple(dropped),
+        length = min(
+            self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings
+        )
+        tokens = tokenize_prompts(self.tokenizer, prompts, descriptor_id, length)
+        return replace(
+            tokens,
+            ids=tokens.ids.to(self.device),
+            placeholder=tokens.placeholder.to(self.device),
         )
 
     def embed_prompts(self, tokens: Tokens, e_c: Tensor | None = None) -> Tensor:
@@ -315,7 +251,8 @@ class TextToImageModel:
         Returns:
             (batch, length, width), differentiable in e_c.
         """
-        with self._words_replaced(tokens.placeholder, e_c):
+        table = self.text_encoder.get_input_embeddings()
+        with words_replaced(table, tokens.placeholder, e_c):
             return self.text_encoder(tokens.ids).last_hidden_state
 
     @cached_property
@@ -330,29 +267,6 @@ class TextToImageModel:
         # last bits of a fused kernel's result are others. One kernel, then, whoever asks.
         with torch.no_grad(), full_precision(self.device), sdpa_kernel(SDPBackend.MATH):
             return self.embed_prompts(self.tokenize([""], self.tokenizer.eos_token_id))
-
-    @property
-    def _text_length(self) -> int:
-        positions = self.text_encoder.config.max_position_embeddings
-        return min(self.tokenizer.model_max_length, positions)
-
-    @contextmanager
-    def _words_replaced(self, placeholder: Tensor, e_c: Tensor | None) -> Iterator[None]:
-        # A hook on the token table rather than a new row in it: every prompt of a batch has an
-        # embedding of its own, gradients reach it, and nothing about the text encoder's inside
-        # is assumed, which differs between versions of transformers.
-        if e_c is None:
-            yield
-            return
-
-        def replace(table: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            return torch.where(placeholder[..., None], e_c[:, None].to(output.dtype), output)
-
-        handle = self.text_encoder.get_input_embeddings().register_forward_hook(replace)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     # ── diffusion ──
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import signal
@@ -53,6 +54,19 @@ app.command("info")(info.info)
 app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
 app.add_typer(cache.app, name="cache")
 app.command("doctor")(doctor.doctor)
+
+
+def _reflow(group: typer.Typer) -> None:
+    """Join the lines of docstrings' paragraphs: Typer keeps the breaks, which fit no terminal."""
+    for command in group.registered_commands:
+        paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    for registered in group.registered_groups:
+        if registered.typer_instance is not None:
+            _reflow(registered.typer_instance)
+
+
+_reflow(app)
 
 
 @app.callback()

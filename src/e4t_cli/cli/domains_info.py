@@ -6,9 +6,10 @@ from typing import Any
 
 from e4t_cli.cli import console as consoles
 from e4t_cli.cli.options import DomainName, Json
-from e4t_cli.domain import Domain, TuningRecipe
+from e4t_cli.domain import Domain
 from e4t_cli.hub.places import shown_size
 from e4t_cli.manifest import Manifest
+from e4t_cli.recipes import TuningRecipe
 from e4t_cli.registry import find_listing
 from e4t_cli.shelf import WeightsState, weights_states
 

@@ -42,7 +42,8 @@ def fetch(
     """Bring bases and domains to this machine, whole and checked.
 
     What is here is not fetched again; what is here and damaged is. A domain comes with the base
-    that it is for. Everything lies in the cache of the Hugging Face hub. The folders go to stdout.
+    that it is for, and with what finds its subject in a photo. Everything lies in the cache of the
+    Hugging Face hub. The folders go to stdout.
     """
     console = consoles.start(json=json, quiet=quiet, verbose=verbose)
     console.resume_hint = "the same command goes on: files that are finished are kept"
@@ -65,6 +66,7 @@ def _fetch(
     from e4t_cli.hub.addresses import address_of
     from e4t_cli.hub.provision import provide_base
     from e4t_cli.registry import find_domain
+    from e4t_cli.segmenters import fetcher
 
     domain = None
     place = name
@@ -81,3 +83,7 @@ def _fetch(
         folder = find_pack(domain, found, access, repair=True)
         record = {"type": "domain", "name": domain.name, "base": found.name, "path": str(folder)}
         console.product(str(folder), record)
+        bring = fetcher(access)
+        for repository in domain.networks if found.name not in EMBEDDED else ():
+            place = str(bring(repository))
+            console.product(place, {"type": "network", "name": repository, "path": place})

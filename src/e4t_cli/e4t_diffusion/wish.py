@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from e4t_cli.domain import PretrainingRecipe, TuningRecipe
+from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 
 MERGED = "unet.safetensors"
 """What a tuned U-Net is called where it is wished for."""

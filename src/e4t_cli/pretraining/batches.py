@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from e4t_cli.base_model import Posterior, TextToImageModel, Tokens
-from e4t_cli.domain import PretrainingRecipe
 from e4t_cli.nn.precision import full_precision
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.prompts import training_prompts
 from e4t_cli.randomness import Draws, choose, draw
+from e4t_cli.recipes import PretrainingRecipe
 from e4t_cli.training_loss import (
     Losses,
     TrainingBatch,

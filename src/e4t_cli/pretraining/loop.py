@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
-from e4t_cli.domain import PretrainingRecipe, TuningRecipe
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.pretrained import PretrainedDomain, facts_about, usual_limits
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.randomness import generator
+from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from e4t_cli.stopping import StopRequest
 from e4t_cli.training_loss import Losses, adamw
 

@@ -8,8 +8,8 @@ import time
 import torch
 from torch import Tensor
 
-from e4t_cli.domain import PretrainingRecipe
 from e4t_cli.progress import Progress
+from e4t_cli.recipes import PretrainingRecipe
 
 from .checkpoints import diverged
 from .processes import Processes

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
-from e4t_cli.domain import TuningRecipe
 from e4t_cli.nn.branching import adapted_layers, branch, linear_layers, merge_adapters
 from e4t_cli.nn.low_rank import LowRankAdapters
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import Encoder
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.randomness import generator
+from e4t_cli.recipes import TuningRecipe
 from e4t_cli.training_loss import multiplies_bfloat16
 
 from .optimizers import Group

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.concept import TunedModel
 from e4t_cli.devices import free_memory
-from e4t_cli.domain import PreparedImage, TuningRecipe
+from e4t_cli.domain import PreparedImage
 from e4t_cli.memory import Plan
 from e4t_cli.nn.losses import SMALLEST_MASK, latent_mask
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.prompts import training_prompts
 from e4t_cli.randomness import choose, draw
+from e4t_cli.recipes import TuningRecipe
 from e4t_cli.training_loss import (
     TrainingBatch,
     evaluated_once,
