@@ -25,8 +25,9 @@ demo: $(READY) ## one drawn face in eight new scenes: outputs/demo-grid.png
 	@rm outputs/.demo
 	@echo outputs/demo-grid.png
 
+# A test computes on one thread, so each core can run tests of its own.
 test: $(READY) ## the whole suite on the CPU, offline (e.g. make test ARGS="-k images -x")
-	$(RUN)/python -m pytest $(ARGS)
+	$(RUN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.linter ## ruff: style and formatting
 	$(RUN)/ruff check .

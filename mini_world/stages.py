@@ -64,9 +64,9 @@ CPU = Lengths(
     unet=(Round(2800, 1e-3, 32_000), Round(1600, 6e-4, 48_000)),
     parser=900,
     judge=1200,
-    face=1200,
-    cat=750,
-    art=700,
+    face=1000,
+    cat=700,
+    art=600,
     pictures={"face": 13_600, "cat": 7200, "art": 6400},
 )
 CUDA = Lengths(
