@@ -85,12 +85,20 @@ def train_unet(
     name: str,
     steps: int,
     learning_rate: float,
+    words_rate: float = 0.0,
     seed: int,
     batch: int = 32,
 ) -> None:
-    """Train the U-Net on encoded drawings (N, 8, 16, 16: mean and log-variance) under the frozen text encoder."""
+    """Train the U-Net on encoded drawings (N, 8, 16, 16: mean and log-variance) under the text encoder.
+
+    `words_rate`: the learning rate of the text encoder's layers; 0 leaves them as they are. Its table of words stays in any
+    case: it is what personalization writes in.
+    """
     device = pick_device()
     captioner = Captioner(tokenizer, text_encoder.to(device).eval().requires_grad_(False))
+    layers = [p for name, p in text_encoder.named_parameters() if "embedding" not in name]
+    for parameter in layers:
+        parameter.requires_grad_(words_rate > 0)
     schedule = DDPMScheduler(**SCHEDULE)
     snr = compute_snr(schedule, torch.arange(1000))
     weights_of_t = snr.clamp(max=SNR_CAP) / snr
@@ -100,7 +108,7 @@ def train_unet(
         rows = torch.randint(len(encoded), (batch,), generator=generator)
         chooser = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
         captions = [Caption("", "") if chooser.random() < 0.1 else drawings.caption(int(row), chooser) for row in rows]
-        with torch.no_grad():
+        with torch.set_grad_enabled(words_rate > 0):
             hidden, _ = captioner(captions)
         mean, logvar = encoded[rows].float().chunk(2, 1)
         z_0 = (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)) * scaling_factor
@@ -112,8 +120,14 @@ def train_unet(
         weight = (weights[rows].float() * weights_of_t[t][:, None, None]).to(device)
         return {"loss": (error * weight).mean()}
 
-    options = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
-    train(name, folder, {"unet": unet}, loss_of_step, warm_up=200, average=0.999, **options)
+    modules: dict[str, nn.Module] = {"unet": unet}
+    groups = [{"params": list(unet.parameters()), "lr": learning_rate}]
+    if words_rate:
+        modules["words"] = text_encoder
+        groups.append({"params": layers, "lr": words_rate})
+    options = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "groups": groups}
+    warm_up, average = (200, 0.999) if steps > 1000 else (steps // 5, 1 - 5 / steps)
+    train(name, folder, modules, loss_of_step, warm_up=warm_up, average=average, **options)
 
 
 def write_base(target: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder, tokenizer, revision: str) -> None:

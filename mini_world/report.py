@@ -25,7 +25,7 @@ from mini_world.evaluate import (
 
 FEW = 5
 COUNTS = {"face": 32, "cat": 16, "art": 10}
-SAMPLING = Sampling(steps=20, guidance=3.0)
+SAMPLING = Sampling(steps=12, guidance=3.0)
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 CHOOSING = {"face": 4, "cat": 4, "art": 4}
 

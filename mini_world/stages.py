@@ -32,11 +32,16 @@ HELD_OUT = {"face": 600, "cat": 300, "art": 300}
 
 @dataclass(frozen=True)
 class Round:
-    """One cosine schedule of the U-Net's training: its steps, its peak learning rate, over how many encoded pictures."""
+    """One cosine schedule of the U-Net's training: its steps, its peak learning rate, over how many encoded pictures.
+
+    `words_rate`: the peak learning rate of the text encoder's layers, which contrast alone leaves with words that it had no
+    need to tell apart.
+    """
 
     steps: int
     learning_rate: float
     pictures: int
+    words_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,12 @@ CPU = Lengths(
     vae_wholes=480,
     clip=1150,
     tower=900,
-    unet=(Round(2800, 1e-3, 32_000), Round(1600, 6e-4, 48_000)),
+    unet=(Round(2800, 1e-3, 32_000), Round(1600, 6e-4, 48_000), Round(400, 3e-4, 48_000, words_rate=2e-4)),
     parser=900,
     judge=1200,
-    face=1000,
-    cat=700,
-    art=600,
+    face=900,
+    cat=600,
+    art=500,
     pictures={"face": 13_600, "cat": 7200, "art": 6400},
 )
 CUDA = Lengths(
@@ -74,7 +79,7 @@ CUDA = Lengths(
     vae_wholes=10_000,
     clip=20_000,
     tower=10_000,
-    unet=(Round(60_000, 1e-3, 120_000),),
+    unet=(Round(50_000, 1e-3, 120_000), Round(10_000, 3e-4, 120_000, words_rate=2e-4)),
     parser=4000,
     judge=8000,
     face=12_000,
@@ -189,9 +194,11 @@ def run_unet(folder: Path) -> None:
     for number, part in enumerate(lengths().unet):
         base.train_unet(
             folder, unet, drawings, latents[: part.pictures], scaling_factor, tokenizer, text_encoder,
-            name=f"unet-{number + 1}", steps=part.steps, learning_rate=part.learning_rate, seed=number,
+            name=f"unet-{number + 1}", seed=number,
+            steps=part.steps, learning_rate=part.learning_rate, words_rate=part.words_rate,
         )  # fmt: skip
     if process_rank()[0] == 0:
+        text_encoder.save_pretrained(folder / "base" / "text_encoder")
         unet.save_pretrained(target)
 
 

@@ -33,6 +33,7 @@ from e4t_cli.cli import (
     personalize,
     pretrain,
 )
+from e4t_cli.devices import keep_freed_memory
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -84,6 +85,7 @@ def root(
 
 def main() -> NoReturn:
     """Entry point of ``e4t`` and of ``python -m e4t_cli``."""
+    keep_freed_memory()
     sys.exit(run(sys.argv[1:]))
 
 
