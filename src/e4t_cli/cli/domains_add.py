@@ -8,7 +8,6 @@ import typer
 
 from e4t_cli.cli import console as consoles
 from e4t_cli.cli.options import Json, Offline, Quiet
-from e4t_cli.shelf import add_domain
 
 EXAMPLES = """
 Examples: [bold]e4t domains add ./my_dogs[/bold] · [bold]e4t domains add my_dogs.zip[/bold] ·
@@ -23,6 +22,8 @@ Source = Annotated[
 
 def add(source: Source, offline: Offline = False, json: Json = False, quiet: Quiet = False) -> None:
     """Add a domain from a folder, a zip or the hub; nothing appears unless all of it is sound."""
+    from e4t_cli.shelf import add_domain  # pydantic: --help does not wait for it
+
     console = consoles.start(json=json, quiet=quiet)
     with console.progress() as on_progress:
         added = add_domain(source, offline=offline, on_progress=on_progress)

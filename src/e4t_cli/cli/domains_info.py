@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from e4t_cli.cli import console as consoles
 from e4t_cli.cli.options import DomainName, Json
 from e4t_cli.domain import Domain
 from e4t_cli.hub.places import shown_size
-from e4t_cli.manifest import Manifest
 from e4t_cli.recipes import TuningRecipe
 from e4t_cli.registry import find_listing
-from e4t_cli.shelf import WeightsState, weights_states
+
+if TYPE_CHECKING:
+    from e4t_cli.manifest import Manifest
+    from e4t_cli.shelf import WeightsState
 
 
 def domain_info(name: DomainName, json: Json = False) -> None:
@@ -32,6 +34,8 @@ def domain_info(name: DomainName, json: Json = False) -> None:
 
 def about_domain(domain: Domain) -> dict[str, Any]:
     """Return a domain as a record, with the state of its weights for each base."""
+    from e4t_cli.shelf.weights import weights_states  # pydantic, which --help does not wait for
+
     return {
         "name": domain.name,
         "summary": domain.summary,

@@ -9,7 +9,6 @@ import typer
 
 from e4t_cli.cli import console as consoles
 from e4t_cli.cli.options import Json, Quiet
-from e4t_cli.shelf import new_domain
 
 EXAMPLES = """
 Example: [bold]e4t domains new my_dogs --descriptor dog[/bold], then
@@ -44,6 +43,8 @@ def new(
     quiet: Quiet = False,
 ) -> None:
     """Write a plug-in package with one domain, whose own tests pass once it is installed."""
+    from e4t_cli.shelf import new_domain  # pydantic: --help does not wait for it
+
     console = consoles.start(json=json, quiet=quiet)
     folder = new_domain(name, directory, descriptor=descriptor, licence=licence, pack=pack)
     console.product(str(folder), {"type": "package", "name": name, "path": str(folder)})

@@ -9,7 +9,6 @@ import typer
 from e4t_cli.cli import console as consoles
 from e4t_cli.cli.options import Json, Quiet, Yes
 from e4t_cli.errors import UsageError
-from e4t_cli.shelf import find_own_folder, remove_domain
 
 
 def complete_own(incomplete: str) -> list[str]:
@@ -26,6 +25,8 @@ OwnName = Annotated[
 
 def rm(name: OwnName, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     """Remove a domain of your own; what a package brought, its package manager removes."""
+    from e4t_cli.shelf import find_own_folder, remove_domain
+
     console = consoles.start(json=json, quiet=quiet)
     folder = find_own_folder(name)
     if not yes and not console.ask(f"remove {folder} with its weights?"):
