@@ -156,12 +156,13 @@ console = Console()
 with console.progress() as on_progress:
     on_progress(Progress(stage="generate", done=1, total=2))
     console.product("outputs/[a].png", {})
+    on_progress(Progress(stage="generate", note="it is saved"))
     time.sleep(60)
 """
 
 
 def test_a_path_goes_to_the_pipe_whatever_the_terminal_shows(tmp_path):
-    _, out, seen = on_a_terminal(SAVED_WHILE_LIVE, tmp_path, words="generate")
+    _, out, seen = on_a_terminal(SAVED_WHILE_LIVE, tmp_path, words="it is saved")
     assert out == "outputs/[a].png\n"
     assert "outputs" not in seen
 
