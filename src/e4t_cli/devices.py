@@ -155,26 +155,6 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def keep_freed_memory() -> bool:
-    """Let a process of ours keep the memory of tensors that are gone for those that come.
-
-    glibc gives large blocks back to the system as they are freed, and the next step asks for
-    them again, zeroed page by page: a sixth of a training step of `mini` on the CPU. This is for
-    programs, not for the library: it holds for the whole process.
-
-    Returns:
-        Whether there is such an allocator.
-    """
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
-        return False
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    return bool(mallopt(mmap_threshold, 32 << 20) and mallopt(trim_threshold, 1 << 30))
-
-
 def limit_process(device: torch.device, vram: str) -> None:
     """Hold this process to `--vram` gigabytes of a card, so that the option is a promise."""
     import torch

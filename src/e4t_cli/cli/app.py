@@ -33,7 +33,6 @@ from e4t_cli.cli import (
     personalize,
     pretrain,
 )
-from e4t_cli.devices import keep_freed_memory
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -85,7 +84,6 @@ def root(
 
 def main() -> NoReturn:
     """Entry point of ``e4t`` and of ``python -m e4t_cli``."""
-    keep_freed_memory()
     sys.exit(run(sys.argv[1:]))
 
 
