@@ -52,12 +52,11 @@ def plans(steps: dict[str, int]) -> dict[str, Plan]:
     others = faces.replace(mask=False, embedding_penalty=PENALTY)
     # Departure: tuning rates were chosen on identities that no table reports; the base has a hundredth of the parameters
     # of Stable Diffusion and moves a hundred times as far. Section 3.5 gives cats and styles three times the rate of faces.
-    # Adapters keep the rates that they had on the base of the first sitting: 1.8e-3 for faces, 5.4e-3 for the others.
-    tuning = TuningRecipe(steps=15, base_learning_rate=1e-4 / 16, embedding_penalty=FACE_PENALTY, mask=True, adapters_rate=18)
-    quick = tuning.replace(steps=5, embedding_penalty=PENALTY, mask=False, adapters_rate=54)
+    tuning = TuningRecipe(steps=15, base_learning_rate=1e-4 / 16, embedding_penalty=FACE_PENALTY, mask=True)
+    quick = tuning.replace(steps=5, embedding_penalty=PENALTY, mask=False)
     return {
         "face": Plan(faces, tuning),
-        "cat": Plan(others.replace(steps=steps["cat"]), quick.replace(base_learning_rate=2e-4 / 16, adapters_rate=27)),
+        "cat": Plan(others.replace(steps=steps["cat"]), quick.replace(base_learning_rate=2e-4 / 16)),
         "art": Plan(others.replace(steps=steps["art"]), quick),
     }
 
