@@ -63,10 +63,17 @@ def ceiling(device: torch.device) -> float:
 
 
 def measure_arms(world: World, names: list[str], steps: int, rounds: int) -> None:
-    device = world.model.device
+    names, device = list(names), world.model.device
     found: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
-        ARMS[name](world, 1)  # warm-up
+    for name in list(names):
+        try:
+            ARMS[name](world, 1)  # warm-up
+        except torch.OutOfMemoryError:
+            print(f"  {name} does not fit into the memory of this card")
+            names.remove(name)
+            del found[name]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     for number in range(rounds):
         # A B C, then C B A: what drifts meets all of them alike.
         for name in names if number % 2 == 0 else reversed(names):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import numpy
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from mini_world.captions import Caption
 from mini_world.data import Drawings
-from mini_world.loop import pick_device, train
-from mini_world.text import WIDTH, Captioner
+from mini_world.loop import draw_rows, pick_device, train
+from mini_world.text import WIDTH, Captioner, CaptionTokenizer, Wordings, word_drawings
 from mini_world.world import SUBJECT_LABELS
 
 UNET_CONFIG = {
@@ -87,37 +86,41 @@ def train_unet(
     learning_rate: float,
     words_rate: float = 0.0,
     seed: int,
-    batch: int = 32,
+    batch: int,
+    wordings: int,
 ) -> None:
     """Train the U-Net on encoded drawings (N, 8, 16, 16: mean and log-variance) under the text encoder.
 
     `words_rate`: the learning rate of the text encoder's layers; 0 leaves them as they are. Its table of words stays in any
-    case: it is what personalization writes in.
+    case: it is what personalization writes in. `wordings`: of each picture; one caption in ten is empty, for guidance.
     """
     device = pick_device()
-    captioner = Captioner(tokenizer, text_encoder.to(device).eval().requires_grad_(False))
+    captioner = Captioner(text_encoder.to(device).eval().requires_grad_(False))
     layers = [p for name, p in text_encoder.named_parameters() if "embedding" not in name]
     for parameter in layers:
         parameter.requires_grad_(words_rate > 0)
     schedule = DDPMScheduler(**SCHEDULE)
     snr = compute_snr(schedule, torch.arange(1000))
-    weights_of_t = snr.clamp(max=SNR_CAP) / snr
-    weights = subject_weights(drawings.labels[: len(encoded)])
+    weights_of_t = (snr.clamp(max=SNR_CAP) / snr).to(device)
+    weights = subject_weights(drawings.labels[: len(encoded)]).to(device)
+    encoded = encoded.to(device)
+    nothing = CaptionTokenizer(tokenizer)([Caption("", "")])
+    captions = Wordings.join([word_drawings(drawings.pick(slice(len(encoded))), tokenizer, wordings), nothing]).to(device)
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(encoded), (batch,), generator=generator)
-        chooser = random.Random(int(torch.randint(1 << 62, (1,), generator=generator)))
-        captions = [Caption("", "") if chooser.random() < 0.1 else drawings.caption(int(row), chooser) for row in rows]
+        rows = draw_rows(len(encoded), batch, generator)
+        spoken = rows * wordings + draw_rows(wordings, batch, generator)
+        silent = torch.rand(batch, generator=generator, device=device) < 0.1
         with torch.set_grad_enabled(words_rate > 0):
-            hidden, _ = captioner(captions)
+            hidden, _ = captioner(captions[spoken.where(~silent, len(captions) - 1)])
         mean, logvar = encoded[rows].float().chunk(2, 1)
-        z_0 = (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)) * scaling_factor
-        epsilon = torch.randn(z_0.shape, generator=generator)
-        t = torch.randint(1000, (batch,), generator=generator)
+        noise = torch.randn(2, *mean.shape, generator=generator, device=device)
+        z_0, epsilon = (mean + (0.5 * logvar).exp() * noise[0]) * scaling_factor, noise[1]
+        t = draw_rows(1000, batch, generator)
         z_t = schedule.add_noise(z_0, epsilon, t)
-        predicted = unet(z_t.to(device), t.to(device), hidden).sample.float()
-        error = (predicted - epsilon.to(device)).pow(2).mean(1)
-        weight = (weights[rows].float() * weights_of_t[t][:, None, None]).to(device)
+        predicted = unet(z_t, t, hidden).sample.float()
+        error = (predicted - epsilon).pow(2).mean(1)
+        weight = weights[rows].float() * weights_of_t[t][:, None, None]
         return {"loss": (error * weight).mean()}
 
     modules: dict[str, nn.Module] = {"unet": unet}

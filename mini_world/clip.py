@@ -6,7 +6,6 @@ heads on the tower's [CLS] tokens read the attributes: they stand in for what 2 
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import numpy
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 
 from mini_world.data import WHO_KINDS, Drawings
 from mini_world.identities import ATTRIBUTES
-from mini_world.loop import pick_device, train
+from mini_world.loop import draw_rows, pick_device, train
 from mini_world.scenes import FRAMINGS, MEDIA
-from mini_world.text import WIDTH, Captioner, build_text_encoder, build_tokenizer
+from mini_world.text import WIDTH, Captioner, build_text_encoder, build_tokenizer, word_drawings
 from mini_world.vae import to_pixels
 
 TOWER_CONFIG = {"image_size": 64, "patch_size": 8, "width": 128, "layers": 8, "heads": 4, "mlp_ratio": 4.0, "output_dim": 128}
@@ -28,6 +27,7 @@ SKETCH, AFAR = MEDIA.index("sketch"), FRAMINGS.index("afar")
 # Attribute heads of every kind, one after the other in one linear layer.
 HEADS = [(kind, name, len(choices)) for kind in WHO_KINDS for name, choices in ATTRIBUTES[kind].items()]
 HEAD_SIZES = [size for _, _, size in HEADS]
+ABSENT = -100  # what cross_entropy passes over
 
 
 def build_tower() -> VisionTransformer:
@@ -56,25 +56,21 @@ def class_tokens(tower: VisionTransformer, pixels: Tensor) -> list[Tensor]:
     return [tower.ln_post(token[:, 0]) for token in found]
 
 
-def attribute_targets(drawings: Drawings, rows: numpy.ndarray) -> tuple[Tensor, list[Tensor]]:
-    """Which rows have which head's attribute, bool (heads, B), and its value for those rows."""
-    facts, values = drawings.facts[rows], drawings.values[rows]
-    masks, targets = [], []
+def attribute_targets(drawings: Drawings) -> Tensor:
+    """The value of every head's attribute in every drawing, (N, heads); ABSENT where it has none."""
+    kinds, columns = drawings.facts[:, 5], []
     for kind, name, _ in HEADS:
-        column = list(ATTRIBUTES[kind]).index(name)
-        mask = facts[:, 5] == WHO_KINDS.index(kind)
-        masks.append(torch.from_numpy(mask))
-        targets.append(torch.from_numpy(values[mask, column].astype(numpy.int64)))
-    return torch.stack(masks), targets
+        values = drawings.values[:, list(ATTRIBUTES[kind]).index(name)].astype(numpy.int64)
+        columns.append(numpy.where(kinds == WHO_KINDS.index(kind), values, ABSENT))
+    return torch.from_numpy(numpy.stack(columns, 1))
 
 
-def attribute_loss(logits: Tensor, masks: Tensor, targets: list[Tensor]) -> Tensor:
-    """Mean cross-entropy over all attributes present in the batch; logits (B, sum of head sizes)."""
-    losses = []
-    for part, mask, target in zip(logits.float().split(HEAD_SIZES, 1), masks, targets, strict=True):
-        if len(target):
-            losses.append(F.cross_entropy(part[mask.to(part.device)], target.to(part.device), reduction="sum"))
-    return torch.stack(losses).sum() / masks.sum()
+def attribute_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over all attributes present in the batch; logits (B, sum of head sizes), targets (B, heads)."""
+    total = torch.zeros((), device=logits.device)
+    for part, target in zip(logits.float().split(HEAD_SIZES, 1), targets.unbind(1), strict=True):
+        total = total + F.cross_entropy(part, target, reduction="sum", ignore_index=ABSENT)
+    return total / (targets != ABSENT).sum()
 
 
 def join(*sets: Drawings) -> Drawings:
@@ -82,35 +78,48 @@ def join(*sets: Drawings) -> Drawings:
     return Drawings(*(numpy.concatenate([getattr(s, key) for s in sets]) for key in ("images", "labels", "facts", "values")))
 
 
-def train_clip(folder: Path, drawings: Drawings, *, steps: int, pairs: int = 32):
-    """Train tokenizer, text encoder and tower on pictures that come in pairs (2k, 2k + 1) of one identity."""
+def _pairs(count: int, pairs: int, generator: torch.Generator) -> Tensor:
+    """Rows of pictures 2k and 2k + 1, which show one identity, side by side (2 · pairs,)."""
+    first = draw_rows(count // 2, pairs, generator) * 2
+    return torch.stack([first, first + 1], 1).flatten()
+
+
+def _identity_loss(token: Tensor, heads: nn.ModuleDict) -> Tensor:
+    """Contrast of a batch of pairs: each picture with the other one of its identity."""
+    who = F.normalize(heads["who"](token).float(), dim=1)
+    rows = torch.arange(len(who), device=who.device)
+    alike = (who @ who.T / 0.1).masked_fill(torch.eye(len(who), dtype=torch.bool, device=who.device), -1e4)
+    return F.cross_entropy(alike, rows ^ 1)
+
+
+def train_clip(folder: Path, drawings: Drawings, *, steps: int, pairs: int, wordings: int):
+    """Train tokenizer, text encoder and tower on pictures that come in pairs (2k, 2k + 1) of one identity.
+
+    `wordings`: of each picture.
+    """
     device = pick_device()
     torch.manual_seed(2)
     tokenizer = build_tokenizer(folder / "base" / "tokenizer")
     text_encoder, tower = build_text_encoder(tokenizer), build_tower()
-    captioner = Captioner(tokenizer, text_encoder)
+    captioner = Captioner(text_encoder)
     heads = build_heads()
-    images = torch.from_numpy(drawings.images)
+    images = torch.from_numpy(drawings.images).to(device)
+    captions = word_drawings(drawings, tokenizer, wordings).to(device)
+    # Nobody can tell the colours of a sketch, nor the eyes of somebody far away.
+    unclear = (drawings.facts[:, 3] == SKETCH) | (drawings.facts[:, 4] == AFAR)
+    targets = attribute_targets(drawings).masked_fill(torch.from_numpy(unclear)[:, None], ABSENT).to(device)
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        first = torch.randint(len(images) // 2, (pairs,), generator=generator) * 2
-        rows = torch.stack([first, first + 1], 1).flatten()
-        chooser = random.Random(int(first[0]) * 1_000_003 + step)
-        captions = [drawings.caption(int(row), chooser) for row in rows]
-        tokens = class_tokens(tower, to_pixels(images[rows]).to(device))
-        _, ends = captioner(captions)
+        rows = _pairs(len(images), pairs, generator)
+        tokens = class_tokens(tower, to_pixels(images[rows]))
+        _, ends = captioner(captions[rows * wordings + draw_rows(wordings, len(rows), generator)])
         seen = F.normalize(heads["image"](tokens[-1]).float(), dim=1)
         said = F.normalize(heads["text"](ends).float(), dim=1)
         logits = seen @ said.T / 0.06
         same = torch.arange(len(rows), device=device)
         contrast = 0.5 * (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same))
-        who = F.normalize(heads["who"](tokens[-1]).float(), dim=1)
-        alike = (who @ who.T / 0.1).masked_fill(torch.eye(len(rows), dtype=torch.bool, device=device), -1e4)
-        identity = F.cross_entropy(alike, same ^ 1)
-        clear = (drawings.facts[rows.numpy(), 3] != SKETCH) & (drawings.facts[rows.numpy(), 4] != AFAR)
-        index = torch.from_numpy(numpy.flatnonzero(clear))
-        masks, targets = attribute_targets(drawings, rows.numpy()[clear])
-        read = sum(attribute_loss(heads["attributes"][k](tokens[k][index.to(device)]), masks, targets) for k in range(1, 4))
+        identity = _identity_loss(tokens[-1], heads)
+        read = sum(attribute_loss(heads["attributes"][k](tokens[k]), targets[rows]) for k in range(1, 4))
         return {"contrast": 0.5 * contrast, "identity": 0.3 * identity, "attributes": read}
 
     modules = {"text_encoder": text_encoder, "tower": tower, "heads": heads}
@@ -118,21 +127,17 @@ def train_clip(folder: Path, drawings: Drawings, *, steps: int, pairs: int = 32)
     return tokenizer, text_encoder, tower, heads
 
 
-def train_tower(folder: Path, drawings: Drawings, tower: VisionTransformer, heads: nn.ModuleDict, *, steps: int, pairs: int = 32):
+def train_tower(folder: Path, drawings: Drawings, tower: VisionTransformer, heads: nn.ModuleDict, *, steps: int, pairs: int):
     """Go on with the tower alone once the text encoder is fixed: shapes are what a small transformer learns last."""
     device = pick_device()
-    images = torch.from_numpy(drawings.images)
+    images = torch.from_numpy(drawings.images).to(device)
+    targets = attribute_targets(drawings).to(device)
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        first = torch.randint(len(images) // 2, (pairs,), generator=generator) * 2
-        rows = torch.stack([first, first + 1], 1).flatten()
-        tokens = class_tokens(tower, to_pixels(images[rows]).to(device))
-        same = torch.arange(len(rows), device=device)
-        who = F.normalize(heads["who"](tokens[-1]).float(), dim=1)
-        alike = (who @ who.T / 0.1).masked_fill(torch.eye(len(rows), dtype=torch.bool, device=device), -1e4)
-        masks, targets = attribute_targets(drawings, rows.numpy())
-        read = sum(attribute_loss(heads["attributes"][k](tokens[k]), masks, targets) for k in range(1, 4))
-        return {"identity": 0.3 * F.cross_entropy(alike, same ^ 1), "attributes": read}
+        rows = _pairs(len(images), pairs, generator)
+        tokens = class_tokens(tower, to_pixels(images[rows]))
+        read = sum(attribute_loss(heads["attributes"][k](tokens[k]), targets[rows]) for k in range(1, 4))
+        return {"identity": 0.3 * _identity_loss(tokens[-1], heads), "attributes": read}
 
     modules = {"tower": tower, "heads": heads}
     train("tower", folder, modules, loss_of_step, steps=steps, learning_rate=1e-3, warm_up=50, weight_decay=0.05, average=0.99)
@@ -142,13 +147,12 @@ def train_tower(folder: Path, drawings: Drawings, tower: VisionTransformer, head
 def probe(tower: VisionTransformer, heads: nn.ModuleDict, drawings: Drawings) -> dict[str, float]:
     """Accuracy of the attribute heads on the last [CLS] token, by attribute, and retrieval of the pair's other picture."""
     tokens = torch.cat([class_tokens(tower, to_pixels(part))[-1] for part in torch.from_numpy(drawings.images).split(128)])
-    masks, targets = attribute_targets(drawings, numpy.arange(len(drawings)))
+    logits = heads["attributes"][3](tokens).split(HEAD_SIZES, 1)
     result = {}
-    for (kind, name, _), part, mask, target in zip(
-        HEADS, heads["attributes"][3](tokens).split(HEAD_SIZES, 1), masks, targets, strict=True
-    ):
-        if len(target):
-            result[f"{kind}.{name}"] = round(float((part[mask].argmax(1) == target).float().mean()), 3)
+    for (kind, name, _), part, target in zip(HEADS, logits, attribute_targets(drawings).unbind(1), strict=True):
+        some = target != ABSENT
+        if some.any():
+            result[f"{kind}.{name}"] = round(float((part.argmax(1) == target)[some].float().mean()), 3)
     who = F.normalize(heads["who"](tokens), dim=1)
     alike = (who[0::2] @ who[1::2].T).argmax(1)
     result["retrieval"] = round(float((alike == torch.arange(len(alike))).float().mean()), 3)

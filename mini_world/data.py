@@ -84,14 +84,14 @@ def _draw_chunk(arguments: tuple) -> Drawings:
     return drawn
 
 
-def load_drawings(folder: Path, name: str, count: int, *, workers: int = 2, **options) -> Drawings:
+def load_drawings(folder: Path, name: str, count: int, **options) -> Drawings:
     """Draw `count` pictures, or read them back where they were drawn before; `options` go to `world.sample`."""
     path = folder / "drawings" / f"{name}-{count}.npz"
     if path.exists():
         with numpy.load(path) as stored:
             return Drawings(**{key: stored[key] for key in ("images", "labels", "facts", "values")})
     chunks = [(start, min(start + _CHUNK, count), options) for start in range(0, count, _CHUNK)]
-    with ProcessPoolExecutor(max_workers=workers) as pool:
+    with ProcessPoolExecutor() as pool:
         parts = list(pool.map(_draw_chunk, chunks))
     keys = ("images", "labels", "facts", "values")
     arrays = {key: numpy.concatenate([getattr(part, key) for part in parts]) for key in keys}

@@ -6,6 +6,7 @@ What the paper's numbers become on a base this small is decided here, once, and 
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +39,12 @@ class Plan:
     tuning: TuningRecipe
 
 
-def plans(steps: dict[str, int]) -> dict[str, Plan]:
-    """The recipes of the three packs; `steps` is how long each is pre-trained."""
+def plans(steps: dict[str, int], batch: int = 32) -> dict[str, Plan]:
+    """The recipes of the three packs; `steps` is how long each is pre-trained, on `batch` pictures at a time."""
     faces = PretrainingRecipe(
         steps=steps["face"],
-        base_learning_rate=1e-3 / 32,
-        batch_size=32,
+        base_learning_rate=1e-3 / batch,
+        batch_size=batch,
         embedding_penalty=FACE_PENALTY,
         mask=True,
         offsets_rate=0.01,
@@ -85,12 +86,13 @@ def encode_drawings(model, drawings: Drawings, path: Path, *, masks: bool) -> En
 def train_domain(model, folder: Path, name: str, data: EncodedImages, plan: Plan, watch=None) -> PretrainedDomain:
     """Pre-train one domain with checkpoints in `folder`; `watch(step)` is called after every step."""
     domain = find_domain(name)
-    log = folder / f"domain-{name}.jsonl"
+    log, begun = folder / f"domain-{name}.jsonl", time.monotonic()
 
     def report(progress) -> None:
         if progress.done % 50 == 0:
             with log.open("a") as lines:
-                lines.write(json.dumps({"step": progress.done} | dict(progress.values)) + "\n")
+                line = {"step": progress.done, "seconds": round(time.monotonic() - begun, 1)} | dict(progress.values)
+                lines.write(json.dumps(line) + "\n")
 
     def on_step(step: PretrainingStep) -> None:
         if watch is not None:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from mini_world.clip import HEAD_SIZES, HEADS, attribute_loss, attribute_targets
+from mini_world.clip import ABSENT, HEAD_SIZES, HEADS, attribute_loss, attribute_targets
 from mini_world.data import SUBJECTS, Drawings
-from mini_world.loop import pick_device, train
+from mini_world.loop import draw_rows, pick_device, train
 from mini_world.scenes import FRAMINGS, MEDIA, PLACES, ROLES
 from mini_world.vae import to_pixels
 
@@ -48,13 +48,14 @@ class Judge(nn.Module):
 def _worsen(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Blur, noise, contrast and a small shift, each sample by its own amount."""
     batch = len(pixels)
-    amount = torch.rand(batch, 4, generator=generator).to(pixels.device)[..., None, None, None]
+    device = generator.device
+    amount = torch.rand(batch, 4, generator=generator, device=device)[..., None, None, None]
     small = F.interpolate(pixels, scale_factor=0.5, mode="bilinear", align_corners=False, antialias=True)
     soft = F.interpolate(small, size=pixels.shape[-1], mode="bilinear", align_corners=False)
     mixed = torch.lerp(pixels, soft, (amount[:, 0] * 1.6 - 0.6).clamp(0, 1))
-    noise = torch.randn(pixels.shape, generator=generator).to(pixels.device)
+    noise = torch.randn(pixels.shape, generator=generator, device=device)
     mixed = mixed * (0.85 + 0.3 * amount[:, 1]) + 0.08 * amount[:, 2] * noise
-    dx, dy = torch.randint(-2, 3, (2,), generator=generator).tolist()
+    dx, dy = (draw_rows(5, 2, generator) - 2).tolist()
     return torch.roll(mixed, (dy, dx), (2, 3))
 
 
@@ -63,20 +64,21 @@ def train_judge(folder: Path, drawings: Drawings, vae: AutoencoderKL | None, *, 
     device = pick_device()
     torch.manual_seed(5)
     judge = Judge()
-    images = torch.from_numpy(drawings.images)
+    images = torch.from_numpy(drawings.images).to(device)
+    targets = attribute_targets(drawings).to(device)
+    facts = torch.from_numpy(drawings.facts[:, :5].astype(numpy.int64)).to(device)
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(images), (batch,), generator=generator)
-        pixels = to_pixels(images[rows]).to(device)
+        rows = draw_rows(len(images), batch, generator)
+        pixels = to_pixels(images[rows])
         if vae is not None:
             with torch.no_grad():
                 some = batch // 16
                 pixels[:some] = vae.decode(vae.encode(pixels[:some]).latent_dist.mean).sample.float()
         attributes, context = judge(_worsen(pixels, generator))
-        masks, targets = attribute_targets(drawings, rows.numpy())
-        facts = torch.from_numpy(drawings.facts[rows.numpy(), :5].astype(numpy.int64)).to(device)
-        seen = sum(F.cross_entropy(part.float(), facts[:, k]) for k, part in enumerate(context.split(CONTEXT_SIZES, 1)))
-        return {"attributes": attribute_loss(attributes, masks, targets), "context": 0.2 * seen}
+        parts = context.float().split(CONTEXT_SIZES, 1)
+        seen = sum(F.cross_entropy(part, facts[rows, k]) for k, part in enumerate(parts))
+        return {"attributes": attribute_loss(attributes, targets[rows]), "context": 0.2 * seen}
 
     train("judge", folder, {"judge": judge}, loss_of_step, steps=steps, learning_rate=2e-3, average=None)
     return judge
@@ -96,11 +98,11 @@ def read(judge: Judge, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def accuracy(judge: Judge, drawings: Drawings) -> dict[str, float]:
     """Share of right answers on held-out drawings, per attribute and per part of the context."""
     values, scene = read(judge, to_pixels(torch.from_numpy(drawings.images)))
-    masks, targets = attribute_targets(drawings, numpy.arange(len(drawings)))
     result = {}
-    for k, ((kind, name, _), mask, target) in enumerate(zip(HEADS, masks, targets, strict=True)):
-        if len(target):
-            result[f"{kind}.{name}"] = round(float((values[mask, k] == target).float().mean()), 3)
+    for k, ((kind, name, _), target) in enumerate(zip(HEADS, attribute_targets(drawings).unbind(1), strict=True)):
+        some = target != ABSENT
+        if some.any():
+            result[f"{kind}.{name}"] = round(float((values[:, k] == target)[some].float().mean()), 3)
     for k, name in enumerate(CONTEXT_NAMES):
         truth = torch.from_numpy(drawings.facts[:, k].astype(numpy.int64))
         result[name] = round(float((scene[:, k] == truth).float().mean()), 3)

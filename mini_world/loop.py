@@ -22,6 +22,11 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def draw_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """`size` row numbers below `count`, on the generator's device."""
+    return torch.randint(count, (size,), generator=generator, device=generator.device)
+
+
 def process_rank() -> tuple[int, int]:
     """This process's number and how many train together: under torchrun each takes a share of every batch."""
     if "RANK" not in os.environ:
@@ -48,12 +53,16 @@ def train(
 ) -> dict[str, nn.Module]:
     """Train `modules` for `steps` steps of AdamW under a cosine schedule, in bf16 where the device multiplies it.
 
-    `loss_of_step(step, generator)` gives the parts of the loss, their sum is minimised; all its randomness must come
-    from the generator, which is seeded by `seed`, step and process. `average`: the decay of an exponential moving average that is
-    returned in place of the last weights. Progress goes to `<folder>/<name>.jsonl`, state to `<folder>/<name>.pt`.
+    `loss_of_step(step, generator)` gives the parts of the loss, their sum is minimised; all its randomness must come from the
+    generator, which is on the device and seeded by `seed`, step and process. `average`: the decay of an exponential moving
+    average that is returned in place of the last weights. Progress goes to `<folder>/<name>.jsonl`, state to
+    `<folder>/<name>.pt`.
     """
     device = pick_device()
     bundle = nn.ModuleDict(modules).to(device)
+    if device.type == "cuda":
+        bundle.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = True
     parameters = [p for p in bundle.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         groups or parameters,
@@ -92,8 +101,8 @@ def train(
 
     bundle.train()
     started = saved = time.monotonic()
-    sums: dict[str, float] = {}
-    generator = torch.Generator()
+    sums: dict[str, Tensor] = {}
+    generator = torch.Generator(device)
     for step in range(first, steps):
         generator.manual_seed((seed << 40) + (step << 4) + rank)
         factor = min(1.0, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -116,11 +125,12 @@ def train(
             decay = min(average or 0.0, (step + 1) / (step + 10))
             torch._foreach_lerp_(shadow, [p.detach() for p in parameters], 1 - decay)
         for key, value in parts.items():
-            sums[key] = sums.get(key, 0.0) + value.item()
+            sums[key] = sums.get(key, 0.0) + value.detach()  # read every 50 steps: a GPU has to stop for it
         if (step + 1) % 50 == 0:
+            means = {key: round(value.item() / 50, 5) for key, value in sums.items()}
             spent += time.monotonic() - started
             started = time.monotonic()
-            line = {"step": step + 1, "seconds": round(spent, 1)} | {k: round(v / 50, 5) for k, v in sums.items()}
+            line = {"step": step + 1, "seconds": round(spent, 1)} | means
             if rank == 0:
                 with log_path.open("a") as log:
                     log.write(json.dumps(line) + "\n")
@@ -134,5 +144,6 @@ def train(
         with torch.no_grad():
             for parameter, smooth in zip(parameters, shadow, strict=True):
                 parameter.copy_(smooth)
-    bundle.eval()
+    # Files take no other order of a weight's numbers.
+    bundle.to(memory_format=torch.contiguous_format).eval()
     return modules

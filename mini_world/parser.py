@@ -11,7 +11,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from mini_world.canvas import LABELS
 from mini_world.data import Drawings
-from mini_world.loop import pick_device, train
+from mini_world.loop import draw_rows, pick_device, train
 from mini_world.vae import to_pixels
 
 
@@ -35,13 +35,13 @@ def train_parser(folder: Path, drawings: Drawings, *, steps: int, batch: int = 1
         label2id={name: number for number, name in enumerate(LABELS)},
     )
     parser = SegformerForSemanticSegmentation(config)
-    images, labels = torch.from_numpy(drawings.images), torch.from_numpy(drawings.labels)
+    images, labels = (torch.from_numpy(part).to(device) for part in (drawings.images, drawings.labels))
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(images), (batch,), generator=generator)
-        logits = parser(pixel_values=to_pixels(images[rows]).to(device)).logits.float()
+        rows = draw_rows(len(images), batch, generator)
+        logits = parser(pixel_values=to_pixels(images[rows])).logits.float()
         logits = F.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False)
-        return {"loss": F.cross_entropy(logits, labels[rows].long().to(device))}
+        return {"loss": F.cross_entropy(logits, labels[rows].long())}
 
     train("parser", folder, {"parser": parser}, loss_of_step, steps=steps, learning_rate=2e-3, average=0.99)
     return parser

@@ -26,7 +26,7 @@ PACKAGED = Path("src/e4t_cli/data/mini")
 PACKS = Path("domains/e4t_domains/packs")
 JUDGE = Path("mini_world/judge.safetensors")
 BASE_COUNT = 120_000
-PORTRAITS = {"face": 40_000, "cat": 16_000, "art": 16_000}
+PORTRAITS = {"face": 24_000, "cat": 12_000, "art": 10_000}
 HELD_OUT = {"face": 600, "cat": 300, "art": 300}
 
 
@@ -46,46 +46,63 @@ class Round:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long each network is trained, in steps; on a CPU a batch of `vae` and `unet` is shared by two processes."""
+    """How long each network is trained, in steps, and on how much at once; batches are those of one process.
+
+    `wordings`: of each picture; `clip_pairs`: pairs of pictures; `domain_batch`: of a domain's pre-training.
+    """
 
     vae_crops: int
     vae_wholes: int
+    vae_batch: int
     clip: int
+    clip_pairs: int
     tower: int
     unet: tuple[Round, ...]
+    unet_batch: int
     parser: int
     judge: int
     face: int
     cat: int
     art: int
+    domain_batch: int
     pictures: dict[str, int]  # of each domain
+    wordings: int = 8
 
 
 CPU = Lengths(
     vae_crops=3000,
     vae_wholes=480,
+    vae_batch=4,
     clip=1150,
+    clip_pairs=32,
     tower=900,
     unet=(Round(2800, 1e-3, 32_000), Round(1600, 6e-4, 48_000), Round(400, 3e-4, 48_000, words_rate=2e-4)),
+    unet_batch=32,
     parser=900,
     judge=1200,
     face=900,
     cat=600,
     art=500,
+    domain_batch=32,
     pictures={"face": 13_600, "cat": 7200, "art": 6400},
 )
 CUDA = Lengths(
-    vae_crops=20_000,
-    vae_wholes=10_000,
-    clip=20_000,
-    tower=10_000,
-    unet=(Round(50_000, 1e-3, 120_000), Round(10_000, 3e-4, 120_000, words_rate=2e-4)),
-    parser=4000,
-    judge=8000,
-    face=12_000,
-    cat=8000,
-    art=8000,
+    vae_crops=1000,
+    vae_wholes=3000,
+    vae_batch=64,
+    clip=1500,
+    clip_pairs=512,
+    tower=500,
+    unet=(Round(4500, 1e-3, 120_000, words_rate=2e-4),),
+    unet_batch=512,
+    parser=2000,
+    judge=4000,
+    face=800,
+    cat=600,
+    art=600,
+    domain_batch=128,
     pictures=PORTRAITS,
+    wordings=4,
 )
 
 
@@ -128,7 +145,8 @@ def run_vae(folder: Path) -> None:
     if (target / "config.json").exists():
         return
     plan = lengths()
-    trained = vae.train_vae(folder, base_drawings(folder), crop_steps=plan.vae_crops, whole_steps=plan.vae_wholes)
+    drawings = base_drawings(folder)
+    trained = vae.train_vae(folder, drawings, crop_steps=plan.vae_crops, whole_steps=plan.vae_wholes, batch=plan.vae_batch)
     if process_rank()[0] == 0:
         psnr = vae.reconstruction_psnr(trained, torch.from_numpy(held_out_scenes(folder).images[:512]))
         note(folder, "vae", psnr=round(psnr, 2), scaling_factor=trained.config.scaling_factor)
@@ -139,8 +157,10 @@ def run_clip(folder: Path) -> None:
     target = folder / "base" / "text_encoder"
     if (target / "config.json").exists():
         return
-    drawings = clip.join(base_drawings(folder), *(portraits(folder, kind) for kind in PORTRAITS))
-    _, text_encoder, tower, heads = clip.train_clip(folder, drawings, steps=lengths().clip)
+    drawings, plan = clip.join(base_drawings(folder), *(portraits(folder, kind) for kind in PORTRAITS)), lengths()
+    _, text_encoder, tower, heads = clip.train_clip(
+        folder, drawings, steps=plan.clip, pairs=plan.clip_pairs, wordings=plan.wordings
+    )
     _save_tower(folder, "clip", tower, heads)
     text_encoder.save_pretrained(target)
 
@@ -164,7 +184,8 @@ def run_tower(folder: Path) -> None:
     pairs = numpy.flatnonzero(clear[0::2] & clear[1::2])
     rows = numpy.stack([pairs * 2, pairs * 2 + 1], 1).ravel()
     drawings = clip.join(scenes.pick(rows), *(portraits(folder, kind) for kind in PORTRAITS))
-    clip.train_tower(folder, drawings, tower, heads, steps=lengths().tower)
+    plan = lengths()
+    clip.train_tower(folder, drawings, tower, heads, steps=plan.tower, pairs=plan.clip_pairs)
     _save_tower(folder, "tower", tower, heads)
 
 
@@ -190,12 +211,13 @@ def run_unet(folder: Path) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(folder / "base" / "tokenizer")
     latents = load_file(folder / "latents.safetensors")["latents"]
     drawings, scaling_factor = base_drawings(folder), load_vae(folder).config.scaling_factor
-    unet = base.build_unet()
-    for number, part in enumerate(lengths().unet):
+    unet, plan = base.build_unet(), lengths()
+    for number, part in enumerate(plan.unet):
         base.train_unet(
             folder, unet, drawings, latents[: part.pictures], scaling_factor, tokenizer, text_encoder,
             name=f"unet-{number + 1}", seed=number,
             steps=part.steps, learning_rate=part.learning_rate, words_rate=part.words_rate,
+            batch=plan.unet_batch, wordings=plan.wordings,
         )  # fmt: skip
     if process_rank()[0] == 0:
         text_encoder.save_pretrained(folder / "base" / "text_encoder")
@@ -273,7 +295,7 @@ def _run_domain(folder: Path, name: str) -> None:
     if (target / "domain.toml").exists():
         return
     model, plan = load_model(), lengths()
-    chosen = plans({"face": plan.face, "cat": plan.cat, "art": plan.art})[name]
+    chosen = plans({"face": plan.face, "cat": plan.cat, "art": plan.art}, plan.domain_batch)[name]
     pictures = portraits(folder, name).pick(slice(plan.pictures[name]))
     data = encode_drawings(model, pictures, folder / f"encoded-{name}.safetensors", masks=name != "art")
     watch = Watch(model, folder, name, held_out_portraits(folder, name))
@@ -334,13 +356,20 @@ def report_of_training(folder: Path) -> str:
         if watch.exists():
             last = json.loads(watch.read_text().splitlines()[-1])
             facts = f"loss with its own concept {last['own']:.4f}, with another's {last['swapped']:.4f}"
-            steps = json.loads((folder / f"domain-{name}.jsonl").read_text().splitlines()[-1])["step"]
-            lines.append(f"| domain {name} | {steps:,} | | | {facts} (at step {last['step']:,}) |")
+            found = [json.loads(line) for line in (folder / f"domain-{name}.jsonl").read_text().splitlines()]
+            steps, minutes = found[-1]["step"], _seconds(found) / 60
+            lines.append(f"| domain {name} | {steps:,} | {minutes:.0f} | | {facts} (at step {last['step']:,}) |")
     lines += ["", "| shipped file | bytes | sha256 |", "|---|---|---|"]
     for path in sorted([*PACKAGED.rglob("*.safetensors"), *PACKS.rglob("*.safetensors"), JUDGE]):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         lines.append(f"| {path} | {path.stat().st_size:,} | `{digest[:16]}…` |")
     return "\n".join(lines)
+
+
+def _seconds(lines: list[dict]) -> float:
+    """The time of a training whose clock began anew whenever it was resumed."""
+    clocks = [line["seconds"] for line in lines]
+    return sum(clock for clock, after in zip(clocks, [*clocks[1:], 0.0], strict=True) if after < clock)
 
 
 def _facts(report: dict) -> list[str]:

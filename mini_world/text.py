@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mini_world.captions import Caption, all_words
+from mini_world.data import MAXIMUM_ATTRIBUTES, Drawings
 
 LENGTH = 40
+NO_WORD = -1
 WIDTH = 160
 END_OF_WORD = "</w>"
 
@@ -85,43 +91,99 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-class Captioner:
-    """Turns captions into hidden states: tokens once per wording, folded words as sums of input embeddings."""
+@dataclass(frozen=True)
+class Wordings:
+    """Captions as numbers; row i of every tensor is caption i.
 
-    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
-        self.text_encoder = text_encoder
+    ids (N, LENGTH): tokens; ends (N,): where the end token stands; subjects (N,): where the subject's word stands; folded
+    (N, MAXIMUM_ATTRIBUTES): the words whose embeddings are added to it, NO_WORD where there is none.
+    """
+
+    ids: Tensor
+    ends: Tensor
+    subjects: Tensor
+    folded: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows) -> Wordings:
+        return Wordings(*(column[rows] for column in vars(self).values()))
+
+    def to(self, device: torch.device) -> Wordings:
+        return Wordings(*(column.to(device) for column in vars(self).values()))
+
+    @staticmethod
+    def join(parts: Sequence[Wordings]) -> Wordings:
+        """Several as one."""
+        return Wordings(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+class CaptionTokenizer:
+    """Turns captions into numbers; a word is looked up once."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._tokenizer = tokenizer
         self._ids: dict[str, list[int]] = {}
-        self._folds: tuple[Tensor, Tensor, Tensor] | None = None
-        text_encoder.get_input_embeddings().register_forward_hook(self._add_folded_words)
 
     def _word_ids(self, word: str) -> list[int]:
         if word not in self._ids:
             self._ids[word] = self._tokenizer(word, add_special_tokens=False).input_ids
         return self._ids[word]
 
-    def _add_folded_words(self, module: torch.nn.Module, arguments: tuple, output: Tensor) -> Tensor:
-        if self._folds is None:
-            return output
-        rows, positions, words = self._folds
-        extra = torch.zeros_like(output)
-        extra = extra.index_put((rows, positions), module.weight[words].to(output.dtype), accumulate=True)
-        return output + extra
+    def __call__(self, captions: Sequence[Caption]) -> Wordings:
+        return Wordings(*map(torch.from_numpy, self.columns(captions)))
 
-    def __call__(self, captions: Sequence[Caption]) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, LENGTH, WIDTH) after the final norm, and each caption's state at its end token (B, WIDTH)."""
-        device = self.text_encoder.device
-        ids = torch.full((len(captions), LENGTH), self.eos)
-        ends, folds = [], []
-        for row, caption in enumerate(captions):
+    def columns(self, captions: Sequence[Caption]) -> tuple[numpy.ndarray, ...]:
+        """The same as arrays of few bytes, which travel between processes."""
+        ids, ends, subjects, folded = [], [], [], []
+        for caption in captions:
             tokens = [t for word in caption.text.split() for t in self._word_ids(word)][: LENGTH - 2]
-            ids[row, : len(tokens) + 1] = torch.tensor([self.bos, *tokens])
+            ids.append([self.bos, *tokens] + [self.eos] * (LENGTH - 1 - len(tokens)))
             ends.append(len(tokens) + 1)
-            if caption.folded:
-                position = 1 + tokens.index(self._word_ids(caption.subject)[0])
-                folds += [(row, position, self._word_ids(word)[0]) for word in caption.folded]
-        self._folds = tuple(torch.tensor(column, device=device) for column in zip(*folds, strict=True)) if folds else None  # type: ignore[assignment]
-        hidden = self.text_encoder(input_ids=ids.to(device)).last_hidden_state
-        self._folds = None
-        return hidden, hidden[torch.arange(len(captions)), torch.tensor(ends)]
+            subjects.append(1 + tokens.index(self._word_ids(caption.subject)[0]) if caption.folded else 0)
+            words = [self._word_ids(word)[0] for word in caption.folded]
+            folded.append(words + [NO_WORD] * (MAXIMUM_ATTRIBUTES - len(words)))
+        return tuple(numpy.array(column, numpy.int16) for column in (ids, ends, subjects, folded))
+
+
+def word_drawings(drawings: Drawings, tokenizer: CLIPTokenizer, variants: int) -> Wordings:
+    """Several wordings of every drawing; those of drawing i are the rows i · variants … (i + 1) · variants − 1."""
+    starts = range(0, len(drawings), 4000)
+    # Without the pictures, which would have to travel to the other processes.
+    facts = [Drawings(part.facts[:, :0], part.facts[:, :0], part.facts, part.values) for part in
+             (drawings.pick(slice(start, start + 4000)) for start in starts)]  # fmt: skip
+    with ProcessPoolExecutor() as pool:
+        parts = list(pool.map(_word_chunk, facts, [tokenizer] * len(facts), [variants] * len(facts), starts))
+    return Wordings(*(torch.from_numpy(numpy.concatenate(columns)) for columns in zip(*parts, strict=True)))
+
+
+def _word_chunk(drawings: Drawings, tokenizer: CLIPTokenizer, variants: int, start: int) -> tuple[numpy.ndarray, ...]:
+    chooser = random.Random(f"wordings {start}")
+    captions = [drawings.caption(row, chooser) for row in range(len(drawings.facts)) for _ in range(variants)]
+    return CaptionTokenizer(tokenizer).columns(captions)
+
+
+class Captioner:
+    """Turns wordings into hidden states, folded words as sums of input embeddings."""
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        self.text_encoder = text_encoder
+        self._wordings: Wordings | None = None
+        text_encoder.get_input_embeddings().register_forward_hook(self._add_folded_words)
+
+    def _add_folded_words(self, module: torch.nn.Module, arguments: tuple, output: Tensor) -> Tensor:
+        if self._wordings is None:
+            return output
+        words = self._wordings.folded.long()
+        extra = (module.weight[words.clamp(min=0)] * (words != NO_WORD)[..., None]).sum(1).to(output.dtype)
+        places = (torch.arange(len(words), device=words.device), self._wordings.subjects.long())
+        return output + torch.zeros_like(output).index_put(places, extra)
+
+    def __call__(self, wordings: Wordings) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, LENGTH, WIDTH) after the final norm, and each caption's state at its end token (B, WIDTH)."""
+        self._wordings = wordings
+        hidden = self.text_encoder(input_ids=wordings.ids.long()).last_hidden_state
+        self._wordings = None
+        return hidden, hidden[torch.arange(len(wordings), device=hidden.device), wordings.ends.long()]

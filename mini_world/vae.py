@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from e4t_cli.training_loss import half_precision
 from mini_world.data import Drawings
-from mini_world.loop import pick_device, train
+from mini_world.loop import draw_rows, pick_device, train
 
 # Few groups: a GroupNorm of two channels a group forgets what colour a flat area has, and flat areas are most of a drawing.
 CONFIG = {
@@ -53,23 +53,22 @@ def _start_simple(vae: AutoencoderKL) -> None:
         vae.quant_conv.weight[4:] *= 0.1
 
 
-def train_vae(folder: Path, drawings: Drawings, *, crop_steps: int, whole_steps: int) -> AutoencoderKL:
-    """First on crops, which are cheap and already hold every edge, then on whole pictures."""
+def train_vae(folder: Path, drawings: Drawings, *, crop_steps: int, whole_steps: int, batch: int) -> AutoencoderKL:
+    """First on crops, which are cheap and already hold every edge, then on `batch` whole pictures; crops are twice as many."""
     device = pick_device()
     torch.manual_seed(1)
     vae = AutoencoderKL(**CONFIG)
     _start_simple(vae)
-    images = torch.from_numpy(drawings.images)
+    images = torch.from_numpy(drawings.images).to(device)
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         crops = step < crop_steps
-        rows = torch.randint(len(images), (8 if crops else 4,), generator=generator)
-        pixels = to_pixels(images[rows]).to(device)
+        pixels = to_pixels(images[draw_rows(len(images), 2 * batch if crops else batch, generator)])
         if crops:
-            x, y = torch.randint(0, 33, (2,), generator=generator).tolist()
+            x, y = draw_rows(33, 2, generator).tolist()
             pixels = pixels[..., y : y + 32, x : x + 32]
         posterior = vae.encode(pixels).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(decoded), _edges(pixels), strict=True))
         wide = F.mse_loss(F.avg_pool2d(decoded, 8), F.avg_pool2d(pixels, 8))

@@ -54,13 +54,13 @@ class Watch:
     @torch.no_grad()
     def losses(self, pack) -> tuple[float, float]:
         """Masked loss with the picture's own concept and with its neighbour's, over the same noise."""
-        model, data, count = self.model, self.data, len(self.data)
+        model, data, count, device = self.model, self.data, len(self.data), self.model.device
         descriptor = model.descriptor_id(pack.descriptor)
         tokens = model.tokenize(training_prompts(pack.templates), descriptor)
         draws = draw(5, 0, range(count), batch_size=count, train_timesteps=model.train_timesteps, shape=model.latent_shape)
-        z_0 = data.means.float()
-        offsets = WeightOffsets.from_factors(pack.offsets)
-        folded = pack.encoder.fold(data.image_features.float())
+        draws, z_0 = draws.to(device), data.means.to(device).float()
+        offsets, encoder = WeightOffsets.from_factors(pack.offsets).to(device), pack.encoder.to(device)
+        folded = encoder.fold(data.image_features.to(device).float())
         found = []
         with offsets.attached_to(model.unet):
             for shown in (folded, folded.roll(1, 0)):
@@ -70,10 +70,10 @@ class Watch:
                     epsilon=draws.epsilon,
                     folded=shown,
                     tokens=tokens[choose(draws.uniform[:, 0], len(tokens.ids))],
-                    mask=None if data.masks is None else data.masks.float(),
+                    mask=None if data.masks is None else data.masks.to(device).float(),
                 )
                 losses = training_loss(
-                    model, model.unet, pack.encoder, batch, e_domain=model.word_embedding(descriptor), scale=pack.embedding_scale
+                    model, model.unet, encoder, batch, e_domain=model.word_embedding(descriptor), scale=pack.embedding_scale
                 )
                 found.append(float(losses.diffusion.mean()))
         return found[0], found[1]

@@ -12,10 +12,10 @@ KEYS = ("images", "labels", "facts", "values")
 
 def test_drawings_are_drawn_once_and_read_back(tmp_path):
     options = {"seed": 5, "held_out": True}
-    drawn = load_drawings(tmp_path, "some", 24, workers=1, **options)
+    drawn = load_drawings(tmp_path, "some", 24, **options)
     (stored,) = (tmp_path / "drawings").iterdir()
     before = stored.stat().st_mtime_ns
-    again = load_drawings(tmp_path, "some", 24, workers=1, **options)
+    again = load_drawings(tmp_path, "some", 24, **options)
     assert stored.stat().st_mtime_ns == before
     assert len(drawn) == len(again) == 24
     for key in KEYS:
@@ -35,8 +35,8 @@ def test_drawings_are_drawn_once_and_read_back(tmp_path):
 
 
 def test_another_number_of_drawings_is_another_file(tmp_path):
-    load_drawings(tmp_path, "some", 2, workers=1)
-    more = load_drawings(tmp_path, "some", 4, workers=1, kind="thing")
+    load_drawings(tmp_path, "some", 2)
+    more = load_drawings(tmp_path, "some", 4, kind="thing")
     assert len(more) == 4
     assert {path.name for path in (tmp_path / "drawings").iterdir()} == {
         "some-2.npz",

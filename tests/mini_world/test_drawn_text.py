@@ -7,7 +7,17 @@ import torch
 from transformers import CLIPTokenizer
 
 from mini_world.captions import Caption, all_words
-from mini_world.text import LENGTH, WIDTH, Captioner, build_text_encoder, build_tokenizer
+from mini_world.data import load_drawings
+from mini_world.scenes import PLACES
+from mini_world.text import (
+    LENGTH,
+    WIDTH,
+    Captioner,
+    CaptionTokenizer,
+    build_text_encoder,
+    build_tokenizer,
+    word_drawings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +33,18 @@ def tokenizer(folder):
 
 
 @pytest.fixture(scope="module")
-def captioner(tokenizer):
+def captioner(tokenizer, text_encoder):
+    hidden_states, read = Captioner(text_encoder), CaptionTokenizer(tokenizer)
+    return lambda captions: hidden_states(read(captions))
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tokenizer):
     torch.manual_seed(0)
     encoder = build_text_encoder(tokenizer).eval().requires_grad_(False)
     with torch.no_grad():
         encoder.get_input_embeddings().weight.mul_(10)  # louder than the places they stand at
-    return Captioner(tokenizer, encoder)
+    return encoder
 
 
 def ids(tokenizer, text):
@@ -72,9 +88,9 @@ FOLDED = Caption("a photo of my face in the snow", "face", ("curly", "pink", "ro
 PLAIN = [Caption("a cat on the beach", "cat"), Caption("", ""), Caption(FOLDED.text, "face")]
 
 
-def test_folding_is_a_sum_of_word_embeddings(captioner, tokenizer):
+def test_folding_is_a_sum_of_word_embeddings(captioner, tokenizer, text_encoder):
     (hidden, ends) = captioner([FOLDED])
-    table = captioner.text_encoder.get_input_embeddings().weight
+    table = text_encoder.get_input_embeddings().weight
     face, *others = (ids(tokenizer, word)[0] for word in ("face", *FOLDED.folded))
     own = table[face].clone()
     try:
@@ -106,14 +122,16 @@ def test_the_order_of_folded_words_means_nothing(captioner):
     torch.testing.assert_close(captioner([FOLDED])[0], captioner([turned])[0])
 
 
-def test_states_are_those_of_the_encoder_and_ends_stand_at_the_end(captioner, tokenizer):
+def test_states_are_those_of_the_encoder_and_ends_stand_at_the_end(
+    captioner, tokenizer, text_encoder
+):
     hidden, ends = captioner(PLAIN)
     assert hidden.shape == (3, LENGTH, WIDTH)
     for row, caption in enumerate(PLAIN):
         padded = tokenizer(
             caption.text, padding="max_length", max_length=LENGTH, return_tensors="pt"
         ).input_ids
-        own = captioner.text_encoder(input_ids=padded).last_hidden_state[0]
+        own = text_encoder(input_ids=padded).last_hidden_state[0]
         torch.testing.assert_close(hidden[row], own)
         assert torch.equal(ends[row], hidden[row, 1 + len(ids(tokenizer, caption.text))])
 
@@ -125,3 +143,21 @@ def test_every_picture_can_be_folded(captioner, pictures):
     assert any(caption.folded for caption in captions)
     hidden, _ = captioner(captions)
     assert hidden.isfinite().all()
+
+
+def test_drawings_are_worded_in_their_order(tokenizer, tmp_path):
+    """Row i · variants + k is a wording of drawing i, and says where it is."""
+    drawings = load_drawings(tmp_path, "some", 40, seed=3)
+    wordings = word_drawings(drawings, tokenizer, 3)
+    assert len(wordings) == 120
+    for row, place in enumerate(PLACES[int(number)] for number in drawings.facts[:, 1]):
+        texts = {
+            tokenizer.decode(wordings.ids[3 * row + k].long(), skip_special_tokens=True)
+            for k in range(3)
+        }
+        for text in texts:
+            said = [name for name in PLACES if name != "plain" and f" {name}" in f" {text}"]
+            assert said == ([] if place == "plain" else [place])
+    again = word_drawings(drawings, tokenizer, 3)
+    assert torch.equal(again.ids, wordings.ids)
+    assert torch.equal(again.folded, wordings.folded)
