@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mini_world import loop
+from mini_world import base, loop
+from mini_world.data import load_drawings
+from mini_world.text import build_text_encoder, build_tokenizer
 
 
 class Stopped(Exception):
@@ -15,7 +17,8 @@ class Stopped(Exception):
 
 @pytest.fixture(autouse=True)
 def on_one_cpu(monkeypatch):
-    monkeypatch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
+    for module in (base, loop):
+        monkeypatch.setattr(module, "pick_device", lambda: torch.device("cpu"))
     monkeypatch.delenv("RANK", raising=False)
 
 
@@ -123,3 +126,30 @@ def test_every_stage_can_be_run():
     assert {name for name in vars(stages) if name.startswith("run_")} == {
         f"run_{name}" for name in STAGES
     }
+
+
+@pytest.mark.parametrize("words_rate", [0.0, 1e-3])
+def test_the_words_learn_with_the_denoiser_where_they_are_asked_to(tmp_path, words_rate):
+    """Their table never does: it is what personalization writes in."""
+    drawings = load_drawings(tmp_path, "some", 6, seed=4)
+    tokenizer = build_tokenizer(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    unet, text_encoder = base.build_unet(), build_text_encoder(tokenizer)
+    # The output starts at zero, and nothing behind a zero learns in the first step.
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+    for name, weight in unet.named_parameters():
+        if name.endswith("proj_out.weight"):
+            torch.nn.init.normal_(weight, std=0.1)
+    before = {name: weight.detach().clone() for name, weight in text_encoder.named_parameters()}
+    first = unet.conv_in.weight.detach().clone()
+    base.train_unet(
+        tmp_path, unet, drawings, torch.zeros(6, 8, 16, 16), 1.0, tokenizer, text_encoder,
+        name="few", seed=0, steps=10, learning_rate=1e-3, words_rate=words_rate, batch=2, wordings=2,
+    )  # fmt: skip
+    assert not torch.equal(unet.conv_in.weight, first)
+    moved = {n for n, w in text_encoder.named_parameters() if not torch.equal(w, before[n])}
+    layers = {name for name in before if "embedding" not in name}
+    assert moved <= layers
+    # A key's bias changes no softmax, so it may be left where it was.
+    assert {name for name in layers if "k_proj.bias" not in name} <= moved or not words_rate
+    assert bool(moved) == bool(words_rate)
