@@ -20,6 +20,7 @@ STAGES = (
     "clip",
     "tower",
     "encode",
+    "decoder",
     "unet",
     "base",
     "parser",

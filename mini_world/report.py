@@ -130,7 +130,8 @@ def write_between(path: Path, mark: str, text: str) -> None:
 
 def write_report(folder: Path) -> None:
     """Measure what is not yet measured and fill docs/mini.md."""
-    from mini_world.stages import load_judge, load_model, report_of_training
+    from mini_world.stages import load_judge, load_model
+    from mini_world.training_report import report_of_training
 
     model, judge = load_model(), load_judge()
     document = Path("docs/mini.md")

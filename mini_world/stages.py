@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -20,95 +18,12 @@ from mini_world import base, clip, judge, parser, vae
 from mini_world.clip import MEAN, STD, TOWER_CONFIG
 from mini_world.data import Drawings, load_drawings
 from mini_world.domains import encode_drawings, plans, train_domain
+from mini_world.lengths import BASE_COUNT, HELD_OUT, PORTRAITS, lengths
 from mini_world.loop import pick_device, process_rank
 
 PACKAGED = Path("src/e4t_cli/data/mini")
 PACKS = Path("domains/e4t_domains/packs")
 JUDGE = Path("mini_world/judge.safetensors")
-BASE_COUNT = 120_000
-PORTRAITS = {"face": 24_000, "cat": 12_000, "art": 10_000}
-HELD_OUT = {"face": 600, "cat": 300, "art": 300}
-
-
-@dataclass(frozen=True)
-class Round:
-    """One cosine schedule of the U-Net's training: its steps, its peak learning rate, over how many encoded pictures.
-
-    `words_rate`: the peak learning rate of the text encoder's layers, which contrast alone leaves with words that it had no
-    need to tell apart.
-    """
-
-    steps: int
-    learning_rate: float
-    pictures: int
-    words_rate: float = 0.0
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How long each network is trained, in steps, and on how much at once; batches are those of one process.
-
-    `wordings`: of each picture; `clip_pairs`: pairs of pictures; `domain_batch`: of a domain's pre-training.
-    """
-
-    vae_crops: int
-    vae_wholes: int
-    vae_batch: int
-    clip: int
-    clip_pairs: int
-    tower: int
-    unet: tuple[Round, ...]
-    unet_batch: int
-    parser: int
-    judge: int
-    face: int
-    cat: int
-    art: int
-    domain_batch: int
-    pictures: dict[str, int]  # of each domain
-    wordings: int = 8
-
-
-CPU = Lengths(
-    vae_crops=3000,
-    vae_wholes=480,
-    vae_batch=4,
-    clip=1150,
-    clip_pairs=32,
-    tower=900,
-    unet=(Round(2800, 1e-3, 32_000), Round(1600, 6e-4, 48_000), Round(400, 3e-4, 48_000, words_rate=2e-4)),
-    unet_batch=32,
-    parser=900,
-    judge=1200,
-    face=900,
-    cat=600,
-    art=500,
-    domain_batch=32,
-    pictures={"face": 13_600, "cat": 7200, "art": 6400},
-)
-CUDA = Lengths(
-    vae_crops=1000,
-    vae_wholes=3000,
-    vae_batch=64,
-    clip=1500,
-    clip_pairs=512,
-    tower=500,
-    unet=(Round(4500, 1e-3, 120_000, words_rate=2e-4),),
-    unet_batch=512,
-    parser=2000,
-    judge=4000,
-    face=800,
-    cat=600,
-    art=600,
-    domain_batch=128,
-    pictures=PORTRAITS,
-    wordings=4,
-)
-
-
-def lengths() -> Lengths:
-    """The plan for this machine."""
-    return CUDA if torch.cuda.is_available() else CPU
 
 
 def base_drawings(folder: Path) -> Drawings:
@@ -197,6 +112,16 @@ def run_encode(folder: Path) -> None:
     count = max(part.pictures for part in lengths().unet)
     images = torch.from_numpy(base_drawings(folder).images[:count])
     save_file({"latents": vae.encode_all(trained, images)}, path)
+
+
+def run_decoder(folder: Path) -> None:
+    if (folder / "decoder.report.json").exists():
+        return
+    trained, encoded = load_vae(folder), load_file(folder / "latents.safetensors")["latents"]
+    vae.train_decoder(folder, trained, base_drawings(folder), encoded, steps=lengths().decoder, batch=2 * lengths().vae_batch)
+    psnr = vae.reconstruction_psnr(trained, torch.from_numpy(held_out_scenes(folder).images[:512]))
+    trained.cpu().save_pretrained(folder / "base" / "vae")
+    note(folder, "decoder", psnr=round(psnr, 2))
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
@@ -335,49 +260,3 @@ def run_report(folder: Path) -> None:
     from mini_world.report import write_report
 
     write_report(folder)
-
-
-def report_of_training(folder: Path) -> str:
-    """What every stage took and reached, as Markdown; the hashes of what is shipped."""
-    lines = ["| stage | steps | minutes | last losses | measured on held-out drawings |", "|---|---|---|---|---|"]
-    rounds = [f"unet-{number + 1}" for number in range(len(lengths().unet))]
-    for stage in ("vae", "clip", "tower", *rounds, "parser", "judge"):
-        log = folder / f"{stage}.jsonl"
-        if not log.exists():
-            continue
-        last = json.loads(log.read_text().splitlines()[-1])
-        steps, seconds = last.pop("step"), last.pop("seconds")
-        losses = ", ".join(f"{name} {value:.3g}" for name, value in last.items())
-        found = folder / f"{stage}.report.json"
-        facts = ", ".join(_facts(json.loads(found.read_text()))) if found.exists() else ""
-        lines.append(f"| {stage} | {steps:,} | {seconds / 60:.0f} | {losses} | {facts} |")
-    for name in PORTRAITS:
-        watch = folder / f"watch-{name}.jsonl"
-        if watch.exists():
-            last = json.loads(watch.read_text().splitlines()[-1])
-            facts = f"loss with its own concept {last['own']:.4f}, with another's {last['swapped']:.4f}"
-            found = [json.loads(line) for line in (folder / f"domain-{name}.jsonl").read_text().splitlines()]
-            steps, minutes = found[-1]["step"], _seconds(found) / 60
-            lines.append(f"| domain {name} | {steps:,} | {minutes:.0f} | | {facts} (at step {last['step']:,}) |")
-    lines += ["", "| shipped file | bytes | sha256 |", "|---|---|---|"]
-    for path in sorted([*PACKAGED.rglob("*.safetensors"), *PACKS.rglob("*.safetensors"), JUDGE]):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        lines.append(f"| {path} | {path.stat().st_size:,} | `{digest[:16]}…` |")
-    return "\n".join(lines)
-
-
-def _seconds(lines: list[dict]) -> float:
-    """The time of a training whose clock began anew whenever it was resumed."""
-    clocks = [line["seconds"] for line in lines]
-    return sum(clock for clock, after in zip(clocks, [*clocks[1:], 0.0], strict=True) if after < clock)
-
-
-def _facts(report: dict) -> list[str]:
-    found = []
-    for name, value in report.items():
-        if isinstance(value, dict):
-            mean = sum(value.values()) / len(value)
-            found.append(f"{name}: {mean:.3f} mean of {len(value)} probes")
-        else:
-            found.append(f"{name} {value:g}")
-    return found
