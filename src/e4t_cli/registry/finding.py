@@ -17,22 +17,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 
-from .bases import PUBLISHED
-from .domain import Domain, check_name
-from .errors import E4TError, UsageError, WeightsUnavailable, printable
-from .estimates import shown_hours
-from .hub.addresses import pack_folder
-from .hub.converted import converted_folder, foreign_repository
-from .recipes import PretrainingRecipe
+from e4t_cli.domain import Domain, check_name
+from e4t_cli.errors import E4TError, UsageError, printable
+
+from .own_domains import USER, user_domain, user_domains_folder
 
 GROUP = "e4t.domains"
 OURS = "e4t"
 """The distribution whose domains cannot be shadowed."""
-USER = "user"
-"""The package name shown for domains that are folders of the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,102 +165,6 @@ def own_names() -> list[str]:
 def installed_packages(name: str) -> list[str]:
     """Return the distributions that claim a name, ours first; nothing is imported."""
     return [c.package for c in _candidates() if c.name == name and c.package != USER]
-
-
-def weights_folder(domain: Domain, base: str) -> Path:
-    """Return the folder of the domain's pack for a base.
-
-    A folder of the user's with the domain's name serves a base for which the domain itself has
-    no weights here: what `e4t pretrain` made stands beside what was installed.
-
-    Raises:
-        WeightsUnavailable: there is none on this machine.
-        IntegrityError: the user's folder cannot be read.
-    """
-    location = domain.weights.get(base)
-    for folder in () if location is None else _places(location):
-        if (folder / "domain.toml").is_file():
-            return folder
-    own = user_domains_folder() / domain.name
-    if (own / "domain.toml").is_file() and base in user_domain(own).weights:
-        return own
-    command = f"e4t pretrain --domain {domain.name} --base {base} --data FOLDER"
-    if location is None:
-        published = PUBLISHED.get(base)
-        nobody = ": nobody has published any" if published else ""
-        recipe = domain.pretraining or PretrainingRecipe(steps=60_000)
-        time = ""
-        if published:
-            time = f" ({recipe.steps:,} steps, {shown_hours(recipe, published.resolution)})"
-        raise WeightsUnavailable(
-            f"domain {domain.name!r} has no weights for the base {printable(base)!r}{nobody}",
-            hint=f"make them: {command}{time}",
-        )
-    if location.startswith("hub:") or foreign_repository(location):
-        raise WeightsUnavailable(
-            f"the weights of domain {domain.name!r} for {base} are on the hub "
-            f"({printable(location.partition(':')[2])}) and not on this machine",
-            hint=f"e4t fetch {domain.name} --base {base}",
-        )
-    raise WeightsUnavailable(
-        f"the weights of domain {domain.name!r} for {base} are not in this installation "
-        f"({printable(location)})",
-        hint=f"reinstall the package they come with, or make them: {command}",
-    )
-
-
-def _places(location: str) -> list[Path]:
-    """Return the folders on this machine that a location can mean; nothing is fetched."""
-    kind, _, rest = location.partition(":")
-    if kind == "hub":
-        folder = pack_folder(location)
-        return [folder] if folder is not None else []
-    if foreign_repository(location):
-        folder = converted_folder(location)
-        return [folder] if folder is not None else []
-    if kind != "package":
-        return [Path(location)]
-    package, *parts = rest.split("/")
-    with contextlib.suppress(ImportError):
-        spec = find_spec(package)
-        if spec is not None:
-            return [Path(root, *parts) for root in spec.submodule_search_locations or ()]
-    return []
-
-
-def user_domains_folder() -> Path:
-    """Return the folder whose sub-folders are the user's domains."""
-    from platformdirs import user_data_path
-
-    return user_data_path("e4t", appauthor=False) / "domains"
-
-
-def user_domain(folder: Path) -> Domain:
-    """Return the domain that a folder made by `e4t pretrain` is.
-
-    Raises:
-        UsageError: there is no domain.toml in it.
-        IntegrityError: its domain.toml is not one.
-    """
-    path = folder / "domain.toml"
-    if not path.is_file():
-        raise UsageError(
-            f"{printable(str(folder))} is no domain: it has no domain.toml",
-            hint="e4t domains list shows what is installed",
-        )
-    from .manifest import read_manifest  # pydantic takes a tenth of a second to import
-
-    manifest = read_manifest(path)
-    return Domain(
-        name=manifest.name,
-        descriptor=manifest.descriptor,
-        tuning=manifest.tuning,
-        pretraining=manifest.pretraining,
-        weights={manifest.base: str(folder.resolve())},
-        prompt_templates=tuple(manifest.templates),
-        licence=manifest.licence,
-        summary=f"pre-trained on {manifest.images:,} pictures" if manifest.images else "",
-    )
 
 
 def _candidates() -> list[_Candidate]:

@@ -7,13 +7,12 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .bases import Base
-from .devices import (
+from e4t_cli.bases import Base
+from e4t_cli.devices import (
     DTYPES,
     budget_of,
     choose_device,
@@ -21,21 +20,25 @@ from .devices import (
     limit_process,
     read_ahead,
 )
-from .errors import ResourceError, UsageError, printable
-from .metadata import GenerationRecord
-from .progress import Progress, ProgressCallback
-from .prompts import Prompt
-from .results import GeneratedImage, Personalization, Timings
+from e4t_cli.errors import UsageError, printable
+from e4t_cli.progress import Progress, ProgressCallback
+from e4t_cli.prompts import Prompt
+from e4t_cli.results import GeneratedImage, Personalization, Timings
+
+from .guards import memory_errors, quiet_libraries
+from .listened import Listened
+from .records import record_of
 
 if TYPE_CHECKING:
-    from .base_model import TextToImageModel
-    from .concept import Concept, TunedModel
-    from .generation import Sampling
-    from .pretrained import PretrainedDomain
-    from .safety import SafetyChecker
+    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.concept import Concept, TunedModel
+    from e4t_cli.generation import Sampling
+    from e4t_cli.metadata import GenerationRecord
+    from e4t_cli.pretrained import PretrainedDomain
+    from e4t_cli.safety import SafetyChecker
 
 
-class Session:
+class Session(Listened):
     """A base and a pack, used for one request.
 
     Args:
@@ -56,6 +59,7 @@ class Session:
         vram: str = "auto",
         safety: bool = True,
     ) -> None:
+        super().__init__(on_progress)
         if dtype != "auto" and dtype not in DTYPES:
             names = ", ".join(["auto", *DTYPES])
             raise UsageError(f"there is no dtype {printable(dtype)!r}", hint=f"one of {names}")
@@ -63,46 +67,6 @@ class Session:
             budget_of(vram)
         self._device, self._dtype, self._vram, self._safety = device, dtype, vram, safety
         self._own = False  # whether the model was loaded for this one request
-        self._listener = on_progress
-        self._seconds: dict[str, float] = {}
-        self.notes: list[str] = []
-
-    # ── what the user hears ──
-
-    def report(self, event: Progress) -> None:
-        """Pass an event on, and remember its note for the result."""
-        if event.note and event.note not in self.notes:
-            self.notes.append(event.note)
-        if self._listener is not None:
-            self._listener(event)
-
-    def note(self, stage: str, sentence: str) -> None:
-        """Tell the user something without any progress."""
-        self.report(Progress(stage=stage, note=sentence))
-
-    def remark(self, stage: str, sentence: str) -> None:
-        """Tell the user something that is good to know."""
-        self.report(Progress(stage=stage, remark=sentence))
-
-    def detail(self, stage: str, sentence: str) -> None:
-        """Tell those who asked for more."""
-        self.report(Progress(stage=stage, detail=sentence))
-
-    @contextlib.contextmanager
-    def stage(self, name: str, *, counted: bool = False) -> Iterator[None]:
-        """Measure a stage; unless its own code counts steps, also report its start and end."""
-        if not counted:
-            self.report(Progress(stage=name, done=0, total=1))
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - begun
-            self._seconds[name] = self._seconds.get(name, 0.0) + spent
-        if not counted:
-            self.report(Progress(stage=name, done=1, total=1))
-
-    # ── the parts of the work ──
 
     @contextlib.contextmanager
     def running(self, base: Base | TextToImageModel | None = None) -> Iterator[None]:
@@ -118,8 +82,8 @@ class Session:
         if isinstance(base, Base):
             read_ahead(base.folder)
         with self.stage("imports", counted=True):
-            from . import generation, tuning  # noqa: F401
-        with _memory_errors(), _quiet_libraries():
+            from e4t_cli import generation, tuning  # noqa: F401
+        with memory_errors(), quiet_libraries():
             yield
 
     def load(self, base: Base | TextToImageModel, pack: Path | None) -> None:
@@ -133,8 +97,8 @@ class Session:
             UsageError: there is no such device here.
             IntegrityError: the pack was made for another base.
         """
-        from .base_model import TextToImageModel
-        from .pretrained import PretrainedDomain
+        from e4t_cli.base_model import TextToImageModel
+        from e4t_cli.pretrained import PretrainedDomain
 
         with self.stage("load", counted=True):
             if isinstance(base, Base):
@@ -169,10 +133,10 @@ class Session:
 
         A model that was loaded for this request is used up: its U-Net becomes the tuned one.
         """
-        from .memory import plan_tuning
-        from .training_loss import multiplies_bfloat16
-        from .tuning import tune
-        from .tuning.optimizers import has_eight_bit
+        from e4t_cli.memory import plan_tuning
+        from e4t_cli.training_loss import multiplies_bfloat16
+        from e4t_cli.tuning import tune
+        from e4t_cli.tuning.optimizers import has_eight_bit
 
         model, device = self.model, self.model.device
         if self._own:
@@ -214,7 +178,7 @@ class Session:
         on_image: Callable[[GeneratedImage], None] | None,
     ) -> Personalization:
         """Draw `count` pictures of every prompt; picture i of each has the seed `seed + i`."""
-        from .generation import sample
+        from e4t_cli.generation import sample
 
         sampling = sampling.resolved(self.model)
         wanted = [prompt for prompt in prompts for _ in range(count)]
@@ -225,23 +189,7 @@ class Session:
             checker = self._checker()
             pictures = sample(self.model, tuned, wanted, seeds, sampling, on_progress=self.report)
             for prompt, own_seed, picture in zip(wanted, seeds, pictures, strict=True):
-                record = GenerationRecord(
-                    prompt=prompt.text,
-                    negative_prompt=sampling.negative,
-                    seed=own_seed,
-                    steps=sampling.steps,
-                    guidance=float(sampling.guidance or 0),
-                    scheduler=sampling.scheduler,
-                    width=picture.width,
-                    height=picture.height,
-                    placeholder=prompt.placeholder,
-                    domain=concept.domain,
-                    base=concept.base_name,
-                    base_fingerprint=concept.base_fingerprint,
-                    pack_fingerprint=concept.pack_digest,
-                    photo_sha256=concept.image_sha256,
-                    tuning={**concept.recipe.as_dict(), "seed": concept.seed},
-                )
+                record = record_of(concept, prompt, own_seed, sampling, picture.size)
                 if checker is not None and checker.flags([picture])[0]:
                     withheld.append(record)
                     continue
@@ -255,7 +203,7 @@ class Session:
             concept=concept,
             images=drawn,
             seed=seed,
-            timings=Timings(**self._seconds),
+            timings=Timings(**self.seconds),
             notes=tuple(self.notes),
             withheld=tuple(withheld),
         )
@@ -265,63 +213,8 @@ class Session:
         folder = self.model.base.folder
         if not self._safety or not (folder / "safety_checker" / "config.json").is_file():
             return None
-        from .safety import SafetyChecker  # diffusers' pipelines: only who has one pays for it
+        from e4t_cli.safety import (
+            SafetyChecker,  # diffusers' pipelines: only who has one pays for it
+        )
 
         return SafetyChecker.of_base(folder, self.model.device, self.model.dtype)
-
-
-def choose_sampling(wanted: Sampling | Mapping[str, Any] | None) -> Sampling:
-    """Return what was asked for as a value.
-
-    Raises:
-        UsageError: it has a field that `Sampling` has not, or one out of range.
-    """
-    from .generation import Sampling
-
-    if isinstance(wanted, Sampling):
-        return wanted
-    try:
-        return Sampling(**(wanted or {}))
-    except TypeError as error:
-        raise UsageError(f"sampling: {error}") from error
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep the progress bars of transformers and diffusers out of the user's terminal."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    loud = [
-        library
-        for library in (transformers_logging, diffusers_logging)
-        if library.is_progress_bar_enabled()
-    ]
-    for library in loud:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in loud:
-            library.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turn whatever an allocator says into one sentence.
-
-    Raises:
-        ResourceError: memory ran out.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
-        text = str(error).lower()
-        told = "out of memory" in text or "can't allocate memory" in text
-        if isinstance(error, MemoryError) or told:
-            raise ResourceError(
-                "memory ran out",
-                hint="close other programs, or use another --device or a smaller --base",
-            ) from error
-        raise
