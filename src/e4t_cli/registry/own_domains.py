@@ -31,7 +31,7 @@ def user_domain(folder: Path) -> Domain:
             f"{printable(str(folder))} is no domain: it has no domain.toml",
             hint="e4t domains list shows what is installed",
         )
-    from .manifest import read_manifest  # pydantic takes a tenth of a second to import
+    from e4t_cli.manifest import read_manifest  # pydantic takes a tenth of a second to import
 
     manifest = read_manifest(path)
     return Domain(
