@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .progress import Progress
     from .prompts import SUBJECT_TEMPLATES
     from .recipes import PretrainingRecipe, TuningRecipe
-    from .registry import find_domain, installed_domains
+    from .registry.finding import find_domain, installed_domains
     from .results import GeneratedImage, Personalization
     from .segmenters import load_segmenter, mask_by_words
 
@@ -63,9 +63,9 @@ _HOME = {
     "UsageError": "errors",
     "WeightsUnavailable": "errors",
     "center_square": "images",
-    "find_domain": "registry",
+    "find_domain": "registry.finding",
     "generate": "api",
-    "installed_domains": "registry",
+    "installed_domains": "registry.finding",
     "load_segmenter": "segmenters",
     "mask_by_words": "segmenters",
     "open_image": "images",
