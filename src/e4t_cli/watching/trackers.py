@@ -82,5 +82,7 @@ def _start(one: Any, folder: Path, project: str, settings: Mapping[str, Any]) ->
         accelerator = Accelerator(
             log_with=[one], project_dir=str(folder), cpu=True, mixed_precision="no"
         )
-    accelerator.init_trackers(project, config=dict(settings))
+    # wandb alone asks where to write, and would write into the folder the user happens to be in.
+    options = {"wandb": {"dir": str(folder)}}
+    accelerator.init_trackers(project, config=dict(settings), init_kwargs=options)
     return accelerator.trackers[0] if accelerator.trackers else None
