@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mini_world import base, loop
+from mini_world import base, loop, vae
 from mini_world.data import load_drawings
 from mini_world.text import build_text_encoder, build_tokenizer
 
@@ -17,7 +17,7 @@ class Stopped(Exception):
 
 @pytest.fixture(autouse=True)
 def on_one_cpu(monkeypatch):
-    for module in (base, loop):
+    for module in (base, loop, vae):
         monkeypatch.setattr(module, "pick_device", lambda: torch.device("cpu"))
     monkeypatch.delenv("RANK", raising=False)
 
@@ -144,7 +144,8 @@ def test_the_words_learn_with_the_denoiser_where_they_are_asked_to(tmp_path, wor
     first = unet.conv_in.weight.detach().clone()
     base.train_unet(
         tmp_path, unet, drawings, torch.zeros(6, 8, 16, 16), 1.0, tokenizer, text_encoder,
-        name="few", seed=0, steps=10, learning_rate=1e-3, words_rate=words_rate, batch=2, wordings=2,
+        name="few", seed=0, steps=10, learning_rate=1e-3, words_rate=words_rate,
+        batch=2, wordings=2,
     )  # fmt: skip
     assert not torch.equal(unet.conv_in.weight, first)
     moved = {n for n, w in text_encoder.named_parameters() if not torch.equal(w, before[n])}
@@ -153,3 +154,19 @@ def test_the_words_learn_with_the_denoiser_where_they_are_asked_to(tmp_path, wor
     # A key's bias changes no softmax, so it may be left where it was.
     assert {name for name in layers if "k_proj.bias" not in name} <= moved or not words_rate
     assert bool(moved) == bool(words_rate)
+
+
+def test_the_decoder_goes_on_alone(tmp_path):
+    """Latents keep their meaning: whatever was trained on them stays valid."""
+    drawings = load_drawings(tmp_path, "some", 4, seed=4)
+    torch.manual_seed(0)
+    whole = vae.AutoencoderKL(**vae.CONFIG)
+    encoded = vae.encode_all(whole, torch.from_numpy(drawings.images))
+    before = {name: weight.detach().clone() for name, weight in whole.named_parameters()}
+    vae.train_decoder(tmp_path, whole, drawings, encoded, steps=2, batch=2)
+    moved = {
+        name for name, weight in whole.named_parameters() if not torch.equal(weight, before[name])
+    }
+    assert moved
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
+    assert torch.equal(vae.encode_all(whole, torch.from_numpy(drawings.images)), encoded)
