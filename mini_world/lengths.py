@@ -63,9 +63,9 @@ CPU = Lengths(
     unet_batch=32,
     parser=900,
     judge=1200,
-    face=900,
-    cat=600,
-    art=500,
+    face=1200,
+    cat=800,
+    art=700,
     domain_batch=32,
     pictures={"face": 13_600, "cat": 7200, "art": 6400},
 )

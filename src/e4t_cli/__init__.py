@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         WeightsUnavailable,
     )
     from .framing import Frame
-    from .generation import Sampling
+    from .generation.sampling import Sampling
     from .images import center_square, open_image
     from .pretrained import PretrainedDomain
     from .progress import Progress
@@ -58,7 +58,7 @@ _HOME = {
     "Progress": "progress",
     "ResourceError": "errors",
     "SUBJECT_TEMPLATES": "prompts",
-    "Sampling": "generation",
+    "Sampling": "generation.sampling",
     "TuningRecipe": "recipes",
     "UsageError": "errors",
     "WeightsUnavailable": "errors",

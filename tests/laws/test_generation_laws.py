@@ -107,17 +107,17 @@ def test_one_way_down_serves_the_features_and_the_unconditional_branch(model, tu
 
 def test_an_empty_negative_prompt_in_words_is_the_shared_pass(model, tuned):
     """A separate feature pass, forced by a negative prompt of nothing, gives the same bits."""
-    from e4t_cli import generation
+    from e4t_cli.generation.guidance import Predictor
 
     shared = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
-    original = generation._Predictor.__init__
+    original = Predictor.__init__
 
     def separate(self, *args):
         original(self, *args)
         self.negative = self.empty.clone()  # equal, but not the same: no sharing
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation._Predictor, "__init__", separate)
+        patch.setattr(Predictor, "__init__", separate)
         apart = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
     assert torch.equal(shared, apart)
 
@@ -187,9 +187,9 @@ def test_an_unreadable_prompt_stops_the_first_picture(model, tuned):
 
 
 def test_T4_pictures_are_drawn_in_smaller_company_when_memory_runs_out(model, tuned, monkeypatch):
-    from e4t_cli import generation
+    from e4t_cli.generation import loop
 
-    denoise, sizes, notes = generation._denoise, [], []
+    denoise, sizes, notes = loop.denoise, [], []
 
     def short_of_memory(model, tuned, tokens, *rest):
         sizes.append(len(tokens.ids))
@@ -197,7 +197,7 @@ def test_T4_pictures_are_drawn_in_smaller_company_when_memory_runs_out(model, tu
             raise torch.OutOfMemoryError("no more")
         return denoise(model, tuned, tokens, *rest)
 
-    monkeypatch.setattr(generation, "_denoise", short_of_memory)
+    monkeypatch.setattr(loop, "denoise", short_of_memory)
     found = pixels(
         sample(
             model, tuned, PROMPTS, [5, 6, 7], FEW, batch=3,
@@ -208,7 +208,7 @@ def test_T4_pictures_are_drawn_in_smaller_company_when_memory_runs_out(model, tu
     assert len(notes) == 2
     monkeypatch.undo()
     assert found == pixels(sample(model, tuned, PROMPTS, [5, 6, 7], FEW))
-    monkeypatch.setattr(generation, "_denoise", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(loop, "denoise", lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         list(sample(model, tuned, PROMPTS[:1], [1], FEW))
 

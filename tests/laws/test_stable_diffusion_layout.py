@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from e4t_cli.base_model import TextToImageModel, Tokens
 from e4t_cli.bases import Base
 from e4t_cli.concept import TunedModel
-from e4t_cli.generation import Sampling, _Predictor
+from e4t_cli.generation import Sampling
+from e4t_cli.generation.guidance import Predictor
 from e4t_cli.nn.image_tower import ImageTower
 from e4t_cli.nn.unet_features import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
@@ -132,7 +133,7 @@ def test_drawing_costs_what_plain_stable_diffusion_costs(stable_diffusion, encod
     t = torch.tensor(500, device="meta")
     both = torch.cat((z_t, z_t))
     text = torch.empty(2 * count, 77, 768, device="meta")
-    predict = _Predictor(model, tuned, tokens(count), Sampling(guidance=7.5))
+    predict = Predictor(model, tuned, tokens(count), Sampling(guidance=7.5))
     with torch.no_grad():
         plain = flops(lambda: model.unet(both, t, text))
         ours = flops(lambda: predict(z_t, t))
