@@ -58,10 +58,10 @@ def draw_dogs(mine: Path, target: Path) -> None:
     """Before and after: the plain word, my_dogs, and the domain of cats with more steps, all on examples/rex.png."""
     from e4t_cli.base_model import TextToImageModel
     from e4t_cli.bases import find_base
-    from e4t_cli.concept import TunedModel
     from e4t_cli.generation import sample
     from e4t_cli.prompts import parse_prompt
     from e4t_cli.results import contact_sheet
+    from e4t_cli.tuned_model import TunedModel
 
     photo = Image.open("examples/rex.png").convert("RGB").resize((64, 64), Image.Resampling.BOX)
     model = TextToImageModel.load(find_base("mini"))

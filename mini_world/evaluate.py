@@ -10,13 +10,13 @@ import numpy
 import torch
 from PIL import Image
 
-from e4t_cli.concept import TunedModel
 from e4t_cli.domain import PreparedImage
 from e4t_cli.generation import Sampling, sample
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.recipes import TuningRecipe
+from e4t_cli.tuned_model import TunedModel
 from e4t_cli.tuning import tune
 from mini_world.clip import HEADS
 from mini_world.data import SUBJECTS

@@ -36,6 +36,7 @@ FLOORS = [
     {"base_model", "encoders"},  # the world outside
     {"pretrained"},
     {"e4t_diffusion"},  # checkpoints of another program
+    {"tuned_model"},
     {"concept"},
     {"training_loss", "memory"},
     {"tuning", "pretraining"},  # the work

@@ -1,4 +1,4 @@
-"""A concept: one personalized subject, in one file, and the model that tuning made of it.
+"""A concept: one personalized subject, in one file.
 
 `me.e4t` is a safetensors file: the prepared picture and its mask, the picture's image features
 (so that no image tower is needed again), and in its header a JSON card: domain, base, recipe,
@@ -27,59 +27,11 @@ from .domain import PreparedImage, check_name
 from .errors import IntegrityError, UsageError, printable
 from .files import write_atomically
 from .nn.branching import merge_adapters
-from .nn.word_embedding_encoder import Encoder, FixedEmbedding
 from .pretrained import PretrainedDomain
 from .recipes import TuningRecipe
+from .tuned_model import TunedModel
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TunedModel:
-    """A base that knows one concept: everything that drawing it needs.
-
-    Args:
-        unet: a plain diffusers U-Net, offsets merged.
-        encoder: E of eq. 1, tuned.
-        folded: the picture's contribution to E (1, hidden), from `encoder.fold`.
-        e_domain: embedding of the descriptor (embedding_width,).
-        descriptor_id: its token.
-        scale: s of eq. 1.
-        adapters: what was tuned, if it was adapters; merged into both already.
-    """
-
-    unet: nn.Module
-    encoder: Encoder
-    folded: Tensor
-    e_domain: Tensor
-    descriptor_id: int
-    scale: float
-    adapters: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def embedding(self, unet_features: Tensor | None) -> Tensor:
-        """Return e_c = e_domain + s · E (eq. 1), (batch, embedding_width).
-
-        Args:
-            unet_features: pooled features of the current z_t (batch, …); None for an encoder that
-                does not read them, which then gives one embedding.
-        """
-        batch = 1 if unet_features is None else len(unet_features)
-        offset = self.encoder.refine(self.folded.expand(batch, -1), unet_features)
-        return self.e_domain + self.scale * offset
-
-    @classmethod
-    def plain(cls, model: TextToImageModel, descriptor: str) -> Self:
-        """Return the base as it is, with a plain word in the concept's place."""
-        token = model.descriptor_id(descriptor)
-        e_domain = model.word_embedding(token)
-        return cls(
-            unet=model.unet,
-            encoder=FixedEmbedding(torch.zeros_like(e_domain)),
-            folded=e_domain.new_zeros(1, 0),
-            e_domain=e_domain,
-            descriptor_id=token,
-            scale=1.0,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

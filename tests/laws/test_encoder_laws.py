@@ -4,7 +4,6 @@ import pytest
 import torch
 from test_offset_laws import inputs
 
-from e4t_cli.concept import TunedModel
 from e4t_cli.nn.unet_features import (
     UNetState,
     check_unet,
@@ -20,6 +19,7 @@ from e4t_cli.nn.word_embedding_encoder import (
     WordEmbeddingEncoder,
 )
 from e4t_cli.prompts import parse_prompt
+from e4t_cli.tuned_model import TunedModel
 
 
 def features(pack, count=2):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from e4t_cli.concept import TunedModel
 from e4t_cli.errors import UsageError
 from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents, sample
 from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset
 from e4t_cli.prompts import parse_prompt
+from e4t_cli.tuned_model import TunedModel
 from e4t_cli.tuning import tune
 
 PROMPTS = [

@@ -6,7 +6,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from e4t_cli.base_model import TextToImageModel, Tokens
 from e4t_cli.bases import Base
-from e4t_cli.concept import TunedModel
 from e4t_cli.generation import Sampling
 from e4t_cli.generation.guidance import Predictor
 from e4t_cli.nn.image_tower import ImageTower
@@ -16,6 +15,7 @@ from e4t_cli.nn.word_embedding_encoder import EncoderConfig, WordEmbeddingEncode
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from e4t_cli.training_loss import TrainingBatch, evaluated_once, training_loss
+from e4t_cli.tuned_model import TunedModel
 from e4t_cli.tuning.parts import METHODS
 from tests.conftest import write_tokenizer
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from e4t_cli.base_model import TextToImageModel, Tokens
-from e4t_cli.concept import TunedModel
 from e4t_cli.nn.unet_features import (
     UNetState,
     decoder_half,
@@ -22,6 +21,7 @@ from e4t_cli.nn.unet_features import (
     pooled_features,
     stem,
 )
+from e4t_cli.tuned_model import TunedModel
 
 from .sampling import Sampling
 

@@ -9,10 +9,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from e4t_cli.base_model import TextToImageModel, Tokens
-from e4t_cli.concept import TunedModel
 from e4t_cli.devices import free_memory
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import Prompt
+from e4t_cli.tuned_model import TunedModel
 
 from .guidance import Predictor
 from .sampling import Sampling, draws_noise, make_scheduler

@@ -31,11 +31,12 @@ from .records import record_of
 
 if TYPE_CHECKING:
     from e4t_cli.base_model import TextToImageModel
-    from e4t_cli.concept import Concept, TunedModel
+    from e4t_cli.concept import Concept
     from e4t_cli.generation import Sampling
     from e4t_cli.metadata import GenerationRecord
     from e4t_cli.pretrained import PretrainedDomain
     from e4t_cli.safety import SafetyChecker
+    from e4t_cli.tuned_model import TunedModel
 
 
 class Session(Listened):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from e4t_cli.base_model import TextToImageModel
-from e4t_cli.concept import TunedModel
 from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError, ResourceError
 from e4t_cli.memory import Plan
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.recipes import TuningRecipe
+from e4t_cli.tuned_model import TunedModel
 
 from .step import Tuning
 

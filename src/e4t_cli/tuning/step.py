@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
-from e4t_cli.concept import TunedModel
 from e4t_cli.devices import free_memory
 from e4t_cli.domain import PreparedImage
 from e4t_cli.memory import Plan
@@ -24,6 +23,7 @@ from e4t_cli.training_loss import (
     multiplies_bfloat16,
     training_loss,
 )
+from e4t_cli.tuned_model import TunedModel
 
 from .optimizers import FusedAdamW, HostAdamW, make_optimizer
 from .parts import METHODS
