@@ -50,9 +50,9 @@ def own(monkeypatch):
 
 def write_card(folder: Path, monkeypatch):
     """A card whose reading is not what is tested here."""
-    from e4t_cli import registry
     from e4t_cli.domain import Domain
     from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
+    from e4t_cli.registry import finding, weights
 
     (folder / "domain.toml").write_text(CARD.format(name=folder.name))
     value = Domain(
@@ -62,7 +62,8 @@ def write_card(folder: Path, monkeypatch):
         pretraining=PretrainingRecipe(steps=7),
         weights={"toy": str(folder)},
     )
-    monkeypatch.setattr(registry, "user_domain", lambda path: value)
+    for module in (finding, weights):
+        monkeypatch.setattr(module, "user_domain", lambda path: value)
 
 
 @pytest.mark.parametrize("package", ["e4t-dog", "zoo"])  # before and after "user"
