@@ -7,6 +7,7 @@ import pytest
 
 from e4t_cli import registry
 from e4t_cli.cli import console, display
+from e4t_cli.errors import UsageError
 
 COMMANDS = [
     ["personalize"],
@@ -226,7 +227,7 @@ def test_quiet_keeps_errors(capfd):
     quiet = console.Console(quiet=True)
     quiet.note("a")
     quiet.warning("b")
-    quiet.error(registry.UsageError("c", hint="d"))
+    quiet.error(UsageError("c", hint="d"))
     assert capfd.readouterr().err == "error: c\nd\n"
 
 
