@@ -131,11 +131,21 @@ def half_precision(
             stack.enter_context(
                 torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=keep_casts)
             )
-            if device.type == "cpu":
-                # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
-                # plain products: a third of a whole training step of a small U-Net.
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(attention_kernels(device, enabled))
         yield
+
+
+def attention_kernels(device: torch.device, half: bool | None) -> AbstractContextManager[None]:
+    """Choose how attention is computed where `half_precision(device, half)` holds.
+
+    Also around `backward` under gradient checkpointing, which computes attention a second time:
+    autocast follows it there by itself, this choice does not.
+    """
+    if device.type == "cpu" and (multiplies_bfloat16(device) if half is None else half):
+        # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
+        # plain products: a third of a whole training step of a small U-Net.
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def evaluated_once(unet: nn.Module) -> AbstractContextManager[None]:

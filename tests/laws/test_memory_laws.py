@@ -191,6 +191,15 @@ def test_every_plan_tunes_to_the_same_model(model, pack, face, plan):
     assert model.vae.device == model.device
 
 
+def test_what_is_computed_twice_is_computed_alike_in_half_precision(model, pack, face):
+    """Attention too, whose kernel on a CPU is another one in bfloat16."""
+    plan = Plan(micro_batch=8)
+    once = tune(model, pack, face, plan=plan, autocast=True)
+    twice = tune(model, pack, face, plan=plan.replace(checkpointing=True), autocast=True)
+    for key, value in once.unet.state_dict().items():
+        torch.testing.assert_close(twice.unet.state_dict()[key], value, rtol=0, atol=3e-4)
+
+
 def test_a_consumed_model_gives_the_same_bits(base_folder, pack, face):
     from e4t_cli.base_model import TextToImageModel
 
