@@ -122,7 +122,8 @@ def half_precision(
     Args:
         enabled: None where the hardware has such products.
         keep_casts: keep a weight's bfloat16 copy until the end of the block, for whoever runs
-            over it twice; without, gradient checkpointing has them one block at a time.
+            over it twice; without, gradient checkpointing has them one block at a time. Without,
+            attention is computed in little memory, too.
     """
     if enabled is None:
         enabled = multiplies_bfloat16(device)
@@ -131,21 +132,13 @@ def half_precision(
             stack.enter_context(
                 torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=keep_casts)
             )
-            stack.enter_context(attention_kernels(device, enabled))
+            if device.type == "cpu" and keep_casts:
+                # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
+                # plain products: a third of a whole training step of a small U-Net. Those keep
+                # whole attention maps, gigabytes of them at 512 pixels, so not where memory is
+                # short; nor would `backward` know of the choice when it computes them again.
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
-
-
-def attention_kernels(device: torch.device, half: bool | None) -> AbstractContextManager[None]:
-    """Choose how attention is computed where `half_precision(device, half)` holds.
-
-    Also around `backward` under gradient checkpointing, which computes attention a second time:
-    autocast follows it there by itself, this choice does not.
-    """
-    if device.type == "cpu" and (multiplies_bfloat16(device) if half is None else half):
-        # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
-        # plain products: a third of a whole training step of a small U-Net.
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
 
 
 def evaluated_once(unet: nn.Module) -> AbstractContextManager[None]:

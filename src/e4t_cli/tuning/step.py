@@ -18,7 +18,6 @@ from e4t_cli.randomness import choose, draw
 from e4t_cli.recipes import TuningRecipe
 from e4t_cli.training_loss import (
     TrainingBatch,
-    attention_kernels,
     evaluated_once,
     half_precision,
     multiplies_bfloat16,
@@ -109,8 +108,7 @@ class Tuning:
                     detach_features=self.detach_features,
                 )
             share = len(batch.timesteps) / self.recipe.batch_size
-            with attention_kernels(self.model.device, self.autocast):
-                (losses.total(self.recipe.embedding_penalty) * share).backward()
+            (losses.total(self.recipe.embedding_penalty) * share).backward()
             parts = torch.stack((losses.diffusion.mean(), losses.penalty.mean()))
             total += share * parts.detach()
         return total
