@@ -15,7 +15,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from mini_world.captions import Caption
-from mini_world.data import Drawings
+from mini_world.data import SUBJECTS, Drawings
 from mini_world.loop import draw_rows, pick_device, train
 from mini_world.text import WIDTH, Captioner, CaptionTokenizer, Wordings, word_drawings
 from mini_world.world import SUBJECT_LABELS
@@ -88,11 +88,13 @@ def train_unet(
     seed: int,
     batch: int,
     wordings: int,
+    twice: tuple[str, ...] = (),
 ) -> None:
     """Train the U-Net on encoded drawings (N, 8, 16, 16: mean and log-variance) under the text encoder.
 
     `words_rate`: the learning rate of the text encoder's layers; 0 leaves them as they are. Its table of words stays in any
     case: it is what personalization writes in. `wordings`: of each picture; one caption in ten is empty, for guidance.
+    `twice`: subjects whose drawings are shown twice as often.
     """
     device = pick_device()
     captioner = Captioner(text_encoder.to(device).eval().requires_grad_(False))
@@ -104,11 +106,13 @@ def train_unet(
     weights_of_t = (snr.clamp(max=SNR_CAP) / snr).to(device)
     weights = subject_weights(drawings.labels[: len(encoded)]).to(device)
     encoded = encoded.to(device)
+    again = numpy.isin(drawings.facts[: len(encoded), 0], [SUBJECTS.index(subject) for subject in twice])
+    shown = torch.cat([torch.arange(len(encoded)), torch.from_numpy(numpy.flatnonzero(again))]).to(device)
     nothing = CaptionTokenizer(tokenizer)([Caption("", "")])
     captions = Wordings.join([word_drawings(drawings.pick(slice(len(encoded))), tokenizer, wordings), nothing]).to(device)
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = draw_rows(len(encoded), batch, generator)
+        rows = shown[draw_rows(len(shown), batch, generator)]
         spoken = rows * wordings + draw_rows(wordings, batch, generator)
         silent = torch.rand(batch, generator=generator, device=device) < 0.1
         with torch.set_grad_enabled(words_rate > 0):

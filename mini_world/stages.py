@@ -142,7 +142,7 @@ def run_unet(folder: Path) -> None:
             folder, unet, drawings, latents[: part.pictures], scaling_factor, tokenizer, text_encoder,
             name=f"unet-{number + 1}", seed=number,
             steps=part.steps, learning_rate=part.learning_rate, words_rate=part.words_rate,
-            batch=plan.unet_batch, wordings=plan.wordings,
+            batch=plan.unet_batch, wordings=plan.wordings, twice=part.twice,
         )  # fmt: skip
     if process_rank()[0] == 0:
         text_encoder.save_pretrained(folder / "base" / "text_encoder")

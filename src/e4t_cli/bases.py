@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from .domain import check_name
 from .errors import IntegrityError, UsageError, WeightsUnavailable, printable
+from .names import check_name
 
 EMBEDDED = ("mini",)
 """Bases that travel inside the package, the default first."""

@@ -23,9 +23,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .base_model import TextToImageModel
-from .domain import PreparedImage, check_name
+from .domain import PreparedImage
 from .errors import IntegrityError, UsageError, printable
 from .files import write_atomically
+from .names import check_name
 from .nn.branching import merge_adapters
 from .pretrained import PretrainedDomain
 from .recipes import TuningRecipe

@@ -23,8 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from .domain import check_file_name, check_name
 from .errors import IntegrityError, printable
+from .names import check_file_name, check_name
 from .recipes import PretrainingRecipe, TuningRecipe
 
 SCHEMA = 1

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw
 
 from .bases import Base, installed_bases
-from .domain import Domain, PreparationTarget, is_remote
+from .domain import Domain, PreparationTarget
 from .errors import E4TError, IntegrityError, WeightsUnavailable
 from .images import image_sha256, prepare_image
+from .names import is_remote
 from .prompts import training_prompts, training_templates
 from .registry import find_domain, user_domain, weights_folder
 

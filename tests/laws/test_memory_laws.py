@@ -1,6 +1,9 @@
 """Laws of memory: what is predicted is what autograd keeps, and every plan gives one gradient."""
 
 import math
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -336,3 +339,29 @@ def test_T9_half_precision_by_what_the_card_multiplies(monkeypatch, native, kind
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert choose_dtype("auto", torch.device("cuda")) is kind
     assert choose_dtype("auto", torch.device("mps")) is torch.float16
+
+
+SCATTERED = """
+import torch
+from e4t_cli.devices import free_memory
+
+def resident():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+torch.ones(6 << 20)  # freed: from now on blocks of that size come from the heap
+blocks = [torch.ones(1 << 18) for _ in range(400)]  # 1 MB each
+pins = blocks[9::10]
+del blocks
+before = resident()
+free_memory(torch.device("cpu"))
+print(before - resident(), sum(float(pin.sum()) for pin in pins))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's")
+def test_what_is_freed_between_what_stays_goes_back_to_the_system():
+    ran = subprocess.run([sys.executable, "-c", SCATTERED], capture_output=True, check=True)
+    given_back, kept = map(float, ran.stdout.split())
+    assert given_back > 300  # of the 360 MB that were freed
+    assert kept == 40 * (1 << 18)

@@ -14,11 +14,19 @@ import torch
 from e4t_cli.api.training_data import choose_cache, training_data
 from e4t_cli.domain import Domain, PreparationTarget, PreparedImage
 from e4t_cli.errors import InputError, ResourceError, UsageError
-from e4t_cli.pretraining import EncodedImages, EncodedRows, Processes, encode_images, epoch_indices
+from e4t_cli.pretraining import (
+    EncodedImages,
+    EncodedRows,
+    Processes,
+    cached_images,
+    encode_images,
+    epoch_indices,
+)
 from e4t_cli.pretraining import cache as caching
-from e4t_cli.pretraining.cache import EncodingCache, bytes_per_picture
+from e4t_cli.pretraining.cache import EncodingCache
 from e4t_cli.pretraining.chunks import write_chunk
 from e4t_cli.pretraining.live import LiveImages, LiveStream
+from e4t_cli.pretraining.looking import bytes_per_picture
 from e4t_cli.recipes import TuningRecipe
 from e4t_cli.sources import Preparation, find_source
 from e4t_cli.sources.lookalikes import SIGNATURE
@@ -364,7 +372,7 @@ def test_R12_pictures_and_rows_pass_through_and_do_not_stay(model, monkeypatch):
 
 
 def test_R12_no_more_chunks_are_open_than_allowed(model, monkeypatch):
-    monkeypatch.setattr(caching, "OPEN_AT_ONCE", 3)
+    monkeypatch.setattr(cached_images, "OPEN_AT_ONCE", 3)
     data, _ = encode(model, [png(index) for index in range(40)])
     for step in range(20):
         rows(data, step=step)

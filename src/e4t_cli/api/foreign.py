@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from e4t_cli.bases import read_base
-from e4t_cli.domain import Domain, check_name
+from e4t_cli.domain import Domain
 from e4t_cli.e4t_diffusion import Checkpoint, Wish, convert, read_checkpoint
 from e4t_cli.e4t_diffusion.towers import tower_sizes
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.addresses import address_of
+from e4t_cli.names import check_name
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import training_templates
 from e4t_cli.recipes import PretrainingRecipe, TuningRecipe

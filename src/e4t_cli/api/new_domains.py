@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from e4t_cli.domain import Domain, check_name
+from e4t_cli.domain import Domain
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
+from e4t_cli.names import check_name
 from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from e4t_cli.registry import (
     USER,

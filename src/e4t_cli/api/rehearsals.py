@@ -9,8 +9,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from e4t_cli.api.choices import base_name, choose_base
-from e4t_cli.api.domains import Data, PretrainingRun, own_device
+from e4t_cli.api.domains import Data
 from e4t_cli.api.new_domains import check_new_name, plan_domain
+from e4t_cli.api.pretraining_run import PretrainingRun, own_device
 from e4t_cli.api.training_data import CacheChoice, check_cache, choose_cache
 from e4t_cli.domain import Domain, PreparedImage
 from e4t_cli.hub.access import Access, AskLicence

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from e4t_cli.api.choices import choose_domain, name_base, wants_half
-from e4t_cli.domain import Domain, PreparationTarget, PreparedImage, check_which
+from e4t_cli.domain import Domain, PreparationTarget, PreparedImage
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.access import Access, AskLicence
 from e4t_cli.hub.presence import look_up_base
 from e4t_cli.images import OpenedImage
+from e4t_cli.names import check_which
 from e4t_cli.photos import Picture, open_own_mask, open_picture
 from e4t_cli.preparation import MaskChoice, prepare_photo
 from e4t_cli.progress import Progress, ProgressCallback

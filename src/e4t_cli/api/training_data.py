@@ -69,7 +69,7 @@ def choose_cache(
         UsageError: pictures that can be read once only, and no cache.
         ResourceError: it was asked for, and the disk is too small.
     """
-    from e4t_cli.pretraining.cache import bytes_per_picture
+    from e4t_cli.pretraining.looking import bytes_per_picture
 
     pictures = how_many(source)
     size = pictures * bytes_per_picture(model, mask=mask)

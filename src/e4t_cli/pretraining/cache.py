@@ -14,15 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy
-from torch import Tensor
 
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.domain import PreparedImage
@@ -30,53 +28,16 @@ from e4t_cli.errors import InputError
 from e4t_cli.hub.places import own_cache
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.sources import Generated, Item, Preparation, Source
-from e4t_cli.sources.lookalikes import SIGNATURE, signature
+from e4t_cli.sources.lookalikes import signature
 
-from .chunks import FORMAT, Chunk, joined, mapped_rows, read_chunk, write_chunk, write_file
-from .encoding import EncodedRows, encode_images, epoch_indices
+from .cached_images import CachedImages
+from .chunks import FORMAT, Chunk, read_chunk, write_chunk, write_file
+from .looking import look
 from .processes import Processes
 
 CHUNK = 256
 """Pictures in a file: what an interrupted encoding can lose."""
-OPEN_AT_ONCE = 256
-"""Chunks that stay mapped: what of the files is in memory is the system's to take back."""
 _T = TypeVar("_T")
-
-
-class CachedImages:
-    """A source's pictures as training sees them, read row by row from memory-mapped chunks.
-
-    Epochs walk through the whole source; where a picture could not be used, the next usable one
-    stands in for it, so that what all other samples see does not depend on it.
-
-    Args:
-        chunks: all of the source, in its order; CHUNK pictures in each but the last.
-    """
-
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        self._paths = [chunk.path for chunk in chunks]
-        good = numpy.concatenate([chunk.good.numpy() for chunk in chunks])
-        usable = numpy.flatnonzero(good)
-        self._usable = len(usable)
-        later = numpy.searchsorted(usable, numpy.arange(len(good)))
-        self._stand_in = usable[later % len(usable)]
-        self._count = len(good)
-        names = "\n".join(path.name for path in self._paths)
-        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:32]
-        self._open = lru_cache(maxsize=OPEN_AT_ONCE)(mapped_rows)
-
-    def __len__(self) -> int:
-        return self._usable
-
-    def rows(self, *, seed: int, step: int, positions: range, batch_size: int) -> EncodedRows:
-        """Walk through a new order of all pictures in each epoch (see `TrainingData`)."""
-        index = epoch_indices(seed, step, positions, batch_size, self._count)
-        return joined(self._one(int(place)) for place in self._stand_in[index.numpy()])
-
-    def _one(self, place: int) -> dict[str, Tensor]:
-        number, row = divmod(place, CHUNK)
-        rows = self._open(self._paths[number])
-        return {name: values[row : row + 1] for name, values in rows.items()}
 
 
 class EncodingCache:
@@ -220,31 +181,6 @@ class EncodingCache:
         for place in numpy.flatnonzero(chunk.good.numpy()):
             name = items[place].name
             self.preparation.lookalikes.add(name, digests[place].tobytes(), looks[place].tobytes())
-
-
-def bytes_per_picture(model: TextToImageModel, *, mask: bool) -> int:
-    """Return what a picture takes in the cache."""
-    channels, height, width = model.latent_shape
-    tower = model.image_tower
-    numbers = 2 * channels * height * width + len(tower.indices) * tower.width
-    return 2 * (numbers + (height * width if mask else 0)) + 33 + SIGNATURE
-
-
-def look(
-    model: TextToImageModel,
-    pictures: Iterable[PreparedImage],
-    on_progress: ProgressCallback | None = None,
-) -> EncodedRows:
-    """Return what training sees of prepared pictures, in their order."""
-    # The VAE's first layers are the largest tensors of all: about eight pictures of 512 pixels.
-    batch = max(1, min(32, 8 * 512**2 // model.resolution**2))
-    found = encode_images(model, pictures, batch_size=batch, on_progress=on_progress)
-    return EncodedRows(
-        means=found.means,
-        logvars=found.logvars,
-        image_features=found.image_features,
-        masks=found.masks,
-    )
 
 
 def in_chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:

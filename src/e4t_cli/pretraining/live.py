@@ -17,8 +17,8 @@ from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import InputError
 from e4t_cli.sources import Item, Listed, Preparation, Streamed
 
-from .cache import look
 from .encoding import EncodedRows, epoch_indices
+from .looking import look
 from .processes import Processes
 
 IN_VAIN = 1000

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from e4t_cli.domain import Domain, check_name
+from e4t_cli.domain import Domain
 from e4t_cli.errors import E4TError, UsageError, printable
+from e4t_cli.names import check_name
 
 from .own_domains import USER, user_domain, user_domains_folder
 

@@ -7,8 +7,8 @@ import secrets
 import shutil
 from pathlib import Path
 
-from e4t_cli.domain import check_name
 from e4t_cli.errors import UsageError, printable
+from e4t_cli.names import check_name
 from e4t_cli.registry import USER, installed_packages, user_domains_folder
 
 REMOVING = ".removing-"

@@ -10,10 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from e4t_cli.domain import check_name
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.manifest import Manifest
+from e4t_cli.names import check_name
 from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
 from e4t_cli.registry import OURS, installed_packages
 from e4t_cli.shelf.parcels import open_folder

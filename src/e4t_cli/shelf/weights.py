@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from e4t_cli.bases import installed_bases
-from e4t_cli.domain import Domain, is_remote
+from e4t_cli.domain import Domain
 from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable
 from e4t_cli.manifest import Manifest, read_manifest
+from e4t_cli.names import is_remote
 from e4t_cli.registry import user_domain, user_domains_folder, weights_folder
 
 READY, TO_FETCH, NONE, MISSING, BROKEN = (
