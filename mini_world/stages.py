@@ -63,8 +63,8 @@ def run_vae(folder: Path) -> None:
     drawings = base_drawings(folder)
     trained = vae.train_vae(folder, drawings, crop_steps=plan.vae_crops, whole_steps=plan.vae_wholes, batch=plan.vae_batch)
     if process_rank()[0] == 0:
-        psnr = vae.reconstruction_psnr(trained, torch.from_numpy(held_out_scenes(folder).images[:512]))
-        note(folder, "vae", psnr=round(psnr, 2), scaling_factor=trained.config.scaling_factor)
+        psnr = vae.reconstruction_psnr(trained, held_out_scenes(folder).pick(slice(512)))
+        note(folder, "vae", **psnr, scaling_factor=trained.config.scaling_factor)
         trained.save_pretrained(target)
 
 
@@ -119,9 +119,9 @@ def run_decoder(folder: Path) -> None:
         return
     trained, encoded = load_vae(folder), load_file(folder / "latents.safetensors")["latents"]
     vae.train_decoder(folder, trained, base_drawings(folder), encoded, steps=lengths().decoder, batch=2 * lengths().vae_batch)
-    psnr = vae.reconstruction_psnr(trained, torch.from_numpy(held_out_scenes(folder).images[:512]))
+    psnr = vae.reconstruction_psnr(trained, held_out_scenes(folder).pick(slice(512)))
     trained.cpu().save_pretrained(folder / "base" / "vae")
-    note(folder, "decoder", psnr=round(psnr, 2))
+    note(folder, "decoder", **psnr)
 
 
 def load_vae(folder: Path) -> AutoencoderKL:

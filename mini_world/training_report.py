@@ -13,8 +13,8 @@ from mini_world.stages import JUDGE, PACKAGED, PACKS
 def report_of_training(folder: Path) -> str:
     """What every stage took and reached, as Markdown; the hashes of what is shipped."""
     lines = ["| stage | steps | minutes | last losses | measured on held-out drawings |", "|---|---|---|---|---|"]
-    rounds = sorted(path.stem for path in folder.glob("unet-*.jsonl"))
-    for stage in ("vae", "decoder", "clip", "tower", *rounds, "parser", "judge"):
+    decoder, unet = (sorted(path.stem for path in folder.glob(f"{name}*.jsonl")) for name in ("decoder", "unet-"))
+    for stage in ("vae", *decoder, "clip", "tower", *unet, "parser", "judge"):
         log = folder / f"{stage}.jsonl"
         if not log.exists():
             continue

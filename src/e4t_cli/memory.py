@@ -181,6 +181,8 @@ def predicted_peak(
     encoder = _numbers(pretrained.encoder)
     frozen = _numbers(model.text_encoder) * kept
     frozen += 0 if plan.park else _numbers(model.vae) * kept
+    if model.device.type == "cpu":
+        frozen += encoder * 4  # the pack's own, of which tuning trains a copy
     exact = recipe.method == "exact"
     if exact:
         each = {"fused": 16, "8bit": 10, "host": 2 if half else 4}[plan.optimizer]
