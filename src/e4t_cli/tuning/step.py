@@ -116,7 +116,7 @@ class Tuning:
 
     def _trim(self) -> None:
         # On a CPU that is short of memory, what one sample leaves behind in pieces would be missing
-        # for the next: a seventh of a whole tuning of Stable Diffusion.
+        # for the next, and the moments' 3 GB (of Stable Diffusion) for the drawing.
         if self.immediate and self.unet.is_gradient_checkpointing:
             trim_heap()
 
