@@ -280,7 +280,7 @@ def test_every_cause_has_its_code(run, world, monkeypatch, error, code, words):
 
 def test_pretrain_makes_a_domain_that_is_listed_and_works(run, world, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "e4t_cli.api.domains.training_templates", lambda domain: ("{}", "a photo of {}")
+        "e4t_cli.api.pretraining_run.training_templates", lambda domain: ("{}", "a photo of {}")
     )
     from tests.conftest import drawn_face
 

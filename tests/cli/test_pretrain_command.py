@@ -16,7 +16,7 @@ from tests.conftest import drawn_face
 def _short_sentences(monkeypatch):
     """The tiny base reads sixteen tokens and spells most words."""
     monkeypatch.setattr(
-        "e4t_cli.api.domains.training_templates", lambda domain: ("{}", "a photo of {}")
+        "e4t_cli.api.pretraining_run.training_templates", lambda domain: ("{}", "a photo of {}")
     )
 
 

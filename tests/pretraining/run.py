@@ -26,7 +26,7 @@ import open_clip
 import torch
 import transformers
 
-from e4t_cli.api import domains as api
+from e4t_cli.api import pretraining_run
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.cli import app, console
 from e4t_cli.pretraining import EncodedImages, join_processes, pretrain_domain
@@ -96,7 +96,7 @@ def run(arguments):
     if arguments[0] == "e4t":
         for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
             os.environ[name] = arguments[1]
-        api.training_templates = lambda domain: ("{}", "a photo of {}")
+        pretraining_run.training_templates = lambda domain: ("{}", "a photo of {}")
         torch.set_num_threads(1)
         return app.run(arguments[2:])
     # Its own way of turning signals and errors into exit codes.
