@@ -51,6 +51,12 @@ def subject_weights(labels: numpy.ndarray) -> Tensor:
     return 1 + F.avg_pool2d(mask[:, None].float(), 4)[:, 0].half()
 
 
+def shown_rows(drawings: Drawings, twice: tuple[str, ...]) -> Tensor:
+    """Row numbers to draw from: every drawing once, those of the subjects in `twice` again."""
+    again = numpy.isin(drawings.facts[:, 0], [SUBJECTS.index(subject) for subject in twice])
+    return torch.cat([torch.arange(len(drawings)), torch.from_numpy(numpy.flatnonzero(again))])
+
+
 def _start_simple(unet: UNet2DConditionModel) -> None:
     """Every residual branch and the output start at zero, as in the network that Stable Diffusion's U-Net comes from."""
     last = [unet.conv_out]
@@ -106,8 +112,7 @@ def train_unet(
     weights_of_t = (snr.clamp(max=SNR_CAP) / snr).to(device)
     weights = subject_weights(drawings.labels[: len(encoded)]).to(device)
     encoded = encoded.to(device)
-    again = numpy.isin(drawings.facts[: len(encoded), 0], [SUBJECTS.index(subject) for subject in twice])
-    shown = torch.cat([torch.arange(len(encoded)), torch.from_numpy(numpy.flatnonzero(again))]).to(device)
+    shown = shown_rows(drawings.pick(slice(len(encoded))), twice).to(device)
     nothing = CaptionTokenizer(tokenizer)([Caption("", "")])
     captions = Wordings.join([word_drawings(drawings.pick(slice(len(encoded))), tokenizer, wordings), nothing]).to(device)
 

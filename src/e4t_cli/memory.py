@@ -193,7 +193,8 @@ def predicted_peak(
             state += unet * 2  # autocast's copies of the weights
         # A weight that is used twice has two new gradients for a moment, beside the one they are
         # added to; the largest of e4t-diffusion's encoder is 211 M numbers.
-        state += 2 * 4 * max(weight.numel() for weight in pretrained.encoder.parameters())
+        weights = [weight.numel() for weight in pretrained.encoder.parameters()]
+        state += 2 * 4 * max(weights, default=0)
     else:
         adapted = _attention_numbers(model.unet)
         rank = recipe.adapter_rank

@@ -1,14 +1,23 @@
 """The whole of Stable Diffusion 1.4 on the meta device: shapes and work, without a number in it."""
 
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from e4t_cli.base_model import TextToImageModel, Tokens
 from e4t_cli.bases import Base
+from e4t_cli.devices import GB
 from e4t_cli.generation import Sampling
 from e4t_cli.generation.guidance import Predictor
+from e4t_cli.memory import plan_tuning
 from e4t_cli.nn.image_tower import ImageTower
+from e4t_cli.nn.patch_encoder import PatchEncoder, PatchEncoderConfig
 from e4t_cli.nn.unet_features import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, WordEmbeddingEncoder
@@ -151,8 +160,97 @@ def test_the_picture_is_looked_at_once(stable_diffusion):
         assert 2.4e12 < flops(lambda: model.vae.decode(latents).sample) < 2.6e12
 
 
-def one_step(model, pack, recipe):
-    """Return the work of one tuning step, and what it trains."""
+@pytest.fixture
+def on(stable_diffusion):
+    """The same model as it would be on a device, for whoever only counts."""
+
+    def model(device, dtype):
+        return SimpleNamespace(
+            unet=stable_diffusion.unet, vae=stable_diffusion.vae,
+            text_encoder=stable_diffusion.text_encoder, device=torch.device(device), dtype=dtype,
+            latent_shape=(4, 64, 64),
+        )  # fmt: skip
+
+    return model
+
+
+def planned(text):
+    """The number and the plan of a cell of the table in benchmarks/README.md."""
+    words = {
+        "checkpointing": "gradient checkpointing",
+        "optimiser in main memory": "optimiser in the host's memory",
+        "VAE in main memory meanwhile": "VAE in the host's memory meanwhile",
+        "all 16": "16 at a time",
+    }
+    number, _, rest = text.partition(":")
+    return number, {words.get(part.strip(), part.strip()) for part in rest.split(",")}
+
+
+def table_of_plans():
+    page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    table = page.partition("| `--vram` | exact | adapters |")[2].partition("\n\n")[0]
+    for vram, exact, adapters in re.findall(r"^\| (\d+) \| (.*) \| (.*) \|$", table, re.M):
+        exact, _, eight = exact.partition("; with `e4t[8bit]` ")
+        yield pytest.param(vram, "exact", False, exact, id=f"exact {vram}")
+        yield pytest.param(vram, "adapters", False, adapters, id=f"adapters {vram}")
+        if eight:
+            yield pytest.param(vram, "exact", True, eight, id=f"8 bits {vram}")
+
+
+@pytest.mark.parametrize(("vram", "method", "eight_bit", "cell"), list(table_of_plans()))
+def test_the_published_plans_are_the_plans(on, pack, vram, method, eight_bit, cell):
+    plan = plan_tuning(
+        on("cuda", torch.bfloat16), pack, pack.tuning.replace(method=method, batch_size=BATCH),
+        vram=vram, consume=True, half=True, eight_bit=eight_bit,
+    )  # fmt: skip
+    number, parts = planned(cell)
+    assert f"{plan.peak / GB:.1f}" == number
+    assert set(plan.sentence().partition("; ")[2].split(", ")) == parts
+
+
+def test_the_plan_of_the_full_size_rehearsal_is_what_it_took(on, pack):
+    """docs/rehearsal.md: 22.1 GiB, with the encoder of the public face weights."""
+    config = PatchEncoderConfig(
+        unet_width=10_880, hidden_width=1280, embedding_width=768, tower_width=1280,
+        tower_layers=32, tower_heads=16, tower_image_size=224, tower_patch_size=14,
+    )  # fmt: skip
+    with torch.device("meta"):
+        public = replace(pack, encoder=PatchEncoder(config))
+    plan = plan_tuning(
+        on("cpu", torch.float32), public, pack.tuning.replace(batch_size=BATCH),
+        vram="20", consume=True, half=True,
+    )  # fmt: skip
+    assert plan.micro_batch == 1 and plan.checkpointing
+    assert plan.peak == pytest.approx(22.1 * GB, rel=0.05)
+
+
+class Started(TorchDispatchMode):
+    """Count the operations that a device has to be told of; views are none."""
+
+    VIEWS = {
+        "view", "t", "transpose", "expand", "slice", "detach", "permute", "unsqueeze", "squeeze",
+        "select", "split", "as_strided", "alias", "empty", "empty_like", "new_empty_strided",
+        "_unsafe_view",
+    }  # fmt: skip
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.__name__.partition(".")[0] not in self.VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_a_processor_has_to_start_in_one_exact_step(stable_diffusion, pack):
+    """benchmarks/README.md has the number: it is what a card waits for."""
+    page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    step, _ = prepared_step(stable_diffusion, pack, pack.tuning)
+    with Started() as started:
+        step()
+    published = re.search(r"some ([\d,]+) operations", page)[1].replace(",", "")
+    assert started.count == pytest.approx(int(published), rel=0.02)
+
+
+def prepared_step(model, pack, recipe):
+    """Return one tuning step, to be called, and the weights that it trains."""
     parts = METHODS[recipe.method](model, pack, recipe, 0)
     trained = []
     for weights, rate in parts.groups():
@@ -176,6 +274,12 @@ def one_step(model, pack, recipe):
             )  # fmt: skip
         losses.total(0.1).backward()
 
+    return step, trained
+
+
+def one_step(model, pack, recipe):
+    """Return the work of one tuning step, and what it trains."""
+    step, trained = prepared_step(model, pack, recipe)
     work = flops(step)
     assert all(weight.grad is not None for weight in trained)
     return work, sum(weight.numel() for weight in trained)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mini_world import base, loop, vae
-from mini_world.data import load_drawings
+from mini_world.data import SUBJECTS, load_drawings
 from mini_world.text import build_text_encoder, build_tokenizer
 
 
@@ -170,3 +170,33 @@ def test_the_decoder_goes_on_alone(tmp_path):
     assert moved
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
     assert torch.equal(vae.encode_all(whole, torch.from_numpy(drawings.images)), encoded)
+
+
+def test_some_subjects_are_shown_twice(tmp_path):
+    drawings = load_drawings(tmp_path, "shown", 40, seed=5)
+    dogs = [row for row, fact in enumerate(drawings.facts[:, 0]) if SUBJECTS[fact] == "dog"]
+    assert dogs
+    assert base.shown_rows(drawings, ()).tolist() == list(range(40))
+    assert base.shown_rows(drawings, ("dog",)).tolist() == [*range(40), *dogs]
+
+
+def test_a_fault_counts_where_the_weights_are():
+    generator = torch.Generator().manual_seed(0)
+    pixels, decoded = torch.rand(2, 2, 3, 16, 16, generator=generator)
+    ones, half = torch.ones(2, 1, 16, 16), torch.ones(2, 1, 16, 16)
+    half[..., 8:] = 0
+    plain = vae._faults(decoded, pixels)
+    for name, fault in vae._faults(decoded, pixels, ones).items():
+        torch.testing.assert_close(fault, plain[name])
+    decoded[..., :9] = pixels[..., :9]  # and the edge on the border is right on its left
+    left = vae._faults(decoded, pixels, half)
+    assert left["l1"] == left["mse"] == left["edges"] == 0
+    assert vae._faults(decoded, pixels, 1 - half)["l1"] > 0
+
+
+def test_what_is_lost_on_subjects_is_told_apart(tmp_path):
+    drawings = load_drawings(tmp_path, "told", 4, seed=4)
+    torch.manual_seed(0)
+    found = vae.reconstruction_psnr(vae.AutoencoderKL(**vae.CONFIG), drawings)
+    assert set(found) == {"psnr", "psnr on subjects"}
+    assert found["psnr"] != found["psnr on subjects"]
