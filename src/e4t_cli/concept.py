@@ -112,10 +112,15 @@ class Concept:
         try:
             if adapters:
                 unet, encoder = merge_adapters(
-                    model.unet, pretrained.offsets, pretrained.encoder, adapters
+                    model.unet,
+                    pretrained.offsets,
+                    pretrained.encoder,
+                    adapters,
+                    dtype=model.tuned_dtype,
                 )
             else:
-                unet = copy.deepcopy(model.unet)
+                # torch's own `to`: diffusers' logs a warning about casts that are meant.
+                unet = nn.Module.to(copy.deepcopy(model.unet), model.tuned_dtype)
                 encoder = copy.deepcopy(pretrained.encoder.settled())
                 unet.load_state_dict(self._own("unet"))
                 encoder.load_state_dict(self._own("encoder"))

@@ -146,6 +146,20 @@ def read_ahead(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
+def memory_ran_out(error: BaseException) -> bool:
+    """Tell whether an error means that memory ran out.
+
+    torch has a class for it, which only CUDA raises: Apple's allocator, the CPU's and the
+    libraries under them raise a RuntimeError and leave it to the words.
+    """
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = ("out of memory", "can't allocate memory", "_alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
 def free_memory(device: torch.device) -> None:
     """Give back what the allocator holds without use."""
     import torch

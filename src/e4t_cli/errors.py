@@ -70,7 +70,7 @@ class ResourceError(E4TError):
 
 
 class DivergedError(E4TError):
-    """Training produced a number that is not finite; nothing was saved."""
+    """A number that is not finite came out of training or drawing; nothing of it was saved."""
 
     exit_code = 7
     code = "diverged"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ class Draws:
         timesteps: (batch,), whole numbers.
         epsilon: the noise to predict (batch, *shape).
         posterior: the noise that samples the VAE's posterior (batch, *shape).
-        uniform: numbers in 0 … 1 for discrete choices (batch, 2).
+        uniform: numbers in 0 … 1 for discrete choices (batch, 2). Always on the CPU: they are
+            float64, which not every device has, and choose from what is there before it moves.
     """
 
     timesteps: Tensor
@@ -58,18 +59,29 @@ class Draws:
     uniform: Tensor
 
     def to(self, device: torch.device) -> Draws:
-        if device.type == "cuda":
-            # From pinned memory the copy waits for nothing, and nothing waits for the copy.
-            moved = {
-                name: value.pin_memory().to(device, non_blocking=True)
-                for name, value in vars(self).items()
-            }
-            return Draws(**moved)
-        return Draws(**{name: value.to(device) for name, value in vars(self).items()})
+        """Move what a device computes with."""
+        return replace(
+            self,
+            timesteps=sent(self.timesteps, device),
+            epsilon=sent(self.epsilon, device),
+            posterior=sent(self.posterior, device),
+        )
+
+    def sentences(self, count: int) -> Tensor:
+        """Choose one of `count` sentences for each sample: (batch,), where the noise is."""
+        return sent(choose(self.uniform[:, 0], count), self.epsilon.device)
 
     def __getitem__(self, positions: range) -> Draws:
         some = slice(positions.start, positions.stop, positions.step)
         return Draws(**{name: value[some] for name, value in vars(self).items()})
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor from the CPU to a device, without waiting for it where that can be had."""
+    if device.type == "cuda":
+        # From pinned memory the copy waits for nothing, and nothing waits for the copy.
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def draw(

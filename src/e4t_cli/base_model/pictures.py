@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from e4t_cli.errors import DivergedError
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Posterior:
@@ -35,6 +37,15 @@ def planes_of(images: Sequence[Image.Image], side: int, mode: str) -> Tensor:
 
 
 def pictures_of(decoded: Tensor) -> list[Image.Image]:
-    """Return the pictures of (batch, 3, height, width) in −1 … 1, and beyond as it is clipped."""
+    """Return the pictures of (batch, 3, height, width) in −1 … 1, and beyond as it is clipped.
+
+    Raises:
+        DivergedError: a number is not finite; the picture would be black.
+    """
+    if not decoded.isfinite().all():
+        raise DivergedError(
+            "a picture came out of numbers that are not finite: too large for this number format",
+            hint="draw it again with --dtype fp32",
+        )
     colours = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(one) for one in colours.permute(0, 2, 3, 1).cpu().numpy()]

@@ -72,7 +72,7 @@ class Predictor:
 
     def _text(self, features: Tensor | None) -> Tensor:
         e_c = self.tuned.embedding(features).expand(self.count, -1)
-        return self.model.embed_prompts(self.tokens, e_c)
+        return self.model.embed_prompts(self.tokens, e_c).to(self.tuned.unet.dtype)
 
     def _repeated(self, text: Tensor) -> Tensor:
-        return text.expand(self.count, -1, -1)
+        return text.to(self.tuned.unet.dtype).expand(self.count, -1, -1)

@@ -9,7 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from e4t_cli.base_model import TextToImageModel, Tokens
-from e4t_cli.devices import free_memory
+from e4t_cli.devices import free_memory, memory_ran_out
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import Prompt
 from e4t_cli.tuned_model import TunedModel
@@ -81,12 +81,14 @@ def _pictures(
                     )
                 )
 
+        pictures = None
         try:
             latents = denoise(model, tuned, tokens[some], seeds[some], sampling, report)
             pictures = model.decode(latents)
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except (MemoryError, RuntimeError) as error:
+            if size == 1 or not memory_ran_out(error):
                 raise
+        if pictures is None:  # only here: the error would keep all that was computed
             size = (size + 1) // 2
             free_memory(model.device)
             if on_progress:
@@ -128,8 +130,10 @@ def denoise(
     predict = Predictor(model, tuned, tokens, sampling)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it looks for t in its list, and a device has to stop
+    there = scheduler.timesteps.to(model.device)  # all at once: each copy would be a wait
     for done, t in enumerate(scheduler.timesteps, start=1):
-        prediction = predict(scheduler.scale_model_input(z_t, t).to(model.dtype), t)
+        noisy = scheduler.scale_model_input(z_t, t).to(tuned.unet.dtype)
+        prediction = predict(noisy, there[done - 1])
         z_t = scheduler.step(prediction.float(), t, z_t, **random).prev_sample
         if report:
             report(done)

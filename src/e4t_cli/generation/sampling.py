@@ -64,10 +64,14 @@ class Sampling:
 
 
 def make_scheduler(model: TextToImageModel, sampling: Sampling) -> Any:
-    """Return a diffusers scheduler on the base's own noise schedule, its time steps set."""
+    """Return a diffusers scheduler on the base's own noise schedule, its time steps set.
+
+    They are on the CPU, where its tables are: looked up with a number from a card, each step
+    would wait for everything before it.
+    """
     name, options = SCHEDULERS.get(sampling.scheduler, (sampling.scheduler, {}))
     scheduler = getattr(diffusers, name).from_config(model.noise_schedule.config, **options)
-    scheduler.set_timesteps(sampling.steps, device=model.device)
+    scheduler.set_timesteps(sampling.steps)
     return scheduler
 
 

@@ -76,14 +76,17 @@ def merge_adapters(
     offsets: Mapping[str, Factors],
     encoder: nn.Module,
     tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """Return a U-Net and an encoder with stored adapters merged, in float32 before any rounding.
 
     Args:
-        unet: the base's; the result shares what was not adapted.
+        unet: the base's; the result shares what was neither adapted nor is of another dtype.
         offsets: path -> factors of ΔW.
         encoder: of the pack; it is copied.
         tensors: "unet." and "encoder." before the keys of `LowRankAdapters.tensors`.
+        dtype: of the U-Net; that of `unet` by default.
 
     Raises:
         ValueError: an adapter does not fit.
@@ -97,8 +100,15 @@ def merge_adapters(
     device = next(unet.parameters()).device
     twin = branch(unet, offsets, dtype=torch.float32)
     LowRankAdapters.from_tensors(parts["unet"]).to(device).merge_into(twin)
-    for path, layer in attention_layers(twin).items():
-        layer.weight.data = layer.weight.data.to(unet.get_submodule(path).weight.dtype)
+    _convert(twin, dtype or next(unet.parameters()).dtype)
     encoder = copy.deepcopy(encoder).to(device)
     LowRankAdapters.from_tensors(parts["encoder"]).to(device).merge_into(encoder)
     return twin, encoder.requires_grad_(False)
+
+
+def _convert(module: nn.Module, dtype: torch.dtype) -> None:
+    """Make every weight one of `dtype`, replacing those that are not: others share them."""
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if weight.dtype != dtype:
+                setattr(part, name, nn.Parameter(weight.to(dtype), requires_grad=False))

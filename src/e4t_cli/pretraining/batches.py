@@ -11,7 +11,7 @@ from e4t_cli.base_model import Posterior, TextToImageModel, Tokens
 from e4t_cli.nn.precision import full_precision
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.prompts import training_prompts
-from e4t_cli.randomness import Draws, choose, draw
+from e4t_cli.randomness import Draws, draw, sent
 from e4t_cli.recipes import PretrainingRecipe
 from e4t_cli.training_loss import (
     Losses,
@@ -76,17 +76,17 @@ class Batches:
             seed=self.seed, step=step, positions=positions, batch_size=self.batch_size
         )
         posterior = Posterior(
-            mean=rows.means.to(device).float(), logvar=rows.logvars.to(device).float()
+            mean=sent(rows.means, device).float(), logvar=sent(rows.logvars, device).float()
         )
         masks = None
         if self.recipe.mask and rows.masks is not None:
-            masks = rows.masks.to(device).float()
+            masks = sent(rows.masks, device).float()
         return Samples(
             z_0=posterior.sample(draws.posterior),
             timesteps=draws.timesteps,
             epsilon=draws.epsilon,
-            image_features=rows.image_features.to(device).float(),
-            tokens=self.tokens[choose(draws.uniform[:, 0], len(self.tokens.ids))],
+            image_features=sent(rows.image_features, device).float(),
+            tokens=self.tokens[draws.sentences(len(self.tokens.ids))],
             mask=masks,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from e4t_cli.devices import memory_ran_out
 from e4t_cli.errors import ResourceError
 
 
@@ -38,10 +39,7 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
-        text = str(error).lower()
-        told = "out of memory" in text or "can't allocate memory" in text
-        if isinstance(error, MemoryError) or told:
+        if memory_ran_out(error):
             raise ResourceError(
                 "memory ran out",
                 hint="close other programs, or use another --device or a smaller --base",

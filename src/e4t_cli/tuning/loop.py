@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from e4t_cli.base_model import TextToImageModel
+from e4t_cli.devices import memory_ran_out
 from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError, ResourceError
 from e4t_cli.memory import Plan
@@ -89,13 +90,17 @@ def tune(
         while losses is None:
             try:
                 losses = run.gradients(step)
-            except torch.OutOfMemoryError as error:
+            except (MemoryError, RuntimeError) as error:
+                if not memory_ran_out(error):
+                    raise
+            # Only here: as long as there is the error, it keeps all that the step has computed.
+            if losses is None:
                 note = run.retreat()
                 if not note:
                     raise ResourceError(
                         "tuning does not fit into memory, even one sample at a time",
                         hint="try --tune adapters, a smaller base, or another device",
-                    ) from error
+                    )
                 tell(step, note)
         norm = run.optimizer.step(recipe.gradient_clip)
         waiting.append(torch.cat((losses, norm.to(losses.device, losses.dtype).view(1))))

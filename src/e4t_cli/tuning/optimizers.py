@@ -56,7 +56,7 @@ class FusedAdamW:
 
     def step(self, largest_norm: float) -> Tensor:
         # Paper silent: clipping. Over all three groups at once, as one gradient.
-        norm = nn.utils.clip_grad_norm_(self.weights, largest_norm, foreach=True)
+        norm = nn.utils.clip_grad_norm_(self.weights, largest_norm)
         self._apply(self.weights, [weight.grad for weight in self.weights])
         return norm
 
@@ -172,7 +172,7 @@ class EightBitAdamW:
         self.inner.zero_grad(set_to_none=True)
 
     def step(self, largest_norm: float) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self.weights, largest_norm, foreach=True)
+        norm = nn.utils.clip_grad_norm_(self.weights, largest_norm)
         self.inner.step()
         return norm
 

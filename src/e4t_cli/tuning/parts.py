@@ -69,7 +69,7 @@ class ExactParts:
         *,
         consume: bool = False,
     ) -> None:
-        self.recipe, self.final = recipe, model.dtype
+        self.recipe, self.final = recipe, model.tuned_dtype
         self.unet = (model.unet if consume else copy.deepcopy(model.unet)).float()
         self.encoder = copy.deepcopy(pretrained.encoder).to(model.device)
         self.offsets = WeightOffsets.from_factors(pretrained.offsets).to(model.device)
@@ -119,8 +119,8 @@ class AdapterParts:
         *,
         consume: bool = False,
     ) -> None:
-        # `consume` asks for nothing here: the base's weights are shared, not copied.
         self.model, self.offsets, self.recipe = model, pretrained.offsets, recipe
+        self.consume = consume  # while tuning, the base's weights are shared and not copied anyway
         self.pretrained_encoder = pretrained.encoder
         self.unet = branch(model.unet, self.offsets)
         if model.dtype != torch.float32 and not multiplies_bfloat16(model.device):
@@ -155,8 +155,14 @@ class AdapterParts:
             for key, value in adapters.tensors().items()
         }
         self.unet, self.encoder = merge_adapters(
-            self.model.unet, self.offsets, self.pretrained_encoder, kept
+            self.model.unet,
+            self.offsets,
+            self.pretrained_encoder,
+            kept,
+            dtype=self.model.tuned_dtype,
         )
+        if self.consume:
+            self.model.unet = self.unet
         return kept
 
 

@@ -14,7 +14,7 @@ from e4t_cli.memory import Plan
 from e4t_cli.nn.losses import SMALLEST_MASK, latent_mask
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.prompts import training_prompts
-from e4t_cli.randomness import choose, draw
+from e4t_cli.randomness import draw
 from e4t_cli.recipes import TuningRecipe
 from e4t_cli.training_loss import (
     TrainingBatch,
@@ -170,7 +170,7 @@ class Tuning:
             timesteps=draws.timesteps,
             epsilon=draws.epsilon,
             folded=self.encoder.fold(self.image_features).expand(count, -1),
-            tokens=self.tokens[choose(draws.uniform[:, 0], len(self.tokens.ids))],
+            tokens=self.tokens[draws.sentences(len(self.tokens.ids))],
             mask=None if self.mask is None else self.mask.expand(count, -1, -1),
         )
 

@@ -1,0 +1,257 @@
+"""Laws of other devices, where there is none: what would stop, slow or coarsen a card is seen here.
+
+The meta device stands in for one. It refuses to mix its tensors with the CPU's and to have a
+number read back, as a card would wait for; and what is float64 on it could not be on Apple's.
+"""
+
+import copy
+import dataclasses
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from e4t_cli.base_model import TextToImageModel
+from e4t_cli.concept import Concept
+from e4t_cli.errors import DivergedError
+from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents, sample
+from e4t_cli.nn.image_tower import ImageTower
+from e4t_cli.nn.weight_offsets import WeightOffsets
+from e4t_cli.pretraining.batches import Batches, Objective
+from e4t_cli.pretraining.encoding import EncodedImages
+from e4t_cli.prompts import parse_prompt
+from e4t_cli.randomness import draw
+from e4t_cli.tuned_model import TunedModel
+from e4t_cli.tuning import tune
+from e4t_cli.tuning.step import Tuning
+
+THERE = torch.device("meta")
+PROMPTS = [parse_prompt("S* on the beach"), parse_prompt("a photo of S*")]
+
+
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for one in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(one, torch.Tensor) and one.device == THERE:
+                assert one.dtype != torch.float64, f"{function} is in float64"
+        return found
+
+
+@pytest.fixture
+def elsewhere(model):
+    """The tiny base on the other device."""
+    parts = {
+        name: copy.deepcopy(getattr(model, name)).to(THERE)
+        for name in ("unet", "vae", "text_encoder")
+    }
+    tower = model.image_tower
+    return TextToImageModel(
+        base=model.base, tokenizer=model.tokenizer,
+        noise_schedule=copy.deepcopy(model.noise_schedule),  # its tables follow the noise
+        image_tower=ImageTower(copy.deepcopy(tower.visual), (0.5,) * 3, (0.25,) * 3, 32).to(THERE),
+        **parts,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["exact", "adapters"])
+def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method):
+    recipe = pack.tuning.replace(method=method, mask=False)
+    with NoFloat64():
+        run = Tuning(elsewhere, pack, face, recipe, 0)
+        run.mask = torch.ones(1, 8, 8, device=THERE)
+        losses = run.gradients(0, micro_batch=2)
+        norm = run.optimizer.step(recipe.gradient_clip)
+    assert losses.device == norm.device == THERE
+    assert all(weight.grad is not None for weight in run.optimizer.weights)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")]
+)
+def test_drawing_stays_on_its_device(elsewhere, pack, face, scheduler, negative):
+    tuned = Tuning(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False), 0).finish()
+    sampling = Sampling(steps=4, scheduler=scheduler, negative=negative)
+    with NoFloat64():
+        assert generate_latents(elsewhere, tuned, PROMPTS, [1, 2], sampling).device == THERE
+
+
+def test_a_pretraining_step_stays_on_its_device(elsewhere, pack):
+    data = EncodedImages(
+        means=torch.zeros(6, 4, 8, 8), logvars=torch.zeros(6, 4, 8, 8),
+        image_features=torch.zeros(6, 2, 32), masks=torch.ones(6, 8, 8),
+    )  # fmt: skip
+    recipe = pack.pretraining.replace(mask=True)
+    encoder, unet = copy.deepcopy(pack.encoder).to(THERE), copy.deepcopy(elsewhere.unet)
+    offsets = WeightOffsets.for_unet(unet).to(THERE)
+    descriptor = elsewhere.descriptor_id("face")
+    offsets.attach_to(unet)
+    objective = Objective(
+        elsewhere, unet, encoder, offsets,
+        e_domain=elsewhere.word_embedding(descriptor), scale=1.0,
+    )  # fmt: skip
+    with NoFloat64():
+        batches = Batches(elsewhere, data, recipe, pack.templates, descriptor, 0)
+        objective(batches.of(0)).total(0.1).backward()
+    assert all(weight.grad is not None for weight in objective.parameters())
+
+
+def test_the_stand_in_would_notice(model):
+    """A check that cannot fail is none."""
+    draws = draw(0, 0, range(2), batch_size=2, train_timesteps=1000, shape=(4, 8, 8))
+    with NoFloat64(), pytest.raises(AssertionError, match="float64"):
+        draws.uniform.to(THERE)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        draws.to(THERE).epsilon.mean().item()
+    with pytest.raises(RuntimeError):
+        draws.to(THERE).epsilon + draws.epsilon
+
+
+# ── what a tuned U-Net is drawn in ──
+
+
+def test_a_card_draws_a_tuned_model_in_float16():
+    def on(device, dtype):
+        model = SimpleNamespace(device=torch.device(device), dtype=dtype)
+        return TextToImageModel.tuned_dtype.fget(model)
+
+    for device in ("cuda", "mps"):
+        assert on(device, torch.bfloat16) == on(device, torch.float16) == torch.float16
+        assert on(device, torch.float32) == torch.float32
+    assert on("cpu", torch.bfloat16) == torch.bfloat16
+
+
+@pytest.fixture
+def coarse(base_folder, monkeypatch):
+    """The tiny base as it is kept on a card."""
+    monkeypatch.setattr(TextToImageModel, "tuned_dtype", torch.float16)
+    return TextToImageModel.load(base_folder, dtype=torch.bfloat16)
+
+
+def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
+    """Fifteen steps at the paper's rate: bfloat16 rounds a third of them away, float16 4 %."""
+    with torch.no_grad():  # weights of Stable Diffusion's size
+        for weight in coarse.unet.parameters():
+            if weight.dim() > 1:
+                weight.copy_(torch.randn(weight.shape) * 0.03)
+    bare = dataclasses.replace(pack, offsets={})
+    recipe = pack.tuning.replace(steps=15, base_learning_rate=1e-6, batch_size=16)
+    lost = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        monkeypatch.setattr(TextToImageModel, "tuned_dtype", dtype)
+        run = Tuning(coarse, bare, face, recipe, 0)
+        for step in range(run.steps):
+            run.gradients(step)
+            run.optimizer.step(recipe.gradient_clip)
+        before = {name: weight.clone() for name, weight in run.unet.state_dict().items()}
+        found = run.finish().unet.state_dict()
+        error = change = 0.0
+        for name, weight in coarse.unet.state_dict().items():
+            if weight.dim() > 1:
+                error += (found[name].float() - before[name]).square().sum().item()
+                change += (before[name] - weight.float()).square().sum().item()
+        lost[dtype] = (error / change) ** 0.5
+    assert lost[torch.float16] < 0.05 < 0.3 < lost[torch.bfloat16]
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("method", ["exact", "adapters"])
+def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consume):
+    before = copy.deepcopy(coarse.unet)
+    recipe = pack.tuning.replace(method=method, steps=1)
+    tuned = tune(coarse, pack, face, recipe, seed=3, autocast=True, consume=consume)
+    assert {weight.dtype for weight in tuned.unet.parameters()} == {torch.float16}
+    if consume:
+        assert coarse.unet is tuned.unet  # nothing keeps a second one alive
+    else:
+        for name, weight in before.state_dict().items():
+            assert torch.equal(coarse.unet.state_dict()[name], weight)
+    few = Sampling(steps=2)
+    picture = next(sample(coarse, tuned, PROMPTS, [1, 2], few))
+    if consume:
+        return
+    concept = Concept(
+        domain="face", descriptor="face", base_name="tiny", base_fingerprint=coarse.fingerprint,
+        pack_digest="", prepared=face, recipe=recipe, seed=3, weights=Concept.kept(tuned),
+        image_features=coarse.image_features(coarse.pixels([face.image]))[0],
+    )  # fmt: skip
+    again = concept.tuned(coarse, pack)
+    assert {weight.dtype for weight in again.unet.parameters()} == {torch.float16}
+    assert next(sample(coarse, again, PROMPTS, [1, 2], few)).tobytes() == picture.tobytes()
+
+
+def test_a_picture_without_numbers_is_refused(model):
+    latents = torch.zeros(1, *model.latent_shape)
+    assert len(model.decode(latents)) == 1
+    with pytest.raises(DivergedError) as caught:
+        model.decode(latents * float("nan"))
+    assert caught.value.exit_code == 7 and "--dtype fp32" in caught.value.hint
+
+
+# ── memory that runs out ──
+
+WORDS_FOR_IT = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GiB, max allowed: 9.07 GiB)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", WORDS_FOR_IT, ids=lambda error: str(error)[:20])
+def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(
+    model, pack, face, monkeypatch, error
+):
+    gradients, retreat, left = Tuning.gradients, Tuning.retreat, []
+
+    def short_of_memory(self, step):
+        if self.plan.micro_batch > 1:
+            activations = torch.zeros(3)
+            left.append(weakref.ref(activations))
+            raise copy.copy(error)
+        return gradients(self, step)
+
+    def retreating(self):
+        assert left[-1]() is None
+        return retreat(self)
+
+    monkeypatch.setattr(Tuning, "gradients", short_of_memory)
+    monkeypatch.setattr(Tuning, "retreat", retreating)
+    tune(model, pack, face, autocast=False)
+    assert len(left) == 2
+
+
+@pytest.mark.parametrize("error", WORDS_FOR_IT, ids=lambda error: str(error)[:20])
+def test_T4_so_it_is_in_drawing(model, monkeypatch, error):
+    from e4t_cli.generation import loop
+
+    denoise, free_memory, left = loop.denoise, loop.free_memory, []
+
+    def short_of_memory(model, tuned, tokens, *rest):
+        if len(tokens.ids) > 1:
+            activations = torch.zeros(3)
+            left.append(weakref.ref(activations))
+            raise copy.copy(error)
+        return denoise(model, tuned, tokens, *rest)
+
+    def freeing(device):
+        assert left[-1]() is None
+        free_memory(device)
+
+    monkeypatch.setattr(loop, "denoise", short_of_memory)
+    monkeypatch.setattr(loop, "free_memory", freeing)
+    plain = TunedModel.plain(model, "face")
+    assert len(list(sample(model, plain, PROMPTS, [1, 2], Sampling(steps=1), batch=2))) == 2
+    assert len(left) == 1
+
+
+def test_other_errors_are_not_taken_for_it(model, pack, face, monkeypatch):
+    def broken(self, step):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Tuning, "gradients", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        tune(model, pack, face)
