@@ -28,8 +28,8 @@ from benchmarks.worlds import World, make_world
 from e4t_cli.devices import GB, choose_device
 from e4t_cli.generation import Sampling, sample
 from e4t_cli.memory import plan_tuning
+from e4t_cli.nn.precision import half_format
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.training_loss import multiplies_bfloat16
 from e4t_cli.tuning import tune
 
 ROOT = Path(__file__).parent.parent
@@ -120,9 +120,7 @@ def measure_memory(world: World) -> None:
     for method in ("exact", "adapters"):
         recipe = world.pack.tuning.replace(steps=1, method=method)
         for vram in ("6", "8", "12", "16", "24"):
-            plan = plan_tuning(
-                model, world.pack, recipe, vram=vram, half=multiplies_bfloat16(device)
-            )
+            plan = plan_tuning(model, world.pack, recipe, vram=vram, half=half_format(device))
             line = f"  {method:9} --vram {vram:3} {plan.sentence()}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from e4t_cli.training_loss import half_precision
+from e4t_cli.nn.precision import half_precision
 
 
 def pick_device() -> torch.device:

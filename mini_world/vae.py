@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from e4t_cli.training_loss import half_precision
+from e4t_cli.nn.precision import half_precision
 from mini_world.data import Drawings
 from mini_world.loop import draw_rows, pick_device, train
 from mini_world.world import SUBJECT_LABELS

@@ -120,7 +120,7 @@ def plan_tuning(
     *,
     vram: str = "auto",
     consume: bool = False,
-    half: bool = False,
+    half: torch.dtype | None = None,
     eight_bit: bool = False,
 ) -> Plan:
     """Return the fastest way to tune that is predicted to fit.
@@ -128,7 +128,7 @@ def plan_tuning(
     Args:
         vram: "auto" for what is free on the device, or gigabytes.
         consume: the base's own U-Net is tuned, without a copy.
-        half: products are made in bfloat16.
+        half: the format of the products, if it is none of float32.
         eight_bit: whether the 8-bit optimiser can be had.
 
     Returns:
@@ -174,7 +174,7 @@ def predicted_peak(
     work: Work,
     *,
     consume: bool = False,
-    half: bool = False,
+    half: torch.dtype | None = None,
 ) -> int:
     """Return the bytes on the device at the worst moment of a tuning (arithmetic alone)."""
     unet, kept = _numbers(model.unet), model.dtype.itemsize
@@ -185,11 +185,12 @@ def predicted_peak(
         frozen += encoder * 4  # the pack's own, of which tuning trains a copy
     exact = recipe.method == "exact"
     if exact:
-        each = {"fused": 16, "8bit": 10, "host": 2 if half else 4}[plan.optimizer]
+        rounded = plan.optimizer == "host" and half == torch.bfloat16
+        each = {"fused": 16, "8bit": 10, "host": 2 if rounded else 4}[plan.optimizer]
         state = (unet + encoder) * each + (0 if consume else unet * kept)
         # At the end of a tuning with the host's optimiser all weights come back in float32.
         state = max(state, (unet + encoder) * 4)
-        if half and plan.optimizer != "host" and not plan.checkpointing:
+        if half and not rounded and not plan.checkpointing:
             state += unet * 2  # autocast's copies of the weights
         # A weight that is used twice has two new gradients for a moment, beside the one they are
         # added to; the largest of e4t-diffusion's encoder is 211 M numbers.
@@ -199,6 +200,8 @@ def predicted_peak(
         adapted = _attention_numbers(model.unet)
         rank = recipe.adapter_rank
         state = (unet + adapted) * kept + encoder * 8 + 16 * rank * 4 * int(adapted**0.5)
+        if not half and kept < 4:
+            state += unet * 4  # without fast half precision a copy is tuned, in float32
     number = 2 if half else 4
     coefficients = CHECKPOINTED if plan.checkpointing else EXACT if exact else ADAPTED
     passes = [work.whole, *([work.down] if exact else [])]  # adapters let the feature pass go

@@ -1,4 +1,4 @@
-"""Eq. 5, its optimiser and its precision, once for both stages, which differ in what they pass in.
+"""Eq. 5 and its optimiser, once for both stages, which differ in what they pass in.
 
 z_t   = √ᾱ_t z_0 + √(1−ᾱ_t) ε
 E     = encoder(I_c, pooled features of the U-Net's encoder on z_t, "")        section 3.1
@@ -8,13 +8,11 @@ L     = ‖ε − ε_θ(z_t, t, prompt with e_c at S*)‖² + λ_r ‖E‖²    
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 from .base_model import TextToImageModel, Tokens
@@ -113,34 +111,6 @@ def adamw(*groups: tuple[nn.Module, float]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
 
-@contextmanager
-def half_precision(
-    device: torch.device, enabled: bool | None, *, keep_casts: bool = True
-) -> Iterator[None]:
-    """Make matrix products in bfloat16 inside a `with` block; weights stay as they are.
-
-    Args:
-        enabled: None where the hardware has such products.
-        keep_casts: keep a weight's bfloat16 copy until the end of the block, for whoever runs
-            over it twice; without, gradient checkpointing has them one block at a time. Without,
-            attention is computed in little memory, too.
-    """
-    if enabled is None:
-        enabled = multiplies_bfloat16(device)
-    with ExitStack() as stack:
-        if enabled:
-            stack.enter_context(
-                torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=keep_casts)
-            )
-            if device.type == "cpu" and keep_casts:
-                # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
-                # plain products: a third of a whole training step of a small U-Net. Those keep
-                # whole attention maps, gigabytes of them at 512 pixels, so not where memory is
-                # short; nor would `backward` know of the choice when it computes them again.
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
-
-
 def evaluated_once(unet: nn.Module) -> AbstractContextManager[None]:
     """Evaluate each ΔW once for the feature pass and the main pass, inside a `with` block.
 
@@ -149,14 +119,3 @@ def evaluated_once(unet: nn.Module) -> AbstractContextManager[None]:
     if getattr(unet, "is_gradient_checkpointing", False):
         return nullcontext()
     return parametrize.cached()
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Tell whether the device has bfloat16 products of its own, and not only a way around."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # Measured with AVX512-BF16: a training step takes two thirds of its time in float32.
-        found = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    return False

@@ -126,7 +126,7 @@ def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, metho
     model, domain = stable_diffusion
     recipe = pack.tuning.replace(batch_size=16, method=method)
     found = plan_tuning(
-        model("cuda", torch.bfloat16), domain, recipe, vram=vram, consume=True, half=True
+        model("cuda", torch.bfloat16), domain, recipe, vram=vram, consume=True, half=torch.bfloat16
     )
     assert 0 < found.peak <= found.budget < float(vram) * GB
     assert found.sentence().startswith("memory: ")
@@ -157,7 +157,9 @@ def test_plans_are_ordered_from_fast_to_small(stable_diffusion, pack):
     work = Work.of(on_card.unet, 64)
     plans = list(memory._ladder(recipe, on_card.device, eight_bit=True))
     assert {plan.optimizer for plan in plans} == {"fused", "8bit", "host"}
-    peaks = [predicted_peak(on_card, domain, recipe, plan, work, half=True) for plan in plans]
+    peaks = [
+        predicted_peak(on_card, domain, recipe, plan, work, half=torch.bfloat16) for plan in plans
+    ]
     assert peaks[0] == max(peaks) and peaks[-1] == min(peaks)
     assert plans[0] == Plan(micro_batch=16)
 

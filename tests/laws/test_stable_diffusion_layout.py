@@ -201,7 +201,7 @@ def table_of_plans():
 def test_the_published_plans_are_the_plans(on, pack, vram, method, eight_bit, cell):
     plan = plan_tuning(
         on("cuda", torch.bfloat16), pack, pack.tuning.replace(method=method, batch_size=BATCH),
-        vram=vram, consume=True, half=True, eight_bit=eight_bit,
+        vram=vram, consume=True, half=torch.bfloat16, eight_bit=eight_bit,
     )  # fmt: skip
     number, parts = planned(cell)
     assert f"{plan.peak / GB:.1f}" == number
@@ -218,7 +218,7 @@ def test_the_plan_of_the_full_size_rehearsal_is_what_it_took(on, pack):
         public = replace(pack, encoder=PatchEncoder(config))
     plan = plan_tuning(
         on("cpu", torch.float32), public, pack.tuning.replace(batch_size=BATCH),
-        vram="20", consume=True, half=True,
+        vram="20", consume=True, half=torch.bfloat16,
     )  # fmt: skip
     assert plan.micro_batch == 1 and plan.checkpointing
     assert plan.peak == pytest.approx(22.1 * GB, rel=0.05)

@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.base_model.loading import folder_fingerprint
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
+from e4t_cli.nn.precision import half_precision
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.training_loss import half_precision
 from tests.conftest import drawn_face
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from e4t_cli.base_model import Posterior, TextToImageModel, Tokens
-from e4t_cli.nn.precision import full_precision
+from e4t_cli.nn.precision import full_precision, half_precision
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.prompts import training_prompts
 from e4t_cli.randomness import Draws, draw, sent
@@ -17,7 +17,6 @@ from e4t_cli.training_loss import (
     Losses,
     TrainingBatch,
     evaluated_once,
-    half_precision,
     training_loss,
 )
 

@@ -18,9 +18,9 @@ from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import InputError
 from e4t_cli.files import write_atomically
 from e4t_cli.nn.losses import latent_mask
+from e4t_cli.nn.precision import half_precision
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.randomness import choose, epoch_order, uniforms
-from e4t_cli.training_loss import half_precision
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

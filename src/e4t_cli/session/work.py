@@ -135,7 +135,7 @@ class Session(Listened):
         A model that was loaded for this request is used up: its U-Net becomes the tuned one.
         """
         from e4t_cli.memory import plan_tuning
-        from e4t_cli.training_loss import multiplies_bfloat16
+        from e4t_cli.nn.precision import half_format
         from e4t_cli.tuning import tune
         from e4t_cli.tuning.optimizers import has_eight_bit
 
@@ -148,7 +148,7 @@ class Session(Listened):
             concept.recipe,
             vram=self._vram,
             consume=self._own,
-            half=multiplies_bfloat16(device),
+            half=half_format(device),
             eight_bit=has_eight_bit(device),
         )
         self.detail("tune", plan.sentence())

@@ -58,8 +58,8 @@ def tune(
             the host's memory come to help, each with a note.
         consume: the model is not needed any more: its U-Net becomes the tuned one, which saves
             a copy. Only for whoever loaded it for this one concept.
-        autocast: run the U-Net in bfloat16, with the trained weights in float32; None where the
-            hardware has bfloat16.
+        autocast: run the U-Net in half precision, with the trained weights in float32; None where
+            the hardware is faster so.
         detach_features: see `training_loss`.
         on_progress: called after each step with its losses; on an accelerator, which would have
             to wait for that, every few steps.
@@ -82,8 +82,12 @@ def tune(
                 Progress(stage="tune", done=done, total=recipe.steps, note=note, values=values)
             )
 
-    if run.note:
-        tell(0, run.note)
+    def tell_note(done: int) -> None:
+        if run.note:
+            tell(done, run.note)
+            run.note = ""
+
+    tell_note(0)
     waiting: list[Tensor] = []
     for step in range(run.steps):
         losses = None
@@ -102,6 +106,7 @@ def tune(
                         hint="try --tune adapters, a smaller base, or another device",
                     )
                 tell(step, note)
+        tell_note(step)
         norm = run.optimizer.step(recipe.gradient_clip)
         waiting.append(torch.cat((losses, norm.to(losses.device, losses.dtype).view(1))))
         if run.immediate or len(waiting) == LOOK_EVERY or step == run.steps - 1:

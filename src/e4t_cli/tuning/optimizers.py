@@ -29,6 +29,11 @@ class Optimizer(Protocol):
 
     weights: list[nn.Parameter]
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """What was accumulated since `zero_grad`, in float32, to be changed in place."""
+        ...
+
     def zero_grad(self) -> None: ...
 
     def step(self, largest_norm: float) -> Tensor:
@@ -49,6 +54,10 @@ class FusedAdamW:
         self.means = [torch.zeros_like(weight) for weight in self.weights]
         self.squares = [torch.zeros_like(weight) for weight in self.weights]
         self.steps = [torch.zeros((), device=weight.device) for weight in self.weights]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [weight.grad for weight in self.weights if weight.grad is not None]
 
     def zero_grad(self) -> None:
         for weight in self.weights:
@@ -111,31 +120,36 @@ class HostAdamW(FusedAdamW):
                 getattr(self, name).append(value)
             if id(weight) in lower:
                 weight.data = weight.data.bfloat16()
-        self.gradients = [torch.zeros_like(master) for master in self.masters]
+        self.sums = [torch.zeros_like(master) for master in self.masters]
         self.hooks = [
             weight.register_post_accumulate_grad_hook(self._sender(gradient))
-            for weight, gradient in zip(self.weights, self.gradients, strict=True)
+            for weight, gradient in zip(self.weights, self.sums, strict=True)
         ]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return self.sums
 
     @staticmethod
     def _sender(gradient: Tensor) -> Any:
         def send(weight: Tensor) -> None:
             assert weight.grad is not None
-            gradient.add_(weight.grad.to("cpu", torch.float32))
+            # As it is: made float32 on the way, twice the bytes would travel.
+            gradient.add_(weight.grad.to("cpu"))
             weight.grad = None
 
         return send
 
     def zero_grad(self) -> None:
-        for gradient in self.gradients:
+        for gradient in self.sums:
             gradient.zero_()
 
     @torch.no_grad()
     def step(self, largest_norm: float) -> Tensor:
-        norm = nn.utils.get_total_norm(self.gradients, foreach=True)
+        norm = nn.utils.get_total_norm(self.sums, foreach=True)
         share = torch.clamp(largest_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(self.gradients, share)
-        self._apply(self.masters, self.gradients)
+        torch._foreach_mul_(self.sums, share)
+        self._apply(self.masters, self.sums)
         for weight, master in zip(self.weights, self.masters, strict=True):
             weight.copy_(master)
         return norm
@@ -147,7 +161,7 @@ class HostAdamW(FusedAdamW):
             hook.remove()
         for weight, master in zip(self.weights, self.masters, strict=True):
             weight.data = master.to(weight.device)
-        self.masters, self.gradients = [], []
+        self.masters, self.sums = [], []
         super().release()
 
 
@@ -167,6 +181,10 @@ class EightBitAdamW:
             [{"params": weights, "lr": rate} for weights, rate in kept],
             betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY,
         )  # fmt: skip
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [weight.grad for weight in self.weights if weight.grad is not None]
 
     def zero_grad(self) -> None:
         self.inner.zero_grad(set_to_none=True)

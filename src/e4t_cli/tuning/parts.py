@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.nn.branching import adapted_layers, branch, linear_layers, merge_adapters
 from e4t_cli.nn.low_rank import LowRankAdapters
+from e4t_cli.nn.precision import half_format
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import Encoder
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.randomness import generator
 from e4t_cli.recipes import TuningRecipe
-from e4t_cli.training_loss import multiplies_bfloat16
 
 from .optimizers import Group
 
@@ -123,8 +123,8 @@ class AdapterParts:
         self.consume = consume  # while tuning, the base's weights are shared and not copied anyway
         self.pretrained_encoder = pretrained.encoder
         self.unet = branch(model.unet, self.offsets)
-        if model.dtype != torch.float32 and not multiplies_bfloat16(model.device):
-            # Gradients in float16 vanish.
+        if model.dtype != torch.float32 and half_format(model.device) is None:
+            # Nobody scales the loss, and unscaled gradients in float16 vanish.
             self.unet = nn.Module.to(copy.deepcopy(self.unet), torch.float32)
         self.rounded = []
         self.encoder = copy.deepcopy(pretrained.encoder).to(model.device).requires_grad_(False)

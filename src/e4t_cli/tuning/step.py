@@ -10,21 +10,18 @@ from torch import Tensor, nn
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.devices import free_memory, trim_heap
 from e4t_cli.domain import PreparedImage
+from e4t_cli.errors import DivergedError
 from e4t_cli.memory import Plan
 from e4t_cli.nn.losses import SMALLEST_MASK, latent_mask
+from e4t_cli.nn.precision import half_format, half_precision
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.prompts import training_prompts
 from e4t_cli.randomness import draw
 from e4t_cli.recipes import TuningRecipe
-from e4t_cli.training_loss import (
-    TrainingBatch,
-    evaluated_once,
-    half_precision,
-    multiplies_bfloat16,
-    training_loss,
-)
+from e4t_cli.training_loss import TrainingBatch, evaluated_once, training_loss
 from e4t_cli.tuned_model import TunedModel
 
+from .loss_scale import LossScale
 from .optimizers import FusedAdamW, HostAdamW, make_optimizer
 from .parts import METHODS
 
@@ -44,7 +41,11 @@ class Tuning:
         plan: Plan | None = None,
         consume: bool = False,
     ) -> None:
-        self.model, self.recipe, self.seed, self.autocast = model, recipe, seed, autocast
+        self.model, self.recipe, self.seed = model, recipe, seed
+        self.half = half_format(model.device) if autocast is None else None
+        if autocast:
+            self.half = torch.bfloat16
+        self.loss_scale = LossScale(self.half)
         self.plan = plan or Plan(micro_batch=recipe.batch_size)
         rates = (recipe.encoder_rate, recipe.offsets_rate, recipe.unet_rate)
         self.steps = recipe.steps if max(rates) > 0 else 0
@@ -89,14 +90,41 @@ class Tuning:
         return latent_mask(whole, self.model.latent_shape[1:])
 
     def gradients(self, step: int, micro_batch: int | None = None) -> Tensor:
-        """Accumulate the gradient of one step; returns the means of eq. 4 and eq. 2, (2,)."""
+        """Accumulate the gradient of one step; returns the means of eq. 4 and eq. 2, (2,).
+
+        Raises:
+            DivergedError: float16 is too small for this base, and it is kept in nothing else.
+        """
+        losses = self._accumulated(step, micro_batch or self.plan.micro_batch)
+        while not self.loss_scale.divide_out(self.optimizer.gradients):
+            if self.loss_scale.exhausted or not losses.isfinite().all():
+                self._leave_half_precision()
+            losses = self._accumulated(step, micro_batch or self.plan.micro_batch)
+        return losses
+
+    def _leave_half_precision(self) -> None:
+        """Make products in float32 from now on, where float16 overflows whatever the loss is."""
+        if any(weight.dtype == torch.float16 for weight in self.unet.parameters()):
+            raise DivergedError(
+                f"the numbers of the base {self.model.base.name} are too large for float16",
+                hint="keep it in float32: --dtype fp32",
+            )
+        self.half, self.note = None, "numbers too large for float16: float32 from now on, slower"
+        self.loss_scale = LossScale(None)
+
+    def _accumulated(self, step: int, micro_batch: int) -> Tensor:
         self.optimizer.zero_grad()
         total = torch.zeros(2, device=self.model.device)
-        for batch in self._batches(step, micro_batch or self.plan.micro_batch):
+        for batch in self._batches(step, micro_batch):
             kept = not self.unet.is_gradient_checkpointing
             with (
                 evaluated_once(self.unet),
-                half_precision(self.model.device, self.autocast, keep_casts=kept),
+                half_precision(
+                    self.model.device,
+                    self.half is not None,
+                    keep_casts=kept,
+                    dtype=self.half or torch.bfloat16,
+                ),
             ):
                 losses = training_loss(
                     self.model,
@@ -108,7 +136,8 @@ class Tuning:
                     detach_features=self.detach_features,
                 )
             share = len(batch.timesteps) / self.recipe.batch_size
-            (losses.total(self.recipe.embedding_penalty) * share).backward()
+            whole = losses.total(self.recipe.embedding_penalty) * share
+            (whole * self.loss_scale.factor).backward()
             parts = torch.stack((losses.diffusion.mean(), losses.penalty.mean()))
             total += share * parts.detach()
             self._trim()
@@ -144,10 +173,7 @@ class Tuning:
 
     def _rounded(self) -> list[nn.Parameter]:
         """Return the weights whose precision on the device is that of the products anyway."""
-        half = self.autocast
-        if half is None:
-            half = multiplies_bfloat16(self.model.device)
-        return self.parts.rounded if half else []
+        return self.parts.rounded if self.half == torch.bfloat16 else []
 
     def _batches(self, step: int, micro_batch: int) -> Iterator[TrainingBatch]:
         size = self.recipe.batch_size

@@ -1,0 +1,139 @@
+"""Laws of tuning in float16, on cards that have no bfloat16: the same tuning, up to rounding."""
+
+import pytest
+import torch
+
+from e4t_cli.base_model import TextToImageModel
+from e4t_cli.errors import DivergedError
+from e4t_cli.memory import Plan
+from e4t_cli.nn import precision
+from e4t_cli.nn.precision import half_format
+from e4t_cli.tuning import loss_scale, parts, step, tune
+from e4t_cli.tuning.step import Tuning
+
+
+@pytest.fixture(autouse=True)
+def _a_card_with_float16(monkeypatch):
+    """The CPU multiplies float16 as such a card does, only slowly."""
+    for module in (step, parts):
+        monkeypatch.setattr(module, "half_format", lambda device: torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "capability", "found"),
+    [
+        (True, (8, 0), torch.bfloat16),
+        (False, (7, 5), torch.float16),  # T4, GeForce 20
+        (False, (6, 1), None),  # GeForce 10: its float16 is slower than its float32
+    ],
+)
+def test_T9_the_format_that_a_card_multiplies_fastest(monkeypatch, bfloat16, capability, found):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert half_format(torch.device("cuda")) == found
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
+    assert half_format(torch.device("cpu")) is half_format(torch.device("mps")) is None
+
+
+def gradient(model, pack, face, recipe, autocast=None, **plan):
+    run = Tuning(
+        model, pack, face, recipe, 0, None, autocast, Plan(micro_batch=4, **plan) if plan else None
+    )  # fmt: skip
+    losses = run.gradients(0)
+    return torch.cat([one.float().flatten() for one in run.optimizer.gradients]), losses, run
+
+
+@pytest.mark.parametrize("method", ["exact", "adapters"])
+@pytest.mark.parametrize("optimizer", ["fused", "host"])
+def test_a_scaled_gradient_is_the_gradient(model, pack, face, method, optimizer):
+    recipe = pack.tuning.replace(method=method)
+    whole, exact_losses, _ = gradient(model, pack, face, recipe, autocast=False)
+    found, losses, run = gradient(model, pack, face, recipe, optimizer=optimizer)
+    assert run.loss_scale.factor == loss_scale.FIRST
+    assert (found - whole).norm() / whole.norm() < 0.01
+    torch.testing.assert_close(losses, exact_losses, rtol=1e-2, atol=1e-2)
+
+
+def test_without_a_scale_small_gradients_would_vanish(model, pack, face, monkeypatch):
+    """As small as they are where a mean runs over 16 times 16,384 numbers."""
+    small = pack.tuning.replace(embedding_penalty=0.0)
+    whole, _, _ = gradient(model, pack, face, small, autocast=False)
+    training_loss = step.training_loss
+
+    def much_smaller(*args, **kwargs):
+        losses = training_loss(*args, **kwargs)
+        return type(losses)(diffusion=losses.diffusion * 1e-4, penalty=losses.penalty)
+
+    monkeypatch.setattr(step, "training_loss", much_smaller)
+    error = {}
+    for first in (1.0, loss_scale.FIRST):
+        monkeypatch.setattr(loss_scale, "FIRST", first)
+        found, _, _ = gradient(model, pack, face, small)
+        error[first] = ((found * 1e4 - whole).norm() / whole.norm()).item()
+    assert error.pop(1.0) > 0.1 > 0.02 > max(error.values())
+
+
+def test_an_overflow_is_made_again_with_a_smaller_factor(model, pack, face, monkeypatch):
+    expected, _, _ = gradient(model, pack, face, pack.tuning)
+    monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
+    accumulated, steps = Tuning._accumulated, []
+
+    def counted(self, number, micro_batch):
+        steps.append(number)
+        return accumulated(self, number, micro_batch)
+
+    monkeypatch.setattr(Tuning, "_accumulated", counted)
+    found, losses, run = gradient(model, pack, face, pack.tuning)
+    assert set(steps) == {0} and len(steps) > 2
+    assert 1 < run.loss_scale.factor < 2.0**40 and losses.isfinite().all()
+    assert (found - expected).norm() / expected.norm() < 0.01
+    steps.clear()
+    run.gradients(1)
+    assert steps == [1]  # what was found out is kept
+
+
+def test_a_base_too_large_for_float16_is_tuned_in_float32(model, pack, face, monkeypatch):
+    training_loss, notes = step.training_loss, []
+
+    def overflowing(model, *rest, **kwargs):
+        losses = training_loss(model, *rest, **kwargs)
+        if torch.is_autocast_enabled("cpu"):
+            return type(losses)(diffusion=losses.diffusion * torch.inf, penalty=losses.penalty)
+        return losses
+
+    monkeypatch.setattr(step, "training_loss", overflowing)
+
+    def tuned(**how):
+        return tune(
+            model, pack, face, on_progress=lambda event: event.note and notes.append(event.note),
+            **how,
+        ).unet.state_dict()  # fmt: skip
+
+    found, plain = tuned(), tuned(autocast=False)
+    assert [note.split(":")[0] for note in notes] == ["numbers too large for float16"]
+    for key, value in plain.items():
+        assert torch.equal(found[key], value)
+
+
+def test_a_frozen_base_in_float16_that_overflows_is_one_sentence(base_folder, pack, face):
+    half = TextToImageModel.load(base_folder, dtype=torch.float16)
+    with torch.no_grad():
+        half.unet.conv_in.weight.mul_(torch.inf)
+    with pytest.raises(DivergedError, match="too large for float16") as caught:
+        tune(half, pack, face, pack.tuning.replace(method="adapters"))
+    assert "--dtype fp32" in caught.value.hint
+
+
+@pytest.mark.parametrize("method", ["exact", "adapters"])
+def test_a_base_in_float16_is_tuned_as_in_float32(base_folder, model, pack, face, method):
+    recipe = pack.tuning.replace(method=method, unet_rate=1.0)
+    half = TextToImageModel.load(base_folder, dtype=torch.float16)
+    found = tune(half, pack, face, recipe, seed=2)
+    plain = tune(model, pack, face, recipe, seed=2, autocast=False)
+    assert {weight.dtype for weight in found.unet.parameters()} == {torch.float16}
+    error = change = 0.0
+    for key, value in plain.unet.state_dict().items():
+        error += (found.unet.state_dict()[key].float() - value).square().sum().item()
+        change += (value - model.unet.state_dict()[key]).square().sum().item()
+    # Not less: where a gradient is next to nothing, Adam's first steps follow its rounded sign.
+    assert (error / change) ** 0.5 < 0.1
