@@ -120,7 +120,9 @@ def measure_memory(world: World) -> None:
     for method in ("exact", "adapters"):
         recipe = world.pack.tuning.replace(steps=1, method=method)
         for vram in ("6", "8", "12", "16", "24"):
-            plan = plan_tuning(model, world.pack, recipe, vram=vram, half=half_format(device))
+            plan = plan_tuning(
+                model, world.pack, recipe, vram=vram, half=half_format(device, scaled=True)
+            )
             line = f"  {method:9} --vram {vram:3} {plan.sentence()}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()

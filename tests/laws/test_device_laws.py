@@ -17,8 +17,10 @@ from e4t_cli.base_model import TextToImageModel
 from e4t_cli.concept import Concept
 from e4t_cli.errors import DivergedError
 from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents, sample
+from e4t_cli.nn.branching import attention_layers, frozen_branch
 from e4t_cli.nn.image_tower import ImageTower
 from e4t_cli.nn.weight_offsets import WeightOffsets
+from e4t_cli.pretraining import pretrain_domain
 from e4t_cli.pretraining.batches import Batches, Objective
 from e4t_cli.pretraining.encoding import EncodedImages
 from e4t_cli.prompts import parse_prompt
@@ -255,3 +257,49 @@ def test_other_errors_are_not_taken_for_it(model, pack, face, monkeypatch):
     monkeypatch.setattr(Tuning, "gradients", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         tune(model, pack, face)
+
+
+# ── a frozen base ──
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, None])
+def test_a_frozen_branch_owns_what_it_changes_and_no_more(base_folder, pack, half):
+    base = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
+    before = {name: weight.clone() for name, weight in base.unet.state_dict().items()}
+    twin = frozen_branch(base.unet, pack.offsets, half)
+    own = {id(weight) for weight in twin.parameters()} - {id(w) for w in base.unet.parameters()}
+    if half is None:  # in float32: nothing can be shared
+        assert {weight.dtype for weight in twin.parameters()} == {torch.float32}
+    else:
+        assert own == {id(layer.weight) for layer in attention_layers(twin).values()}
+    for name, weight in base.unet.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_a_base_in_bfloat16_is_pretrained_on_as_its_float32_copy_would_be(base_folder, pack):
+    """In half precision products round W₀ · (1 + ΔW) anyway: a float32 copy of W₀ adds nothing."""
+    data = EncodedImages(
+        means=torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        logvars=torch.full((6, 4, 8, 8), -9.0),
+        image_features=torch.randn(6, 2, 32, generator=torch.Generator().manual_seed(1)),
+    )
+    half = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
+    whole = TextToImageModel.load(base_folder)
+    with torch.no_grad():
+        for name in ("unet", "text_encoder"):
+            copied = getattr(half, name).state_dict()
+            getattr(whole, name).load_state_dict(copied)
+
+    def pretrained(base):
+        return pretrain_domain(
+            base, data, name="face", descriptor="face", templates=pack.templates, autocast=True,
+            recipe=pack.pretraining.replace(steps=3, base_learning_rate=1e-4), tuning=pack.tuning,
+        ).offsets  # fmt: skip
+
+    found, expected = pretrained(half), pretrained(whole)
+    error = change = 0.0
+    for path, (left, right) in expected.items():
+        delta, own = left @ right, found[path][0] @ found[path][1]
+        error += (own - delta).square().sum().item()
+        change += delta.square().sum().item()
+    assert change > 0 and (error / change) ** 0.5 < 0.2

@@ -15,8 +15,12 @@ from e4t_cli.tuning.step import Tuning
 @pytest.fixture(autouse=True)
 def _a_card_with_float16(monkeypatch):
     """The CPU multiplies float16 as such a card does, only slowly."""
-    for module in (step, parts):
-        monkeypatch.setattr(module, "half_format", lambda device: torch.float16)
+
+    def found(device, *, scaled=False):
+        return torch.float16 if scaled else None
+
+    for module in (precision, parts):
+        monkeypatch.setattr(module, "half_format", found)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +34,11 @@ def _a_card_with_float16(monkeypatch):
 def test_T9_the_format_that_a_card_multiplies_fastest(monkeypatch, bfloat16, capability, found):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert half_format(torch.device("cuda")) == found
+    assert half_format(torch.device("cuda"), scaled=True) == found
+    assert half_format(torch.device("cuda")) == (torch.bfloat16 if bfloat16 else None)
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
-    assert half_format(torch.device("cpu")) is half_format(torch.device("mps")) is None
+    for other in ("cpu", "mps"):
+        assert half_format(torch.device(other), scaled=True) is None
 
 
 def gradient(model, pack, face, recipe, autocast=None, **plan):

@@ -25,7 +25,7 @@ def test_one_pretraining_step(stable_diffusion, encoder):  # noqa: F811
         offsets = WeightOffsets.for_unet(unet)
     objective = Objective(
         model, unet, encoder, offsets,
-        e_domain=torch.empty(768, device="meta"), scale=0.1, autocast=False,
+        e_domain=torch.empty(768, device="meta"), scale=0.1,
     )  # fmt: skip
     latents = torch.empty(BATCH, 4, 64, 64, device="meta")
     samples = Samples(

@@ -205,7 +205,7 @@ def test_the_view_of_no_words_does_not_show_who_asked_first(model):
 
     plain = asked_anew()
     assert plain.dtype == torch.float32
-    with half_precision(model.device, True):
+    with half_precision(model.device, torch.bfloat16):
         model.embed_prompts(model.tokenize([""], 0))  # leaves bfloat16 casts of the weights behind
         assert torch.equal(asked_anew(), plain)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):

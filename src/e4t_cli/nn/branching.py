@@ -71,6 +71,24 @@ def branch(
 
 
 @torch.no_grad()
+def frozen_branch(
+    unet: nn.Module, offsets: Mapping[str, Factors], half: torch.dtype | None
+) -> nn.Module:
+    """Return a `branch` to train something on, its own weights staying as they are.
+
+    In the base's own precision where products are made in half precision anyway, which casts
+    nothing twice; else in float32, since unscaled gradients in float16 vanish.
+
+    Args:
+        half: the format of the products, None for float32.
+    """
+    twin = branch(unet, offsets)
+    if half is None:
+        _convert(twin, torch.float32)
+    return twin
+
+
+@torch.no_grad()
 def merge_adapters(
     unet: nn.Module,
     offsets: Mapping[str, Factors],

@@ -20,27 +20,52 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def half_format(device: torch.device, *, scaled: bool = False) -> torch.dtype | None:
+    """Return the format in which the device multiplies fastest in training, None for float32.
+
+    bfloat16 where there is a choice: it has float32's range.
+
+    Args:
+        scaled: float16 will do, because the loss is scaled (`tuning/loss_scale.py`). Apple's is
+            hardly faster than its float32.
+    """
+    if multiplies_bfloat16(device):
+        return torch.bfloat16
+    if scaled and device.type == "cuda":
+        cores = torch.cuda.get_device_capability(device) >= TENSOR_CORES
+        return torch.float16 if cores else None
+    return None
+
+
+def chosen_format(
+    device: torch.device, autocast: bool | None, *, scaled: bool = False
+) -> torch.dtype | None:
+    """Return the format of products in training, None for float32.
+
+    Args:
+        autocast: whether in half precision; None where the hardware is faster so.
+        scaled: see `half_format`.
+    """
+    if autocast is False:
+        return None
+    found = half_format(device, scaled=scaled)
+    return torch.bfloat16 if autocast and found is None else found
+
+
 @contextmanager
 def half_precision(
-    device: torch.device,
-    enabled: bool | None,
-    *,
-    keep_casts: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device, dtype: torch.dtype | None, *, keep_casts: bool = True
 ) -> Iterator[None]:
     """Make matrix products in half precision inside a `with` block; weights stay as they are.
 
     Args:
-        enabled: None where the hardware has products in bfloat16.
+        dtype: the format of the products, None for that of the weights.
         keep_casts: keep a weight's copy in half precision until the end of the block, for whoever
             runs over it twice; without, gradient checkpointing has them one block at a time.
             Without, attention is computed in little memory, too.
-        dtype: the format of the products.
     """
-    if enabled is None:
-        enabled = multiplies_bfloat16(device)
     with ExitStack() as stack:
-        if enabled:
+        if dtype is not None:
             stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=keep_casts))
             if device.type == "cpu" and keep_casts:
                 # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
@@ -60,16 +85,3 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         found = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
     return False
-
-
-def half_format(device: torch.device) -> torch.dtype | None:
-    """Return the format in which the device multiplies fastest in training, None for float32.
-
-    bfloat16 where there is a choice: it has float32's range. Gradients in float16 need a scaled
-    loss (`tuning/loss_scale.py`). Apple's float16 is hardly faster than its float32.
-    """
-    if multiplies_bfloat16(device):
-        return torch.bfloat16
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES:
-        return torch.float16
-    return None

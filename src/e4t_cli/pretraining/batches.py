@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from e4t_cli.base_model import Posterior, TextToImageModel, Tokens
@@ -111,6 +112,9 @@ class Objective(nn.Module):
     Both passes through the U-Net are inside, so that an engine that exchanges gradients between
     processes sees each of them used once a step. The frozen base is out of its sight: it is
     neither sent to the other processes nor given gradients.
+
+    Args:
+        half: the format of the products, None for that of the weights.
     """
 
     def __init__(
@@ -122,13 +126,13 @@ class Objective(nn.Module):
         *,
         e_domain: Tensor,
         scale: float,
-        autocast: bool | None = None,
+        half: torch.dtype | None = None,
         detach_features: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.offsets = encoder, offsets
         self._frozen = (model, unet, e_domain)  # a tuple hides modules from nn.Module
-        self.scale, self.autocast, self.detach_features = scale, autocast, detach_features
+        self.scale, self.half, self.detach_features = scale, half, detach_features
 
     def forward(self, samples: Samples) -> Losses:
         model, unet, e_domain = self._frozen
@@ -142,7 +146,7 @@ class Objective(nn.Module):
             tokens=samples.tokens,
             mask=samples.mask,
         )
-        with evaluated_once(unet), half_precision(model.device, self.autocast):
+        with evaluated_once(unet), half_precision(model.device, self.half):
             return training_loss(
                 model,
                 unet,

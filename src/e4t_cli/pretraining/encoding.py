@@ -18,7 +18,7 @@ from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import InputError
 from e4t_cli.files import write_atomically
 from e4t_cli.nn.losses import latent_mask
-from e4t_cli.nn.precision import half_precision
+from e4t_cli.nn.precision import chosen_format, half_precision
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.randomness import choose, epoch_order, uniforms
 
@@ -174,7 +174,7 @@ def encode_images(
 
     def encode() -> None:
         pixels = model.pixels([one.image for one in batch])
-        with half_precision(model.device, autocast):
+        with half_precision(model.device, chosen_format(model.device, autocast)):
             posterior, features = model.posterior(pixels), model.image_features(pixels)
         masks = None
         if all(one.mask is not None for one in batch):

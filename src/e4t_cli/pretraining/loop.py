@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
+from e4t_cli.nn.branching import frozen_branch
+from e4t_cli.nn.precision import chosen_format
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.pretrained import PretrainedDomain, facts_about, usual_limits
@@ -123,9 +125,9 @@ def pretrain_domain(
         torch.manual_seed(generator(seed, "initial").initial_seed())
         encoder = WordEmbeddingEncoder(model.encoder_config(hidden_width)).to(model.device)
         offsets = WeightOffsets.for_unet(model.unet).to(model.device)
-    # A copy, so that the model stays usable, also for what `on_step` draws; in float32, because
-    # in half precision a small ΔW would be lost in the product.
-    unet = copy.deepcopy(model.unet).float()
+    # Another one, so that the model stays usable, also for what `on_step` draws.
+    half = chosen_format(model.device, autocast)
+    unet = frozen_branch(model.unet, {}, half)
     optimizer = adamw((encoder, rate * recipe.encoder_rate), (offsets, rate * recipe.offsets_rate))
     descriptor_id = model.descriptor_id(descriptor)
     batches = Batches(model, data, recipe, templates, descriptor_id, seed, total_batch)
@@ -152,7 +154,7 @@ def pretrain_domain(
     objective = Objective(
         model, unet, encoder, offsets,
         e_domain=model.word_embedding(descriptor_id), scale=recipe.embedding_scale,
-        autocast=autocast, detach_features=detach_features,
+        half=half, detach_features=detach_features,
     )  # fmt: skip
     trained = processes.wrap(objective)
 

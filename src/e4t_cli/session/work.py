@@ -148,7 +148,7 @@ class Session(Listened):
             concept.recipe,
             vram=self._vram,
             consume=self._own,
-            half=half_format(device),
+            half=half_format(device, scaled=True),
             eight_bit=has_eight_bit(device),
         )
         self.detail("tune", plan.sentence())

@@ -10,11 +10,15 @@ import copy
 from collections.abc import Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
-from e4t_cli.nn.branching import adapted_layers, branch, linear_layers, merge_adapters
+from e4t_cli.nn.branching import (
+    adapted_layers,
+    frozen_branch,
+    linear_layers,
+    merge_adapters,
+)
 from e4t_cli.nn.low_rank import LowRankAdapters
 from e4t_cli.nn.precision import half_format
 from e4t_cli.nn.weight_offsets import WeightOffsets
@@ -122,10 +126,7 @@ class AdapterParts:
         self.model, self.offsets, self.recipe = model, pretrained.offsets, recipe
         self.consume = consume  # while tuning, the base's weights are shared and not copied anyway
         self.pretrained_encoder = pretrained.encoder
-        self.unet = branch(model.unet, self.offsets)
-        if model.dtype != torch.float32 and half_format(model.device) is None:
-            # Nobody scales the loss, and unscaled gradients in float16 vanish.
-            self.unet = nn.Module.to(copy.deepcopy(self.unet), torch.float32)
+        self.unet = frozen_branch(model.unet, self.offsets, half_format(model.device, scaled=True))
         self.rounded = []
         self.encoder = copy.deepcopy(pretrained.encoder).to(model.device).requires_grad_(False)
         source, rank = generator(seed, "adapters"), recipe.adapter_rank

@@ -13,7 +13,7 @@ from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError
 from e4t_cli.memory import Plan
 from e4t_cli.nn.losses import SMALLEST_MASK, latent_mask
-from e4t_cli.nn.precision import half_format, half_precision
+from e4t_cli.nn.precision import chosen_format, half_precision
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.prompts import training_prompts
 from e4t_cli.randomness import draw
@@ -42,9 +42,7 @@ class Tuning:
         consume: bool = False,
     ) -> None:
         self.model, self.recipe, self.seed = model, recipe, seed
-        self.half = half_format(model.device) if autocast is None else None
-        if autocast:
-            self.half = torch.bfloat16
+        self.half = chosen_format(model.device, autocast, scaled=True)
         self.loss_scale = LossScale(self.half)
         self.plan = plan or Plan(micro_batch=recipe.batch_size)
         rates = (recipe.encoder_rate, recipe.offsets_rate, recipe.unet_rate)
@@ -119,12 +117,7 @@ class Tuning:
             kept = not self.unet.is_gradient_checkpointing
             with (
                 evaluated_once(self.unet),
-                half_precision(
-                    self.model.device,
-                    self.half is not None,
-                    keep_casts=kept,
-                    dtype=self.half or torch.bfloat16,
-                ),
+                half_precision(self.model.device, self.half, keep_casts=kept),
             ):
                 losses = training_loss(
                     self.model,
