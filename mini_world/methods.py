@@ -1,4 +1,4 @@
-"""Exact tuning against adapters on held-out identities of `mini`, read by the judge.
+"""Exact tuning, its export and adapters on held-out identities of `mini`, read by the judge.
 
     python -m mini_world.methods face --photos 16 --rates 30 60 100
 
@@ -12,6 +12,7 @@ import argparse
 import time
 
 from e4t_cli.concept import Concept
+from e4t_cli.exporting import fixed_word
 from e4t_cli.generation import Sampling
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.recipes import TuningRecipe
@@ -20,14 +21,15 @@ from mini_world.evaluate import held_out_photos, run_method
 from mini_world.stages import PACKS, load_judge, load_model
 
 SAMPLING = Sampling(steps=20, guidance=3.0)
+EXPORTED = "exact, as exported: one word for all steps"
 
 
 def compare(kind: str, photos: int, rates: list[float], ranks: list[int], seed: int) -> None:
-    """Print a row for exact tuning, one for the encoder alone, and one for each rate and rank of adapters."""
+    """Print a row for the encoder alone, for exact tuning, for its export, and for each rate and rank of adapters."""
     model, judge = load_model(), load_judge()
     pack = PretrainedDomain.load(PACKS / kind / "mini")
     recipe = pack.tuning
-    rows: dict[str, TuningRecipe] = {"no tuning": recipe.replace(steps=0), "exact": recipe}
+    rows: dict[str, TuningRecipe] = {"no tuning": recipe.replace(steps=0), "exact": recipe, EXPORTED: recipe}
     for rank in ranks:
         for rate in rates:
             rows[f"adapters, rank {rank}, rate {rate:g}"] = recipe.replace(
@@ -38,16 +40,18 @@ def compare(kind: str, photos: int, rates: list[float], ranks: list[int], seed: 
     for name, one in rows.items():
         seconds, sizes = [], []
 
-        def method(prepared, number, one=one, seconds=seconds, sizes=sizes):
+        def method(prepared, number, name=name, one=one, seconds=seconds, sizes=sizes):
             begun = time.perf_counter()
             tuned = tune(model, pack, prepared, one, seed=number)
             seconds.append(time.perf_counter() - begun)
             sizes.append(sum(value.nbytes for value in Concept.kept(tuned).values()))
+            if name == EXPORTED:
+                return tuned.with_fixed_word(fixed_word(model, tuned, prepared, seed=number).embedding)
             return tuned
 
         scores = run_method(model, judge, kind, shown, method, SAMPLING).summary()
         print(
-            f"{name:32} identity {scores['identity']:.3f} ± {scores['identity±']:.3f}   "
+            f"{name:42} identity {scores['identity']:.3f} ± {scores['identity±']:.3f}   "
             f"prompt {scores['prompt']:.3f} ± {scores['prompt±']:.3f}   "
             f"{sorted(seconds)[len(seconds) // 2]:5.1f} s   kept {max(sizes) / 1e6:6.2f} MB",
             flush=True,

@@ -42,7 +42,7 @@ FLOORS = [
     {"training_loss", "memory"},
     {"tuning", "pretraining"},  # the work
     {"generation", "safety"},
-    {"results"},
+    {"results", "exporting"},
     {"watching"},
     {"session"},
     {"api", "testing", "shelf"},  # the library

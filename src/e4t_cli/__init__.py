@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import generate, personalize, pretrain, rehearse
+    from .api import export, generate, personalize, pretrain, rehearse
     from .concept import Concept
     from .domain import Domain, PreparationTarget, PreparedImage
     from .errors import (
@@ -63,6 +63,7 @@ _HOME = {
     "UsageError": "errors",
     "WeightsUnavailable": "errors",
     "center_square": "images",
+    "export": "api",
     "find_domain": "registry.finding",
     "generate": "api",
     "installed_domains": "registry.finding",
@@ -98,6 +99,7 @@ __all__ = [
     "WeightsUnavailable",
     "__version__",
     "center_square",
+    "export",
     "find_domain",
     "generate",
     "installed_domains",

@@ -64,6 +64,15 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync_tree(folder: str | os.PathLike[str]) -> None:
+    """Have everything below a folder on the disk, whoever wrote it: before it gets its name."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(place, name), "rb+") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(place))
+
+
 def _rename_to_free_name(temporary: Path, path: Path) -> None:
     try:
         # A hard link, unlike a rename, fails when the name is taken, even by another process.

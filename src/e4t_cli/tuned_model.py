@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -45,6 +45,11 @@ class TunedModel:
         batch = 1 if unet_features is None else len(unet_features)
         offset = self.encoder.refine(self.folded.expand(batch, -1), unet_features)
         return self.e_domain + self.scale * offset
+
+    def with_fixed_word(self, e_c: Tensor) -> Self:
+        """Return the same model with one embedding (embedding_width,) for all time steps."""
+        encoder = FixedEmbedding((e_c - self.e_domain) / self.scale)
+        return replace(self, encoder=encoder, folded=self.folded.new_zeros(1, 0))
 
     @classmethod
     def plain(cls, model: TextToImageModel, descriptor: str) -> Self:

@@ -130,11 +130,11 @@ def base_name(base: Base | TextToImageModel) -> str:
     return base.name if isinstance(base, Base) else base.base.name
 
 
-def choose_domain(domain: str | Domain) -> tuple[Domain, str]:
+def choose_domain(domain: str | os.PathLike[str] | Domain) -> tuple[Domain, str]:
     """Return the domain of that name or folder, and the package it came with; "" of a value."""
     if isinstance(domain, Domain):
         return domain, ""
-    listing = find_listing(domain)
+    listing = find_listing(os.fspath(domain))
     assert listing.domain is not None
     return listing.domain, listing.package
 

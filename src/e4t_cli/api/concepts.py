@@ -11,12 +11,12 @@ from e4t_cli.api.choices import (
     choose_base,
     choose_domain,
     choose_seed,
-    find_domain_again,
     find_pack,
     parse_prompts,
     with_method,
     with_steps,
 )
+from e4t_cli.api.recalling import load_for, open_concept
 from e4t_cli.api.subjects import PreparedCallback, choose_mask, choose_target, tell
 from e4t_cli.domain import Domain
 from e4t_cli.hub.access import Access, AskLicence
@@ -36,7 +36,7 @@ ImageCallback = Callable[[GeneratedImage], None]
 
 
 def personalize(
-    domain: str | Domain,
+    domain: str | os.PathLike[str] | Domain,
     image: Picture,
     prompts: str | Sequence[str] = (),
     *,
@@ -206,22 +206,15 @@ def generate(
     if placeholder is not None:
         parse_prompts(prompts, placeholder)
     session = Session(device, dtype, on_progress, vram=vram, safety=safety_checker)
+    access = Access(offline=offline, accept_license=accept_license, on_progress=session.report)
     with session.running():
-        from e4t_cli.concept import Concept
-
-        if not isinstance(concept, Concept):
-            concept = Concept.load(concept)
+        concept = open_concept(concept)
         parsed = parse_prompts(prompts, placeholder or concept.placeholder)
-        value = find_domain_again(concept.domain, concept.package)
-        access = Access(offline=offline, accept_license=accept_license, on_progress=session.report)
-        wanted = concept.base_name if base == "auto" else base
-        place = choose_base(
-            wanted, access, device=device, dtype=dtype, tower=False, safety=safety_checker
-        )
         drawing = choose_sampling(sampling)
-        session.load(place, find_pack(value, place, access))
+        load_for(
+            concept, session, access, base=base, device=device, dtype=dtype, safety=safety_checker
+        )
         session.check_prompts(parsed)
-        concept.check(session.model, session.pretrained)
         tuned = concept.tuned(session.model, session.pretrained) or session.tune(concept)
         return session.draw(
             concept,

@@ -18,7 +18,7 @@ from e4t_cli.registry import user_domain, weights_folder
 
 
 def plan(
-    domain: str | Domain,
+    domain: str | os.PathLike[str] | Domain,
     image: Picture,
     prompts: str | Sequence[str] = (),
     *,

@@ -79,7 +79,7 @@ def choose_target(
 
 
 def prepare(
-    domain: str | Domain,
+    domain: str | os.PathLike[str] | Domain,
     image: Picture,
     *,
     base: str | os.PathLike[str] = "auto",

@@ -26,6 +26,7 @@ from e4t_cli.cli import (
     display,
     doctor,
     domains,
+    export,
     fetch,
     generate,
     import_,
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 app.command("personalize", epilog=personalize.EXAMPLES)(personalize.personalize)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.add_typer(domains.app, name="domains")
 app.add_typer(import_.app, name="import")

@@ -1,0 +1,126 @@
+"""`export`: a concept as a plain Stable Diffusion, for programs that know nothing of this one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from e4t_cli.api.recalling import load_for, open_concept
+from e4t_cli.bases import Base
+from e4t_cli.errors import UsageError, printable
+from e4t_cli.hub.access import Access, AskLicence
+from e4t_cli.progress import ProgressCallback
+from e4t_cli.prompts import check_placeholder
+from e4t_cli.session import Session
+
+if TYPE_CHECKING:
+    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.concept import Concept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A concept that other programs can draw.
+
+    Args:
+        folder: in diffusers' layout.
+        token: what prompts call the concept there.
+        variation: how much of the word depends on the noise level, which the folder leaves out.
+        licence: of the base; "" if its files do not state one.
+    """
+
+    folder: Path
+    token: str
+    variation: float
+    licence: str
+
+
+def export(
+    concept: Concept | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    placeholder: str | None = None,
+    base: str | os.PathLike[str] | TextToImageModel = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    vram: str = "auto",
+    offline: bool = False,
+    accept_license: bool | AskLicence = False,
+    on_progress: ProgressCallback | None = None,
+) -> Exported:
+    """Write a concept as a folder that `StableDiffusionPipeline.from_pretrained` reads.
+
+    The U-Net is the tuned one; the word is one new token with a fixed embedding, where this
+    program predicts it anew at every step (`exporting.fixed_word`).
+
+    Args:
+        concept: from `personalize`, or the file it was saved to.
+        folder: must not exist; it appears whole, or not at all.
+        placeholder: the token; the concept's own by default.
+        base: where the base is; "auto" finds the one the concept was made on by its name.
+        dtype: "fp32" writes float32; anything else float16, half as large.
+
+    The other arguments are those of `personalize`.
+
+    Raises:
+        UsageError: the folder exists, or the base knows the token as a word of its own.
+        ResourceError: the disk has no room.
+        E4TError: another of its children.
+    """
+    target = Path(folder)
+    if target.exists():
+        raise UsageError(
+            f"{printable(str(target))} exists already", hint="choose a folder that does not"
+        )
+    if placeholder is not None:
+        check_placeholder(placeholder)
+    session = Session(device, dtype, on_progress, vram=vram)
+    access = Access(offline=offline, accept_license=accept_license, on_progress=session.report)
+    with session.running():
+        opened = open_concept(concept)
+        token = placeholder or opened.placeholder
+        load_for(opened, session, access, base=base, device=device, dtype=dtype, safety=True)
+        model, pretrained = session.model, session.pretrained
+        tuned = opened.tuned(model, pretrained) or session.tune(opened)
+        with session.stage("export"):
+            import torch
+
+            from e4t_cli.exporting import fixed_word, write_folder
+
+            word = fixed_word(model, tuned, opened.prepared, seed=opened.seed)
+            write_folder(
+                model, tuned, word.embedding, target,
+                token=token, readme=_readme(opened, token, model.base),
+                dtype=torch.float32 if dtype == "fp32" else torch.float16,
+            )  # fmt: skip
+        return Exported(
+            folder=target, token=token, variation=word.variation, licence=model.base.licence
+        )
+
+
+def _readme(concept: Concept, token: str, base: Base) -> str:
+    """Return what the folder says about itself."""
+    stated = f"\nlicense: {base.licence}" if base.licence else ""
+    return f"""---
+base_model: {base.identity.partition("@")[0] or base.name}
+library_name: diffusers
+pipeline_tag: text-to-image{stated}
+---
+
+# {base.name} that knows one {concept.descriptor}: {token}
+
+Made from one photo by e4t, on the base {base.name}, whose licence goes on for this folder.
+
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained("FOLDER")
+    pipeline("{token} on the beach").images[0].save("beach.png")
+
+The word `{token}` has one embedding for all denoising steps (e4t itself predicts it anew at each).
+It is also alone in learned_word.safetensors.
+
+Whoever has this folder can draw what the photo showed. Share it as you would share the photo, a
+person's only with that person's consent, and say of its pictures that they were generated.
+"""

@@ -1,0 +1,183 @@
+"""A folder in diffusers' layout whose tokenizer has one more token: the concept.
+
+unet/ vae/ text_encoder/ tokenizer/ scheduler/ and, of a base that has one, safety_checker/
+feature_extractor/      what StableDiffusionPipeline.from_pretrained reads
+learned_word.safetensors  the token's embedding alone, as programs for textual inversion read it
+README.md               what it is, of what base and licence
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import AddedToken
+
+from e4t_cli.base_model import TextToImageModel
+from e4t_cli.base_model.loading import load_part
+from e4t_cli.errors import ResourceError, UsageError, printable
+from e4t_cli.files import sync_tree, write_atomically
+from e4t_cli.tuned_model import TunedModel
+
+WORD_FILE = "learned_word.safetensors"
+CHECKER, EYES = "safety_checker", "feature_extractor"
+SPARE_BYTES = 50_000_000
+
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def write_folder(
+    model: TextToImageModel,
+    tuned: TunedModel,
+    word: Tensor,
+    folder: Path,
+    *,
+    token: str,
+    readme: str,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a tuned model so that other programs can draw with it; whole, or not at all.
+
+    Args:
+        model: the base that `tuned` was made from; it stays as it is.
+        word: the embedding of the token (embedding_width,).
+        folder: must not exist.
+        token: what prompts call the concept.
+        readme: the text of its README.md.
+        dtype: of the stored weights.
+
+    Raises:
+        UsageError: the folder exists, or the base knows the token already.
+        ResourceError: the disk has no room, or cannot be written to.
+    """
+    if folder.exists():
+        raise UsageError(
+            f"{printable(str(folder))} exists already", hint="choose a folder that does not"
+        )
+    tokenizer, text_encoder = _taught(model, word, token)
+    parts = {"unet": tuned.unet, "vae": model.vae, "text_encoder": text_encoder}
+    checker = model.base.folder / CHECKER
+    safe = (checker / "config.json").is_file() and (model.base.folder / EYES).is_dir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(parts, checker if safe else None, folder.parent, dtype)
+    making = folder.parent / f".{folder.name[:48]}.{secrets.token_hex(8)}~"
+    making.mkdir()
+    try:
+        for name, part in parts.items():
+            # torch's own `to`: diffusers' logs a warning about casts that are meant.
+            nn.Module.to(copy.deepcopy(part), "cpu", dtype).save_pretrained(making / name)
+        tokenizer.save_pretrained(making / "tokenizer")
+        _for_older_readers(model.base.folder / "tokenizer", making / "tokenizer", tokenizer, token)
+        # What e4t draws with; the schedule of training would take ten times the steps.
+        scheduler = DPMSolverMultistepScheduler.from_config(model.noise_schedule.config)
+        scheduler.save_pretrained(making / "scheduler")
+        index: dict[str, Any] = dict(INDEX)
+        if safe:
+            index |= _with_checker(model.base.folder, making, dtype)
+        embedding = save({"emb_params": word.detach().cpu().float()[None].contiguous()})
+        write_atomically(making / WORD_FILE, embedding)
+        write_atomically(making / "README.md", readme.encode())
+        write_atomically(making / "model_index.json", json.dumps(index, indent=2).encode())
+        _tidy(making)
+        sync_tree(making)
+        os.rename(making, folder)
+    except BaseException as error:
+        shutil.rmtree(making, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise ResourceError(
+                f"{printable(str(folder))} could not be written: {printable(str(error))}",
+                hint="choose a folder on another disk",
+            ) from error
+        raise
+
+
+def _taught(model: TextToImageModel, word: Tensor, token: str) -> tuple[Any, Any]:
+    """Return copies of tokenizer and text encoder that know the token."""
+    tokenizer = copy.deepcopy(model.tokenizer)
+    added = AddedToken(token, normalized=False, special=False)
+    if token in tokenizer.get_vocab() or not tokenizer.add_tokens([added]):
+        raise UsageError(
+            f"the base knows {printable(token)!r} as a word of its own",
+            hint="choose another with --placeholder, such as '<me>'",
+        )
+    number = tokenizer.convert_tokens_to_ids(token)
+    text_encoder = copy.deepcopy(model.text_encoder)
+    known = text_encoder.get_input_embeddings().num_embeddings
+    text_encoder.resize_token_embeddings(max(known, number + 1), mean_resizing=False)
+    table = text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        table[number] = word.to(table.device, table.dtype)
+    return tokenizer, text_encoder
+
+
+def _tidy(folder: Path) -> None:
+    """Make of what the libraries wrote one model that anybody can load."""
+    mode = (folder / "README.md").stat().st_mode  # safetensors writes for the owner alone
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+    for path in folder.glob("*/config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)  # a folder of this machine
+        if "dtype" in settings:
+            # transformers loads what this says, diffusers float32, unless one is asked for both.
+            settings["dtype"] = "float32"
+        write_atomically(path, json.dumps(settings, indent=2).encode())
+
+
+def _for_older_readers(source: Path, target: Path, tokenizer: Any, token: str) -> None:
+    """Add the files that transformers before version 5 reads a tokenizer from."""
+    for name in ("vocab.json", "merges.txt"):
+        if (source / name).is_file() and not (target / name).exists():
+            shutil.copyfile(source / name, target / name)
+    added = {token: tokenizer.convert_tokens_to_ids(token)}
+    write_atomically(target / "added_tokens.json", json.dumps(added).encode())
+
+
+def _with_checker(base: Path, making: Path, dtype: torch.dtype) -> dict[str, list[str]]:
+    """Add the base's safety checker; returns its entries of model_index.json."""
+    # Not at the top: two seconds of imports for the one family of bases that has it.
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    checker = load_part(StableDiffusionSafetyChecker, base / CHECKER, "cpu", dtype)
+    checker.save_pretrained(making / CHECKER)
+    shutil.copytree(base / EYES, making / EYES)  # follows the links of the hub's cache
+    return {
+        CHECKER: ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        EYES: ["transformers", "CLIPImageProcessor"],
+    }
+
+
+def _check_room(
+    parts: dict[str, nn.Module], checker: Path | None, disk: Path, dtype: torch.dtype
+) -> None:
+    numbers = sum(weight.numel() for part in parts.values() for weight in part.parameters())
+    needed = numbers * dtype.itemsize
+    if checker is not None:
+        needed += min(path.stat().st_size for path in checker.glob("*.safetensors"))
+    free = shutil.disk_usage(disk).free
+    if needed + SPARE_BYTES > free:
+        raise ResourceError(
+            f"the model needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on the disk "
+            f"of {printable(str(disk))}",
+            hint="make room, or choose a folder on another disk",
+        )

@@ -1,0 +1,183 @@
+"""`e4t export`: what other programs draw from the folder is what this one draws."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from e4t_cli import api
+from e4t_cli.base_model import TextToImageModel
+from e4t_cli.concept import Concept
+from e4t_cli.exporting import fixed_word, folder, write_folder
+from e4t_cli.generation import Sampling, generate_latents
+from e4t_cli.prompts import parse_prompt
+from e4t_cli.registry import user_domains_folder
+from e4t_cli.tuned_model import TunedModel
+from e4t_cli.tuning import tune
+from tests.laws.test_safety_laws import checked_base  # noqa: F401
+
+SAMPLING = Sampling(steps=4, guidance=3.0)
+
+
+@pytest.fixture
+def installed(world):
+    """The tiny pack among this user's own domains."""
+    shutil.copytree(world.pack, user_domains_folder() / "my_faces")
+
+
+@pytest.fixture
+def saved(world, installed, tmp_path_factory):
+    """A concept of the tiny world, in a file."""
+    path = tmp_path_factory.mktemp("saved") / "me.e4t"
+    made = api.personalize(world.pack, world.photo, base=world.base, tune_steps=1, seed=4)
+    made.concept.save(path)
+    return path
+
+
+def pipeline_of(place, **options):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(place, local_files_only=True, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def tuned(model, pack, face):
+    return tune(model, pack, face, pack.tuning.replace(steps=1), autocast=False)
+
+
+@pytest.mark.parametrize("prompt", ["{} on the beach", "a photo of {}", "{} and {} with hat"])
+def test_another_program_draws_what_this_one_draws(model, tuned, face, tmp_path, prompt):
+    word = fixed_word(model, tuned, face)
+    write_folder(
+        model, tuned, word.embedding, tmp_path / "me", token="S*", readme="", dtype=torch.float32
+    )
+    pipeline = pipeline_of(tmp_path / "me")
+    noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    found = pipeline(
+        prompt.replace("{}", "S*"), latents=noise, num_inference_steps=SAMPLING.steps,
+        guidance_scale=SAMPLING.guidance, output_type="latent",
+    ).images  # fmt: skip
+    without_time = tuned.with_fixed_word(word.embedding)
+    parsed = parse_prompt(prompt.replace("{}", "S*"))
+    own = generate_latents(model, without_time, [parsed], [1], SAMPLING)
+    torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
+    plain = generate_latents(model, TunedModel.plain(model, "face"), [parsed], [1], SAMPLING)
+    assert (own - plain).abs().max() > 1e-2  # and that is not what the base draws anyway
+
+
+def test_the_word_is_the_mean_over_noise_levels(model, tuned, face):
+    word = fixed_word(model, tuned, face)
+    assert word.embedding.shape == tuned.e_domain.shape
+    assert 0 < word.variation < 10
+    blind = TunedModel.plain(model, "face")
+    assert torch.equal(fixed_word(model, blind, face).embedding, blind.e_domain)
+    assert fixed_word(model, blind, face).variation == 0
+
+
+@pytest.mark.parametrize("method", ["exact", "adapters"])
+def test_the_command(run, world, installed, tmp_path, method):
+    made = api.personalize(
+        world.pack, str(world.photo), base=world.base, tune_steps=1, tune=method, keep_weights=True
+    )
+    made.concept.save(tmp_path / "me.e4t")
+    ended = run("export", "me.e4t", "models/me", "--base", str(world.base), "--placeholder", "<me>")
+    assert ended.code == 0, ended.err
+    assert ended.lines == ["models/me"]
+    assert "in prompts it is <me>" in ended.err
+    place = tmp_path / "models" / "me"
+    pipeline = pipeline_of(place)
+    assert "<me>" in pipeline.tokenizer.tokenize("a photo of <me> on the beach")
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}  # though the files are half as large
+    stored = load_file(place / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    word = load_file(place / "learned_word.safetensors")["emb_params"]
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    torch.testing.assert_close(table[-1], word[0], rtol=1e-3, atol=1e-4)
+    assert pipeline("<me> on the beach", num_inference_steps=2).images[0].size == (32, 32)
+    # Nobody's folders are in it, and whoever may read one file may read all.
+    for path in place.rglob("*"):
+        if path.is_file():
+            assert path.stat().st_mode == (place / "README.md").stat().st_mode
+            assert str(world.base).encode() not in path.read_bytes()
+    assert "tiny that knows one face: <me>" in (place / "README.md").read_text()
+
+
+def test_json_and_float32(run, world, saved):
+    base = str(world.base)
+    ended = run("export", str(saved), "me", "--base", base, "--json", "--dtype", "fp32")
+    told = json.loads(ended.out)
+    assert told["type"] == "model" and told["path"] == "me" and told["token"] == "S*"
+    assert 0 <= told["variation"] < 10
+    stored = load_file("me/unet/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+
+
+def test_a_folder_that_exists_is_left_alone(run, world, saved, tmp_path):
+    (tmp_path / "mine").mkdir()
+    ended = run("export", str(saved), "mine", "--base", str(world.base))
+    assert ended.code == 2 and "exists already" in ended.err
+    assert not any((tmp_path / "mine").iterdir())
+    assert run("export", "nothing.e4t", "x").code == 2
+
+
+def test_a_word_that_the_base_knows_is_refused(model, tuned, tmp_path):
+    from e4t_cli.errors import UsageError
+
+    known = model.tokenizer.convert_ids_to_tokens([5])[0]
+    with pytest.raises(UsageError, match="a word of its own"):
+        write_folder(model, tuned, tuned.e_domain, tmp_path / "me", token=known, readme="")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(OSError(errno.ENOSPC, "No space left on device"), 6), (KeyboardInterrupt(), 130)],
+)
+def test_it_appears_whole_or_not_at_all(run, world, saved, tmp_path, monkeypatch, error, code):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(folder, "_tidy", fails)
+    ended = run("export", str(saved), "models/me", "--base", str(world.base))
+    assert ended.code == code
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_full_disk_is_told_beforehand(run, world, saved, tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: full)
+    ended = run("export", str(saved), "me", "--base", str(world.base))
+    assert ended.code == 6 and "0.0 GB are free" in ended.err
+    assert not Path("me").exists()
+
+
+def test_the_safety_checker_goes_along(checked_base, pack, face, tmp_path):  # noqa: F811
+    base = TextToImageModel.load(checked_base)
+    tuned = tune(base, pack, face, pack.tuning.replace(steps=0))
+    write_folder(base, tuned, tuned.e_domain, tmp_path / "me", token="S*", readme="")
+    pipeline = pipeline_of(tmp_path / "me")
+    assert type(pipeline.safety_checker).__name__ == "StableDiffusionSafetyChecker"
+    assert pipeline.feature_extractor is not None
+
+
+def test_the_base_stays_as_it_is(model, tuned, tmp_path):
+    words, tokens = model.text_encoder.get_input_embeddings().weight.clone(), len(model.tokenizer)
+    write_folder(model, tuned, tuned.e_domain, tmp_path / "me", token="S*", readme="")
+    assert len(model.tokenizer) == tokens
+    assert torch.equal(model.text_encoder.get_input_embeddings().weight, words)
+    assert {weight.dtype for weight in tuned.unet.parameters()} == {torch.float32}
+
+
+def test_a_concept_is_exported_from_python(world, saved, tmp_path):
+    from e4t_cli import export
+
+    made = export(Concept.load(saved), tmp_path / "me", base=world.base)
+    assert made.folder == tmp_path / "me" and made.token == "S*"
+    assert (made.folder / "model_index.json").is_file()
