@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -239,3 +240,22 @@ def test_encoders_without_layers_have_nothing_to_adapt(model, pack, face, recipe
     assert all(key.startswith("unet.") and "gains" not in key for key in tuned.adapters)
     with pytest.raises(ValueError, match="has no adapters"):
         merge_adapters(model.unet, {}, plain.encoder, {"vae.x.up": torch.ones(1, 1)})
+
+
+def test_weights_converted_at_once_are_as_good_as_converted_one_by_one(model, pack, face, recipe):
+    def gradient(autocast, at_once):
+        run = Tuning(model, pack, face, recipe, 0, None, autocast)
+        loud(run.parts.adapters["unet"])
+        if not at_once:
+            run.parts.converted = lambda dtype: nullcontext()
+        run.gradients(0)
+        for adapter in run.parts.adapters["unet"].adapters:
+            assert adapter._converted == {}
+        return torch.cat([weight.grad.flatten() for weight in run.optimizer.weights])
+
+    exact = gradient(False, False)
+    error = {
+        at_once: ((gradient(True, at_once) - exact).norm() / exact.norm()).item()
+        for at_once in (False, True)
+    }
+    assert error[True] < 0.02 and error[True] < 1.5 * error[False]

@@ -19,6 +19,8 @@ from e4t_cli.errors import DivergedError
 from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents, sample
 from e4t_cli.nn.branching import attention_layers, frozen_branch
 from e4t_cli.nn.image_tower import ImageTower
+from e4t_cli.nn.patch_encoder import PatchEncoder, PatchEncoderConfig
+from e4t_cli.nn.unet_features import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.pretraining import pretrain_domain
 from e4t_cli.pretraining.batches import Batches, Objective
@@ -58,11 +60,24 @@ def elsewhere(model):
     )  # fmt: skip
 
 
+def public_encoder(model):
+    """An encoder of e4t-diffusion's kind, and what it sees of a picture."""
+    config = PatchEncoderConfig(
+        unet_width=sum(feature_widths(model.unet)), hidden_width=32, embedding_width=24,
+        tower_width=32, tower_layers=4, tower_heads=2, tower_image_size=32, tower_patch_size=8,
+    )  # fmt: skip
+    return PatchEncoder(config), torch.zeros(config.vectors, 32)
+
+
+@pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("method", ["exact", "adapters"])
-def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method):
-    recipe = pack.tuning.replace(method=method, mask=False)
+def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public):
+    recipe, seen = pack.tuning.replace(method=method, mask=False), None
+    if public:
+        encoder, seen = public_encoder(elsewhere)
+        pack = dataclasses.replace(pack, encoder=encoder)
     with NoFloat64():
-        run = Tuning(elsewhere, pack, face, recipe, 0)
+        run = Tuning(elsewhere, pack, face, recipe, 0, seen)
         run.mask = torch.ones(1, 8, 8, device=THERE)
         losses = run.gradients(0, micro_batch=2)
         norm = run.optimizer.step(recipe.gradient_clip)
@@ -134,10 +149,11 @@ def coarse(base_folder, monkeypatch):
 
 def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
     """Fifteen steps at the paper's rate: bfloat16 rounds a third of them away, float16 4 %."""
+    source = torch.Generator().manual_seed(0)
     with torch.no_grad():  # weights of Stable Diffusion's size
         for weight in coarse.unet.parameters():
             if weight.dim() > 1:
-                weight.copy_(torch.randn(weight.shape) * 0.03)
+                weight.copy_(torch.randn(weight.shape, generator=source) * 0.03)
     bare = dataclasses.replace(pack, offsets={})
     recipe = pack.tuning.replace(steps=15, base_learning_rate=1e-6, batch_size=16)
     lost = {}
@@ -155,7 +171,7 @@ def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
                 error += (found[name].float() - before[name]).square().sum().item()
                 change += (before[name] - weight.float()).square().sum().item()
         lost[dtype] = (error / change) ** 0.5
-    assert lost[torch.float16] < 0.05 < 0.3 < lost[torch.bfloat16]
+    assert lost[torch.float16] < 0.05 < 0.25 < lost[torch.bfloat16]
 
 
 @pytest.mark.parametrize("consume", [False, True])

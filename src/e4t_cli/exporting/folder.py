@@ -83,8 +83,7 @@ def write_folder(
     making.mkdir()
     try:
         for name, part in parts.items():
-            # torch's own `to`: diffusers' logs a warning about casts that are meant.
-            nn.Module.to(copy.deepcopy(part), "cpu", dtype).save_pretrained(making / name)
+            _at_hand(part, dtype).save_pretrained(making / name)
         tokenizer.save_pretrained(making / "tokenizer")
         _for_older_readers(model.base.folder / "tokenizer", making / "tokenizer", tokenizer, token)
         # What e4t draws with; the schedule of training would take ten times the steps.
@@ -127,6 +126,17 @@ def _taught(model: TextToImageModel, word: Tensor, token: str) -> tuple[Any, Any
     with torch.no_grad():
         table[number] = word.to(table.device, table.dtype)
     return tokenizer, text_encoder
+
+
+def _at_hand(part: nn.Module, dtype: torch.dtype) -> Any:
+    """Return a copy in main memory; on its own device there may be no room for one."""
+    memo: dict[int, Tensor] = {}
+    for weight in part.parameters():
+        memo[id(weight)] = nn.Parameter(weight.detach().to("cpu", dtype), requires_grad=False)
+    for buffer in part.buffers():
+        memo[id(buffer)] = buffer.to("cpu", dtype if buffer.is_floating_point() else None)
+    # What deepcopy is told it has copied already, it takes as the copy.
+    return copy.deepcopy(part, memo)
 
 
 def _tidy(folder: Path) -> None:

@@ -45,23 +45,30 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(rows, rank))
         self.row_gains = nn.Parameter(torch.zeros(rows)) if gains else None
         self.column_gains = nn.Parameter(torch.zeros(columns)) if gains else None
+        self._converted: dict[str, Tensor] = {}
+
+    def _at(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a weight in the format of what it meets."""
+        found = self._converted.get(name)
+        return getattr(self, name).to(dtype) if found is None else found
 
     def before(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Scale what the layer reads: a hook before its forward."""
         if self.column_gains is None:
             return None
         x = inputs[0]
-        # As x + b·x, not (1 + b)·x: half precision would round 1 + b to 1.
-        return (torch.addcmul(x, x, self.column_gains.to(x.dtype)), *inputs[1:])
+        # As x + b·x, not (1 + b)·x: half precision would round 1 + b to 1. Not in one function:
+        # the gradient of `addcmul` multiplies both factors by 1 first, x whole.
+        return (x + x * self._at("column_gains", x.dtype), *inputs[1:])
 
     def after(self, layer: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Add the change to what the layer says: a hook behind its forward."""
         x = inputs[0]
-        small = functional.linear(x, self.down.to(x.dtype))
-        change = functional.linear(small, self.up.to(small.dtype))
+        small = functional.linear(x, self._at("down", x.dtype))
+        change = functional.linear(small, self._at("up", small.dtype))
         if self.row_gains is not None:
             plain = output if layer.bias is None else output - layer.bias.to(output.dtype)
-            change = torch.addcmul(change, plain, self.row_gains.to(output.dtype))
+            change = change + plain * self._at("row_gains", output.dtype)
         return output + change
 
     def merged(self, weight: Tensor) -> Tensor:
@@ -167,6 +174,26 @@ class LowRankAdapters(nn.Module):
             yield self
         finally:
             self.detach()
+
+    @contextmanager
+    def converted(self, dtype: torch.dtype) -> Iterator[None]:
+        """Bring all weights into one format at once, for every pass inside a `with` block.
+
+        One by one that is 1,000 small operations in a step on Stable Diffusion 1.x, forwards and
+        backwards, which a card waits for.
+        """
+        weights = list(self.parameters())
+        flat = torch.cat([weight.flatten() for weight in weights]).to(dtype)
+        pieces = iter(flat.split([weight.numel() for weight in weights]))
+        for adapter in self.adapters:
+            adapter._converted = {
+                name: next(pieces).view_as(weight) for name, weight in adapter.named_parameters()
+            }
+        try:
+            yield
+        finally:
+            for adapter in self.adapters:
+                adapter._converted = {}
 
     @torch.no_grad()
     def merge_into(self, root: nn.Module) -> None:

@@ -54,7 +54,11 @@ def chosen_format(
 
 @contextmanager
 def half_precision(
-    device: torch.device, dtype: torch.dtype | None, *, keep_casts: bool = True
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    keep_casts: bool = True,
+    cast: bool = True,
 ) -> Iterator[None]:
     """Make matrix products in half precision inside a `with` block; weights stay as they are.
 
@@ -63,16 +67,18 @@ def half_precision(
         keep_casts: keep a weight's copy in half precision until the end of the block, for whoever
             runs over it twice; without, gradient checkpointing has them one block at a time.
             Without, attention is computed in little memory, too.
+        cast: False where all weights are in that format already: CUDA's autocast would still bring
+            every normalisation to float32 and back.
     """
     with ExitStack() as stack:
-        if dtype is not None:
+        if dtype is not None and cast:
             stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=keep_casts))
-            if device.type == "cpu" and keep_casts:
-                # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
-                # plain products: a third of a whole training step of a small U-Net. Those keep
-                # whole attention maps, gigabytes of them at 512 pixels, so not where memory is
-                # short; nor would `backward` know of the choice when it computes them again.
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if dtype is not None and device.type == "cpu" and keep_casts:
+            # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
+            # plain products: a third of a whole training step of a small U-Net. Those keep
+            # whole attention maps, gigabytes of them at 512 pixels, so not where memory is
+            # short; nor would `backward` know of the choice when it computes them again.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 

@@ -146,7 +146,8 @@ class Objective(nn.Module):
             tokens=samples.tokens,
             mask=samples.mask,
         )
-        with evaluated_once(unet), half_precision(model.device, self.half):
+        cast = unet.dtype != self.half
+        with evaluated_once(unet), half_precision(model.device, self.half, cast=cast):
             return training_loss(
                 model,
                 unet,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
@@ -46,6 +48,13 @@ class Parts(Protocol):
     rounded: list[nn.Parameter]
 
     def groups(self) -> list[Group]: ...
+
+    def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Bring what is small and trained into the format of the products, once for both passes.
+
+        Inside a `with` block around the way there; the way back needs no more of it.
+        """
+        ...
 
     def finish(self) -> dict[str, Tensor]:
         """Merge in float32; returns what is small enough to be kept of it, by default nothing."""
@@ -97,6 +106,9 @@ class ExactParts:
     def groups(self) -> list[Group]:
         return self._groups
 
+    def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        return nullcontext()  # the U-Net's weights are autocast's to convert
+
     def finish(self) -> dict[str, Tensor]:
         if self.offsets.paths:
             self.offsets.bake()
@@ -146,6 +158,9 @@ class AdapterParts:
             *self.adapters["unet"].rates(rate * recipe.offsets_rate, rate * recipe.unet_rate),
             *self.adapters["encoder"].rates(0.0, rate * recipe.encoder_rate),
         ]
+
+    def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        return self.adapters["unet"].converted(dtype)
 
     def finish(self) -> dict[str, Tensor]:
         for adapters in self.adapters.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -114,10 +115,14 @@ class Tuning:
         self.optimizer.zero_grad()
         total = torch.zeros(2, device=self.model.device)
         for batch in self._batches(step, micro_batch):
-            kept = not self.unet.is_gradient_checkpointing
+            kept, half = not self.unet.is_gradient_checkpointing, self.half
             with (
                 evaluated_once(self.unet),
-                half_precision(self.model.device, self.half, keep_casts=kept),
+                # As above: what backward computes again has to be what forward computed.
+                self.parts.converted(half) if kept and half else nullcontext(),
+                half_precision(
+                    self.model.device, half, keep_casts=kept, cast=self.unet.dtype != half
+                ),
             ):
                 losses = training_loss(
                     self.model,
