@@ -17,6 +17,7 @@ from e4t_cli.base_model import TextToImageModel
 from e4t_cli.concept import Concept
 from e4t_cli.errors import DivergedError
 from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents, sample
+from e4t_cli.memory import Plan
 from e4t_cli.nn.branching import attention_layers, frozen_branch
 from e4t_cli.nn.image_tower import ImageTower
 from e4t_cli.nn.patch_encoder import PatchEncoder, PatchEncoderConfig
@@ -319,3 +320,23 @@ def test_a_base_in_bfloat16_is_pretrained_on_as_its_float32_copy_would_be(base_f
         error += (own - delta).square().sum().item()
         change += delta.square().sum().item()
     assert change > 0 and (error / change) ** 0.5 < 0.2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_weights_rounded_on_the_device_give_the_same_gradient(
+    base_folder, pack, face, kept, checkpointing
+):
+    """With an optimiser in the host's memory; whatever format the rest of the base is in."""
+
+    def gradient(dtype, autocast, plan):
+        base = TextToImageModel.load(base_folder, dtype=dtype)
+        features = torch.ones(2, 32)
+        run = Tuning(base, pack, face, pack.tuning, 0, features, autocast, plan)
+        run.gradients(0)
+        return torch.cat([one.flatten() for one in run.optimizer.gradients])
+
+    whole = gradient(torch.float32, False, Plan(micro_batch=4))
+    plan = Plan(micro_batch=2, checkpointing=checkpointing, optimizer="host")
+    found = gradient(kept, True, plan)
+    assert (found - whole).norm() / whole.norm() < 0.05
