@@ -9,7 +9,8 @@ micro-batches nor more processes change which samples a step sees.
 
 from .batches import Objective, Samples
 from .encoding import EncodedImages, EncodedRows, TrainingData, encode_images, epoch_indices
-from .loop import PretrainingStep, pretrain_domain
+from .loop import pretrain_domain
+from .packing import PretrainingStep
 from .processes import Processes, join_processes, launched
 
 __all__ = [

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.nn.branching import frozen_branch
 from e4t_cli.nn.precision import chosen_format
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
-from e4t_cli.pretrained import PretrainedDomain, facts_about, usual_limits
+from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.randomness import generator
 from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
@@ -26,31 +24,12 @@ from e4t_cli.training_loss import Losses, adamw
 from .batches import Batches, Objective
 from .checkpoints import Checkpoints, check_weights
 from .encoding import TrainingData
+from .packing import PretrainingStep, packed
 from .processes import Processes
 from .running_losses import REPORT_EVERY, RunningLosses
 
 PATIENCE = 2.0
 """Seconds after which several processes have noticed that one of them was asked to stop."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PretrainingStep:
-    """What `on_step` sees after each optimiser step.
-
-    Args:
-        step: steps done, 1 …
-        encoder, offsets: in training; look, do not touch.
-        diffusion, penalty: eq. 4 and eq. 2 of this step's samples (batch,), detached; with several
-            processes, of this one's.
-        snapshot: call it for a copy of the domain as it is now, ready for `tune`.
-    """
-
-    step: int
-    encoder: WordEmbeddingEncoder
-    offsets: WeightOffsets
-    diffusion: Tensor
-    penalty: Tensor
-    snapshot: Callable[[], PretrainedDomain]
 
 
 def pretrain_domain(
@@ -158,22 +137,19 @@ def pretrain_domain(
     )  # fmt: skip
     trained = processes.wrap(objective)
 
-    facts = facts_about(model)
-
     def snapshot() -> PretrainedDomain:
-        return PretrainedDomain(
+        return packed(
+            model,
+            encoder,
+            offsets,
             name=name,
             descriptor=descriptor,
-            encoder=copy.deepcopy(encoder).cpu(),
-            offsets={key: (a.cpu(), b.cpu()) for key, (a, b) in offsets.factors().items()},
             tuning=tuning,
             pretraining=recipe.replace(batch_size=total_batch),
             templates=tuple(templates),
             images=len(data),
             licence=licence,
             notes=notes,
-            limits=usual_limits(descriptor, model.base.name, len(data)),
-            **facts,
         )
 
     def remark(sentence: str) -> None:
