@@ -50,7 +50,7 @@ def write_atomically(
         if overwrite:
             os.replace(temporary, path)
         else:
-            _rename_to_free_name(temporary, path)
+            rename_to_free_name(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -73,7 +73,12 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
         _sync_folder(Path(place))
 
 
-def _rename_to_free_name(temporary: Path, path: Path) -> None:
+def rename_to_free_name(temporary: Path, path: Path) -> None:
+    """Give a file that is complete its name.
+
+    Raises:
+        FileExistsError: the name is taken; that file stays as it is.
+    """
     try:
         # A hard link, unlike a rename, fails when the name is taken, even by another process.
         os.link(temporary, path)

@@ -179,5 +179,27 @@ def test_a_concept_is_exported_from_python(world, saved, tmp_path):
     from e4t_cli import export
 
     made = export(Concept.load(saved), tmp_path / "me", base=world.base)
-    assert made.folder == tmp_path / "me" and made.token == "S*"
-    assert (made.folder / "model_index.json").is_file()
+    assert made.path == tmp_path / "me" and made.token == "S*"
+    assert (made.path / "model_index.json").is_file()
+
+
+def test_a_single_file_is_for_stable_diffusion_1(run, world, saved, tmp_path, monkeypatch):
+    ended = run("export", str(saved), "me.safetensors", "--base", str(world.base))
+    assert ended.code == 2 and "another kind of model" in ended.err and "folder" in ended.err
+    assert "tune" not in ended.err  # found out before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_file_and_its_word(run, world, saved, tmp_path, monkeypatch):
+    from e4t_cli.exporting import single_file
+
+    monkeypatch.setattr(single_file, "SHAPE", {})  # the tiny base's blocks have other names, too
+    monkeypatch.setattr(
+        single_file, "stable_diffusion_names", lambda *parts: parts[0].state_dict().items()
+    )
+    ended = run("export", str(saved), "models/me.safetensors", "--base", str(world.base), "--json")
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert told["path"] == "models/me.safetensors" and told["token"] == "me-word"
+    names = {path.name for path in (tmp_path / "models").iterdir()}
+    assert names == {"me.safetensors", "me-word.safetensors"}

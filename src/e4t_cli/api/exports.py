@@ -1,4 +1,7 @@
-"""`export`: a concept as a plain Stable Diffusion, for programs that know nothing of this one."""
+"""`export`: a concept as a plain Stable Diffusion, for programs that know nothing of this one.
+
+As a folder in diffusers' layout, or, of Stable Diffusion 1.x, as one file with the word beside it.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ class Exported:
     """A concept that other programs can draw.
 
     Args:
-        folder: in diffusers' layout.
-        token: what prompts call the concept there.
+        path: a folder in diffusers' layout, or a single file.
+        token: what prompts call the concept there; with a single file, the name of the word's.
         variation: how much of the word depends on the noise level, which the folder leaves out.
         licence: of the base; "" if its files do not state one.
     """
 
-    folder: Path
+    path: Path
     token: str
     variation: float
     licence: str
@@ -39,7 +42,7 @@ class Exported:
 
 def export(
     concept: Concept | str | os.PathLike[str],
-    folder: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     *,
     placeholder: str | None = None,
     base: str | os.PathLike[str] | TextToImageModel = "auto",
@@ -50,26 +53,30 @@ def export(
     accept_license: bool | AskLicence = False,
     on_progress: ProgressCallback | None = None,
 ) -> Exported:
-    """Write a concept as a folder that `StableDiffusionPipeline.from_pretrained` reads.
+    """Write a concept as a model that other programs read.
 
     The U-Net is the tuned one; the word is one new token with a fixed embedding, where this
     program predicts it anew at every step (`exporting.fixed_word`).
 
     Args:
         concept: from `personalize`, or the file it was saved to.
-        folder: must not exist; it appears whole, or not at all.
-        placeholder: the token; the concept's own by default.
+        path: must not exist; it appears whole, or not at all. A folder that
+            `StableDiffusionPipeline.from_pretrained` reads, or, if it ends in .safetensors, a
+            single file with the word beside it, for programs that read those.
+        placeholder: a folder's token; the concept's own by default.
         base: where the base is; "auto" finds the one the concept was made on by its name.
         dtype: "fp32" writes float32; anything else float16, half as large.
 
     The other arguments are those of `personalize`.
 
     Raises:
-        UsageError: the folder exists, or the base knows the token as a word of its own.
+        UsageError: it exists, the base knows the token as a word of its own, or is not of the
+            kind that a single file can hold.
         ResourceError: the disk has no room.
         E4TError: another of its children.
     """
-    target = Path(folder)
+    target = Path(path)
+    alone = target.suffix == ".safetensors"
     if target.exists():
         raise UsageError(
             f"{printable(str(target))} exists already", hint="choose a folder that does not"
@@ -83,20 +90,28 @@ def export(
         token = placeholder or opened.placeholder
         load_for(opened, session, access, base=base, device=device, dtype=dtype, safety=True)
         model, pretrained = session.model, session.pretrained
+        if alone:
+            from e4t_cli.exporting import check_shape
+
+            check_shape(model)
         tuned = opened.tuned(model, pretrained) or session.tune(opened)
         with session.stage("export"):
             import torch
 
-            from e4t_cli.exporting import fixed_word, write_folder
+            from e4t_cli.exporting import fixed_word, word_path, write_folder, write_single_file
 
             word = fixed_word(model, tuned, opened.prepared, seed=opened.seed)
-            write_folder(
-                model, tuned, word.embedding, target,
-                token=token, readme=_readme(opened, token, model.base),
-                dtype=torch.float32 if dtype == "fp32" else torch.float16,
-            )  # fmt: skip
+            kind = torch.float32 if dtype == "fp32" else torch.float16
+            if alone:
+                write_single_file(model, tuned, word.embedding, target, dtype=kind)
+                token = word_path(target).stem
+            else:
+                write_folder(
+                    model, tuned, word.embedding, target,
+                    token=token, readme=_readme(opened, token, model.base), dtype=kind,
+                )  # fmt: skip
         return Exported(
-            folder=target, token=token, variation=word.variation, licence=model.base.licence
+            path=target, token=token, variation=word.variation, licence=model.base.licence
         )
 
 

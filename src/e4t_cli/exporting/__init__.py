@@ -2,5 +2,13 @@
 
 from .fixed_word import FixedWord, fixed_word
 from .folder import write_folder
+from .single_file import check_shape, word_path, write_single_file
 
-__all__ = ["FixedWord", "fixed_word", "write_folder"]
+__all__ = [
+    "FixedWord",
+    "check_shape",
+    "fixed_word",
+    "word_path",
+    "write_folder",
+    "write_single_file",
+]
