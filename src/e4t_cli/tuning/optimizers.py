@@ -1,9 +1,4 @@
-"""AdamW in three places: on the device, there in 8 bits, and in the host's memory.
-
-On the function under torch's own classes, for two reasons: the state is allocated before the
-first step, so that memory runs out before a weight has moved or not at all; and it can be sent to
-the host in the middle of a tuning.
-"""
+"""The optimisers that a plan can name: on the device, there in 8 bits, in the host's memory."""
 
 from __future__ import annotations
 
@@ -13,15 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from e4t_cli.errors import UsageError
 from e4t_cli.training_loss import BETAS, WEIGHT_DECAY
 
-Group = tuple[Sequence[nn.Parameter], float]
-"""Weights and their learning rate."""
-
-EPSILON = 1e-8
+from .adamw import EPSILON, FusedAdamW, Group, HostAdamW
 
 
 class Optimizer(Protocol):
@@ -43,126 +34,6 @@ class Optimizer(Protocol):
     def release(self) -> None:
         """Leave the weights in full precision and forget everything else."""
         ...
-
-
-class FusedAdamW:
-    """AdamW in one pass over the weights, where they are."""
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = [(list(weights), rate) for weights, rate in groups if rate > 0 and weights]
-        self.weights = [weight for weights, _ in self.groups for weight in weights]
-        self.means = [torch.zeros_like(weight) for weight in self.weights]
-        self.squares = [torch.zeros_like(weight) for weight in self.weights]
-        self.steps = [torch.zeros((), device=weight.device) for weight in self.weights]
-
-    @property
-    def gradients(self) -> list[Tensor]:
-        return [weight.grad for weight in self.weights if weight.grad is not None]
-
-    def zero_grad(self) -> None:
-        for weight in self.weights:
-            weight.grad = None
-
-    def step(self, largest_norm: float) -> Tensor:
-        # Paper silent: clipping. Over all three groups at once, as one gradient.
-        norm = nn.utils.clip_grad_norm_(self.weights, largest_norm)
-        self._apply(self.weights, [weight.grad for weight in self.weights])
-        return norm
-
-    @torch.no_grad()
-    def _apply(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        first = 0
-        for group, rate in self.groups:
-            some = slice(first, first := first + len(group))
-            _update(
-                weights[some], gradients[some], self.means[some], self.squares[some],
-                self.steps[some], rate,
-            )  # fmt: skip
-
-    def release(self) -> None:
-        self.zero_grad()
-        self.means, self.squares, self.steps = [], [], []
-
-
-class HostAdamW(FusedAdamW):
-    """AdamW whose float32 weights, gradients and state are in the host's memory.
-
-    The device holds the weights in the precision it computes in, and no gradient for longer than
-    it takes to send it away: 2 bytes a weight in place of 16. Micro-batches add up in float32.
-
-    Args:
-        groups: weights on the device.
-        rounded: those of them that are in bfloat16 on the device from now on.
-        after: an optimiser to go on from, in the middle of a tuning.
-    """
-
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        rounded: Sequence[nn.Parameter] = (),
-        *,
-        after: FusedAdamW | None = None,
-    ) -> None:
-        self.groups = [(list(weights), rate) for weights, rate in groups if rate > 0 and weights]
-        self.weights = [weight for weights, _ in self.groups for weight in weights]
-        self.masters, self.means, self.squares, self.steps = [], [], [], []
-        lower = {id(weight) for weight in rounded}
-        for index, weight in enumerate(self.weights):
-            weight.grad = None
-            master = weight.detach().to("cpu", torch.float32, copy=True)
-            self.masters.append(master)
-            for name in ("means", "squares", "steps"):
-                if after is None:
-                    value = torch.zeros(()) if name == "steps" else torch.zeros_like(master)
-                else:
-                    value = getattr(after, name)[index].to("cpu")
-                    getattr(after, name)[index] = None  # one at a time leaves the device
-                getattr(self, name).append(value)
-            if id(weight) in lower:
-                weight.data = weight.data.bfloat16()
-        self.sums = [torch.zeros_like(master) for master in self.masters]
-        self.hooks = [
-            weight.register_post_accumulate_grad_hook(self._sender(gradient))
-            for weight, gradient in zip(self.weights, self.sums, strict=True)
-        ]
-
-    @property
-    def gradients(self) -> list[Tensor]:
-        return self.sums
-
-    @staticmethod
-    def _sender(gradient: Tensor) -> Any:
-        def send(weight: Tensor) -> None:
-            assert weight.grad is not None
-            # As it is: made float32 on the way, twice the bytes would travel.
-            gradient.add_(weight.grad.to("cpu"))
-            weight.grad = None
-
-        return send
-
-    def zero_grad(self) -> None:
-        for gradient in self.sums:
-            gradient.zero_()
-
-    @torch.no_grad()
-    def step(self, largest_norm: float) -> Tensor:
-        norm = nn.utils.get_total_norm(self.sums, foreach=True)
-        share = torch.clamp(largest_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(self.sums, share)
-        self._apply(self.masters, self.sums)
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.copy_(master)
-        return norm
-
-    @torch.no_grad()
-    def release(self) -> None:
-        # Merging comes next, and in half precision it would round a tuning away.
-        for hook in self.hooks:
-            hook.remove()
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.data = master.to(weight.device)
-        self.masters, self.sums = [], []
-        super().release()
 
 
 class EightBitAdamW:
@@ -214,18 +85,3 @@ def make_optimizer(kind: str, groups: Sequence[Group], rounded: Sequence[nn.Para
 def has_eight_bit(device: torch.device) -> bool:
     """Tell whether the 8-bit optimiser can be had here."""
     return device.type == "cuda" and find_spec("bitsandbytes") is not None
-
-
-def _update(
-    weights: Any, gradients: Any, means: Any, squares: Any, steps: Any, rate: float
-) -> None:
-    used = [index for index, gradient in enumerate(gradients) if gradient is not None]
-    weights, gradients, means, squares, steps = (
-        [values[index] for index in used] for values in (weights, gradients, means, squares, steps)
-    )
-    if weights:
-        adamw(
-            weights, gradients, means, squares, [], steps, fused=True, amsgrad=False,
-            beta1=BETAS[0], beta2=BETAS[1], lr=rate, weight_decay=WEIGHT_DECAY, eps=EPSILON,
-            maximize=False,
-        )  # fmt: skip

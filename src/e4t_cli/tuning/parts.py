@@ -29,7 +29,7 @@ from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.randomness import generator
 from e4t_cli.recipes import TuningRecipe
 
-from .optimizers import Group
+from .adamw import Group
 
 
 class Parts(Protocol):

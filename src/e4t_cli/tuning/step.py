@@ -22,8 +22,9 @@ from e4t_cli.recipes import TuningRecipe
 from e4t_cli.training_loss import TrainingBatch, evaluated_once, training_loss
 from e4t_cli.tuned_model import TunedModel
 
+from .adamw import FusedAdamW, HostAdamW
 from .loss_scale import LossScale
-from .optimizers import FusedAdamW, HostAdamW, make_optimizer
+from .optimizers import make_optimizer
 from .parts import METHODS
 
 
