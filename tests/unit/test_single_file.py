@@ -1,5 +1,7 @@
 """One file under the first implementation's names, read back by diffusers' own converter."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -123,3 +125,16 @@ def test_another_kind_of_model_is_refused(model, tmp_path):
         )
     assert "folder" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("linear", "kind"), [(False, "1.4"), (True, "2.1")])
+def test_which_stable_diffusion_it_is(linear, kind):
+    wide = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1024}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**wide, use_linear_projection=linear)
+    model = SimpleNamespace(unet=unet, base=SimpleNamespace(name=f"sd{kind}"))
+    if linear:
+        with pytest.raises(UsageError, match="sd2.1 is another kind"):
+            single_file.check_shape(model)
+    else:
+        single_file.check_shape(model)

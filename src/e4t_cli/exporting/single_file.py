@@ -25,8 +25,11 @@ from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.files import rename_to_free_name, sync_tree
 from e4t_cli.tuned_model import TunedModel
 
-SHAPE = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
-         "cross_attention_dim": 768}  # fmt: skip
+SHAPE = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "use_linear_projection": False,  # Stable Diffusion 2 has the same blocks otherwise
+}
 """Of the one U-Net that such files can be of: they hold no configuration."""
 
 Names = Sequence[tuple[str, str]]
