@@ -127,6 +127,12 @@ def test_a_folder_that_exists_is_left_alone(run, world, saved, tmp_path):
     assert run("export", "nothing.e4t", "x").code == 2
 
 
+def test_a_word_that_is_taken_is_found_out_before_tuning(run, world, saved):
+    ended = run("export", str(saved), "me", "--base", str(world.base), "--placeholder", "face")
+    assert ended.code == 2 and "a word of its own" in ended.err
+    assert "tune" not in ended.err
+
+
 def test_a_word_that_the_base_knows_is_refused(model, tuned, tmp_path):
     from e4t_cli.errors import UsageError
 

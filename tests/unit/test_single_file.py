@@ -1,5 +1,6 @@
 """One file under the first implementation's names, read back by diffusers' own converter."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +136,6 @@ def test_which_stable_diffusion_it_is(linear, kind):
     model = SimpleNamespace(unet=unet, base=SimpleNamespace(name=f"sd{kind}"))
     if linear:
         with pytest.raises(UsageError, match="sd2.1 is another kind"):
-            single_file.check_shape(model)
+            single_file.check_single_file(model, Path("free.safetensors"))
     else:
-        single_file.check_shape(model)
+        single_file.check_single_file(model, Path("free.safetensors"))

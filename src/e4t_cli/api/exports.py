@@ -79,7 +79,7 @@ def export(
     alone = target.suffix == ".safetensors"
     if target.exists():
         raise UsageError(
-            f"{printable(str(target))} exists already", hint="choose a folder that does not"
+            f"{printable(str(target))} exists already", hint="choose a name that is free"
         )
     if placeholder is not None:
         check_placeholder(placeholder)
@@ -90,23 +90,24 @@ def export(
         token = placeholder or opened.placeholder
         load_for(opened, session, access, base=base, device=device, dtype=dtype, safety=True)
         model, pretrained = session.model, session.pretrained
-        if alone:
-            from e4t_cli.exporting import check_shape
+        from e4t_cli import exporting
 
-            check_shape(model)
+        # What can be wrong is found out before the tuning.
+        if alone:
+            exporting.check_single_file(model, target)
+        else:
+            exporting.check_token(model, token)
         tuned = opened.tuned(model, pretrained) or session.tune(opened)
         with session.stage("export"):
             import torch
 
-            from e4t_cli.exporting import fixed_word, word_path, write_folder, write_single_file
-
-            word = fixed_word(model, tuned, opened.prepared, seed=opened.seed)
+            word = exporting.fixed_word(model, tuned, opened.prepared, seed=opened.seed)
             kind = torch.float32 if dtype == "fp32" else torch.float16
             if alone:
-                write_single_file(model, tuned, word.embedding, target, dtype=kind)
-                token = word_path(target).stem
+                exporting.write_single_file(model, tuned, word.embedding, target, dtype=kind)
+                token = exporting.word_path(target).stem
             else:
-                write_folder(
+                exporting.write_folder(
                     model, tuned, word.embedding, target,
                     token=token, readme=_readme(opened, token, model.base), dtype=kind,
                 )  # fmt: skip

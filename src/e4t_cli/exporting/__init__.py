@@ -1,12 +1,13 @@
 """A concept for other programs: a plain Stable Diffusion that knows one more word."""
 
 from .fixed_word import FixedWord, fixed_word
-from .folder import write_folder
-from .single_file import check_shape, word_path, write_single_file
+from .folder import check_token, write_folder
+from .single_file import check_single_file, word_path, write_single_file
 
 __all__ = [
     "FixedWord",
-    "check_shape",
+    "check_single_file",
+    "check_token",
     "fixed_word",
     "word_path",
     "write_folder",

@@ -1,9 +1,8 @@
 """A folder in diffusers' layout whose tokenizer has one more token: the concept.
 
-unet/ vae/ text_encoder/ tokenizer/ scheduler/ and, of a base that has one, safety_checker/
-feature_extractor/      what StableDiffusionPipeline.from_pretrained reads
-learned_word.safetensors  the token's embedding alone, as programs for textual inversion read it
-README.md               what it is, of what base and licence
+What `StableDiffusionPipeline.from_pretrained` reads, with the safety checker of a base that has
+one; beside it learned_word.safetensors, the token's embedding alone as programs for textual
+inversion read it, and README.md, which says what it is, of what base and licence.
 """
 
 from __future__ import annotations
@@ -11,14 +10,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import AddedToken
@@ -28,6 +25,8 @@ from e4t_cli.base_model.loading import load_part
 from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.files import sync_tree, write_atomically
 from e4t_cli.tuned_model import TunedModel
+
+from .making import check_free, making
 
 WORD_FILE = "learned_word.safetensors"
 CHECKER, EYES = "safety_checker", "feature_extractor"
@@ -69,55 +68,51 @@ def write_folder(
         UsageError: the folder exists, or the base knows the token already.
         ResourceError: the disk has no room, or cannot be written to.
     """
-    if folder.exists():
-        raise UsageError(
-            f"{printable(str(folder))} exists already", hint="choose a folder that does not"
-        )
+    check_free(folder)
     tokenizer, text_encoder = _taught(model, word, token)
     parts = {"unet": tuned.unet, "vae": model.vae, "text_encoder": text_encoder}
     checker = model.base.folder / CHECKER
     safe = (checker / "config.json").is_file() and (model.base.folder / EYES).is_dir()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(parts, checker if safe else None, folder.parent, dtype)
-    making = folder.parent / f".{folder.name[:48]}.{secrets.token_hex(8)}~"
-    making.mkdir()
-    try:
+    with making(folder) as place:
+        _check_room(parts, checker if safe else None, folder.parent, dtype)
         for name, part in parts.items():
-            _at_hand(part, dtype).save_pretrained(making / name)
-        tokenizer.save_pretrained(making / "tokenizer")
-        _for_older_readers(model.base.folder / "tokenizer", making / "tokenizer", tokenizer, token)
+            _at_hand(part, dtype).save_pretrained(place / name)
+        tokenizer.save_pretrained(place / "tokenizer")
+        _for_older_readers(model.base.folder / "tokenizer", place / "tokenizer", tokenizer, token)
         # What e4t draws with; the schedule of training would take ten times the steps.
         scheduler = DPMSolverMultistepScheduler.from_config(model.noise_schedule.config)
-        scheduler.save_pretrained(making / "scheduler")
+        scheduler.save_pretrained(place / "scheduler")
         index: dict[str, Any] = dict(INDEX)
         if safe:
-            index |= _with_checker(model.base.folder, making, dtype)
+            index |= _with_checker(model.base.folder, place, dtype)
         embedding = save({"emb_params": word.detach().cpu().float()[None].contiguous()})
-        write_atomically(making / WORD_FILE, embedding)
-        write_atomically(making / "README.md", readme.encode())
-        write_atomically(making / "model_index.json", json.dumps(index, indent=2).encode())
-        _tidy(making)
-        sync_tree(making)
-        os.rename(making, folder)
-    except BaseException as error:
-        shutil.rmtree(making, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise ResourceError(
-                f"{printable(str(folder))} could not be written: {printable(str(error))}",
-                hint="choose a folder on another disk",
-            ) from error
-        raise
+        write_atomically(place / WORD_FILE, embedding)
+        write_atomically(place / "README.md", readme.encode())
+        write_atomically(place / "model_index.json", json.dumps(index, indent=2).encode())
+        _tidy(place)
+        sync_tree(place)
+        os.rename(place, folder)
 
 
-def _taught(model: TextToImageModel, word: Tensor, token: str) -> tuple[Any, Any]:
-    """Return copies of tokenizer and text encoder that know the token."""
-    tokenizer = copy.deepcopy(model.tokenizer)
-    added = AddedToken(token, normalized=False, special=False)
-    if token in tokenizer.get_vocab() or not tokenizer.add_tokens([added]):
+def check_token(model: TextToImageModel, token: str) -> None:
+    """Refuse a token that prompts mean something else by.
+
+    Raises:
+        UsageError: the base knows it.
+    """
+    alone = model.tokenizer(token, add_special_tokens=False).input_ids
+    if len(alone) == 1 or token in model.tokenizer.get_vocab():
         raise UsageError(
             f"the base knows {printable(token)!r} as a word of its own",
             hint="choose another with --placeholder, such as '<me>'",
         )
+
+
+def _taught(model: TextToImageModel, word: Tensor, token: str) -> tuple[Any, Any]:
+    """Return copies of tokenizer and text encoder that know the token."""
+    check_token(model, token)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
     number = tokenizer.convert_tokens_to_ids(token)
     text_encoder = copy.deepcopy(model.text_encoder)
     known = text_encoder.get_input_embeddings().num_embeddings
@@ -163,14 +158,14 @@ def _for_older_readers(source: Path, target: Path, tokenizer: Any, token: str) -
     write_atomically(target / "added_tokens.json", json.dumps(added).encode())
 
 
-def _with_checker(base: Path, making: Path, dtype: torch.dtype) -> dict[str, list[str]]:
+def _with_checker(base: Path, place: Path, dtype: torch.dtype) -> dict[str, list[str]]:
     """Add the base's safety checker; returns its entries of model_index.json."""
     # Not at the top: two seconds of imports for the one family of bases that has it.
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     checker = load_part(StableDiffusionSafetyChecker, base / CHECKER, "cpu", dtype)
-    checker.save_pretrained(making / CHECKER)
-    shutil.copytree(base / EYES, making / EYES)  # follows the links of the hub's cache
+    checker.save_pretrained(place / CHECKER)
+    shutil.copytree(base / EYES, place / EYES)  # follows the links of the hub's cache
     return {
         CHECKER: ["stable_diffusion", "StableDiffusionSafetyChecker"],
         EYES: ["transformers", "CLIPImageProcessor"],

@@ -10,20 +10,19 @@ Programs that read such files keep new words beside them, so the concept's is a 
 from __future__ import annotations
 
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
-from e4t_cli.errors import ResourceError, UsageError, printable
+from e4t_cli.errors import UsageError
 from e4t_cli.files import rename_to_free_name, sync_tree
 from e4t_cli.tuned_model import TunedModel
+
+from .making import check_free, making
 
 SHAPE = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -69,40 +68,27 @@ def write_single_file(
         UsageError: a file exists, or the base is no Stable Diffusion 1.x.
         ResourceError: the disk has no room, or cannot be written to.
     """
-    taken = [one for one in (path, word_path(path)) if one.exists()]
-    if taken:
-        raise UsageError(
-            f"{printable(str(taken[0]))} exists already", hint="choose a name that is free"
-        )
-    check_shape(model)
+    check_single_file(model, path)
     weights = dict(stable_diffusion_names(tuned.unet, model.vae, model.text_encoder))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.parent / f".{path.stem[:48]}.{secrets.token_hex(8)}~"
-    making.mkdir()
-    try:
+    with making(path) as place:
         whole = {name: _stored(value, dtype) for name, value in weights.items()}
-        save_file(whole, making / "model", {"format": "pt"})
-        save_file({"emb_params": word.detach().cpu().float()[None]}, making / "word")
+        save_file(whole, place / "model", {"format": "pt"})
+        save_file({"emb_params": word.detach().cpu().float()[None]}, place / "word")
         for name in ("model", "word"):
-            (making / name).chmod(making.stat().st_mode & 0o666)  # it writes for the owner alone
-        sync_tree(making)
-        rename_to_free_name(making / "word", word_path(path))
-        rename_to_free_name(making / "model", path)
-    except (OSError, SafetensorError) as error:
-        raise ResourceError(
-            f"{printable(str(path))} could not be written: {printable(str(error))}",
-            hint="choose a place on another disk",
-        ) from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
+            (place / name).chmod(place.stat().st_mode & 0o666)  # it writes for the owner alone
+        sync_tree(place)
+        rename_to_free_name(place / "word", word_path(path))
+        rename_to_free_name(place / "model", path)
 
 
-def check_shape(model: TextToImageModel) -> None:
-    """Refuse a base that readers of such files would not know.
+def check_single_file(model: TextToImageModel, path: Path) -> None:
+    """Refuse names that are taken, and a base that readers of such files would not know.
 
     Raises:
-        UsageError: it is no Stable Diffusion 1.x.
+        UsageError: a file exists, or the base is no Stable Diffusion 1.x.
     """
+    check_free(path)
+    check_free(word_path(path))
     config = model.unet.config
     for name, expected in SHAPE.items():
         found = config[name]
