@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from .base_model import TextToImageModel
-from .devices import GB, budget_of, free_bytes
+from .devices import GB, budget_of, free_bytes, free_ram
 from .nn.branching import attention_layers
 from .pretrained import PretrainedDomain
 from .recipes import TuningRecipe
 
 USABLE = 0.92
-"""Share of a card that one process can have: fragments and other programs take the rest."""
+"""Share of a memory that one process can have: fragments and other programs take the rest."""
 
 EXACT, ADAPTED, CHECKPOINTED = (12.0, 27.0), (10.0, 23.0), (3.4, 3.4)
 """Numbers that autograd keeps for each of S and A."""
@@ -122,6 +122,7 @@ def plan_tuning(
     consume: bool = False,
     half: torch.dtype | None = None,
     eight_bit: bool = False,
+    ram: int | None = None,
 ) -> Plan:
     """Return the fastest way to tune that is predicted to fit.
 
@@ -130,6 +131,7 @@ def plan_tuning(
         consume: the base's own U-Net is tuned, without a copy.
         half: the format of the products, if it is none of float32.
         eight_bit: whether the 8-bit optimiser can be had.
+        ram: bytes of main memory that an optimiser may have there; None for what is free.
 
     Returns:
         A plan; the smallest one, though it is predicted not to fit, where none does.
@@ -137,11 +139,17 @@ def plan_tuning(
     device = model.device
     budget = int(budget_of(vram) * USABLE) if vram != "auto" else int(free_bytes(device) * USABLE)
     work = Work.of(model.unet, model.latent_shape[1])
+    ram = free_ram() if ram is None else ram
+    away = host_bytes(model, pretrained)
     plan = Plan(micro_batch=recipe.batch_size)
     for candidate in _ladder(recipe, device, eight_bit):
         peak = predicted_peak(
             model, pretrained, recipe, candidate, work, consume=consume, half=half
         )
+        # Apple's cards have no memory of their own: what goes to the host stays where it was.
+        taken = peak if device.type == "mps" else 0
+        if candidate.optimizer == "host" and away > (ram - taken) * USABLE:
+            continue
         plan = candidate.replace(peak=peak, budget=budget)
         if peak <= budget:
             break
@@ -164,6 +172,11 @@ def _ladder(recipe: TuningRecipe, device: torch.device, eight_bit: bool) -> Iter
                 yield Plan(micro_batch=small, optimizer=kind, park=park)
             for small in (*[size for size in sizes if size in (2, 3, 4)], 1):
                 yield Plan(micro_batch=small, checkpointing=True, optimizer=kind, park=park)
+
+
+def host_bytes(model: TextToImageModel, pretrained: PretrainedDomain) -> int:
+    """Return what an optimiser in the host's memory takes there: four float32 numbers a weight."""
+    return 16 * (_numbers(model.unet) + _numbers(pretrained.encoder))
 
 
 def predicted_peak(

@@ -126,8 +126,9 @@ def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, metho
     model, domain = stable_diffusion
     recipe = pack.tuning.replace(batch_size=16, method=method)
     found = plan_tuning(
-        model("cuda", torch.bfloat16), domain, recipe, vram=vram, consume=True, half=torch.bfloat16
-    )
+        model("cuda", torch.bfloat16), domain, recipe, vram=vram, consume=True,
+        half=torch.bfloat16, ram=64 * GB,
+    )  # fmt: skip
     assert 0 < found.peak <= found.budget < float(vram) * GB
     assert found.sentence().startswith("memory: ")
     if vram == "80":
@@ -136,6 +137,28 @@ def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, metho
         assert found.optimizer == "host"
     if method == "adapters":
         assert found.optimizer == "fused"
+
+
+def test_an_optimiser_goes_only_where_there_is_room(stable_diffusion, pack):
+    """A T4 with 15 GB often has 12 beside it, where the system would end the process."""
+    model, domain = stable_diffusion
+    recipe = pack.tuning.replace(batch_size=16)
+
+    def plan(device, ram, eight_bit=False, vram="15"):
+        return plan_tuning(
+            model(device, torch.float16), domain, recipe, vram=vram, consume=True,
+            half=torch.float16, eight_bit=eight_bit, ram=ram * GB,
+        )  # fmt: skip
+
+    assert 13 * GB < memory.host_bytes(model("cuda", torch.float16), domain) < 15 * GB
+    roomy, tight, eight = plan("cuda", 32), plan("cuda", 12), plan("cuda", 12, eight_bit=True)
+    assert roomy.optimizer == "host" and roomy.peak <= roomy.budget
+    assert tight.optimizer == "fused" and tight.peak > tight.budget  # said before it starts
+    assert tight.micro_batch == 1 and tight.checkpointing
+    assert eight.optimizer == "8bit" and eight.peak <= eight.budget
+    # Apple's memory is one: what goes to the host is still there.
+    assert plan("mps", 16, vram="10").optimizer == "fused"
+    assert plan("mps", 64, vram="10").optimizer == "host"
 
 
 def test_a_full_size_rehearsal_fits_into_20_gigabytes_of_main_memory(stable_diffusion, pack):

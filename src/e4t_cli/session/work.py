@@ -153,7 +153,9 @@ class Session(Listened):
         )
         self.detail("tune", plan.sentence())
         if plan.peak > plan.budget:
-            self.note("tune", f"memory may not suffice: {plan.sentence().partition(': ')[2]}")
+            less = "" if concept.recipe.method == "adapters" else "; --tune adapters needs less"
+            told = plan.sentence().partition(": ")[2]
+            self.note("tune", f"memory may not suffice: {told}{less}")
         with self.stage("tune", counted=True):
             return tune(
                 model,

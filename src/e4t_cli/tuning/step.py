@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
-from e4t_cli.devices import free_memory, trim_heap
+from e4t_cli.devices import free_memory, free_ram, trim_heap
 from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError
 from e4t_cli.memory import Plan
@@ -160,7 +160,7 @@ class Tuning:
             self.unet.enable_gradient_checkpointing()
             self.plan = plan.replace(checkpointing=True)
             note = "memory ran out: gradient checkpointing from now on, a third more work"
-        elif device.type != "cpu" and type(self.optimizer) is FusedAdamW:
+        elif type(self.optimizer) is FusedAdamW and self._has_room_elsewhere():
             before = self.optimizer
             self.optimizer = HostAdamW(self._groups, self._rounded(), after=before)
             self.plan = plan.replace(optimizer="host")
@@ -169,6 +169,11 @@ class Tuning:
             return ""
         free_memory(device)
         return note
+
+    def _has_room_elsewhere(self) -> bool:
+        """Whether the host has memory of its own, and enough for the optimiser."""
+        numbers = sum(weight.numel() for weight in self.optimizer.weights)
+        return self.model.device.type not in ("cpu", "mps") and 16 * numbers < free_ram()
 
     def _rounded(self) -> list[nn.Parameter]:
         """Return the weights whose precision on the device is that of the products anyway."""
