@@ -170,6 +170,35 @@ def base_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def checked_base(base_folder, tmp_path_factory):
+    """The tiny base with a tiny checker beside it."""
+    import shutil
+
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    folder = tmp_path_factory.mktemp("checked") / "tiny"
+    shutil.copytree(base_folder, folder)
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 32,
+        "num_attention_heads": 2, "patch_size": 16, "projection_dim": 8,
+    }  # fmt: skip
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(vision_config=vision, text_config={"hidden_size": 8}, projection_dim=8)
+    )
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(2.0)  # nothing is that similar: all is well
+        checker.special_care_embeds_weights.fill_(2.0)
+    checker.save_pretrained(folder / "safety_checker")
+    (folder / "feature_extractor").mkdir()
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(
+        json.dumps({"crop_size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3})
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def _shared_model(base_folder):
     from e4t_cli.base_model import TextToImageModel
 

@@ -32,6 +32,9 @@ EXACT, ADAPTED, CHECKPOINTED = (12.0, 27.0), (10.0, 23.0), (3.4, 3.4)
 ONE_BLOCK = 40.0
 """Numbers of the largest attention block while it is computed again."""
 
+HOST_BYTES = 16
+"""Of an optimiser in the host's memory, a weight: itself, its gradient, two moments."""
+
 OVERHEAD = {"cpu": 900 << 20, "cuda": 700 << 20}
 """Libraries, kernels and the allocator's own needs."""
 
@@ -139,16 +142,13 @@ def plan_tuning(
     device = model.device
     budget = int(budget_of(vram) * USABLE) if vram != "auto" else int(free_bytes(device) * USABLE)
     work = Work.of(model.unet, model.latent_shape[1])
-    ram = free_ram() if ram is None else ram
-    away = host_bytes(model, pretrained)
+    away = HOST_BYTES * (_numbers(model.unet) + _numbers(pretrained.encoder))
     plan = Plan(micro_batch=recipe.batch_size)
     for candidate in _ladder(recipe, device, eight_bit):
         peak = predicted_peak(
             model, pretrained, recipe, candidate, work, consume=consume, half=half
         )
-        # Apple's cards have no memory of their own: what goes to the host stays where it was.
-        taken = peak if device.type == "mps" else 0
-        if candidate.optimizer == "host" and away > (ram - taken) * USABLE:
+        if candidate.optimizer == "host" and not host_has_room(device, away, peak, ram):
             continue
         plan = candidate.replace(peak=peak, budget=budget)
         if peak <= budget:
@@ -174,9 +174,19 @@ def _ladder(recipe: TuningRecipe, device: torch.device, eight_bit: bool) -> Iter
                 yield Plan(micro_batch=small, checkpointing=True, optimizer=kind, park=park)
 
 
-def host_bytes(model: TextToImageModel, pretrained: PretrainedDomain) -> int:
-    """Return what an optimiser in the host's memory takes there: four float32 numbers a weight."""
-    return 16 * (_numbers(model.unet) + _numbers(pretrained.encoder))
+def host_has_room(
+    device: torch.device, needed: int, taken: int = 0, ram: int | None = None
+) -> bool:
+    """Tell whether an optimiser can go to the host's memory.
+
+    Args:
+        needed: bytes; `HOST_BYTES` a weight.
+        taken: bytes that tuning takes on the device. Apple's have no memory of their own: what
+            goes to the host stays where it was.
+        ram: bytes of main memory it may have; None for what is free.
+    """
+    ram = free_ram() if ram is None else ram
+    return needed <= (ram - (taken if device.type == "mps" else 0)) * USABLE
 
 
 def predicted_peak(

@@ -12,13 +12,12 @@ from safetensors.torch import load_file
 from e4t_cli import api
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.concept import Concept
-from e4t_cli.exporting import fixed_word, folder, write_folder
+from e4t_cli.exporting import fixed_word, folder, making, write_folder
 from e4t_cli.generation import Sampling, generate_latents
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry import user_domains_folder
 from e4t_cli.tuned_model import TunedModel
 from e4t_cli.tuning import tune
-from tests.laws.test_safety_laws import checked_base  # noqa: F401
 
 SAMPLING = Sampling(steps=4, guidance=3.0)
 
@@ -157,14 +156,13 @@ def test_it_appears_whole_or_not_at_all(run, world, saved, tmp_path, monkeypatch
 
 
 def test_a_full_disk_is_told_beforehand(run, world, saved, tmp_path, monkeypatch):
-    full = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: full)
+    monkeypatch.setattr(making, "free_bytes", lambda place: 1000)
     ended = run("export", str(saved), "me", "--base", str(world.base))
-    assert ended.code == 6 and "0.0 GB are free" in ended.err
+    assert ended.code == 6 and "1 kB are free" in ended.err
     assert not Path("me").exists()
 
 
-def test_the_safety_checker_goes_along(checked_base, pack, face, tmp_path):  # noqa: F811
+def test_the_safety_checker_goes_along(checked_base, pack, face, tmp_path):
     base = TextToImageModel.load(checked_base)
     tuned = tune(base, pack, face, pack.tuning.replace(steps=0))
     write_folder(base, tuned, tuned.e_domain, tmp_path / "me", token="S*", readme="")

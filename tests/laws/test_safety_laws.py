@@ -14,33 +14,6 @@ from e4t_cli.metadata import read_metadata
 from e4t_cli.safety import SafetyChecker
 
 
-@pytest.fixture(scope="module")
-def checked_base(base_folder, tmp_path_factory):
-    """The tiny base with a tiny checker beside it."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig
-
-    folder = tmp_path_factory.mktemp("checked") / "tiny"
-    shutil.copytree(base_folder, folder)
-    torch.manual_seed(0)
-    vision = {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 32,
-        "num_attention_heads": 2, "patch_size": 16, "projection_dim": 8,
-    }  # fmt: skip
-    checker = StableDiffusionSafetyChecker(
-        CLIPConfig(vision_config=vision, text_config={"hidden_size": 8}, projection_dim=8)
-    )
-    with torch.no_grad():
-        checker.concept_embeds_weights.fill_(2.0)  # nothing is that similar: all is well
-        checker.special_care_embeds_weights.fill_(2.0)
-    checker.save_pretrained(folder / "safety_checker")
-    (folder / "feature_extractor").mkdir()
-    (folder / "feature_extractor" / "preprocessor_config.json").write_text(
-        json.dumps({"crop_size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3})
-    )
-    return folder
-
-
 def test_the_checker_says_what_diffusers_checker_says(checked_base):
     checker = SafetyChecker.of_base(checked_base, torch.device("cpu"), torch.float32)
     pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "white")]

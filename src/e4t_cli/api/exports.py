@@ -118,7 +118,7 @@ def export(
 
 def _readme(concept: Concept, token: str, base: Base) -> str:
     """Return what the folder says about itself."""
-    stated = f"\nlicense: {base.licence}" if base.licence else ""
+    stated = f"\nlicense: {base.licence.lower()}" if base.licence else ""
     return f"""---
 base_model: {base.identity.partition("@")[0] or base.name}
 library_name: diffusers

@@ -55,10 +55,9 @@ def fixed_word(
     ).to(model.device)  # fmt: skip
     z_0 = model.posterior(model.pixels([prepared.image])).sample(draws.posterior)
     z_t = model.add_noise(z_0, draws.epsilon, draws.timesteps).to(tuned.unet.dtype)
-    seen = []
+    nothing, seen = model.empty_text.to(z_t.dtype), []
     for level in range(LEVELS):  # one by one: it is done once, and large pictures fill a card
         one = slice(level, level + 1)
-        nothing = model.empty_text.to(z_t.dtype)
         start = stem(tuned.unet, z_t[one], draws.timesteps[one])
         seen.append(pooled_features(encoder_half(tuned.unet, start, nothing)).float())
     e_c = tuned.embedding(torch.cat(seen))

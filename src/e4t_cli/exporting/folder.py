@@ -22,7 +22,7 @@ from transformers import AddedToken
 
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.base_model.loading import load_part
-from e4t_cli.errors import ResourceError, UsageError, printable
+from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import sync_tree, write_atomically
 from e4t_cli.tuned_model import TunedModel
 
@@ -30,7 +30,6 @@ from .making import check_free, making
 
 WORD_FILE = "learned_word.safetensors"
 CHECKER, EYES = "safety_checker", "feature_extractor"
-SPARE_BYTES = 50_000_000
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -73,8 +72,7 @@ def write_folder(
     parts = {"unet": tuned.unet, "vae": model.vae, "text_encoder": text_encoder}
     checker = model.base.folder / CHECKER
     safe = (checker / "config.json").is_file() and (model.base.folder / EYES).is_dir()
-    with making(folder) as place:
-        _check_room(parts, checker if safe else None, folder.parent, dtype)
+    with making(folder, _size(parts, checker if safe else None, dtype)) as place:
         for name, part in parts.items():
             _at_hand(part, dtype).save_pretrained(place / name)
         tokenizer.save_pretrained(place / "tokenizer")
@@ -172,17 +170,7 @@ def _with_checker(base: Path, place: Path, dtype: torch.dtype) -> dict[str, list
     }
 
 
-def _check_room(
-    parts: dict[str, nn.Module], checker: Path | None, disk: Path, dtype: torch.dtype
-) -> None:
+def _size(parts: dict[str, nn.Module], checker: Path | None, dtype: torch.dtype) -> int:
     numbers = sum(weight.numel() for part in parts.values() for weight in part.parameters())
-    needed = numbers * dtype.itemsize
-    if checker is not None:
-        needed += min(path.stat().st_size for path in checker.glob("*.safetensors"))
-    free = shutil.disk_usage(disk).free
-    if needed + SPARE_BYTES > free:
-        raise ResourceError(
-            f"the model needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on the disk "
-            f"of {printable(str(disk))}",
-            hint="make room, or choose a folder on another disk",
-        )
+    files = checker.glob("*.safetensors") if checker is not None else ()
+    return numbers * dtype.itemsize + min((path.stat().st_size for path in files), default=0)

@@ -11,6 +11,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from e4t_cli.errors import ResourceError, UsageError, printable
+from e4t_cli.hub.places import free_bytes, shown_size
+
+SPARE_BYTES = 50_000_000
 
 
 def check_free(path: Path) -> None:
@@ -26,12 +29,23 @@ def check_free(path: Path) -> None:
 
 
 @contextmanager
-def making(path: Path) -> Iterator[Path]:
+def making(path: Path, needed: int) -> Iterator[Path]:
     """Yield an empty folder on the disk of `path`; whatever is left in it goes at the end.
 
+    Args:
+        path: what is to be made.
+        needed: how many bytes it will have.
+
     Raises:
-        ResourceError: something could not be written.
+        ResourceError: the disk has no room, or something could not be written.
     """
+    free = free_bytes(path.parent)
+    if needed + SPARE_BYTES > free:
+        raise ResourceError(
+            f"the model needs {shown_size(needed)}, and {shown_size(free)} are free on the disk of "
+            f"{printable(str(path.parent))}",
+            hint="make room, or choose a place on another disk",
+        )
     place = path.parent / f".{path.name[:48]}.{secrets.token_hex(8)}~"
     try:
         place.mkdir(parents=True)

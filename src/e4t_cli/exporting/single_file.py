@@ -70,7 +70,8 @@ def write_single_file(
     """
     check_single_file(model, path)
     weights = dict(stable_diffusion_names(tuned.unet, model.vae, model.text_encoder))
-    with making(path) as place:
+    needed = sum(value.numel() for value in weights.values()) * dtype.itemsize
+    with making(path, needed) as place:
         whole = {name: _stored(value, dtype) for name, value in weights.items()}
         save_file(whole, place / "model", {"format": "pt"})
         save_file({"emb_params": word.detach().cpu().float()[None]}, place / "word")
@@ -78,7 +79,11 @@ def write_single_file(
             (place / name).chmod(place.stat().st_mode & 0o666)  # it writes for the owner alone
         sync_tree(place)
         rename_to_free_name(place / "word", word_path(path))
-        rename_to_free_name(place / "model", path)
+        try:
+            rename_to_free_name(place / "model", path)
+        except BaseException:
+            word_path(path).unlink()  # alone it is nothing
+            raise
 
 
 def check_single_file(model: TextToImageModel, path: Path) -> None:

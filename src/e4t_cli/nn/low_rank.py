@@ -179,8 +179,8 @@ class LowRankAdapters(nn.Module):
     def converted(self, dtype: torch.dtype) -> Iterator[None]:
         """Bring all weights into one format at once, for every pass inside a `with` block.
 
-        One by one that is an operation for each weight and pass, and another on the way back: a
-        sixth of all that a card has to be told in a step on Stable Diffusion 1.x.
+        One by one that is an operation for each weight and pass, and another on the way back,
+        each of which a card has to be told.
         """
         weights = list(self.parameters())
         flat = torch.cat([weight.flatten() for weight in weights]).to(dtype)

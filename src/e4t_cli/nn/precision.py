@@ -26,8 +26,8 @@ def half_format(device: torch.device, *, scaled: bool = False) -> torch.dtype | 
     bfloat16 where there is a choice: it has float32's range.
 
     Args:
-        scaled: float16 will do, because the loss is scaled (`tuning/loss_scale.py`). Apple's is
-            hardly faster than its float32.
+        scaled: float16 will do, because the loss is scaled (`tuning/loss_scale.py`). Not on
+            Apple's, where nobody has measured whether that is faster.
     """
     if multiplies_bfloat16(device):
         return torch.bfloat16

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
-from e4t_cli.devices import free_memory, free_ram, trim_heap
+from e4t_cli.devices import free_memory, trim_heap
 from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError
-from e4t_cli.memory import Plan
+from e4t_cli.memory import HOST_BYTES, Plan, host_has_room
 from e4t_cli.nn.losses import SMALLEST_MASK, latent_mask
 from e4t_cli.nn.precision import chosen_format, half_precision
 from e4t_cli.pretrained import PretrainedDomain
@@ -171,9 +171,10 @@ class Tuning:
         return note
 
     def _has_room_elsewhere(self) -> bool:
-        """Whether the host has memory of its own, and enough for the optimiser."""
-        numbers = sum(weight.numel() for weight in self.optimizer.weights)
-        return self.model.device.type not in ("cpu", "mps") and 16 * numbers < free_ram()
+        """Whether the host has memory of its own, and enough of it for the optimiser."""
+        device = self.model.device
+        needed = HOST_BYTES * sum(weight.numel() for weight in self.optimizer.weights)
+        return device.type not in ("cpu", "mps") and host_has_room(device, needed)
 
     def _rounded(self) -> list[nn.Parameter]:
         """Return the weights whose precision on the device is that of the products anyway."""
