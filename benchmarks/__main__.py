@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from e4t_cli.generation import Sampling, sample
 from e4t_cli.memory import plan_tuning
 from e4t_cli.nn.precision import half_format
 from e4t_cli.prompts import parse_prompt
+from e4t_cli.tuned_model import TunedModel
 from e4t_cli.tuning import tune
 
 ROOT = Path(__file__).parent.parent
@@ -88,29 +90,50 @@ def measure_arms(world: World, names: list[str], steps: int, rounds: int) -> Non
         print(f"  {name:12} {spread(values)}   × {ratio:5.2f}   {each}")
 
 
-def measure_drawing(world: World, rounds: int) -> None:
+@contextmanager
+def recording(wanted: bool) -> Iterator[None]:
+    """Have steps recorded and played back, or not, whatever the environment says."""
+    before = os.environ.get("E4T_CUDA_GRAPHS", "")
+    os.environ["E4T_CUDA_GRAPHS"] = "1" if wanted else "0"
+    try:
+        yield
+    finally:
+        os.environ["E4T_CUDA_GRAPHS"] = before
+
+
+def measure_whole(world: World, rounds: int) -> None:
+    """Time what people wait for: all steps of a tuning, pictures, and a photo's first picture."""
     model, device = world.model, world.model.device
-    tuned = tune(model, world.pack, world.photo, world.pack.tuning.replace(steps=0))
+    recipe = world.pack.tuning
+    untuned = tune(model, world.pack, world.photo, recipe.replace(steps=0))
     prompt = parse_prompt("a photo of S*")
-    print(f"\ndrawing, 20 steps, median of {rounds}:")
-    for count in (1, 8):
-        times = [
-            seconds(
-                lambda count=count: list(
-                    sample(model, tuned, [prompt] * count, list(range(count)), Sampling(steps=20))
-                ),
-                device,
-            )
-            for _ in range(1 + rounds)
-        ][1:]
-        print(f"  {count} picture{'s' * (count > 1):1}   {spread(times)}")
 
-    def whole() -> None:
-        found = tune(model, world.pack, world.photo)
-        next(sample(model, found, [prompt], [1], Sampling(steps=20)))
+    def learn(method: str) -> TunedModel:
+        return tune(model, world.pack, world.photo, recipe.replace(method=method))
 
-    times = [seconds(whole, device) for _ in range(1 + rounds)][1:]
-    print(f"  photo → first picture, warm, 15 steps {spread(times)}")
+    def show(tuned: TunedModel, count: int) -> None:
+        seeds = list(range(count))
+        list(sample(model, tuned, [prompt] * count, seeds, Sampling(steps=20)))
+
+    rows: dict[str, Callable[[], object]] = {
+        f"{recipe.steps} exact steps": lambda: learn("exact"),
+        f"{recipe.steps} steps, adapters": lambda: learn("adapters"),
+        "1 picture, 20 steps": lambda: show(untuned, 1),
+        "8 pictures, 20 steps": lambda: show(untuned, 8),
+        "photo → first picture, warm": lambda: show(learn("exact"), 1),
+    }
+    ways = {"": False, ", recorded": True} if device.type == "cuda" else {"": False}
+    print(f"\nfrom beginning to end, median of {rounds}:")
+    for row, work in rows.items():
+        found: dict[str, list[float]] = {way: [] for way in ways}
+        for number in range(1 + rounds):  # the first is a warm-up
+            for way, wanted in ways.items():
+                with recording(wanted):
+                    took = seconds(work, device)
+                if number:
+                    found[way].append(took)
+        for way, times in found.items():
+            print(f"  {row + way:38} {spread(times)}", flush=True)
 
 
 def measure_memory(world: World) -> None:
@@ -172,7 +195,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(size, device, Path(folder))
         measure_arms(world, given.arms, given.steps, given.rounds)
-        measure_drawing(world, given.rounds)
+        measure_whole(world, given.rounds)
         measure_memory(world)
     print(f"\na matrix product reached {ceiling(device):.2f} TFLOP/s at the end")
 

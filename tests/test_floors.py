@@ -33,6 +33,7 @@ FLOORS = [
     {"registry", "photos"},
     {"sources"},  # where a domain's pictures come from
     {"nn", "randomness", "devices"},  # the paper's mathematics: torch only
+    {"recording"},  # and what makes it fast on a card
     {"pack_files"},
     {"base_model", "encoders"},  # the world outside
     {"pretrained"},

@@ -20,9 +20,7 @@ from e4t_cli import (
     TuningRecipe,
     WeightsUnavailable,
 )
-from e4t_domains.face_alignment import settle, style_of
 from e4t_domains.face_parsing import PUBLIC, find_parser
-from e4t_domains.face_search import LEAST_SURE, Search, choose
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,6 +34,10 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
     Raises:
         InputError: a face is required and there is none, or not the one that was asked for.
     """
+    # Only here: whoever lists the domains looks for no face.
+    from e4t_domains.face_alignment import settle, style_of
+    from e4t_domains.face_search import LEAST_SURE, Search, choose
+
     centred = Frame.centered(image.size)
     if target.mask is None and not target.align and not target.required:
         return PreparedImage(image=centred.apply(image, target.size), frame=centred)

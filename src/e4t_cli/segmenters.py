@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .domain import PreparationTarget
 from .errors import E4TError, IntegrityError, WeightsUnavailable
-from .hub import Access, fetch_files
+from .hub.access import Access
+from .hub.fetching import fetch_files
 from .hub.inventory import take_inventory
 from .hub.licences import Terms, accept
 

@@ -266,7 +266,7 @@ def test_an_unforeseen_fault_is_one_line(run, monkeypatch):
     def fail(*arguments, **options):
         raise KeyError("some\nthing")
 
-    monkeypatch.setattr("e4t_cli.cli.domains.installed_domains", fail)
+    monkeypatch.setattr("e4t_cli.registry.installed_domains", fail)
     ended = run("domains", "list")
     assert ended.code == 1
     assert ended.err.startswith("error: unexpected KeyError: ")

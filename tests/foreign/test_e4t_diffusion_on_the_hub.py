@@ -13,7 +13,8 @@ from e4t_cli.domain import Domain
 from e4t_cli.e4t_diffusion.conversion import write_pack
 from e4t_cli.e4t_diffusion.reading import read_tensors_of
 from e4t_cli.errors import IntegrityError, WeightsUnavailable
-from e4t_cli.hub import Access, clearing, housekeeping
+from e4t_cli.hub import clearing, housekeeping
+from e4t_cli.hub.access import Access
 from e4t_cli.hub.converted import converted_folder, foreign_repository, place_of_converted
 from e4t_cli.hub.inventory import forget
 from e4t_cli.hub.places import own_cache

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable
-from e4t_cli.hub import fetch_files
+from e4t_cli.hub.fetching import fetch_files
 from e4t_cli.hub.places import hub_cache, own_cache
 from tests.hub.fake_hub import Fault
 from tests.hub.repositories import safetensors_of, write_files
@@ -35,7 +35,7 @@ def fetch_elsewhere(commit: str, before: str = "", **options) -> subprocess.Pope
     """Fetch in a process of its own."""
     code = f"""
 {before}
-from e4t_cli.hub import fetch_files
+from e4t_cli.hub.fetching import fetch_files
 from e4t_cli.errors import E4TError
 try:
     print(fetch_files("owner/tiny", {commit!r}, {ALL!r}))

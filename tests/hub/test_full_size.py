@@ -6,7 +6,8 @@ import torch
 from e4t_cli import Domain, TuningRecipe, registry
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.cli import app
-from e4t_cli.hub import Access, towers
+from e4t_cli.hub import towers
+from e4t_cli.hub.access import Access
 from e4t_cli.hub.provision import provide_base
 from tests.hub import full_size
 from tests.hub.full_size import PARSER, publish

@@ -12,7 +12,8 @@ import pytest
 
 from e4t_cli.bases import PUBLISHED
 from e4t_cli.cli import app
-from e4t_cli.hub import Access, automatic
+from e4t_cli.hub import automatic
+from e4t_cli.hub.access import Access
 from e4t_cli.hub.automatic import choose_automatically, likely_accelerator
 from e4t_cli.hub.places import hub_cache, own_cache
 from tests.hub.fake_hub import FakeHub, Fault
@@ -256,7 +257,7 @@ def test_a_dry_run_fetches_nothing(hub, tiny, tmp_path, run):
 def test_a_terminal_is_asked(hub, tiny, tmp_path, answer, code):
     import pty
 
-    from e4t_cli.hub import fetch_files
+    from e4t_cli.hub.fetching import fetch_files
 
     folder = fetch_files("owner/tiny", tiny, ["model_index.json"])
     ours, theirs = pty.openpty()

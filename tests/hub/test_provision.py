@@ -8,7 +8,8 @@ import pytest
 
 from e4t_cli.bases import PUBLISHED, PublishedBase, find_base
 from e4t_cli.errors import IntegrityError, ResourceError, UsageError, WeightsUnavailable
-from e4t_cli.hub import Access, provision, towers
+from e4t_cli.hub import provision, towers
+from e4t_cli.hub.access import Access
 from e4t_cli.hub.addresses import address_of, pack_address, pack_folder
 from e4t_cli.hub.places import hub_cache, own_cache
 from e4t_cli.hub.presence import is_here, look_up_base

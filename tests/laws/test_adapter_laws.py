@@ -11,6 +11,7 @@ from torch.nn import functional
 from e4t_cli.concept import Concept
 from e4t_cli.errors import IntegrityError
 from e4t_cli.generation import Sampling, sample
+from e4t_cli.memory import Plan
 from e4t_cli.nn.branching import attention_layers, branch, linear_layers, merge_adapters
 from e4t_cli.nn.low_rank import LowRank, LowRankAdapters
 from e4t_cli.prompts import parse_prompt
@@ -159,11 +160,10 @@ def test_without_steps_both_methods_are_one(model, pack, face, recipe):
 
 def test_micro_batches_and_checkpointing_change_nothing(model, pack, face, recipe):
     def gradients(micro_batch, checkpointing=False):
-        run = Tuning(model, pack, face, recipe, 0, None, False)
+        plan = Plan(micro_batch=micro_batch, checkpointing=checkpointing)
+        run = Tuning(model, pack, face, recipe, 0, None, False, plan)
         loud(run.parts.adapters["unet"])
-        if checkpointing:
-            run.unet.enable_gradient_checkpointing()
-        run.gradients(0, micro_batch)
+        run.gradients(0)
         return torch.cat([weight.grad.flatten() for weight in run.optimizer.weights])
 
     whole = gradients(4)

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.concept import Concept
 from e4t_cli.errors import DivergedError
 from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents, sample
+from e4t_cli.generation.guidance import Predictor
 from e4t_cli.memory import Plan
 from e4t_cli.nn.branching import attention_layers, frozen_branch
 from e4t_cli.nn.image_tower import ImageTower
@@ -42,6 +44,17 @@ class NoFloat64(TorchDispatchMode):
         for one in found if isinstance(found, tuple | list) else (found,):
             if isinstance(one, torch.Tensor) and one.device == THERE:
                 assert one.dtype != torch.float64, f"{function} is in float64"
+        return found
+
+
+class NothingOfTheHosts(TorchDispatchMode):
+    """What is recorded on a card may neither read from main memory nor write there."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for one in tree_leaves((args, kwargs, found)):
+            if isinstance(one, torch.Tensor):
+                assert one.device == THERE, f"{function} goes to {one.device}"
         return found
 
 
@@ -78,12 +91,38 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
         encoder, seen = public_encoder(elsewhere)
         pack = dataclasses.replace(pack, encoder=encoder)
     with NoFloat64():
-        run = Tuning(elsewhere, pack, face, recipe, 0, seen)
+        run = Tuning(elsewhere, pack, face, recipe, 0, seen, plan=Plan(micro_batch=2))
         run.mask = torch.ones(1, 8, 8, device=THERE)
-        losses = run.gradients(0, micro_batch=2)
+        losses = run.gradients(0)
         norm = run.optimizer.step(recipe.gradient_clip)
     assert losses.device == norm.device == THERE
     assert all(weight.grad is not None for weight in run.optimizer.weights)
+
+
+@pytest.mark.parametrize("method", ["exact", "adapters"])
+def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack, face, method):
+    recipe = pack.tuning.replace(method=method, mask=False)
+    run = Tuning(elsewhere, pack, face, recipe, 0, plan=Plan(micro_batch=3))
+    samples = run._samples(0)
+    run.accumulate(*samples)  # the warm-up: tables go to the device
+    with NothingOfTheHosts():
+        run.accumulate(*samples)
+    with NothingOfTheHosts(), pytest.raises(AssertionError, match="goes to cpu"):
+        run._samples(1)
+
+
+@pytest.mark.parametrize("negative", ["", "a hat"])
+def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
+    tuned = Tuning(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False), 0).finish()
+    sampling = Sampling(guidance=5.0, negative=negative)
+    predict = Predictor(
+        elsewhere, tuned, elsewhere.tokenize(PROMPTS, tuned.descriptor_id), sampling
+    )
+    z_t, t = torch.zeros(2, 4, 8, 8, device=THERE), torch.zeros((), device=THERE, dtype=torch.long)
+    with torch.no_grad():
+        predict(z_t, t)
+        with NothingOfTheHosts():
+            predict(z_t, t)
 
 
 @pytest.mark.parametrize(

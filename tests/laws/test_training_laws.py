@@ -8,6 +8,7 @@ import torch
 
 from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError, ResourceError
+from e4t_cli.memory import Plan
 from e4t_cli.nn.losses import diffusion_loss, embedding_penalty, latent_mask
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.tuning import parts, tune
@@ -16,10 +17,9 @@ from e4t_cli.tuning.step import Tuning
 
 def gradients(model, pack, face, micro_batch, *, checkpointing=False):
     """Return the gradient of one tuning step, over all three groups of weights."""
-    run = Tuning(model, pack, face, pack.tuning, 0, None, False)
-    if checkpointing:
-        run.unet.enable_gradient_checkpointing()
-    losses = run.gradients(0, micro_batch).tolist()
+    plan = Plan(micro_batch=micro_batch, checkpointing=checkpointing)
+    run = Tuning(model, pack, face, pack.tuning, 0, None, False, plan)
+    losses = run.gradients(0).tolist()
     weights = run.optimizer.weights
     assert all(weight.grad is not None for weight in weights)
     return losses, torch.cat([weight.grad.flatten() for weight in weights])
@@ -121,7 +121,7 @@ def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack
         def loss(step):
             with torch.no_grad():
                 weight.add_(step * direction)
-            diffusion, penalty = run.gradients(0, 4).tolist()
+            diffusion, penalty = run.gradients(0).tolist()
             slope = (weight.grad * direction).sum().item()
             with torch.no_grad():
                 weight.sub_(step * direction)

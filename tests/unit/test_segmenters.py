@@ -10,7 +10,7 @@ from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 from e4t_cli import IntegrityError, PreparationTarget, WeightsUnavailable, segmenters
 from e4t_cli.errors import InputError
-from e4t_cli.hub import Access
+from e4t_cli.hub.access import Access
 from tests.conftest import write_tokenizer
 
 

@@ -13,7 +13,7 @@ from e4t_cli.api.public_weights import provide_converted
 from e4t_cli.bases import Base
 from e4t_cli.domain import Domain
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
-from e4t_cli.hub import Access
+from e4t_cli.hub.access import Access
 from e4t_cli.hub.addresses import address_of, pack_folder
 from e4t_cli.hub.automatic import choose_automatically, likely_accelerator
 from e4t_cli.hub.converted import converted_folder, foreign_repository

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from e4t_cli import __version__
-from e4t_cli.bases import EMBEDDED, PUBLISHED
 from e4t_cli.cli import console as consoles
 from e4t_cli.cli.options import Json
 
@@ -21,6 +19,7 @@ def doctor(json: Json = False) -> None:
     Nothing is fetched, and no secret is shown.
     """
     console = consoles.start(json=json)
+    from e4t_cli.bases import EMBEDDED, PUBLISHED
     from e4t_cli.hub.automatic import likely_accelerator
     from e4t_cli.hub.inventory import has_token
     from e4t_cli.hub.places import endpoint, free_bytes, hub_cache, is_offline, own_cache
@@ -56,6 +55,8 @@ def doctor(json: Json = False) -> None:
 
 
 def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version  # `--help` does not wait for it
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,7 +18,9 @@ from e4t_cli.cli import (
 )
 from e4t_cli.cli.domains_info import about_domain, recipe_text, state_text
 from e4t_cli.cli.options import Json
-from e4t_cli.registry import Listing, installed_domains
+
+if TYPE_CHECKING:
+    from e4t_cli.registry import Listing
 
 HEADINGS = ("name", "source", "descriptor", "tuning", "weights", "licence")
 
@@ -35,6 +37,8 @@ def domains(context: typer.Context, json: Json = False) -> None:
 @app.command("list")
 def list_domains(json: Json = False) -> None:
     """List every domain, with the reason beside those that cannot be used."""
+    from e4t_cli.registry import installed_domains
+
     console = consoles.start(json=json)
     listings = installed_domains()
     if json:

@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from e4t_cli.cli import console as consoles
 from e4t_cli.cli.options import DomainName, Json
-from e4t_cli.domain import Domain
 from e4t_cli.hub.places import shown_size
-from e4t_cli.recipes import TuningRecipe
-from e4t_cli.registry import find_listing
 
 if TYPE_CHECKING:
+    from e4t_cli.domain import Domain
     from e4t_cli.manifest import Manifest
+    from e4t_cli.recipes import TuningRecipe
     from e4t_cli.shelf import WeightsState
 
 
 def domain_info(name: DomainName, json: Json = False) -> None:
     """Show everything about one domain: its packs, their files, recipes, licence and limits."""
+    from e4t_cli.registry import find_listing
+
     console = consoles.start(json=json)
     listing = find_listing(name)
     assert listing.domain is not None

@@ -9,7 +9,6 @@ import typer
 from e4t_cli.cli import console as consoles
 from e4t_cli.cli.options import DomainName, Json, Quiet, Yes
 from e4t_cli.errors import UsageError
-from e4t_cli.registry import find_domain
 
 EXAMPLES = """
 Example: [bold]e4t domains push my_dogs me/e4t-my-dogs --licence CC0-1.0[/bold]
@@ -43,6 +42,7 @@ def push(
 
     Weights can give away the pictures they were made from: publish only what you may.
     """
+    from e4t_cli.registry import find_domain
     from e4t_cli.shelf import publish_domain  # pydantic: --help does not wait for it
 
     console = consoles.start(json=json, quiet=quiet)

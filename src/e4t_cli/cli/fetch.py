@@ -11,7 +11,7 @@ from e4t_cli.cli import console as consoles
 from e4t_cli.cli import options as o
 
 if TYPE_CHECKING:
-    from e4t_cli.hub import Access
+    from e4t_cli.hub.access import Access
 
 EXAMPLES = """
 Examples:\n
@@ -47,7 +47,7 @@ def fetch(
     """
     console = consoles.start(json=json, quiet=quiet, verbose=verbose)
     console.resume_hint = "the same command goes on: files that are finished are kept"
-    from e4t_cli.hub import Access
+    from e4t_cli.hub.access import Access
 
     with console.progress() as on_progress:
         access = Access(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from PIL.Image import Image
@@ -12,6 +13,7 @@ from e4t_cli.base_model import TextToImageModel, Tokens
 from e4t_cli.devices import free_memory, memory_ran_out
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import Prompt
+from e4t_cli.recording import Recording
 from e4t_cli.tuned_model import TunedModel
 
 from .guidance import Predictor
@@ -71,13 +73,16 @@ def _pictures(
         some = slice(first, first + size)
         together = len(seeds[some])
 
-        def report(done: int, before: int = first, together: int = together) -> None:
+        def report(
+            done: int, note: str = "", before: int = first, together: int = together
+        ) -> None:
             if on_progress:
                 on_progress(
                     Progress(
                         stage="generate",
                         done=before * steps + together * done,
                         total=len(seeds) * steps,
+                        note=note,
                     )
                 )
 
@@ -119,7 +124,7 @@ def denoise(
     tokens: Tokens,
     seeds: Sequence[int],
     sampling: Sampling,
-    report: Callable[[int], None] | None = None,
+    report: Callable[..., None] | None = None,
 ) -> Tensor:
     scheduler = make_scheduler(model, sampling)
     # On the CPU and one for each picture, so that a seed means the same everywhere.
@@ -127,7 +132,10 @@ def denoise(
     noise = [torch.randn(model.latent_shape, generator=source) for source in sources]
     z_t = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma
     random = {"generator": sources} if draws_noise(scheduler) else {}
-    predict = Predictor(model, tuned, tokens, sampling)
+    predict = Recording(
+        Predictor(model, tuned, tokens, sampling), model.device, calls=len(scheduler.timesteps),
+        on_trouble=partial(report, 0) if report else None,
+    )  # fmt: skip
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it looks for t in its list, and a device has to stop
     there = scheduler.timesteps.to(model.device)  # all at once: each copy would be a wait

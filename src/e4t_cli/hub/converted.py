@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .inventory import known_commit
 from .places import COMMIT, REPOSITORY, own_cache, snapshot_folder
 
 PROGRAM = "e4t-diffusion"
@@ -34,6 +33,8 @@ def converted_folder(location: str) -> Path | None:
     repository = foreign_repository(location)
     if repository is None:
         return None
+    from .inventory import known_commit  # which knows how to ask the hub, too
+
     commit = known_commit(repository, None)
     # Where the hub's cache was cleared: that must not cost four gigabytes again.
     kept = [

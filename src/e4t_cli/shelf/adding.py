@@ -130,7 +130,7 @@ def _open_source(
 def _open_repository(
     repository: str, revision: str, offline: bool, on_progress: ProgressCallback | None
 ) -> Iterator[Parcel]:
-    from e4t_cli.hub import fetch_files
+    from e4t_cli.hub.fetching import fetch_files
 
     def fetch(commit: str, names: list[str]) -> Path:
         return fetch_files(

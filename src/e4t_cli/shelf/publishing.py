@@ -75,7 +75,7 @@ def publish_domain(
             f"the domain {domain.name!r} has no licence: others could not use it",
             hint="--licence CC0-1.0, or whatever the weights and their pictures are under",
         )
-    from e4t_cli.hub import push_folder
+    from e4t_cli.hub.pushing import push_folder
 
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary) / "pack"

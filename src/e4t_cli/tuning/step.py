@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.prompts import training_prompts
 from e4t_cli.randomness import draw
 from e4t_cli.recipes import TuningRecipe
+from e4t_cli.recording import Recording
 from e4t_cli.training_loss import TrainingBatch, evaluated_once, training_loss
 from e4t_cli.tuned_model import TunedModel
 
@@ -80,6 +82,7 @@ class Tuning:
         self.tokens = model.tokenize(
             training_prompts(tuple(pretrained.templates)), self.descriptor_id
         )
+        self.accumulate = self._recording()
 
     def _mask(self, prepared: PreparedImage) -> Tensor | None:
         if not self.recipe.mask or prepared.mask is None:
@@ -89,17 +92,18 @@ class Tuning:
             self.note = "the mask is empty: tuning on the whole picture"
         return latent_mask(whole, self.model.latent_shape[1:])
 
-    def gradients(self, step: int, micro_batch: int | None = None) -> Tensor:
+    def gradients(self, step: int) -> Tensor:
         """Accumulate the gradient of one step; returns the means of eq. 4 and eq. 2, (2,).
 
         Raises:
             DivergedError: float16 is too small for this base, and it is kept in nothing else.
         """
-        losses = self._accumulated(step, micro_batch or self.plan.micro_batch)
+        samples = self._samples(step)
+        losses = self.accumulate(*samples)
         while not self.loss_scale.divide_out(self.optimizer.gradients):
             if self.loss_scale.exhausted or not losses.isfinite().all():
                 self._leave_half_precision()
-            losses = self._accumulated(step, micro_batch or self.plan.micro_batch)
+            losses = self.accumulate(*samples)
         return losses
 
     def _leave_half_precision(self) -> None:
@@ -111,11 +115,26 @@ class Tuning:
             )
         self.half, self.note = None, "numbers too large for float16: float32 from now on, slower"
         self.loss_scale = LossScale(None)
+        self.accumulate = self._recording()
 
-    def _accumulated(self, step: int, micro_batch: int) -> Tensor:
+    def _recording(self) -> Recording:
+        """Return the work of a step, to be recorded where it is the same at every step."""
+        same = (
+            self.plan.optimizer != "host"  # gradients leave the device on the way
+            and not self.unet.is_gradient_checkpointing  # torch looks at the device's randomness
+            and self.half != torch.float16  # the factor of the loss changes
+        )
+        return Recording(
+            self._accumulated, self.model.device,
+            calls=self.steps if same else 0, on_trouble=partial(setattr, self, "note"),
+        )  # fmt: skip
+
+    def _accumulated(self, *samples: Tensor) -> Tensor:
         self.optimizer.zero_grad()
         total = torch.zeros(2, device=self.model.device)
-        for batch in self._batches(step, micro_batch):
+        size = self.plan.micro_batch
+        for first in range(0, self.recipe.batch_size, size):
+            batch = self._batch([one[first : first + size] for one in samples])
             kept, half = not self.unet.is_gradient_checkpointing, self.half
             with (
                 evaluated_once(self.unet),
@@ -151,6 +170,7 @@ class Tuning:
     def retreat(self) -> str:
         """Ask for less memory from now on; returns what was done, "" if nothing is left to do."""
         plan, device = self.plan, self.model.device
+        self.accumulate.forget()
         self.optimizer.zero_grad()
         if plan.micro_batch > 1:
             size = (plan.micro_batch + 1) // 2
@@ -168,6 +188,7 @@ class Tuning:
         else:
             return ""
         free_memory(device)
+        self.accumulate = self._recording()
         return note
 
     def _has_room_elsewhere(self) -> bool:
@@ -180,34 +201,37 @@ class Tuning:
         """Return the weights whose precision on the device is that of the products anyway."""
         return self.parts.rounded if self.half == torch.bfloat16 else []
 
-    def _batches(self, step: int, micro_batch: int) -> Iterator[TrainingBatch]:
+    def _samples(self, step: int) -> tuple[Tensor, ...]:
+        """Return what is different in each step, on the device and always in the same shapes."""
         size = self.recipe.batch_size
-        for first in range(0, size, micro_batch):
-            yield self._batch(step, range(first, min(first + micro_batch, size)))
-
-    def _batch(self, step: int, positions: range) -> TrainingBatch:
         draws = draw(
             self.seed,
             step,
-            positions,
-            batch_size=self.recipe.batch_size,
+            range(size),
+            batch_size=size,
             train_timesteps=self.model.train_timesteps,
             shape=self.model.latent_shape,
         ).to(self.model.device)
-        count = len(positions)
+        sentences = draws.sentences(len(self.tokens.ids))
+        return draws.posterior, draws.epsilon, draws.timesteps, sentences
+
+    def _batch(self, samples: Sequence[Tensor]) -> TrainingBatch:
+        posterior, epsilon, timesteps, sentences = samples
+        count = len(timesteps)
         return TrainingBatch(
             # Paper silent: one encode of the picture, a sample of its posterior for each element.
-            z_0=self.posterior.sample(draws.posterior),
-            timesteps=draws.timesteps,
-            epsilon=draws.epsilon,
+            z_0=self.posterior.sample(posterior),
+            timesteps=timesteps,
+            epsilon=epsilon,
             folded=self.encoder.fold(self.image_features).expand(count, -1),
-            tokens=self.tokens[draws.sentences(len(self.tokens.ids))],
+            tokens=self.tokens[sentences],
             mask=None if self.mask is None else self.mask.expand(count, -1, -1),
         )
 
     @torch.no_grad()
     def finish(self) -> TunedModel:
         """Merge in float32, and let go of everything that was for training."""
+        self.accumulate.forget()
         if self.steps:
             self.optimizer.release()
             self._trim()

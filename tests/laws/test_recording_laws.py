@@ -1,0 +1,229 @@
+"""Laws of recorded work: shown once and played back, it is the work.
+
+A CUDA graph is the same kernels on the same addresses, and nothing that Python decided meanwhile.
+So is the recorder here, for the CPU: a list of torch's operations and of the very tensors that they
+read and wrote, done again one after another. What a step takes from Python and not from its
+arguments stays what it was when it was recorded, and gives other numbers than the step itself.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from e4t_cli import recording
+from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents
+from e4t_cli.memory import Plan
+from e4t_cli.prompts import parse_prompt
+from e4t_cli.recording import Recording
+from e4t_cli.tuning import tune
+from e4t_cli.tuning.step import Tuning
+
+HERE = torch.device("cpu")
+PROMPTS = [parse_prompt("S* on the beach"), parse_prompt("a photo of S*")]
+READS_BACK = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+
+
+class Listing(TorchDispatchMode):
+    """Lists operations; does them too, unlike a card, which has only been told of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in READS_BACK:
+            raise RuntimeError(f"operation not permitted when recording: {function}")
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+
+class Lists:
+    """A `Recorder` for the CPU."""
+
+    def __init__(self):
+        self.recorded = self.played = 0
+
+    def warm_up(self, work):
+        return work()
+
+    def record(self, work):
+        with Listing() as listing:
+            result = work()
+        for value in written(listing.operations):
+            if value.is_floating_point():
+                value.fill_(float("nan"))  # only told of: nothing of it is there yet
+        self.recorded += 1
+        return lambda: self.play(listing.operations), result
+
+    @torch.no_grad()
+    def play(self, operations):
+        self.played += 1
+        for function, args, kwargs, result in operations:
+            again = function(*args, **kwargs)
+            for own, value in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if torch.is_tensor(own) and own.data_ptr() != value.data_ptr():
+                    own.detach().copy_(value)
+
+
+def written(operations):
+    """Yield what the operations made anew, and neither looked at nor changed in place."""
+    for function, _, _, result in operations:
+        if all(one.alias_info is None for one in function._schema.returns):
+            yield from (one.detach() for one in tree_leaves(result) if torch.is_tensor(one))
+
+
+@pytest.fixture
+def lists(monkeypatch):
+    """Have everything recorded, on the CPU."""
+    found = Lists()
+    monkeypatch.setattr(recording, "recorder_for", lambda device: found)
+    return found
+
+
+def weights_of(tuned):
+    return [*tuned.unet.state_dict().values(), *tuned.encoder.state_dict().values(), tuned.folded]
+
+
+# ── tuning and drawing ──
+
+
+@pytest.mark.parametrize("micro_batch", [4, 3])
+@pytest.mark.parametrize("method", ["exact", "adapters"])
+def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method, micro_batch):
+    recipe = pack.tuning.replace(method=method, steps=6)
+
+    def tuned():
+        told = []
+        found = tune(
+            model, pack, face, recipe, seed=3, micro_batch=micro_batch, autocast=False,
+            on_progress=lambda progress: told.append(progress.values),
+        )  # fmt: skip
+        return weights_of(found), told
+
+    expected = tuned()
+    found = Lists()
+    monkeypatch.setattr(recording, "recorder_for", lambda device: found)
+    weights, told = tuned()
+    assert (found.recorded, found.played) == (1, 5)
+    assert told == expected[1]
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected[0], strict=True))
+
+
+def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
+    """With the casts of autocast, which are kept for the length of a step."""
+    recipe = pack.tuning.replace(steps=4)
+    found = weights_of(tune(model, pack, face, recipe, autocast=True))
+    assert lists.played == 3
+    monkeypatch.setattr(recording, "recorder_for", lambda device: None)
+    expected = weights_of(tune(model, pack, face, recipe, autocast=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")]
+)
+def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, negative):
+    tuned = Tuning(model, pack, face, pack.tuning.replace(steps=0), 0).finish()
+    sampling = Sampling(steps=6, scheduler=scheduler, negative=negative)
+    expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
+    found = Lists()
+    monkeypatch.setattr(recording, "recorder_for", lambda device: found)
+    assert torch.equal(generate_latents(model, tuned, PROMPTS, [1, 2], sampling), expected)
+    assert found.recorded == 1 and found.played >= 5
+
+
+def test_a_plan_that_changes_is_recorded_anew(model, pack, face, lists):
+    run = Tuning(model, pack, face, pack.tuning.replace(steps=9), 0, None, False)
+    whole = [run.gradients(step) for step in range(3)]
+    assert run.retreat().startswith("memory ran out: 2 at a time")
+    halves = [run.gradients(step) for step in range(3)]
+    assert lists.recorded == 2
+    for one, other in zip(whole, halves, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("plan", [{"checkpointing": True}, {"optimizer": "host"}])
+def test_what_is_not_the_same_each_time_is_not_recorded(model, pack, face, lists, plan):
+    tune(model, pack, face, pack.tuning.replace(steps=5), plan=Plan(micro_batch=4, **plan))
+    assert lists.recorded == 0
+
+
+def test_few_steps_are_not_recorded(model, pack, face, lists):
+    tune(model, pack, face, pack.tuning.replace(steps=3))
+    assert lists.recorded == 0
+
+
+# ── a recording by itself ──
+
+
+def test_results_do_not_share_memory(lists):
+    double = Recording(lambda x: 2 * x, HERE, calls=9)
+    found = [double(torch.tensor([float(number)])) for number in range(5)]
+    assert [one.item() for one in found] == [0, 2, 4, 6, 8]
+    assert (lists.recorded, lists.played) == (1, 4)
+
+
+def test_weights_that_move_meanwhile_are_read_where_they_are(lists):
+    weight = torch.ones(1)
+    scaled = Recording(lambda x: weight * x, HERE, calls=9)
+    for number in range(1, 5):
+        assert scaled(torch.ones(1)).item() == number
+        weight.add_(1)
+
+
+def test_the_stand_in_would_notice(lists):
+    """A check that cannot fail is none: numbers of Python's are those of the recording."""
+    count = 0
+
+    def counted(x):
+        nonlocal count
+        count += 1
+        return x + count
+
+    recorded = Recording(counted, HERE, calls=9)
+    assert [recorded(torch.zeros(1)).item() for _ in range(4)] == [1, 2, 2, 2]
+
+
+def test_what_cannot_be_recorded_is_done_as_ever(lists):
+    told = []
+
+    def looked_at(x):
+        return x + 1 if x.sum().item() > 0 else x - 1
+
+    work = Recording(looked_at, HERE, calls=9, on_trouble=told.append)
+    given = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    assert torch.cat([work(number) for number in given.split(1)]).tolist() == [2, -2, 3, -3]
+    assert len(told) == 1 and "operation not permitted" in told[0]
+    assert lists.played == 0
+
+
+def test_a_tuning_that_cannot_be_recorded_says_so(model, pack, face, lists, monkeypatch):
+    def refuse(work):
+        work()
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    recipe, notes = pack.tuning.replace(steps=5), []
+    monkeypatch.setattr(lists, "record", refuse)
+    found = tune(
+        model, pack, face, recipe, on_progress=lambda progress: notes.append(progress.note)
+    )
+    assert [note for note in notes if note] == [
+        "steps cannot be recorded here, and are made one by one: CUDA out of memory."
+    ]
+    monkeypatch.setattr(recording, "recorder_for", lambda device: None)
+    expected = tune(model, pack, face, recipe)
+    assert all(map(torch.equal, weights_of(found), weights_of(expected)))
+
+
+def test_nobody_records_unasked(monkeypatch):
+    monkeypatch.delenv("E4T_CUDA_GRAPHS", raising=False)
+    assert recording.recorder_for(torch.device("cuda")) is None
+    monkeypatch.setenv("E4T_CUDA_GRAPHS", "1")
+    assert isinstance(recording.recorder_for(torch.device("cuda")), recording.CudaGraphs)
+    assert recording.recorder_for(HERE) is None
+    calls = []
+    plain = Recording(lambda x: calls.append(x) or x, HERE, calls=100)
+    given = torch.ones(1)
+    assert plain(given) is given and calls == [given]
