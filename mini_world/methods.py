@@ -9,27 +9,55 @@ concept weighs. A rate is `TuningRecipe.adapters_rate`; choose it on other photo
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import time
 
+import torch
+
+from e4t_cli.base_model import TextToImageModel
 from e4t_cli.concept import Concept
+from e4t_cli.domain import PreparedImage
 from e4t_cli.exporting import fixed_word
+from e4t_cli.exporting.lora import lora_of
 from e4t_cli.generation import Sampling
 from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.recipes import TuningRecipe
+from e4t_cli.tuned_model import TunedModel
 from e4t_cli.tuning import tune
 from mini_world.evaluate import held_out_photos, run_method
 from mini_world.stages import PACKS, load_judge, load_model
 
 SAMPLING = Sampling(steps=20, guidance=3.0)
 EXPORTED = "exact, as exported: one word for all steps"
+LORA = "exact, as a LoRA of rank "
 
 
-def compare(kind: str, photos: int, rates: list[float], ranks: list[int], seed: int) -> None:
-    """Print a row for the encoder alone, for exact tuning, for its export, and for each rate and rank of adapters."""
+def as_exported(model: TextToImageModel, tuned: TunedModel, prepared: PreparedImage, number: int) -> TunedModel:
+    """Return what another program draws from the exported folder."""
+    return tuned.with_fixed_word(fixed_word(model, tuned, prepared, seed=number).embedding)
+
+
+@torch.no_grad()
+def as_lora(model: TextToImageModel, tuned: TunedModel, rank: int) -> TunedModel:
+    """Return what another program makes of the base and the change in so many directions."""
+    weights = lora_of(model.unet, tuned.unet, rank).weights
+    unet = copy.deepcopy(model.unet)
+    for path, layer in unet.named_modules():
+        name = "lora_unet_" + path.replace(".", "_")
+        if f"{name}.alpha" in weights:
+            up, down = (weights[f"{name}.lora_{way}.weight"].half().float() for way in ("up", "down"))
+            layer.weight += (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
+    return dataclasses.replace(tuned, unet=unet)
+
+
+def compare(kind: str, photos: int, rates: list[float], ranks: list[int], loras: list[int], seed: int) -> None:
+    """Print a row for the encoder alone, exact tuning, its exports, and for each rate and rank of adapters."""
     model, judge = load_model(), load_judge()
     pack = PretrainedDomain.load(PACKS / kind / "mini")
     recipe = pack.tuning
     rows: dict[str, TuningRecipe] = {"no tuning": recipe.replace(steps=0), "exact": recipe, EXPORTED: recipe}
+    rows |= {f"{LORA}{rank}": recipe for rank in loras}
     for rank in ranks:
         for rate in rates:
             rows[f"adapters, rank {rank}, rate {rate:g}"] = recipe.replace(
@@ -46,7 +74,10 @@ def compare(kind: str, photos: int, rates: list[float], ranks: list[int], seed: 
             seconds.append(time.perf_counter() - begun)
             sizes.append(sum(value.nbytes for value in Concept.kept(tuned).values()))
             if name == EXPORTED:
-                return tuned.with_fixed_word(fixed_word(model, tuned, prepared, seed=number).embedding)
+                return as_exported(model, tuned, prepared, number)
+            if name.startswith(LORA):
+                word = as_exported(model, tuned, prepared, number)
+                return as_lora(model, word, int(name.removeprefix(LORA)))
             return tuned
 
         scores = run_method(model, judge, kind, shown, method, SAMPLING).summary()
@@ -64,6 +95,7 @@ if __name__ == "__main__":
     parser.add_argument("--photos", type=int, default=16)
     parser.add_argument("--rates", type=float, nargs="+", default=[60.0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8])
+    parser.add_argument("--loras", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--seed", type=int, default=50)
     given = parser.parse_args()
-    compare(given.kind, given.photos, given.rates, given.ranks, given.seed)
+    compare(given.kind, given.photos, given.rates, given.ranks, given.loras, given.seed)

@@ -133,7 +133,7 @@ def readme_commands(section: str, *first: str):
 @needs_weights
 def test_the_readmes_daily_lines_run(checkout, capfd, monkeypatch):
     """The README's own lines, in order, with fewer steps: what one saves, the next one reads."""
-    daily = readme_commands("Daily use", "personalize", "generate", "domains", "info")
+    daily = readme_commands("Daily use", "personalize", "generate", "export", "domains", "info")
     assert daily, "README.md shows no command"
     for words in daily:
         arguments = list(words)

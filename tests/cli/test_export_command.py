@@ -207,3 +207,36 @@ def test_a_single_file_and_its_word(run, world, saved, tmp_path, monkeypatch):
     assert told["path"] == "models/me.safetensors" and told["token"] == "me-word"
     names = {path.name for path in (tmp_path / "models").iterdir()}
     assert names == {"me.safetensors", "me-word.safetensors"}
+
+
+# ── a LoRA ──
+
+
+def test_a_lora_by_the_command(run, world, saved, tmp_path):
+    shutil.copy(saved, tmp_path / "me.e4t")
+    base = ("--base", str(world.base))
+    ended = run("export", "me.e4t", "me.safetensors", "--lora", "4", *base)
+    assert ended.code == 0, ended.err
+    assert ended.lines == ["me.safetensors"]
+    assert "rank 4 holds" in ended.err and "in prompts it is me-word" in ended.err
+    ended = run("export", "me.e4t", "other.safetensors", "--lora", "4", "--json", *base)
+    told = json.loads(ended.out)
+    assert told["type"] == "lora" and 0 < told["kept"] < 1 and told["token"] == "other-word"
+    first, again = load_file("me.safetensors"), load_file("other.safetensors")
+    assert first.keys() == again.keys() and len(first) > 30
+    # Neither what exists, nor a folder, nor a rank that is none.
+    assert run("export", "me.e4t", "me.safetensors", "--lora", "4", *base).code == 2
+    ended = run("export", "me.e4t", "me-lora", "--lora", "4", *base)
+    assert ended.code == 2 and "call it me-lora.safetensors" in ended.err
+    assert run("export", "me.e4t", "new.safetensors", "--lora", "0", *base).code == 2
+    (tmp_path / "new-word.safetensors").write_bytes(b"mine")
+    ended = run("export", "me.e4t", "new.safetensors", "--lora", "4", *base)
+    assert ended.code == 2 and "tune" not in ended.err
+    assert (tmp_path / "new-word.safetensors").read_bytes() == b"mine"
+
+
+def test_the_base_is_still_there_to_be_compared_with(world, saved, tmp_path):
+    """A base that was loaded for this alone is used up by tuning, but not here."""
+    found = api.export(saved, tmp_path / "me.safetensors", lora=4, base=world.base)
+    assert found.kept < 1  # compared with itself, nothing would be missing
+    assert load_file(found.path)

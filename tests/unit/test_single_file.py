@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.errors import ResourceError, UsageError
-from e4t_cli.exporting import single_file, word_path, write_single_file
+from e4t_cli.exporting import pair, single_file, word_path, write_single_file
 from e4t_cli.exporting.single_file import stable_diffusion_names
 from e4t_cli.tuned_model import TunedModel
 
@@ -120,14 +120,14 @@ def test_the_file_and_its_word(small, tmp_path):
 
 
 def test_both_or_none(small, tmp_path, monkeypatch):
-    rename, tuned = single_file.rename_to_free_name, TunedModel.plain(small, "face")
+    rename, tuned = pair.rename_to_free_name, TunedModel.plain(small, "face")
 
     def beaten_to_it(source, target):
-        if source.name == "model":
+        if source.name == "weights":
             raise FileExistsError(f"{target} exists")
         rename(source, target)
 
-    monkeypatch.setattr(single_file, "rename_to_free_name", beaten_to_it)
+    monkeypatch.setattr(pair, "rename_to_free_name", beaten_to_it)
     with pytest.raises(ResourceError, match="exists"):
         write_single_file(small, tuned, torch.ones(12), tmp_path / "me.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """`export`: a concept as a plain Stable Diffusion, for programs that know nothing of this one.
 
-As a folder in diffusers' layout, or, of Stable Diffusion 1.x, as one file with the word beside it.
+As a folder in diffusers' layout, of Stable Diffusion 1.x as one file, or of any as a LoRA; beside a
+file lies the word.
 """
 
 from __future__ import annotations
@@ -29,21 +30,24 @@ class Exported:
 
     Args:
         path: a folder in diffusers' layout, or a single file.
-        token: what prompts call the concept there; with a single file, the name of the word's.
+        token: what prompts call the concept there; beside a file, the name of the word's.
         variation: how much of the word depends on the noise level, which the folder leaves out.
         licence: of the base; "" if its files do not state one.
+        kept: share of what tuning changed that is in it: 1 but for a LoRA.
     """
 
     path: Path
     token: str
     variation: float
     licence: str
+    kept: float = 1.0
 
 
 def export(
     concept: Concept | str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
+    lora: int | None = None,
     placeholder: str | None = None,
     base: str | os.PathLike[str] | TextToImageModel = "auto",
     device: str = "auto",
@@ -63,6 +67,8 @@ def export(
         path: must not exist; it appears whole, or not at all. A folder that
             `StableDiffusionPipeline.from_pretrained` reads, or, if it ends in .safetensors, a
             single file with the word beside it, for programs that read those.
+        lora: write the change of the base alone, as a LoRA of this rank, into such a file. It is
+            small, and loses something: `Exported.kept` says how much of the change it holds.
         placeholder: a folder's token; the concept's own by default.
         base: where the base is; "auto" finds the one the concept was made on by its name.
         dtype: "fp32" writes float32; anything else float16, half as large.
@@ -71,7 +77,7 @@ def export(
 
     Raises:
         UsageError: it exists, the base knows the token as a word of its own, or is not of the
-            kind that a single file can hold.
+            kind that a single file can hold; or a LoRA is to be a folder.
         ResourceError: the disk has no room.
         E4TError: another of its children.
     """
@@ -81,6 +87,8 @@ def export(
         raise UsageError(
             f"{printable(str(target))} exists already", hint="choose a name that is free"
         )
+    if lora is not None and not alone:
+        raise UsageError("a LoRA is one file", hint=f"call it {printable(target.name)}.safetensors")
     if placeholder is not None:
         check_placeholder(placeholder)
     session = Session(device, dtype, on_progress, vram=vram)
@@ -93,27 +101,38 @@ def export(
         from e4t_cli import exporting
 
         # What can be wrong is found out before the tuning.
-        if alone:
+        if lora is not None:
+            exporting.check_rank(lora)
+            exporting.check_pair(target)
+        elif alone:
             exporting.check_single_file(model, target)
         else:
             exporting.check_token(model, token)
-        tuned = opened.tuned(model, pretrained) or session.tune(opened)
-        with session.stage("export"):
+        tuned = opened.tuned(model, pretrained)
+        tuned = tuned or session.tune(opened, keep_base=lora is not None)
+        with session.stage("export", counted=lora is not None):
             import torch
 
             word = exporting.fixed_word(model, tuned, opened.prepared, seed=opened.seed)
-            kind = torch.float32 if dtype == "fp32" else torch.float16
+            kind, kept = torch.float32 if dtype == "fp32" else torch.float16, 1.0
             if alone:
-                exporting.write_single_file(model, tuned, word.embedding, target, dtype=kind)
                 token = exporting.word_path(target).stem
+            if lora is not None:
+                kept = exporting.write_lora(
+                    model, tuned, word.embedding, target,
+                    rank=lora, dtype=kind, on_progress=session.report,
+                )  # fmt: skip
+            elif alone:
+                exporting.write_single_file(model, tuned, word.embedding, target, dtype=kind)
             else:
                 exporting.write_folder(
                     model, tuned, word.embedding, target,
                     token=token, readme=_readme(opened, token, model.base), dtype=kind,
                 )  # fmt: skip
         return Exported(
-            path=target, token=token, variation=word.variation, licence=model.base.licence
-        )
+            path=target, token=token, variation=word.variation, licence=model.base.licence,
+            kept=kept,
+        )  # fmt: skip
 
 
 def _readme(concept: Concept, token: str, base: Base) -> str:

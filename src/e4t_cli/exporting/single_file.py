@@ -1,10 +1,8 @@
 """Stable Diffusion 1.x in one file, under the names of its first implementation.
 
-    model.diffusion_model.…      the U-Net
-    first_stage_model.…          the VAE
-    cond_stage_model.transformer.text_model.…   the text encoder
-
-Programs that read such files keep new words beside them, so the concept's is a second file.
+model.diffusion_model.…      the U-Net
+first_stage_model.…          the VAE
+cond_stage_model.transformer.text_model.…   the text encoder
 """
 
 from __future__ import annotations
@@ -14,15 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from e4t_cli.base_model import TextToImageModel
 from e4t_cli.errors import UsageError
-from e4t_cli.files import rename_to_free_name, sync_tree
 from e4t_cli.tuned_model import TunedModel
 
-from .making import check_free, making
+from .pair import check_pair, write_pair
 
 SHAPE = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -41,11 +37,6 @@ RESIDUAL = {
 ATTENTION = {
     "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
 }  # fmt: skip
-
-
-def word_path(path: Path) -> Path:
-    """Return where the word of a single file is: its name there is what prompts call it."""
-    return path.with_name(f"{path.stem}-word{path.suffix}")
 
 
 def write_single_file(
@@ -70,20 +61,7 @@ def write_single_file(
     """
     check_single_file(model, path)
     weights = dict(stable_diffusion_names(tuned.unet, model.vae, model.text_encoder))
-    needed = sum(value.numel() for value in weights.values()) * dtype.itemsize
-    with making(path, needed) as place:
-        whole = {name: _stored(value, dtype) for name, value in weights.items()}
-        save_file(whole, place / "model", {"format": "pt"})
-        save_file({"emb_params": word.detach().cpu().float()[None]}, place / "word")
-        for name in ("model", "word"):
-            (place / name).chmod(place.stat().st_mode & 0o666)  # it writes for the owner alone
-        sync_tree(place)
-        rename_to_free_name(place / "word", word_path(path))
-        try:
-            rename_to_free_name(place / "model", path)
-        except BaseException:
-            word_path(path).unlink()  # alone it is nothing
-            raise
+    write_pair(path, weights, word, dtype=dtype)
 
 
 def check_single_file(model: TextToImageModel, path: Path) -> None:
@@ -92,8 +70,7 @@ def check_single_file(model: TextToImageModel, path: Path) -> None:
     Raises:
         UsageError: a file exists, or the base is no Stable Diffusion 1.x.
     """
-    check_free(path)
-    check_free(word_path(path))
+    check_pair(path)
     config = model.unet.config
     for name, expected in SHAPE.items():
         found = config[name]
@@ -193,8 +170,3 @@ def _vae_names(blocks: int) -> Names:
             (rf"decoder\.up_blocks\.{block}\.upsamplers\.0\.", f"{up}.upsample."),
         ]
     return names
-
-
-def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    kind = dtype if value.is_floating_point() else value.dtype
-    return value.detach().to("cpu", kind).contiguous()

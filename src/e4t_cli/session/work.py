@@ -129,10 +129,12 @@ class Session(Listened):
                 if dropped:
                     self.note("load", f"the prompt is too long; left out: {printable(dropped)!r}")
 
-    def tune(self, concept: Concept) -> TunedModel:
+    def tune(self, concept: Concept, *, keep_base: bool = False) -> TunedModel:
         """Tune on the concept's picture, as its recipe and seed say, in the memory there is.
 
-        A model that was loaded for this request is used up: its U-Net becomes the tuned one.
+        Args:
+            keep_base: leave the base's U-Net as it is. A model that was loaded for this request
+                is used up otherwise: its U-Net becomes the tuned one, which saves a copy.
         """
         from e4t_cli.memory import plan_tuning
         from e4t_cli.nn.precision import half_format
@@ -140,6 +142,7 @@ class Session(Listened):
         from e4t_cli.tuning.optimizers import has_eight_bit
 
         model, device = self.model, self.model.device
+        consume = self._own and not keep_base
         if self._own:
             model.release_tower()  # the picture has been looked at
         plan = plan_tuning(
@@ -147,7 +150,7 @@ class Session(Listened):
             self.pretrained,
             concept.recipe,
             vram=self._vram,
-            consume=self._own,
+            consume=consume,
             half=half_format(device, scaled=True),
             eight_bit=has_eight_bit(device),
         )
@@ -165,7 +168,7 @@ class Session(Listened):
                 seed=concept.seed,
                 image_features=concept.image_features,
                 plan=plan,
-                consume=self._own,
+                consume=consume,
                 on_progress=self.report,
             )
 

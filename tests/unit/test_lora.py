@@ -1,0 +1,174 @@
+"""A LoRA of what tuning changed: as close as its rank allows, and read by diffusers."""
+
+import copy
+import json
+import struct
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import lora_conversion_utils as theirs
+from safetensors.torch import load_file
+from torch import nn
+
+from e4t_cli.errors import UsageError
+from e4t_cli.exporting import fixed_word, lora, word_path, write_folder, write_lora
+from e4t_cli.exporting.lora import lora_of
+from e4t_cli.generation import Sampling, generate_latents
+from e4t_cli.prompts import parse_prompt
+from e4t_cli.tuned_model import TunedModel
+from e4t_cli.tuning import tune
+
+WHOLE = 1024
+"""More directions than any layer of the tiny base has."""
+
+
+@pytest.fixture
+def tuned(model, pack, face):
+    recipe = pack.tuning.replace(steps=2, base_learning_rate=1e-3)
+    return tune(model, pack, face, recipe, autocast=False)
+
+
+def added(base, weights):
+    """The base with the change that is in a file."""
+    unet = copy.deepcopy(base)
+    for path, layer in unet.named_modules():
+        name = "lora_unet_" + path.replace(".", "_")
+        if f"{name}.alpha" in weights:
+            up, down = (weights[f"{name}.lora_{way}.weight"] for way in ("up", "down"))
+            scale = weights[f"{name}.alpha"].item() / len(down)
+            with torch.no_grad():
+                layer.weight += scale * (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
+    return unet
+
+
+def matrices(unet):
+    return {
+        path: layer.weight
+        for path, layer in unet.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+
+
+def test_with_every_direction_it_is_the_tuned_unet(model, tuned):
+    found = lora_of(model.unet, tuned.unet, WHOLE)
+    assert found.kept == pytest.approx(1, abs=1e-6)
+    unet = added(model.unet, found.weights)
+    for path, weight in matrices(tuned.unet).items():
+        torch.testing.assert_close(unet.get_submodule(path).weight, weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_with_few_it_is_as_close_as_they_can_be(model, tuned, rank):
+    """The theorem of Eckart and Young: what is missing is the other singular values."""
+    found = lora_of(model.unet, tuned.unet, rank)
+    whole = missing = 0.0
+    for path, weight in matrices(tuned.unet).items():
+        change = (weight - model.unet.get_submodule(path).weight).flatten(1)
+        sizes = torch.linalg.svdvals(change).square()
+        whole, missing = whole + sizes.sum().item(), missing + sizes[rank:].sum().item()
+    assert 0.1 < found.kept < 0.99
+    assert found.kept == pytest.approx(1 - missing / whole, abs=2e-3)
+    assert lora_of(model.unet, tuned.unet, rank).kept == found.kept  # the same each time
+
+
+def test_every_layer_has_the_same_rank(model, tuned):
+    """Of files with several, diffusers scales attention layers wrongly."""
+    weights = lora_of(model.unet, tuned.unet, 20).weights  # the first convolution has 4 × 9
+    assert {value.item() for name, value in weights.items() if name.endswith("alpha")} == {20}
+    assert {value.shape[1] for name, value in weights.items() if "lora_up" in name} == {20}
+    assert {len(value) for name, value in weights.items() if "lora_down" in name} == {20}
+
+
+def test_it_leaves_randomness_alone(model, tuned):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    lora_of(model.unet, tuned.unet, 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_did_not_change_is_not_in_it(model):
+    layer = copy.deepcopy(model.unet)
+    path = next(iter(matrices(layer)))
+    with torch.no_grad():
+        layer.get_submodule(path).weight += 1
+    names = {name.partition(".")[0] for name in lora_of(model.unet, layer, 4).weights}
+    assert names == {"lora_unet_" + path.replace(".", "_")}
+    assert lora_of(model.unet, model.unet, 4).weights == {}
+
+
+def test_diffusers_knows_every_layer_of_stable_diffusion_by_its_name():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768
+        )
+    layers, written = matrices(unet), {}
+    for path, weight in layers.items():
+        name = "lora_unet_" + path.replace(".", "_")
+        written[f"{name}.lora_up.weight"] = torch.zeros(weight.shape[0], 1)
+        written[f"{name}.lora_down.weight"] = torch.zeros(1, *weight.shape[1:])
+        written[f"{name}.alpha"] = torch.tensor(1.0)
+    converted, alphas = theirs._convert_non_diffusers_lora_to_diffusers(written)
+    tidy = {
+        name.removeprefix("unet.").replace(".processor.", ".").replace("_lora.", ".lora.")
+        .partition(".lora.")[0].replace("to_out", "to_out.0").replace("to_out.0.0", "to_out.0")
+        for name in converted
+    }  # fmt: skip
+    assert tidy == set(layers) and len(alphas) == len(layers)
+
+
+def test_diffusers_draws_with_it_what_it_draws_from_the_folder(model, tuned, face, tmp_path):
+    """Base and LoRA and word, each from its file, against the whole tuned model."""
+    from diffusers import StableDiffusionPipeline
+
+    word = fixed_word(model, tuned, face).embedding
+    path = tmp_path / "me.safetensors"
+    kept = write_lora(model, tuned, word, path, rank=WHOLE, dtype=torch.float32)
+    assert kept == pytest.approx(1, abs=1e-6)
+    plain = TunedModel.plain(model, "face")
+    write_folder(
+        model, plain, plain.e_domain, tmp_path / "base", token="<other>", readme="",
+        dtype=torch.float32,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(path)
+    pipeline.load_textual_inversion(word_path(path), token="S*")
+    noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    drawn = pipeline(
+        "S* on the beach", latents=noise, num_inference_steps=4, guidance_scale=3.0,
+        output_type="latent",
+    ).images  # fmt: skip
+    prompt, few = [parse_prompt("S* on the beach")], Sampling(steps=4, guidance=3.0)
+    biases = copy.deepcopy(tuned.unet)  # which no LoRA holds
+    biases.load_state_dict(
+        {
+            name: value if value.dim() > 1 else model.unet.state_dict()[name]
+            for name, value in tuned.unet.state_dict().items()
+        }
+    )
+    without = TunedModel(**{**vars(tuned.with_fixed_word(word)), "unet": biases})
+    own = generate_latents(model, without, prompt, [1], few)
+    torch.testing.assert_close(drawn, own, rtol=1e-3, atol=1e-3)
+    base = generate_latents(model, plain, prompt, [1], few)
+    assert (own - base).abs().max() > 1e-2
+
+
+def test_what_the_file_says_of_itself(model, tuned, tmp_path):
+    path = tmp_path / "me.safetensors"
+    write_lora(model, tuned, tuned.e_domain, path, rank=2)
+    assert {value.dtype for value in load_file(path).values()} == {torch.float16}
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        about = json.loads(file.read(length))["__metadata__"]
+    assert about["ss_network_dim"] == "2" and about["ss_v2"] == "False"
+    assert about["ss_network_module"] == "networks.lora"
+    assert load_file(word_path(path))["emb_params"].shape == (1, len(tuned.e_domain))
+
+
+@pytest.mark.parametrize("rank", [0, -1, lora.LARGEST_RANK + 1])
+def test_a_rank_that_means_nothing(model, tuned, tmp_path, rank):
+    with pytest.raises(UsageError, match="rank"):
+        write_lora(model, tuned, tuned.e_domain, tmp_path / "me.safetensors", rank=rank)
+    assert list(tmp_path.iterdir()) == []
