@@ -38,7 +38,7 @@ FLOORS = [
     {"base_model", "encoders"},  # the world outside
     {"pretrained"},
     {"e4t_diffusion"},  # checkpoints of another program
-    {"tuned_model"},
+    {"tuned_model", "concept_file"},
     {"concept"},
     {"training_loss", "memory"},
     {"tuning", "pretraining"},  # the work

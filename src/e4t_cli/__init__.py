@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .prompts import SUBJECT_TEMPLATES
     from .recipes import PretrainingRecipe, TuningRecipe
     from .registry.finding import find_domain, installed_domains
-    from .results import GeneratedImage, Personalization
+    from .results.pictures import GeneratedImage, Personalization
     from .segmenters import load_segmenter, mask_by_words
 
 _HOME = {
@@ -46,11 +46,11 @@ _HOME = {
     "Domain": "domain",
     "E4TError": "errors",
     "Frame": "framing",
-    "GeneratedImage": "results",
+    "GeneratedImage": "results.pictures",
     "InputError": "errors",
     "IntegrityError": "errors",
     "PartialResult": "errors",
-    "Personalization": "results",
+    "Personalization": "results.pictures",
     "PreparationTarget": "domain",
     "PreparedImage": "domain",
     "PretrainedDomain": "pretrained",

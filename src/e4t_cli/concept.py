@@ -1,38 +1,28 @@
-"""A concept: one personalized subject, in one file.
+"""A concept: one personalized subject.
 
-`me.e4t` is a safetensors file: the prepared picture and its mask, the picture's image features
-(so that no image tower is needed again), and in its header a JSON card: domain, base, recipe,
-seed, hashes. That is enough to tune it again, to the same bits, in seconds. On wish it also holds
-the tuned weights, which saves those seconds.
+The prepared picture, what the encoder sees of it, and the recipe and seed: enough to tune it again,
+to the same bits, in seconds. On wish it also holds the tuned weights, which saves those seconds.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-import numpy
 import torch
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .base_model import TextToImageModel
+from .concept_file import read_concept, write_concept
 from .domain import PreparedImage
-from .errors import IntegrityError, UsageError, printable
-from .files import write_atomically
-from .names import check_name
+from .errors import IntegrityError
 from .nn.branching import merge_adapters
 from .pretrained import PretrainedDomain
 from .recipes import TuningRecipe
 from .tuned_model import TunedModel
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,22 +148,7 @@ class Concept:
         Raises:
             FileExistsError: it exists and may not be overwritten.
         """
-        tensors = {
-            "image": torch.from_numpy(numpy.array(self.prepared.image)),
-            "image_features": _smallest(self.image_features.float().cpu()),
-        }
-        if self.prepared.mask is not None:
-            tensors["mask"] = torch.from_numpy(numpy.array(self.prepared.mask))
-        tensors |= {f"weights.{key}": value for key, value in self.weights.items()}
-        card = {
-            "schema": SCHEMA,
-            **{name: getattr(self, name) for name in _PLAIN},
-            **({"package": self.package} if self.package else {}),
-            **({"photo": self.photo} if self.photo else {}),
-            "recipe": self.recipe.as_dict(),
-        }
-        data = save({k: v.contiguous() for k, v in tensors.items()}, {"e4t": json.dumps(card)})
-        write_atomically(path, data, overwrite=overwrite)
+        write_concept(vars(self), path, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -183,54 +158,4 @@ class Concept:
             UsageError: there is no such file.
             IntegrityError: it is not a concept, or damaged.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UsageError(
-                f"there is no concept {printable(str(path))}",
-                hint="make one: e4t personalize … --save",
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                card = json.loads((file.metadata() or {})["e4t"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if card.pop("schema", None) != SCHEMA:
-                raise ValueError("its schema is unknown; a newer e4t may read it")
-            recipe = TuningRecipe.from_dict(card.pop("recipe"))
-            if set(card) - {"package", "photo"} != set(_PLAIN):
-                raise ValueError("its card has other entries than a concept's")
-            check_name(card["domain"])
-            for key in card:
-                if not isinstance(card[key], int if key == "seed" else str):
-                    raise ValueError(f"its {key} is of the wrong kind")
-            for key, value in tensors.items():
-                if value.is_floating_point() and not value.isfinite().all():
-                    raise ValueError(f"{key} has numbers that are not finite")
-            mask = tensors.pop("mask", None)
-            prepared = PreparedImage(
-                image=Image.fromarray(tensors.pop("image").numpy()),
-                mask=None if mask is None else Image.fromarray(mask.numpy()),
-            )
-            features = tensors.pop("image_features").float()
-            prefix = "weights."
-            if features.dim() != 2 or any(not key.startswith(prefix) for key in tensors):
-                raise ValueError("it holds other tensors than a concept")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise IntegrityError(
-                f"{printable(str(path))} is not a usable concept: {printable(str(error))}"
-            ) from error
-        weights = {key[len(prefix) :]: value for key, value in tensors.items()}
-        return cls(
-            prepared=prepared, image_features=features, recipe=recipe, weights=weights, **card
-        )
-
-
-def _smallest(values: Tensor) -> Tensor:
-    """Return them in half precision if that loses nothing."""
-    half = values.half()
-    return half if torch.equal(half.float(), values) else values
-
-
-_PLAIN = (
-    "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed",
-    "image_sha256", "placeholder",
-)  # fmt: skip
+        return cls(**read_concept(path))

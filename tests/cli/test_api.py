@@ -148,7 +148,7 @@ def test_small_pictures_are_scaled_by_a_whole_number():
 def test_captions_stay_in_their_cell():
     from PIL import ImageFont
 
-    from e4t_cli.results import CAPTION_LINES, CAPTION_SIZE, _wrapped
+    from e4t_cli.results.sheets import CAPTION_LINES, CAPTION_SIZE, _wrapped
 
     font = ImageFont.load_default(CAPTION_SIZE)
     for text in ("S* " + "in a very long prompt " * 20, "W" * 300, "S* \x1b[31m", ""):

@@ -279,7 +279,7 @@ def test_a_folder_that_may_not_be_written_to(run, tmp_path, monkeypatch):
     from PIL import Image
 
     Image.new("RGB", (64, 64)).save(tmp_path / "p.png")
-    monkeypatch.setattr("e4t_cli.results.os.access", lambda path, mode: False)
+    monkeypatch.setattr("e4t_cli.results.new_files.os.access", lambda path, mode: False)
     ended = run("personalize", "face", "p.png", "S* x", "-o", "closed")
     assert ended.code == 2
     assert "cannot be written to" in ended.err

@@ -270,7 +270,11 @@ def test_every_cause_has_its_code(run, world, monkeypatch, error, code, words):
     def fail(*arguments, **options):
         raise cause
 
-    place = "results.write_atomically" if code == 6 and "space" in words + error else "tuning.tune"
+    place = (
+        "results.new_files.write_atomically"
+        if code == 6 and "space" in words + error
+        else "tuning.tune"
+    )
     monkeypatch.setattr(f"e4t_cli.{place}", fail)
     ended = run(*world.personalize())
     assert ended.code == code, ended.err

@@ -56,7 +56,7 @@ def check_rank(rank: int) -> None:
     if not 1 <= rank <= LARGEST_RANK:
         raise UsageError(
             f"the rank of a LoRA must be 1 to {LARGEST_RANK}, not {rank}",
-            hint="64 keeps most of a face",
+            hint="for example --lora 64",
         )
 
 
