@@ -10,10 +10,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from e4t_cli import memory
 from e4t_cli.devices import GB, budget_of, choose_device, choose_dtype, free_ram
 from e4t_cli.errors import ResourceError, UsageError
-from e4t_cli.memory import Plan, Work, plan_tuning, predicted_peak
+from e4t_cli.memory import HOST_BYTES, Plan, Work, peaks, plan_tuning, planning, predicted_peak
 from e4t_cli.nn.branching import attention_layers
 from e4t_cli.nn.unet_features import decoder_half, encoder_half, stem
 from e4t_cli.tuning import optimizers, tune
@@ -89,9 +88,9 @@ def test_the_arithmetic_is_what_autograd_keeps(name, method, checkpointing, monk
     if checkpointing:
         unet.enable_gradient_checkpointing()
     work = Work.of(unet, unet.config.sample_size)
-    coefficients = memory.EXACT if exact else memory.ADAPTED
+    coefficients = peaks.EXACT if exact else peaks.ADAPTED
     if checkpointing:
-        coefficients = memory.CHECKPOINTED
+        coefficients = peaks.CHECKPOINTED
     passes = [work.whole, *([work.down] if exact else [])]
     predicted = sum(c * w for one in passes for c, w in zip(coefficients, one, strict=True))
     found = kept_numbers(unet, exact=exact)
@@ -155,7 +154,7 @@ def test_an_optimiser_goes_only_where_there_is_room(stable_diffusion, pack):
         for part in (model("cuda", torch.float16).unet, domain.encoder)
         for one in part.parameters()
     ]
-    assert 13 * GB < memory.HOST_BYTES * sum(numbers) < 15 * GB
+    assert 13 * GB < HOST_BYTES * sum(numbers) < 15 * GB
     roomy, tight, eight = plan("cuda", 32), plan("cuda", 12), plan("cuda", 12, eight_bit=True)
     assert roomy.optimizer == "host" and roomy.peak <= roomy.budget
     assert tight.optimizer == "fused" and tight.peak > tight.budget  # said before it starts
@@ -183,7 +182,7 @@ def test_plans_are_ordered_from_fast_to_small(stable_diffusion, pack):
     recipe = pack.tuning.replace(batch_size=16)
     on_card = model("cuda", torch.bfloat16)
     work = Work.of(on_card.unet, 64)
-    plans = list(memory._ladder(recipe, on_card.device, eight_bit=True))
+    plans = list(planning._ladder(recipe, on_card.device, eight_bit=True))
     assert {plan.optimizer for plan in plans} == {"fused", "8bit", "host"}
     peaks = [
         predicted_peak(on_card, domain, recipe, plan, work, half=torch.bfloat16) for plan in plans
