@@ -36,6 +36,7 @@ FLOORS = [
     {"recording"},  # and what makes it fast on a card
     {"pack_files"},
     {"base_model", "encoders"},  # the world outside
+    {"pack_folder"},
     {"pretrained"},
     {"e4t_diffusion"},  # checkpoints of another program
     {"tuned_model", "concept_file"},

@@ -1,45 +1,29 @@
-"""A domain pre-trained for one base: encoder, offsets, and a card that says what they are.
-
-A pack is a folder of a few files, no code and no pickles:
-
-    domain.toml            name, descriptor, base and its fingerprint, recipes, sha256 of the rest
-    encoder.safetensors    the word-embedding encoder
-    offsets.safetensors    the two factors of each ΔW
-    tower.safetensors      the encoder's own image tower, if it has one (encoders.py)
+"""A domain pre-trained for one base: encoder, offsets, and what is known about them.
 
 The recipes of a pack are those that work on *this* domain and *this* base; a `Domain` value holds
-the paper's. Loading is strict: every tensor, its shape, its hash, and that it is finite.
+the paper's. How it lies in a folder is `pack_folder`'s.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from .architecture import config_hash, describe_tower
 from .base_model import TextToImageModel
-from .encoders import PackEncoder, PackTower, describe_encoder, empty_encoder, widths_read
-from .errors import IntegrityError, WeightsUnavailable, printable
-from .files import sha256_of, write_atomically
-from .manifest import SCHEMA, read_manifest, toml_text
-from .nn.patch_encoder import PatchEncoder
+from .encoders import PackEncoder, PackTower, widths_read
+from .errors import IntegrityError
 from .nn.unet_features import feature_widths
 from .nn.weight_offsets import Factors, projection_shapes
 from .nn.word_embedding_encoder import FixedEmbedding
-from .pack_files import check_file, pair_factors, read_tensors
+from .pack_folder import read_pack, write_pack
 from .recipes import PretrainingRecipe, TuningRecipe
 
-CARD = "domain.toml"
-_ENCODER, _OFFSETS = "encoder.safetensors", "offsets.safetensors"
-_TOWER = "tower.safetensors"
 FEW_IMAGES = 100
 """Below it, a domain's card warns of over-fitting."""
 
@@ -151,49 +135,7 @@ class PretrainedDomain:
             offsets_dtype: of the offsets, if theirs is another.
         """
         assert not isinstance(self.encoder, FixedEmbedding)
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        contents = {
-            _ENCODER: self.encoder.state_dict(),
-            _OFFSETS: {
-                f"{path}.{side}": factor
-                for path, factors in self.offsets.items()
-                for side, factor in zip(("left", "right"), factors, strict=True)
-            },
-        }
-        hashes, sizes = {}, {}
-        for name, tensors in contents.items():
-            kind = offsets_dtype or dtype if name == _OFFSETS else dtype
-            data = save({key: value.to("cpu", kind).contiguous() for key, value in tensors.items()})
-            hashes[name], sizes[name] = hashlib.sha256(data).hexdigest(), len(data)
-            write_atomically(folder / name, data)
-        if self.tower is not None:
-            source, copy = self.tower.path, folder / _TOWER
-            if not copy.exists() or not copy.samefile(source):
-                with source.open("rb") as file:
-                    write_atomically(copy, lambda target: shutil.copyfileobj(file, target))
-            hashes[_TOWER], sizes[_TOWER] = sha256_of(copy), copy.stat().st_size
-        card = {
-            "schema": SCHEMA,
-            "name": self.name,
-            "descriptor": self.descriptor,
-            "base": self.base_name,
-            "base_fingerprint": self.base_fingerprint,
-            "base_revision": self.base_revision,
-            "base_config_hash": self.base_config_hash,
-            "image_tower": self.image_tower,
-            "licence": self.licence,
-            "images": self.images,
-            "limits": self.limits,
-            "notes": self.notes,
-            "templates": list(self.templates),
-            "encoder": describe_encoder(self.encoder),
-            "tuning": self.tuning.as_dict(),
-            "pretraining": self.pretraining.as_dict(),
-            "files": hashes,
-            "sizes": sizes,
-        }
-        write_atomically(folder / CARD, toml_text(card).encode())
+        write_pack(vars(self), folder, dtype=dtype, offsets_dtype=offsets_dtype)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -203,48 +145,7 @@ class PretrainedDomain:
             WeightsUnavailable: there is no pack in the folder.
             IntegrityError: anything about it is not as its card says.
         """
-        folder = Path(folder)
-        shown = printable(str(folder))
-        if not (folder / CARD).is_file():
-            raise WeightsUnavailable(f"there is no pack in {shown}: it has no {CARD}")
-        card = read_manifest(folder / CARD)
-        try:
-            encoder = empty_encoder(card.encoder)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise IntegrityError(f"the encoder's sizes in {shown} are wrong: {error}") from error
-        tower = None
-        if isinstance(encoder, PatchEncoder):
-            digest = card.files.get(_TOWER, "")
-            tower = PackTower(path=folder / _TOWER, config=encoder.config, sha256=digest)
-        needed = {_ENCODER, _OFFSETS} | ({_TOWER} if tower else set())
-        if set(card.files) != needed:
-            raise IntegrityError(f"the pack in {shown} must list {', '.join(sorted(needed))}")
-        if tower is not None and not tower.path.is_file():  # its content is checked by who looks
-            raise WeightsUnavailable(f"the pack in {shown} lacks {_TOWER}")
-        for name in (_ENCODER, _OFFSETS):
-            check_file(folder, name, card.files[name])
-        expected = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
-        encoder.load_state_dict(read_tensors(folder / _ENCODER, expected), assign=True)
-        return cls(
-            name=card.name,
-            descriptor=card.descriptor,
-            base_name=card.base,
-            base_fingerprint=card.base_fingerprint,
-            encoder=encoder.requires_grad_(True),
-            offsets=pair_factors(read_tensors(folder / _OFFSETS), f"{_OFFSETS} in {shown}"),
-            tuning=card.tuning,
-            pretraining=card.pretraining,
-            templates=tuple(card.templates),
-            tower=tower,
-            images=card.images,
-            licence=card.licence,
-            notes=card.notes,
-            limits=card.limits,
-            base_revision=card.base_revision,
-            base_config_hash=card.base_config_hash,
-            image_tower=card.image_tower,
-            digest=sha256_of(folder / CARD),
-        )
+        return cls(**read_pack(folder))
 
 
 def facts_about(model: TextToImageModel) -> dict[str, str]:

@@ -12,7 +12,9 @@ from e4t_cli.concept import Concept
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
 from e4t_cli.files import sha256_of
 from e4t_cli.generation import Sampling, sample
-from e4t_cli.pretrained import PretrainedDomain, read_tensors, toml_text
+from e4t_cli.manifest import toml_text
+from e4t_cli.pack_files import read_tensors
+from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.tuning import tune
 
