@@ -92,7 +92,7 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
         pack = dataclasses.replace(pack, encoder=encoder)
     with NoFloat64():
         run = Tuning(elsewhere, pack, face, recipe, 0, seen, plan=Plan(micro_batch=2))
-        run.mask = torch.ones(1, 8, 8, device=THERE)
+        run.samples.mask = torch.ones(1, 8, 8, device=THERE)
         losses = run.gradients(0)
         norm = run.optimizer.step(recipe.gradient_clip)
     assert losses.device == norm.device == THERE
@@ -103,12 +103,12 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
 def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack, face, method):
     recipe = pack.tuning.replace(method=method, mask=False)
     run = Tuning(elsewhere, pack, face, recipe, 0, plan=Plan(micro_batch=3))
-    samples = run._samples(0)
+    samples = run.samples.of(0)
     run.accumulate(*samples)  # the warm-up: tables go to the device
     with NothingOfTheHosts():
         run.accumulate(*samples)
     with NothingOfTheHosts(), pytest.raises(AssertionError, match="goes to cpu"):
-        run._samples(1)
+        run.samples.of(1)
 
 
 @pytest.mark.parametrize("negative", ["", "a hat"])

@@ -109,10 +109,11 @@ def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack
     model.text_encoder.double()
     model.__dict__.pop("empty_text", None)
     try:
-        run.posterior = dataclasses.replace(
-            run.posterior, mean=run.posterior.mean.double(), logvar=run.posterior.logvar.double()
+        seen = run.samples
+        seen.posterior = dataclasses.replace(
+            seen.posterior, mean=seen.posterior.mean.double(), logvar=seen.posterior.logvar.double()
         )
-        run.image_features, run.mask = run.image_features.double(), run.mask.double()
+        seen.image_features, seen.mask = seen.image_features.double(), seen.mask.double()
         run.e_domain = run.e_domain.double()
         weight = run.unet.down_blocks[1].resnets[0].conv1.weight
         source = torch.Generator().manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,20 +13,18 @@ from e4t_cli.devices import free_memory, trim_heap
 from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError
 from e4t_cli.memory import HOST_BYTES, Plan, host_has_room
-from e4t_cli.nn.losses import SMALLEST_MASK, latent_mask
 from e4t_cli.nn.precision import chosen_format, half_precision
 from e4t_cli.pretrained import PretrainedDomain
-from e4t_cli.prompts import training_prompts
-from e4t_cli.randomness import draw
 from e4t_cli.recipes import TuningRecipe
 from e4t_cli.recording import Recording
-from e4t_cli.training_loss import TrainingBatch, evaluated_once, training_loss
+from e4t_cli.training_loss import evaluated_once, training_loss
 from e4t_cli.tuned_model import TunedModel
 
 from .adamw import FusedAdamW, HostAdamW
 from .loss_scale import LossScale
 from .optimizers import make_optimizer
 from .parts import METHODS
+from .samples import Samples
 
 
 class Tuning:
@@ -51,17 +48,10 @@ class Tuning:
         self.plan = plan or Plan(micro_batch=recipe.batch_size)
         rates = (recipe.encoder_rate, recipe.offsets_rate, recipe.unet_rate)
         self.steps = recipe.steps if max(rates) > 0 else 0
-        self.note = ""
-        device = model.device
-        self.immediate = device.type == "cpu"
+        self.immediate = model.device.type == "cpu"
         # What looks at the picture comes first: it may leave before the weights in training come.
-        pixels = model.pixels([prepared.image])
-        self.posterior = model.posterior(pixels)
-        if image_features is None:
-            self.image_features = pretrained.image_features(model, pixels)
-        else:
-            self.image_features = image_features[None].to(device).float()
-        self.mask = self._mask(prepared)
+        self.samples = Samples(model, pretrained, prepared, recipe, seed, image_features)
+        self.note = self.samples.note
         if self.plan.park:
             model.vae.to("cpu")
         self.parts = METHODS[recipe.method](model, pretrained, recipe, seed, consume=consume)
@@ -79,18 +69,7 @@ class Tuning:
         self.scale = pretrained.embedding_scale
         self.descriptor_id = model.descriptor_id(pretrained.descriptor)
         self.e_domain = model.word_embedding(self.descriptor_id)
-        self.tokens = model.tokenize(
-            training_prompts(tuple(pretrained.templates)), self.descriptor_id
-        )
         self.accumulate = self._recording()
-
-    def _mask(self, prepared: PreparedImage) -> Tensor | None:
-        if not self.recipe.mask or prepared.mask is None:
-            return None
-        whole = self.model.masks([prepared.mask])
-        if float(whole.mean()) < SMALLEST_MASK:
-            self.note = "the mask is empty: tuning on the whole picture"
-        return latent_mask(whole, self.model.latent_shape[1:])
 
     def gradients(self, step: int) -> Tensor:
         """Accumulate the gradient of one step; returns the means of eq. 4 and eq. 2, (2,).
@@ -98,7 +77,7 @@ class Tuning:
         Raises:
             DivergedError: float16 is too small for this base, and it is kept in nothing else.
         """
-        samples = self._samples(step)
+        samples = self.samples.of(step)
         losses = self.accumulate(*samples)
         while not self.loss_scale.divide_out(self.optimizer.gradients):
             if self.loss_scale.exhausted or not losses.isfinite().all():
@@ -134,7 +113,8 @@ class Tuning:
         total = torch.zeros(2, device=self.model.device)
         size = self.plan.micro_batch
         for first in range(0, self.recipe.batch_size, size):
-            batch = self._batch([one[first : first + size] for one in samples])
+            some = [one[first : first + size] for one in samples]
+            batch = self.samples.batch(some, self.encoder)
             kept, half = not self.unet.is_gradient_checkpointing, self.half
             with (
                 evaluated_once(self.unet),
@@ -201,33 +181,6 @@ class Tuning:
         """Return the weights whose precision on the device is that of the products anyway."""
         return self.parts.rounded if self.half == torch.bfloat16 else []
 
-    def _samples(self, step: int) -> tuple[Tensor, ...]:
-        """Return what is different in each step, on the device and always in the same shapes."""
-        size = self.recipe.batch_size
-        draws = draw(
-            self.seed,
-            step,
-            range(size),
-            batch_size=size,
-            train_timesteps=self.model.train_timesteps,
-            shape=self.model.latent_shape,
-        ).to(self.model.device)
-        sentences = draws.sentences(len(self.tokens.ids))
-        return draws.posterior, draws.epsilon, draws.timesteps, sentences
-
-    def _batch(self, samples: Sequence[Tensor]) -> TrainingBatch:
-        posterior, epsilon, timesteps, sentences = samples
-        count = len(timesteps)
-        return TrainingBatch(
-            # Paper silent: one encode of the picture, a sample of its posterior for each element.
-            z_0=self.posterior.sample(posterior),
-            timesteps=timesteps,
-            epsilon=epsilon,
-            folded=self.encoder.fold(self.image_features).expand(count, -1),
-            tokens=self.tokens[sentences],
-            mask=None if self.mask is None else self.mask.expand(count, -1, -1),
-        )
-
     @torch.no_grad()
     def finish(self) -> TunedModel:
         """Merge in float32, and let go of everything that was for training."""
@@ -243,7 +196,7 @@ class Tuning:
         return TunedModel(
             unet=unet.requires_grad_(False),
             encoder=encoder.requires_grad_(False).settled(),
-            folded=encoder.fold(self.image_features),
+            folded=encoder.fold(self.samples.image_features),
             e_domain=self.e_domain,
             descriptor_id=self.descriptor_id,
             scale=self.scale,
