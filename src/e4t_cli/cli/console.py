@@ -19,20 +19,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from e4t_cli.cli.display import (
-    PlainLines,
     is_terminal,
     live_display,
     plain_text,
     rich_console,
     stderr_is_terminal,
 )
+from e4t_cli.cli.showing import Lines, Rows
 from e4t_cli.errors import E4TError, printable
 from e4t_cli.progress import Progress
 from e4t_cli.stopping import StopRequest
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
 
 
 class Console:
@@ -133,64 +132,35 @@ class Console:
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None]]:
         """The callback to hand to the library; the display lives as long as the context."""
-        silent = self.quiet or (self.json and not stderr_is_terminal())
-        if silent:
-            yield self._show_note
+        if self.quiet or (self.json and not stderr_is_terminal()):
+            yield self._shown(None)
         elif stderr_is_terminal():
             with live_display() as display:
                 self._live = display
-                stages: dict[str, TaskID] = {}
                 try:
-                    yield lambda event: self._show_live(display, stages, event)
+                    yield self._shown(Rows(display, parts=bool(self.verbose)))
                 finally:
                     self._live = None
         else:
-            lines = PlainLines()
-            yield lambda event: self._show_plain(lines, event)
+            yield self._shown(Lines(self._write_stderr, parts=bool(self.verbose)))
 
     # ── how ──
 
-    def _show_live(self, display: RichProgress, stages: dict[str, TaskID], event: Progress) -> None:
-        if self._is_only_a_note(event):
-            return
-        if event.stage not in stages:
-            stages[event.stage] = display.add_task(printable(event.stage), values="")
-        scale = 1e-6 if event.unit == "bytes" else 1
-        display.update(
-            stages[event.stage],
-            completed=int(event.done * scale),
-            total=int(event.total * scale) or None,
-            values=self._values(event),
-        )
+    def _shown(self, view: Rows | Lines | None) -> Callable[[Progress], None]:
+        """Return the callback: sentences are said here, numbers shown in the view, if any."""
 
-    def _show_plain(self, lines: PlainLines, event: Progress) -> None:
-        if not self._is_only_a_note(event) and lines.due(event):
-            counted = f" {event.done}/{event.total}" if event.total > 1 else ""
-            if event.unit == "bytes":
-                counted = f" {event.done / 1e6:.1f}/{event.total / 1e6:.1f} MB"
-            self._write_stderr(printable(f"{event.stage}{counted} {self._values(event)}".rstrip()))
+        def show(event: Progress) -> None:
+            if event.note:
+                self.warning(event.note)
+            if event.remark:
+                self.note(event.remark)
+            if event.detail:
+                self.detail(event.detail)
+            sentences = event.note or event.remark or event.detail
+            if view is not None and (event.total or not sentences):
+                view.show(event)
 
-    def _values(self, event: Progress) -> str:
-        shown = event.values
-        if "loss" in shown and not self.verbose:
-            # Its parts are for those who ask; smoothed where it jumps from step to step.
-            speed = {"it/s": shown["it/s"]} if "it/s" in shown else {}
-            shown = {"loss": shown.get("smoothed", shown["loss"]), **speed}
-        unit = "MB  " if event.unit == "bytes" and self._live is not None else ""
-        return unit + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-
-    def _show_note(self, event: Progress) -> None:
-        self._is_only_a_note(event)
-
-    def _is_only_a_note(self, event: Progress) -> bool:
-        """Say the note of an event; whether there is nothing else in it."""
-        if event.note:
-            self.warning(event.note)
-        if event.remark:
-            self.note(event.remark)
-        if event.detail:
-            self.detail(event.detail)
-        return bool(event.note or event.remark or event.detail) and not event.total
+        return show
 
     def _say(self, label: str, text: str, *, style: str = "") -> None:
         line = printable(text, limit=2000)

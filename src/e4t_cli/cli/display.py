@@ -1,6 +1,6 @@
 """How progress looks: one live display on a terminal, a few plain lines elsewhere.
 
-Only `console` uses this module; it decides what is shown, this one how.
+`console` decides what is shown, `showing` puts it into words, this module how it looks.
 """
 
 from __future__ import annotations
