@@ -52,7 +52,8 @@ class GenerationRecord:
     """How one picture was made.
 
     Args:
-        prompt, negative_prompt, seed, steps, guidance, scheduler: what was sampled, and how.
+        prompt, negative_prompt, seed, steps, guidance, scheduler, strength: what was sampled,
+            and how.
         width, height: in pixels.
         domain, base, base_fingerprint, pack_fingerprint: on what it stands.
         placeholder: how the concept was spelled in the prompt.
@@ -69,6 +70,7 @@ class GenerationRecord:
     width: int
     height: int
     negative_prompt: str = ""
+    strength: float = 1.0
     placeholder: str = "S*"
     domain: str = ""
     base: str = ""
@@ -96,6 +98,7 @@ class GenerationRecord:
             "Size": f"{self.width}x{self.height}",
             "Model hash": self.base_fingerprint[:10],
             "Model": model,
+            "Concept strength": f"{self.strength:g}" if self.strength != 1 else "",
             "Version": f"e4t {__version__}",
         }
         lines = [self.prompt]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -50,6 +51,25 @@ class TunedModel:
         """Return the same model with one embedding (embedding_width,) for all time steps."""
         encoder = FixedEmbedding((e_c - self.e_domain) / self.scale)
         return replace(self, encoder=encoder, folded=self.folded.new_zeros(1, 0))
+
+    @torch.no_grad()
+    def at_strength(self, base: nn.Module, strength: float) -> Self:
+        """Return the same model with so much of what it learned: W₀ + k (W - W₀), and k E.
+
+        Departure: the paper has no such control. Less than 1 leaves a prompt more room, more than
+        1 insists on the photo; 0 is the base, which draws any face.
+
+        Args:
+            base: the U-Net that was tuned, as it was.
+            strength: k.
+        """
+        if strength == 1:
+            return self
+        unet = copy.deepcopy(self.unet)
+        for learned, before in zip(unet.parameters(), base.parameters(), strict=True):
+            # In float32: k times what tuning changed is less than one spacing of half precision.
+            learned.copy_(torch.lerp(before.float(), learned.float(), strength))
+        return replace(self, unet=unet, scale=self.scale * strength)
 
     @classmethod
     def plain(cls, model: TextToImageModel, descriptor: str) -> Self:

@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
 from PIL import Image, ImageChops
 
 from e4t_cli.metadata import read_metadata
+from e4t_cli.registry import user_domains_folder
 
 
 def pixels(path):
@@ -79,6 +81,25 @@ def test_the_pictures_tell_their_story(run, world):
     shown = run("info", path).out
     assert "S* on the beach" in shown and "marked as generated" in shown
     assert json.loads(run("info", path, "--json").out)["seed"] == 5
+
+
+def test_strength_is_heard_and_written_down(run, world, tmp_path):
+    """Also where the base was loaded for this one command, whose U-Net tuning would use up."""
+    shutil.copytree(world.pack, user_domains_folder() / "my_faces")
+    pixels = {}
+    for strength in ("0", "0.5", "1"):
+        one = ("--seed", "5", "--strength", strength, "--save", f"{strength}.e4t")
+        path = run(*world.personalize(*one)).lines[0]
+        with open(path, "rb") as file:
+            told = read_metadata(file.read())
+        assert told.details["strength"] == float(strength)
+        assert ("Concept strength: 0.5" in told.parameters) == (strength == "0.5")
+        pixels[strength] = Image.open(path).tobytes()
+    assert len(set(pixels.values())) == 3
+    drawing = ("--base", str(world.base), "--steps", "2", "--seed", "5", "--strength", "0.5")
+    again = run("generate", "1.e4t", "S* on the beach", *drawing)  # a concept knows none of it
+    assert Image.open(again.lines[0]).tobytes() == pixels["0.5"]
+    assert run(*world.personalize("--strength", "3")).code == 2
 
 
 def test_without_metadata_only_the_mark_stays(run, world):

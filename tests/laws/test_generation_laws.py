@@ -1,5 +1,7 @@
 """Laws of drawing: section 3.1's refinement, and what a seed promises."""
 
+import copy
+
 import pytest
 import torch
 
@@ -170,9 +172,48 @@ def test_negative_prompts_and_guidance_are_heard(model, tuned):
     assert not torch.equal(plain, stronger)
 
 
+# ── how much of what was learned ──
+
+
+def test_at_no_strength_it_is_the_base_and_at_full_strength_itself(model, tuned):
+    assert tuned.at_strength(model.unet, 1) is tuned
+    none = generate_latents(model, tuned, PROMPTS[:1], [1], Sampling(steps=3, strength=0))
+    plain = TunedModel.plain(model, tuned_descriptor(model, tuned))
+    assert torch.equal(none, generate_latents(model, plain, PROMPTS[:1], [1], FEW))
+    assert not torch.equal(none, generate_latents(model, tuned, PROMPTS[:1], [1], FEW))
+
+
+def tuned_descriptor(model, tuned):
+    return model.tokenizer.decode([tuned.descriptor_id]).strip()
+
+
+@pytest.mark.parametrize("strength", [0.25, 1.5])
+def test_strength_is_a_straight_line(model, tuned, strength):
+    found = tuned.at_strength(model.unet, strength)
+    before = {name: weight.clone() for name, weight in tuned.unet.state_dict().items()}
+    for name, weight in model.unet.state_dict().items():
+        expected = weight + strength * (before[name] - weight)
+        torch.testing.assert_close(found.unet.state_dict()[name], expected)
+        assert torch.equal(tuned.unet.state_dict()[name], before[name])  # nobody else's changed
+    features = torch.randn(2, sum(tuned.encoder.config.unet_widths))
+    offset = tuned.embedding(features) - tuned.e_domain
+    torch.testing.assert_close(found.embedding(features) - found.e_domain, strength * offset)
+
+
+def test_in_half_precision_it_is_rounded_once(model, tuned):
+    half = TunedModel(**{**vars(tuned), "unet": copy.deepcopy(tuned.unet).half()})
+    found = half.at_strength(model.unet, 0.5).unet
+    for (name, weight), before in zip(
+        found.state_dict().items(), model.unet.state_dict().values(), strict=True
+    ):
+        exact = torch.lerp(before, half.unet.state_dict()[name].float(), 0.5)
+        assert torch.equal(weight, exact.half())
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"steps": 2.5}, {"guidance": -1.0}, {"guidance": float("nan")},
+    [{"strength": -0.1}, {"strength": 2.5}, {"strength": float("nan")},
+     {"steps": 0}, {"steps": 2.5}, {"guidance": -1.0}, {"guidance": float("nan")},
      {"scheduler": "magic"}, {"scheduler": "UNet2DConditionModel"}],
 )  # fmt: skip
 def test_impossible_samplings_are_refused(wrong):

@@ -157,7 +157,7 @@ def personalize(
             photo="; ".join(prepared.remarks),
             package=package,
         )
-        tuned = session.tune(concept)
+        tuned = session.tune(concept, keep_base=drawing.strength != 1)
         if keep_weights:
             concept = replace(concept, weights=Concept.kept(tuned))
         return session.draw(
@@ -215,7 +215,8 @@ def generate(
             concept, session, access, base=base, device=device, dtype=dtype, safety=safety_checker
         )
         session.check_prompts(parsed)
-        tuned = concept.tuned(session.model, session.pretrained) or session.tune(concept)
+        tuned = concept.tuned(session.model, session.pretrained)
+        tuned = tuned or session.tune(concept, keep_base=drawing.strength != 1)
         return session.draw(
             concept,
             tuned,

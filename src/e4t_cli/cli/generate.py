@@ -31,7 +31,8 @@ def generate(
     concept: Saved, prompts: o.Prompts = None, prompts_file: o.PromptsFile = None,
     number: o.Number = 1, seed: o.Seed = None, placeholder: OwnPlaceholder = None,
     base: o.Base = "auto", steps: o.Steps = None, guidance: o.Guidance = None,
-    scheduler: o.Scheduler = None, negative: o.Negative = None, device: o.Device = "auto",
+    scheduler: o.Scheduler = None, negative: o.Negative = None, strength: o.Strength = None,
+    device: o.Device = "auto",
     dtype: o.Dtype = "auto", offline: o.Offline = False, accept_license: o.AcceptLicense = False,
     vram: o.Vram = "auto", no_safety_checker: o.NoSafetyChecker = False,
     out: o.Out = Path("outputs"), grid: o.Grid = False,
@@ -56,7 +57,10 @@ def generate(
     with console.progress() as on_progress:
         result = api.generate(
             concept, wanted, images_per_prompt=number, seed=seed, base=base,
-            sampling=sampling_of(steps, guidance, scheduler, negative),
+            sampling=sampling_of(
+                steps=steps, guidance=guidance, scheduler=scheduler, negative=negative,
+                strength=strength,
+            ),
             placeholder=placeholder, device=device, dtype=dtype, vram=vram,
             safety_checker=not no_safety_checker, offline=offline,
             accept_license=console.consent(accept_license),

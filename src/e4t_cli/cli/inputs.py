@@ -91,9 +91,6 @@ def _shell_hint(arguments: Sequence[str], placeholder: str) -> str | None:
     return None
 
 
-def sampling_of(
-    steps: int | None, guidance: float | None, scheduler: str | None, negative: str | None
-) -> dict[str, Any]:
+def sampling_of(**given: Any) -> dict[str, Any]:
     """Only what was asked for; the rest is the library's to decide."""
-    given = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "negative": negative}
     return {name: value for name, value in given.items() if value is not None}

@@ -74,6 +74,12 @@ Negative = Annotated[
     typer.Option(rich_help_panel=DRAWING, help="What the pictures should not show."),
 ]
 
+Strength = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=2.0, rich_help_panel=DRAWING, show_default=False,
+                 help="How much of what was learned is drawn; less leaves the prompt more room."),
+]  # fmt: skip
+
 TuneSteps = Annotated[
     int | None,
     typer.Option(min=0, rich_help_panel=TUNING,

@@ -47,7 +47,8 @@ def personalize(
     prompts_file: o.PromptsFile = None, number: o.Number = 1, seed: o.Seed = None,
     placeholder: o.Placeholder = "S*", base: o.Base = "auto",
     steps: o.Steps = None, guidance: o.Guidance = None, scheduler: o.Scheduler = None,
-    negative: o.Negative = None, tune: o.Tune = None, tune_steps: o.TuneSteps = None,
+    negative: o.Negative = None, strength: o.Strength = None,
+    tune: o.Tune = None, tune_steps: o.TuneSteps = None,
     mask: o.Mask = "auto", face: o.Face = "largest", no_align: o.NoAlign = False,
     require_face: o.RequireFace = False, save_prepared: SavePrepared = None,
     device: o.Device = "auto", dtype: o.Dtype = "auto", offline: o.Offline = False,
@@ -104,7 +105,10 @@ def personalize(
         result = api.personalize(
             domain, image, wanted, images_per_prompt=number, seed=seed, base=base,
             tune=tune, tune_steps=tune_steps,
-            sampling=sampling_of(steps, guidance, scheduler, negative),
+            sampling=sampling_of(
+                steps=steps, guidance=guidance, scheduler=scheduler, negative=negative,
+                strength=strength,
+            ),
             **photo, placeholder=placeholder, keep_weights=keep_weights, device=device,
             dtype=dtype, offline=offline, accept_license=consent, vram=vram,
             safety_checker=not no_safety_checker, on_progress=on_progress,

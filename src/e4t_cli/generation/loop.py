@@ -41,7 +41,8 @@ def sample(
     together, and company may change a picture by what rounding does.
 
     Args:
-        model: the base that `tuned` was made from.
+        model: the base that `tuned` was made from; for another strength than 1 with its U-Net
+            as it was.
         tuned: from `tune`, or `TunedModel.plain(model, "face")` for the base's own idea of a face.
         prompts, seeds: of equal length.
         sampling: how.
@@ -51,6 +52,7 @@ def sample(
     sampling = (sampling or Sampling()).resolved(model)
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds")
+    tuned = tuned.at_strength(model.unet, sampling.strength)
     size = batch or (1 if model.device.type == "cpu" else BATCH)
     # All at once, so that a prompt that cannot be read stops the first picture, not the last.
     tokens = model.tokenize(prompts, tuned.descriptor_id)
@@ -113,6 +115,7 @@ def generate_latents(
 ) -> Tensor:
     """Return z_0 of pictures drawn as one batch, (batch, channels, height, width), in float32."""
     sampling = (sampling or Sampling()).resolved(model)
+    tuned = tuned.at_strength(model.unet, sampling.strength)
     tokens = model.tokenize(prompts, tuned.descriptor_id)
     return denoise(model, tuned, tokens, seeds, sampling)
 

@@ -34,18 +34,22 @@ class Sampling:
         guidance: weight of classifier-free guidance, 1 for none; None takes the base's own.
         scheduler: a key of `SCHEDULERS`, or the name of any scheduler class of diffusers.
         negative: what to steer away from. Anything but "" costs a separate feature pass.
+        strength: how much of what was learned is drawn; see `TunedModel.at_strength`.
     """
 
     steps: int = 20
     guidance: float | None = None
     scheduler: str = "dpm++"
     negative: str = ""
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
             raise UsageError(f"the number of denoising steps must be 1 to 1000, not {self.steps!r}")
         if self.guidance is not None and not 0 <= self.guidance <= 100:
             raise UsageError(f"the guidance must be 0 to 100, not {self.guidance!r}")
+        if not 0 <= self.strength <= 2:
+            raise UsageError(f"the strength must be 0 to 2, not {self.strength!r}")
         if self.scheduler not in SCHEDULERS and not _is_scheduler(self.scheduler):
             raise UsageError(
                 f"there is no scheduler {self.scheduler!r}",

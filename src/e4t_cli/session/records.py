@@ -25,6 +25,7 @@ def record_of(
         steps=sampling.steps,
         guidance=float(sampling.guidance or 0),
         scheduler=sampling.scheduler,
+        strength=sampling.strength,
         width=size[0],
         height=size[1],
         placeholder=prompt.placeholder,
