@@ -30,7 +30,7 @@ from mini_world.stages import PACKS, load_judge, load_model
 
 SAMPLING = Sampling(steps=20, guidance=3.0)
 EXPORTED = "exact, as exported: one word for all steps"
-LORA = "exact, as a LoRA of rank "
+LORA, STRENGTH = "exact, as a LoRA of rank ", "exact, at strength "
 
 
 def as_exported(model: TextToImageModel, tuned: TunedModel, prepared: PreparedImage, number: int) -> TunedModel:
@@ -51,13 +51,16 @@ def as_lora(model: TextToImageModel, tuned: TunedModel, rank: int) -> TunedModel
     return dataclasses.replace(tuned, unet=unet)
 
 
-def compare(kind: str, photos: int, rates: list[float], ranks: list[int], loras: list[int], seed: int) -> None:
-    """Print a row for the encoder alone, exact tuning, its exports, and for each rate and rank of adapters."""
+def compare(
+    kind: str, photos: int, rates: list[float], ranks: list[int], loras: list[int], strengths: list[float], seed: int
+) -> None:
+    """Print a row for the encoder alone, exact tuning, its exports and strengths, each rate and rank of adapters."""
     model, judge = load_model(), load_judge()
     pack = PretrainedDomain.load(PACKS / kind / "mini")
     recipe = pack.tuning
     rows: dict[str, TuningRecipe] = {"no tuning": recipe.replace(steps=0), "exact": recipe, EXPORTED: recipe}
     rows |= {f"{LORA}{rank}": recipe for rank in loras}
+    rows |= {f"{STRENGTH}{strength:g}": recipe for strength in strengths}
     for rank in ranks:
         for rate in rates:
             rows[f"adapters, rank {rank}, rate {rate:g}"] = recipe.replace(
@@ -80,7 +83,9 @@ def compare(kind: str, photos: int, rates: list[float], ranks: list[int], loras:
                 return as_lora(model, word, int(name.removeprefix(LORA)))
             return tuned
 
-        scores = run_method(model, judge, kind, shown, method, SAMPLING).summary()
+        strength = float(name.removeprefix(STRENGTH)) if name.startswith(STRENGTH) else 1.0
+        sampling = dataclasses.replace(SAMPLING, strength=strength)
+        scores = run_method(model, judge, kind, shown, method, sampling).summary()
         print(
             f"{name:42} identity {scores['identity']:.3f} ± {scores['identity±']:.3f}   "
             f"prompt {scores['prompt']:.3f} ± {scores['prompt±']:.3f}   "
@@ -96,6 +101,7 @@ if __name__ == "__main__":
     parser.add_argument("--rates", type=float, nargs="+", default=[60.0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8])
     parser.add_argument("--loras", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.7])
     parser.add_argument("--seed", type=int, default=50)
     given = parser.parse_args()
-    compare(given.kind, given.photos, given.rates, given.ranks, given.loras, given.seed)
+    compare(given.kind, given.photos, given.rates, given.ranks, given.loras, given.strengths, given.seed)
