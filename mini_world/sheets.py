@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from e4t_cli import personalize
+from e4t_cli import Sampling, generate, personalize
 
 SCENES = (
     "S* as an astronaut", "S* on the beach", "S* in the snow", "S* in the forest",
@@ -19,15 +19,31 @@ SHEETS = (
     ("face", "me", SCENES), ("face", "zoe", SCENES), ("face", "max", SCENES), ("cat", "tiger", SCENES),
     ("cat", "felix", SCENES), ("art", "mosaic", SUBJECTS), ("art", "dots", SUBJECTS),
 )  # fmt: skip
+STRENGTHS = (0, 0.3, 0.5, 0.7, 0.85, 1, 1.2, 1.5)
 
 
 def write_sheets(folder: Path = Path("docs/sheets")) -> None:
-    """One contact sheet an example: the photo, then eight scenes."""
+    """One contact sheet an example: the photo, then eight scenes; and one scene at eight strengths."""
     from e4t_cli.results import contact_sheet
 
     folder.mkdir(parents=True, exist_ok=True)
+    write_strengths(folder)
     for domain, name, prompts in SHEETS:
         result = personalize(domain, f"examples/{name}.png", prompts, seed=1, base="mini")
         pictures = [result.concept.prepared.image, *(one.image for one in result.images)]
         sheet = contact_sheet(pictures, ["the photo", *prompts])
         sheet.quantize(256).save(folder / f"{name}.png", optimize=True)
+
+
+def write_strengths(folder: Path) -> None:
+    """One scene with less and more of what was learned from one photo."""
+    from e4t_cli.results import contact_sheet
+
+    prompt = "S* wearing a crown in the forest"
+    concept = personalize("face", "examples/me.png", prompt, seed=3, base="mini", keep_weights=True).concept
+    pictures = [concept.prepared.image]
+    for strength in STRENGTHS:
+        drawn = generate(concept, prompt, seed=3, base="mini", sampling=Sampling(strength=strength))
+        pictures.append(drawn.images[0].image)
+    sheet = contact_sheet(pictures, ["the photo", *(f"--strength {strength:g}" for strength in STRENGTHS)])
+    sheet.quantize(256).save(folder / "strength.png", optimize=True)
