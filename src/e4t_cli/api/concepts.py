@@ -7,17 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli.api.choices import (
-    choose_base,
-    choose_domain,
-    choose_seed,
-    find_pack,
-    parse_prompts,
-    with_method,
-    with_steps,
-)
+from e4t_cli.api.choices import choose_base, choose_domain, find_pack
 from e4t_cli.api.recalling import load_for, open_concept
 from e4t_cli.api.subjects import PreparedCallback, choose_mask, choose_target, tell
+from e4t_cli.api.wishes import choose_seed, parse_prompts, with_method, with_steps
 from e4t_cli.domain import Domain
 from e4t_cli.hub.access import Access, AskLicence
 from e4t_cli.photos import Picture, open_picture

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from e4t_cli.api.choices import choose_domain, name_base, parse_prompts, wants_half
+from e4t_cli.api.choices import choose_domain, name_base, wants_half
+from e4t_cli.api.wishes import parse_prompts
 from e4t_cli.domain import Domain
 from e4t_cli.errors import WeightsUnavailable
 from e4t_cli.hub.access import Access
