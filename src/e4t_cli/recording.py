@@ -1,8 +1,8 @@
 """Work that a card is shown once, and then does again on other numbers by itself.
 
-A step of tuning is over 5,000 kernels, and a small card's worth of work: where the processor takes
-longer to start them than the card to run them, the card waits. A CUDA graph is the list of those
-kernels and of the addresses they read and write; played back, it is started as one.
+A step of tuning is over 5,000 kernels. Where the processor takes longer to start them than the card
+to run them, the card waits. A CUDA graph is the list of those kernels and of the addresses they
+read and write; played back, it is started as one.
 
 What can be recorded is a function of tensors whose work is the same every time: no decision and no
 number of the host's changes between calls but through its arguments, nothing is read back, and
@@ -112,20 +112,11 @@ class Recording:
             return self.recorder.warm_up(self._once)
         for own, value in zip(self._inputs, inputs, strict=True):
             own.copy_(value)
-        if self._play is None:
-            try:
-                self._play, self._result = self.recorder.record(self._once)
-            except RuntimeError as error:
-                # Nothing was done yet, only listed. Memory that ran out is among the reasons: a
-                # recording keeps its own.
-                reason = str(error).partition("\n")[0]
-            else:
-                reason = ""
-            if reason:
-                return self._without(reason)
+        if self._play is None and (reason := self._record(self.recorder)):
+            return self._without(reason)
+        assert self._play is not None and self._result is not None
         self._play()
-        # The next call writes where this result is.
-        return self._result.clone()
+        return self._result.clone()  # the next call writes where this result is
 
     def forget(self) -> None:
         """Let go of the recording and of the memory it works in."""
@@ -135,6 +126,16 @@ class Recording:
 
     def _once(self) -> Tensor:
         return self.work(*self._inputs)
+
+    def _record(self, recorder: Recorder) -> str:
+        """Record the work; returns why it could not be, "" if it could."""
+        try:
+            self._play, self._result = recorder.record(self._once)
+        except RuntimeError as error:
+            # Nothing was done yet, only listed. Memory that ran out is among the reasons, since a
+            # recording keeps its own; as long as there is the error, it keeps that memory, too.
+            return str(error).partition("\n")[0] or type(error).__name__
+        return ""
 
     def _without(self, reason: str) -> Tensor:
         inputs = self._inputs
