@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,12 @@ WORDS = (
     *("as", "an", "astronaut", "with", "red", "hat", "drawing", "one"),
 )
 RESOLUTION = 32
+
+
+def pytest_configure():
+    """Let programs that tests start hear Ctrl-C, also where a shell runs all in the background."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
