@@ -118,7 +118,7 @@ def test_diffusers_knows_every_layer_of_stable_diffusion_by_its_name():
     assert tidy == set(layers) and len(alphas) == len(layers)
 
 
-def test_diffusers_draws_with_it_what_it_draws_from_the_folder(model, tuned, face, tmp_path):
+def test_diffusers_draws_with_it_what_this_program_draws(model, tuned, face, tmp_path):
     """Base and LoRA and word, each from its file, against the whole tuned model."""
     # Not installed for tests: diffusers imports it wherever it is, for 0.7 s of every command.
     pytest.importorskip("peft")
