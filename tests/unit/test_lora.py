@@ -52,6 +52,7 @@ def matrices(unet):
 
 def test_with_every_direction_it_is_the_tuned_unet(model, tuned):
     found = lora_of(model.unet, tuned.unet, WHOLE)
+    assert found.rank < WHOLE  # no layer has so many: nothing is padded for nothing
     assert found.kept == pytest.approx(1, abs=1e-6)
     unet = added(model.unet, found.weights)
     for path, weight in matrices(tuned.unet).items():
@@ -109,6 +110,9 @@ def test_diffusers_knows_every_layer_of_stable_diffusion_by_its_name():
         written[f"{name}.lora_up.weight"] = torch.zeros(weight.shape[0], 1)
         written[f"{name}.lora_down.weight"] = torch.zeros(1, *weight.shape[1:])
         written[f"{name}.alpha"] = torch.tensor(1.0)
+    # docs/commands.md: 135 MB at rank 64, in float16
+    numbers = sum(sum(weight.flatten(1).shape) for weight in layers.values())
+    assert round(2 * 64 * numbers / 1e6) == 135
     converted, alphas = theirs._convert_non_diffusers_lora_to_diffusers(written)
     tidy = {
         name.removeprefix("unet.").replace(".processor.", ".").replace("_lora.", ".lora.")

@@ -40,10 +40,12 @@ class Lora:
 
     Args:
         weights: by kohya-ss's names.
+        rank: of every layer; less than was asked for where no layer has so many directions.
         kept: share of the change that they hold, of the sum of its squares.
     """
 
     weights: dict[str, Tensor]
+    rank: int
     kept: float
 
 
@@ -92,8 +94,8 @@ def write_lora(
     second = bool(model.unet.config.use_linear_projection)
     about = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank),
+        "ss_network_dim": str(found.rank),
+        "ss_network_alpha": str(found.rank),
         "ss_v2": str(second),  # what programs tell Stable Diffusion 2 by
         "ss_sd_model_name": model.base.name,
     }
@@ -131,7 +133,7 @@ def lora_of(
         weights[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *(1 for _ in kernel)).cpu()
         weights[f"{name}.lora_down.weight"] = down.reshape(-1, *change.shape[1:]).cpu()
         weights[f"{name}.alpha"] = torch.tensor(float(rank))  # so that readers scale by 1
-    return Lora(weights=weights, kept=1 - missing / whole if whole else 1.0)
+    return Lora(weights=weights, rank=rank, kept=1 - missing / whole if whole else 1.0)
 
 
 def _change(before: Tensor, weight: Tensor) -> Tensor:
