@@ -27,12 +27,12 @@ import torch
 from benchmarks.arms import ARMS
 from benchmarks.worlds import World, make_world
 from e4t_cli.devices import GB, choose_device
-from e4t_cli.generation import Sampling, sample
-from e4t_cli.memory import plan_tuning
+from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.nn.precision import half_format
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.tuned_model import TunedModel
-from e4t_cli.tuning import tune
+from e4t_cli.sampling import Sampling, sample
+from e4t_cli.training.memory import plan_tuning
+from e4t_cli.training.tuning import tune
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from e4t_cli.base_model import TextToImageModel
-from e4t_cli.bases import Base
-from e4t_cli.domain import PreparedImage
-from e4t_cli.nn.image_tower import ImageTower
+from e4t_cli.hub.bases import Base
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.weight_offsets import WeightOffsets
-from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
-from e4t_cli.pretrained import PretrainedDomain
-from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
+from e4t_cli.nn.word_embedding_encoder import ImageTower, WordEmbeddingEncoder
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.registry.domain import PreparedImage
 
 SIZES: dict[str, dict[str, Any]] = {
     "sd14": {
@@ -53,7 +52,7 @@ class World:
 
     size: str
     model: TextToImageModel
-    pack: PretrainedDomain
+    pack: DomainWeights
     photo: PreparedImage
 
 
@@ -110,11 +109,11 @@ def make_world(size: str, device: torch.device, folder: Path) -> World:
         offsets[path] = tuple(
             torch.randn(factor.shape, generator=source) * 0.02 for factor in (left, right)
         )
-    pack = PretrainedDomain(
+    pack = DomainWeights(
         name="face", descriptor="face", base_name=size, base_fingerprint=size, encoder=encoder,
         offsets=offsets, templates=("{}", "a photo of {}"),
-        tuning=TuningRecipe(steps=15, base_learning_rate=1e-6, embedding_penalty=0.1),
-        pretraining=PretrainingRecipe(steps=1),
+        tuning=TuningConfig(steps=15, base_learning_rate=1e-6, embedding_penalty=0.1),
+        pretraining=PretrainingConfig(steps=1),
     )  # fmt: skip
     noise = torch.randint(0, 256, (sizes["resolution"], sizes["resolution"], 3), generator=source)
     photo = PreparedImage(image=Image.fromarray(noise.byte().numpy()))

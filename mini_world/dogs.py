@@ -12,9 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from e4t_cli import personalize, pretrain
-from e4t_cli.generation import Sampling
-from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.api.personalization import personalize
+from e4t_cli.api.pretraining import pretrain
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.sampling import Sampling
 from mini_world.evaluate import drawn_scores, held_out_photos, plain_method, run_method, tuned_method
 from mini_world.report import table, write_between
 
@@ -35,11 +36,11 @@ def train_dogs(folder: Path) -> tuple[Path, float]:
     return target, json.loads(note.read_text())["seconds"]
 
 
-def evaluate_dogs(model, judge, mine: PretrainedDomain, cat: PretrainedDomain) -> dict[str, dict]:
+def evaluate_dogs(model, judge, mine: DomainWeights, cat: DomainWeights) -> dict[str, dict]:
     """Rows of the table: name -> summary."""
     photos = held_out_photos("dog", COUNT, seed=11)
 
-    def run(pack: PretrainedDomain, steps: int):
+    def run(pack: DomainWeights, steps: int):
         recipe = pack.tuning.replace(steps=steps)
         return run_method(model, judge, "dog", photos, tuned_method(model, pack, recipe), LOOK)
 
@@ -56,12 +57,12 @@ def evaluate_dogs(model, judge, mine: PretrainedDomain, cat: PretrainedDomain) -
 
 def draw_dogs(mine: Path, target: Path) -> None:
     """Before and after: the plain word, my_dogs, and the domain of cats with more steps, all on examples/rex.png."""
-    from e4t_cli.base_model import TextToImageModel
-    from e4t_cli.bases import find_base
-    from e4t_cli.generation import sample
+    from e4t_cli.hub.bases import find_base
+    from e4t_cli.images.results import contact_sheet
+    from e4t_cli.models.denoiser import TunedModel
+    from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.prompts import parse_prompt
-    from e4t_cli.results import contact_sheet
-    from e4t_cli.tuned_model import TunedModel
+    from e4t_cli.sampling import sample
 
     photo = Image.open("examples/rex.png").convert("RGB").resize((64, 64), Image.Resampling.BOX)
     model = TextToImageModel.load(find_base("mini"))
@@ -91,6 +92,6 @@ def write_dogs(folder: Path) -> None:
     place, seconds = train_dogs(folder)
     draw_dogs(place, Path("docs/my-dogs.png"))
     model, judge = load_model(), load_judge()
-    rows = evaluate_dogs(model, judge, PretrainedDomain.load(place), PretrainedDomain.load(PACKS / "cat" / "mini"))
+    rows = evaluate_dogs(model, judge, DomainWeights.load(place), DomainWeights.load(PACKS / "cat" / "mini"))
     text = table(rows) + f"\n\n`e4t pretrain --domain my_dogs --data examples/dogs` took {seconds:.0f} seconds for this table."
     write_between(Path("docs/mini.md"), "figures dogs", text)

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from e4t_cli.domain import PreparedImage
-from e4t_cli.pretrained import PretrainedDomain
-from e4t_cli.pretraining import EncodedImages, PretrainingStep, encode_images, pretrain_domain
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.pretraining.encoded_images import EncodedImages, encode_images
+from e4t_cli.pretraining.loop import PretrainingStep, pretrain_domain
 from e4t_cli.prompts import training_templates
-from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
-from e4t_cli.registry import find_domain
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.registry.discovery import find_domain
+from e4t_cli.registry.domain import PreparedImage
 from mini_world.data import Drawings
 from mini_world.world import SUBJECT_LABELS
 
@@ -35,13 +36,13 @@ FACE_PENALTY = 1e-4
 class Plan:
     """One domain's training on `mini`."""
 
-    pretraining: PretrainingRecipe
-    tuning: TuningRecipe
+    pretraining: PretrainingConfig
+    tuning: TuningConfig
 
 
 def plans(steps: dict[str, int], batch: int = 32) -> dict[str, Plan]:
     """The recipes of the three packs; `steps` is how long each is pre-trained, on `batch` pictures at a time."""
-    faces = PretrainingRecipe(
+    faces = PretrainingConfig(
         steps=steps["face"],
         base_learning_rate=1e-3 / batch,
         batch_size=batch,
@@ -53,7 +54,7 @@ def plans(steps: dict[str, int], batch: int = 32) -> dict[str, Plan]:
     # Departure: tuning rates were chosen on identities that no table reports; the base has a hundredth of the parameters
     # of Stable Diffusion and moves a hundred times as far. Section 3.5 gives cats and styles three times the rate of faces;
     # here all take the same: of four rates it was the best for cats and styles alike.
-    tuning = TuningRecipe(steps=15, base_learning_rate=1e-4 / 16, embedding_penalty=FACE_PENALTY, mask=True)
+    tuning = TuningConfig(steps=15, base_learning_rate=1e-4 / 16, embedding_penalty=FACE_PENALTY, mask=True)
     quick = tuning.replace(steps=5, embedding_penalty=PENALTY, mask=False)
     return {
         "face": Plan(faces, tuning),
@@ -83,7 +84,7 @@ def encode_drawings(model, drawings: Drawings, path: Path, *, masks: bool) -> En
     return data
 
 
-def train_domain(model, folder: Path, name: str, data: EncodedImages, plan: Plan, watch=None) -> PretrainedDomain:
+def train_domain(model, folder: Path, name: str, data: EncodedImages, plan: Plan, watch=None) -> DomainWeights:
     """Pre-train one domain with checkpoints in `folder`; `watch(step)` is called after every step."""
     domain = find_domain(name)
     log, begun = folder / f"domain-{name}.jsonl", time.monotonic()

@@ -10,14 +10,14 @@ import numpy
 import torch
 from PIL import Image
 
-from e4t_cli.domain import PreparedImage
-from e4t_cli.generation import Sampling, sample
+from e4t_cli.models.denoiser import TunedModel
+from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
-from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.recipes import TuningRecipe
-from e4t_cli.tuned_model import TunedModel
-from e4t_cli.tuning import tune
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.domain import PreparedImage
+from e4t_cli.sampling import Sampling, sample
+from e4t_cli.training.tuning import tune
 from mini_world.clip import HEADS
 from mini_world.data import SUBJECTS
 from mini_world.identities import ATTRIBUTES, Identity, draw_identity
@@ -126,7 +126,7 @@ def draw_answers(who: Identity, tasks: Sequence[Task], seed: int) -> list[Image.
     return [draw(who, task.scene, chooser, thing=task.thing).image for task in tasks]
 
 
-def dreambooth_pack(model, pack: PretrainedDomain, word: str = "sks") -> PretrainedDomain:
+def dreambooth_pack(model, pack: DomainWeights, word: str = "sks") -> DomainWeights:
     """DreamBooth's setting in the same loop: a rare word in front of the descriptor, no offsets, the U-Net alone learns."""
     import dataclasses
 
@@ -137,7 +137,7 @@ def dreambooth_pack(model, pack: PretrainedDomain, word: str = "sks") -> Pretrai
     return dataclasses.replace(pack, encoder=encoder, offsets={}, templates=templates)
 
 
-def dreambooth_recipe(recipe: TuningRecipe, steps: int, rate: float) -> TuningRecipe:
+def dreambooth_recipe(recipe: TuningConfig, steps: int, rate: float) -> TuningConfig:
     """The same loop, mask and batch, with only the U-Net in training."""
     return recipe.replace(
         steps=steps, base_learning_rate=rate / recipe.batch_size, encoder_rate=0.0, offsets_rate=0.0, unet_rate=1.0
@@ -174,7 +174,7 @@ def run_method(
     return Scores(numpy.array(identity), numpy.array(prompt))
 
 
-def tuned_method(model, pack: PretrainedDomain, recipe: TuningRecipe, *, autocast: bool = False) -> Method:
+def tuned_method(model, pack: DomainWeights, recipe: TuningConfig, *, autocast: bool = False) -> Method:
     """The method itself, or any baseline that is a pack and a recipe."""
     return lambda prepared, seed: tune(model, pack, prepared, recipe, seed=seed, autocast=autocast)
 

@@ -15,16 +15,16 @@ import time
 
 import torch
 
-from e4t_cli.base_model import TextToImageModel
-from e4t_cli.concept import Concept
-from e4t_cli.domain import PreparedImage
-from e4t_cli.exporting import fixed_word
-from e4t_cli.exporting.lora import lora_of
-from e4t_cli.generation import Sampling
-from e4t_cli.pretrained import PretrainedDomain
-from e4t_cli.recipes import TuningRecipe
-from e4t_cli.tuned_model import TunedModel
-from e4t_cli.tuning import tune
+from e4t_cli.formats.concept import Concept
+from e4t_cli.formats.lora import lora_of
+from e4t_cli.formats.textual_inversion import mean_concept_embedding
+from e4t_cli.models.denoiser import TunedModel
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.domain import PreparedImage
+from e4t_cli.sampling import Sampling
+from e4t_cli.training.tuning import tune
 from mini_world.evaluate import held_out_photos, run_method
 from mini_world.stages import PACKS, load_judge, load_model
 
@@ -35,7 +35,7 @@ LORA, STRENGTH = "exact, as a LoRA of rank ", "exact, at strength "
 
 def as_exported(model: TextToImageModel, tuned: TunedModel, prepared: PreparedImage, number: int) -> TunedModel:
     """Return what another program draws from the exported folder."""
-    return tuned.with_fixed_word(fixed_word(model, tuned, prepared, seed=number).embedding)
+    return tuned.with_fixed_embedding(mean_concept_embedding(model, tuned, prepared, seed=number).embedding)
 
 
 @torch.no_grad()
@@ -56,9 +56,9 @@ def compare(
 ) -> None:
     """Print a row for the encoder alone, exact tuning, its exports and strengths, each rate and rank of adapters."""
     model, judge = load_model(), load_judge()
-    pack = PretrainedDomain.load(PACKS / kind / "mini")
+    pack = DomainWeights.load(PACKS / kind / "mini")
     recipe = pack.tuning
-    rows: dict[str, TuningRecipe] = {"no tuning": recipe.replace(steps=0), "exact": recipe, EXPORTED: recipe}
+    rows: dict[str, TuningConfig] = {"no tuning": recipe.replace(steps=0), "exact": recipe, EXPORTED: recipe}
     rows |= {f"{LORA}{rank}": recipe for rank in loras}
     rows |= {f"{STRENGTH}{strength:g}": recipe for strength in strengths}
     for rank in ranks:

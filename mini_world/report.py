@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy
 
-from e4t_cli.generation import Sampling
-from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.sampling import Sampling
 from mini_world.evaluate import (
     Scores,
     drawn_scores,
@@ -46,7 +46,7 @@ def evaluate(folder: Path, model, judge, kind: str) -> dict[str, dict[str, float
     """All rows of one domain's table."""
     from mini_world.stages import PACKS
 
-    pack = PretrainedDomain.load(PACKS / kind / "mini")
+    pack = DomainWeights.load(PACKS / kind / "mini")
     path = folder / f"figures-{kind}-{model.fingerprint[:8]}-{pack.digest[:8]}.json"
     photos = held_out_photos(kind, COUNTS[kind], seed=11)
     others = held_out_photos(kind, CHOOSING[kind], seed=50)

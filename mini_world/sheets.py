@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from e4t_cli import Sampling, generate, personalize
+from e4t_cli.api.personalization import generate, personalize
+from e4t_cli.sampling import Sampling
 
 SCENES = (
     "S* as an astronaut", "S* on the beach", "S* in the snow", "S* in the forest",
@@ -24,7 +25,7 @@ STRENGTHS = (0, 0.3, 0.5, 0.7, 0.85, 1, 1.2, 1.5)
 
 def write_sheets(folder: Path = Path("docs/sheets")) -> None:
     """One contact sheet an example: the photo, then eight scenes; and one scene at eight strengths."""
-    from e4t_cli.results import contact_sheet
+    from e4t_cli.images.results import contact_sheet
 
     folder.mkdir(parents=True, exist_ok=True)
     write_strengths(folder)
@@ -37,7 +38,7 @@ def write_sheets(folder: Path = Path("docs/sheets")) -> None:
 
 def write_strengths(folder: Path) -> None:
     """One scene with less and more of what was learned from one photo."""
-    from e4t_cli.results import contact_sheet
+    from e4t_cli.images.results import contact_sheet
 
     prompt = "S* wearing a crown in the forest"
     concept = personalize("face", "examples/me.png", prompt, seed=3, base="mini", keep_weights=True).concept

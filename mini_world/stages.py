@@ -21,7 +21,7 @@ from mini_world.domains import encode_drawings, plans, train_domain
 from mini_world.lengths import BASE_COUNT, HELD_OUT, PORTRAITS, lengths
 from mini_world.loop import pick_device, process_rank
 
-PACKAGED = Path("src/e4t_cli/data/mini")
+PACKAGED = Path("src/e4t_cli/models/mini")
 PACKS = Path("domains/e4t_domains/packs")
 JUDGE = Path("mini_world/judge.safetensors")
 
@@ -208,13 +208,13 @@ def load_judge() -> judge.Judge:
 
 def load_model():
     """The installed base, on this machine's device."""
-    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.models.text_to_image import TextToImageModel
 
     return TextToImageModel.load(PACKAGED, device=pick_device())
 
 
 def _run_domain(folder: Path, name: str) -> None:
-    from mini_world.watch import Watch
+    from mini_world.watch import TrainingLogger
 
     target = PACKS / name / "mini"
     if (target / "domain.toml").exists():
@@ -223,7 +223,7 @@ def _run_domain(folder: Path, name: str) -> None:
     chosen = plans({"face": plan.face, "cat": plan.cat, "art": plan.art}, plan.domain_batch)[name]
     pictures = portraits(folder, name).pick(slice(plan.pictures[name]))
     data = encode_drawings(model, pictures, folder / f"encoded-{name}.safetensors", masks=name != "art")
-    watch = Watch(model, folder, name, held_out_portraits(folder, name))
+    watch = TrainingLogger(model, folder, name, held_out_portraits(folder, name))
     with contextlib.suppress(FileNotFoundError):
         watch.judge = load_judge()
     pack = train_domain(model, folder, name, data, chosen, watch)

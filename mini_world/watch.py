@@ -12,22 +12,22 @@ from pathlib import Path
 import numpy
 import torch
 
-from e4t_cli.generation import Sampling
+from e4t_cli.nn.randomness import choose, draw
 from e4t_cli.nn.weight_offsets import WeightOffsets
-from e4t_cli.pretraining import PretrainingStep
+from e4t_cli.pretraining.loop import PretrainingStep
 from e4t_cli.prompts import training_prompts
-from e4t_cli.randomness import choose, draw
-from e4t_cli.recipes import TuningRecipe
-from e4t_cli.training_loss import TrainingBatch, training_loss
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.sampling import Sampling
+from e4t_cli.training.loss import TrainingBatch, training_loss
 from mini_world.data import Drawings
 from mini_world.domains import encode_drawings
 from mini_world.evaluate import held_out_photos, run_method, tuned_method
 
 LOOK = Sampling(steps=12, guidance=3.0)
-STILL = TuningRecipe(steps=0, base_learning_rate=1e-6, embedding_penalty=0.0)
+STILL = TuningConfig(steps=0, base_learning_rate=1e-6, embedding_penalty=0.0)
 
 
-class Watch:
+class TrainingLogger:
     """Called after every step of `pretrain_domain`; writes a line every 250 steps to `watch-<name>.jsonl`."""
 
     def __init__(self, model, folder: Path, name: str, drawings: Drawings, judge=None, photos: int = 6) -> None:
@@ -60,15 +60,15 @@ class Watch:
         draws = draw(5, 0, range(count), batch_size=count, train_timesteps=model.train_timesteps, shape=model.latent_shape)
         draws, z_0 = draws.to(device), data.means.to(device).float()
         offsets, encoder = WeightOffsets.from_factors(pack.offsets).to(device), pack.encoder.to(device)
-        folded = encoder.fold(data.image_features.to(device).float())
+        encoded_image = encoder.encode_image(data.image_features.to(device).float())
         found = []
         with offsets.attached_to(model.unet):
-            for shown in (folded, folded.roll(1, 0)):
+            for shown in (encoded_image, encoded_image.roll(1, 0)):
                 batch = TrainingBatch(
                     z_0=z_0,
                     timesteps=draws.timesteps,
                     epsilon=draws.epsilon,
-                    folded=shown,
+                    encoded_image=shown,
                     tokens=tokens[choose(draws.uniform[:, 0], len(tokens.ids))],
                     mask=None if data.masks is None else data.masks.to(device).float(),
                 )

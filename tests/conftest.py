@@ -207,7 +207,7 @@ def checked_base(base_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def _shared_model(base_folder):
-    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.models.text_to_image import TextToImageModel
 
     return TextToImageModel.load(base_folder)
 
@@ -225,7 +225,7 @@ def model(_shared_model):
 @pytest.fixture
 def face():
     """A prepared picture with its mask."""
-    from e4t_cli.domain import PreparedImage
+    from e4t_cli.registry.domain import PreparedImage
 
     image, mask = drawn_face()
     return PreparedImage(image=image, mask=mask)
@@ -234,10 +234,10 @@ def face():
 @pytest.fixture
 def pack(model):
     """A pre-trained domain with random weights, loud enough to be heard in every result."""
+    from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.nn.weight_offsets import WeightOffsets
     from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
-    from e4t_cli.pretrained import PretrainedDomain
-    from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
+    from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 
     source = torch.Generator().manual_seed(1)
     encoder = WordEmbeddingEncoder(model.encoder_config())
@@ -250,16 +250,16 @@ def pack(model):
             torch.randn(left.shape, generator=source) * 0.2,
             torch.randn(right.shape, generator=source) * 0.2,
         )
-    return PretrainedDomain(
+    return DomainWeights(
         name="face",
         descriptor="face",
         base_name="tiny",
         base_fingerprint=model.fingerprint,
         encoder=encoder,
         offsets=factors,
-        tuning=TuningRecipe(
+        tuning=TuningConfig(
             steps=3, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4, mask=True
         ),
-        pretraining=PretrainingRecipe(steps=5, batch_size=4),
+        pretraining=PretrainingConfig(steps=5, batch_size=4),
         templates=("{}", "a photo of {}"),
     )

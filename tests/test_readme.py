@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from e4t_cli.bases import installed_bases
 from e4t_cli.cli import app
-from e4t_cli.domain import Domain
 from e4t_cli.errors import E4TError
-from e4t_cli.pretrained import PretrainedDomain
-from e4t_cli.registry import find_domain, weights_folder
+from e4t_cli.hub.bases import installed_bases
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.registry.discovery import find_domain
+from e4t_cli.registry.domain import Domain
+from e4t_cli.registry.weights import weights_folder
 
 ROOT = Path(__file__).parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "domains" / "README.md"]
@@ -189,13 +190,13 @@ def test_python_blocks_compile():
 @needs_weights
 def test_the_marked_python_blocks_run_in_order(checkout, capsys, monkeypatch):
     """Those that leave the steps to the recipe take two: what they show is not how good it is."""
-    whole = PretrainedDomain.load
+    whole = DomainWeights.load
 
     def load(folder):
         pack = whole(folder)
         return dataclasses.replace(pack, tuning=pack.tuning.replace(steps=2))
 
-    monkeypatch.setattr(PretrainedDomain, "load", load)
+    monkeypatch.setattr(DomainWeights, "load", load)
     (checkout / "outputs").mkdir()
     marked = [(line, body) for line, run, body in blocks(PYTHON, "python") if run]
     assert len(marked) >= 5

@@ -1,17 +1,18 @@
 """Art: the concept is a style, so the sentences of training speak of how, not of what."""
 
-from e4t_cli import Domain, PretrainingRecipe, TuningRecipe
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.registry.domain import Domain
 
 art = Domain(
     name="art",
     descriptor="art",  # section 3.1
     summary="one style, from one picture",
-    tuning=TuningRecipe(
+    tuning=TuningConfig(
         steps=5,  # section 3.5
         base_learning_rate=3e-6,  # section 3.5
         embedding_penalty=1e-4,  # section 3.5
     ),
-    pretraining=PretrainingRecipe(
+    pretraining=PretrainingConfig(
         steps=100_000,  # section 3.5
         base_learning_rate=1e-6,  # section 3.5
         embedding_penalty=0.01,  # section 3.3

@@ -1,17 +1,19 @@
 """Cats: the whole picture counts, five steps suffice."""
 
-from e4t_cli import SUBJECT_TEMPLATES, Domain, PretrainingRecipe, TuningRecipe
+from e4t_cli.prompts import SUBJECT_TEMPLATES
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.registry.domain import Domain
 
 cat = Domain(
     name="cat",
     descriptor="cat",  # section 3.1
     summary="one cat, from one photo",
-    tuning=TuningRecipe(
+    tuning=TuningConfig(
         steps=5,  # section 3.5
         base_learning_rate=3e-6,  # section 3.5
         embedding_penalty=1e-4,  # section 3.5
     ),
-    pretraining=PretrainingRecipe(
+    pretraining=PretrainingConfig(
         steps=60_000,  # section 3.5
         base_learning_rate=1e-6,  # section 3.5
         embedding_penalty=0.01,  # section 3.3

@@ -9,17 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from e4t_cli import (
-    SUBJECT_TEMPLATES,
-    Domain,
-    Frame,
-    InputError,
-    PreparationTarget,
-    PreparedImage,
-    PretrainingRecipe,
-    TuningRecipe,
-    WeightsUnavailable,
-)
+from e4t_cli.errors import InputError, WeightsUnavailable
+from e4t_cli.images.framing import Frame
+from e4t_cli.prompts import SUBJECT_TEMPLATES
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 from e4t_domains.face_parsing import PUBLIC, find_parser
 
 if TYPE_CHECKING:
@@ -36,7 +30,7 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
     """
     # Only here: whoever lists the domains looks for no face.
     from e4t_domains.face_alignment import settle, style_of
-    from e4t_domains.face_search import LEAST_SURE, Search, choose
+    from e4t_domains.face_search import MIN_SURE, FaceDetector, choose
 
     centred = Frame.centered(image.size)
     if target.mask is None and not target.align and not target.required:
@@ -48,7 +42,7 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
             raise
         return _by_words(image, target, error)
     style = style_of(target.base)
-    search = Search(image, parser, style, target.size)
+    search = FaceDetector(image, parser, style, target.size)
     faces = search.faces()
     if not faces:
         if target.required:
@@ -62,7 +56,7 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
         if search.is_clear(chosen):
             frame = settle(chosen.frame, style)
             said.append(f"turned {abs(chosen.frame.turn):.0f}°")
-        elif len(chosen.face.eyes) == 1 and chosen.face.sure >= LEAST_SURE:
+        elif len(chosen.face.eyes) == 1 and chosen.face.sure >= MIN_SURE:
             frame = settle(chosen.frame, style)
             notes.append("one eye is seen, as in a profile: cropped around the head, not turned")
         else:
@@ -82,7 +76,7 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
 
 def _by_words(image: Image, target: PreparationTarget, reason: WeightsUnavailable) -> PreparedImage:
     """Prepare without a face parser: a mask by words if that can be had, and no alignment."""
-    from e4t_cli import mask_by_words
+    from e4t_cli.images.preparation import mask_by_words
 
     frame = Frame.centered(image.size)
     picture = frame.apply(image, target.size)
@@ -114,14 +108,14 @@ face = Domain(
     name="face",
     descriptor="face",  # section 3.1
     summary="one person, from one photo",
-    tuning=TuningRecipe(
+    tuning=TuningConfig(
         steps=15,  # section 3.5
         # Paper silent: the learning rate of tuning faces; this is pre-training's (section 3.5).
         base_learning_rate=1e-6,
         embedding_penalty=0.1,  # section 3.5
         mask=True,  # section 3.4
     ),
-    pretraining=PretrainingRecipe(
+    pretraining=PretrainingConfig(
         steps=30_000,  # section 3.5
         base_learning_rate=1e-6,  # section 3.5
         embedding_penalty=0.01,  # section 3.3

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from e4t_cli import Frame
+from e4t_cli.images.framing import Frame
 from e4t_domains.face_regions import Face, Point
 
 
 @dataclass(frozen=True, kw_only=True)
-class Style:
+class AlignmentSpec:
     """How a base's training pictures show faces, and what is near enough to be left alone.
 
     Args:
@@ -45,7 +45,7 @@ class Style:
     zooms: tuple[float, ...]
 
 
-FFHQ = Style(
+FFHQ = AlignmentSpec(
     eyes=2.0,
     mouth=1.8,
     down=0.1,
@@ -60,7 +60,7 @@ FFHQ = Style(
 )
 # The drawn world shows heads upright and near the middle, in two sizes; its packs have seen nothing
 # else. Its usual framing is this rule, and what it varies by itself is left alone.
-DRAWN = Style(
+DRAWN = AlignmentSpec(
     eyes=2.68,
     mouth=3.13,
     down=-0.2,
@@ -79,12 +79,12 @@ STYLES = {"mini": DRAWN}
 _USUAL_MOUTH = 1.1
 
 
-def style_of(base: str) -> Style:
+def style_of(base: str) -> AlignmentSpec:
     """Return how faces are framed for a base."""
     return STYLES.get(base, FFHQ)
 
 
-def align(face: Face, size: tuple[int, int], style: Style) -> Frame:
+def align(face: Face, size: tuple[int, int], style: AlignmentSpec) -> Frame:
     """Return the square for a face with two eyes.
 
     Args:
@@ -109,19 +109,19 @@ def align(face: Face, size: tuple[int, int], style: Style) -> Frame:
     return Frame(size=size, corner=corner, edge=(2 * x[0], 2 * x[1]))
 
 
-def frame_of(face: Face, size: tuple[int, int], style: Style) -> Frame:
+def frame_of(face: Face, size: tuple[int, int], style: AlignmentSpec) -> Frame:
     """Return the square for a face, turned if both eyes are seen."""
     return align(face, size, style) if len(face.eyes) == 2 else surround(face, size, style)
 
 
-def surround(face: Face, size: tuple[int, int], style: Style) -> Frame:
+def surround(face: Face, size: tuple[int, int], style: AlignmentSpec) -> Frame:
     """Return the upright square around a head of which only one side is seen."""
     left, top, right, bottom = face.box
     side = style.head * max(right - left, bottom - top)
     return Frame.around(size, ((left + right) / 2, (top + bottom) / 2), side)
 
 
-def settle(frame: Frame, style: Style) -> Frame:
+def settle(frame: Frame, style: AlignmentSpec) -> Frame:
     """Return the centred square if it is near enough, or what of the found one makes sense.
 
     A picture that is framed well already is not resampled: it loses nothing.

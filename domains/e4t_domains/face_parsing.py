@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli import IntegrityError, PreparationTarget, WeightsUnavailable
+from e4t_cli.errors import IntegrityError, WeightsUnavailable
+from e4t_cli.registry.domain import PreparationTarget
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,7 +126,7 @@ def load_parser(folder: Path, device: str = "cpu") -> Parser:
     import numpy as np
     from transformers import SegformerForSemanticSegmentation
 
-    from e4t_cli import load_segmenter
+    from e4t_cli.images.preparation import load_segmenter
 
     what = f"the face parser in {folder.name}"
     model = load_segmenter(SegformerForSemanticSegmentation, folder, what)

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 Point = tuple[float, float]
-LEAST_OF_PICTURE = 0.002
-LEAST_OF_LARGEST = 0.04
-LEAST_OF_EYE = 0.3
-LEAST_SKIN = 0.2
+MIN_OF_PICTURE = 0.002
+MIN_OF_LARGEST = 0.04
+MIN_OF_EYE = 0.3
+MIN_SKIN = 0.2
 """Regions smaller than these parts of the picture, of the largest head and of the larger eye are
 noise; a head without eyes and mouth needs that part of skin."""
 LONG_EYES, LONG_GLASSES = 8.0, 2.5
@@ -88,11 +88,11 @@ def find_faces(found: LabelMap) -> list[Face]:
         largest = max(region.sum() for region in regions)
     faces: list[Face] = []
     for region in regions:
-        if region.sum() < max(LEAST_OF_PICTURE * heads.size, LEAST_OF_LARGEST * largest):
+        if region.sum() < max(MIN_OF_PICTURE * heads.size, MIN_OF_LARGEST * largest):
             continue
         for head in _separated(region, parts["mouth"], parts["eyes"]):
             face = _face(head, found, **{name: part & head for name, part in parts.items()})
-            if face.eyes or face.mouth or (skin & head).sum() >= LEAST_SKIN * face.area:
+            if face.eyes or face.mouth or (skin & head).sum() >= MIN_SKIN * face.area:
                 faces.append(face)
     return sorted(faces, key=lambda face: face.center)
 
@@ -163,7 +163,7 @@ def _face(
     seen = [centroid(eye) for eye in _without_noise(split_regions(eyes))[:2]]
     if len(seen) < 2:  # run together, or behind glasses
         seen = _halves(eyes, LONG_EYES) or seen
-        if len(seen) < 2 and glasses.sum() > LEAST_OF_EYE * eyes.sum():
+        if len(seen) < 2 and glasses.sum() > MIN_OF_EYE * eyes.sum():
             seen = _halves(glasses | eyes, LONG_GLASSES) or seen
     lips = _without_noise(split_regions(mouth))
     lip = centroid(np.logical_or.reduce(lips)) if lips else None
@@ -177,7 +177,7 @@ def _face(
 
 
 def _without_noise(regions: list[np.ndarray]) -> list[np.ndarray]:
-    return [one for one in regions if one.sum() >= max(2, LEAST_OF_EYE * regions[0].sum())]
+    return [one for one in regions if one.sum() >= max(2, MIN_OF_EYE * regions[0].sum())]
 
 
 def _halves(region: np.ndarray, long: float) -> list[Point]:

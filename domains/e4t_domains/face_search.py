@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING
 
-from e4t_cli import Frame, InputError
-from e4t_domains.face_alignment import Style, frame_of, settle
+from e4t_cli.errors import InputError
+from e4t_cli.images.framing import Frame
+from e4t_domains.face_alignment import AlignmentSpec, frame_of, settle
 from e4t_domains.face_parsing import HEAD, LabelMap, Parser
 from e4t_domains.face_regions import Face, Point, find_faces
 
@@ -18,18 +19,18 @@ if TYPE_CHECKING:
 GREY = (127, 127, 127)
 """Beyond the photo's border: a reflection would show faces that are not there."""
 LOOKS = 3  # from nearer and nearer, until the frame stays
-MOST_AT_ONCE = 8
-MOST_NEARER = 3
+MAX_AT_ONCE = 8
+MAX_NEARER = 3
 """Of many faces, so many are looked at again before one is chosen."""
-LEAST_SURE = 0.7
+MIN_SURE = 0.7
 """Mean certainty over a head below which a face is not seen clearly."""
-LEAST_SURE_TURNED = 0.74
+MIN_SURE_TURNED = 0.74
 SURER = 0.1
 """By how much a turned look must be surer than the first one to be believed instead."""
 
 
 @dataclass(frozen=True, eq=False)
-class Sighting:
+class Detection:
     """A face as one look at the photo showed it.
 
     Args:
@@ -58,7 +59,7 @@ class Sighting:
 
 
 @dataclass
-class Search:
+class FaceDetector:
     """One photo under one parser.
 
     Args:
@@ -70,7 +71,7 @@ class Search:
 
     photo: Image
     parser: Parser
-    style: Style
+    style: AlignmentSpec
     size: int
     _seen: dict[Frame, LabelMap] = field(default_factory=dict)
 
@@ -83,25 +84,25 @@ class Search:
         side = self.parser.side or self.size
         new = [view for view in views if view not in self._seen]
         pictures = [view.apply(self.photo, side, outside=GREY) for view in new]
-        for start in range(0, len(new), MOST_AT_ONCE):
-            some = slice(start, start + MOST_AT_ONCE)
+        for start in range(0, len(new), MAX_AT_ONCE):
+            some = slice(start, start + MAX_AT_ONCE)
             self._seen |= zip(new[some], self.parser.parse(pictures[some]), strict=True)
 
-    def sightings(self, view: Frame) -> list[Sighting]:
+    def sightings(self, view: Frame) -> list[Detection]:
         """Return the faces in a frame, from left to right."""
         found = self.look(view)
         size = found.labels.shape[1], found.labels.shape[0]
         return [
-            Sighting(face, view, view.within(frame_of(face, size, self.style)))
+            Detection(face, view, view.within(frame_of(face, size, self.style)))
             for face in find_faces(found)
         ]
 
-    def faces(self) -> list[Sighting]:
+    def faces(self) -> list[Detection]:
         """Return the faces of the photo, from left to right, the largest as well seen as can be."""
-        first: list[Sighting] = []
+        first: list[Detection] = []
         for view in dict.fromkeys((Frame.whole(self.photo.size), Frame.centered(self.photo.size))):
             found = self.sightings(view)
-            large = sorted(found, key=_extent)[-MOST_NEARER:]
+            large = sorted(found, key=_extent)[-MAX_NEARER:]
             found = [self.nearer(one) if one in large else one for one in found]
             if self._certainty(found) >= self.style.sure:
                 return found
@@ -134,15 +135,15 @@ class Search:
         paper = PILImage.new("L", self.photo.size, 255)
         return ImageChops.darker(mask, frame.apply_to_mask(paper, self.size))
 
-    def _certainty(self, found: list[Sighting]) -> float:
+    def _certainty(self, found: list[Detection]) -> float:
         clear = (one.face.sure for one in found if self.is_clear(one))
         return max(clear, default=0.0)
 
-    def is_clear(self, one: Sighting) -> bool:
+    def is_clear(self, one: Detection) -> bool:
         framed = settle(one.frame, self.style) == Frame.centered(self.photo.size)
-        return one.face.sure >= LEAST_SURE and (one.steady or (one.face.plausible and framed))
+        return one.face.sure >= MIN_SURE and (one.steady or (one.face.plausible and framed))
 
-    def nearer(self, one: Sighting) -> Sighting:
+    def nearer(self, one: Detection) -> Detection:
         """Look at a face in its own frame, where eyes and mouth are larger and upright."""
         for _ in range(LOOKS):
             if self.is_clear(one):
@@ -154,7 +155,7 @@ class Search:
             one = min(near, key=lambda other: math.dist(other.middle, one.frame.center))
         return one
 
-    def _turned_looks(self) -> list[list[Sighting]]:
+    def _turned_looks(self) -> list[list[Detection]]:
         """Look at the photo turned and from near; return what was clearly seen each time."""
         width, height = self.photo.size
         views = [
@@ -165,16 +166,16 @@ class Search:
         found = []
         for view in views:
             seen = [self.nearer(one) for one in self.sightings(view)]
-            found.append([one for one in seen if one.steady and one.face.sure >= LEAST_SURE_TURNED])
+            found.append([one for one in seen if one.steady and one.face.sure >= MIN_SURE_TURNED])
         return found
 
 
-def _extent(one: Sighting) -> float:
+def _extent(one: Detection) -> float:
     """How much of the photo a head covers, up to a factor."""
     return one.face.area / one.face.head.size * one.view.side**2
 
 
-def choose(faces: list[Sighting], which: str) -> Sighting:
+def choose(faces: list[Detection], which: str) -> Detection:
     """Return one of several faces.
 
     Args:

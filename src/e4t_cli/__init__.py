@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import export, generate, personalize, pretrain, rehearse
-    from .concept import Concept
-    from .domain import Domain, PreparationTarget, PreparedImage
+    from .api import export, generate, personalize, plan_pretraining, pretrain
     from .errors import (
         DivergedError,
         E4TError,
@@ -29,50 +27,52 @@ if TYPE_CHECKING:
         UsageError,
         WeightsUnavailable,
     )
-    from .framing import Frame
-    from .generation.sampling import Sampling
-    from .images import center_square, open_image
-    from .pretrained import PretrainedDomain
+    from .formats.concept import Concept
+    from .images.framing import Frame
+    from .images.loading import center_square, open_image
+    from .images.preparation import load_segmenter, mask_by_words
+    from .images.results import GeneratedImage, Personalization
+    from .models.domain_weights import DomainWeights
     from .progress import Progress
     from .prompts import SUBJECT_TEMPLATES
-    from .recipes import PretrainingRecipe, TuningRecipe
-    from .registry.finding import find_domain, installed_domains
-    from .results.pictures import GeneratedImage, Personalization
-    from .segmenters import load_segmenter, mask_by_words
+    from .registry.config import PretrainingConfig, TuningConfig
+    from .registry.discovery import find_domain, installed_domains
+    from .registry.domain import Domain, PreparationTarget, PreparedImage
+    from .sampling import Sampling
 
 _HOME = {
-    "Concept": "concept",
+    "Concept": "formats.concept",
     "DivergedError": "errors",
-    "Domain": "domain",
+    "Domain": "registry.domain",
     "E4TError": "errors",
-    "Frame": "framing",
-    "GeneratedImage": "results.pictures",
+    "Frame": "images.framing",
+    "GeneratedImage": "images.results",
     "InputError": "errors",
     "IntegrityError": "errors",
     "PartialResult": "errors",
-    "Personalization": "results.pictures",
-    "PreparationTarget": "domain",
-    "PreparedImage": "domain",
-    "PretrainedDomain": "pretrained",
-    "PretrainingRecipe": "recipes",
+    "Personalization": "images.results",
+    "PreparationTarget": "registry.domain",
+    "PreparedImage": "registry.domain",
+    "DomainWeights": "models.domain_weights",
+    "PretrainingConfig": "registry.config",
     "Progress": "progress",
     "ResourceError": "errors",
     "SUBJECT_TEMPLATES": "prompts",
-    "Sampling": "generation.sampling",
-    "TuningRecipe": "recipes",
+    "Sampling": "sampling",
+    "TuningConfig": "registry.config",
     "UsageError": "errors",
     "WeightsUnavailable": "errors",
-    "center_square": "images",
+    "center_square": "images.loading",
     "export": "api",
-    "find_domain": "registry.finding",
+    "find_domain": "registry.discovery",
     "generate": "api",
-    "installed_domains": "registry.finding",
-    "load_segmenter": "segmenters",
-    "mask_by_words": "segmenters",
-    "open_image": "images",
+    "installed_domains": "registry.discovery",
+    "load_segmenter": "images.preparation",
+    "mask_by_words": "images.preparation",
+    "open_image": "images.loading",
     "personalize": "api",
     "pretrain": "api",
-    "rehearse": "api",
+    "plan_pretraining": "api",
 }
 
 __all__ = [
@@ -88,13 +88,13 @@ __all__ = [
     "Personalization",
     "PreparationTarget",
     "PreparedImage",
-    "PretrainedDomain",
-    "PretrainingRecipe",
+    "DomainWeights",
+    "PretrainingConfig",
     "Progress",
     "ResourceError",
     "SUBJECT_TEMPLATES",
     "Sampling",
-    "TuningRecipe",
+    "TuningConfig",
     "UsageError",
     "WeightsUnavailable",
     "__version__",
@@ -108,7 +108,7 @@ __all__ = [
     "open_image",
     "personalize",
     "pretrain",
-    "rehearse",
+    "plan_pretraining",
 ]
 
 

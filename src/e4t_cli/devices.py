@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UsageError, printable
+from e4t_cli.errors import UsageError, printable
 
 if TYPE_CHECKING:
     import torch

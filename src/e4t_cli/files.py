@@ -1,6 +1,8 @@
 """Writing files so that nothing is ever torn: the old content, the new content, or no file.
 
 Standard library only; every file that this program leaves behind is written through here.
+
+Where a model is put together before it gets its name: beside it, and gone afterwards.
 """
 
 from __future__ import annotations
@@ -9,9 +11,15 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from safetensors import SafetensorError
+
+from e4t_cli.errors import ResourceError, UsageError, printable
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 
@@ -100,3 +108,65 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+SPARE_BYTES = 50_000_000
+
+
+def check_free(path: Path) -> None:
+    """Refuse a name that is taken.
+
+    Raises:
+        UsageError: it is.
+    """
+    if path.exists():
+        raise UsageError(
+            f"{printable(str(path))} exists already", hint="choose a name that is free"
+        )
+
+
+@contextmanager
+def making(path: Path, needed: int) -> Iterator[Path]:
+    """Yield an empty folder on the disk of `path`; whatever is left in it goes at the end.
+
+    Args:
+        path: what is to be made.
+        needed: how many bytes it will have.
+
+    Raises:
+        ResourceError: the disk has no room, or something could not be written.
+    """
+    free = free_bytes(path.parent)
+    if needed + SPARE_BYTES > free:
+        raise ResourceError(
+            f"the model needs {shown_size(needed)}, and {shown_size(free)} are free on the disk of "
+            f"{printable(str(path.parent))}",
+            hint="make room, or choose a place on another disk",
+        )
+    place = path.parent / f".{path.name[:48]}.{secrets.token_hex(8)}~"
+    try:
+        place.mkdir(parents=True)
+        yield place
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"{printable(str(path))} could not be written: {printable(str(error))}",
+            hint="choose a place on another disk",
+        ) from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the room on the disk that a folder is on, or will be."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def shown_size(count: float) -> str:
+    """Return a number of bytes as people say it, in steps of a thousand."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

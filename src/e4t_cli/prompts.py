@@ -14,11 +14,11 @@ import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .domain import Domain
-from .errors import UsageError, printable
+from e4t_cli.errors import UsageError, printable
+from e4t_cli.registry.domain import Domain
 
 PLACEHOLDER = "S*"
-LONGEST_PROMPT = 10_000
+MAX_PROMPT_LENGTH = 10_000
 """Characters; far beyond what a text encoder reads (77 tokens), far below what hurts."""
 
 # Paper silent: the sentences shown with the pictures in training. In the spirit of Textual
@@ -110,9 +110,9 @@ def parse_prompt(
     plain = " ".join(unicodedata.normalize("NFKC", text).split())
     if not plain:
         raise UsageError("the prompt is empty", hint=f'for example: "{placeholder} on the beach"')
-    if len(plain) > LONGEST_PROMPT:
+    if len(plain) > MAX_PROMPT_LENGTH:
         raise UsageError(
-            f"the prompt has {len(plain):,} characters; {LONGEST_PROMPT:,} is the limit, "
+            f"the prompt has {len(plain):,} characters; {MAX_PROMPT_LENGTH:,} is the limit, "
             "and a text encoder reads about 300"
         )
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in plain):

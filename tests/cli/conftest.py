@@ -30,21 +30,23 @@ class World:
 @pytest.fixture(scope="session")
 def world(base_folder, tmp_path_factory) -> World:
     """A domain called my_faces, pre-trained for two steps on four drawings."""
-    from e4t_cli import Domain, PretrainingRecipe, TuningRecipe, api
+    from e4t_cli import api
+    from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+    from e4t_cli.registry.domain import Domain
     from tests.conftest import drawn_face
 
     root = tmp_path_factory.mktemp("world")
     domain = Domain(
         name="my_faces",
         descriptor="face",
-        tuning=TuningRecipe(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
+        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
         prompt_templates=("{}", "a photo of {}"),
     )
     pack = api.pretrain(
         domain,
         [drawn_face(index, 64)[0] for index in range(4)],
         base=base_folder,
-        recipe=PretrainingRecipe(steps=2, batch_size=2),
+        recipe=PretrainingConfig(steps=2, batch_size=2),
         tuning=domain.tuning,
         folder=root / "my_faces",
     )

@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from e4t_cli import E4TError, InputError, UsageError, api
-from e4t_cli.base_model import TextToImageModel
-from e4t_cli.domain import PreparedImage
-from e4t_cli.photos import open_picture
-from e4t_cli.preparation import with_mask
-from e4t_cli.results import contact_sheet
+from e4t_cli import api
+from e4t_cli.errors import E4TError, InputError, UsageError
+from e4t_cli.images.loading import open_picture
+from e4t_cli.images.preparation import with_mask
+from e4t_cli.images.results import contact_sheet
+from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.registry.domain import PreparedImage
 
 QUICK = {"tune_steps": 1, "sampling": {"steps": 2}, "seed": 5}
 
@@ -148,7 +149,7 @@ def test_small_pictures_are_scaled_by_a_whole_number():
 def test_captions_stay_in_their_cell():
     from PIL import ImageFont
 
-    from e4t_cli.results.sheets import CAPTION_LINES, CAPTION_SIZE, _wrapped
+    from e4t_cli.images.results import CAPTION_LINES, CAPTION_SIZE, _wrapped
 
     font = ImageFont.load_default(CAPTION_SIZE)
     for text in ("S* " + "in a very long prompt " * 20, "W" * 300, "S* \x1b[31m", ""):
@@ -159,8 +160,7 @@ def test_captions_stay_in_their_cell():
 
 
 def test_the_door_and_the_commands_have_the_same_defaults():
-    from e4t_cli.cli.generate import generate
-    from e4t_cli.cli.personalize import personalize
+    from e4t_cli.cli.personalize import generate, personalize
 
     same = {"number": "images_per_prompt"}
     for command, function in ((personalize, api.personalize), (generate, api.generate)):

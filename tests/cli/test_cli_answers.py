@@ -6,7 +6,8 @@ import os
 import pytest
 
 from e4t_cli import registry
-from e4t_cli.cli import console, display
+from e4t_cli.cli import console
+from e4t_cli.cli import progress as display
 from e4t_cli.errors import UsageError
 
 COMMANDS = [
@@ -142,7 +143,7 @@ def test_prompts_from_everywhere_keep_their_order(tmp_path, monkeypatch):
     import io
     import sys
 
-    from e4t_cli.cli.inputs import gather_prompts
+    from e4t_cli.cli.io import gather_prompts
 
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffS* on a hill\r\n\r\n  S* at sea  \n".encode())
@@ -266,7 +267,7 @@ def test_an_unforeseen_fault_is_one_line(run, monkeypatch):
     def fail(*arguments, **options):
         raise KeyError("some\nthing")
 
-    monkeypatch.setattr("e4t_cli.registry.installed_domains", fail)
+    monkeypatch.setattr("e4t_cli.registry.discovery.installed_domains", fail)
     ended = run("domains", "list")
     assert ended.code == 1
     assert ended.err.startswith("error: unexpected KeyError: ")
@@ -279,7 +280,7 @@ def test_a_folder_that_may_not_be_written_to(run, tmp_path, monkeypatch):
     from PIL import Image
 
     Image.new("RGB", (64, 64)).save(tmp_path / "p.png")
-    monkeypatch.setattr("e4t_cli.results.new_files.os.access", lambda path, mode: False)
+    monkeypatch.setattr("e4t_cli.images.results.os.access", lambda path, mode: False)
     ended = run("personalize", "face", "p.png", "S* x", "-o", "closed")
     assert ended.code == 2
     assert "cannot be written to" in ended.err

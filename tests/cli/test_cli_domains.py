@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from e4t_cli.cli import console as consoles
-from e4t_cli.registry import user_domains_folder
+from e4t_cli.registry.discovery import user_domains_folder
 from tests.plugins.conftest import install, site  # noqa: F401  # fixtures
-from tests.shelf.conftest import FILES, write_pack
+from tests.shelf.conftest import FILES, write_domain_folder
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def every_domain(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_pack(tmp_path / "some where")
+    return write_domain_folder(tmp_path / "some where")
 
 
 # ── add, list, info ──
@@ -166,8 +166,8 @@ def test_check_of_what_does_not_load(run, install):  # noqa: F811
 
 def test_check_compares_the_pack_with_its_base(run):
     """The pack of cat fits mini; one whose descriptor is no single word of mini's does not."""
-    from e4t_cli import find_domain
-    from e4t_cli.registry import weights_folder
+    from e4t_cli.registry.discovery import find_domain
+    from e4t_cli.registry.weights import weights_folder
 
     cat = weights_folder(find_domain("cat"), "mini")
     assert run("domains", "check", str(cat)).code == 0
@@ -197,7 +197,7 @@ def completed(start, words):
 
 
 def test_completion(start, folder):
-    from e4t_cli.shelf import add_domain
+    from e4t_cli.registry.store import add_domain
 
     add_domain(folder)
     assert completed(start, "e4t domains rm ") == ["my_dogs"]
@@ -214,7 +214,7 @@ def test_no_model_library_is_loaded(tmp_path, folder, command):
     """C5: looking, adding, removing and beginning need no torch and no Pillow."""
     import subprocess
 
-    from e4t_cli.shelf import add_domain
+    from e4t_cli.registry.store import add_domain
 
     if "{}" not in command:
         add_domain(folder)

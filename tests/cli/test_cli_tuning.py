@@ -1,6 +1,6 @@
 """`--tune` and `--vram` on the command line."""
 
-from e4t_cli.concept import Concept
+from e4t_cli.formats.concept import Concept
 from tests.cli.test_cli_work import install, pixels
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from PIL import Image, ImageChops
 
-from e4t_cli.metadata import read_metadata
-from e4t_cli.registry import user_domains_folder
+from e4t_cli.images.png_metadata import read_metadata
+from e4t_cli.registry.discovery import user_domains_folder
 
 
 def pixels(path):
@@ -165,7 +165,7 @@ def install(world):
     """Put the tiny pack among this user's own domains."""
     import shutil
 
-    from e4t_cli.registry import user_domains_folder
+    from e4t_cli.registry.discovery import user_domains_folder
 
     shutil.copytree(world.pack, user_domains_folder() / "my_faces")
 
@@ -255,7 +255,7 @@ def test_dry_run_plans_without_torch_or_traces(start, world, tmp_path):
 
 
 def test_an_interrupted_command_keeps_what_was_saved(run, world, monkeypatch, tmp_path):
-    from e4t_cli.results import GeneratedImage
+    from e4t_cli.images.results import GeneratedImage
 
     save = GeneratedImage.save
 
@@ -305,7 +305,7 @@ def test_every_cause_has_its_code(run, world, monkeypatch, error, code, words):
 
 def test_pretrain_makes_a_domain_that_is_listed_and_works(run, world, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "e4t_cli.api.pretraining_run.training_templates", lambda domain: ("{}", "a photo of {}")
+        "e4t_cli.api.pretraining.training_templates", lambda domain: ("{}", "a photo of {}")
     )
     from tests.conftest import drawn_face
 

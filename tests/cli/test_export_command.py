@@ -10,14 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from e4t_cli import api
-from e4t_cli.base_model import TextToImageModel
-from e4t_cli.concept import Concept
-from e4t_cli.exporting import fixed_word, folder, making, write_folder
-from e4t_cli.generation import Sampling, generate_latents
+from e4t_cli import files as making
+from e4t_cli.formats import diffusers_folder as folder
+from e4t_cli.formats.concept import Concept
+from e4t_cli.formats.diffusers_folder import write_folder
+from e4t_cli.formats.textual_inversion import mean_concept_embedding
+from e4t_cli.models.denoiser import TunedModel
+from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.registry import user_domains_folder
-from e4t_cli.tuned_model import TunedModel
-from e4t_cli.tuning import tune
+from e4t_cli.registry.discovery import user_domains_folder
+from e4t_cli.sampling import Sampling, generate_latents
+from e4t_cli.training.tuning import tune
 
 SAMPLING = Sampling(steps=4, guidance=3.0)
 
@@ -52,7 +55,7 @@ def tuned(model, pack, face):
 
 @pytest.mark.parametrize("prompt", ["{} on the beach", "a photo of {}", "{} and {} with hat"])
 def test_another_program_draws_what_this_one_draws(model, tuned, face, tmp_path, prompt):
-    word = fixed_word(model, tuned, face)
+    word = mean_concept_embedding(model, tuned, face)
     write_folder(
         model, tuned, word.embedding, tmp_path / "me", token="S*", readme="", dtype=torch.float32
     )
@@ -62,7 +65,7 @@ def test_another_program_draws_what_this_one_draws(model, tuned, face, tmp_path,
         prompt.replace("{}", "S*"), latents=noise, num_inference_steps=SAMPLING.steps,
         guidance_scale=SAMPLING.guidance, output_type="latent",
     ).images  # fmt: skip
-    without_time = tuned.with_fixed_word(word.embedding)
+    without_time = tuned.with_fixed_embedding(word.embedding)
     parsed = parse_prompt(prompt.replace("{}", "S*"))
     own = generate_latents(model, without_time, [parsed], [1], SAMPLING)
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
@@ -71,12 +74,12 @@ def test_another_program_draws_what_this_one_draws(model, tuned, face, tmp_path,
 
 
 def test_the_word_is_the_mean_over_noise_levels(model, tuned, face):
-    word = fixed_word(model, tuned, face)
+    word = mean_concept_embedding(model, tuned, face)
     assert word.embedding.shape == tuned.e_domain.shape
     assert 0 < word.variation < 10
     blind = TunedModel.plain(model, "face")
-    assert torch.equal(fixed_word(model, blind, face).embedding, blind.e_domain)
-    assert fixed_word(model, blind, face).variation == 0
+    assert torch.equal(mean_concept_embedding(model, blind, face).embedding, blind.e_domain)
+    assert mean_concept_embedding(model, blind, face).variation == 0
 
 
 @pytest.mark.parametrize("method", ["exact", "adapters"])
@@ -180,7 +183,7 @@ def test_the_base_stays_as_it_is(model, tuned, tmp_path):
 
 
 def test_a_concept_is_exported_from_python(world, saved, tmp_path):
-    from e4t_cli import export
+    from e4t_cli.api.exporting import export
 
     made = export(Concept.load(saved), tmp_path / "me", base=world.base)
     assert made.path == tmp_path / "me" and made.token == "S*"
@@ -195,7 +198,7 @@ def test_a_single_file_is_for_stable_diffusion_1(run, world, saved, tmp_path, mo
 
 
 def test_a_single_file_and_its_word(run, world, saved, tmp_path, monkeypatch):
-    from e4t_cli.exporting import single_file
+    from e4t_cli.formats import single_file
 
     monkeypatch.setattr(single_file, "SHAPE", {})  # the tiny base's blocks have other names, too
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ import pytest
 
 from e4t_cli import api
 from e4t_cli.cli.pretrain import pretrain as command
-from e4t_cli.registry import user_domains_folder
+from e4t_cli.registry.discovery import user_domains_folder
 from tests.conftest import drawn_face
 
 
@@ -16,7 +16,7 @@ from tests.conftest import drawn_face
 def _short_sentences(monkeypatch):
     """The tiny base reads sixteen tokens and spells most words."""
     monkeypatch.setattr(
-        "e4t_cli.api.pretraining_run.training_templates", lambda domain: ("{}", "a photo of {}")
+        "e4t_cli.api.pretraining.training_templates", lambda domain: ("{}", "a photo of {}")
     )
 
 
@@ -117,7 +117,7 @@ def test_the_command_writes_no_default_twice():
         known = ours.get(other.get(name, name))
         if known is not None and known.default is not inspect.Parameter.empty:
             assert (parameter.default or ()) == (known.default or ()), name
-    rehearsed = inspect.signature(api.rehearse).parameters
+    rehearsed = inspect.signature(api.plan_pretraining).parameters
     for name, parameter in rehearsed.items():
         assert parameter.default == ours[name].default, name
 
@@ -229,7 +229,7 @@ def test_the_run_leaves_its_losses_and_no_checkpoints(pretrain):
 
 
 def test_contact_sheets_of_pictures_that_are_not_trained_on(pretrain, monkeypatch):
-    monkeypatch.setattr("e4t_cli.watching.watch.PROMPTS", ("S*",))
+    monkeypatch.setattr("e4t_cli.pretraining.logging.PROMPTS", ("S*",))
     ended = pretrain("--sample-every", "2", "--steps", "3")
     assert ended.code == 0, ended.err
     assert "step-00000002.png" in left(made() / "training"), ended.err
@@ -238,12 +238,12 @@ def test_contact_sheets_of_pictures_that_are_not_trained_on(pretrain, monkeypatc
 
 
 def test_an_interrupted_run_goes_on(pretrain, monkeypatch):
-    from e4t_cli.pretrained import PretrainedDomain
+    from e4t_cli.models.domain_weights import DomainWeights
 
-    save = PretrainedDomain.save
-    monkeypatch.setattr(PretrainedDomain, "save", lambda *arguments: 1 / 0)
+    save = DomainWeights.save
+    monkeypatch.setattr(DomainWeights, "save", lambda *arguments: 1 / 0)
     assert pretrain("--steps", "4", "--checkpoint-every", "2").code == 1
-    monkeypatch.setattr(PretrainedDomain, "save", save)
+    monkeypatch.setattr(DomainWeights, "save", save)
     other = pretrain("--steps", "4", "--batch", "2")
     assert other.code == 2 and "another run" in other.err
     ended = pretrain("--steps", "4")
@@ -251,12 +251,12 @@ def test_an_interrupted_run_goes_on(pretrain, monkeypatch):
 
 
 def test_fresh_begins_anew(pretrain, monkeypatch):
-    from e4t_cli.pretrained import PretrainedDomain
+    from e4t_cli.models.domain_weights import DomainWeights
 
-    save = PretrainedDomain.save
-    monkeypatch.setattr(PretrainedDomain, "save", lambda *arguments: 1 / 0)
+    save = DomainWeights.save
+    monkeypatch.setattr(DomainWeights, "save", lambda *arguments: 1 / 0)
     assert pretrain("--checkpoint-every", "1").code == 1
-    monkeypatch.setattr(PretrainedDomain, "save", save)
+    monkeypatch.setattr(DomainWeights, "save", save)
     ended = pretrain("--batch", "2", "--fresh")
     assert ended.code == 0 and "going on" not in ended.err
 
@@ -309,7 +309,7 @@ def test_a_dry_run_as_json(pretrain):
 
 
 def test_a_dry_run_opens_a_sample_of_many(pretrain, monkeypatch):
-    monkeypatch.setattr("e4t_cli.api.rehearsals.OPENED", 5)
+    monkeypatch.setattr("e4t_cli.api.dry_run.OPENED", 5)
     ended = pretrain("--dry-run", "--json")
     told = json.loads(ended.out)
     assert (told["pictures"], told["opened"]) == (12, 5)
@@ -329,7 +329,7 @@ def test_a_dry_run_fails_as_the_run_would(pretrain, tmp_path):
 
 
 def test_a_long_stage_says_how_long_it_will_take(monkeypatch):
-    from e4t_cli.cli.display import LONG_STAGE, live_display
+    from e4t_cli.cli.progress import LONG_STAGE, live_display
 
     display = live_display()
     now = [0.0]

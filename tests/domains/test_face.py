@@ -11,14 +11,10 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from e4t_cli import (
-    InputError,
-    IntegrityError,
-    PreparationTarget,
-    WeightsUnavailable,
-    find_domain,
-)
-from e4t_cli.images import center_square, prepare_image
+from e4t_cli.errors import InputError, IntegrityError, WeightsUnavailable
+from e4t_cli.images.loading import center_square, prepare_image
+from e4t_cli.registry.discovery import find_domain
+from e4t_cli.registry.domain import PreparationTarget
 from e4t_domains import face as module
 from e4t_domains import face_parsing, face_search
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from e4t_cli import PreparationTarget, find_domain
-from e4t_cli.images import center_square, prepare_image
+from e4t_cli.images.loading import center_square, prepare_image
+from e4t_cli.registry.discovery import find_domain
+from e4t_cli.registry.domain import PreparationTarget
 from e4t_domains import face_parsing
 from e4t_domains.face_parsing import HEAD
 

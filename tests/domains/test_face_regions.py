@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from e4t_cli import Frame, InputError
+from e4t_cli.errors import InputError
+from e4t_cli.images.framing import Frame
 from e4t_domains.face_alignment import FFHQ, align, frame_of, settle, surround
 from e4t_domains.face_parsing import LabelMap
 from e4t_domains.face_regions import find_faces, split_regions
-from e4t_domains.face_search import Sighting, choose
+from e4t_domains.face_search import Detection, choose
 
 # As the public parser orders them, and as an older revision of it does.
 NAMES = dict(
@@ -128,7 +129,7 @@ def test_two_faces_from_left_to_right_and_which():
     faces = find_faces(found)
     assert [round(face.center[0]) for face in faces] == pytest.approx([120, 370], abs=8)
     view = Frame.centered((SIDE, SIDE))
-    seen = [Sighting(face, view, frame_of(face, (SIDE, SIDE), FFHQ)) for face in faces]
+    seen = [Detection(face, view, frame_of(face, (SIDE, SIDE), FFHQ)) for face in faces]
     assert choose(seen, "largest").face is faces[0]
     assert choose(seen, "left").face is choose(seen, "1").face is faces[0]
     assert choose(seen, "right").face is choose(seen, "2").face is faces[1]

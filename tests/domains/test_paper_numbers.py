@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from e4t_cli import find_domain, installed_domains
-from e4t_cli.testing import check_domain
+from e4t_cli.registry.discovery import find_domain, installed_domains
+from e4t_cli.registry.testing import check_domain
 
 PAPER = {
     #        e_domain  pre-training          tuning             mask   s

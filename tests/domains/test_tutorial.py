@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from e4t_cli.shelf import new_domain
+from e4t_cli.registry.scaffold import new_domain
 
 TUTORIAL = Path(__file__).parents[2] / "domains" / "README.md"
 FILE = re.compile(r"^\*\*`([\w./]+)`\*\*\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -73,7 +73,7 @@ def test_the_tutorial_works(package, version):
 
 def test_both_ways_of_weights_are_spelled_as_they_are_read():
     """The two indented lines of `weights` are places that a `Domain` takes."""
-    from e4t_cli.names import check_location
+    from e4t_cli.registry.domain import check_location
 
     text = TUTORIAL.read_text(encoding="utf-8")
     places = re.findall(r'^    weights=\{"mini": "(.*)"\},$', text, re.MULTILINE)

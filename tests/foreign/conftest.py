@@ -8,7 +8,7 @@ from tests.hub.conftest import hub  # noqa: F401
 
 @pytest.fixture
 def sizes(model):
-    from e4t_cli.nn.unet_features import feature_widths
+    from e4t_cli.nn.unet import feature_widths
     from e4t_cli.nn.weight_offsets import projection_shapes
 
     return {
@@ -32,28 +32,28 @@ def offsets(sizes):
 def checkpoint(tmp_path, encoder, offsets, monkeypatch):
     """A folder with a whole checkpoint, whose tower open_clip seems to know."""
     configs = checkpoints.write_open_clip_config(tmp_path / "model_configs")
-    monkeypatch.setattr("e4t_cli.e4t_diffusion.towers.configs_folder", lambda: configs)
+    monkeypatch.setattr("e4t_cli.formats.e4t_diffusion.checkpoint.configs_folder", lambda: configs)
     return checkpoints.write_checkpoint(tmp_path / "theirs", encoder, offsets)
 
 
 @pytest.fixture
 def converted(checkpoint, tmp_path):
     """The pack made of it in this process, with the reader that the other process uses."""
-    from e4t_cli.api.foreign import wish_for
-    from e4t_cli.domain import Domain
-    from e4t_cli.e4t_diffusion import read_checkpoint
-    from e4t_cli.e4t_diffusion.conversion import write_pack
-    from e4t_cli.e4t_diffusion.reading import read_tensors_of
-    from e4t_cli.pretrained import PretrainedDomain
-    from e4t_cli.recipes import TuningRecipe
+    from e4t_cli.api.importing import conversion_request
+    from e4t_cli.formats.e4t_diffusion.__main__ import read_tensors_of
+    from e4t_cli.formats.e4t_diffusion.checkpoint import read_checkpoint
+    from e4t_cli.formats.e4t_diffusion.conversion import write_domain_folder
+    from e4t_cli.models.domain_weights import DomainWeights
+    from e4t_cli.registry.config import TuningConfig
+    from e4t_cli.registry.domain import Domain
 
-    recipe = TuningRecipe(
+    recipe = TuningConfig(
         steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4, mask=True
     )
     sentences = ("{}", "a photo of {}")  # short: the tiny base reads 14 tokens
     domain = Domain(name="face", descriptor="face", tuning=recipe, prompt_templates=sentences)
-    wish = wish_for(read_checkpoint(checkpoint), domain, "face", "tiny")
+    wish = conversion_request(read_checkpoint(checkpoint), domain, "face", "tiny")
     folder = tmp_path / "ours"
     folder.mkdir()
-    report = write_pack(wish, folder, read_tensors_of)
-    return PretrainedDomain.load(folder), report, folder
+    report = write_domain_folder(wish, folder, read_tensors_of)
+    return DomainWeights.load(folder), report, folder

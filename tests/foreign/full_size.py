@@ -2,8 +2,8 @@
 
 import torch
 
-from e4t_cli.e4t_diffusion.conversion import expected_shapes
-from e4t_cli.e4t_diffusion.towers import tower_sizes
+from e4t_cli.formats.e4t_diffusion.checkpoint import tower_sizes
+from e4t_cli.formats.e4t_diffusion.conversion import expected_shapes
 from e4t_cli.nn.patch_encoder import PatchEncoderConfig
 from e4t_cli.nn.weight_offsets import projection_shapes
 from tests.foreign import checkpoints

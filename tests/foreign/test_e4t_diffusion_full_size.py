@@ -5,7 +5,7 @@ python -m pytest -m slow tests/foreign/test_e4t_diffusion_full_size.py -s
 
 import pytest
 
-from e4t_cli.api.foreign import import_checkpoint
+from e4t_cli.api.importing import import_checkpoint
 from tests.foreign.full_size import write_full_size
 
 

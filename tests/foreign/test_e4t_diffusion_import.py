@@ -14,20 +14,18 @@ import torch
 
 import e4t_cli
 from e4t_cli import api
-from e4t_cli.api.foreign import import_checkpoint
-from e4t_cli.api.foreign_concepts import import_concept
+from e4t_cli.api.importing import import_checkpoint, import_concept
 from e4t_cli.cli.app import run
-from e4t_cli.concept import Concept
-from e4t_cli.e4t_diffusion import converting, read_checkpoint
-from e4t_cli.e4t_diffusion.conversion import write_pack
-from e4t_cli.e4t_diffusion.isolation import clean_environment
-from e4t_cli.e4t_diffusion.offsets import split_networks
-from e4t_cli.e4t_diffusion.reading import read_tensors_of
-from e4t_cli.e4t_diffusion.wish import Wish
 from e4t_cli.errors import E4TError, IntegrityError, ResourceError, UsageError
 from e4t_cli.files import sha256_of
-from e4t_cli.pretrained import PretrainedDomain
-from e4t_cli.registry import user_domains_folder
+from e4t_cli.formats.concept import Concept
+from e4t_cli.formats.e4t_diffusion import runner as converting
+from e4t_cli.formats.e4t_diffusion.__main__ import read_tensors_of
+from e4t_cli.formats.e4t_diffusion.checkpoint import ConversionRequest, read_checkpoint
+from e4t_cli.formats.e4t_diffusion.conversion import split_networks, write_domain_folder
+from e4t_cli.formats.e4t_diffusion.runner import clean_environment
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.registry.discovery import user_domains_folder
 from tests.conftest import drawn_face
 from tests.foreign import checkpoints
 
@@ -46,9 +44,9 @@ class Evil:
 
 @pytest.fixture
 def wish(checkpoint):
-    from e4t_cli.api.foreign import wish_for
+    from e4t_cli.api.importing import conversion_request
 
-    return wish_for(read_checkpoint(checkpoint), None, "face", "tiny")
+    return conversion_request(read_checkpoint(checkpoint), None, "face", "tiny")
 
 
 def refused(path, match, sha256=""):
@@ -157,7 +155,7 @@ def spoilt(wish, tmp_path, encoder=None, weights=None):
     target = tmp_path / "target"
     target.mkdir(exist_ok=True)
     with pytest.raises(IntegrityError) as caught:
-        write_pack(wish, target, read)
+        write_domain_folder(wish, target, read)
     assert not (target / "domain.toml").exists()
     return str(caught.value)
 
@@ -247,7 +245,7 @@ def test_unknown_bases_and_taken_names(checkpoint, base_folder):
 
 
 def test_gone_repositories_lead_to_their_mirrors(checkpoint):
-    from e4t_cli.api.foreign import _base_name
+    from e4t_cli.api.importing import _base_name
 
     found = read_checkpoint(checkpoint)
     assert _base_name(found, None) == "sd14"
@@ -332,7 +330,7 @@ def test_D9_no_room(wish, tmp_path, monkeypatch):
 
 
 def test_wishes_survive_the_trip(wish):
-    assert Wish.from_json(wish.to_json()) == wish
+    assert ConversionRequest.from_json(wish.to_json()) == wish
 
 
 # ── from the folder to pictures ──
@@ -352,7 +350,7 @@ def test_import_and_personalize(checkpoint, base_folder, tmp_path, capfd):
         "domain.toml", "encoder.safetensors", "offsets.safetensors", "tower.safetensors",
     }  # fmt: skip
     assert [path.name for path in folder.parent.iterdir()] == ["people"]
-    pack = PretrainedDomain.load(folder)
+    pack = DomainWeights.load(folder)
     assert sha256 in pack.notes
     assert pack.base_name == "tiny"
     assert pack.embedding_scale == 0.1
@@ -408,7 +406,7 @@ def test_a_tuned_checkpoint_becomes_a_concept(
     assert sorted(path.name for path in made.folder.iterdir()) == [
         "domain.toml", "encoder.safetensors", "offsets.safetensors", "tower.safetensors",
     ]  # fmt: skip
-    pack = PretrainedDomain.load(made.folder)
+    pack = DomainWeights.load(made.folder)
     concept = Concept.load(tmp_path / "me.e4t")
     tuned = concept.tuned(model, pack)
     for path in pack.offsets:
@@ -438,10 +436,10 @@ def test_a_tuned_unet_of_another_model_is_refused(checkpoint, encoder, offsets, 
         folder = checkpoints.write_checkpoint(
             tmp_path / match.replace(" ", "-"), encoder, changed, name="unet.pt"
         )
-        from e4t_cli.api.foreign import wish_for
+        from e4t_cli.api.importing import conversion_request
 
         wish = dataclasses.replace(
-            wish_for(read_checkpoint(folder), None, "face", "tiny"), keep_unet=True
+            conversion_request(read_checkpoint(folder), None, "face", "tiny"), keep_unet=True
         )
         with pytest.raises(E4TError, match=match):
-            write_pack(wish, tmp_path, read_tensors_of)
+            write_domain_folder(wish, tmp_path, read_tensors_of)

@@ -8,17 +8,21 @@ import pytest
 import torch
 
 import e4t_cli
-from e4t_cli.concept import Concept
-from e4t_cli.e4t_diffusion.conversion import expected_shapes
-from e4t_cli.e4t_diffusion.offsets import evaluate, factor, split_networks
-from e4t_cli.e4t_diffusion.towers import tower_sizes
 from e4t_cli.errors import IntegrityError, WeightsUnavailable
-from e4t_cli.generation import Sampling, sample
+from e4t_cli.formats.concept import Concept
+from e4t_cli.formats.e4t_diffusion.checkpoint import tower_sizes
+from e4t_cli.formats.e4t_diffusion.conversion import (
+    evaluate,
+    expected_shapes,
+    factor,
+    split_networks,
+)
+from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.nn.patch_encoder import PatchEncoderConfig
 from e4t_cli.nn.weight_offsets import WeightOffsets, projection_shapes
-from e4t_cli.pretrained import PretrainedDomain
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.tuning import tune
+from e4t_cli.sampling import Sampling, sample
+from e4t_cli.training.tuning import tune
 from tests.foreign import checkpoints
 
 
@@ -52,12 +56,14 @@ def test_folded_and_settled_are_exact(converted, sizes):
     encoder = converted[0].encoder.double()
     features = torch.randn(3, checkpoints.VECTORS, 32, dtype=torch.float64)
     means = torch.randn(3, sizes["unet"], dtype=torch.float64)
-    folded = encoder.fold(features)
+    encoded_image = encoder.encode_image(features)
     whole = encoder(features, means)
-    small = encoder.settled()
+    small = encoder.for_inference()
     assert sum(w.numel() for w in small.parameters()) < sum(w.numel() for w in encoder.parameters())
     small = small.double()
-    torch.testing.assert_close(small.refine(folded, means), whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        small.predict_offset(encoded_image, means), whole, rtol=1e-6, atol=1e-6
+    )
     # What depends on the picture is the vector alone: the same matrix serves other pictures.
     dense = []
     for index in range(3):
@@ -124,12 +130,12 @@ def test_a_tower_is_checked_when_it_is_looked_through(converted, model):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    again = PretrainedDomain.load(folder)  # drawing needs no tower
+    again = DomainWeights.load(folder)  # drawing needs no tower
     with pytest.raises(IntegrityError, match=r"tower\.safetensors .* is damaged"):
         again.image_features(model, pixels())
     path.unlink()
     with pytest.raises(WeightsUnavailable, match="lacks tower"):
-        PretrainedDomain.load(folder)
+        DomainWeights.load(folder)
 
 
 def test_adapters_change_their_encoder_as_merged_ones_do(converted, model, face):
@@ -138,7 +144,9 @@ def test_adapters_change_their_encoder_as_merged_ones_do(converted, model, face)
     recipe = pack.tuning.replace(method="adapters", steps=3, base_learning_rate=1e-4)
     tuned = tune(model, pack, face, recipe, seed=5)
     plain = tune(model, pack, face, recipe.replace(steps=0), seed=5)
-    assert not torch.equal(tuned.folded, plain.folded)  # the picture's own layers learned, too
+    assert not torch.equal(
+        tuned.encoded_image, plain.encoded_image
+    )  # the picture's own layers learned, too
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
         pack_digest=pack.digest, prepared=face, recipe=recipe, seed=5,

@@ -5,28 +5,29 @@ import dataclasses
 import pytest
 
 from e4t_cli import api
-from e4t_cli.api import public_weights
-from e4t_cli.api.choices import find_pack, reads_tower
-from e4t_cli.api.public_weights import provide_converted
-from e4t_cli.bases import PUBLISHED, read_base
-from e4t_cli.domain import Domain
-from e4t_cli.e4t_diffusion.conversion import write_pack
-from e4t_cli.e4t_diffusion.reading import read_tensors_of
+from e4t_cli.api import importing as public_weights
+from e4t_cli.api.importing import fetch_converted
+from e4t_cli.api.resolve import needs_image_tower, resolve_domain_weights
 from e4t_cli.errors import IntegrityError, WeightsUnavailable
-from e4t_cli.hub import clearing, housekeeping
-from e4t_cli.hub.access import Access
-from e4t_cli.hub.converted import converted_folder, foreign_repository, place_of_converted
+from e4t_cli.formats.e4t_diffusion.__main__ import read_tensors_of
+from e4t_cli.formats.e4t_diffusion.conversion import write_domain_folder
+from e4t_cli.hub import cache as clearing
+from e4t_cli.hub import cache as housekeeping
+from e4t_cli.hub.bases import PUBLISHED, read_base
 from e4t_cli.hub.inventory import forget
-from e4t_cli.hub.places import own_cache
-from e4t_cli.pretrained import PretrainedDomain
-from e4t_cli.recipes import TuningRecipe
-from e4t_cli.registry import find_domain, user_domains_folder, weights_folder
+from e4t_cli.hub.locations import converted_folder, foreign_repository, place_of_converted
+from e4t_cli.hub.paths import HubAccess, user_cache
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.discovery import find_domain, user_domains_folder
+from e4t_cli.registry.domain import Domain
+from e4t_cli.registry.weights import weights_folder
 from tests.conftest import drawn_face
 from tests.hub.fake_hub import Fault
 
 THEIRS = "mkshing/e4t-diffusion-ffhq-celebahq-v1"
 LOCATION = f"e4t-diffusion:{THEIRS}"
-YES = Access(accept_license=True)
+YES = HubAccess(accept_license=True)
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def domain():
     return Domain(
         name="face",
         descriptor="face",
-        tuning=TuningRecipe(steps=1, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=2),
+        tuning=TuningConfig(steps=1, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=2),
         prompt_templates=("{}", "a photo of {}"),
         weights={"sd14": LOCATION},
     )
@@ -60,7 +61,7 @@ def conversions(monkeypatch):
     def convert(wish, target, on_progress=None):
         calls.append(wish)
         target.mkdir(parents=True)
-        return write_pack(wish, target, read_tensors_of)
+        return write_domain_folder(wish, target, read_tensors_of)
 
     monkeypatch.setattr(public_weights, "convert", convert)
     return calls
@@ -97,21 +98,21 @@ def test_the_licence_first_then_once_and_for_all(
     tmp_path,
 ):
     with pytest.raises(WeightsUnavailable, match="has not been accepted") as caught:
-        find_pack(domain, sd14, Access())
+        resolve_domain_weights(domain, sd14, HubAccess())
     assert "--accept-license" in caught.value.hint
     assert not hub.count("GET", "*.pt")
     questions, said = [], []
-    asking = Access(
+    asking = HubAccess(
         accept_license=lambda question: bool(questions.append(question) or True),
         on_progress=said.append,
     )
-    folder = find_pack(domain, sd14, asking)
+    folder = resolve_domain_weights(domain, sd14, asking)
     assert len(questions) == 1
     assert "states no licence" in questions[0]
     assert "non-commercial" in questions[0]
     assert folder == place_of_converted(THEIRS, published)
-    assert own_cache() in folder.parents
-    pack = PretrainedDomain.load(folder)
+    assert user_cache() in folder.parents
+    pack = DomainWeights.load(folder)
     assert "non-commercial" in pack.licence
     assert THEIRS in pack.notes
     assert published in pack.notes
@@ -124,7 +125,7 @@ def test_the_licence_first_then_once_and_for_all(
     # From now on: no question, no request, no conversion, no network at all.
     asked = len(hub.requests)
     hub.faults.append(Fault("hang"))
-    assert find_pack(domain, sd14, Access(offline=True)) == folder
+    assert resolve_domain_weights(domain, sd14, HubAccess(offline=True)) == folder
     assert weights_folder(domain, "sd14") == folder
     forget(THEIRS)
     assert converted_folder(LOCATION) == folder
@@ -132,7 +133,7 @@ def test_the_licence_first_then_once_and_for_all(
     assert len(conversions) == 1
     photo = tmp_path / "photo.png"
     drawn_face(size=80)[0].save(photo)
-    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.models.text_to_image import TextToImageModel
 
     model = TextToImageModel.load(sd14)
     done = api.personalize(
@@ -144,24 +145,24 @@ def test_the_licence_first_then_once_and_for_all(
 
 def test_a_damaged_conversion_is_made_again(hub, published, domain, conversions):
     """`e4t fetch` repairs; the originals can be pruned, and the pack removed."""
-    folder = provide_converted(domain, "sd14", LOCATION, YES)
+    folder = fetch_converted(domain, "sd14", LOCATION, YES)
     whole = (folder / "offsets.safetensors").read_bytes()
     with (folder / "offsets.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
     with pytest.raises(IntegrityError, match="damaged"):
-        PretrainedDomain.load(folder)
-    assert provide_converted(domain, "sd14", LOCATION, YES, repair=True) == folder
+        DomainWeights.load(folder)
+    assert fetch_converted(domain, "sd14", LOCATION, YES, repair=True) == folder
     assert (folder / "offsets.safetensors").read_bytes() == whole
     assert len(conversions) == 2
-    provide_converted(domain, "sd14", LOCATION, YES, repair=True)
+    fetch_converted(domain, "sd14", LOCATION, YES, repair=True)
     assert len(conversions) == 2
 
     names = {(item.kind, item.name) for item in housekeeping.items()}
     assert names == {("repository", THEIRS), ("converted pack", LOCATION)}
     gone = clearing.prune()
     assert {item.path.name for item in gone} == {"encoder.pt", "weight_offsets.pt"}
-    assert provide_converted(domain, "sd14", LOCATION, Access(offline=True)) == folder
+    assert fetch_converted(domain, "sd14", LOCATION, HubAccess(offline=True)) == folder
     for item in clearing.find_items(LOCATION):
         clearing.remove(item)
     assert converted_folder(LOCATION) is None
@@ -169,7 +170,7 @@ def test_a_damaged_conversion_is_made_again(hub, published, domain, conversions)
 
 def test_D14_offline_and_never_fetched(hub, domain, sd14):
     with pytest.raises(WeightsUnavailable, match="offline") as caught:
-        find_pack(domain, sd14, Access(offline=True))
+        resolve_domain_weights(domain, sd14, HubAccess(offline=True))
     assert caught.value.exit_code == 4
     assert "e4t fetch face --base sd14" in caught.value.hint
     assert not hub.requests
@@ -178,7 +179,7 @@ def test_D14_offline_and_never_fetched(hub, domain, sd14):
 def test_D4_a_corrupt_checkpoint_is_never_read(hub, published, domain, conversions):
     hub.faults.append(Fault("corrupt", path="*/encoder.pt"))
     with pytest.raises(IntegrityError, match="expected checksum"):
-        provide_converted(domain, "sd14", LOCATION, YES)
+        fetch_converted(domain, "sd14", LOCATION, YES)
     assert conversions == []
     assert converted_folder(LOCATION) is None
 
@@ -187,20 +188,20 @@ def test_a_repository_that_lacks_a_file(hub, checkpoint, domain):
     (checkpoint / "encoder.pt").unlink()
     hub.add(THEIRS, checkpoint, licence="")
     with pytest.raises(WeightsUnavailable, match=r"encoder\.pt"):
-        provide_converted(domain, "sd14", LOCATION, YES)
+        fetch_converted(domain, "sd14", LOCATION, YES)
 
 
 def test_who_brings_a_tower_needs_none_of_the_base(hub, converted, domain):
     """The public weights need no 3.9 GB of a CLIP tower that nothing would look through."""
-    assert not reads_tower(domain, "sd14")
-    assert not reads_tower(domain, "CompVis/stable-diffusion-v1-4")
-    assert reads_tower(find_domain("face"), "mini")
-    assert reads_tower(find_domain("cat"), "sd14")
-    assert reads_tower(None, "sd14")
+    assert not needs_image_tower(domain, "sd14")
+    assert not needs_image_tower(domain, "CompVis/stable-diffusion-v1-4")
+    assert needs_image_tower(find_domain("face"), "mini")
+    assert needs_image_tower(find_domain("cat"), "sd14")
+    assert needs_image_tower(None, "sd14")
     pack, _, _ = converted
     own = user_domains_folder() / "cat"
     dataclasses.replace(pack, name="cat", base_name="sd14").save(own)
-    assert not reads_tower(find_domain("cat"), "sd14")
+    assert not needs_image_tower(find_domain("cat"), "sd14")
 
 
 def test_weights_that_the_user_made_come_first(hub, converted, domain, sd14):
@@ -208,6 +209,6 @@ def test_weights_that_the_user_made_come_first(hub, converted, domain, sd14):
     pack, _, _ = converted
     own = user_domains_folder() / "face"
     dataclasses.replace(pack, base_name="sd14").save(own)
-    assert find_pack(domain, sd14, YES) == own
+    assert resolve_domain_weights(domain, sd14, YES) == own
     assert not hub.requests
     assert "sd14" in PUBLISHED

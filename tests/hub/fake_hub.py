@@ -131,7 +131,7 @@ class FakeHub:
 
     def add(
         self, name: str, folder: Path, *, commit: str = "", licence: str = "apache-2.0",
-        gated: bool = False, branch: str = "main",
+        gated: bool = False, copy_sharing_weights: str = "main",
     ) -> str:  # fmt: skip
         """Publish a folder as a repository, or as its next state; returns the commit."""
         files = {}
@@ -149,7 +149,7 @@ class FakeHub:
         commit = commit or hashlib.sha1(content.encode()).hexdigest()
         repository = Repository(commit, files, licence, gated)
         states = self.repositories.setdefault(name, {})
-        states[commit] = states[branch] = repository
+        states[commit] = states[copy_sharing_weights] = repository
         return commit
 
     def count(self, method: str, pattern: str) -> int:

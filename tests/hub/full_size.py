@@ -179,8 +179,8 @@ def publish(hub: FakeHub, folder: Path, *, small: bool = False) -> None:
 
     The tower's checksum is pinned anew: it is another file.
     """
-    from e4t_cli.bases import PUBLISHED
-    from e4t_cli.hub import towers
+    from e4t_cli.hub import image_tower as towers
+    from e4t_cli.hub.bases import PUBLISHED
 
     base, pinned = PUBLISHED["sd14"], towers.VIT_H_14
     config = pinned.config
@@ -204,7 +204,7 @@ def publish(hub: FakeHub, folder: Path, *, small: bool = False) -> None:
     file = hub.repositories[pinned.repository][pinned.revision].files[pinned.file]
     tower = replace(pinned, sha256=file.sha256, size=file.size, config=config)
     for function in (
-        towers.provide_tower, towers.has_tower, towers.tower_folder, towers.missing_bytes
+        towers.fetch_image_tower, towers.has_tower, towers.tower_folder, towers.missing_bytes
     ):  # fmt: skip
         function.__defaults__ = (tower,)
 

@@ -4,17 +4,20 @@ import tomllib
 
 import pytest
 
-from e4t_cli import Domain, TuningRecipe, find_domain
 from e4t_cli.cli import app
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
-from e4t_cli.registry import user_domains_folder
-from e4t_cli.shelf import add_domain, publish_domain, weights_state
-from tests.shelf.conftest import FILES, card, write_pack
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.discovery import find_domain, user_domains_folder
+from e4t_cli.registry.domain import Domain
+from e4t_cli.registry.publish import publish_domain
+from e4t_cli.registry.store import add_domain
+from e4t_cli.registry.weights import weights_state
+from tests.shelf.conftest import FILES, card, write_domain_folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_pack(tmp_path / "pack")
+    return write_domain_folder(tmp_path / "pack")
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ def test_offline_only_what_is_here(hub, folder):
 def test_the_list_says_what_is_to_be_fetched(hub, folder):
     commit = hub.add("someone/dogs", folder)
     place = {"toy": f"hub:someone/dogs@{commit}"}
-    recipe = TuningRecipe(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    recipe = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
     plain = Domain(name="dogs", descriptor="dog", tuning=recipe, weights=place)
     sized = Domain(
         name="dogs", descriptor="dog", tuning=recipe, weights=place, download_sizes={"toy": 12345}
@@ -119,7 +122,7 @@ def test_a_pack_is_published_privately(hub, token, dogs):
 
 
 def test_what_was_published_can_be_added(hub, token, dogs, tmp_path):
-    from e4t_cli.shelf import remove_domain
+    from e4t_cli.registry.store import remove_domain
 
     publish_domain(dogs, "me/e4t-dogs", licence="My own licence", private=False)
     sent = hub.uploads["me/e4t-dogs"]
@@ -191,8 +194,8 @@ def test_which_pack(hub, token, dogs):
 
 
 def test_the_page_repeats_no_markup(dogs, folder):
-    from e4t_cli.manifest import parse_manifest
-    from e4t_cli.shelf.publishing import model_card
+    from e4t_cli.registry.manifest import parse_manifest
+    from e4t_cli.registry.publish import model_card
 
     text = card(limits="<script>x</script> | a\n# b `c`", notes="[x](http://evil)", licence='M"\nT')
     page = model_card(parse_manifest(text.encode(), "it"), dogs, "me/e4t-dogs")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable
-from e4t_cli.hub.fetching import fetch_files
-from e4t_cli.hub.places import hub_cache, own_cache
+from e4t_cli.hub.download import fetch_files
+from e4t_cli.hub.paths import hub_cache, user_cache
 from tests.hub.fake_hub import Fault
 from tests.hub.repositories import safetensors_of, write_files
 
@@ -68,10 +68,10 @@ def test_bytes_are_counted_once_however_they_are_sent(reporter):
     """Xet reports every byte twice: from the line, and on the disk."""
     from types import SimpleNamespace
 
-    from e4t_cli.hub.listening import Meter
+    from e4t_cli.hub.download import ProgressMeter
 
     events = []
-    meter = Meter(1_000_000, events.append)
+    meter = ProgressMeter(1_000_000, events.append)
     bar = meter.bar_class()
     if reporter:
         module = pytest.importorskip("huggingface_hub.utils._xet_progress_reporting")
@@ -206,7 +206,7 @@ def test_D9_a_disk_that_fills_up_half_way(hub, repository, monkeypatch):
 def test_D10_killed_half_way(hub, repository):
     import threading
 
-    from e4t_cli.hub.clearing import prune
+    from e4t_cli.hub.cache import prune
 
     hub.chunk_gate = threading.Event()
     process = fetch_elsewhere(repository)
@@ -241,7 +241,7 @@ def test_D12_a_cache_that_cannot_be_written_to(hub, repository, tmp_path, monkey
 
     monkeypatch.setattr(os, "mkdir", refuse)
     monkeypatch.setattr(os, "open", read_only)
-    for note in (own_cache() / "verified").glob("*"):
+    for note in (user_cache() / "verified").glob("*"):
         note.unlink()  # even what was verified elsewhere
     assert fetch_files("owner/tiny", repository, ALL) == folder
     hub.add("owner/other", tmp_path / "tiny")
@@ -275,7 +275,7 @@ def test_D14_offline_and_incomplete_says_what_is_missing(hub, repository):
     (folder / WEIGHTS).unlink()
     with pytest.raises(WeightsUnavailable, match=f"offline: {WEIGHTS}"):
         fetch_files("owner/tiny", repository, ALL, offline=True)
-    for note in (own_cache() / "hub").rglob("*.json"):
+    for note in (user_cache() / "hub").rglob("*.json"):
         note.unlink()  # fetched by another program, say
     with pytest.raises(WeightsUnavailable, match=f"offline: {WEIGHTS}"):
         fetch_files("owner/tiny", repository, ["config.json", WEIGHTS], offline=True)
@@ -398,7 +398,7 @@ def test_D19_a_good_token_is_used_and_never_kept(hub, repository, monkeypatch, t
 
 def test_an_inventory_that_is_damaged_is_asked_for_again(hub, repository):
     fetch_files("owner/tiny", repository, ALL)
-    (note,) = (own_cache() / "hub").rglob("*.json")
+    (note,) = (user_cache() / "hub").rglob("*.json")
     json.loads(note.read_text())
     note.write_text("{")
     assert intact(fetch_files("owner/tiny", repository, ALL))

@@ -3,22 +3,24 @@
 import pytest
 import torch
 
-from e4t_cli import Domain, TuningRecipe, registry
-from e4t_cli.base_model import TextToImageModel
+from e4t_cli import registry
 from e4t_cli.cli import app
-from e4t_cli.hub import towers
-from e4t_cli.hub.access import Access
-from e4t_cli.hub.provision import provide_base
+from e4t_cli.hub import image_tower as towers
+from e4t_cli.hub.paths import HubAccess
+from e4t_cli.hub.resolve import fetch_base
+from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.domain import Domain
 from tests.hub import full_size
 from tests.hub.full_size import PARSER, publish
-from tests.shelf.conftest import write_pack
+from tests.shelf.conftest import write_domain_folder
 
 
 @pytest.fixture
 def pins():
     """The checksum of the tower is another one in these tests, and as before after them."""
     functions = (
-        towers.provide_tower, towers.has_tower, towers.tower_folder, towers.missing_bytes
+        towers.fetch_image_tower, towers.has_tower, towers.tower_folder, towers.missing_bytes
     )  # fmt: skip
     before = [function.__defaults__ for function in functions]
     yield
@@ -33,7 +35,7 @@ def published(hub, pins, tmp_path):
 
 
 def test_sd14_by_name(published):
-    base = provide_base("sd14", Access(accept_license=True), half=True)
+    base = fetch_base("sd14", HubAccess(accept_license=True), half=True)
     assert (base.name, base.resolution) == ("sd14", 512)
     assert (base.folder / "safety_checker" / "model.fp16.safetensors").is_file()
     model = TextToImageModel.load(base)
@@ -59,11 +61,11 @@ def test_a_command_is_rehearsed(hub, pins, tmp_path, monkeypatch, capfd):
 
 
 def test_a_domain_comes_with_its_networks(published, tmp_path, monkeypatch, capfd):
-    commit = published.add("me/pack", write_pack(tmp_path / "pack"))
+    commit = published.add("me/pack", write_domain_folder(tmp_path / "pack"))
     domain = Domain(
         name="look",
         descriptor="face",
-        tuning=TuningRecipe(steps=1, base_learning_rate=1e-5, embedding_penalty=0.1),
+        tuning=TuningConfig(steps=1, base_learning_rate=1e-5, embedding_penalty=0.1),
         weights={"sd14": f"hub:me/pack@{commit}"},
         networks=(PARSER,),
     )

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from e4t_cli.bases import PUBLISHED
 from e4t_cli.cli import app
-from e4t_cli.hub import automatic
-from e4t_cli.hub.access import Access
-from e4t_cli.hub.automatic import choose_automatically, likely_accelerator
-from e4t_cli.hub.places import hub_cache, own_cache
+from e4t_cli.hub import resolve as automatic
+from e4t_cli.hub.bases import PUBLISHED
+from e4t_cli.hub.paths import HubAccess, hub_cache, user_cache
+from e4t_cli.hub.resolve import default_base_name, likely_accelerator
 from tests.hub.fake_hub import FakeHub, Fault
 from tests.hub.repositories import publish_stable_diffusion
 
@@ -90,7 +89,7 @@ def test_verify_finds_what_no_clock_shows(hub, tiny, run):
 def test_cache_lists_and_removes(hub, tiny, run, monkeypatch):
     assert run("cache", "ls", "--json")[1] == "[]\n"
     run("fetch", "owner/tiny")
-    assert run("cache", "dir")[1].splitlines() == [str(hub_cache()), str(own_cache())]
+    assert run("cache", "dir")[1].splitlines() == [str(hub_cache()), str(user_cache())]
     (row,) = json.loads(run("cache", "ls", "--json")[1])
     assert row["name"] == "owner/tiny" and row["revision"] == tiny and row["size"] > 10_000
     assert "owner/tiny" in run("cache", "ls")[1]
@@ -105,7 +104,7 @@ def test_cache_lists_and_removes(hub, tiny, run, monkeypatch):
 
 
 def test_cache_shows_what_was_derived(hub, run):
-    kept = own_cache() / "pretraining" / "abc"
+    kept = user_cache() / "pretraining" / "abc"
     kept.mkdir(parents=True)
     (kept / "chunk.safetensors").write_bytes(b"x" * 7)
     (row,) = json.loads(run("cache", "ls", "--json")[1])
@@ -147,41 +146,41 @@ def test_auto_without_an_accelerator_asks_nobody(monkeypatch):
     monkeypatch.setattr(automatic, "likely_accelerator", lambda device: False)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(automatic, "is_here", refuse)
-    name, why = choose_automatically(Access(), confirm=refuse, has_weights=refuse)
+    name, why = default_base_name(HubAccess(), confirm=refuse, has_weights=refuse)
     assert name == "mini" and "no accelerator here" in why and "--base sd14" in why
 
 
 def test_auto_with_an_accelerator(hub, accelerator, monkeypatch):
-    yes = Access(accept_license=True)
-    assert choose_automatically(yes)[0] == "sd14"
-    assert choose_automatically(yes, device="cpu")[0] == "mini"
+    yes = HubAccess(accept_license=True)
+    assert default_base_name(yes)[0] == "sd14"
+    assert default_base_name(yes, device="cpu")[0] == "mini"
     for expected, options in {
         "cat has no weights for sd14": {"has_weights": lambda base: False, "what": "cat"},
         "does not work with this torch": {"confirm": lambda: False},
     }.items():
-        name, why = choose_automatically(yes, **options)
+        name, why = default_base_name(yes, **options)
         assert name == "mini" and expected in why
-    name, why = choose_automatically(Access())
+    name, why = default_base_name(HubAccess())
     assert name == "mini" and "licence" in why
-    name, why = choose_automatically(Access(offline=True, accept_license=True))
+    name, why = default_base_name(HubAccess(offline=True, accept_license=True))
     assert name == "mini" and "offline" in why
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    name, why = choose_automatically(yes)
+    name, why = default_base_name(yes)
     assert name == "mini" and "the hub does not answer" in why
 
 
 def test_auto_takes_what_is_here_without_a_question(hub, accelerator, made, monkeypatch):
-    from e4t_cli.hub import towers
-    from e4t_cli.hub.provision import provide_base
+    from e4t_cli.hub import image_tower as towers
+    from e4t_cli.hub.resolve import fetch_base
 
     monkeypatch.setattr(towers, "has_tower", lambda tower=None: True)
     row = PUBLISHED["sd14"]
     hub.add(row.repository, made, commit=row.revision)
-    provide_base("sd14", Access(accept_license=True))
-    shutil.rmtree(own_cache())
+    fetch_base("sd14", HubAccess(accept_license=True))
+    shutil.rmtree(user_cache())
     hub.faults.append(Fault("hang"))
-    assert choose_automatically(Access(offline=True))[0] == "sd14"
-    assert choose_automatically(Access())[0] == "sd14"
+    assert default_base_name(HubAccess(offline=True))[0] == "sd14"
+    assert default_base_name(HubAccess())[0] == "sd14"
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
@@ -201,23 +200,25 @@ def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch)
     """From an id to a picture in one command, then offline, then from the saved concept."""
     from PIL import Image
 
-    from e4t_cli import Domain, PretrainingRecipe, TuningRecipe, api
+    from e4t_cli import api
+    from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+    from e4t_cli.registry.domain import Domain
     from tests.conftest import drawn_face
 
     drawn_face(1, 96)[0].save(tmp_path / "me.png")
     domain = Domain(
         name="ours",
         descriptor="face",
-        tuning=TuningRecipe(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
+        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
         prompt_templates=("{}", "a photo of {}"),
     )
-    from e4t_cli.registry import user_domains_folder
+    from e4t_cli.registry.discovery import user_domains_folder
 
     api.pretrain(
         domain,
         [drawn_face(index, 64)[0] for index in range(2)],
         base="owner/tiny",
-        recipe=PretrainingRecipe(steps=1, batch_size=2),
+        recipe=PretrainingConfig(steps=1, batch_size=2),
         folder=user_domains_folder() / "ours",
         device="cpu",
     )
@@ -257,7 +258,7 @@ def test_a_dry_run_fetches_nothing(hub, tiny, tmp_path, run):
 def test_a_terminal_is_asked(hub, tiny, tmp_path, answer, code):
     import pty
 
-    from e4t_cli.hub.fetching import fetch_files
+    from e4t_cli.hub.download import fetch_files
 
     folder = fetch_files("owner/tiny", tiny, ["model_index.json"])
     ours, theirs = pty.openpty()
@@ -299,10 +300,13 @@ def test_an_interrupt_does_not_wait_for_gigabytes(hub, tiny, tmp_path):
 
 
 def test_auto_says_one_calm_line(monkeypatch):
-    from e4t_cli.api.choices import name_base
+    from e4t_cli.api.resolve import resolve_base_name
 
     monkeypatch.setattr(automatic, "likely_accelerator", lambda device: False)
     events = []
-    assert name_base("auto", Access(on_progress=events.append)) == "mini"
+    assert resolve_base_name("auto", HubAccess(on_progress=events.append)) == "mini"
     assert [bool(event.remark) for event in events] == [True] and not events[0].note
-    assert name_base("sd15", Access(on_progress=events.append)) == "sd15" and len(events) == 1
+    assert (
+        resolve_base_name("sd15", HubAccess(on_progress=events.append)) == "sd15"
+        and len(events) == 1
+    )

@@ -6,18 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from e4t_cli.bases import PUBLISHED, PublishedBase, find_base
 from e4t_cli.errors import IntegrityError, ResourceError, UsageError, WeightsUnavailable
-from e4t_cli.hub import provision, towers
-from e4t_cli.hub.access import Access
-from e4t_cli.hub.addresses import address_of, pack_address, pack_folder
-from e4t_cli.hub.places import hub_cache, own_cache
-from e4t_cli.hub.presence import is_here, look_up_base
-from e4t_cli.hub.provision import provide_base, provide_pack
+from e4t_cli.hub import image_tower as towers
+from e4t_cli.hub import resolve as provision
+from e4t_cli.hub.bases import PUBLISHED, PublishedBase, find_base
+from e4t_cli.hub.locations import domain_weights_location, hub_location, pack_folder
+from e4t_cli.hub.paths import HubAccess, hub_cache, user_cache
+from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_here, look_up_base
 from tests.hub.fake_hub import Fault
 from tests.hub.repositories import publish_stable_diffusion, write_files
 
-YES = Access(accept_license=True)
+YES = HubAccess(accept_license=True)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +41,7 @@ def fetched(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("half", [False, True])
 def test_a_base_by_its_id_is_what_it_needs_and_no_more(hub, tiny, half):
-    base = provide_base("owner/tiny", YES, half=half)
+    base = fetch_base("owner/tiny", YES, half=half)
     assert (base.name, base.revision, base.resolution) == ("tiny", tiny, 32)
     assert base.identity == f"owner/tiny@{tiny}" and base.tower is None
     names = fetched(base.folder)
@@ -57,8 +56,8 @@ def test_a_base_by_its_id_is_what_it_needs_and_no_more(hub, tiny, half):
     assert is_here("owner/tiny", half=half) and look_up_base("owner/tiny", half=half)[2]
     asked = len(hub.requests)
     hub.faults.append(Fault("hang"))
-    assert provide_base("owner/tiny", Access(), half=half) == base
-    assert provide_base("tiny", Access(), half=half).folder == base.folder, (
+    assert fetch_base("owner/tiny", HubAccess(), half=half) == base
+    assert fetch_base("tiny", HubAccess(), half=half).folder == base.folder, (
         "by the name it has here"
     )
     assert len(hub.requests) == asked
@@ -67,11 +66,11 @@ def test_a_base_by_its_id_is_what_it_needs_and_no_more(hub, tiny, half):
 def test_the_same_base_in_either_precision_is_one_base(hub, tiny):
     import torch
 
-    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.models.text_to_image import TextToImageModel
 
-    half = TextToImageModel.load(provide_base("owner/tiny", YES, half=True))
-    full = TextToImageModel.load(provide_base("owner/tiny", YES))
-    again = TextToImageModel.load(provide_base("owner/tiny", YES, half=True))
+    half = TextToImageModel.load(fetch_base("owner/tiny", YES, half=True))
+    full = TextToImageModel.load(fetch_base("owner/tiny", YES))
+    again = TextToImageModel.load(fetch_base("owner/tiny", YES, half=True))
     assert full.fingerprint == half.fingerprint
     assert half.unet.dtype == torch.float32
     weight, other = full.unet.conv_in.weight, half.unet.conv_in.weight
@@ -80,18 +79,20 @@ def test_the_same_base_in_either_precision_is_one_base(hub, tiny):
 
 
 def test_a_base_by_its_folder_stays_as_it_was(made, hub):
-    base = provide_base(made, Access())
+    base = fetch_base(made, HubAccess())
     assert base.name == "tiny" and base.identity == "" and not hub.requests
-    assert provide_base("mini", Access()) == find_base("mini")
+    assert fetch_base("mini", HubAccess()) == find_base("mini")
 
 
 def test_names_of_the_table_are_pinned():
     assert set(PUBLISHED) == {"sd14", "sd15", "sd21-base", "sd21"}
     for name, row in PUBLISHED.items():
-        address = address_of(name)
+        address = hub_location(name)
         assert address.repository == row.repository and address.revision == row.revision
         assert (
-            address_of(row.repository) == address == address_of(f"{row.repository}@{row.revision}")
+            hub_location(row.repository)
+            == address
+            == hub_location(f"{row.repository}@{row.revision}")
         )
         assert len(row.revision) == 40 and row.licence
 
@@ -100,7 +101,7 @@ def test_names_of_the_table_are_pinned():
     "name", ["./x", "/x", "~/x", "mini", "auto", "nobody", "a/b/c", "a\\b", ""]
 )
 def test_what_does_not_mean_the_hub(hub, name):
-    assert address_of(name) is None
+    assert hub_location(name) is None
 
 
 def test_a_published_base_is_asked_about_once(hub, made, monkeypatch):
@@ -111,31 +112,31 @@ def test_a_published_base_is_asked_about_once(hub, made, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "sd14", row)
     hub.add(row.repository, made, commit=row.revision, licence="creativeml-openrail-m")
     with pytest.raises(WeightsUnavailable, match="has not been accepted") as caught:
-        provide_base("sd14", Access())
+        fetch_base("sd14", HubAccess())
     assert "--accept-license" in caught.value.hint
     assert not hub.count("GET", "*.safetensors")
 
     questions = []
-    asking = Access(accept_license=lambda question: bool(questions.append(question) or True))
-    base = provide_base("sd14", asking)
+    asking = HubAccess(accept_license=lambda question: bool(questions.append(question) or True))
+    base = fetch_base("sd14", asking)
     assert (base.name, base.resolution, base.licence) == ("sd14", 32, "creativeml-openrail-m")
     assert len(questions) == 1 and "creativeml-openrail-m" in questions[0]
     shutil.rmtree(hub_cache())
-    assert provide_base("sd14", Access()).folder == base.folder, "it was accepted once"
+    assert fetch_base("sd14", HubAccess()).folder == base.folder, "it was accepted once"
 
 
 @pytest.mark.parametrize("licence", ["", "cc-by-nc-4.0", "openrail++"])
 def test_a_licence_that_is_unstated_or_restricts_is_asked_about(hub, made, licence):
     hub.add("owner/tiny", made, licence=licence)
     with pytest.raises(WeightsUnavailable, match="has not been accepted"):
-        provide_base("owner/tiny", Access(accept_license=lambda question: False))
-    assert provide_base("owner/tiny", YES)
+        fetch_base("owner/tiny", HubAccess(accept_license=lambda question: False))
+    assert fetch_base("owner/tiny", YES)
 
 
 def test_a_free_licence_is_said_and_not_asked_about(hub, tiny):
     remarks = []
-    access = Access(on_progress=lambda event: remarks.append(event.remark))
-    provide_base("owner/tiny", access)
+    access = HubAccess(on_progress=lambda event: remarks.append(event.remark))
+    fetch_base("owner/tiny", access)
     assert any("is under apache-2.0" in remark for remark in remarks)
 
 
@@ -144,7 +145,7 @@ def test_offline_and_not_here(hub, tiny, monkeypatch):
     with pytest.raises(
         WeightsUnavailable, match="not on this machine, and e4t is offline"
     ) as caught:
-        provide_base("sd15", Access())
+        fetch_base("sd15", HubAccess())
     assert caught.value.hint == "with a network: e4t fetch sd15"
     assert not hub.requests
 
@@ -163,46 +164,46 @@ def with_checker(hub, made, tmp_path):
 
 
 def test_the_safety_checker_comes_with_the_base(hub, with_checker):
-    base = provide_base("owner/checked", YES, safety=False)
+    base = fetch_base("owner/checked", YES, safety=False)
     assert not (base.folder / "safety_checker/model.safetensors").exists()
     notes = []
-    telling = Access(accept_license=True, on_progress=lambda event: notes.append(event.note))
+    telling = HubAccess(accept_license=True, on_progress=lambda event: notes.append(event.note))
     # On a day without a network: it goes on, and says so.
     hub.faults.append(Fault("status", status=503))
-    assert provide_base("owner/checked", telling) == base
+    assert fetch_base("owner/checked", telling) == base
     assert any("in trouble (503)" in note and "going on with" in note for note in notes)
     assert any("safety checker of owner-checked is not here" in note for note in notes)
     hub.faults.clear()
     notes.clear()
-    found = provide_base("owner/checked", telling)
+    found = fetch_base("owner/checked", telling)
     assert (found.folder / "safety_checker/model.safetensors").is_file() and not any(notes)
 
 
 def test_a_damaged_base_is_noticed_and_repaired_by_fetch(hub, tiny, tmp_path):
     import os
 
-    base = provide_base("owner/tiny", YES)
+    base = fetch_base("owner/tiny", YES)
     blob = (base.folder / "unet/diffusion_pytorch_model.safetensors").resolve()
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(data)
     os.utime(blob, (1, 1))
     with pytest.raises(IntegrityError, match="is damaged") as caught:
-        provide_base("owner/tiny", YES)
+        fetch_base("owner/tiny", YES)
     assert caught.value.hint == "fetch it again: e4t fetch owner/tiny"
-    assert provide_base("owner/tiny", YES, repair=True) == base
-    assert provide_base("owner/tiny", YES) == base
+    assert fetch_base("owner/tiny", YES, repair=True) == base
+    assert fetch_base("owner/tiny", YES) == base
 
 
 def test_what_another_program_fetched_is_used_and_checked(hub, tiny):
     """As an existing Stable Diffusion of the user's: nothing of it was ever remembered here."""
-    provide_base("owner/tiny", YES)
-    shutil.rmtree(own_cache())
-    assert provide_base(f"owner/tiny@{tiny}", Access(offline=True)).revision == tiny
+    fetch_base("owner/tiny", YES)
+    shutil.rmtree(user_cache())
+    assert fetch_base(f"owner/tiny@{tiny}", HubAccess(offline=True)).revision == tiny
     weights = next(hub_cache().rglob("snapshots/*/vae/*.safetensors"))
     weights.resolve().write_bytes(weights.read_bytes()[:-1] + b"?")
     with pytest.raises(IntegrityError, match="is damaged"):
-        provide_base(f"owner/tiny@{tiny}", Access(offline=True))
+        fetch_base(f"owner/tiny@{tiny}", HubAccess(offline=True))
 
 
 @pytest.mark.parametrize(
@@ -219,10 +220,10 @@ def test_a_model_of_another_kind_costs_no_gigabytes(hub, made, tmp_path, change,
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     hub.add("owner/other", folder)
     with pytest.raises(IntegrityError, match=said):
-        provide_base("owner/other", YES)
+        fetch_base("owner/other", YES)
     assert not hub.count("GET", "*.safetensors")
     with pytest.raises(IntegrityError, match=said):
-        provide_base(folder, Access())
+        fetch_base(folder, HubAccess())
 
 
 def test_pickles_are_not_fetched(hub, made, tmp_path):
@@ -233,7 +234,7 @@ def test_pickles_are_not_fetched(hub, made, tmp_path):
     with pytest.raises(
         IntegrityError, match="no safetensors for its unet, and pickles are refused"
     ):
-        provide_base("owner/other", YES)
+        fetch_base("owner/other", YES)
 
 
 def test_shards_are_fetched_with_their_index(hub, made, tmp_path):
@@ -278,7 +279,7 @@ def small_tower(hub, made, tmp_path, monkeypatch):
         name="small", repository="laion/small", revision=commit, licence="mit",
         file="open_clip_model.safetensors", sha256=file.sha256, size=file.size, config=config,
     )  # fmt: skip
-    monkeypatch.setattr(towers.provide_tower, "__defaults__", (tower,))
+    monkeypatch.setattr(towers.fetch_image_tower, "__defaults__", (tower,))
     for function in (towers.has_tower, towers.tower_folder, towers.missing_bytes):
         monkeypatch.setattr(function, "__defaults__", (tower,))
     return tower
@@ -288,13 +289,13 @@ def test_the_tower_is_kept_slim(hub, made, small_tower, tmp_path):
     import torch
     from safetensors.torch import load_file
 
-    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.models.text_to_image import TextToImageModel
 
     folder = shutil.copytree(made, tmp_path / "plain")
     shutil.rmtree(folder / "image_tower")
     hub.add("owner/plain", folder)
-    base = provide_base("owner/plain", YES)
-    assert base.tower == own_cache() / "towers" / "small"
+    base = fetch_base("owner/plain", YES)
+    assert base.tower == user_cache() / "towers" / "small"
     kept = load_file(base.tower / "model.safetensors")
     eye = load_file(made / "image_tower" / "model.safetensors")
     assert kept.keys() == eye.keys()
@@ -305,9 +306,9 @@ def test_the_tower_is_kept_slim(hub, made, small_tower, tmp_path):
     # The published file can go; the slim copy is enough.
     shutil.rmtree(hub_cache() / "models--laion--small")
     asked = len(hub.requests)
-    assert provide_base("owner/plain", Access()) == base and len(hub.requests) == asked
+    assert fetch_base("owner/plain", HubAccess()) == base and len(hub.requests) == asked
     # A folder of the user's without a tower takes the same one.
-    assert provide_base(folder, Access()).tower == base.tower
+    assert fetch_base(folder, HubAccess()).tower == base.tower
 
 
 def test_another_file_in_place_of_the_tower_is_refused(hub, small_tower, monkeypatch):
@@ -315,7 +316,7 @@ def test_another_file_in_place_of_the_tower_is_refused(hub, small_tower, monkeyp
 
     other = replace(small_tower, sha256="0" * 64)
     with pytest.raises(IntegrityError, match="is not the file that e4t knows"):
-        towers.provide_tower(YES, other)
+        towers.fetch_image_tower(YES, other)
     assert not towers.has_tower()
 
 
@@ -338,7 +339,7 @@ def test_room_for_the_tower_is_counted_before_the_base_is_fetched(hub, made, tmp
     hub.add("owner/plain", folder)
     monkeypatch.setattr(provision, "free_bytes", lambda _: 1_000_000_000)
     with pytest.raises(ResourceError, match="3.9 GB for laion"):
-        provide_base("owner/plain", YES)
+        fetch_base("owner/plain", YES)
     assert not hub.count("GET", "*.safetensors")
 
 
@@ -353,10 +354,10 @@ def test_a_pack_of_the_hub(hub, tmp_path):
     location = f"hub:owner/pack@{commit}"
     assert pack_folder(location) is None
     with pytest.raises(WeightsUnavailable, match="has not been accepted"):
-        provide_pack(location, Access())
-    found = provide_pack(location, YES)
+        fetch_domain_weights(location, HubAccess())
+    found = fetch_domain_weights(location, YES)
     assert fetched(found) == {"domain.toml", "encoder.safetensors"}
-    assert pack_folder(location) == found == provide_pack(location, Access(offline=True))
+    assert pack_folder(location) == found == fetch_domain_weights(location, HubAccess(offline=True))
 
 
 @pytest.mark.parametrize(
@@ -364,13 +365,13 @@ def test_a_pack_of_the_hub(hub, tmp_path):
 )
 def test_a_pack_needs_a_commit(location):
     with pytest.raises(IntegrityError, match="no address of a pack"):
-        pack_address(location)
+        domain_weights_location(location)
     assert pack_folder(location) is None
 
 
 def test_a_folder_of_that_name_comes_first(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "tiny").mkdir(parents=True)
-    assert address_of("owner/tiny") is None
+    assert hub_location("owner/tiny") is None
     with pytest.raises(UsageError, match="there is no folder"):
         find_base("a/b/c")

@@ -8,15 +8,20 @@ import pytest
 import torch
 from torch.nn import functional
 
-from e4t_cli.concept import Concept
 from e4t_cli.errors import IntegrityError
-from e4t_cli.generation import Sampling, sample
-from e4t_cli.memory import Plan
-from e4t_cli.nn.branching import attention_layers, branch, linear_layers, merge_adapters
-from e4t_cli.nn.low_rank import LowRank, LowRankAdapters
+from e4t_cli.formats.concept import Concept
+from e4t_cli.nn.adapters import (
+    LowRank,
+    LowRankAdapters,
+    attention_layers,
+    copy_sharing_weights,
+    linear_layers,
+    merge_adapters,
+)
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.tuning import tune
-from e4t_cli.tuning.step import Tuning
+from e4t_cli.sampling import Sampling, sample
+from e4t_cli.training.memory import Plan
+from e4t_cli.training.tuning import Trainer, tune
 
 
 @pytest.fixture
@@ -100,7 +105,7 @@ def test_gains_have_the_gradient_of_the_dense_weight():
 
 
 def test_a_branch_shares_what_it_does_not_change(model, pack):
-    twin = branch(model.unet, pack.offsets)
+    twin = copy_sharing_weights(model.unet, pack.offsets)
     own = {f"{path}.weight" for path in attention_layers(model.unet)}
     for name, weight in twin.named_parameters():
         base = model.unet.get_parameter(name)
@@ -112,7 +117,7 @@ def test_a_branch_shares_what_it_does_not_change(model, pack):
 
 
 def test_only_adapters_are_trained_and_the_base_is_not_touched(model, pack, face, recipe):
-    run = Tuning(model, pack, face, recipe, 0)
+    run = Trainer(model, pack, face, recipe, 0)
     base = {weight.data_ptr() for weight in model.unet.parameters()}
     assert not base & {weight.data_ptr() for weight in run.optimizer.weights}
     exact = sum(weight.numel() for weight in model.unet.parameters())
@@ -155,13 +160,13 @@ def test_without_steps_both_methods_are_one(model, pack, face, recipe):
     other = tune(model, pack, face, pack.tuning.replace(steps=0))
     for key, value in other.unet.state_dict().items():
         torch.testing.assert_close(one.unet.state_dict()[key], value)
-    torch.testing.assert_close(one.folded, other.folded)
+    torch.testing.assert_close(one.encoded_image, other.encoded_image)
 
 
 def test_micro_batches_and_checkpointing_change_nothing(model, pack, face, recipe):
     def gradients(micro_batch, checkpointing=False):
         plan = Plan(micro_batch=micro_batch, checkpointing=checkpointing)
-        run = Tuning(model, pack, face, recipe, 0, None, False, plan)
+        run = Trainer(model, pack, face, recipe, 0, None, False, plan)
         loud(run.parts.adapters["unet"])
         run.gradients(0)
         return torch.cat([weight.grad.flatten() for weight in run.optimizer.weights])
@@ -198,7 +203,7 @@ def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, r
 
 
 def test_a_half_precision_base_is_merged_in_float32(base_folder, pack, face, recipe):
-    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.models.text_to_image import TextToImageModel
 
     half = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
     tuned = tune(half, pack, face, recipe, autocast=True)
@@ -244,7 +249,7 @@ def test_encoders_without_layers_have_nothing_to_adapt(model, pack, face, recipe
 
 def test_weights_converted_at_once_are_as_good_as_converted_one_by_one(model, pack, face, recipe):
     def gradient(autocast, at_once):
-        run = Tuning(model, pack, face, recipe, 0, None, autocast)
+        run = Trainer(model, pack, face, recipe, 0, None, autocast)
         loud(run.parts.adapters["unet"])
         if not at_once:
             run.parts.converted = lambda dtype: nullcontext()

@@ -8,14 +8,15 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from e4t_cli import Domain, find_domain
-from e4t_cli.architecture import config_hash
 from e4t_cli.cli import app
 from e4t_cli.errors import IntegrityError
-from e4t_cli.manifest import read_manifest
+from e4t_cli.models.domain_weights import DomainWeights, facts_about, usual_limits
+from e4t_cli.models.loading import config_hash
 from e4t_cli.nn.weight_offsets import WeightOffsets
-from e4t_cli.pretrained import PretrainedDomain, facts_about, usual_limits
-from e4t_cli.registry import weights_folder
+from e4t_cli.registry.discovery import find_domain
+from e4t_cli.registry.domain import Domain
+from e4t_cli.registry.manifest import read_manifest
+from e4t_cli.registry.weights import weights_folder
 
 NEW = ("base_revision", "base_config_hash", "image_tower", "limits")
 
@@ -29,27 +30,28 @@ def test_facts_about_a_base(model, pack, tmp_path):
     assert card.image_tower == "CLIP ViT, 4 layers of 32, patches of 8, 32 px"
     assert card.limits == "faces only"
     assert card.sizes == {name: (tmp_path / name).stat().st_size for name in card.files}
-    again = PretrainedDomain.load(tmp_path)
+    again = DomainWeights.load(tmp_path)
     again.check_base(model)
     for name in NEW:
         assert getattr(again, name) == getattr(stated, name)
 
 
 def test_pretraining_states_them(model, tmp_path):
-    from e4t_cli import PretrainingRecipe, TuningRecipe, api
+    from e4t_cli import api
+    from e4t_cli.registry.config import PretrainingConfig, TuningConfig
     from tests.conftest import drawn_face
 
     domain = Domain(
         name="my_faces",
         descriptor="face",
-        tuning=TuningRecipe(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
+        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
         prompt_templates=("{}", "a photo of {}"),
     )
     folder = api.pretrain(
         domain,
         [drawn_face(index, 64)[0] for index in range(3)],
         base=model,
-        recipe=PretrainingRecipe(steps=1, batch_size=2),
+        recipe=PretrainingConfig(steps=1, batch_size=2),
         folder=tmp_path / "my_faces",
     )
     card = read_manifest(folder / "domain.toml")
@@ -77,7 +79,7 @@ def test_packs_from_before_load(name):
     """The shipped packs state none of it."""
     folder = weights_folder(find_domain(name), "mini")
     text = (folder / "domain.toml").read_text()
-    pack = PretrainedDomain.load(folder)
+    pack = DomainWeights.load(folder)
     for field in NEW:
         if f"\n{field} = " not in text:
             assert getattr(pack, field) == ""
@@ -92,7 +94,7 @@ def test_a_card_without_the_new_fields_loads(pack, tmp_path):
     (tmp_path / "domain.toml").write_text("\n".join(old))
     card = read_manifest(tmp_path / "domain.toml")
     assert card.sizes == {} and card.limits == ""
-    PretrainedDomain.load(tmp_path)
+    DomainWeights.load(tmp_path)
 
 
 # ── Stable Diffusion 1.4 ──
@@ -128,7 +130,7 @@ def test_offsets_of_sd14_take_less_than_2_MB(pack, offsets_of_sd14, tmp_path, ca
     assert size < 2_000_000
     numbers = sum(left.numel() + right.numel() for left, right in offsets_of_sd14.values())
     assert 2 * numbers < size < 2 * numbers + 30_000  # the rest is the header
-    again = PretrainedDomain.load(folder)
+    again = DomainWeights.load(folder)
     for path, factors in offsets_of_sd14.items():
         for one, other in zip(factors, again.offsets[path], strict=True):
             assert torch.equal(one.half().float(), other)

@@ -14,25 +14,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from e4t_cli.base_model import TextToImageModel
-from e4t_cli.concept import Concept
 from e4t_cli.errors import DivergedError
-from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents, sample
-from e4t_cli.generation.guidance import Predictor
-from e4t_cli.memory import Plan
-from e4t_cli.nn.branching import attention_layers, frozen_branch
-from e4t_cli.nn.image_tower import ImageTower
+from e4t_cli.formats.concept import Concept
+from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
+from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.nn.adapters import attention_layers, frozen_copy
 from e4t_cli.nn.patch_encoder import PatchEncoder, PatchEncoderConfig
-from e4t_cli.nn.unet_features import feature_widths
+from e4t_cli.nn.randomness import draw
+from e4t_cli.nn.unet import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
-from e4t_cli.pretraining import pretrain_domain
+from e4t_cli.nn.word_embedding_encoder import ImageTower
 from e4t_cli.pretraining.batches import Batches, Objective
-from e4t_cli.pretraining.encoding import EncodedImages
+from e4t_cli.pretraining.encoded_images import EncodedImages
+from e4t_cli.pretraining.loop import pretrain_domain
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.randomness import draw
-from e4t_cli.tuned_model import TunedModel
-from e4t_cli.tuning import tune
-from e4t_cli.tuning.step import Tuning
+from e4t_cli.sampling import SCHEDULERS, Sampling, generate_latents, sample
+from e4t_cli.training.memory import Plan
+from e4t_cli.training.tuning import Trainer, tune
 
 THERE = torch.device("meta")
 PROMPTS = [parse_prompt("S* on the beach"), parse_prompt("a photo of S*")]
@@ -91,7 +89,7 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
         encoder, seen = public_encoder(elsewhere)
         pack = dataclasses.replace(pack, encoder=encoder)
     with NoFloat64():
-        run = Tuning(elsewhere, pack, face, recipe, 0, seen, plan=Plan(micro_batch=2))
+        run = Trainer(elsewhere, pack, face, recipe, 0, seen, plan=Plan(micro_batch=2))
         run.samples.mask = torch.ones(1, 8, 8, device=THERE)
         losses = run.gradients(0)
         norm = run.optimizer.step(recipe.gradient_clip)
@@ -102,7 +100,7 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
 @pytest.mark.parametrize("method", ["exact", "adapters"])
 def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack, face, method):
     recipe = pack.tuning.replace(method=method, mask=False)
-    run = Tuning(elsewhere, pack, face, recipe, 0, plan=Plan(micro_batch=3))
+    run = Trainer(elsewhere, pack, face, recipe, 0, plan=Plan(micro_batch=3))
     samples = run.samples.of(0)
     run.accumulate(*samples)  # the warm-up: tables go to the device
     with NothingOfTheHosts():
@@ -113,9 +111,9 @@ def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack,
 
 @pytest.mark.parametrize("negative", ["", "a hat"])
 def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
-    tuned = Tuning(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False), 0).finish()
+    tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False), 0).finish()
     sampling = Sampling(guidance=5.0, negative=negative)
-    predict = Predictor(
+    predict = CFGDenoiser(
         elsewhere, tuned, elsewhere.tokenize(PROMPTS, tuned.descriptor_id), sampling
     )
     z_t, t = torch.zeros(2, 4, 8, 8, device=THERE), torch.zeros((), device=THERE, dtype=torch.long)
@@ -129,7 +127,7 @@ def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
     ("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")]
 )
 def test_drawing_stays_on_its_device(elsewhere, pack, face, scheduler, negative):
-    tuned = Tuning(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False), 0).finish()
+    tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False), 0).finish()
     sampling = Sampling(steps=4, scheduler=scheduler, negative=negative)
     with NoFloat64():
         assert generate_latents(elsewhere, tuned, PROMPTS, [1, 2], sampling).device == THERE
@@ -199,7 +197,7 @@ def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
     lost = {}
     for dtype in (torch.float16, torch.bfloat16):
         monkeypatch.setattr(TextToImageModel, "tuned_dtype", dtype)
-        run = Tuning(coarse, bare, face, recipe, 0)
+        run = Trainer(coarse, bare, face, recipe, 0)
         for step in range(run.steps):
             run.gradients(step)
             run.optimizer.step(recipe.gradient_clip)
@@ -263,7 +261,7 @@ WORDS_FOR_IT = [
 def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(
     model, pack, face, monkeypatch, error
 ):
-    gradients, retreat, left = Tuning.gradients, Tuning.retreat, []
+    gradients, reduce_memory, left = Trainer.gradients, Trainer.reduce_memory, []
 
     def short_of_memory(self, step):
         if self.plan.micro_batch > 1:
@@ -274,17 +272,17 @@ def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(
 
     def retreating(self):
         assert left[-1]() is None
-        return retreat(self)
+        return reduce_memory(self)
 
-    monkeypatch.setattr(Tuning, "gradients", short_of_memory)
-    monkeypatch.setattr(Tuning, "retreat", retreating)
+    monkeypatch.setattr(Trainer, "gradients", short_of_memory)
+    monkeypatch.setattr(Trainer, "retreat", retreating)
     tune(model, pack, face, autocast=False)
     assert len(left) == 2
 
 
 @pytest.mark.parametrize("error", WORDS_FOR_IT, ids=lambda error: str(error)[:20])
 def test_T4_so_it_is_in_drawing(model, monkeypatch, error):
-    from e4t_cli.generation import loop
+    from e4t_cli import sampling as loop
 
     denoise, free_memory, left = loop.denoise, loop.free_memory, []
 
@@ -310,7 +308,7 @@ def test_other_errors_are_not_taken_for_it(model, pack, face, monkeypatch):
     def broken(self, step):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(Tuning, "gradients", broken)
+    monkeypatch.setattr(Trainer, "gradients", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         tune(model, pack, face)
 
@@ -322,7 +320,7 @@ def test_other_errors_are_not_taken_for_it(model, pack, face, monkeypatch):
 def test_a_frozen_branch_owns_what_it_changes_and_no_more(base_folder, pack, half):
     base = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
     before = {name: weight.clone() for name, weight in base.unet.state_dict().items()}
-    twin = frozen_branch(base.unet, pack.offsets, half)
+    twin = frozen_copy(base.unet, pack.offsets, half)
     own = {id(weight) for weight in twin.parameters()} - {id(w) for w in base.unet.parameters()}
     if half is None:  # in float32: nothing can be shared
         assert {weight.dtype for weight in twin.parameters()} == {torch.float32}
@@ -371,7 +369,7 @@ def test_weights_rounded_on_the_device_give_the_same_gradient(
     def gradient(dtype, autocast, plan):
         base = TextToImageModel.load(base_folder, dtype=dtype)
         features = torch.ones(2, 32)
-        run = Tuning(base, pack, face, pack.tuning, 0, features, autocast, plan)
+        run = Trainer(base, pack, face, pack.tuning, 0, features, autocast, plan)
         run.gradients(0)
         return torch.cat([one.flatten() for one in run.optimizer.gradients])
 

@@ -4,22 +4,18 @@ import pytest
 import torch
 from test_offset_laws import inputs
 
-from e4t_cli.nn.unet_features import (
+from e4t_cli.models.denoiser import TunedModel
+from e4t_cli.nn.unet import (
     UNetState,
     check_unet,
-    decoder_half,
-    encoder_half,
+    down_and_mid,
+    embed_latents,
     feature_widths,
     pooled_features,
-    stem,
+    up_and_out,
 )
-from e4t_cli.nn.word_embedding_encoder import (
-    EncoderConfig,
-    FixedEmbedding,
-    WordEmbeddingEncoder,
-)
+from e4t_cli.nn.word_embedding_encoder import EncoderConfig, FixedEmbedding, WordEmbeddingEncoder
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.tuned_model import TunedModel
 
 
 def features(pack, count=2):
@@ -33,12 +29,12 @@ def features(pack, count=2):
 def test_the_three_pieces_are_the_unet_bit_for_bit(model):
     for count in (1, 2):
         z_t, t, text = inputs(count)
-        state = encoder_half(model.unet, stem(model.unet, z_t, t), text)
-        assert torch.equal(decoder_half(model.unet, state, text), model.unet(z_t, t, text).sample)
+        state = down_and_mid(model.unet, embed_latents(model.unet, z_t, t), text)
+        assert torch.equal(up_and_out(model.unet, state, text), model.unet(z_t, t, text).sample)
     odd = torch.randn(1, 4, 9, 7)
-    state = encoder_half(model.unet, stem(model.unet, odd, t[:1]), text[:1])
+    state = down_and_mid(model.unet, embed_latents(model.unet, odd, t[:1]), text[:1])
     whole = model.unet(odd, t[:1], text[:1]).sample
-    assert torch.equal(decoder_half(model.unet, state, text[:1]), whole)
+    assert torch.equal(up_and_out(model.unet, state, text[:1]), whole)
 
 
 @torch.no_grad()
@@ -54,7 +50,7 @@ def test_pooled_features_are_the_means_of_every_block_on_the_way_down(model):
         hook.remove()
     maps = [seen[0], *(part for block in seen[1:-1] for part in block[1]), seen[-1]]
     expected = torch.cat([one.mean(dim=(2, 3)) for one in maps], dim=1)
-    state = encoder_half(model.unet, stem(model.unet, z_t, t), text)
+    state = down_and_mid(model.unet, embed_latents(model.unet, z_t, t), text)
     assert torch.equal(pooled_features(state), expected)
     assert [one.shape[1] for one in maps] == list(feature_widths(model.unet))
 
@@ -63,15 +59,15 @@ def test_pooled_features_are_the_means_of_every_block_on_the_way_down(model):
 def test_the_shared_feature_pass_is_the_separate_one(model):
     """With an empty negative prompt the unconditional way down is the feature pass."""
     z_t, t, text = inputs()
-    unet, nothing = model.unet, model.empty_text.expand(2, -1, -1)
-    separate = pooled_features(encoder_half(unet, stem(unet, z_t, t), nothing))
-    shared = encoder_half(unet, stem(unet, z_t, t), nothing)
+    unet, nothing = model.unet, model.uncond_embeds.expand(2, -1, -1)
+    separate = pooled_features(down_and_mid(unet, embed_latents(unet, z_t, t), nothing))
+    shared = down_and_mid(unet, embed_latents(unet, z_t, t), nothing)
     assert torch.equal(pooled_features(shared), separate)
     # And that branch ends in what the whole U-Net says to the empty prompt.
-    conditional = encoder_half(unet, stem(unet, z_t, t), text)
-    both = decoder_half(
-        unet, UNetState.cat((shared, conditional)), torch.cat((nothing, text))
-    ).chunk(2)
+    conditional = down_and_mid(unet, embed_latents(unet, z_t, t), text)
+    both = up_and_out(unet, UNetState.cat((shared, conditional)), torch.cat((nothing, text))).chunk(
+        2
+    )
     torch.testing.assert_close(both[0], unet(z_t, t, nothing).sample, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(both[1], unet(z_t, t, text).sample, rtol=1e-5, atol=1e-5)
 
@@ -79,7 +75,7 @@ def test_the_shared_feature_pass_is_the_separate_one(model):
 def test_a_folded_picture_is_the_picture(pack):
     image, unet = features(pack)
     whole = pack.encoder(image, unet)
-    assert torch.equal(pack.encoder.refine(pack.encoder.fold(image), unet), whole)
+    assert torch.equal(pack.encoder.predict_offset(pack.encoder.encode_image(image), unet), whole)
     # Against the formula of section 3.1, written out.
     parts = [torch.nn.functional.layer_norm(x, x.shape[-1:]) for x in unet.split(
         pack.encoder.config.unet_widths, dim=1)]  # fmt: skip
@@ -98,7 +94,7 @@ def test_a_fresh_encoder_says_the_descriptor(model):
     tuned = TunedModel(
         unet=model.unet,
         encoder=encoder,
-        folded=encoder.fold(image),
+        encoded_image=encoder.encode_image(image),
         e_domain=model.word_embedding(token),
         descriptor_id=token,
         scale=0.1,
@@ -116,7 +112,7 @@ def test_equation_1(model, pack):
     tuned = TunedModel(
         unet=model.unet,
         encoder=pack.encoder,
-        folded=pack.encoder.fold(image[:1]),
+        encoded_image=pack.encoder.encode_image(image[:1]),
         e_domain=model.word_embedding(7),
         descriptor_id=7,
         scale=0.1,

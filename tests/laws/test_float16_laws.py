@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from e4t_cli.base_model import TextToImageModel
 from e4t_cli.errors import DivergedError
-from e4t_cli.memory import Plan
+from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn import precision
 from e4t_cli.nn.precision import half_format
-from e4t_cli.tuning import loss_scale, parts, step, tune
-from e4t_cli.tuning.step import Tuning
+from e4t_cli.training import optim as loss_scale
+from e4t_cli.training import trainable as parts
+from e4t_cli.training import tuning as step
+from e4t_cli.training.memory import Plan
+from e4t_cli.training.tuning import Trainer, tune
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def test_T9_the_format_that_a_card_multiplies_fastest(monkeypatch, bfloat16, cap
 
 
 def gradient(model, pack, face, recipe, autocast=None, **plan):
-    run = Tuning(
+    run = Trainer(
         model, pack, face, recipe, 0, None, autocast, Plan(micro_batch=4, **plan) if plan else None
     )  # fmt: skip
     losses = run.gradients(0)
@@ -82,13 +84,13 @@ def test_without_a_scale_small_gradients_would_vanish(model, pack, face, monkeyp
 def test_an_overflow_is_made_again_with_a_smaller_factor(model, pack, face, monkeypatch):
     expected, _, _ = gradient(model, pack, face, pack.tuning)
     monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
-    accumulated, seen = Tuning._accumulated, []
+    accumulated, seen = Trainer._accumulated, []
 
     def counted(self, *samples):
         seen.append(samples)
         return accumulated(self, *samples)
 
-    monkeypatch.setattr(Tuning, "_accumulated", counted)
+    monkeypatch.setattr(Trainer, "_accumulated", counted)
     found, losses, run = gradient(model, pack, face, pack.tuning)
     assert len(seen) > 2 and all(again is seen[0][0] for again, *_ in seen)
     assert 1 < run.loss_scale.factor < 2.0**40 and losses.isfinite().all()

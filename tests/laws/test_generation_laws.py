@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from e4t_cli.errors import UsageError
-from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents, sample
+from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.tuned_model import TunedModel
-from e4t_cli.tuning import tune
+from e4t_cli.sampling import SCHEDULERS, Sampling, generate_latents, sample
+from e4t_cli.training.tuning import tune
 
 PROMPTS = [
     parse_prompt(text) for text in ("S* on the beach", "a photo of S*", "S* and S* with hat")
@@ -109,17 +109,17 @@ def test_one_way_down_serves_the_features_and_the_unconditional_branch(model, tu
 
 def test_an_empty_negative_prompt_in_words_is_the_shared_pass(model, tuned):
     """A separate feature pass, forced by a negative prompt of nothing, gives the same bits."""
-    from e4t_cli.generation.guidance import Predictor
+    from e4t_cli.models.denoiser import CFGDenoiser
 
     shared = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
-    original = Predictor.__init__
+    original = CFGDenoiser.__init__
 
     def separate(self, *args):
         original(self, *args)
         self.negative = self.empty.clone()  # equal, but not the same: no sharing
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Predictor, "__init__", separate)
+        patch.setattr(CFGDenoiser, "__init__", separate)
         apart = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
     assert torch.equal(shared, apart)
 
@@ -128,7 +128,7 @@ def test_the_plain_word_is_plain_stable_diffusion(model):
     """Without refinement, our loop is diffusers' pipeline to the last bit of its latents."""
     from diffusers import StableDiffusionPipeline
 
-    from e4t_cli.generation import make_scheduler
+    from e4t_cli.sampling import make_scheduler
 
     sampling = Sampling(steps=3, guidance=4.0, scheduler="ddim")
     pipeline = StableDiffusionPipeline(
@@ -176,7 +176,7 @@ def test_negative_prompts_and_guidance_are_heard(model, tuned):
 
 
 def test_at_no_strength_it_is_the_base_and_at_full_strength_itself(model, tuned):
-    assert tuned.at_strength(model.unet, 1) is tuned
+    assert tuned.at_concept_scale(model.unet, 1) is tuned
     none = generate_latents(model, tuned, PROMPTS[:1], [1], Sampling(steps=3, strength=0))
     plain = TunedModel.plain(model, tuned_descriptor(model, tuned))
     assert torch.equal(none, generate_latents(model, plain, PROMPTS[:1], [1], FEW))
@@ -189,7 +189,7 @@ def tuned_descriptor(model, tuned):
 
 @pytest.mark.parametrize("strength", [0.25, 1.5])
 def test_strength_is_a_straight_line(model, tuned, strength):
-    found = tuned.at_strength(model.unet, strength)
+    found = tuned.at_concept_scale(model.unet, strength)
     before = {name: weight.clone() for name, weight in tuned.unet.state_dict().items()}
     for name, weight in model.unet.state_dict().items():
         expected = weight + strength * (before[name] - weight)
@@ -202,7 +202,7 @@ def test_strength_is_a_straight_line(model, tuned, strength):
 
 def test_in_half_precision_it_is_rounded_once(model, tuned):
     half = TunedModel(**{**vars(tuned), "unet": copy.deepcopy(tuned.unet).half()})
-    found = half.at_strength(model.unet, 0.5).unet
+    found = half.at_concept_scale(model.unet, 0.5).unet
     for (name, weight), before in zip(
         found.state_dict().items(), model.unet.state_dict().values(), strict=True
     ):
@@ -228,7 +228,7 @@ def test_an_unreadable_prompt_stops_the_first_picture(model, tuned):
 
 
 def test_T4_pictures_are_drawn_in_smaller_company_when_memory_runs_out(model, tuned, monkeypatch):
-    from e4t_cli.generation import loop
+    from e4t_cli import sampling as loop
 
     denoise, sizes, notes = loop.denoise, [], []
 
@@ -255,7 +255,7 @@ def test_T4_pictures_are_drawn_in_smaller_company_when_memory_runs_out(model, tu
 
 
 def test_large_pictures_are_decoded_one_by_one(model, tuned, monkeypatch):
-    from e4t_cli.base_model import model as home
+    from e4t_cli.models import text_to_image as home
 
     latents = generate_latents(model, tuned, PROMPTS, [1, 2, 3], FEW)
     together = pixels(model.decode(latents))

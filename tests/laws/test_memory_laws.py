@@ -12,11 +12,13 @@ from torch.nn import functional
 
 from e4t_cli.devices import GB, budget_of, choose_device, choose_dtype, free_ram
 from e4t_cli.errors import ResourceError, UsageError
-from e4t_cli.memory import HOST_BYTES, Plan, Work, peaks, plan_tuning, planning, predicted_peak
-from e4t_cli.nn.branching import attention_layers
-from e4t_cli.nn.unet_features import decoder_half, encoder_half, stem
-from e4t_cli.tuning import optimizers, tune
-from e4t_cli.tuning.step import Tuning
+from e4t_cli.nn.adapters import attention_layers
+from e4t_cli.nn.unet import down_and_mid, embed_latents, up_and_out
+from e4t_cli.training import memory as peaks
+from e4t_cli.training import memory as planning
+from e4t_cli.training import optim as optimizers
+from e4t_cli.training.memory import HOST_BYTES, Plan, Work, plan_tuning, predicted_peak
+from e4t_cli.training.tuning import Trainer, tune
 
 SIZES = {
     "sd14": {
@@ -68,10 +70,10 @@ def kept_numbers(unet, *, exact):
     t = torch.zeros(1, dtype=torch.long, device="meta")
     text = torch.empty(1, 77, width, device="meta", requires_grad=True)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        state = stem(unet, z_t, t)
+        state = embed_latents(unet, z_t, t)
         if exact:
-            encoder_half(unet, state, text)  # the feature pass
-        decoder_half(unet, encoder_half(unet, state, text), text)
+            down_and_mid(unet, state, text)  # the feature pass
+        up_and_out(unet, down_and_mid(unet, state, text), text)
     return sum(size for _, size in kept.values())
 
 
@@ -233,7 +235,7 @@ def test_what_is_computed_twice_is_computed_alike_in_half_precision(model, pack,
 
 
 def test_a_consumed_model_gives_the_same_bits(base_folder, pack, face):
-    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.models.text_to_image import TextToImageModel
 
     one, other = (TextToImageModel.load(base_folder) for _ in range(2))
     copied = tune(one, pack, face)
@@ -318,14 +320,14 @@ def test_half_precision_on_the_device_keeps_the_whole_delta_on_the_host():
 
 
 def test_T4_memory_runs_out_step_by_step_and_says_so(model, pack, face, monkeypatch):
-    gradients, notes = Tuning.gradients, []
+    gradients, notes = Trainer.gradients, []
 
     def short_of_memory(self, step):
         if step == 1 and not self.unet.is_gradient_checkpointing:
             raise torch.OutOfMemoryError("no more")
         return gradients(self, step)
 
-    monkeypatch.setattr(Tuning, "gradients", short_of_memory)
+    monkeypatch.setattr(Trainer, "gradients", short_of_memory)
     found = tune(
         model, pack, face, autocast=False,
         on_progress=lambda event: event.note and notes.append(event.note),
@@ -343,7 +345,7 @@ def test_T4_the_last_resort_is_one_sentence(model, pack, face, monkeypatch):
     def no_memory(self, step):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(Tuning, "gradients", no_memory)
+    monkeypatch.setattr(Trainer, "gradients", no_memory)
     with pytest.raises(ResourceError) as caught:
         tune(model, pack, face)
     assert caught.value.exit_code == 6 and "--tune adapters" in caught.value.hint

@@ -101,7 +101,7 @@ def test_bake_leaves_a_plain_unet_with_the_same_output(model):
     offsets = stirred(WeightOffsets.for_unet(unet))
     offsets.attach_to(unet)
     attached = unet(*inputs()).sample
-    offsets.bake()
+    offsets.merge()
     assert list(unet.state_dict()) == list(model.unet.state_dict())
     assert repr(unet) == repr(model.unet)
     assert torch.equal(unet(*inputs()).sample, attached)

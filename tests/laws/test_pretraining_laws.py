@@ -5,16 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError, InputError, IntegrityError, UsageError
-from e4t_cli.pretraining import EncodedImages, encode_images, epoch_indices, pretrain_domain
 from e4t_cli.pretraining.batches import Batches
-from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
-from e4t_cli.tuning import tune
+from e4t_cli.pretraining.encoded_images import EncodedImages, encode_images, epoch_indices
+from e4t_cli.pretraining.loop import pretrain_domain
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.registry.domain import PreparedImage
+from e4t_cli.training.tuning import tune
 from tests.conftest import drawn_face
 
-TUNING = TuningRecipe(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4)
-RECIPE = PretrainingRecipe(steps=7, base_learning_rate=1e-4, batch_size=4)
+TUNING = TuningConfig(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4)
+RECIPE = PretrainingConfig(steps=7, base_learning_rate=1e-4, batch_size=4)
 PICTURES = 6  # with batches of 4, epochs end in the middle of a step and between steps
 
 
@@ -184,11 +185,11 @@ def test_progress_is_reported(pretrain):
 
 
 def test_a_wider_encoder(pretrain, tmp_path):
-    from e4t_cli.pretrained import PretrainedDomain
+    from e4t_cli.models.domain_weights import DomainWeights
 
     domain = pretrain(RECIPE.replace(steps=2), hidden_width=48)
     domain.save(tmp_path)
-    assert PretrainedDomain.load(tmp_path).encoder.config.hidden_width == 48
+    assert DomainWeights.load(tmp_path).encoder.config.hidden_width == 48
 
 
 def test_detached_features_still_train_everything(pretrain):

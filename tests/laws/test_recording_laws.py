@@ -11,13 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from e4t_cli import recording
-from e4t_cli.generation import SCHEDULERS, Sampling, generate_latents
-from e4t_cli.memory import Plan
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.recording import Recording
-from e4t_cli.tuning import tune
-from e4t_cli.tuning.step import Tuning
+from e4t_cli.sampling import SCHEDULERS, Sampling, generate_latents
+from e4t_cli.training import cuda_graphs as recording
+from e4t_cli.training.cuda_graphs import CudaGraphRunner
+from e4t_cli.training.memory import Plan
+from e4t_cli.training.tuning import Trainer, tune
 
 HERE = torch.device("cpu")
 PROMPTS = [parse_prompt("S* on the beach"), parse_prompt("a photo of S*")]
@@ -78,12 +77,16 @@ def written(operations):
 def lists(monkeypatch):
     """Have everything recorded, on the CPU."""
     found = Lists()
-    monkeypatch.setattr(recording, "recorder_for", lambda device: found)
+    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
     return found
 
 
 def weights_of(tuned):
-    return [*tuned.unet.state_dict().values(), *tuned.encoder.state_dict().values(), tuned.folded]
+    return [
+        *tuned.unet.state_dict().values(),
+        *tuned.encoder.state_dict().values(),
+        tuned.encoded_image,
+    ]
 
 
 # ── tuning and drawing ──
@@ -104,7 +107,7 @@ def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method,
 
     expected = tuned()
     found = Lists()
-    monkeypatch.setattr(recording, "recorder_for", lambda device: found)
+    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
     weights, told = tuned()
     assert (found.recorded, found.played) == (1, 5)
     assert told == expected[1]
@@ -116,7 +119,7 @@ def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
     recipe = pack.tuning.replace(steps=4)
     found = weights_of(tune(model, pack, face, recipe, autocast=True))
     assert lists.played == 3
-    monkeypatch.setattr(recording, "recorder_for", lambda device: None)
+    monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
     expected = weights_of(tune(model, pack, face, recipe, autocast=True))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -125,19 +128,19 @@ def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
     ("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")]
 )
 def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, negative):
-    tuned = Tuning(model, pack, face, pack.tuning.replace(steps=0), 0).finish()
+    tuned = Trainer(model, pack, face, pack.tuning.replace(steps=0), 0).finish()
     sampling = Sampling(steps=6, scheduler=scheduler, negative=negative)
     expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
     found = Lists()
-    monkeypatch.setattr(recording, "recorder_for", lambda device: found)
+    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
     assert torch.equal(generate_latents(model, tuned, PROMPTS, [1, 2], sampling), expected)
     assert found.recorded == 1 and found.played >= 5
 
 
 def test_a_plan_that_changes_is_recorded_anew(model, pack, face, lists):
-    run = Tuning(model, pack, face, pack.tuning.replace(steps=9), 0, None, False)
+    run = Trainer(model, pack, face, pack.tuning.replace(steps=9), 0, None, False)
     whole = [run.gradients(step) for step in range(3)]
-    assert run.retreat().startswith("memory ran out: 2 at a time")
+    assert run.reduce_memory().startswith("memory ran out: 2 at a time")
     halves = [run.gradients(step) for step in range(3)]
     assert lists.recorded == 2
     for one, other in zip(whole, halves, strict=True):
@@ -159,7 +162,7 @@ def test_few_steps_are_not_recorded(model, pack, face, lists):
 
 
 def test_results_do_not_share_memory(lists):
-    double = Recording(lambda x: 2 * x, HERE, calls=9)
+    double = CudaGraphRunner(lambda x: 2 * x, HERE, calls=9)
     found = [double(torch.tensor([float(number)])) for number in range(5)]
     assert [one.item() for one in found] == [0, 2, 4, 6, 8]
     assert (lists.recorded, lists.played) == (1, 4)
@@ -167,7 +170,7 @@ def test_results_do_not_share_memory(lists):
 
 def test_weights_that_move_meanwhile_are_read_where_they_are(lists):
     weight = torch.ones(1)
-    scaled = Recording(lambda x: weight * x, HERE, calls=9)
+    scaled = CudaGraphRunner(lambda x: weight * x, HERE, calls=9)
     for number in range(1, 5):
         assert scaled(torch.ones(1)).item() == number
         weight.add_(1)
@@ -182,7 +185,7 @@ def test_the_stand_in_would_notice(lists):
         count += 1
         return x + count
 
-    recorded = Recording(counted, HERE, calls=9)
+    recorded = CudaGraphRunner(counted, HERE, calls=9)
     assert [recorded(torch.zeros(1)).item() for _ in range(4)] == [1, 2, 2, 2]
 
 
@@ -192,7 +195,7 @@ def test_what_cannot_be_recorded_is_done_as_ever(lists):
     def looked_at(x):
         return x + 1 if x.sum().item() > 0 else x - 1
 
-    work = Recording(looked_at, HERE, calls=9, on_trouble=told.append)
+    work = CudaGraphRunner(looked_at, HERE, calls=9, on_trouble=told.append)
     given = torch.tensor([1.0, -1.0, 2.0, -2.0])
     assert torch.cat([work(number) for number in given.split(1)]).tolist() == [2, -2, 3, -3]
     assert len(told) == 1 and "operation not permitted" in told[0]
@@ -212,18 +215,18 @@ def test_a_tuning_that_cannot_be_recorded_says_so(model, pack, face, lists, monk
     assert [note for note in notes if note] == [
         "steps cannot be recorded here, and are made one by one: CUDA out of memory."
     ]
-    monkeypatch.setattr(recording, "recorder_for", lambda device: None)
+    monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
     expected = tune(model, pack, face, recipe)
     assert all(map(torch.equal, weights_of(found), weights_of(expected)))
 
 
 def test_nobody_records_unasked(monkeypatch):
     monkeypatch.delenv("E4T_CUDA_GRAPHS", raising=False)
-    assert recording.recorder_for(torch.device("cuda")) is None
+    assert recording.graph_capture_for(torch.device("cuda")) is None
     monkeypatch.setenv("E4T_CUDA_GRAPHS", "1")
-    assert isinstance(recording.recorder_for(torch.device("cuda")), recording.CudaGraphs)
-    assert recording.recorder_for(HERE) is None
+    assert isinstance(recording.graph_capture_for(torch.device("cuda")), recording.CudaGraphCapture)
+    assert recording.graph_capture_for(HERE) is None
     calls = []
-    plain = Recording(lambda x: calls.append(x) or x, HERE, calls=100)
+    plain = CudaGraphRunner(lambda x: calls.append(x) or x, HERE, calls=100)
     given = torch.ones(1)
     assert plain(given) is given and calls == [given]

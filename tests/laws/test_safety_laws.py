@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from e4t_cli import safety
 from e4t_cli.errors import IntegrityError
-from e4t_cli.metadata import read_metadata
-from e4t_cli.safety import SafetyChecker
+from e4t_cli.images.png_metadata import read_metadata
+from e4t_cli.models import safety_checker as safety
+from e4t_cli.models.safety_checker import SafetyChecker
 
 
 def test_the_checker_says_what_diffusers_checker_says(checked_base):
@@ -50,8 +50,8 @@ def one_of_two(monkeypatch):
 def test_T8_a_flagged_picture_is_not_written_and_the_command_says_so(
     checked_base, pack, one_of_two, tmp_path, capsys, monkeypatch
 ):
-    from e4t_cli.base_model import TextToImageModel
     from e4t_cli.cli import app
+    from e4t_cli.models.text_to_image import TextToImageModel
 
     monkeypatch.chdir(tmp_path)
     own = dataclasses.replace(

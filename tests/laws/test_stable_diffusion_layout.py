@@ -10,22 +10,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from e4t_cli.base_model import TextToImageModel, Tokens
-from e4t_cli.bases import Base
 from e4t_cli.devices import GB
-from e4t_cli.generation import Sampling
-from e4t_cli.generation.guidance import Predictor
-from e4t_cli.memory import plan_tuning
-from e4t_cli.nn.image_tower import ImageTower
+from e4t_cli.hub.bases import Base
+from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.models.prompt_embedding import Tokens
+from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.patch_encoder import PatchEncoder, PatchEncoderConfig
-from e4t_cli.nn.unet_features import feature_widths
+from e4t_cli.nn.unet import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
-from e4t_cli.nn.word_embedding_encoder import EncoderConfig, WordEmbeddingEncoder
-from e4t_cli.pretrained import PretrainedDomain
-from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
-from e4t_cli.training_loss import TrainingBatch, evaluated_once, training_loss
-from e4t_cli.tuned_model import TunedModel
-from e4t_cli.tuning.parts import METHODS
+from e4t_cli.nn.word_embedding_encoder import EncoderConfig, ImageTower, WordEmbeddingEncoder
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.sampling import Sampling
+from e4t_cli.training.loss import TrainingBatch, cached_offsets, training_loss
+from e4t_cli.training.memory import plan_tuning
+from e4t_cli.training.trainable import METHODS
 from tests.conftest import write_tokenizer
 
 BATCH = 16
@@ -70,7 +69,7 @@ def stable_diffusion(tmp_path_factory):
         image_tower=image_tower,
     )
     # The tokenizer above is a small one: what it says to "" is put in by hand.
-    model.__dict__["empty_text"] = torch.empty(1, 77, 768, device="meta")
+    model.__dict__["uncond_embeds"] = torch.empty(1, 77, 768, device="meta")
     return model
 
 
@@ -112,11 +111,11 @@ def test_layout(stable_diffusion, encoder):
 def pack(stable_diffusion, encoder):
     with torch.device("meta"):
         factors = WeightOffsets.for_unet(stable_diffusion.unet).factors()
-    return PretrainedDomain(
+    return DomainWeights(
         name="face", descriptor="face", base_name="sd14", base_fingerprint="",
         encoder=encoder, offsets=factors, templates=("{}",),
-        tuning=TuningRecipe(steps=15, base_learning_rate=1e-6, embedding_penalty=0.1),
-        pretraining=PretrainingRecipe(steps=30_000),
+        tuning=TuningConfig(steps=15, base_learning_rate=1e-6, embedding_penalty=0.1),
+        pretraining=PretrainingConfig(steps=30_000),
     )  # fmt: skip
 
 
@@ -133,7 +132,7 @@ def test_drawing_costs_what_plain_stable_diffusion_costs(stable_diffusion, encod
     tuned = TunedModel(
         unet=model.unet,
         encoder=encoder,
-        folded=torch.empty(1, 1280, device="meta"),
+        encoded_image=torch.empty(1, 1280, device="meta"),
         e_domain=torch.empty(768, device="meta"),
         descriptor_id=0,
         scale=0.1,
@@ -142,7 +141,7 @@ def test_drawing_costs_what_plain_stable_diffusion_costs(stable_diffusion, encod
     t = torch.tensor(500, device="meta")
     both = torch.cat((z_t, z_t))
     text = torch.empty(2 * count, 77, 768, device="meta")
-    predict = Predictor(model, tuned, tokens(count), Sampling(guidance=7.5))
+    predict = CFGDenoiser(model, tuned, tokens(count), Sampling(guidance=7.5))
     with torch.no_grad():
         plain = flops(lambda: model.unet(both, t, text))
         ours = flops(lambda: predict(z_t, t))
@@ -264,10 +263,12 @@ def prepared_step(model, pack, recipe):
             z_0=empty,
             timesteps=torch.zeros(BATCH, dtype=torch.long, device="meta"),
             epsilon=empty,
-            folded=parts.encoder.fold(torch.empty(1, 16, 1280, device="meta")).expand(BATCH, -1),
+            encoded_image=parts.encoder.encode_image(
+                torch.empty(1, 16, 1280, device="meta")
+            ).expand(BATCH, -1),
             tokens=tokens(BATCH),
         )
-        with evaluated_once(parts.unet):
+        with cached_offsets(parts.unet):
             losses = training_loss(
                 model, parts.unet, parts.encoder, batch, scale=0.1,
                 e_domain=torch.empty(768, device="meta"), detach_features=parts.detach_features,

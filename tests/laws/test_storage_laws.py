@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from e4t_cli.concept import Concept
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
 from e4t_cli.files import sha256_of
-from e4t_cli.generation import Sampling, sample
-from e4t_cli.manifest import toml_text
-from e4t_cli.pack_files import read_tensors
-from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.formats.concept import Concept
+from e4t_cli.models.domain_folder import read_tensors
+from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.tuning import tune
+from e4t_cli.registry.manifest import toml_text
+from e4t_cli.sampling import Sampling, sample
+from e4t_cli.training.tuning import tune
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def resign(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_pack_comes_back_as_it_was(pack, model, tmp_path, dtype):
     pack.save(tmp_path, dtype=dtype)
-    again = PretrainedDomain.load(tmp_path)
+    again = DomainWeights.load(tmp_path)
     again.check_base(model)
     for key, value in pack.encoder.state_dict().items():
         assert torch.equal(again.encoder.state_dict()[key], value.to(dtype).float())
@@ -75,8 +75,8 @@ def test_a_pack_comes_back_as_it_was(pack, model, tmp_path, dtype):
 def test_tuning_from_a_loaded_pack_is_tuning_from_the_pack(pack, model, face, tmp_path):
     pack.save(tmp_path)
     one = tune(model, pack, face)
-    other = tune(model, PretrainedDomain.load(tmp_path), face)
-    assert torch.equal(one.folded, other.folded)
+    other = tune(model, DomainWeights.load(tmp_path), face)
+    assert torch.equal(one.encoded_image, other.encoded_image)
     assert torch.equal(one.unet.conv_in.weight, other.unet.conv_in.weight)
 
 
@@ -87,11 +87,11 @@ def test_a_pack_for_another_base_is_refused(pack, model):
 
 def test_no_pack_and_half_a_pack(pack, tmp_path):
     with pytest.raises(WeightsUnavailable, match=r"domain\.toml"):
-        PretrainedDomain.load(tmp_path)
+        DomainWeights.load(tmp_path)
     pack.save(tmp_path)
     (tmp_path / "offsets.safetensors").unlink()
     with pytest.raises(WeightsUnavailable, match="lacks offsets"):
-        PretrainedDomain.load(tmp_path)
+        DomainWeights.load(tmp_path)
 
 
 def test_a_flipped_bit_is_found(pack, tmp_path):
@@ -101,7 +101,7 @@ def test_a_flipped_bit_is_found(pack, tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(IntegrityError, match="SHA-256"):
-        PretrainedDomain.load(tmp_path)
+        DomainWeights.load(tmp_path)
 
 
 def changed(folder, name, change):
@@ -127,7 +127,7 @@ def test_wrong_tensors_are_refused_whatever_the_card_says(pack, tmp_path, name, 
     pack.save(tmp_path)
     changed(tmp_path, name, change)
     with pytest.raises(IntegrityError, match=said):
-        PretrainedDomain.load(tmp_path)
+        DomainWeights.load(tmp_path)
 
 
 class Payload:
@@ -161,7 +161,7 @@ def test_sizes_that_no_encoder_has_are_refused(pack, tmp_path):
         card.replace("image_layers = 2", "image_layers = 10000000")
     )
     with pytest.raises(IntegrityError, match="sizes"):
-        PretrainedDomain.load(tmp_path)
+        DomainWeights.load(tmp_path)
 
 
 # ── concepts ──
@@ -194,7 +194,7 @@ def test_kept_weights_draw_the_same_pictures(model, pack, concept, face, tmp_pat
 
 
 def test_a_concept_without_a_mask(concept, tmp_path):
-    from e4t_cli.domain import PreparedImage
+    from e4t_cli.registry.domain import PreparedImage
 
     plain = dataclasses.replace(concept, prepared=PreparedImage(image=concept.prepared.image))
     plain.save(tmp_path / "me.e4t")

@@ -6,19 +6,19 @@ import math
 import pytest
 import torch
 
-from e4t_cli.domain import PreparedImage
 from e4t_cli.errors import DivergedError, ResourceError
-from e4t_cli.memory import Plan
-from e4t_cli.nn.losses import diffusion_loss, embedding_penalty, latent_mask
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
-from e4t_cli.tuning import parts, tune
-from e4t_cli.tuning.step import Tuning
+from e4t_cli.registry.domain import PreparedImage
+from e4t_cli.training import trainable as parts
+from e4t_cli.training.loss import diffusion_loss, embedding_penalty, latent_mask
+from e4t_cli.training.memory import Plan
+from e4t_cli.training.tuning import Trainer, tune
 
 
 def gradients(model, pack, face, micro_batch, *, checkpointing=False):
     """Return the gradient of one tuning step, over all three groups of weights."""
     plan = Plan(micro_batch=micro_batch, checkpointing=checkpointing)
-    run = Tuning(model, pack, face, pack.tuning, 0, None, False, plan)
+    run = Trainer(model, pack, face, pack.tuning, 0, None, False, plan)
     losses = run.gradients(0).tolist()
     weights = run.optimizer.weights
     assert all(weight.grad is not None for weight in weights)
@@ -30,7 +30,7 @@ def same_weights(one, other):
     return (
         list(first) == list(second)
         and all(torch.equal(first[key], second[key]) for key in first)
-        and torch.equal(one.folded, other.folded)
+        and torch.equal(one.encoded_image, other.encoded_image)
         and all(
             torch.equal(a, b)
             for a, b in zip(one.encoder.parameters(), other.encoder.parameters(), strict=True)
@@ -103,11 +103,11 @@ def test_gradient_checkpointing_changes_nothing(model, pack, face):
 
 def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack, face):
     """Against the loss itself, moved a little along one direction of the U-Net's weights."""
-    run = Tuning(model, pack, face, pack.tuning, 0, None, False)
+    run = Trainer(model, pack, face, pack.tuning, 0, None, False)
     for part in (run.unet, run.encoder):
         part.double()
     model.text_encoder.double()
-    model.__dict__.pop("empty_text", None)
+    model.__dict__.pop("uncond_embeds", None)
     try:
         seen = run.samples
         seen.posterior = dataclasses.replace(
@@ -134,7 +134,7 @@ def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack
         assert loss(0)[1] == pytest.approx(numeric, rel=2e-2)
     finally:
         model.text_encoder.float()
-        model.__dict__.pop("empty_text", None)
+        model.__dict__.pop("uncond_embeds", None)
 
 
 # ── whole tunings ──
@@ -148,7 +148,7 @@ def test_tuning_moves_all_three_groups_and_not_the_base(model, pack, face):
     conv = "conv_in.weight"
     assert not torch.equal(tuned.unet.state_dict()[conv], model.unet.state_dict()[conv])
     assert torch.equal(untuned.unet.state_dict()[conv], model.unet.state_dict()[conv])
-    assert not torch.equal(tuned.folded, untuned.folded)
+    assert not torch.equal(tuned.encoded_image, untuned.encoded_image)
     assert list(tuned.unet.state_dict()) == list(model.unet.state_dict())
     assert all(torch.equal(encoder[key], value) for key, value in pack.encoder.state_dict().items())
     for key, (left, right) in pack.offsets.items():
@@ -195,7 +195,7 @@ def test_a_rate_of_zero_freezes_its_group(model, pack, face, group):
         tune(model, pack, face, recipe.replace(steps=0)),
     )
     moved = {
-        "encoder": not torch.equal(tuned.folded, untuned.folded),
+        "encoder": not torch.equal(tuned.encoded_image, untuned.encoded_image),
         "unet": not torch.equal(tuned.unet.conv_in.weight, untuned.unet.conv_in.weight),
     }
     assert moved.get(group, False) is False
@@ -248,7 +248,7 @@ def test_a_number_that_is_not_finite_stops_the_tuning(model, pack, face):
 
 def test_out_of_memory_halves_the_micro_batch(model, pack, face, monkeypatch):
     sizes = []
-    gradients = Tuning.gradients
+    gradients = Trainer.gradients
     notes = []
 
     def short_of_memory(self, step):
@@ -257,7 +257,7 @@ def test_out_of_memory_halves_the_micro_batch(model, pack, face, monkeypatch):
             raise torch.OutOfMemoryError("no more")
         return gradients(self, step)
 
-    monkeypatch.setattr(Tuning, "gradients", short_of_memory)
+    monkeypatch.setattr(Trainer, "gradients", short_of_memory)
     tune(model, pack, face, on_progress=lambda event: notes.append(event.note))
     assert sizes == [4, 2, 1, 1, 1]
     assert [note.split(":")[1].split()[0] for note in notes if note] == ["2", "1"]
@@ -265,24 +265,24 @@ def test_out_of_memory_halves_the_micro_batch(model, pack, face, monkeypatch):
     def no_memory(self, step):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(Tuning, "gradients", no_memory)
+    monkeypatch.setattr(Trainer, "gradients", no_memory)
     with pytest.raises(ResourceError, match="one sample at a time"):
         tune(model, pack, face)
 
 
 def test_a_half_precision_base_is_tuned_and_merged_in_float32(base_folder, pack, face):
-    from e4t_cli.base_model import TextToImageModel
+    from e4t_cli.models.text_to_image import TextToImageModel
 
     half = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
     merged = []
-    bake = parts.WeightOffsets.bake
+    merge = parts.WeightOffsets.merge
 
     def watched(self):
-        bake(self)
+        merge(self)
         merged.append({weight.dtype for weight in run_unet})
 
     run_unet = []
-    original = parts.ExactParts.__init__
+    original = parts.FullFineTuning.__init__
 
     def remember(self, *args, **options):
         original(self, *args, **options)
@@ -290,7 +290,7 @@ def test_a_half_precision_base_is_tuned_and_merged_in_float32(base_folder, pack,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts.WeightOffsets, "bake", watched)
-        patch.setattr(parts.ExactParts, "__init__", remember)
+        patch.setattr(parts.FullFineTuning, "__init__", remember)
         tuned = tune(half, pack, face, autocast=False)
     assert merged == [{torch.float32}]
     assert tuned.unet.dtype == torch.bfloat16

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from e4t_cli.prompts import training_templates
-from e4t_cli.registry import find_domain
+from e4t_cli.registry.discovery import find_domain
 from mini_world.canvas import LABELS
 from mini_world.captions import (
     ABSENT,

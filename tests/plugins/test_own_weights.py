@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from e4t_cli.api.new_domains import plan_domain
+from e4t_cli.api.pretraining_setup import plan_domain
 from e4t_cli.errors import UsageError
-from e4t_cli.registry import find_domain, installed_domains, user_domains_folder, weights_folder
+from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
+from e4t_cli.registry.weights import weights_folder
 
 CARD = """
 schema = 1
@@ -50,16 +51,17 @@ def own(monkeypatch):
 
 def write_card(folder: Path, monkeypatch):
     """A card whose reading is not what is tested here."""
-    from e4t_cli.domain import Domain
-    from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
-    from e4t_cli.registry import finding, weights
+    from e4t_cli.registry import discovery as finding
+    from e4t_cli.registry import weights
+    from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+    from e4t_cli.registry.domain import Domain
 
     (folder / "domain.toml").write_text(CARD.format(name=folder.name))
     value = Domain(
         name=folder.name,
         descriptor="dog",
-        tuning=TuningRecipe(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1),
-        pretraining=PretrainingRecipe(steps=7),
+        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1),
+        pretraining=PretrainingConfig(steps=7),
         weights={"toy": str(folder)},
     )
     for module in (finding, weights):

@@ -8,11 +8,10 @@ import time
 
 import pytest
 
-from e4t_cli import find_domain, installed_domains
-from e4t_cli.api.choices import choose_domain, find_domain_again
+from e4t_cli.api.resolve import find_concept_domain, resolve_domain
 from e4t_cli.errors import UsageError
-from e4t_cli.registry import claimed_names, find_listing
-from tests.shelf.conftest import write_pack
+from e4t_cli.registry.discovery import claimed_names, find_domain, find_listing, installed_domains
+from tests.shelf.conftest import write_domain_folder
 
 FOREVER = "import time\ntime.sleep(600)"
 CHATTY = """
@@ -123,41 +122,41 @@ def test_G4_what_it_prints_is_no_product(install, site):
 
 def test_G5_it_says_what_to_install(install, site, good):
     install("e4t-dogs", dog=good)
-    dog, package = choose_domain("dog")
+    dog, package = resolve_domain("dog")
     assert package == "e4t-dogs"
-    assert find_domain_again("dog", package) is dog
+    assert find_concept_domain("dog", package) is dog
     (site / "e4t_dogs-1.0.dist-info" / "entry_points.txt").unlink()  # as an uninstaller does
     assert "dog" not in claimed_names()
     with pytest.raises(UsageError, match="this concept needs the domain 'dog'") as caught:
-        find_domain_again("dog", package)
+        find_concept_domain("dog", package)
     assert caught.value.hint == "it came with the package e4t-dogs: pip install e4t-dogs"
     with pytest.raises(UsageError) as caught:  # of a concept from before packages were noted
-        find_domain_again("dog", "")
+        find_concept_domain("dog", "")
     assert "e4t domains list" in caught.value.hint
 
 
 def test_G5_of_one_of_the_users_own(tmp_path):
-    from e4t_cli.shelf import add_domain, remove_domain
+    from e4t_cli.registry.store import add_domain, remove_domain
 
-    add_domain(write_pack(tmp_path / "pack"))
-    assert choose_domain("my_dogs")[1] == "user"
+    add_domain(write_domain_folder(tmp_path / "pack"))
+    assert resolve_domain("my_dogs")[1] == "user"
     remove_domain("my_dogs")
     with pytest.raises(UsageError) as caught:
-        find_domain_again("my_dogs", "user")
+        find_concept_domain("my_dogs", "user")
     assert "e4t domains add" in caught.value.hint
 
 
 def test_G5_a_rival_that_came_later_is_not_taken(install, good):
     install("e4t-dogs", dog=good)
     install("more-dogs", dog=good.replace('descriptor="{name}"', 'descriptor="wolf"'))
-    assert find_domain_again("dog", "e4t-dogs").descriptor == "dog"
-    assert find_domain_again("dog", "more-dogs").descriptor == "wolf"
+    assert find_concept_domain("dog", "e4t-dogs").descriptor == "dog"
+    assert find_concept_domain("dog", "more-dogs").descriptor == "wolf"
 
 
 def test_G5_the_package_is_kept_in_the_file(model, pack, face, tmp_path):
     from dataclasses import replace
 
-    from e4t_cli.concept import Concept
+    from e4t_cli.formats.concept import Concept
 
     concept = Concept(
         domain="dog",

@@ -4,9 +4,11 @@ import sys
 
 import pytest
 
-from e4t_cli import Domain, TuningRecipe, find_domain, installed_domains
 from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavailable
-from e4t_cli.registry import user_domains_folder, weights_folder
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
+from e4t_cli.registry.domain import Domain
+from e4t_cli.registry.weights import weights_folder
 
 OURS = ["art", "cat", "face"]
 
@@ -199,7 +201,7 @@ def test_folders_that_are_none(tmp_path):
 
 
 def domain(**weights):
-    recipe = TuningRecipe(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    recipe = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
     return Domain(name="dog", descriptor="dog", tuning=recipe, weights=weights)
 
 

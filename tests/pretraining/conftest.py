@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from e4t_cli.domain import PreparedImage
-from e4t_cli.pretraining import encode_images, pretrain_domain
-from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
+from e4t_cli.pretraining.encoded_images import encode_images
+from e4t_cli.pretraining.loop import pretrain_domain
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.registry.domain import PreparedImage
 from tests.conftest import drawn_face
 
-TUNING = TuningRecipe(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4)
-RECIPE = PretrainingRecipe(steps=7, base_learning_rate=1e-4, batch_size=4)
+TUNING = TuningConfig(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4)
+RECIPE = PretrainingConfig(steps=7, base_learning_rate=1e-4, batch_size=4)
 PICTURES = 6  # with batches of 4, epochs end in the middle of a step and between steps
 ROOT = Path(__file__).parents[2]
 RUN = Path(__file__).with_name("run.py")

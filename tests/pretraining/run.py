@@ -26,12 +26,14 @@ import open_clip
 import torch
 import transformers
 
-from e4t_cli.api import pretraining_run
-from e4t_cli.base_model import TextToImageModel
+from e4t_cli.api import pretraining as pretraining_run
 from e4t_cli.cli import app, console
-from e4t_cli.pretraining import EncodedImages, join_processes, pretrain_domain
-from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
-from e4t_cli.stopping import StopRequest
+from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.pretraining.batches import init_distributed
+from e4t_cli.pretraining.encoded_images import EncodedImages
+from e4t_cli.pretraining.loop import pretrain_domain
+from e4t_cli.progress import StopRequest
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 
 
 class Slow:
@@ -55,7 +57,7 @@ def work(base, encoded, checkpoints, result, options):
     torch.set_num_threads(1)
     numbers = {name: float(value) for name, value in (one.split("=") for one in options)}
     data = EncodedImages.load(encoded)
-    with join_processes("cpu") as processes:
+    with init_distributed("cpu") as processes:
         model = TextToImageModel.load(base)
         stop = console.current().stop = StopRequest()
 
@@ -70,12 +72,12 @@ def work(base, encoded, checkpoints, result, options):
             Slow(data, numbers.get("slow", 0.0), int(numbers.get("dies", -1)), processes),
             name="face",
             descriptor="face",
-            recipe=PretrainingRecipe(
+            recipe=PretrainingConfig(
                 steps=int(numbers.get("steps", 12)),
                 batch_size=int(numbers.get("batch", 4)),
                 base_learning_rate=1e-4,
             ),
-            tuning=TuningRecipe(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1),
+            tuning=TuningConfig(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1),
             templates=("{}", "a photo of {}"),
             seed=3,
             autocast=False,

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from e4t_cli import files
 from e4t_cli.errors import DivergedError, IntegrityError, ResourceError, UsageError
-from e4t_cli.pretraining import Processes, loop
+from e4t_cli.nn.randomness import draw, uniforms
+from e4t_cli.pretraining import loop
+from e4t_cli.pretraining.batches import DistributedContext
 from e4t_cli.pretraining.checkpoints import Checkpoints
-from e4t_cli.randomness import draw, uniforms
 from tests.pretraining.conftest import RECIPE, Interrupted, interrupt_after, same, same_files
 
 
@@ -129,20 +130,20 @@ def test_R4_more_processes_only_with_the_same_global_batch(pretrain, tmp_path):
 
 def test_the_card_and_the_rate_count_all_processes(pretrain, monkeypatch):
     """Two processes of which the other one is silent: rates and positions, without a network."""
-    monkeypatch.setattr(Processes, "wrap", lambda self, module: module)
-    monkeypatch.setattr(Processes, "mean", lambda self, values: values)
-    monkeypatch.setattr(Processes, "any", lambda self, flag: flag)
-    monkeypatch.setattr(Processes, "check_same", lambda self, number, what: None)
+    monkeypatch.setattr(DistributedContext, "wrap", lambda self, module: module)
+    monkeypatch.setattr(DistributedContext, "mean", lambda self, values: values)
+    monkeypatch.setattr(DistributedContext, "any", lambda self, flag: flag)
+    monkeypatch.setattr(DistributedContext, "check_same", lambda self, number, what: None)
     said = []
     domain = pretrain(
-        RECIPE.replace(steps=1), processes=Processes(rank=0, count=2),
+        RECIPE.replace(steps=1), processes=DistributedContext(rank=0, count=2),
         on_progress=lambda event: said.append(event.remark),
     )  # fmt: skip
     assert domain.pretraining.batch_size == 8
     assert "learning rate 0.0008 = 0.0001 × batch 4 × 2 processes" in said
     silent = []
     pretrain(
-        RECIPE.replace(steps=1), processes=Processes(rank=1, count=2),
+        RECIPE.replace(steps=1), processes=DistributedContext(rank=1, count=2),
         on_progress=silent.append, on_step=silent.append,
     )  # fmt: skip
     assert not silent

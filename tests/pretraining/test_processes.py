@@ -8,18 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from e4t_cli.pretraining import Processes, join_processes, launched
+from e4t_cli.pretraining.batches import DistributedContext, init_distributed, is_launched
 from tests.conftest import drawn_face
 
 
 def test_alone_nothing_is_met(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert not launched()
-    with join_processes() as processes:
-        assert processes == Processes()
+    assert not is_launched()
+    with init_distributed() as processes:
+        assert processes == DistributedContext()
     assert processes.first
     assert processes.positions(4) == range(4)
-    assert Processes(rank=2, count=3).positions(4) == range(8, 12)
+    assert DistributedContext(rank=2, count=3).positions(4) == range(8, 12)
     module = torch.nn.Linear(2, 2)
     assert processes.wrap(module) is module
     assert processes.any(True)

@@ -7,7 +7,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from e4t_cli.stopping import StopRequest
+from e4t_cli.progress import StopRequest
 from tests.conftest import drawn_face
 from tests.pretraining.conftest import same
 

@@ -6,12 +6,17 @@ import sys
 import pytest
 from PIL import Image
 
-from e4t_cli.domain import PreparedImage
-from e4t_cli.generation import Sampling
-from e4t_cli.metadata import read_metadata
-from e4t_cli.watching import Watch, Watching, draw_losses
-from e4t_cli.watching.curve import smoothed, ticks
-from e4t_cli.watching.watch import read_losses
+from e4t_cli.images.png_metadata import read_metadata
+from e4t_cli.pretraining.logging import (
+    LoggerConfig,
+    TrainingLogger,
+    draw_losses,
+    read_losses,
+    smoothed,
+    ticks,
+)
+from e4t_cli.registry.domain import PreparedImage
+from e4t_cli.sampling import Sampling
 from tests.conftest import drawn_face
 from tests.pretraining.conftest import RECIPE, Interrupted, same
 
@@ -26,7 +31,7 @@ def watching(folder, **options):
         "sample_every": 4,
         **options,
     }
-    return Watching(folder=folder, **options)
+    return LoggerConfig(folder=folder, **options)
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def watched(model, pretrain):
     def run(value, *, recipe=LONG, then=lambda step: None, **options):
         notes = []
         listener = lambda event: notes.append(event.note)  # noqa: E731
-        with Watch(value, model, name="face", on_progress=listener) as watch:
+        with TrainingLogger(value, model, name="face", on_progress=listener) as watch:
 
             def look(step):
                 watch.look(step)

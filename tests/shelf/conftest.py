@@ -8,7 +8,7 @@ import numpy
 import pytest
 from safetensors.numpy import save
 
-from e4t_cli.manifest import toml_text
+from e4t_cli.registry.manifest import toml_text
 
 FILES = {
     "encoder.safetensors": save({"weight": numpy.arange(6, dtype=numpy.float32)}),
@@ -37,7 +37,7 @@ def card(name="my_dogs", files=None, **changes):
     return toml_text(table)
 
 
-def write_pack(folder: Path, files=None, **changes) -> Path:
+def write_domain_folder(folder: Path, files=None, **changes) -> Path:
     """Write a sound pack into a new folder."""
     files = FILES if files is None else files
     folder.mkdir(parents=True)
@@ -58,7 +58,7 @@ def write_zip(path: Path, folder: Path, prefix: str = "") -> Path:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A sound pack, somewhere."""
-    return write_pack(tmp_path / "somewhere")
+    return write_domain_folder(tmp_path / "somewhere")
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from e4t_cli import find_domain, installed_domains
 from e4t_cli.errors import InputError, IntegrityError, ResourceError, UsageError
-from e4t_cli.registry import user_domains_folder
-from e4t_cli.shelf import add_domain, weights_state
-from tests.shelf.conftest import FILES, card, write_pack, write_zip
+from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
+from e4t_cli.registry.store import add_domain
+from e4t_cli.registry.weights import weights_state
+from tests.shelf.conftest import FILES, card, write_domain_folder, write_zip
 
 
 def shelf():
@@ -64,7 +64,7 @@ def test_the_bytes_that_are_kept_are_those_that_were_checked(folder):
 
 def test_what_is_there_stays(folder, tmp_path):
     add_domain(folder)
-    other = write_pack(tmp_path / "other", images=7)
+    other = write_domain_folder(tmp_path / "other", images=7)
     with pytest.raises(UsageError, match="already") as caught:
         add_domain(other)
     assert caught.value.hint == "e4t domains rm my_dogs removes it"
@@ -88,7 +88,7 @@ def test_of_two_at_once_one_wins(folder):
 
 def test_the_name_of_an_installed_domain_serves_it(tmp_path):
     """A pack for `cat` on a base of the user's own is weights for the installed domain."""
-    add_domain(write_pack(tmp_path / "x", name="cat"))
+    add_domain(write_domain_folder(tmp_path / "x", name="cat"))
     cat = find_domain("cat")
     assert cat.descriptor == "cat" and "toy" not in cat.weights
     assert weights_state(cat, "toy").state == "ready"
@@ -212,12 +212,16 @@ def test_F8_a_card_of_100_MB_is_not_read(folder):
 @pytest.mark.parametrize("content", [b"\x80\x04}.", b"<html>", b"", b"\xff" * 7 + b"\x7f{}"])
 def test_F2_other_files_under_the_right_name(tmp_path, content):
     files = {**FILES, "encoder.safetensors": content}
-    refused(write_pack(tmp_path / "odd", files), IntegrityError, "not a usable safetensors file")
+    refused(
+        write_domain_folder(tmp_path / "odd", files),
+        IntegrityError,
+        "not a usable safetensors file",
+    )
 
 
 def test_a_json_that_is_none(tmp_path):
     files = {**FILES, "config.json": b"[" * 100_000}
-    refused(write_pack(tmp_path / "odd", files), IntegrityError, "is not JSON")
+    refused(write_domain_folder(tmp_path / "odd", files), IntegrityError, "is not JSON")
 
 
 def test_D9_no_room(folder, monkeypatch):
@@ -231,7 +235,7 @@ def test_D9_the_disk_fills_up(folder, monkeypatch):
     def full(path, data, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("e4t_cli.shelf.verifying.write_atomically", full)
+    monkeypatch.setattr("e4t_cli.registry.archives.write_atomically", full)
     refused(folder, ResourceError, "disk is full")
 
 

@@ -8,9 +8,9 @@ import zipfile
 import pytest
 
 from e4t_cli.errors import InputError, IntegrityError
-from e4t_cli.registry import user_domains_folder
-from e4t_cli.shelf import add_domain
-from tests.shelf.conftest import write_pack, write_zip
+from e4t_cli.registry.discovery import user_domains_folder
+from e4t_cli.registry.store import add_domain
+from tests.shelf.conftest import write_domain_folder, write_zip
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_no_pack_and_two(tmp_path, folder):
         archive.writestr("a/b/domain.toml", "too deep")
     refused(empty, r"no pack: it has no domain\.toml at its top")
     two = tmp_path / "two.zip"
-    other = write_pack(tmp_path / "other", name="cats")
+    other = write_domain_folder(tmp_path / "other", name="cats")
     with zipfile.ZipFile(two, "w") as archive:
         for number, source in enumerate((folder, other)):
             for file in source.iterdir():

@@ -4,11 +4,10 @@ import os
 
 import pytest
 
-from e4t_cli import find_domain, installed_domains
 from e4t_cli.errors import UsageError
-from e4t_cli.registry import user_domains_folder
-from e4t_cli.shelf import add_domain, remove_domain
-from tests.shelf.conftest import write_pack
+from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
+from e4t_cli.registry.store import add_domain, remove_domain
+from tests.shelf.conftest import write_domain_folder
 
 
 def test_it_is_gone(folder):
@@ -59,7 +58,7 @@ def test_what_is_not_ones_own(name, says, hint):
 
 
 def test_own_weights_of_an_installed_domain(tmp_path):
-    add_domain(write_pack(tmp_path / "x", name="face"))
+    add_domain(write_domain_folder(tmp_path / "x", name="face"))
     remove_domain("face")
     assert find_domain("face").descriptor == "face"
     assert not [row for row in installed_domains() if row.package == "user"]
@@ -72,7 +71,7 @@ def test_an_interrupt_leaves_no_half(folder, monkeypatch):
     def stop(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("e4t_cli.shelf.removing.shutil.rmtree", stop)
+    monkeypatch.setattr("e4t_cli.registry.store.shutil.rmtree", stop)
     with pytest.raises(KeyboardInterrupt):
         remove_domain("my_dogs")
     assert not [row for row in installed_domains() if row.package == "user"]

@@ -10,8 +10,8 @@ import venv
 import pytest
 
 from e4t_cli.errors import UsageError
-from e4t_cli.shelf import new_domain
-from tests.shelf.conftest import FILES, write_pack
+from e4t_cli.registry.scaffold import new_domain
+from tests.shelf.conftest import FILES, write_domain_folder
 
 FILES_OF_A_PACKAGE = [
     "README.md",
@@ -48,8 +48,8 @@ def test_four_files(tmp_path, monkeypatch):
 
 
 def test_the_numbers_are_those_of_cat():
-    from e4t_cli import find_domain
-    from e4t_cli.shelf.scaffold import PRETRAINING, TUNING
+    from e4t_cli.registry.discovery import find_domain
+    from e4t_cli.registry.scaffold import PRETRAINING, TUNING
 
     cat = find_domain("cat")
     assert (cat.tuning, cat.pretraining) == (TUNING, PRETRAINING)
@@ -66,7 +66,7 @@ def test_names_that_are_no_identifiers(tmp_path, name):
 
 
 def test_a_pack_travels_in_the_package(tmp_path):
-    pack = write_pack(tmp_path / "pack")
+    pack = write_domain_folder(tmp_path / "pack")
     made = new_domain("my_dogs", tmp_path / "new", pack=pack)
     packed = made / "e4t_domain_my_dogs" / "packs" / "toy"
     assert {path.name for path in packed.iterdir()} == {"domain.toml", *FILES}
@@ -97,7 +97,7 @@ def test_what_is_refused(tmp_path, monkeypatch, arguments, says):
 
 
 def test_a_damaged_pack_leaves_no_package(tmp_path):
-    pack = write_pack(tmp_path / "pack")
+    pack = write_domain_folder(tmp_path / "pack")
     (pack / "encoder.safetensors").write_bytes(b"x" * (pack / "encoder.safetensors").stat().st_size)
     with pytest.raises(Exception, match="SHA-256"):
         new_domain("my_dogs", tmp_path / "new", pack=pack)

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from e4t_cli.architecture import config_hash, describe_tower
-from e4t_cli.bases import find_base
+from e4t_cli.hub.bases import find_base
+from e4t_cli.models.loading import config_hash, describe_tower
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from e4t_cli.base_model import TextToImageModel
-from e4t_cli.base_model.loading import folder_fingerprint
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
+from e4t_cli.models.loading import folder_fingerprint
+from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.precision import half_precision
 from e4t_cli.prompts import parse_prompt
 from tests.conftest import drawn_face
@@ -200,8 +200,8 @@ def test_the_view_of_no_words_does_not_show_who_asked_first(model):
     """Training asks in bfloat16 and with another attention kernel, generation plainly."""
 
     def asked_anew():
-        model.__dict__.pop("empty_text", None)
-        return model.empty_text
+        model.__dict__.pop("uncond_embeds", None)
+        return model.uncond_embeds
 
     plain = asked_anew()
     assert plain.dtype == torch.float32

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from e4t_cli.bases import find_base, installed_bases
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
+from e4t_cli.hub.bases import find_base, installed_bases
 
 CARD = 'schema = 1\nname = "toy"\nlicence = "CC0-1.0"\nrevision = "7"\nresolution = 32\n'
 

@@ -7,9 +7,10 @@ import pickle
 import pytest
 from PIL import Image
 
-from e4t_cli import Domain, PreparationTarget, PreparedImage, PretrainingRecipe, TuningRecipe
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
-TUNING = TuningRecipe(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
+TUNING = TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
 
 
 def domain(**changes):
@@ -18,10 +19,10 @@ def domain(**changes):
 
 def test_learning_rate_is_scaled_by_the_batch():
     assert math.isclose(TUNING.learning_rate, 4.8e-5)
-    assert math.isclose(PretrainingRecipe(steps=1).learning_rate, 1.6e-5)
+    assert math.isclose(PretrainingConfig(steps=1).learning_rate, 1.6e-5)
 
 
-@pytest.mark.parametrize("recipe", [TUNING, PretrainingRecipe(steps=3, mask=True)])
+@pytest.mark.parametrize("recipe", [TUNING, PretrainingConfig(steps=3, mask=True)])
 def test_recipes_round_trip(recipe):
     assert type(recipe).from_dict(recipe.as_dict()) == recipe
     assert recipe.replace(steps=7).steps == 7
@@ -30,9 +31,9 @@ def test_recipes_round_trip(recipe):
 
 def test_a_misspelt_field_is_refused():
     with pytest.raises(ValueError, match="'step'"):
-        TuningRecipe.from_dict({**TUNING.as_dict(), "step": 5})
+        TuningConfig.from_dict({**TUNING.as_dict(), "step": 5})
     with pytest.raises(ValueError, match="steps"):
-        PretrainingRecipe.from_dict({})
+        PretrainingConfig.from_dict({})
     with pytest.raises(TypeError):
         TUNING.replace(step=5)
 
@@ -61,8 +62,8 @@ def test_tuning_numbers_are_checked(change):
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"embedding_scale": 0}, {"offsets_rate": -1}])
 def test_pretraining_numbers_are_checked(change):
-    with pytest.raises(ValueError, match="PretrainingRecipe"):
-        PretrainingRecipe(**{"steps": 1, **change})
+    with pytest.raises(ValueError, match="PretrainingConfig"):
+        PretrainingConfig(**{"steps": 1, **change})
 
 
 def test_zero_tuning_steps_are_a_recipe_but_not_a_domain():

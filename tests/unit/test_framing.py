@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from e4t_cli import Frame
-from e4t_cli.images import center_square
+from e4t_cli.images.framing import Frame
+from e4t_cli.images.loading import center_square
 
 SIZES = [(64, 64), (90, 70), (71, 200), (301, 300), (64, 1000)]
 

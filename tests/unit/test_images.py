@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageDraw
 
-from e4t_cli import Domain, PreparationTarget, PreparedImage, TuningRecipe
 from e4t_cli.errors import E4TError, InputError, UsageError
-from e4t_cli.images import center_square, image_sha256, open_image, open_mask, prepare_image
+from e4t_cli.images.loading import center_square, image_sha256, open_image, open_mask, prepare_image
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 
 def encoded(image, kind="PNG", **options):
@@ -397,7 +398,7 @@ TARGET = PreparationTarget(size=64, base="mini")
 
 
 def domain_with(prepare):
-    recipe = TuningRecipe(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    recipe = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
     return Domain(name="dog", descriptor="dog", tuning=recipe, prepare=prepare)
 
 

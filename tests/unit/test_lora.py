@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from e4t_cli.errors import UsageError
-from e4t_cli.exporting import fixed_word, lora, word_path, write_folder, write_lora
-from e4t_cli.exporting.lora import lora_of
-from e4t_cli.generation import Sampling, generate_latents
+from e4t_cli.formats import lora
+from e4t_cli.formats.diffusers_folder import write_folder
+from e4t_cli.formats.lora import lora_of, write_lora
+from e4t_cli.formats.textual_inversion import mean_concept_embedding, word_path
+from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.tuned_model import TunedModel
-from e4t_cli.tuning import tune
+from e4t_cli.sampling import Sampling, generate_latents
+from e4t_cli.training.tuning import tune
 
 WHOLE = 1024
 """More directions than any layer of the tiny base has."""
@@ -128,7 +130,7 @@ def test_diffusers_draws_with_it_what_this_program_draws(model, tuned, face, tmp
     pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline
 
-    word = fixed_word(model, tuned, face).embedding
+    word = mean_concept_embedding(model, tuned, face).embedding
     path = tmp_path / "me.safetensors"
     kept = write_lora(model, tuned, word, path, rank=WHOLE, dtype=torch.float32)
     assert kept == pytest.approx(1, abs=1e-6)
@@ -154,7 +156,7 @@ def test_diffusers_draws_with_it_what_this_program_draws(model, tuned, face, tmp
             for name, value in tuned.unet.state_dict().items()
         }
     )
-    without = TunedModel(**{**vars(tuned.with_fixed_word(word)), "unet": biases})
+    without = TunedModel(**{**vars(tuned.with_fixed_embedding(word)), "unet": biases})
     own = generate_latents(model, without, prompt, [1], few)
     torch.testing.assert_close(drawn, own, rtol=1e-3, atol=1e-3)
     base = generate_latents(model, plain, prompt, [1], few)
@@ -173,7 +175,7 @@ def test_what_the_file_says_of_itself(model, tuned, tmp_path):
     assert load_file(word_path(path))["emb_params"].shape == (1, len(tuned.e_domain))
 
 
-@pytest.mark.parametrize("rank", [0, -1, lora.LARGEST_RANK + 1])
+@pytest.mark.parametrize("rank", [0, -1, lora.MAX_RANK + 1])
 def test_a_rank_that_means_nothing(model, tuned, tmp_path, rank):
     with pytest.raises(UsageError, match="rank"):
         write_lora(model, tuned, tuned.e_domain, tmp_path / "me.safetensors", rank=rank)

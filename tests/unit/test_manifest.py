@@ -2,9 +2,9 @@
 
 import pytest
 
-from e4t_cli import TuningRecipe
 from e4t_cli.errors import IntegrityError
-from e4t_cli.manifest import read_manifest, toml_text
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.manifest import read_manifest, toml_text
 
 GOOD = f"""
 schema = 1
@@ -41,7 +41,7 @@ def read(tmp_path):
 
 def test_a_good_one(read):
     manifest = read(GOOD)
-    assert manifest.tuning == TuningRecipe(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
+    assert manifest.tuning == TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
     assert manifest.pretraining.steps == 1000
     assert manifest.files == {"encoder.safetensors": "b" * 64}
 

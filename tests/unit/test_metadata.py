@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from e4t_cli.errors import InputError
-from e4t_cli.metadata import AI_MARK, GenerationRecord, png_bytes, read_metadata
+from e4t_cli.images.png_metadata import AI_MARK, GenerationRecord, png_bytes, read_metadata
 
 RECORD = GenerationRecord(
     prompt="S* on the beach, 猫 <b>, Steps: 3",

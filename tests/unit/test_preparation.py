@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from e4t_cli import Domain, Frame, PreparationTarget, PreparedImage, TuningRecipe, preparation
 from e4t_cli.errors import UsageError, WeightsUnavailable
-from e4t_cli.images import OpenedImage, center_square
-from e4t_cli.preparation import MaskChoice, prepare_photo
+from e4t_cli.images import preparation
+from e4t_cli.images.framing import Frame
+from e4t_cli.images.loading import OpenedImage, center_square
+from e4t_cli.images.preparation import MaskSource, prepare_photo
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 TARGET = PreparationTarget(size=64, base="mini")
-AUTO = MaskChoice(kind="auto")
+AUTO = MaskSource(kind="auto")
 
 
 def domain(prepare=None, mask_words=""):
-    recipe = TuningRecipe(steps=1, base_learning_rate=1e-6, embedding_penalty=0, mask=True)
+    recipe = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0, mask=True)
     return Domain(
         name="dog", descriptor="dog", tuning=recipe, prepare=prepare, mask_words=mask_words
     )
@@ -49,7 +52,7 @@ def off(prepared):
 def test_a_mask_of_ones_own_is_cut_as_the_photo_is(prepare, scale):
     opened, mask = photo()
     mask = mask.resize((200 * scale, 120 * scale))
-    choice = MaskChoice(kind="own", picture=mask)
+    choice = MaskSource(kind="own", picture=mask)
     prepared = prepare_photo(domain(prepare), opened, choice, TARGET, masked=True)
     assert off(prepared) < 0.02
     assert 0.05 < np.asarray(prepared.mask).mean() / 255 < 0.6
@@ -63,7 +66,7 @@ def test_transparency_is_the_mask_and_is_said():
     assert off(prepared) < 0.02
     assert "transparent" in prepared.remarks[-1]
     for kind in ("none", "own"):
-        choice = MaskChoice(kind=kind, picture=Image.new("L", (200, 120), 255))
+        choice = MaskSource(kind=kind, picture=Image.new("L", (200, 120), 255))
         other = prepare_photo(domain(turned), opened, choice, TARGET, masked=True)
         assert not any("transparent" in remark for remark in other.remarks)
         assert (other.mask is None) == (kind == "none")
@@ -71,7 +74,7 @@ def test_transparency_is_the_mask_and_is_said():
 
 @pytest.mark.parametrize("value", [0, 2])
 def test_I12_a_black_mask_falls_back_to_the_whole_picture(value):
-    choice = MaskChoice(kind="own", picture=Image.new("L", (200, 120), value))
+    choice = MaskSource(kind="own", picture=Image.new("L", (200, 120), value))
     prepared = prepare_photo(domain(), photo()[0], choice, TARGET, masked=True)
     assert prepared.mask is None
     assert "less than 1 %" in prepared.notes[-1] and "whole picture" in prepared.notes[-1]
@@ -80,7 +83,7 @@ def test_I12_a_black_mask_falls_back_to_the_whole_picture(value):
 def test_I12_a_mask_beside_the_crop_falls_back_too():
     mask = Image.new("L", (200, 120))
     mask.paste(255, (0, 0, 30, 120))
-    choice = MaskChoice(kind="own", picture=mask)
+    choice = MaskSource(kind="own", picture=mask)
     assert prepare_photo(domain(), photo()[0], choice, TARGET, masked=True).mask is None
 
 
@@ -89,7 +92,7 @@ def test_a_preparation_that_does_not_say_what_it_cut():
         return PreparedImage(image=image.crop((0, 0, 64, 64)))
 
     opened, mask = photo()
-    choice = MaskChoice(kind="own", picture=mask)
+    choice = MaskSource(kind="own", picture=mask)
     prepared = prepare_photo(domain(silent), opened, choice, TARGET, masked=True)
     assert prepared.image.tobytes() == center_square(opened.image, 64).tobytes()
     assert off(prepared) < 0.02
@@ -113,12 +116,12 @@ def found(monkeypatch):
 
 def test_words(found):
     opened, _ = photo()
-    choice = MaskChoice(kind="words", words="a red cup")
+    choice = MaskSource(kind="words", words="a red cup")
     prepared = prepare_photo(domain(turned, "a dog"), opened, choice, TARGET, masked=False)
     assert found == [("a red cup", "mini", (64, 64))]
     assert prepared.mask.getextrema() == (255, 255)
     assert "'a red cup'" in prepared.remarks[-1]
-    own = MaskChoice(kind="words")
+    own = MaskSource(kind="words")
     prepare_photo(domain(None, "a dog"), opened, own, TARGET, masked=False)
     assert found[-1][0] == "a dog"
     with pytest.raises(UsageError, match="no words for its mask"):

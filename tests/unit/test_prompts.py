@@ -5,12 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e4t_cli.errors import UsageError
-from e4t_cli.prompts import (
-    SUBJECT_TEMPLATES,
-    parse_prompt,
-    slug,
-    training_prompts,
-)
+from e4t_cli.prompts import SUBJECT_TEMPLATES, parse_prompt, slug, training_prompts
 
 HERE = None  # how a placeholder looks among segments
 

@@ -1,6 +1,6 @@
 import torch
 
-from e4t_cli.randomness import choose, draw, epoch_order, generator
+from e4t_cli.nn.randomness import choose, draw, epoch_order, generator
 
 
 def some(seed=0, step=0, **options):

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
-from e4t_cli import IntegrityError, PreparationTarget, WeightsUnavailable, segmenters
-from e4t_cli.errors import InputError
-from e4t_cli.hub.access import Access
+from e4t_cli.errors import InputError, IntegrityError, WeightsUnavailable
+from e4t_cli.hub.paths import HubAccess
+from e4t_cli.images import preparation as segmenters
+from e4t_cli.registry.domain import PreparationTarget
 from tests.conftest import write_tokenizer
 
 
@@ -59,7 +60,7 @@ def target(folder):
 
 
 def test_a_mask_of_the_pictures_size_that_depends_on_picture_and_words(clipseg, monkeypatch):
-    monkeypatch.setattr(segmenters, "LEAST_PROBABILITY", 0.5)
+    monkeypatch.setattr(segmenters, "MIN_PROBABILITY", 0.5)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     masks = {}
     for words in ("a cat", "a dog", "a red hat"):
@@ -119,22 +120,22 @@ def test_what_is_here_is_used_and_what_is_not_is_asked_about(monkeypatch, tmp_pa
             raise WeightsUnavailable("not accepted")
 
     monkeypatch.setattr(segmenters, "fetch_files", fetch_files)
-    monkeypatch.setattr(segmenters, "take_inventory", lambda *arguments: None)
+    monkeypatch.setattr(segmenters, "fetch_inventory", lambda *arguments: None)
     monkeypatch.setattr(segmenters, "accept", accept)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     parser = "jonathandinu/face-parsing"
-    unasked = segmenters.fetcher(Access())
+    unasked = segmenters.fetcher(HubAccess())
     for _ in range(3):
         with pytest.raises(WeightsUnavailable, match="not accepted"):
             unasked(parser)
     assert len(terms) == 1  # the failure is remembered, for ten thousand pictures
     assert "research" in terms[0].note and terms[0].asks
-    assert segmenters.fetcher(Access(accept_license=True))(parser) == tmp_path
+    assert segmenters.fetcher(HubAccess(accept_license=True))(parser) == tmp_path
     assert calls[-1] == (parser, None, ("*.json", "*.safetensors"), False)
     with pytest.raises(WeightsUnavailable, match="not here"):
-        segmenters.fetcher(Access(offline=True, accept_license=True))(parser)
+        segmenters.fetcher(HubAccess(offline=True, accept_license=True))(parser)
     here.append(True)
-    assert segmenters.fetcher(Access(offline=True))(segmenters.WORDS_MODEL) == tmp_path
+    assert segmenters.fetcher(HubAccess(offline=True))(segmenters.WORDS_MODEL) == tmp_path
     assert "merges.txt" in calls[-1][2] and len(terms) == 2
 
 
@@ -144,4 +145,4 @@ def test_errors_of_another_kind_are_not_swallowed(monkeypatch):
 
     monkeypatch.setattr(segmenters, "fetch_files", fetch_files)
     with pytest.raises(InputError):
-        segmenters.fetcher(Access())("a/b")
+        segmenters.fetcher(HubAccess())("a/b")

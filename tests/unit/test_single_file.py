@@ -10,11 +10,13 @@ from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from e4t_cli.base_model import TextToImageModel
 from e4t_cli.errors import ResourceError, UsageError
-from e4t_cli.exporting import pair, single_file, word_path, write_single_file
-from e4t_cli.exporting.single_file import stable_diffusion_names
-from e4t_cli.tuned_model import TunedModel
+from e4t_cli.formats import single_file
+from e4t_cli.formats import textual_inversion as pair
+from e4t_cli.formats.single_file import stable_diffusion_names, write_single_file
+from e4t_cli.formats.textual_inversion import word_path
+from e4t_cli.models.denoiser import TunedModel
+from e4t_cli.models.text_to_image import TextToImageModel
 
 
 def parts(*, real):

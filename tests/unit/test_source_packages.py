@@ -6,8 +6,8 @@ import tarfile
 
 import pytest
 
+from e4t_cli.datasets.sources import find_source
 from e4t_cli.errors import InputError, UsageError
-from e4t_cli.sources import find_source
 from tests.conftest import drawn_face
 
 

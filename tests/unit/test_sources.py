@@ -6,15 +6,15 @@ import os
 import pytest
 from PIL import Image, ImageFilter
 
-from e4t_cli.domain import Domain, PreparationTarget, PreparedImage
+from e4t_cli.datasets.folder import Folder, ImageItem
+from e4t_cli.datasets.reader import SIGNATURE, NearDuplicateFilter, Preparation, signature
+from e4t_cli.datasets.sources import find_source, hold_out
 from e4t_cli.errors import InputError, UsageError
-from e4t_cli.recipes import TuningRecipe
-from e4t_cli.sources import Item, Preparation, find_source, hold_out
-from e4t_cli.sources.folder import Folder
-from e4t_cli.sources.lookalikes import SIGNATURE, Lookalikes, signature
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 from tests.conftest import drawn_face
 
-RECIPE = TuningRecipe(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+RECIPE = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
 DOGS = Domain(name="dogs", descriptor="dog", tuning=RECIPE)
 TARGET = PreparationTarget(size=32, base="tiny", mask=None)
 
@@ -137,32 +137,40 @@ def test_content_has_the_same_digest_wherever_it_is(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "b.png").write_bytes(data)
     found = {
-        Item(name="x", picture=picture).digest()
+        ImageItem(name="x", picture=picture).digest()
         for picture in (tmp_path / "a.png", str(tmp_path / "b.png"), data, io.BytesIO(data))
     }
     assert len(found) == 1
     picture = Image.open(io.BytesIO(data))
-    assert Item(name="x", picture=picture).digest() == Item(name="y", picture=picture).digest()
+    assert (
+        ImageItem(name="x", picture=picture).digest()
+        == ImageItem(name="y", picture=picture).digest()
+    )
     turned = picture.copy()
     turned.getexif()[0x0112] = 6
-    assert Item(name="x", picture=turned).digest() != Item(name="x", picture=picture).digest()
+    assert (
+        ImageItem(name="x", picture=turned).digest()
+        != ImageItem(name="x", picture=picture).digest()
+    )
     masked = PreparedImage(image=drawn_face()[0], mask=drawn_face()[1])
     plain = PreparedImage(image=drawn_face()[0])
-    assert Item(name="x", picture=masked).digest() != Item(name="x", picture=plain).digest()
+    assert (
+        ImageItem(name="x", picture=masked).digest() != ImageItem(name="x", picture=plain).digest()
+    )
 
 
 def test_a_stamp_changes_with_the_file(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png(0))
-    before = Item(name="a", picture=path).stamp()
-    assert before == Item(name="b", picture=str(path)).stamp()
+    before = ImageItem(name="a", picture=path).stamp()
+    assert before == ImageItem(name="b", picture=str(path)).stamp()
     changed = bytearray(png(0))
     changed[-1] ^= 1
     path.write_bytes(changed)
     os.utime(path, ns=(0, int(before.split("\0")[2])))  # as if nothing had happened
-    assert Item(name="a", picture=path).stamp() != before
-    assert Item(name="a", picture=tmp_path / "gone").stamp() is None
-    assert Item(name="a", picture=png()).stamp() is None
+    assert ImageItem(name="a", picture=path).stamp() != before
+    assert ImageItem(name="a", picture=tmp_path / "gone").stamp() is None
+    assert ImageItem(name="a", picture=png()).stamp() is None
 
 
 def test_what_cannot_be_read_is_a_sentence(tmp_path):
@@ -173,7 +181,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path):
         (tmp_path, "cannot be read"),
     ):
         with pytest.raises(InputError, match=words):
-            Item(name="x", picture=picture).digest()
+            ImageItem(name="x", picture=picture).digest()
 
 
 # ── preparing them (R5) ──
@@ -182,7 +190,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path):
 def test_R5_bad_pictures_are_counted_and_named(tmp_path):
     bad = [b"", b"no picture", png()[:200]]
     preparation = Preparation(DOGS, TARGET, log=tmp_path / "work" / "left-out.tsv")
-    items = [Item(name=f"{i}.png", picture=one) for i, one in enumerate([png(), *bad, png(1)])]
+    items = [ImageItem(name=f"{i}.png", picture=one) for i, one in enumerate([png(), *bad, png(1)])]
     found = list(preparation.prepare_all(items))
     assert [isinstance(one, PreparedImage) for one in found] == [True, False, False, False, True]
     assert list(preparation.left_out) == ["1.png", "2.png", "3.png"]
@@ -197,7 +205,7 @@ def test_R5_bad_pictures_are_counted_and_named(tmp_path):
 def test_R5_strict_stops_at_the_first():
     preparation = Preparation(DOGS, TARGET, strict=True)
     with pytest.raises(InputError, match=r"2\.png: .* not a picture") as caught:
-        list(preparation.prepare_all([Item(name="2.png", picture=b"no picture")]))
+        list(preparation.prepare_all([ImageItem(name="2.png", picture=b"no picture")]))
     assert caught.value.exit_code == 3
     assert "without --strict" in caught.value.hint
 
@@ -211,8 +219,8 @@ def test_few_pictures_are_warned_about():
 def test_masks_are_there_if_wanted_and_only_then():
     image, mask = drawn_face()
     items = [
-        Item(name="a", picture=PreparedImage(image=image, mask=mask)),
-        Item(name="b", picture=PreparedImage(image=image)),
+        ImageItem(name="a", picture=PreparedImage(image=image, mask=mask)),
+        ImageItem(name="b", picture=PreparedImage(image=image)),
     ]
     wanted = PreparationTarget(size=32, base="tiny")
     own, white = Preparation(DOGS, wanted).prepare_all(items)
@@ -229,7 +237,7 @@ def test_the_key_tells_preparations_apart(monkeypatch):
     import importlib.util
     from dataclasses import replace
 
-    from e4t_cli.sources import preparation
+    from e4t_cli.datasets import reader as preparation
 
     own = replace(DOGS, prepare=prepared_otherwise)
     keys = [
@@ -258,7 +266,7 @@ def compressed(image, quality, size):
 def test_R7_duplicates_and_near_duplicates_are_found():
     import hashlib
 
-    seen = Lookalikes()
+    seen = NearDuplicateFilter()
     faces = [drawn_face(index, 128)[0] for index in range(6)]
     for index, face in enumerate(faces):
         seen.add(f"{index}", hashlib.sha256(face.tobytes()).digest(), signature(face))
@@ -274,7 +282,7 @@ def test_R7_duplicates_and_near_duplicates_are_found():
 
 def test_R7_one_outline_in_other_colours_is_another_picture():
     face = drawn_face(0, 128)[0]
-    seen = Lookalikes()
+    seen = NearDuplicateFilter()
     seen.add("a", b"a" * 32, signature(face))
     seen.add("b", b"b" * 32, signature(Image.merge("RGB", face.split()[::-1])))
     seen.add("c", b"c" * 32, signature(face.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from e4t_cli import Domain, PreparedImage, TuningRecipe
-from e4t_cli.images import center_square
-from e4t_cli.testing import check_domain, examine_domain
+from e4t_cli.images.loading import center_square
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.domain import Domain, PreparedImage
+from e4t_cli.registry.testing import check_domain, examine_domain
 
 
 def domain(**changes):
-    recipe = TuningRecipe(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    recipe = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
     return Domain(name="dog", descriptor="dog", tuning=recipe, **changes)
 
 

@@ -11,31 +11,30 @@ import tracemalloc
 import pytest
 import torch
 
-from e4t_cli.api.training_data import choose_cache, training_data
-from e4t_cli.domain import Domain, PreparationTarget, PreparedImage
+from e4t_cli.api.pretraining_setup import choose_cache, training_data
+from e4t_cli.datasets.reader import SIGNATURE, Preparation
+from e4t_cli.datasets.sources import find_source
 from e4t_cli.errors import InputError, ResourceError, UsageError
-from e4t_cli.pretraining import (
+from e4t_cli.pretraining import cache as cached_images
+from e4t_cli.pretraining import cache as caching
+from e4t_cli.pretraining.batches import DistributedContext
+from e4t_cli.pretraining.cache import EncodingCache, write_chunk
+from e4t_cli.pretraining.encoded_images import (
     EncodedImages,
     EncodedRows,
-    Processes,
-    cached_images,
+    bytes_per_picture,
     encode_images,
     epoch_indices,
 )
-from e4t_cli.pretraining import cache as caching
-from e4t_cli.pretraining.cache import EncodingCache
-from e4t_cli.pretraining.chunks import write_chunk
-from e4t_cli.pretraining.live import LiveImages, LiveStream
-from e4t_cli.pretraining.looking import bytes_per_picture
-from e4t_cli.recipes import TuningRecipe
-from e4t_cli.sources import Preparation, find_source
-from e4t_cli.sources.lookalikes import SIGNATURE
+from e4t_cli.pretraining.streaming import OnTheFlyImages, OnTheFlyStream
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 from tests.conftest import RESOLUTION, drawn_face
 
 FACES = Domain(
     name="faces",
     descriptor="face",
-    tuning=TuningRecipe(steps=1, base_learning_rate=1e-6, embedding_penalty=0),
+    tuning=TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0),
 )
 CHUNK = 4
 
@@ -96,7 +95,7 @@ def folder(tmp_path):
 
 def test_kept_live_and_in_memory_are_the_same_data(model, folder):
     kept, _ = encode(model, folder)
-    live = LiveImages(model, find_source(folder), preparation())
+    live = OnTheFlyImages(model, find_source(folder), preparation())
     squares = [preparation().prepare(item) for item in find_source(folder)]
     memory = encode_images(model, squares)
     assert len(kept) == len(live) == len(memory) == 10
@@ -110,7 +109,7 @@ def test_kept_live_and_in_memory_are_the_same_data(model, folder):
 
 def test_rows_are_a_function_of_their_place(model, folder):
     kept, _ = encode(model, folder)
-    live = LiveImages(model, find_source(folder), preparation())
+    live = OnTheFlyImages(model, find_source(folder), preparation())
     for data in (kept, live):
         first = [rows(data, step=step) for step in (0, 1, 2)]
         for step in (2, 0, 1):
@@ -140,7 +139,7 @@ def test_R5_a_bad_picture_changes_only_the_samples_that_it_would_be(model, folde
     before, _ = encode(model, folder)
     (folder / f"{bad}.png").write_bytes(b"no picture")
     after, cache = encode(model, folder)
-    live = LiveImages(model, find_source(folder), preparation())
+    live = OnTheFlyImages(model, find_source(folder), preparation())
     assert (len(before), len(after)) == (10, 9)
     assert list(cache.preparation.left_out) == [f"{bad}.png"]
     touched = 0
@@ -167,7 +166,7 @@ def test_R5_nothing_usable_is_an_input_error(model, data):
 
 
 def test_R5_live_data_without_anything_usable(model):
-    live = LiveImages(model, find_source([b"no", b""]), preparation())
+    live = OnTheFlyImages(model, find_source([b"no", b""]), preparation())
     with pytest.raises(InputError, match="no picture can be used; the first: "):
         rows(live)
     live.close()
@@ -200,10 +199,10 @@ def test_nothing_is_looked_at_twice(model, folder, monkeypatch):
 
 
 def test_files_that_did_not_change_are_not_read_again(model, folder, monkeypatch):
-    from e4t_cli.sources import Item
+    from e4t_cli.datasets.folder import ImageItem
 
     encode(model, folder)
-    monkeypatch.setattr(Item, "digest", lambda self: pytest.fail("read again"))
+    monkeypatch.setattr(ImageItem, "digest", lambda self: pytest.fail("read again"))
     assert encode(model, folder)[1].encoded == 0
 
 
@@ -220,7 +219,7 @@ def test_changed_pictures_and_settings_are_looked_at_again(model, folder):
 
 
 def test_a_picture_that_could_not_be_read_once_is_read_again(model, folder, monkeypatch):
-    from e4t_cli.sources import items
+    from e4t_cli.datasets import folder as items
 
     read = items._file_digest
 
@@ -267,14 +266,14 @@ def test_a_damaged_file_is_made_again(model, folder, damage):
 
 
 def test_two_processes_share_the_work_and_find_the_same(model, folder):
-    class Rank(Processes):
+    class Rank(DistributedContext):
         """A process whose partner has done its share when they meet."""
 
         def any(self, flag):
             partner.encode(find_source(folder), processes=Alone(rank=1, count=2))
             return flag
 
-    class Alone(Processes):
+    class Alone(DistributedContext):
         def any(self, flag):
             raise InterruptedError  # its own share is what is looked at
 
@@ -313,7 +312,7 @@ def test_many_processes_write_one_chunk_at_once(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written(model, folder, monkeypatch):
-    from e4t_cli.pretraining import chunks
+    from e4t_cli.pretraining import cache as chunks
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -405,7 +404,7 @@ class Stream:
 
 
 def stream(model, pictures, processes=None):
-    return LiveStream(model, Stream(pictures), preparation(), processes)
+    return OnTheFlyStream(model, Stream(pictures), preparation(), processes)
 
 
 def test_a_stream_goes_on_where_a_stopped_run_was(model):
@@ -424,7 +423,7 @@ def test_processes_take_their_own_parts_of_a_stream(model):
     pictures = [png(index) for index in range(8)]
     seen = []
     for rank in range(2):
-        data = stream(model, pictures, Processes(rank=rank, count=2))
+        data = stream(model, pictures, DistributedContext(rank=rank, count=2))
         for step in range(2):
             found = rows(data, step=step, positions=range(2 * rank, 2 * rank + 2), batch_size=4)
             seen += [one.half().numpy().tobytes() for one in found.means]
@@ -481,7 +480,7 @@ def test_auto_keeps_what_is_needed_twice(model, monkeypatch):
 
 
 def test_a_disk_that_is_too_small(model, monkeypatch):
-    monkeypatch.setattr("e4t_cli.api.training_data.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("e4t_cli.api.pretraining_setup.free_bytes", lambda folder: 1000)
     source = find_source([png(index) for index in range(10)])
     choice = choose_cache("auto", source, model, 1000, mask=False)
     assert not choice.used and "are not kept" in choice.why
@@ -497,7 +496,7 @@ def test_training_data_tells_what_was_left_out(model, folder, tmp_path, wanted):
     choice = choose_cache(wanted, source, model, 100, mask=False)
     opens = preparation(log=tmp_path / "left-out.tsv")
     with training_data(
-        model, source, opens, choice, processes=Processes(), on_progress=told.append
+        model, source, opens, choice, processes=DistributedContext(), on_progress=told.append
     ) as data:
         for step in range(3):
             rows(data, step=step)
@@ -505,5 +504,5 @@ def test_training_data_tells_what_was_left_out(model, folder, tmp_path, wanted):
     assert any("1 picture was left out; the first: " in note and "7.png" in note for note in notes)
     assert any("are few" in note for note in notes)
     assert (tmp_path / "left-out.tsv").read_text().startswith("7.png\t")
-    assert isinstance(data, LiveImages) == (wanted == "off")
+    assert isinstance(data, OnTheFlyImages) == (wanted == "off")
     assert not isinstance(data, EncodedImages)

@@ -1,1 +1,1 @@
-"""The command line: options in, one call of the library, paths out."""
+"""The command line: parses options, calls the library, prints the results."""

@@ -20,20 +20,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from e4t_cli import __version__
-from e4t_cli.cli import (
-    cache,
-    console,
-    display,
-    doctor,
-    domains,
-    export,
-    fetch,
-    generate,
-    import_,
-    info,
-    personalize,
-    pretrain,
-)
+from e4t_cli.cli import cache, console, domains, export, info, personalize, pretrain
+from e4t_cli.cli import cache as fetch
+from e4t_cli.cli import export as import_
+from e4t_cli.cli import info as doctor
+from e4t_cli.cli import personalize as generate
+from e4t_cli.cli import progress as display
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}

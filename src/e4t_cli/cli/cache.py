@@ -1,16 +1,25 @@
-"""``e4t cache``: what lies on the disk because of this program, and how to be rid of it."""
+"""``e4t cache``: what lies on the disk because of this program, and how to be rid of it.
+
+``e4t fetch``: bring bases and domains here before they are needed.
+"""
 
 from __future__ import annotations
 
 import json as json_format
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from e4t_cli.cli import console as consoles
+from e4t_cli.cli import options as o
 from e4t_cli.cli.options import Json, Quiet, Yes
 from e4t_cli.errors import IntegrityError, UsageError
-from e4t_cli.hub.places import hub_cache, own_cache, shown_size
+from e4t_cli.files import shown_size
+from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
+from e4t_cli.hub.paths import hub_cache, user_cache
+
+if TYPE_CHECKING:
+    from e4t_cli.hub.paths import HubAccess
 
 app = typer.Typer(help="What lies on this disk because of e4t.", no_args_is_help=True)
 
@@ -28,7 +37,7 @@ def cache() -> None:
 def show_folders(json: Json = False) -> None:
     """Say where fetched files lie, and where what was derived from them."""
     console = consoles.start(json=json)
-    folders = {"hub": str(hub_cache()), "own": str(own_cache())}
+    folders = {"hub": str(hub_cache()), "own": str(user_cache())}
     if json:
         return console.details("cache", folders)
     for folder in folders.values():
@@ -40,7 +49,7 @@ def show_folders(json: Json = False) -> None:
 def list_items(json: Json = False) -> None:
     """List what was fetched and derived, with its size."""
     console = consoles.start(json=json)
-    from e4t_cli.hub.housekeeping import items
+    from e4t_cli.hub.cache import items
 
     found = items()
     if json:
@@ -56,7 +65,7 @@ def list_items(json: Json = False) -> None:
 def verify(json: Json = False, quiet: Quiet = False) -> None:
     """Read every fetched file again, and compare it with the checksum that the hub declared."""
     console = consoles.start(json=json, quiet=quiet)
-    from e4t_cli.hub import housekeeping
+    from e4t_cli.hub import cache as housekeeping
 
     with console.progress() as on_progress:
         count, damaged = housekeeping.verify(on_progress)
@@ -76,7 +85,7 @@ def verify(json: Json = False, quiet: Quiet = False) -> None:
 def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     """Remove what can go without a loss: partial downloads, and what a slim copy has replaced."""
     console = consoles.start(json=json, quiet=quiet)
-    from e4t_cli.hub import clearing
+    from e4t_cli.hub import cache as clearing
 
     found = clearing.prunable()
     if found:
@@ -92,7 +101,7 @@ def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
 def remove(names: Names, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     """Remove fetched repositories, also for other programs that share the hub's cache."""
     console = consoles.start(json=json, quiet=quiet)
-    from e4t_cli.hub import clearing
+    from e4t_cli.hub import cache as clearing
 
     found = [item for name in names for item in clearing.find_items(name)]
     size = shown_size(sum(item.size for item in found))
@@ -106,3 +115,84 @@ def remove(names: Names, yes: Yes = False, json: Json = False, quiet: Quiet = Fa
 def _make_sure(console: consoles.Console, yes: bool, question: str) -> None:
     if not yes and not console.ask(question):
         raise UsageError("nothing was removed", hint="-y removes without asking")
+
+
+EXAMPLES = """
+Examples:\n
+e4t fetch face --base sd14\n
+e4t fetch sd15\n
+e4t fetch owner/a-stable-diffusion@fp16 --dtype fp32
+"""
+
+
+def complete_wanted(incomplete: str) -> list[str]:
+    """Names of bases and domains, for the shell's completion."""
+    names = [*EMBEDDED, *PUBLISHED, *o.complete_domain("")]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+Wanted = Annotated[
+    list[str],
+    typer.Argument(metavar="DOMAIN|BASE", autocompletion=complete_wanted,
+                   help="face, cat, ...; sd14, sd15, sd21-base, sd21, or OWNER/NAME of the hub."),
+]  # fmt: skip
+
+
+def fetch(
+    wanted: Wanted, base: o.Base = "auto", device: o.Device = "auto", dtype: o.Dtype = "auto",
+    offline: o.Offline = False, accept_license: o.AcceptLicense = False, json: o.Json = False,
+    quiet: o.Quiet = False, verbose: o.Verbose = 0,
+) -> None:  # fmt: skip
+    """Bring bases and domains to this machine, whole and checked.
+
+    What is here is not fetched again; what is here and damaged is. A domain comes with the base
+    that it is for, and with what finds its subject in a photo. Everything lies in the cache of the
+    Hugging Face hub. The folders go to stdout.
+    """
+    console = consoles.start(json=json, quiet=quiet, verbose=verbose)
+    console.resume_hint = "the same command goes on: files that are finished are kept"
+    from e4t_cli.hub.paths import HubAccess
+
+    with console.progress() as on_progress:
+        access = HubAccess(
+            offline=offline,
+            accept_license=console.consent(accept_license),
+            on_progress=on_progress,
+        )
+        for name in wanted:
+            _fetch(console, access, name, base, device, dtype)
+
+
+def _fetch(
+    console: consoles.Console, access: HubAccess, name: str, base: str, device: str, dtype: str
+) -> None:
+    from e4t_cli.api.resolve import (
+        needs_image_tower,
+        prefers_half,
+        resolve_base_name,
+        resolve_domain_weights,
+    )
+    from e4t_cli.hub.locations import hub_location
+    from e4t_cli.hub.resolve import fetch_base
+    from e4t_cli.images.preparation import fetcher
+    from e4t_cli.registry.discovery import find_domain
+
+    domain = None
+    place = name
+    if name not in EMBEDDED and hub_location(name) is None:
+        domain = find_domain(name)
+        place = resolve_base_name(base, access, domain=domain, device=device)
+    half, tower = prefers_half(device, dtype), needs_image_tower(domain, place)
+    found = fetch_base(place, access, half=half, tower=tower, repair=True)
+    console.product(
+        str(found.folder),
+        {"type": "base", "name": found.name, "revision": found.revision, "path": str(found.folder)},
+    )
+    if domain is not None:
+        folder = resolve_domain_weights(domain, found, access, repair=True)
+        record = {"type": "domain", "name": domain.name, "base": found.name, "path": str(folder)}
+        console.product(str(folder), record)
+        bring = fetcher(access)
+        for repository in domain.networks if found.name not in EMBEDDED else ():
+            place = str(bring(repository))
+            console.product(place, {"type": "network", "name": repository, "path": place})

@@ -18,17 +18,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli.cli.display import (
+from e4t_cli.cli.progress import (
+    Lines,
+    Rows,
     is_terminal,
     live_display,
     plain_text,
     rich_console,
     stderr_is_terminal,
 )
-from e4t_cli.cli.showing import Lines, Rows
 from e4t_cli.errors import E4TError, printable
-from e4t_cli.progress import Progress
-from e4t_cli.stopping import StopRequest
+from e4t_cli.progress import Progress, StopRequest
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -1,12 +1,17 @@
-"""``e4t info``: what a picture or a concept says about itself."""
+"""``e4t info``: what a picture or a concept says about itself.
+
+``e4t doctor``: everything that one would ask somebody who says that it does not work.
+"""
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from e4t_cli import __version__
 from e4t_cli.cli import console as consoles
 from e4t_cli.cli.options import Json
 from e4t_cli.errors import E4TError, InputError, UsageError, printable
@@ -30,7 +35,7 @@ def info(file: File, json: Json = False) -> None:
 
 
 def _picture(file: Path) -> dict[str, Any]:
-    from e4t_cli.metadata import read_metadata
+    from e4t_cli.images.png_metadata import read_metadata
 
     found = read_metadata(file.read_bytes())
     if found.details is None and found.parameters is None and not found.ai_generated:
@@ -42,7 +47,7 @@ def _picture(file: Path) -> dict[str, Any]:
 
 
 def _concept(file: Path) -> dict[str, Any]:
-    from e4t_cli.concept import Concept
+    from e4t_cli.formats.concept import Concept
 
     try:
         concept = Concept.load(file)
@@ -65,3 +70,85 @@ def _concept(file: Path) -> dict[str, Any]:
         "tuning": {**concept.recipe.as_dict(), "seed": concept.seed},
         "weights": "kept" if concept.weights else "made again by tuning",
     }
+
+
+PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "safetensors",
+            "huggingface_hub", "pillow", "typer")  # fmt: skip
+
+
+def doctor(json: Json = False) -> None:
+    """Say what e4t finds here: versions, device, disk, caches, bases and domains.
+
+    Nothing is fetched, and no secret is shown.
+    """
+    console = consoles.start(json=json)
+    from e4t_cli.files import free_bytes
+    from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
+    from e4t_cli.hub.image_tower import has_tower
+    from e4t_cli.hub.inventory import has_token
+    from e4t_cli.hub.paths import endpoint, hub_cache, is_offline, user_cache
+    from e4t_cli.hub.resolve import is_here, likely_accelerator
+
+    names = [*EMBEDDED, *PUBLISHED]
+    about: dict[str, Any] = {
+        "e4t": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        **{package: _version(package) for package in PACKAGES},
+        "accelerator": likely_accelerator(),
+        **_device(),
+        "hub": endpoint(),
+        "offline": is_offline(),
+        "token of the hub": has_token(),
+        "cache of the hub": str(hub_cache()),
+        "free there": free_bytes(hub_cache()),
+        "own cache": str(user_cache()),
+        "free in own": free_bytes(user_cache()),
+        "bases here": [name for name in names if is_here(name, tower=False)],
+        "image tower": has_tower(),
+        "domains": _domains(),
+    }
+    if not json:
+        from e4t_cli.files import shown_size
+
+        about["free there"] = shown_size(about["free there"])
+        about["free in own"] = shown_size(about["free in own"])
+        about["bases here"] = ", ".join(about["bases here"])
+    console.details("doctor", about)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version  # `--help` does not wait for it
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _device() -> dict[str, str]:
+    """What torch says, which is the part that breaks."""
+    try:
+        import torch
+
+        from e4t_cli.devices import choose_device
+        from e4t_cli.nn.precision import half_format
+
+        device = choose_device("auto")
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        products = str(half_format(device, scaled=True) or torch.float32).removeprefix("torch.")
+        return {"device": str(device), "device name": name, "tunes in": products}
+    except Exception as error:  # a doctor listens to every complaint
+        return {"device": f"torch cannot be used: {type(error).__name__}: {error}"}
+
+
+def _domains() -> dict[str, str]:
+    from e4t_cli.registry.discovery import installed_domains
+
+    said = {}
+    for listing in installed_domains():
+        if listing.domain is None:
+            said[listing.name] = f"broken ({listing.reason})"
+        else:
+            said[listing.name] = "for " + (" and ".join(listing.domain.weights) or "no base")
+    return said

@@ -13,12 +13,12 @@ import typer
 
 def complete_domain(incomplete: str) -> list[str]:
     """Names for the shell's completion; imports no domain, however slow or broken."""
-    from e4t_cli.registry import claimed_names
+    from e4t_cli.registry.discovery import claimed_names
 
     return [name for name in claimed_names() if name.startswith(incomplete)]
 
 
-PICTURES, DRAWING, TUNING, OUTPUT = "Pictures", "Sampling", "Tuning", "Output"
+PICTURES, DRAWING, TUNING, OUTPUT = "Pictures", "Sampling", "Trainer", "Output"
 NETWORK, PHOTO = "Network", "Photo"
 
 DomainName = Annotated[
@@ -134,7 +134,7 @@ Dtype = Annotated[
 def _go_offline(offline: bool) -> bool:
     """Tell the libraries below as well, which read it when they are first imported."""
     if offline:
-        from e4t_cli.hub.places import go_offline
+        from e4t_cli.hub.paths import go_offline
 
         go_offline()
     return offline

@@ -8,17 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from e4t_cli.cli import console as consoles
-from e4t_cli.cli.options import (
-    AcceptLicense,
-    Base,
-    Device,
-    Dtype,
-    Json,
-    Offline,
-    Quiet,
-    Verbose,
-)
-from e4t_cli.stopping import StopRequest
+from e4t_cli.cli.options import AcceptLicense, Base, Device, Dtype, Json, Offline, Quiet, Verbose
+from e4t_cli.progress import StopRequest
 
 EXAMPLES = """
 Example: [bold]e4t pretrain --domain my_dogs --data ./dogs --dry-run[/bold], then without
@@ -153,7 +144,7 @@ def pretrain(
     }  # fmt: skip
     if dry_run:
         with console.progress() as on_progress:
-            plan = api.rehearse(domain, data, **asked, on_progress=on_progress)
+            plan = api.plan_pretraining(domain, data, **asked, on_progress=on_progress)
         if first:
             console.details(domain, plan if json else _as_people_say_it(plan))
         return
@@ -180,7 +171,7 @@ def pretrain(
 
 def _as_people_say_it(plan: dict[str, Any]) -> dict[str, str]:
     """The plan with units, without what is not known."""
-    from e4t_cli.hub.places import shown_size
+    from e4t_cli.files import shown_size
 
     seconds, used = plan["seconds"], plan["cache"]["used"]
     opened = "" if plan["opened"] == plan["pictures"] else f", of {plan['opened']:,} opened"

@@ -1,4 +1,11 @@
-"""What the hub says a repository contains, remembered: names, sizes and checksums of its files.
+"""Whether files of the hub's cache are what the hub declared, and remembering that they were.
+
+huggingface_hub compares lengths only: a body of the right length and the wrong content stays for
+ever. Here every file is read once, its checksum compared with the hub's, and the result remembered
+with the file's length and time; when either changes, it is read again. The hub's cache names a blob
+after its checksum, so even files that another program fetched can be checked without a network.
+
+What the hub says a repository contains, remembered: names, sizes and checksums of its files.
 
 A commit never changes, so one answer is good for ever, and with it a fetched repository can be
 used and verified without a network. A branch is resolved to a commit once and then stays there: no
@@ -7,7 +14,11 @@ silent upgrade. `e4t cache rm` forgets.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,13 +28,119 @@ from urllib.parse import quote
 
 from e4t_cli.errors import WeightsUnavailable, printable
 from e4t_cli.files import write_atomically
+from e4t_cli.hub.errors import as_e4t_error, is_passing, is_refused_token, retry_after
+from e4t_cli.hub.paths import COMMIT, REPOSITORY, HubAccess, endpoint, repository_folder, user_cache
 
-from .access import Access
-from .places import COMMIT, REPOSITORY, endpoint, own_cache, repository_folder
-from .trouble import explain, is_passing, is_refused_token, retry_after
+_BLOCK = 1 << 22
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def is_intact(
+    path: Path, declared: str = "", on_bytes: Callable[[int], None] | None = None
+) -> str | None:
+    """Compare a file with its declared checksum, unless that was done and it has not changed.
+
+    Args:
+        path: in a snapshot folder of the hub's cache.
+        declared: SHA-256, or git's SHA-1; "" takes the name of the blob.
+        on_bytes: called with the number of bytes of each block read, and of files not read again.
+
+    Returns:
+        None if it is as declared, otherwise the checksum it has. A file that nobody declared
+        anything about is taken as it is.
+    """
+    expected = declared or blob_name(path)
+    if not expected:
+        return None
+    stamp = _stamp(path)
+    if _recall(path) == {**stamp, "digest": expected}:
+        if on_bytes is not None:
+            on_bytes(int(str(stamp["size"])))
+        return None
+    found = digest_of(path, expected, on_bytes)
+    if found != expected:
+        return found
+    _memorise(path, {**stamp, "digest": expected})
+    return None
+
+
+def blob_name(path: Path) -> str:
+    """Return the checksum in the name of the blob that a snapshot's link points to, or ""."""
+    with contextlib.suppress(OSError):
+        name = os.path.basename(os.readlink(path))
+        if _DIGEST.fullmatch(name):
+            return name
+    return ""
+
+
+def digest_of(path: Path, like: str, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Return the checksum of a file, of the kind of another checksum.
+
+    Args:
+        like: 64 digits for SHA-256, 40 for git's SHA-1 of a blob.
+    """
+    if len(like) == 64:
+        digest = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return digest.hexdigest()
+
+
+def discard(path: Path) -> None:
+    """Delete a file of a snapshot and the blob behind it, so that it will be fetched again."""
+    blob = path.parent / os.readlink(path) if path.is_symlink() else None
+    path.unlink(missing_ok=True)
+    if blob is not None:
+        blob.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        _note(path).unlink(missing_ok=True)
+
+
+def forget_gone() -> int:
+    """Forget what is remembered of files that exist no more; returns how many."""
+    gone = 0
+    for note in (user_cache() / "verified").glob("*.json"):
+        try:
+            path = json.loads(note.read_text(encoding="utf-8")).get("path", "")
+        except (OSError, ValueError):
+            path = ""
+        if not path or not os.path.exists(path):
+            note.unlink(missing_ok=True)
+            gone += 1
+    return gone
+
+
+def _stamp(path: Path) -> dict[str, object]:
+    about = path.stat()
+    return {"path": str(path), "size": about.st_size, "mtime_ns": about.st_mtime_ns}
+
+
+def _note(path: Path) -> Path:
+    name = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return user_cache() / "verified" / f"{name}.json"
+
+
+def _recall(path: Path) -> object:
+    try:
+        return json.loads(_note(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _memorise(path: Path, stamp: dict[str, object]) -> None:
+    note = _note(path)
+    with contextlib.suppress(OSError):  # read-only: the file is read again the next time
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps(stamp).encode())
+
 
 TRIES = 3
-LONGEST_WAIT = 30.0  # seconds: longer than this the user decides whether to wait
+MAX_WAIT_SECONDS = 30.0  # seconds: longer than this the user decides whether to wait
 TIMEOUT = 15.0  # seconds
 
 
@@ -52,7 +169,7 @@ class Inventory:
     files: tuple[HubFile, ...] = ()
 
 
-def take_inventory(repository: str, revision: str | None, access: Access) -> Inventory | None:
+def fetch_inventory(repository: str, revision: str | None, access: HubAccess) -> Inventory | None:
     """Return what is in a repository: remembered, or asked of the hub and then remembered.
 
     Args:
@@ -108,7 +225,7 @@ def known_commit(repository: str, revision: str | None) -> str | None:
 def all_remembered() -> list[Inventory]:
     """Return every inventory that this program has taken."""
     found = []
-    for path in sorted((own_cache() / "hub").glob("*/*.json")):
+    for path in sorted((user_cache() / "hub").glob("*/*.json")):
         inventory = remembered(path.parent.name.replace("--", "/", 1), path.stem)
         if inventory is not None:
             found.append(inventory)
@@ -133,7 +250,7 @@ def forget(repository: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def with_token(call: Callable[[bool | None], Any], access: Access) -> Any:
+def with_token(call: Callable[[bool | None], Any], access: HubAccess) -> Any:
     """Make a call with the user's token and, where the hub does not know it, without one."""
     try:
         return call(None)
@@ -155,7 +272,7 @@ def has_token() -> bool:
     return get_token() is not None
 
 
-def _ask(repository: str, revision: str, access: Access) -> Inventory:
+def _ask(repository: str, revision: str, access: HubAccess) -> Inventory:
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=endpoint())
@@ -171,8 +288,8 @@ def _ask(repository: str, revision: str, access: Access) -> Inventory:
             break
         except Exception as error:  # of huggingface_hub, of its HTTP library, of JSON
             wait = retry_after(error) or float(attempt)
-            if attempt == TRIES or not is_passing(error) or wait > LONGEST_WAIT:
-                raise explain(error, repository, revision) from error
+            if attempt == TRIES or not is_passing(error) or wait > MAX_WAIT_SECONDS:
+                raise as_e4t_error(error, repository, revision) from error
             access.remark(f"the hub does not answer as it should: trying again in {wait:.0f} s")
             time.sleep(wait)
     card = found.card_data.to_dict() if found.card_data is not None else {}
@@ -188,7 +305,7 @@ def _ask(repository: str, revision: str, access: Access) -> Inventory:
         for one in found.siblings or ()
     ]
     if not found.sha or not COMMIT.fullmatch(found.sha):
-        raise explain(ValueError(), repository)
+        raise as_e4t_error(ValueError(), repository)
     return Inventory(
         repository=repository, commit=found.sha, licence=str(licence), files=tuple(files)
     )
@@ -207,4 +324,4 @@ def _remember(inventory: Inventory, revision: str) -> None:
 
 
 def _folder(repository: str) -> Path:
-    return own_cache() / "hub" / repository.replace("/", "--")
+    return user_cache() / "hub" / repository.replace("/", "--")

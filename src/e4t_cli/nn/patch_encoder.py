@@ -1,4 +1,6 @@
-"""The encoder of e4t-diffusion: another E than the paper's, and the one public weights exist for.
+"""What the encoder of e4t-diffusion sees of a picture: [CLS] and patches of the last layer.
+
+The encoder of e4t-diffusion: another E than the paper's, and the one public weights exist for.
 
 Departure: for the first layers of the image tower it takes patches of its last one. With x_0 the
 [CLS] vector of the picture, x_1 … every second of its patches, and v the pooled U-Net features,
@@ -24,11 +26,56 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .word_embedding_encoder import LARGEST_SIZE
+from e4t_cli.nn.word_embedding_encoder import MAX_SIZE
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's normalisation of pixels in 0 … 1, for towers of every size."""
+
+
+class PatchTower(nn.Module):
+    """An open_clip vision transformer that returns [CLS] and every second patch.
+
+    Args:
+        visual: `open_clip.transformer.VisionTransformer` without its projection.
+        size: side of the pictures it reads.
+        normalised_patches: whether patches pass its last LayerNorm. open_clip returned them
+            without when e4t-diffusion's weights were trained, and has since changed its mind.
+    """
+
+    def __init__(self, visual: nn.Module, size: int, *, normalised_patches: bool = False) -> None:
+        super().__init__()
+        self.visual = visual.requires_grad_(False)
+        self.size = size
+        self.normalised_patches = normalised_patches
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return (batch, vectors, width) in float32 for pixels in −1 … 1."""
+        side = (self.size, self.size)
+        # Without smoothing and corner on corner, as those weights were trained; no clamping.
+        sized = functional.interpolate(
+            pixels.float(), size=side, mode="bicubic", align_corners=True, antialias=False
+        )
+        mean, std = (sized.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+        found = self.visual.forward_intermediates(
+            (((sized + 1) / 2 - mean) / std).to(self.visual.conv1.weight.dtype),
+            indices=1,  # the last layer
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        summary = self.visual.ln_post(found["image_intermediates_prefix"][0])
+        patches = found["image_intermediates"][0]
+        if self.normalised_patches:
+            patches = self.visual.ln_post(patches)
+        return torch.cat((summary, patches[:, 1::2]), dim=1).float()
+
 
 SLOPE = 0.01
 """Of both LeakyReLUs: torch's default."""
-MOST_VECTORS = 1 << 14
+MAX_VECTORS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +131,12 @@ class PatchEncoderConfig:
                 fits = isinstance(value, float | int) and 0 < value <= 64
             else:
                 whole = isinstance(value, int) and not isinstance(value, bool)
-                fits = whole and 0 < value <= LARGEST_SIZE
+                fits = whole and 0 < value <= MAX_SIZE
             if not fits:
                 raise ValueError(f"{entry.name} of an encoder cannot be {value!r}")
         if config.tower_width % config.tower_heads:
             raise ValueError(f"{config.tower_heads} heads do not share a width evenly")
-        if config.vectors > MOST_VECTORS:
+        if config.vectors > MAX_VECTORS:
             raise ValueError(f"{config.vectors} vectors of one picture are too many")
         return config
 
@@ -126,26 +173,26 @@ class PatchEncoder(nn.Module):
             image_features: [CLS] and patches (batch, vectors, tower_width).
             unet_features: pooled features side by side (batch, unet_width).
         """
-        return self.refine(self.fold(image_features), unet_features)
+        return self.predict_offset(self.encode_image(image_features), unet_features)
 
-    def fold(self, image_features: Tensor) -> Tensor:
+    def encode_image(self, image_features: Tensor) -> Tensor:
         """Return the picture's whole contribution to the average, (batch, hidden_width)."""
         joined = self.join_picture(image_features)
         # One product for each F_i, then their sum: never a second copy of all F_i.
         terms = torch.bmm(self.first_weights, joined.permute(1, 2, 0))  # (vectors, hidden, batch)
         return terms.mean(dim=0).T + self.first_biases.mean(dim=0)
 
-    def refine(self, folded: Tensor, unet_features: Tensor | None) -> Tensor:
+    def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None) -> Tensor:
         """Return E from a folded picture and the current U-Net features."""
         assert unet_features is not None
         embedded = self.join_unet(self.embed_unet(unet_features))
-        average = folded + functional.linear(embedded, self.first_weights.mean(dim=0))
+        average = encoded_image + functional.linear(embedded, self.first_weights.mean(dim=0))
         return self.final(functional.leaky_relu(average, SLOPE))
 
     @torch.no_grad()
-    def settled(self) -> SettledPatchEncoder:
+    def for_inference(self) -> InferencePatchEncoder:
         """Return what is left to do when nothing is trained any more, with tensors of its own."""
-        small = SettledPatchEncoder(self.config).to(self.first_weights.device)
+        small = InferencePatchEncoder(self.config).to(self.first_weights.device)
         matrix = self.first_weights.mean(dim=0) @ self.join_unet.weight  # (mean_i F_i) J_u
         small.embed_unet.load_state_dict(self.embed_unet[0].state_dict())
         small.mix.weight.copy_(matrix @ self.embed_unet[2].weight)
@@ -154,7 +201,7 @@ class PatchEncoder(nn.Module):
         return small
 
 
-class SettledPatchEncoder(nn.Module):
+class InferencePatchEncoder(nn.Module):
     """The part of a `PatchEncoder` that depends on z_t; the picture's part is a folded vector."""
 
     reads_unet = True
@@ -166,7 +213,7 @@ class SettledPatchEncoder(nn.Module):
         self.mix = nn.Linear(hidden, hidden)
         self.final = nn.Linear(hidden, config.embedding_width)
 
-    def fold(self, image_features: Tensor) -> Tensor:
+    def encode_image(self, image_features: Tensor) -> Tensor:
         """Refuse: a settled encoder has no layers left that look at a picture.
 
         Raises:
@@ -174,12 +221,12 @@ class SettledPatchEncoder(nn.Module):
         """
         raise TypeError("a settled encoder reads no pictures: fold with the one it came from")
 
-    def refine(self, folded: Tensor, unet_features: Tensor | None) -> Tensor:
+    def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None) -> Tensor:
         """Return E from a folded picture and the current U-Net features."""
         assert unet_features is not None
         embedded = functional.leaky_relu(self.embed_unet(unet_features), SLOPE)
-        return self.final(functional.leaky_relu(folded + self.mix(embedded), SLOPE))
+        return self.final(functional.leaky_relu(encoded_image + self.mix(embedded), SLOPE))
 
-    def settled(self) -> SettledPatchEncoder:
+    def for_inference(self) -> InferencePatchEncoder:
         """Return itself."""
         return self

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .precision import full_precision
+from e4t_cli.nn.precision import full_precision
 
 Factors = tuple[Tensor, Tensor]
 """left (M, 3) and right (3, N), whose product is ΔW."""
@@ -178,11 +178,11 @@ class WeightOffsets(nn.Module):
 
     def detach(self) -> None:
         """Take the offsets off and leave W₀ behind, as if they had never been there."""
-        self._remove(bake=False)
+        self._remove(merge=False)
 
-    def bake(self) -> None:
+    def merge(self) -> None:
         """Take the offsets off and leave W₀ · (1 + ΔW) behind, in a plain U-Net."""
-        self._remove(bake=True)
+        self._remove(merge=True)
 
     @contextmanager
     def attached_to(self, unet: nn.Module) -> Iterator[Self]:
@@ -193,13 +193,13 @@ class WeightOffsets(nn.Module):
         finally:
             self.detach()
 
-    def _remove(self, *, bake: bool) -> None:
+    def _remove(self, *, merge: bool) -> None:
         if not self._attached:
             raise ValueError("these offsets are not attached to a U-Net")
         unet = self._attached.pop()
         for path in self.paths:
             projection = unet.get_submodule(path)
-            parametrize.remove_parametrizations(projection, "weight", leave_parametrized=bake)
+            parametrize.remove_parametrizations(projection, "weight", leave_parametrized=merge)
             # torch puts the weight back last; the order of the keys is part of "nothing behind".
             projection._parameters["bias"] = projection._parameters.pop("bias")
 

@@ -1,4 +1,9 @@
-"""The word-embedding encoder E: from a picture and a noisy latent to one word (section 3.1).
+"""The hierarchy of [CLS] tokens that the encoder starts from (section 3.1).
+
+"We extract the features of the [CLS] token of each 2nd CLIP layer as an hierarchical feature
+representation": 16 vectors of 1280 numbers from OpenCLIP's ViT-H/14.
+
+The word-embedding encoder E: from a picture and a noisy latent to one word (section 3.1).
 
     e_c = e_domain + s · E(I_c)                                                          (eq. 1)
 
@@ -21,7 +26,53 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LARGEST_SIZE = 1 << 16
+
+class ImageTower(nn.Module):
+    """An open_clip vision transformer that returns its hierarchy of [CLS] tokens (section 3.1).
+
+    Args:
+        visual: `open_clip.transformer.VisionTransformer`.
+        mean, std: normalisation of pixels in 0 … 1.
+        size: side of the pictures it reads.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, visual: nn.Module, mean: Sequence[float], std: Sequence[float], size: int
+    ) -> None:
+        super().__init__()
+        # Paper silent: the backbone stays as CLIP training left it, so one look is enough.
+        self.visual = visual.requires_grad_(False)
+        self.size = size
+        self.width = visual.class_embedding.shape[0]
+        self.indices = list(range(1, len(visual.transformer.resblocks), 2))  # every 2nd layer
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return (batch, layers, width) in float32 for pixels in −1 … 1."""
+        colours = (pixels.float() + 1) / 2
+        if pixels.shape[-1] != self.size:
+            colours = functional.interpolate(
+                colours, size=(self.size, self.size), mode="bicubic", antialias=True
+            ).clamp(0, 1)
+        weights = self.visual.conv1.weight
+        found = self.visual.forward_intermediates(
+            ((colours - self.mean.float()) / self.std.float()).to(weights.dtype),
+            indices=self.indices,
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )["image_intermediates_prefix"]
+        # Paper silent: through the tower's final LayerNorm, since raw [CLS] grows with depth.
+        return self.visual.ln_post(torch.cat(found, dim=1)).float()
+
+
+MAX_SIZE = 1 << 16
 """No width comes near it; a card that states a larger one is damaged."""
 
 
@@ -33,11 +84,11 @@ class Encoder(Protocol):
         """Whether `refine` looks at U-Net features; if not, no feature pass is run."""
         ...
 
-    def fold(self, image_features: Tensor) -> Tensor: ...
+    def encode_image(self, image_features: Tensor) -> Tensor: ...
 
-    def refine(self, folded: Tensor, unet_features: Tensor | None) -> Tensor: ...
+    def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None) -> Tensor: ...
 
-    def settled(self) -> Encoder:
+    def for_inference(self) -> Encoder:
         """Return what `refine` needs once nothing is trained any more; it may be itself."""
         ...
 
@@ -75,7 +126,7 @@ class EncoderConfig:
         config = cls(**{**sizes, "unet_widths": tuple(sizes.get("unet_widths", ()))})
         single = (value for key, value in asdict(config).items() if key != "unet_widths")
         for size in (*single, *config.unet_widths):
-            if not isinstance(size, int) or not 0 < size <= LARGEST_SIZE:
+            if not isinstance(size, int) or not 0 < size <= MAX_SIZE:
                 raise ValueError(f"{size!r} is no size of an encoder")
         return config
 
@@ -114,15 +165,15 @@ class WordEmbeddingEncoder(nn.Module):
             image_features: [CLS] of each second layer (batch, image_layers, image_width).
             unet_features: pooled features side by side (batch, sum of unet_widths).
         """
-        return self.refine(self.fold(image_features), unet_features)
+        return self.predict_offset(self.encode_image(image_features), unet_features)
 
-    def fold(self, image_features: Tensor) -> Tensor:
+    def encode_image(self, image_features: Tensor) -> Tensor:
         """Return the picture's whole contribution to the average, (batch, hidden_width)."""
         return self._sum(self.image_linears, image_features.unbind(dim=1)) / self._entries
 
-    def refine(self, folded: Tensor, unet_features: Tensor | None) -> Tensor:
+    def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None) -> Tensor:
         """Return E from a folded picture and the current U-Net features."""
-        average = folded
+        average = encoded_image
         if self.reads_unet:
             assert unet_features is not None
             # Paper silent: the spatial means range over two orders of magnitude between blocks
@@ -134,7 +185,7 @@ class WordEmbeddingEncoder(nn.Module):
             average = average + self._sum(self.unet_linears, parts) / self._entries
         return self.final(self.activation(average))
 
-    def settled(self) -> WordEmbeddingEncoder:
+    def for_inference(self) -> WordEmbeddingEncoder:
         """Return itself: there is little here that drawing does not need."""
         return self
 
@@ -165,14 +216,14 @@ class FixedEmbedding(nn.Module):
         self.offset = nn.Parameter(offset.detach().clone())
 
     def forward(self, image_features: Tensor, unet_features: Tensor | None = None) -> Tensor:
-        return self.refine(self.fold(image_features), unet_features)
+        return self.predict_offset(self.encode_image(image_features), unet_features)
 
-    def fold(self, image_features: Tensor) -> Tensor:
+    def encode_image(self, image_features: Tensor) -> Tensor:
         """Return nothing but the batch size, (batch, 0)."""
         return image_features.new_zeros(len(image_features), 0)
 
-    def refine(self, folded: Tensor, unet_features: Tensor | None = None) -> Tensor:
-        return self.offset.expand(len(folded), -1)
+    def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None = None) -> Tensor:
+        return self.offset.expand(len(encoded_image), -1)
 
-    def settled(self) -> FixedEmbedding:
+    def for_inference(self) -> FixedEmbedding:
         return self

@@ -1,27 +1,124 @@
-"""Which pictures, in which sentences, under which noise: a function of seed, step and position."""
+"""One process or many: who this one is, and the few things that processes tell each other.
+
+`accelerate launch` and torchrun start the same program several times and say so in the
+environment. Every process then holds the whole model, takes its own positions of the global batch
+and exchanges gradients, so that all of them hold the same weights after each step.
+
+Which pictures, in which sentences, under which noise: a function of seed, step and position.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from e4t_cli.base_model import Posterior, TextToImageModel, Tokens
+from e4t_cli.errors import UsageError
+from e4t_cli.models.prompt_embedding import Tokens
+from e4t_cli.models.text_to_image import Posterior, TextToImageModel
 from e4t_cli.nn.precision import full_precision, half_precision
+from e4t_cli.nn.randomness import Draws, draw, sent
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
+from e4t_cli.pretraining.encoded_images import TrainingData
 from e4t_cli.prompts import training_prompts
-from e4t_cli.randomness import Draws, draw, sent
-from e4t_cli.recipes import PretrainingRecipe
-from e4t_cli.training_loss import (
-    Losses,
-    TrainingBatch,
-    evaluated_once,
-    training_loss,
-)
+from e4t_cli.registry.config import PretrainingConfig
+from e4t_cli.training.loss import Losses, TrainingBatch, cached_offsets, training_loss
 
-from .encoding import TrainingData
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedContext:
+    """This process among all that train together; by default it is alone.
+
+    Args:
+        rank: which one it is, 0 … count - 1. The first one reports and saves.
+        count: how many there are.
+        device: what this one works on; None leaves the choice to whoever loads the model.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def positions(self, batch_size: int) -> range:
+        """Return this process's places in the global batch of `count * batch_size` samples."""
+        return range(self.rank * batch_size, (self.rank + 1) * batch_size)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return a module whose backward pass averages gradients over all processes."""
+        if self.count == 1:
+            return module
+        cuda = self.device is not None and self.device.type == "cuda"
+        return DistributedDataParallel(
+            module, device_ids=[self.device] if cuda else None, broadcast_buffers=False
+        )
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over all processes."""
+        if self.count > 1:
+            distributed.all_reduce(values)
+            values = values / self.count
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process; all of them have to ask."""
+        if self.count == 1:
+            return flag
+        found = torch.tensor(float(flag), device=self.device)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+        return bool(found.item())
+
+    def check_same(self, number: int, what: str) -> None:
+        """Make sure that all processes hold the same number.
+
+        Raises:
+            UsageError: they do not.
+        """
+        if self.count == 1:
+            return
+        ends = torch.tensor([number, -number], device=self.device)
+        distributed.all_reduce(ends, op=distributed.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise UsageError(
+                f"the processes differ in {what}: {-int(ends[1])} and {int(ends[0])}",
+                hint="give all of them the same folder, on a disk that they share",
+            )
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this program as one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextlib.contextmanager
+def init_distributed(device: str = "auto") -> Iterator[DistributedContext]:
+    """Meet the other processes that a launcher has started, if it has.
+
+    Args:
+        device: "cpu" for the CPU, anything else for the graphics card of this process where the
+            machine has them. Processes meet through NCCL on cards and gloo on CPUs.
+    """
+    if not is_launched():
+        yield DistributedContext()
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    try:
+        yield DistributedContext(
+            rank=state.process_index, count=state.num_processes, device=torch.device(state.device)
+        )
+    finally:
+        state.destroy_process_group()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +153,7 @@ class Batches:
         self,
         model: TextToImageModel,
         data: TrainingData,
-        recipe: PretrainingRecipe,
+        recipe: PretrainingConfig,
         templates: Sequence[str],
         descriptor_id: int,
         seed: int,
@@ -137,17 +234,17 @@ class Objective(nn.Module):
     def forward(self, samples: Samples) -> Losses:
         model, unet, e_domain = self._frozen
         with full_precision(model.device):
-            folded = self.encoder.fold(samples.image_features)
+            encoded_image = self.encoder.encode_image(samples.image_features)
         batch = TrainingBatch(
             z_0=samples.z_0,
             timesteps=samples.timesteps,
             epsilon=samples.epsilon,
-            folded=folded,
+            encoded_image=encoded_image,
             tokens=samples.tokens,
             mask=samples.mask,
         )
         cast = unet.dtype != self.half
-        with evaluated_once(unet), half_precision(model.device, self.half, cast=cast):
+        with cached_offsets(unet), half_precision(model.device, self.half, cast=cast):
             return training_loss(
                 model,
                 unet,

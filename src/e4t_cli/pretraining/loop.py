@@ -1,34 +1,151 @@
-"""The loop of domain pre-training (section 3.3)."""
+"""What stands at any moment of pre-training, as a pack, and what whoever watches is shown.
+
+The losses between two reports: kept on the device until they are checked and smoothed.
+
+The loop of domain pre-training (section 3.3).
+"""
 
 from __future__ import annotations
 
+import copy
+import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from e4t_cli.base_model import TextToImageModel
-from e4t_cli.nn.branching import frozen_branch
+from e4t_cli.models.domain_weights import DomainWeights, facts_about, usual_limits
+from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.nn.adapters import frozen_copy
 from e4t_cli.nn.precision import chosen_format
+from e4t_cli.nn.randomness import generator
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
-from e4t_cli.pretrained import PretrainedDomain
-from e4t_cli.progress import Progress, ProgressCallback
-from e4t_cli.randomness import generator
-from e4t_cli.recipes import PretrainingRecipe, TuningRecipe
-from e4t_cli.stopping import StopRequest
-from e4t_cli.training_loss import Losses, adamw
+from e4t_cli.pretraining.batches import Batches, DistributedContext, Objective
+from e4t_cli.pretraining.checkpoints import Checkpoints, check_weights, diverged
+from e4t_cli.pretraining.encoded_images import TrainingData
+from e4t_cli.progress import Progress, ProgressCallback, StopRequest
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.training.loss import Losses, adamw
 
-from .batches import Batches, Objective
-from .checkpoints import Checkpoints, check_weights
-from .encoding import TrainingData
-from .packing import PretrainingStep, packed
-from .processes import Processes
-from .running_losses import REPORT_EVERY, RunningLosses
 
-PATIENCE = 2.0
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PretrainingStep:
+    """What `on_step` sees after each optimiser step.
+
+    Args:
+        step: steps done, 1 …
+        encoder, offsets: in training; look, do not touch.
+        diffusion, penalty: eq. 4 and eq. 2 of this step's samples (batch,), detached; with several
+            processes, of this one's.
+        snapshot: call it for a copy of the domain as it is now, ready for `tune`.
+    """
+
+    step: int
+    encoder: WordEmbeddingEncoder
+    offsets: WeightOffsets
+    diffusion: Tensor
+    penalty: Tensor
+    snapshot: Callable[[], DomainWeights]
+
+
+def packed(
+    model: TextToImageModel,
+    encoder: WordEmbeddingEncoder,
+    offsets: WeightOffsets,
+    *,
+    descriptor: str,
+    images: int,
+    **stated: Any,
+) -> DomainWeights:
+    """Return copies of what is in training, in main memory, as a pack for the base.
+
+    Args:
+        images: how many pictures it has learned from.
+        stated: other fields of `PretrainedDomain`.
+    """
+    return DomainWeights(
+        encoder=copy.deepcopy(encoder).cpu(),
+        offsets={path: (a.cpu(), b.cpu()) for path, (a, b) in offsets.factors().items()},
+        descriptor=descriptor,
+        images=images,
+        limits=usual_limits(descriptor, model.base.name, images),
+        **facts_about(model),
+        **stated,
+    )
+
+
+REPORT_EVERY = 10
+"""Steps between two progress reports; a report waits for the device."""
+
+SMOOTHING = 0.9
+"""Share of the past in the smoothed loss, from one report to the next."""
+
+
+class RunningLosses:
+    """The losses since the last report, kept on the device until then, and what became of them."""
+
+    def __init__(self, recipe: PretrainingConfig, done: int) -> None:
+        self.recipe, self.reported = recipe, done
+        self.recent: list[Tensor] = []
+        self.since = time.perf_counter()
+        self.smooth = self.weight = 0.0
+        self.seconds = math.inf
+
+    def add(self, diffusion: Tensor, penalty: Tensor) -> None:
+        self.recent.append(torch.stack((diffusion.mean(), penalty.mean())))
+
+    def report(self, step: int, kept: int, processes: DistributedContext) -> Progress:
+        """Return the means since the last report.
+
+        Paper silent: no gradient clipping here, so a bad number shows in the loss.
+
+        Raises:
+            DivergedError: one of them is not finite.
+        """
+        now = time.perf_counter()
+        spent = (now - self.since) / len(self.recent)
+        both = torch.stack(self.recent).float()
+        # Together with the losses, so that all processes hold the same number of seconds.
+        found = processes.mean(torch.cat((both.flatten(), both.new_tensor([spent]))))
+        rows, self.seconds = found[:-1].view(-1, 2).tolist(), float(found[-1])
+        weight = self.recipe.embedding_penalty
+        totals = [diffusion + weight * penalty for diffusion, penalty in rows]
+        for index, loss in enumerate(totals):
+            if not math.isfinite(loss):
+                bad = self.reported + index + 1
+                raise diverged(bad, f"the loss is {loss}", good=bad - 1, kept=kept)
+        loss, diffusion, penalty = torch.tensor(
+            [[total, *row] for total, row in zip(totals, rows, strict=True)]
+        ).mean(dim=0).tolist()  # fmt: skip
+        self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
+        self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
+        self.recent.clear()
+        self.since, self.reported = now, step
+        return Progress(
+            stage="pretrain",
+            done=step,
+            total=self.recipe.steps,
+            values={
+                "loss": loss,
+                "diffusion": diffusion,
+                "penalty": penalty,
+                "smoothed": self.smooth / self.weight,
+                "it/s": 1 / max(self.seconds, 1e-9),
+            },
+        )
+
+    def steps_in(self, seconds: float) -> int:
+        """Return how many steps fit into some seconds, 1 … REPORT_EVERY, alike in all processes."""
+        return max(1, min(REPORT_EVERY, int(seconds / max(self.seconds, 1e-9))))
+
+
+MAX_NONFINITE = 2.0
 """Seconds after which several processes have noticed that one of them was asked to stop."""
 
 
@@ -38,8 +155,8 @@ def pretrain_domain(
     *,
     name: str,
     descriptor: str,
-    recipe: PretrainingRecipe,
-    tuning: TuningRecipe,
+    recipe: PretrainingConfig,
+    tuning: TuningConfig,
     templates: Sequence[str],
     seed: int = 0,
     licence: str = "",
@@ -48,7 +165,7 @@ def pretrain_domain(
     detach_features: bool = False,
     hidden_width: int | None = None,
     micro_batch: int | None = None,
-    processes: Processes | None = None,
+    processes: DistributedContext | None = None,
     checkpoints: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: bool = True,
@@ -56,7 +173,7 @@ def pretrain_domain(
     stop: StopRequest | None = None,
     on_progress: ProgressCallback | None = None,
     on_step: Callable[[PretrainingStep], None] | None = None,
-) -> PretrainedDomain:
+) -> DomainWeights:
     """Train a domain's encoder and offsets on a frozen base.
 
     Args:
@@ -94,7 +211,7 @@ def pretrain_domain(
         ResourceError: the disk is full; the checkpoint before is intact.
         KeyboardInterrupt: `stop` has asked, and everything is saved.
     """
-    processes = processes or Processes()
+    processes = processes or DistributedContext()
     total_batch = recipe.batch_size * processes.count
     own = processes.positions(recipe.batch_size)
     size = min(micro_batch or recipe.batch_size, recipe.batch_size)
@@ -106,7 +223,7 @@ def pretrain_domain(
         offsets = WeightOffsets.for_unet(model.unet).to(model.device)
     # Another one, so that the model stays usable, also for what `on_step` draws.
     half = chosen_format(model.device, autocast)
-    unet = frozen_branch(model.unet, {}, half)
+    unet = frozen_copy(model.unet, {}, half)
     optimizer = adamw((encoder, rate * recipe.encoder_rate), (offsets, rate * recipe.offsets_rate))
     descriptor_id = model.descriptor_id(descriptor)
     batches = Batches(model, data, recipe, templates, descriptor_id, seed, total_batch)
@@ -137,7 +254,7 @@ def pretrain_domain(
     )  # fmt: skip
     trained = processes.wrap(objective)
 
-    def snapshot() -> PretrainedDomain:
+    def snapshot() -> DomainWeights:
         return packed(
             model,
             encoder,
@@ -187,7 +304,7 @@ def pretrain_domain(
             finished = step + 1
             reporting = finished % REPORT_EVERY == 0 or finished == recipe.steps
             # Processes have to agree on where to stop; asking each other costs a wait.
-            looking = processes.count == 1 or finished % running.steps_in(PATIENCE) == 0
+            looking = processes.count == 1 or finished % running.steps_in(MAX_NONFINITE) == 0
             stopping = looking and finished < recipe.steps and processes.any(stop.asked)
             saving = history is not None and (
                 stopping or finished % checkpoint_every == 0 or finished == recipe.steps

@@ -1,0 +1,357 @@
+"""The everyday word for a new domain: one token of the base, found in the domain's name.
+
+What is to be pre-trained: the domain as a value, its numbers, and where its pack will be.
+
+From a source of pictures to training data: looked at once and kept, or when it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from e4t_cli.datasets.reader import Preparation
+from e4t_cli.datasets.sources import Generated, Listed, Source, Streamed
+from e4t_cli.errors import E4TError, ResourceError, UsageError, WeightsUnavailable, printable
+from e4t_cli.files import free_bytes, shown_size
+from e4t_cli.hub.paths import user_cache
+from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.progress import Progress, ProgressCallback
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.registry.discovery import USER, installed_domains, user_domain, user_domains_folder
+from e4t_cli.registry.domain import Domain, check_name
+from e4t_cli.registry.weights import weights_folder
+
+if TYPE_CHECKING:
+    from e4t_cli.pretraining.batches import DistributedContext
+    from e4t_cli.pretraining.encoded_images import TrainingData
+
+_SAY_NOTHING = {
+    *(
+        "a",
+        "an",
+        "and",
+        "any",
+        "data",
+        "dataset",
+        "domain",
+        "e4t",
+        "for",
+        "from",
+        "image",
+        "images",
+    ),
+    *("in", "me", "mine", "my", "new", "of", "on", "our", "ours", "photo", "photos", "pic", "pics"),
+    *("picture", "pictures", "set", "some", "test", "the", "their", "train", "training", "with"),
+    *("your", "yours"),
+}
+"""Words of a folder's or domain's name that do not say what is in the pictures."""
+
+
+def choose_descriptor(name: str, model: TextToImageModel) -> str:
+    """Return the longest word of a domain's name that the base holds as one token.
+
+    Of each word the name's own form is tried first, then its singular: "my_dogs" is "dogs" to a
+    base that knows the plural, "dog" to one that does not.
+
+    Raises:
+        UsageError: there is none; the hint names words that are near.
+    """
+    words = [word for word in re.split(r"[^a-z]+", name) if word and word not in _SAY_NOTHING]
+    for word in sorted(words, key=len, reverse=True):
+        for form in (word, *_singulars(word)):
+            if len(form) > 1 and _tokens(model)(form) == 1:
+                return form
+    raise UsageError(
+        f"no word of {name!r} is one token to the base {model.base.name}",
+        hint=f"say what they are: --descriptor WORD{_like(words, model)}",
+    )
+
+
+def check_descriptor(word: str, model: TextToImageModel) -> str:
+    """Return a word that the user chose, if it is one token.
+
+    Raises:
+        UsageError: it is not; the hint names words that are.
+    """
+    count = _tokens(model)(word)
+    if count == 1:
+        return word
+    raise UsageError(
+        f"the descriptor {printable(word)!r} is {count} tokens to the base {model.base.name}; "
+        "it has to be one",
+        hint=f"a more common word will do{_like(re.split(r'[^a-z]+', word.lower()), model)}",
+    )
+
+
+def _singulars(word: str) -> list[str]:
+    """Return what a plural may be the plural of: dogs, boxes, ponies, wolves, mice …"""
+    irregular = {"people": "person", "men": "man", "women": "woman", "children": "child"}
+    irregular |= {"mice": "mouse", "geese": "goose", "feet": "foot", "teeth": "tooth"}
+    found = [irregular[word]] if word in irregular else []
+    for ending, singular in (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", "")):
+        if word.endswith(ending) and not word.endswith("ss"):
+            found.append(word.removesuffix(ending) + singular)
+    return sorted(found, key=len, reverse=True)
+
+
+def _tokens(model: TextToImageModel) -> Callable[[str], int]:
+    tokenizer = model.tokenizer
+    return lambda word: len(tokenizer(word, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _like(words: list[str], model: TextToImageModel) -> str:
+    """Return ", such as …": words of the base that are near, and that are one token for sure."""
+    endings = [token.removesuffix("</w>") for token in model.tokenizer.get_vocab()
+               if token.endswith("</w>")]  # fmt: skip
+    known = [word for word in endings if len(word) > 2 and re.fullmatch("[a-z]+", word)]
+    near: list[str] = []
+    for word in sorted(filter(None, words), key=len, reverse=True):
+        near += [form for form in _singulars(word) if form in known]
+        near += difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    common = [word for word in ("face", "person", "cat", "dog", "art") if word in known]
+    chosen = [word for word in dict.fromkeys([*near, *common]) if _tokens(model)(word) == 1][:4]
+    return f", such as {', '.join(chosen)}" if chosen else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewDomain:
+    """A domain about to be pre-trained for a base.
+
+    Args:
+        domain: the value; its descriptor counts unless `names_itself`.
+        names_itself: the descriptor is to be found in the name.
+        recipe, tuning: the numbers of training, and those that the pack will carry.
+        folder: where the pack goes.
+    """
+
+    domain: Domain
+    names_itself: bool
+    recipe: PretrainingConfig
+    tuning: TuningConfig
+    folder: Path
+
+    @property
+    def work(self) -> Path:
+        """The folder of checkpoints, logs and sheets while the domain is made."""
+        return self.folder.with_name(f".{self.folder.name}.checkpoints")
+
+
+def check_new_name(name: str | Domain) -> None:
+    """Make sure that a domain can have this name, before anything is fetched or loaded.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if isinstance(name, str):
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+
+def plan_domain(
+    name: str | Domain,
+    base: str,
+    *,
+    descriptor: str | None = None,
+    recipe: PretrainingConfig | None = None,
+    tuning: TuningConfig | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    **numbers: float | None,
+) -> NewDomain:
+    """Decide everything about a new domain that does not need its base.
+
+    Args:
+        name: a new domain's, an installed one's that lacks weights for this base, or a value.
+        base: name of the base.
+        numbers: fields of the recipe to change; None leaves them as they are.
+
+    Raises:
+        UsageError: a number is out of range, or there are such weights already.
+    """
+    domain, is_new = _find(name, base)
+    if descriptor is not None:
+        try:
+            domain = replace(domain, descriptor=descriptor)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    recipe = recipe or domain.pretraining or PretrainingConfig(steps=60_000)
+    changed: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+    try:
+        recipe = recipe.replace(**changed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    target = Path(folder) if folder is not None else user_domains_folder() / domain.name
+    if (target / "domain.toml").exists():
+        raise UsageError(
+            f"there is a domain in {printable(str(target))} already",
+            hint=f"choose another name, or remove it: e4t domains rm {domain.name}",
+        )
+    return NewDomain(
+        domain=domain,
+        names_itself=is_new and descriptor is None,
+        recipe=recipe,
+        tuning=tuning or domain.tuning,
+        folder=target,
+    )
+
+
+def _find(name: str | Domain, base: str) -> tuple[Domain, bool]:
+    """Return the value, the installed domain of that name, or a new plain one; and which it is."""
+    if isinstance(name, Domain):
+        return name, False
+    installed = installed_domains()
+    # A package's domain comes before the user's folder of that name, which serves it as weights.
+    for listing in sorted(installed, key=lambda one: one.package == USER):
+        if listing.name == name and listing.domain is not None:
+            with contextlib.suppress(WeightsUnavailable):
+                weights_folder(listing.domain, base)
+                raise UsageError(
+                    f"the domain {name!r} has weights for {base} already",
+                    hint="choose another name with --domain",
+                )
+            return listing.domain, False
+    known = [one.domain for one in installed if one.domain is not None]
+    tuning, pretraining = _known_recipes(known, base)
+    return Domain(name=name, descriptor=name, tuning=tuning, pretraining=pretraining), True
+
+
+def _known_recipes(known: list[Domain], base: str) -> tuple[TuningConfig, PretrainingConfig]:
+    """Return the numbers that a new domain begins with on a base.
+
+    The paper's rates belong to Stable Diffusion; a pack that was made for this very base knows
+    better ones. Of several, one without a mask and with the usual sentences is the nearest.
+    """
+    for domain in sorted(known, key=lambda one: bool(one.prompt_templates)):
+        with contextlib.suppress(E4TError):
+            pack = user_domain(weights_folder(domain, base))
+            if pack.pretraining is not None and not pack.tuning.mask:
+                return pack.tuning, pack.pretraining.replace(mask=False)
+    # The paper's numbers for cats, its unmasked domain of things (section 3.5).
+    tuning = TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
+    return tuning, PretrainingConfig(steps=60_000)
+
+
+CACHES = ("auto", "on", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheChoice:
+    """Whether encoded pictures are kept on the disk.
+
+    Args:
+        used: whether they are.
+        pictures: how many there are, 0 if nobody knows.
+        size: what they take, in bytes.
+        why: a sentence for the user where the answer may surprise, "" otherwise.
+    """
+
+    used: bool
+    pictures: int
+    size: int
+    why: str = ""
+
+
+def check_cache(wanted: str) -> None:
+    """Make sure that a choice is one of the three.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if wanted not in CACHES:
+        raise UsageError(
+            f"there is no cache {printable(wanted)!r}", hint=f"one of {', '.join(CACHES)}"
+        )
+
+
+def how_many(source: Source) -> int:
+    """Return the number of a source's pictures, 0 if nobody knows."""
+    if isinstance(source, Listed):
+        return len(source)
+    return source.about if isinstance(source, Streamed) else 0
+
+
+def choose_cache(
+    wanted: str, source: Source, model: TextToImageModel, samples: int, *, mask: bool
+) -> CacheChoice:
+    """Decide whether looking once pays: it does from the second pass over the pictures on.
+
+    Args:
+        wanted: "auto", "on" or "off".
+        samples: pictures that the run will train on, counted as often as they come.
+        mask: whether masks are kept too.
+
+    Raises:
+        UsageError: pictures that can be read once only, and no cache.
+        ResourceError: it was asked for, and the disk is too small.
+    """
+    from e4t_cli.pretraining.encoded_images import bytes_per_picture
+
+    pictures = how_many(source)
+    size = pictures * bytes_per_picture(model, mask=mask)
+    once = isinstance(source, Generated)
+    if wanted == "off" and once:
+        raise UsageError(
+            "an iterable can be read once, so its pictures have to be kept",
+            hint="hand in a list, or let the cache be on",
+        )
+    if wanted == "off" or (wanted == "auto" and not once and not 0 < pictures < samples):
+        return CacheChoice(used=False, pictures=pictures, size=size)
+    free = free_bytes(user_cache())
+    if size > 0.9 * free:
+        needed = f"the encoded pictures need {shown_size(size)}, and {shown_size(free)} are free"
+        if wanted == "on":
+            raise ResourceError(
+                needed, hint="E4T_CACHE_DIR moves the cache, --cache off trains without it"
+            )
+        return CacheChoice(
+            used=False, pictures=pictures, size=size, why=f"{needed}: they are not kept"
+        )
+    return CacheChoice(used=True, pictures=pictures, size=size)
+
+
+@contextlib.contextmanager
+def training_data(
+    model: TextToImageModel,
+    source: Source,
+    preparation: Preparation,
+    choice: CacheChoice,
+    *,
+    processes: DistributedContext,
+    on_progress: ProgressCallback,
+) -> Iterator[TrainingData]:
+    """Hand out a run's pictures in the form that training reads.
+
+    Raises:
+        InputError: no picture can be used, or one cannot and the preparation is strict.
+    """
+    from e4t_cli.pretraining.cache import EncodingCache
+    from e4t_cli.pretraining.streaming import OnTheFlyImages, OnTheFlyStream
+
+    for note in (*source.notes, *([choice.why] if choice.why else [])):
+        on_progress(Progress(stage="encode", note=note))
+    if choice.used:
+        yield EncodingCache(model, preparation).encode(
+            source, total=choice.pictures, processes=processes, on_progress=on_progress
+        )
+        return
+    for note in preparation.notes(choice.pictures or None):
+        on_progress(Progress(stage="encode", note=note))
+    if isinstance(source, Listed):
+        live: OnTheFlyImages | OnTheFlyStream = OnTheFlyImages(model, source, preparation)
+    else:
+        assert isinstance(source, Streamed)
+        live = OnTheFlyStream(model, source, preparation, processes)
+    try:
+        yield live
+    finally:
+        live.close()
+        for note in preparation.notes(None):
+            on_progress(Progress(stage="encode", note=note))

@@ -1,0 +1,1 @@
+"""Sources of training images: folders, tar shards, tables, Python iterables."""

@@ -1,0 +1,1 @@
+"""Files that concepts are saved to and exported as."""

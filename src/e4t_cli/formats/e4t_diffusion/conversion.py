@@ -1,0 +1,320 @@
+"""The weight offsets of e4t-diffusion, as the two factors that `nn.weight_offsets` works with.
+
+Its network has the same four linear layers as ours, under other names and in transposed order. With
+p = linear1(v) (N), q = linear2(v) (M), C, c of linear_column and R, r of linear_row,
+
+    X = p qᵀ (N × M);   X ← (Xᵀ Cᵀ + 1 cᵀ)ᵀ;   X ← X Rᵀ + 1 rᵀ;   ΔW = Xᵀ (M × N)
+
+and as linear layers on an outer product act on its two vectors,
+
+    ΔW = (R q)(C p)ᵀ + (R 1) cᵀ + r 1ᵀ  =  [R q, R 1, r] (M × 3) · [C p; c; 1ᵀ] (3 × N)
+
+which is exact: the 573 MB of Stable Diffusion 1.4's 96 networks are 1.8 MB of factors in float32,
+0.9 MB in float16.
+
+A checkpoint's tensors in, a pack's files out. Runs in the process that reads the pickle.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from e4t_cli.errors import IntegrityError, printable
+from e4t_cli.files import write_atomically
+from e4t_cli.formats.e4t_diffusion.checkpoint import (
+    ENCODER,
+    MERGED,
+    UNET,
+    ConversionRequest,
+    ConversionResult,
+)
+from e4t_cli.models.domain_folder import DomainImageTower, empty_tower
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.nn.patch_encoder import PatchEncoder, PatchEncoderConfig
+from e4t_cli.nn.weight_offsets import Factors
+
+_KEY = re.compile(r"(.+\.attn[12])\.wo_([qkv])\.(.+)")
+_LAYERS = ("linear1", "linear2", "linear_column", "linear_row")
+_PARTS = ("v", *(f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bias")))
+
+
+def split_networks(state: Mapping[str, Tensor], file: str) -> dict[str, dict[str, Tensor]]:
+    """Return path of a projection -> its network's tensors, each with the shape it must have.
+
+    Raises:
+        IntegrityError: a key is of something else, a tensor is missing or of another shape.
+    """
+    networks: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        found = _KEY.fullmatch(key)
+        if found is None or found[3] not in _PARTS:
+            raise IntegrityError(f"{file} has an unexpected tensor {printable(key, limit=200)}")
+        networks.setdefault(f"{found[1]}.to_{found[2]}", {})[found[3]] = value
+    if not networks:
+        raise IntegrityError(f"{file} holds no weight offsets")
+    for path, network in networks.items():
+        for part in _PARTS:
+            if part not in network:
+                raise IntegrityError(f"{file} lacks {part} of the offset of {printable(path)}")
+        columns, rows = (network[f"linear{i}.bias"].numel() for i in (1, 2))
+        width = network["v"].numel()  # of v, 1 in all known checkpoints
+        shapes = {
+            "v": (width,),
+            **_linear("linear1", width, columns),
+            **_linear("linear2", width, rows),
+            **_linear("linear_column", columns, columns),
+            **_linear("linear_row", rows, rows),
+        }
+        for part, shape in shapes.items():
+            if tuple(network[part].shape) != shape:
+                raise IntegrityError(
+                    f"{file}: {part} of the offset of {printable(path)} has shape "
+                    f"{tuple(network[part].shape)}, not {shape}"
+                )
+            if not network[part].isfinite().all():
+                raise IntegrityError(
+                    f"{file}: {part} of the offset of {printable(path)} "
+                    "has numbers that are not finite"
+                )
+    return networks
+
+
+def factor(network: Mapping[str, Tensor]) -> Factors:
+    """Return left (M, 3) and right (3, N) of one network, in float64."""
+    w = {key: value.double() for key, value in network.items()}
+    p = w["linear1.weight"] @ w["v"] + w["linear1.bias"]  # (N,)
+    q = w["linear2.weight"] @ w["v"] + w["linear2.bias"]  # (M,)
+    over_rows, over_columns = w["linear_row.weight"], w["linear_column.weight"]
+    left = torch.stack((over_rows @ q, over_rows.sum(dim=1), w["linear_row.bias"]), dim=1)
+    column_bias = w["linear_column.bias"]
+    right = torch.stack((over_columns @ p, column_bias, torch.ones_like(column_bias)))
+    return left, right
+
+
+def evaluate(network: Mapping[str, Tensor]) -> Tensor:
+    """Return ΔW (M, N) layer by layer, as the network itself computes it, in float64."""
+    w = {key: value.double() for key, value in network.items()}
+    p = w["linear1.weight"] @ w["v"] + w["linear1.bias"]
+    q = w["linear2.weight"] @ w["v"] + w["linear2.bias"]
+    crossed = torch.outer(q, p)  # Xᵀ
+    columns = crossed @ w["linear_column.weight"].T + w["linear_column.bias"]  # (M, N)
+    rows = columns.T @ w["linear_row.weight"].T + w["linear_row.bias"]  # (N, M)
+    return rows.T
+
+
+def _linear(name: str, reads: int, writes: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (writes, reads), f"{name}.bias": (writes,)}
+
+
+TOWER = "tower.safetensors"
+_TOWER_PREFIX, _FIRST, _JOINT = "clip_vision.", "first_linears.", "feature_linear"
+_RENAMED = {
+    "unet_feature_embedder.0": "embed_unet.0",
+    "unet_feature_embedder.2": "embed_unet.2",
+    "final_linear": "final",
+}
+
+Read = Callable[[Path, str], tuple[dict[str, Tensor], str]]
+"""Reads a file of the checkpoint, which must have that SHA-256 if it is not ""."""
+
+
+def write_domain_folder(
+    wish: ConversionRequest,
+    target: Path,
+    read: Read,
+    on_progress: Callable[[int], None] = lambda percent: None,
+) -> ConversionResult:
+    """Convert a checkpoint.
+
+    Args:
+        wish: what is wanted.
+        target: an existing folder for the pack's files; a tuned U-Net, its offsets merged, is
+            written beside them as unet.safetensors if it is wished for.
+        read: the reader of checkpoint files.
+        on_progress: called with the percentage of work done.
+
+    Raises:
+        IntegrityError: the checkpoint is not what it claims to be.
+    """
+    folder, hashes = Path(wish.folder), {}
+    state, hashes[wish.weights] = read(folder / wish.weights, wish.sha256.get(wish.weights, ""))
+    on_progress(5)
+    if wish.weights == UNET:
+        unet = {key: value for key, value in state.items() if ".wo_" not in key}
+        state = {key: value for key, value in state.items() if ".wo_" in key}
+    else:
+        unet = {}
+    networks = split_networks(state, wish.weights)
+    factors, error, size = _factors(networks, lambda share: on_progress(5 + int(50 * share)))
+    if unet and wish.keep_unet:
+        _write(target / MERGED, _merged(unet, factors))
+    del unet
+    count = sum(value.numel() for value in state.values())
+    del state, networks
+    on_progress(60)
+    state, hashes[ENCODER] = read(folder / ENCODER, wish.sha256.get(ENCODER, ""))
+    on_progress(75)
+    config = encoder_config(state, wish.tower)
+    _check_shapes(state, config)
+    numbers = sum(value.numel() for value in state.values())
+    tower = {key: state[key] for key in state if key.startswith(_TOWER_PREFIX)}
+    # In half precision: it is looked through in the base's own precision anyway.
+    _write(target / TOWER, {key.removeprefix(_TOWER_PREFIX): v for key, v in tower.items()})
+    on_progress(85)
+    DomainWeights(
+        name=wish.name,
+        descriptor=wish.descriptor,
+        base_name=wish.base,
+        base_fingerprint="",  # nobody wrote down which weights it was trained on
+        encoder=_encoder(state, config),
+        offsets=factors,
+        tuning=wish.tuning,
+        pretraining=wish.pretraining,
+        templates=wish.templates,
+        tower=DomainImageTower(path=target / TOWER, config=config),
+        licence=wish.licence,
+        image_tower=wish.image_tower,
+        notes=_notes(wish.notes, hashes, error),
+    ).save(target, dtype=torch.float16, offsets_dtype=torch.float32)
+    on_progress(100)
+    return ConversionResult(
+        offset_parameters=count,
+        encoder_parameters=numbers,
+        offset_bytes=sum(4 * one.numel() for pair in factors.values() for one in pair),
+        offset_error=error,
+        offset_size=size,
+        sha256=hashes,
+    )
+
+
+def encoder_config(
+    state: Mapping[str, Tensor], tower: Mapping[str, int | float | bool]
+) -> PatchEncoderConfig:
+    """Return the encoder's sizes: widths from the shapes, the rest from the tower's description.
+
+    Raises:
+        IntegrityError: there are no such shapes.
+    """
+    try:
+        return PatchEncoderConfig.from_dict(
+            {
+                **tower,
+                "unet_width": state["unet_feature_embedder.0.weight"].shape[1],
+                "hidden_width": state["feature_linear.weight"].shape[0],
+                "embedding_width": state["final_linear.weight"].shape[0],
+            }
+        )
+    except KeyError as error:
+        raise IntegrityError(f"{ENCODER} lacks the tensor {error.args[0]}") from error
+    except (IndexError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{ENCODER} is of no usable size: {error}") from error
+
+
+def expected_shapes(config: PatchEncoderConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor in an encoder.pt of those sizes."""
+    with torch.device("meta"):
+        encoder = PatchEncoder(config)
+    own = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    shapes = {
+        f"{theirs}.{part}": own[f"{ours}.{part}"]
+        for theirs, ours in _RENAMED.items()
+        for part in ("weight", "bias")
+    }
+    shapes[f"{_JOINT}.weight"] = (config.hidden_width, config.tower_width + config.hidden_width)
+    shapes[f"{_JOINT}.bias"] = (config.hidden_width,)
+    for index in range(config.vectors):
+        shapes[f"{_FIRST}{index}.weight"] = own["first_weights"][1:]
+        shapes[f"{_FIRST}{index}.bias"] = own["first_biases"][1:]
+    visual = empty_tower(config).state_dict()
+    return shapes | {f"{_TOWER_PREFIX}{key}": tuple(value.shape) for key, value in visual.items()}
+
+
+def _check_shapes(state: Mapping[str, Tensor], config: PatchEncoderConfig) -> None:
+    if not any(key.startswith(_TOWER_PREFIX) for key in state):
+        raise IntegrityError(
+            f"{ENCODER} has no image tower: it was trained with a frozen one, which is not in it"
+        )
+    shapes = expected_shapes(config)
+    for key in sorted(set(shapes) ^ set(state)):
+        has = "lacks the" if key in shapes else "has an unexpected"
+        raise IntegrityError(f"{ENCODER} {has} tensor {printable(key, limit=200)}")
+    for key, shape in shapes.items():
+        if tuple(state[key].shape) != shape:
+            raise IntegrityError(
+                f"{ENCODER}: {printable(key, limit=200)} has shape {tuple(state[key].shape)}, "
+                f"not {shape}"
+            )
+
+
+def _encoder(state: Mapping[str, Tensor], config: PatchEncoderConfig) -> PatchEncoder:
+    tensors = {
+        f"{ours}.{part}": _half(f"{theirs}.{part}", state[f"{theirs}.{part}"], ENCODER)
+        for theirs, ours in _RENAMED.items()
+        for part in ("weight", "bias")
+    }
+    joint = _half(f"{_JOINT}.weight", state[f"{_JOINT}.weight"], ENCODER)
+    of_picture, of_unet = joint.split((config.tower_width, config.hidden_width), dim=1)
+    tensors["join_picture.weight"] = of_picture.contiguous()
+    tensors["join_picture.bias"] = _half(f"{_JOINT}.bias", state[f"{_JOINT}.bias"], ENCODER)
+    tensors["join_unet.weight"] = of_unet.contiguous()
+    for ours, part in (("first_weights", "weight"), ("first_biases", "bias")):
+        keys = [f"{_FIRST}{index}.{part}" for index in range(config.vectors)]
+        tensors[ours] = torch.stack([_half(key, state[key], ENCODER) for key in keys])
+    with torch.device("meta"):
+        encoder = PatchEncoder(config)
+    encoder.load_state_dict(tensors, assign=True)
+    return encoder
+
+
+def _factors(
+    networks: Mapping[str, Mapping[str, Tensor]], on_share: Callable[[float], None]
+) -> tuple[dict[str, Factors], float, float]:
+    """Return every offset's factors in float32, the largest error and the largest ΔW."""
+    found: dict[str, Factors] = {}
+    error = size = 0.0
+    for path, network in sorted(networks.items()):
+        left, right = (one.float() for one in factor(network))
+        exact = evaluate(network)
+        error = max(error, float((left.double() @ right.double() - exact).abs().max()))
+        size = max(size, float(exact.abs().max()))
+        found[path] = left, right
+        on_share(len(found) / len(networks))
+    return found, error, size
+
+
+def _merged(unet: Mapping[str, Tensor], factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Return W · (1 + ΔW) for every modulated weight, and the others as they are."""
+    missing = [path for path in factors if f"{path}.weight" not in unet]
+    if missing:
+        raise IntegrityError(f"{UNET} has an offset and no weight of {printable(missing[0])}")
+    merged = dict(unet)
+    for path, (left, right) in factors.items():
+        weight = unet[f"{path}.weight"].float()
+        if weight.shape != (len(left), right.shape[1]):
+            raise IntegrityError(f"{UNET}: the offset of {printable(path)} has another shape")
+        merged[f"{path}.weight"] = weight * (1 + left @ right)
+    return merged
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    halves = {key: _half(key, value, path.name).contiguous() for key, value in tensors.items()}
+    write_atomically(path, save(halves))
+
+
+def _half(key: str, value: Tensor, file: str) -> Tensor:
+    half = value.half()
+    if not half.isfinite().all():
+        raise IntegrityError(f"{file}: {printable(key, limit=200)} has numbers that are not finite")
+    return half
+
+
+def _notes(given: str, hashes: Mapping[str, str], error: float) -> str:
+    made = "; ".join(f"{name} sha256 {digest}" for name, digest in sorted(hashes.items()))
+    found = f"Converted from a checkpoint of e4t-diffusion ({made}). Largest error of a ΔW: "
+    return f"{given} {found}{error:.1e}.".strip()

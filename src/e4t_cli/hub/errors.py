@@ -1,0 +1,184 @@
+"""Whatever goes wrong between here and the hub, as one sentence with an exit code.
+
+The libraries below wrap causes in causes: a full disk arrives as an OSError, a captive portal as
+bad JSON, a refused connection as a missing file. The whole chain is looked at. Addresses and tokens
+are never repeated.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from e4t_cli.errors import E4TError, IntegrityError, ResourceError, WeightsUnavailable, printable
+from e4t_cli.hub.paths import endpoint
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_ONLY = {errno.EACCES, errno.EROFS, errno.EPERM}
+_BROKEN = ("ReadError", "WriteError", "XetDownloadError")
+AGAIN = "the same command goes on: files that are finished are kept"
+
+
+def as_e4t_error(
+    error: BaseException, repository: str, revision: str = "", file: str = ""
+) -> E4TError:
+    """Return the one sentence for an error of huggingface_hub, its HTTP library, or the disk.
+
+    Args:
+        error: what was raised.
+        repository, revision, file: what was being fetched.
+    """
+    chain = list(_causes(error))
+    for one in chain:
+        if isinstance(one, E4TError):
+            return one
+    for test in (_of_the_disk, _of_the_answer, _of_the_content, _of_the_line):
+        for one in chain:
+            if found := test(one, repository, revision, file):
+                return found
+    kind = type(chain[-1]).__name__
+    return WeightsUnavailable(f"{repository} could not be fetched ({kind})", hint=AGAIN)
+
+
+def is_refused_token(error: BaseException) -> bool:
+    """Whether the hub says 401: a token it does not know closes even what is open to all."""
+    return any(_status(one) == 401 for one in _causes(error))
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Return how many seconds the hub asks to wait before the next try."""
+    for one in _causes(error):
+        headers = getattr(getattr(one, "response", None), "headers", None) or {}
+        value = str(headers.get("Retry-After", ""))
+        if value.isdigit():
+            return float(value)
+    return None
+
+
+def is_broken_line(error: BaseException) -> bool:
+    """Whether the connection was cut in the middle, which huggingface_hub does not try again."""
+    return any(type(one).__name__ in _BROKEN for one in _causes(error))
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same request may well succeed in a moment."""
+    for one in _causes(error):
+        status = _status(one)
+        if status is not None:
+            return status == 429 or status >= 500
+        if _is_http(one):
+            return True
+    return False
+
+
+def _of_the_disk(one: BaseException, repository: str, revision: str, file: str) -> E4TError | None:
+    if not isinstance(one, OSError):
+        return None
+    if one.errno in _FULL:
+        return ResourceError(
+            f"the disk is full: {file or repository} could not be written",
+            hint=f"make room, or set HF_HOME to a larger disk; {AGAIN}",
+        )
+    if one.errno in _READ_ONLY:
+        return WeightsUnavailable(
+            f"{repository} is not on this machine, and the cache cannot be written to "
+            f"({printable(str(one.filename or one.strerror))})",
+            hint="set HF_HOME and E4T_CACHE_DIR to folders of yours",
+        )
+    return None
+
+
+def _of_the_answer(
+    one: BaseException, repository: str, revision: str, file: str
+) -> E4TError | None:
+    status, kind = _status(one), type(one).__name__
+    page = f"{endpoint()}/{repository}"
+    if kind == "GatedRepoError":
+        return WeightsUnavailable(
+            f"{repository} is only for those who have accepted its terms on the hub",
+            hint=f"accept them at {page}, then: hf auth login",
+        )
+    if kind == "RevisionNotFoundError":
+        return WeightsUnavailable(f"{repository} has no revision {printable(revision)!r}")
+    if kind == "RemoteEntryNotFoundError":
+        return WeightsUnavailable(f"{repository} has no file {printable(file)!r}")
+    if kind == "RepositoryNotFoundError":
+        return WeightsUnavailable(
+            f"there is no repository {repository} on the hub, or it is private",
+            hint="check its name; for a private one: hf auth login",
+        )
+    if kind == "HFValidationError":
+        return WeightsUnavailable(f"{printable(repository)!r} is not a name of the hub")
+    if status is None or status < 400:
+        return None
+    if status == 401:
+        hint = "hf auth login again, or unset HF_TOKEN"
+        return WeightsUnavailable(f"the hub refused the token for {repository} (401)", hint=hint)
+    if status == 403:
+        hint = f"look at {page} with your account"
+        return WeightsUnavailable(f"the hub does not give {repository} to you (403)", hint=hint)
+    if status == 429:
+        wait = retry_after(one)
+        when = f"wait {wait:.0f} seconds" if wait else "wait a few minutes"
+        return WeightsUnavailable(
+            "the hub has had too many requests from here (429)",
+            hint=f"{when}, or: hf auth login, which is allowed more; {AGAIN}",
+        )
+    said = "is in trouble" if status >= 500 else "did not answer as expected"
+    return WeightsUnavailable(f"the hub {said} ({status}) at {repository}", hint=AGAIN)
+
+
+def _of_the_content(
+    one: BaseException, repository: str, revision: str, file: str
+) -> E4TError | None:
+    if isinstance(one, OSError) and "Consistency check failed" in str(one):
+        sizes = [word for word in str(one).replace(")", " ").split() if word.isdigit()][:2]
+        length = f" (expected {sizes[0]} bytes, got {sizes[1]})" if len(sizes) == 2 else ""
+        return IntegrityError(
+            f"what arrived as {repository}/{file} is not that file{length}",
+            hint=f"does this network ask for a sign-in page? if not, {AGAIN}",
+        )
+    if type(one).__name__ in ("JSONDecodeError", "FileMetadataError", "UnicodeDecodeError"):
+        return WeightsUnavailable(
+            f"what answers at {printable(endpoint())} is not the hub",
+            hint="does this network ask for a sign-in page, or is HF_ENDPOINT wrong?",
+        )
+    return None
+
+
+def _of_the_line(one: BaseException, repository: str, revision: str, file: str) -> E4TError | None:
+    kind = type(one).__name__
+    if kind == "OfflineModeIsEnabled":
+        return WeightsUnavailable(f"{repository} is not on this machine, and e4t is offline")
+    if kind in ("RemoteProtocolError", *_BROKEN):
+        what = f"{repository}/{file}" if file else repository
+        return WeightsUnavailable(f"the connection broke while fetching {what}", hint=AGAIN)
+    if "Timeout" in kind:
+        return WeightsUnavailable(f"the hub did not answer in time for {repository}", hint=AGAIN)
+    if _is_http(one) or isinstance(one, ConnectionError):
+        return WeightsUnavailable(
+            f"the hub cannot be reached for {repository}",
+            hint="check the network, or use --base mini, which needs none",
+        )
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        one = one.__cause__ or one.__context__
+
+
+def _status(one: BaseException) -> int | None:
+    status = getattr(getattr(one, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_http(one: BaseException) -> bool:
+    # httpx in version 1 of huggingface_hub, httpx2 in version 2: the names of the classes agree.
+    return any(
+        kind.__module__.partition(".")[0] in ("httpx", "httpx2") for kind in type(one).__mro__
+    )

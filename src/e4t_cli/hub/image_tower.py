@@ -1,0 +1,185 @@
+"""The image tower of Stable Diffusion bases: open_clip's ViT-H/14, of which only the eye is needed.
+
+The published file holds both towers in float32, 3.9 GB. What looks at pictures is 1.3 GB of it in
+float16; that part is written once into our own cache, in the layout of a base's `image_tower/`,
+and the published file can then go (`e4t cache prune`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable
+from e4t_cli.files import free_bytes, shown_size
+from e4t_cli.hub.download import fetch_files
+from e4t_cli.hub.inventory import digest_of, remembered
+from e4t_cli.hub.paths import HubAccess, Terms, accept, snapshot_folder, user_cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedTower:
+    """A CLIP model of the hub, and what its eye looks like.
+
+    Args:
+        name: of the folder of the slim copy.
+        repository, revision, file, sha256: where it is, and what it must be.
+        size: of the published file, in bytes.
+        config: open_clip_config.json of the slim copy.
+    """
+
+    name: str
+    repository: str
+    revision: str
+    file: str
+    sha256: str
+    size: int
+    licence: str
+    config: dict[str, Any]
+
+
+# The architecture is open_clip's own ViT-H-14.json; mean and deviation are OpenAI's, with which
+# it was trained.
+VIT_H_14 = PublishedTower(
+    name="vit-h-14-laion2b-s32b-b79k",
+    repository="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    revision="1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    file="open_clip_model.safetensors",
+    sha256="0084e75319a50ad85ef45377bad5bc38f2f58824459eb690048d51c9f8863be5",
+    size=3_944_517_836,
+    licence="mit",
+    config={
+        "model_cfg": {
+            "embed_dim": 1024,
+            "vision_cfg": {
+                "image_size": 224,
+                "layers": 32,
+                "width": 1280,
+                "head_width": 80,
+                "patch_size": 14,
+            },
+        },
+        "preprocess_cfg": {
+            "mean": [0.48145466, 0.4578275, 0.40821073],
+            "std": [0.26862954, 0.26130258, 0.27577711],
+            "size": 224,
+        },
+    },
+)
+
+
+def tower_folder(tower: PublishedTower = VIT_H_14) -> Path:
+    """Return where the slim copy is, or will be."""
+    return user_cache() / "towers" / tower.name
+
+
+def has_tower(tower: PublishedTower = VIT_H_14) -> bool:
+    """Whether the slim copy is there; it appears whole or not at all."""
+    return (tower_folder(tower) / "model.safetensors").is_file()
+
+
+def missing_bytes(tower: PublishedTower = VIT_H_14) -> int:
+    """Return how much would have to be fetched."""
+    published = snapshot_folder(tower.repository, tower.revision) / tower.file
+    return 0 if has_tower(tower) or published.is_file() else tower.size
+
+
+def fetch_image_tower(access: HubAccess, tower: PublishedTower = VIT_H_14) -> Path:
+    """Return the folder of the slim copy, made now if it was not.
+
+    Raises:
+        WeightsUnavailable: the published file is neither here nor can it be fetched.
+        IntegrityError: it is not the file that was published.
+        ResourceError: the disk has no room for the copy.
+    """
+    folder = tower_folder(tower)
+    if has_tower(tower):
+        return folder
+    if missing_bytes(tower):
+        accept(Terms(repository=tower.repository, licence=tower.licence), access)
+    snapshot = fetch_files(
+        tower.repository,
+        tower.revision,
+        [tower.file],
+        on_progress=access.on_progress,
+        offline=access.offline,
+        advice="e4t fetch sd14",
+    )
+    published = snapshot / tower.file
+    known = remembered(tower.repository, tower.revision)
+    declared = {file.path: file.digest for file in known.files} if known else {}
+    # What the hub declares today must be what it declared when the revision was pinned.
+    found = declared.get(tower.file) or digest_of(published, tower.sha256)
+    if found != tower.sha256:
+        raise IntegrityError(
+            f"{tower.repository}/{tower.file} is not the file that e4t knows: "
+            f"expected checksum {tower.sha256}, got {found}",
+            hint="e4t cache rm " + tower.repository,
+        )
+    access.remark(f"keeping a slim copy of the image tower in {folder}")
+    slim(published, folder, tower.config)
+    return folder
+
+
+def slim(published: Path, folder: Path, config: dict[str, Any]) -> None:
+    """Write the visual tower of an open_clip file, in float16, as a base's `image_tower/`.
+
+    Args:
+        published: a safetensors file with both towers.
+        folder: where the copy goes; it appears whole.
+        config: the copy's open_clip_config.json.
+
+    Raises:
+        IntegrityError: the file has no visual tower, or numbers that float16 cannot hold.
+        ResourceError: the disk has no room.
+        WeightsUnavailable: the folder cannot be written to.
+    """
+    import numpy
+    from safetensors import SafetensorError, safe_open
+    from safetensors.numpy import save_file
+
+    prefix = "visual."
+    tensors = {}
+    try:
+        with safe_open(published, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118
+                if key.startswith(prefix):
+                    with numpy.errstate(over="ignore"):
+                        tensor = file.get_tensor(key).astype(numpy.float16)
+                    if not numpy.isfinite(tensor).all():
+                        raise IntegrityError(f"{published.name}: {key} has no finite float16")
+                    tensors[key.removeprefix(prefix)] = tensor
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{published.name} is not a usable safetensors file") from error
+    if not tensors:
+        raise IntegrityError(f"{published.name} holds no visual tower")
+    needed, free = sum(tensor.nbytes for tensor in tensors.values()), free_bytes(folder)
+    if needed > free:
+        raise ResourceError(
+            f"the image tower needs {shown_size(needed)} and {shown_size(free)} are free",
+            hint="make room, or set E4T_CACHE_DIR to a larger disk",
+        )
+    making = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}~")
+    try:
+        making.mkdir(parents=True)
+        (making / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+        save_file(tensors, making / "model.safetensors")
+        with (making / "model.safetensors").open("rb+") as file:
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.rename(making, folder)
+    except OSError as error:
+        if folder.is_dir():
+            return  # another process was faster, and its copy is as good
+        raise WeightsUnavailable(
+            f"the image tower cannot be kept in {folder.parent}: {error.strerror}",
+            hint="set E4T_CACHE_DIR to a folder of yours",
+        ) from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Decoding, framing and preparing photos; results and their PNG metadata."""

@@ -1,0 +1,176 @@
+"""Pictures that say how they were made, in three dialects inside one PNG.
+
+`parameters` is the text that AUTOMATIC1111's web UI began and many programs read; `e4t` is our
+own JSON, enough to make the picture again; the XMP packet carries IPTC's mark of generated
+pictures, which is always written. Neither the photo nor any path or user name is in them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from e4t_cli import __version__
+from e4t_cli.errors import InputError
+
+SCHEMA = 1
+AI_MARK = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_XMP_KEYWORD = "XML:com.adobe.xmp"
+_XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about=""'
+    ' xmlns:xmp="http://ns.adobe.com/xap/1.0/"'
+    ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+    f' xmp:CreatorTool="e4t {__version__}"'
+    f' Iptc4xmpExt:DigitalSourceType="{AI_MARK}"/>'
+    '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions that a picture's pixels depend on."""
+    versions = {"e4t": __version__}
+    for package in ("torch", "diffusers", "transformers", "open_clip_torch"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRecord:
+    """How one picture was made.
+
+    Args:
+        prompt, negative_prompt, seed, steps, guidance, scheduler, strength: what was sampled,
+            and how.
+        width, height: in pixels.
+        domain, base, base_fingerprint, pack_fingerprint: on what it stands.
+        placeholder: how the concept was spelled in the prompt.
+        photo_sha256: of the photo's bytes; the photo itself is not in here.
+        tuning: the recipe really used, as `TuningRecipe.as_dict()`, and its seed.
+        versions: of the packages, see `package_versions`.
+    """
+
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    scheduler: str
+    width: int
+    height: int
+    negative_prompt: str = ""
+    strength: float = 1.0
+    placeholder: str = "S*"
+    domain: str = ""
+    base: str = ""
+    base_fingerprint: str = ""
+    pack_fingerprint: str = ""
+    photo_sha256: str = ""
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=package_versions)
+
+    def as_dict(self, *, include_prompts: bool = True) -> dict[str, Any]:
+        """Return plain values; without prompts, for people who share pictures only."""
+        values = {"schema": SCHEMA, **asdict(self)}
+        if not include_prompts:
+            del values["prompt"], values["negative_prompt"]
+        return values
+
+    def parameters(self) -> str:
+        """Return the web UI's text."""
+        model = "+".join(part for part in (self.base, self.domain) if part)
+        pairs = {
+            "Steps": self.steps,
+            "Sampler": self.scheduler,
+            "CFG scale": f"{self.guidance:g}",
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model hash": self.base_fingerprint[:10],
+            "Model": model,
+            "Concept strength": f"{self.strength:g}" if self.strength != 1 else "",
+            "Version": f"e4t {__version__}",
+        }
+        lines = [self.prompt]
+        if self.negative_prompt:
+            lines.append(f"Negative prompt: {self.negative_prompt}")
+        lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in pairs.items() if v != ""))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ImageMetadata:
+    """What a PNG says about itself.
+
+    Args:
+        parameters: the web UI's text, None without one.
+        details: our JSON (a contact sheet's has the list `pictures`), None without one.
+        ai_generated: whether the mark of generated pictures is there.
+    """
+
+    parameters: str | None
+    details: dict[str, Any] | None
+    ai_generated: bool
+
+
+def png_bytes(
+    image: Image.Image,
+    record: GenerationRecord | Sequence[GenerationRecord],
+    *,
+    include_prompts: bool = True,
+) -> bytes:
+    """Encode a picture, or a contact sheet with a record for each of its pictures."""
+    info = PngInfo()
+    if isinstance(record, GenerationRecord):
+        details = record.as_dict(include_prompts=include_prompts)
+        if include_prompts:
+            info.add_text("parameters", record.parameters())
+    else:
+        pictures = [one.as_dict(include_prompts=include_prompts) for one in record]
+        details = {"schema": SCHEMA, "pictures": pictures}
+    info.add_text("e4t", json.dumps(details, sort_keys=True))
+    # Pillow silently ignores `xmp=` for PNG; readers look for exactly this keyword, uncompressed.
+    info.add_itxt(_XMP_KEYWORD, _XMP, zip=False)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def read_metadata(png: bytes) -> ImageMetadata:
+    """Read back what `png_bytes` wrote.
+
+    Raises:
+        InputError: it is not a PNG, or its JSON is not JSON.
+    """
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            image.load()  # text may stand behind the pixels
+            text = dict(image.text)
+    except Exception as error:  # hostile bytes raise every kind of exception
+        raise InputError("this is not a readable PNG") from error
+    details = None
+    if "e4t" in text:
+        try:
+            details = json.loads(text["e4t"])
+        except ValueError as error:
+            raise InputError("the e4t text in this PNG is damaged") from error
+    return ImageMetadata(
+        parameters=text.get("parameters"),
+        details=details if isinstance(details, dict) else None,
+        ai_generated=AI_MARK in text.get(_XMP_KEYWORD, ""),
+    )
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",:\n") else text

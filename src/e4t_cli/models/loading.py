@@ -1,0 +1,193 @@
+"""What kind of model a base is, whatever its weights: read from its configs, without torch.
+
+A pack needs the very weights it was made for. When a base has others, equal configs tell another
+training of the same model from another model; unequal ones may also be the same model, saved again
+by another version of its library.
+
+Reading a base from its folder: strictly, and without a look at the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
+
+from e4t_cli.errors import IntegrityError, WeightsUnavailable
+from e4t_cli.nn.word_embedding_encoder import ImageTower
+
+CONFIGS = ("unet/config.json", "text_encoder/config.json")
+TOWER_CONFIGS = ("open_clip_config.json", "config.json")
+# Who wrote the file and how it was stored, which says nothing about the model.
+_INCIDENTAL = {"architectures", "dtype", "torch_dtype", "transformers_version", "preprocess_cfg"}
+
+
+def config_hash(folder: Path, tower: Path | None = None) -> str:
+    """Return a SHA-256 of the configs of U-Net, text encoder and image tower.
+
+    Args:
+        folder: a base in diffusers' layout.
+        tower: the folder of its image tower, if it is not the base's own.
+
+    Returns:
+        64 hexadecimal digits, or "" if there is no config that can be read.
+    """
+    found = {name: _essence(table) for name in CONFIGS if (table := _read(folder / name))}
+    if about := _tower_config(tower or folder / "image_tower"):
+        found["image_tower"] = _essence(about)
+    if not found:
+        return ""
+    text = json.dumps(found, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe_tower(folder: Path, tower: Path | None = None) -> str:
+    """Return a phrase about the CLIP tower of a base: "CLIP ViT, 32 layers of 1280, …"."""
+    about = _tower_config(tower or folder / "image_tower")
+    layers = about.get("layers", about.get("num_hidden_layers"))
+    width = about.get("width", about.get("hidden_size"))
+    if not layers or not width:
+        return ""
+    patch, side = about.get("patch_size", "?"), about.get("image_size", "?")
+    return f"CLIP ViT, {layers} layers of {width}, patches of {patch}, {side} px"
+
+
+def _tower_config(folder: Path) -> dict[str, Any]:
+    for name in TOWER_CONFIGS:
+        table = _read(folder / name)
+        for part in ("model_cfg", "vision_cfg"):  # open_clip puts one into the other
+            if isinstance(table.get(part), dict):
+                table = table[part]
+        if table:
+            return table
+    return {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # a base with a damaged config is refused where it is loaded
+    return table if isinstance(table, dict) else {}
+
+
+def _essence(table: Any) -> Any:
+    if not isinstance(table, dict):
+        return table
+    return {
+        key: _essence(value)
+        for key, value in table.items()
+        if not key.startswith("_") and key not in _INCIDENTAL
+    }
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return a short name for the content of a base's folder.
+
+    Files of up to 64 MiB are read whole; of larger ones the length, the header and 64 blocks are,
+    which tells one training from another in no time (integrity is checked elsewhere).
+    """
+    digest = hashlib.sha256()
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_tower")
+    paths = sorted(path for part in parts for path in (folder / part).glob("*"))
+    for path in paths:
+        if path.suffix not in (".safetensors", ".json", ".txt"):
+            continue
+        if path.with_name(path.name.replace(".fp16.", ".")) in paths and ".fp16." in path.name:
+            continue  # a second copy of the same numbers makes no other base
+        size, block = path.stat().st_size, 1 << 20
+        digest.update(f"{path.parent.name}/{path.name}:{size}\n".encode())
+        starts = range(0, size, block)
+        if len(starts) > 64:
+            starts = range(0, size, size // 64)
+        with path.open("rb") as file:
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(block))
+    return digest.hexdigest()[:32]
+
+
+def load_part(
+    kind: Any,
+    folder: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    half: bool = False,
+) -> Any:
+    """Read a part that has weights: diffusers' U-Net and VAE, transformers' text encoder.
+
+    Args:
+        dtype: of the numbers in memory, whatever the file holds.
+        half: read the float16 file where there are both.
+    """
+    if not (folder / "config.json").is_file():
+        raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}/config.json")
+    names = [path.name for path in folder.glob("*.safetensors")]
+    coarse = {name for name in names if ".fp16." in name or ".fp16-" in name}
+    variant = "fp16" if coarse and (half or coarse == set(names)) else None
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        part, report = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    # Both libraries answer a missing weight with a random one and a line in a log.
+    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise IntegrityError(f"the base's {folder.name} lacks {len(wrong)} weights, as {wrong[0]}")
+    return part.to(device)
+
+
+def load_settings(kind: Any, folder: Path) -> Any:
+    """Read a part that has no weights: the tokenizer, the noise schedule."""
+    if not folder.is_dir():
+        raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}")
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each library has its own idea of what a damaged file raises
+        raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
+
+
+def load_tower(folder: Path) -> ImageTower:
+    """Read open_clip_config.json and model.safetensors, of the visual tower alone."""
+    from open_clip.transformer import QuickGELU, VisionTransformer  # only who looks pays for it
+
+    config_path, weights_path = folder / "open_clip_config.json", folder / "model.safetensors"
+    if not config_path.is_file() or not weights_path.is_file():
+        raise WeightsUnavailable(
+            f"the base has no image tower: {folder} is incomplete",
+            hint="e4t fetch sd14 brings the one of Stable Diffusion bases",
+        )
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        model, preprocess = config["model_cfg"], config["preprocess_cfg"]
+        options = dict(model["vision_cfg"])
+        options.setdefault("mlp_ratio", 4.0)
+        if model.get("quick_gelu"):
+            options["act_layer"] = QuickGELU
+        heads = options["width"] // options.pop("head_width", 64)
+        with torch.device("meta"):
+            visual = VisionTransformer(heads=heads, output_dim=model["embed_dim"], **options)
+        visual.load_state_dict(load_file(weights_path), strict=True, assign=True)
+        size = preprocess.get("size", options["image_size"])
+        side = size if isinstance(size, int) else size[0]
+        return ImageTower(visual, preprocess["mean"], preprocess["std"], side)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise IntegrityError(f"the image tower in {folder} cannot be used: {error}") from error

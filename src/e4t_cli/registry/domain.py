@@ -1,0 +1,264 @@
+"""What may be a name: of a domain, of a file in a pack, of a place of weights.
+
+Names come from plugins, cards and command lines, and become folders and addresses; here is decided
+which are safe to. Every check returns what it was given.
+
+What a domain is: the whole contract between this program and a domain's author.
+
+A `Domain` is a value: a descriptor word, two recipes, where its weights are, and at most one
+function, `prepare`. It is written in a few lines and found through the entry-point group
+`e4t.domains` (domains/README.md). Only the standard library is imported here, so a domain file
+costs nothing to import. The contract grows only by keyword-only fields with defaults.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig, check_whole
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from e4t_cli.images.framing import Frame
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+# Device names that Windows keeps for itself, whatever the folder.
+_RESERVED = {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.(safetensors|json)")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""Of the hub: owner/name."""
+_HUB_LOCATION = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
+
+
+def check_name(name: object, what: str = "domain name") -> str:
+    """Return `name` if it can safely be a file name and a command-line word.
+
+    Raises:
+        ValueError: it is anything but `[a-z0-9][a-z0-9_-]*`, 64 characters at most.
+    """
+    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name) or name in _RESERVED:
+        raise ValueError(
+            f"{what} {name!r} must be 1 to 64 of a-z, 0-9, '-' and '_', "
+            "start with a letter or a digit, and not be a reserved device name"
+        )
+    return name
+
+
+def check_file_name(name: object) -> str:
+    """Return `name` if a pack may have a file of that name.
+
+    Raises:
+        ValueError: it could leave the pack's folder, or is of a kind that can hold code: packs
+            are safetensors and JSON, never pickles.
+    """
+    plain = isinstance(name, str) and _FILE_NAME.fullmatch(name)
+    if not plain or str(name).partition(".")[0].lower() in _RESERVED:
+        raise ValueError(
+            f"file name {name!r} must be a plain name that ends in .safetensors or .json"
+        )
+    return str(name)
+
+
+def check_which(which: object) -> str:
+    """Return `which` if it says which of several subjects is meant.
+
+    Raises:
+        ValueError: it is none of "largest", "left", "right", or a whole number from 1 on.
+    """
+    if which in ("largest", "left", "right") or re.fullmatch(r"[1-9]\d{0,3}", str(which)):
+        return str(which)
+    raise ValueError(f"{which!r} must be largest, left, right, or a number: 1 is the leftmost")
+
+
+def check_location(location: object) -> str:
+    """Return `location` if it is a well-formed place of weights (see `Domain.weights`).
+
+    Raises:
+        ValueError: it is empty, climbs out of its package, or names no exact hub commit.
+    """
+    if not isinstance(location, str) or not location.strip() or "\0" in location:
+        raise ValueError(f"a place of weights must be text, not {location!r}")
+    kind, _, rest = location.partition(":")
+    if kind == "package":
+        package, *parts = rest.split("/")
+        proper = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
+        if not all(word.isidentifier() for word in package.split(".")) or not proper:
+            raise ValueError(f"{location!r} must look like 'package:my_package/folder'")
+    elif kind == "hub" and not _HUB_LOCATION.fullmatch(rest):
+        raise ValueError(f"{location!r} must look like 'hub:owner/repo@<40-hex commit>'")
+    elif kind == "e4t-diffusion" and not REPOSITORY.fullmatch(rest):
+        raise ValueError(f"{location!r} must look like 'e4t-diffusion:owner/repo'")
+    return location
+
+
+def is_remote(location: str) -> bool:
+    """Whether a well-formed place of weights is on the hub."""
+    return location.partition(":")[0] in ("hub", "e4t-diffusion")
+
+
+CONTRACT_VERSION = 1
+"""The version of this contract; a domain built for another one is explained, not run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparationTarget:
+    """What the base needs from a prepared picture.
+
+    Args:
+        size: side in pixels of the square the base works on (64 for `mini`, 512 for SD 1.x).
+        base: name of the base, for preparations that have a part per base.
+        mask: "auto" lets the domain find its mask, None asks for none.
+        align: whether the domain may turn and crop; False is the centred square.
+        which: of several subjects, "largest", "left", "right", or which from the left: "1", "2", …
+        required: without the subject the picture is refused (`InputError`).
+        device: where a network that helps may run.
+        fetch: a hub repository's name in, the folder with its configs and safetensors out; raises
+            `WeightsUnavailable`. None where nothing may be fetched.
+    """
+
+    size: int
+    base: str
+    mask: str | None = "auto"
+    align: bool = True
+    which: str = "largest"
+    required: bool = False
+    device: str = "cpu"
+    fetch: Callable[[str], Path] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_whole(self, "size", least=1)
+        check_which(self.which)
+        if self.mask not in ("auto", None):
+            raise ValueError(f"PreparationTarget.mask must be 'auto' or None, not {self.mask!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedImage:
+    """What `prepare` returns: a square picture and, if the domain has one, its mask.
+
+    Args:
+        image: PIL, mode RGB, square.
+        mask: PIL, mode L, of the same size; white is the concept. None means all of it.
+        notes: warnings for the user, such as "no face was found".
+        remarks: sentences that are good to know, such as "1 face, turned 4°".
+        frame: which square of the photo the picture is; a mask that the user drew is cut with it.
+    """
+
+    image: Image
+    mask: Image | None = None
+    notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    frame: Frame | None = None
+
+    def __post_init__(self) -> None:
+        size, mode = getattr(self.image, "size", None), getattr(self.image, "mode", None)
+        if size is None or mode != "RGB" or size[0] != size[1]:
+            raise ValueError(f"PreparedImage.image must be a square RGB picture, not {mode} {size}")
+        if self.mask is not None:
+            found = getattr(self.mask, "mode", None), getattr(self.mask, "size", None)
+            if found != ("L", size):
+                raise ValueError(
+                    f"PreparedImage.mask must be of mode L and size {size}, not {found}"
+                )
+        for name in ("notes", "remarks"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"PreparedImage.{name} must be a tuple of sentences, not one string"
+                )
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.frame is not None and not hasattr(self.frame, "apply_to_mask"):
+            raise ValueError(f"PreparedImage.frame must be a Frame, not {self.frame!r}")
+
+
+Prepare = Callable[["Image", PreparationTarget], PreparedImage]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """A family of concepts that one encoder knows: faces, cats, paintings, your dogs.
+
+    Args:
+        name: how users ask for it; lower-case, fit for a file name.
+        descriptor: the coarse word whose embedding anchors the concept (e_domain of eq. 1).
+        tuning: the numbers of personalization. A pack made for a base may bring its own.
+        pretraining: the numbers of pre-training, None for the paper's usual ones.
+        weights: base name → where its pack is: "package:my_package/folder" inside an installed
+            package, "hub:owner/repo@<40-hex commit>", a folder, or "e4t-diffusion:owner/repo" for
+            a checkpoint of that program, which is converted when it is first used.
+        prepare: upright RGB picture and target in, `PreparedImage` out; None = centre square.
+        prompt_templates: training sentences with "{}" in the concept's place; none = the
+            generic `SUBJECT_TEMPLATES`.
+        licence: of the weights and the data they were made from.
+        summary: one line for `e4t domains list`.
+        download_sizes: base name → bytes to fetch, for weights that are on the hub; for the list.
+        mask_words: what a network that finds things by words looks for where a mask is wanted
+            and `prepare` has none: "a cat".
+        networks: repositories of the hub that `prepare` asks `PreparationTarget.fetch` for, on
+            bases of the hub; `e4t fetch` brings them beforehand.
+        contract: the contract version it was written for.
+    """
+
+    name: str
+    descriptor: str
+    tuning: TuningConfig
+    pretraining: PretrainingConfig | None = None
+    weights: Mapping[str, str] = field(default_factory=dict, hash=False)
+    prepare: Prepare | None = None
+    prompt_templates: tuple[str, ...] = ()
+    licence: str = ""
+    summary: str = ""
+    download_sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    mask_words: str = ""
+    networks: tuple[str, ...] = ()
+    contract: int = CONTRACT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.contract != CONTRACT_VERSION:
+            raise ValueError(
+                f"it was written for version {self.contract!r} of the domain contract, "
+                f"this e4t has version {CONTRACT_VERSION}"
+            )
+        check_name(self.name)
+        if not isinstance(self.descriptor, str) or not self.descriptor.strip():
+            raise ValueError(f"Domain.descriptor must be a word, not {self.descriptor!r}")
+        if not isinstance(self.tuning, TuningConfig):
+            raise ValueError(f"Domain.tuning must be a TuningRecipe, not {self.tuning!r}")
+        if self.tuning.steps < 1:
+            raise ValueError("Domain.tuning.steps must be 1 or more")
+        if self.pretraining is not None and not isinstance(self.pretraining, PretrainingConfig):
+            raise ValueError(
+                f"Domain.pretraining must be a PretrainingRecipe, not {self.pretraining!r}"
+            )
+        if self.prepare is not None and not callable(self.prepare):
+            raise ValueError(f"Domain.prepare must be a function, not {self.prepare!r}")
+        if not isinstance(self.weights, Mapping):
+            raise ValueError("Domain.weights must map a base's name to where its pack is")
+        for base, location in self.weights.items():
+            check_name(base, "base name")
+            check_location(location)
+        for base, size in dict(self.download_sizes).items():
+            if not isinstance(size, int) or size < 0:
+                raise ValueError(f"Domain.download_sizes must hold bytes, not {size!r} for {base}")
+        if isinstance(self.prompt_templates, str):
+            raise ValueError("Domain.prompt_templates must be a tuple of sentences")
+        for template in self.prompt_templates:
+            if not isinstance(template, str) or template.count("{}") != 1:
+                raise ValueError(f"prompt template {template!r} must contain '{{}}' exactly once")
+        for name in ("licence", "summary", "mask_words"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"Domain.{name} must be text, not {getattr(self, name)!r}")
+        if isinstance(self.networks, str):
+            raise ValueError("Domain.networks must be a tuple of hub repositories")
+        for repository in self.networks:
+            if not isinstance(repository, str) or not REPOSITORY.fullmatch(repository):
+                raise ValueError(f"Domain.networks: {repository!r} must look like 'owner/name'")
+        # Own copies: later changes of the author's dictionary or list do not reach the value.
+        object.__setattr__(self, "weights", dict(self.weights))
+        object.__setattr__(self, "download_sizes", dict(self.download_sizes))
+        object.__setattr__(self, "prompt_templates", tuple(self.prompt_templates))
+        object.__setattr__(self, "networks", tuple(self.networks))

@@ -1,0 +1,234 @@
+"""How pictures are drawn: steps, guidance, and any scheduler of diffusers.
+
+Drawing a concept: a denoising loop, a fresh word embedding at every time step (section 3.1).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from e4t_cli.devices import free_memory, memory_ran_out
+from e4t_cli.errors import UsageError
+from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
+from e4t_cli.models.prompt_embedding import Tokens
+from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.progress import Progress, ProgressCallback
+from e4t_cli.prompts import Prompt
+from e4t_cli.training.cuda_graphs import CudaGraphRunner
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""Short name -> class of diffusers and what it is to be told beyond the base's own schedule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are drawn.
+
+    Args:
+        steps: denoising steps.
+        guidance: weight of classifier-free guidance, 1 for none; None takes the base's own.
+        scheduler: a key of `SCHEDULERS`, or the name of any scheduler class of diffusers.
+        negative: what to steer away from. Anything but "" costs a separate feature pass.
+        strength: how much of what was learned is drawn; see `TunedModel.at_strength`.
+    """
+
+    steps: int = 20
+    guidance: float | None = None
+    scheduler: str = "dpm++"
+    negative: str = ""
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
+            raise UsageError(f"the number of denoising steps must be 1 to 1000, not {self.steps!r}")
+        if self.guidance is not None and not 0 <= self.guidance <= 100:
+            raise UsageError(f"the guidance must be 0 to 100, not {self.guidance!r}")
+        if not 0 <= self.strength <= 2:
+            raise UsageError(f"the strength must be 0 to 2, not {self.strength!r}")
+        if self.scheduler not in SCHEDULERS and not _is_scheduler(self.scheduler):
+            raise UsageError(
+                f"there is no scheduler {self.scheduler!r}",
+                hint=f"one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers",
+            )
+
+    def resolved(self, model: TextToImageModel) -> Sampling:
+        """Return what will really be done with this base."""
+        if self.guidance is not None:
+            return self
+        return replace(self, guidance=model.base.guidance)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for records."""
+        return asdict(self)
+
+
+def make_scheduler(model: TextToImageModel, sampling: Sampling) -> Any:
+    """Return a diffusers scheduler on the base's own noise schedule, its time steps set.
+
+    They are on the CPU, where its tables are: looked up with a number from a card, each step
+    would wait for everything before it.
+    """
+    name, options = SCHEDULERS.get(sampling.scheduler, (sampling.scheduler, {}))
+    scheduler = getattr(diffusers, name).from_config(model.noise_schedule.config, **options)
+    scheduler.set_timesteps(sampling.steps)
+    return scheduler
+
+
+def _is_scheduler(name: str) -> bool:
+    kind = getattr(diffusers, name, None) if name.isidentifier() else None
+    return inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)
+
+
+def draws_noise(scheduler: Any) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
+BATCH = 8
+"""Pictures drawn together on an accelerator."""
+
+
+def sample(
+    model: TextToImageModel,
+    tuned: TunedModel,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    batch: int | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Iterator[Image]:
+    """Draw one picture for each prompt and its seed, in order, each as soon as it is done.
+
+    A picture depends on its own prompt and seed only. On the CPU in float32 it is the same to the
+    last bit alone and in any company, because pictures are drawn one by one: the products of
+    matrices of other heights round differently. On accelerators `batch` pictures are drawn
+    together, and company may change a picture by what rounding does.
+
+    Args:
+        model: the base that `tuned` was made from; for another strength than 1 with its U-Net
+            as it was.
+        tuned: from `tune`, or `TunedModel.plain(model, "face")` for the base's own idea of a face.
+        prompts, seeds: of equal length.
+        sampling: how.
+        batch: pictures at a time; None is 1 on the CPU and 8 elsewhere.
+        on_progress: called after each denoising step; done and total count steps of all pictures.
+    """
+    sampling = (sampling or Sampling()).resolved(model)
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds")
+    tuned = tuned.at_concept_scale(model.unet, sampling.strength)
+    size = batch or (1 if model.device.type == "cpu" else BATCH)
+    # All at once, so that a prompt that cannot be read stops the first picture, not the last.
+    tokens = model.tokenize(prompts, tuned.descriptor_id)
+    return _pictures(model, tuned, tokens, list(seeds), sampling, size, on_progress)
+
+
+def _pictures(
+    model: TextToImageModel,
+    tuned: TunedModel,
+    tokens: Tokens,
+    seeds: list[int],
+    sampling: Sampling,
+    size: int,
+    on_progress: ProgressCallback | None,
+) -> Iterator[Image]:
+    # Some schedulers look twice in a step.
+    steps = len(make_scheduler(model, sampling).timesteps)
+    first = 0
+    while first < len(seeds):
+        some = slice(first, first + size)
+        together = len(seeds[some])
+
+        def report(
+            done: int, note: str = "", before: int = first, together: int = together
+        ) -> None:
+            if on_progress:
+                on_progress(
+                    Progress(
+                        stage="generate",
+                        done=before * steps + together * done,
+                        total=len(seeds) * steps,
+                        note=note,
+                    )
+                )
+
+        pictures = None
+        try:
+            latents = denoise(model, tuned, tokens[some], seeds[some], sampling, report)
+            pictures = model.decode(latents)
+        except (MemoryError, RuntimeError) as error:
+            if size == 1 or not memory_ran_out(error):
+                raise
+        if pictures is None:  # only here: the error would keep all that was computed
+            size = (size + 1) // 2
+            free_memory(model.device)
+            if on_progress:
+                note = f"memory ran out: {size} pictures at a time from now on"
+                on_progress(Progress(stage="generate", note=note))
+            continue
+        yield from pictures
+        first += together
+
+
+def generate_latents(
+    model: TextToImageModel,
+    tuned: TunedModel,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    sampling: Sampling | None = None,
+) -> Tensor:
+    """Return z_0 of pictures drawn as one batch, (batch, channels, height, width), in float32."""
+    sampling = (sampling or Sampling()).resolved(model)
+    tuned = tuned.at_concept_scale(model.unet, sampling.strength)
+    tokens = model.tokenize(prompts, tuned.descriptor_id)
+    return denoise(model, tuned, tokens, seeds, sampling)
+
+
+@torch.no_grad()
+def denoise(
+    model: TextToImageModel,
+    tuned: TunedModel,
+    tokens: Tokens,
+    seeds: Sequence[int],
+    sampling: Sampling,
+    report: Callable[..., None] | None = None,
+) -> Tensor:
+    scheduler = make_scheduler(model, sampling)
+    # On the CPU and one for each picture, so that a seed means the same everywhere.
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = [torch.randn(model.latent_shape, generator=source) for source in sources]
+    z_t = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma
+    random = {"generator": sources} if draws_noise(scheduler) else {}
+    predict = CudaGraphRunner(
+        CFGDenoiser(model, tuned, tokens, sampling), model.device, calls=len(scheduler.timesteps),
+        on_trouble=partial(report, 0) if report else None,
+    )  # fmt: skip
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else it looks for t in its list, and a device has to stop
+    there = scheduler.timesteps.to(model.device)  # all at once: each copy would be a wait
+    for done, t in enumerate(scheduler.timesteps, start=1):
+        noisy = scheduler.scale_model_input(z_t, t).to(tuned.unet.dtype)
+        prediction = predict(noisy, there[done - 1])
+        z_t = scheduler.step(prediction.float(), t, z_t, **random).prev_sample
+        if report:
+            report(done)
+    return z_t

@@ -1,0 +1,188 @@
+"""What tuning trains: every weight, as the paper does, or low-rank adapters of some.
+
+Both are one value to the loop: a U-Net and an encoder to run, groups of weights to move, and at
+the end a model without anything of the training in it. `METHODS` maps a recipe's `method` to one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.nn.adapters import (
+    LowRankAdapters,
+    adapted_layers,
+    frozen_copy,
+    linear_layers,
+    merge_adapters,
+)
+from e4t_cli.nn.precision import half_format
+from e4t_cli.nn.randomness import generator
+from e4t_cli.nn.weight_offsets import WeightOffsets
+from e4t_cli.nn.word_embedding_encoder import Encoder
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.training.optim import Group
+
+
+class TrainableParts(Protocol):
+    """The copies in training.
+
+    Args:
+        unet, encoder: to run; their output depends on the trained weights.
+        detach_features: whether the method lets no gradient through the feature pass.
+        rounded: the weights that may be in bfloat16 on the device while an optimiser in the
+            host's memory holds them in float32.
+    """
+
+    unet: nn.Module
+    encoder: Encoder
+    detach_features: bool
+    rounded: list[nn.Parameter]
+
+    def groups(self) -> list[Group]: ...
+
+    def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Bring what is small and trained into the format of the products, once for both passes.
+
+        Inside a `with` block around the way there; the way back needs no more of it.
+        """
+        ...
+
+    def finish(self) -> dict[str, Tensor]:
+        """Merge in float32; returns what is small enough to be kept of it, by default nothing."""
+        ...
+
+
+class FullFineTuning:
+    """Encoder, offsets and the whole U-Net, all in float32 (section 3.4).
+
+    Float32 whatever the base is kept in: a whole tuning moves a weight by less than the spacing
+    of bfloat16 numbers.
+
+    Args:
+        consume: tune the model's own U-Net in place of a copy, where nobody needs it afterwards.
+    """
+
+    detach_features = False
+
+    def __init__(
+        self,
+        model: TextToImageModel,
+        pretrained: DomainWeights,
+        recipe: TuningConfig,
+        seed: int,
+        *,
+        consume: bool = False,
+    ) -> None:
+        self.recipe, self.final = recipe, model.tuned_dtype
+        self.unet = (model.unet if consume else copy.deepcopy(model.unet)).float()
+        self.encoder = copy.deepcopy(pretrained.encoder).to(model.device)
+        self.offsets = WeightOffsets.from_factors(pretrained.offsets).to(model.device)
+        self._groups = self._grouped()
+        self.rounded = list(self.unet.parameters())  # before the offsets join them
+        if self.offsets.paths:
+            self.offsets.attach_to(self.unet)
+
+    def _grouped(self) -> list[Group]:
+        rate, recipe = self.recipe.learning_rate, self.recipe
+        grouped = []
+        for module, factor in (
+            (self.encoder, recipe.encoder_rate),
+            (self.offsets, recipe.offsets_rate),
+            (self.unet, recipe.unet_rate),
+        ):
+            module.requires_grad_(factor > 0)
+            grouped.append((list(module.parameters()), rate * factor))
+        return grouped
+
+    def groups(self) -> list[Group]:
+        return self._groups
+
+    def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        return nullcontext()  # the U-Net's weights are autocast's to convert
+
+    def finish(self) -> dict[str, Tensor]:
+        if self.offsets.paths:
+            self.offsets.merge()
+        # torch's own `to`: diffusers' logs a warning about casts that are meant.
+        nn.Module.to(self.unet, self.final)
+        return {}
+
+
+class LoraFineTuning:
+    """Low-rank changes of the attention layers and of the encoder; the base stays frozen.
+
+    Departure: section 3.4 tunes every weight. The feature pass passes no gradient on, which would
+    cost more than everything that is trained.
+    """
+
+    detach_features = True
+
+    def __init__(
+        self,
+        model: TextToImageModel,
+        pretrained: DomainWeights,
+        recipe: TuningConfig,
+        seed: int,
+        *,
+        consume: bool = False,
+    ) -> None:
+        self.model, self.offsets, self.recipe = model, pretrained.offsets, recipe
+        self.consume = consume  # while tuning, the base's weights are shared and not copied anyway
+        self.pretrained_encoder = pretrained.encoder
+        self.unet = frozen_copy(model.unet, self.offsets, half_format(model.device, scaled=True))
+        self.rounded = []
+        self.encoder = copy.deepcopy(pretrained.encoder).to(model.device).requires_grad_(False)
+        source, rank = generator(seed, "adapters"), recipe.adapter_rank
+        self.adapters = {
+            "unet": LowRankAdapters.for_layers(
+                adapted_layers(self.unet), rank, gains=set(self.offsets), source=source
+            ),
+            "encoder": LowRankAdapters.for_layers(linear_layers(self.encoder), rank, source=source),
+        }
+        for name, adapters in self.adapters.items():
+            adapters.to(model.device).attach_to(getattr(self, name))
+
+    def groups(self) -> list[Group]:
+        recipe = self.recipe
+        rate = recipe.learning_rate * recipe.adapters_rate
+        return [
+            *self.adapters["unet"].rates(rate * recipe.offsets_rate, rate * recipe.unet_rate),
+            *self.adapters["encoder"].rates(0.0, rate * recipe.encoder_rate),
+        ]
+
+    def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        return self.adapters["unet"].converted(dtype)
+
+    def finish(self) -> dict[str, Tensor]:
+        for adapters in self.adapters.values():
+            adapters.detach()
+        kept = {
+            f"{name}.{key}": value
+            for name, adapters in self.adapters.items()
+            for key, value in adapters.tensors().items()
+        }
+        self.unet, self.encoder = merge_adapters(
+            self.model.unet,
+            self.offsets,
+            self.pretrained_encoder,
+            kept,
+            dtype=self.model.tuned_dtype,
+        )
+        if self.consume:
+            self.model.unet = self.unet
+        return kept
+
+
+METHODS: Mapping[str, type[FullFineTuning] | type[LoraFineTuning]] = {
+    "exact": FullFineTuning,
+    "adapters": LoraFineTuning,
+}
+"""`TuningRecipe.method` -> what it trains."""
