@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.worlds import World
-from e4t_cli.nn.unet import down_and_mid, pooled_features, stem
+from e4t_cli.nn.unet import down_and_mid, pooled_features, embed_latents
 from e4t_cli.nn.weight_offsets import WeightOffset, WeightOffsets
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.training.tuning import tune
@@ -66,7 +66,7 @@ def naive(world: World, steps: int) -> None:
         z_t = model.add_noise(z_0, epsilon, t)
         with torch.no_grad():
             nothing = model.embed_prompts(empty).float()
-        features = pooled_features(down_and_mid(unet, stem(unet, z_t, t), nothing))
+        features = pooled_features(down_and_mid(unet, embed_latents(unet, z_t, t), nothing))
         offset = encoder(model.image_features(pixels), features)
         text = model.embed_prompts(tokens, e_domain + 0.1 * offset).float()
         loss = functional.mse_loss(unet(z_t, t, text).sample, epsilon)

@@ -218,8 +218,12 @@ def denoise(
     noise = [torch.randn(model.latent_shape, generator=source) for source in sources]
     z_t = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma
     random = {"generator": sources} if draws_noise(scheduler) else {}
+    assert sampling.guidance is not None, "resolve the sampling config first"
+    denoiser = CFGDenoiser(
+        model, tuned, tokens, guidance=sampling.guidance, negative_prompt=sampling.negative
+    )
     predict = CudaGraphRunner(
-        CFGDenoiser(model, tuned, tokens, sampling), model.device, calls=len(scheduler.timesteps),
+        denoiser, model.device, calls=len(scheduler.timesteps),
         on_trouble=partial(report, 0) if report else None,
     )  # fmt: skip
     if hasattr(scheduler, "set_begin_index"):

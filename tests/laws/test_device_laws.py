@@ -112,9 +112,12 @@ def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack,
 @pytest.mark.parametrize("negative", ["", "a hat"])
 def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
     tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False), 0).finish()
-    sampling = Sampling(guidance=5.0, negative=negative)
     predict = CFGDenoiser(
-        elsewhere, tuned, elsewhere.tokenize(PROMPTS, tuned.descriptor_id), sampling
+        elsewhere,
+        tuned,
+        elsewhere.tokenize(PROMPTS, tuned.descriptor_id),
+        guidance=5.0,
+        negative_prompt=negative,
     )
     z_t, t = torch.zeros(2, 4, 8, 8, device=THERE), torch.zeros((), device=THERE, dtype=torch.long)
     with torch.no_grad():

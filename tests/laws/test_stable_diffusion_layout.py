@@ -141,7 +141,7 @@ def test_drawing_costs_what_plain_stable_diffusion_costs(stable_diffusion, encod
     t = torch.tensor(500, device="meta")
     both = torch.cat((z_t, z_t))
     text = torch.empty(2 * count, 77, 768, device="meta")
-    predict = CFGDenoiser(model, tuned, tokens(count), Sampling(guidance=7.5))
+    predict = CFGDenoiser(model, tuned, tokens(count), guidance=7.5)
     with torch.no_grad():
         plain = flops(lambda: model.unet(both, t, text))
         ours = flops(lambda: predict(z_t, t))

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from e4t_cli.api.importing import fetch_converted
 from e4t_cli.api.session import Session
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import Base
@@ -235,6 +234,8 @@ def resolve_domain_weights(
         if converted_folder(location) is None:
             with contextlib.suppress(WeightsUnavailable):
                 return weights_folder(domain, name)
+        from e4t_cli.api.importing import fetch_converted
+
         return fetch_converted(domain, name, location, access, repair=repair)
     return weights_folder(domain, name)
 

@@ -21,10 +21,6 @@ import typer
 
 from e4t_cli import __version__
 from e4t_cli.cli import cache, console, domains, export, info, personalize, pretrain
-from e4t_cli.cli import cache as fetch
-from e4t_cli.cli import export as import_
-from e4t_cli.cli import info as doctor
-from e4t_cli.cli import personalize as generate
 from e4t_cli.cli import progress as display
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 
@@ -39,15 +35,15 @@ app = typer.Typer(
     invoke_without_command=True,
 )
 app.command("personalize", epilog=personalize.EXAMPLES)(personalize.personalize)
-app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("generate", epilog=personalize.GENERATE_EXAMPLES)(personalize.generate)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.add_typer(domains.app, name="domains")
-app.add_typer(import_.app, name="import")
+app.add_typer(export.app, name="import")
 app.command("info")(info.info)
-app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
+app.command("fetch", epilog=cache.FETCH_EXAMPLES)(cache.fetch)
 app.add_typer(cache.app, name="cache")
-app.command("doctor")(doctor.doctor)
+app.command("doctor")(info.doctor)
 
 
 def _reflow(group: typer.Typer) -> None:

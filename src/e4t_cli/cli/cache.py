@@ -117,7 +117,7 @@ def _make_sure(console: consoles.Console, yes: bool, question: str) -> None:
         raise UsageError("nothing was removed", hint="-y removes without asking")
 
 
-EXAMPLES = """
+FETCH_EXAMPLES = """
 Examples:\n
 e4t fetch face --base sd14\n
 e4t fetch sd15\n

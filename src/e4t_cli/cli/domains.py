@@ -22,12 +22,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from e4t_cli.cli import console as consoles
-from e4t_cli.cli import domains as domains_add
-from e4t_cli.cli import domains as domains_check
-from e4t_cli.cli import domains as domains_info
-from e4t_cli.cli import domains as domains_new
-from e4t_cli.cli import domains as domains_push
-from e4t_cli.cli import domains as domains_rm
 from e4t_cli.cli.options import DomainName, Json, Offline, Quiet, Yes, complete_domain
 from e4t_cli.errors import E4TError, UsageError
 from e4t_cli.files import shown_size
@@ -65,14 +59,6 @@ def list_domains(json: Json = False) -> None:
     if not listings:
         console.note("no domain is installed; domains/README.md says how to write one")
     return None
-
-
-app.command("info")(domains_info.domain_info)
-app.command("new", epilog=domains_new.EXAMPLES)(domains_new.new)
-app.command("add", epilog=domains_add.EXAMPLES)(domains_add.add)
-app.command("check", epilog=domains_check.EXAMPLES)(domains_check.check)
-app.command("rm")(domains_rm.rm)
-app.command("push", epilog=domains_push.EXAMPLES)(domains_push.push)
 
 
 def _record(listing: Listing) -> dict[str, Any]:
@@ -200,7 +186,7 @@ def _lines(pack: dict[str, Any]) -> dict[str, str]:
     return lines
 
 
-EXAMPLES = """
+ADD_EXAMPLES = """
 Examples: [bold]e4t domains add ./my_dogs[/bold] · [bold]e4t domains add my_dogs.zip[/bold] ·
 [bold]e4t domains add someone/e4t-dogs@COMMIT[/bold]
 """
@@ -252,7 +238,7 @@ def rm(name: OwnName, yes: Yes = False, json: Json = False, quiet: Quiet = False
     console.product(path, {"type": "removed", "name": folder.name, "path": path})
 
 
-DOMAINS_CHECK_EXAMPLES = """
+CHECK_EXAMPLES = """
 In a test: [bold]from e4t_cli.testing import check_domain[/bold], then
 [bold]check_domain("my_dogs")[/bold]
 """
@@ -286,7 +272,7 @@ def check(subject: Subject, json: Json = False, quiet: Quiet = False) -> None:
         raise E4TError(f"{problems} of the checks failed on {subject}")
 
 
-DOMAINS_NEW_EXAMPLES = """
+NEW_EXAMPLES = """
 Example: [bold]e4t domains new my_dogs --descriptor dog[/bold], then
 [bold]pip install -e ./e4t-domain-my-dogs[/bold]
 """
@@ -327,7 +313,7 @@ def new(
     console.note(f"install it: pip install -e {folder}")
 
 
-DOMAINS_PUSH_EXAMPLES = """
+PUSH_EXAMPLES = """
 Example: [bold]e4t domains push my_dogs me/e4t-my-dogs --licence CC0-1.0[/bold]
 """
 
@@ -338,7 +324,7 @@ Which = Annotated[
     str,
     typer.Option("--base", metavar="NAME", show_default=False, help="Which pack, of several."),
 ]
-Licence_domains_push = Annotated[
+PushLicence = Annotated[
     str, typer.Option("--licence", "--license", metavar="NAME", show_default=False,
                       help="Of weights and pictures; default: what the card says.")
 ]  # fmt: skip
@@ -349,7 +335,7 @@ def push(
     name: DomainName,
     repository: Repository,
     base: Which = "",
-    licence: Licence_domains_push = "",
+    licence: PushLicence = "",
     public: Public = False,
     yes: Yes = False,
     json: Json = False,
@@ -382,3 +368,11 @@ def push(
          "location": done.location, "private": done.private, "bytes": done.size},
     )  # fmt: skip
     console.note(f"others: e4t domains add {done.location}")
+
+
+app.command("info")(domain_info)
+app.command("new", epilog=NEW_EXAMPLES)(new)
+app.command("add", epilog=ADD_EXAMPLES)(add)
+app.command("check", epilog=CHECK_EXAMPLES)(check)
+app.command("rm")(rm)
+app.command("push", epilog=PUSH_EXAMPLES)(push)

@@ -16,7 +16,7 @@ from e4t_cli.cli.options import Device, Dtype, Json, Quiet, Verbose
 from e4t_cli.cli.personalize import OwnPlaceholder, Saved
 from e4t_cli.errors import UsageError, printable
 
-EXAMPLES = """
+IMPORT_EXAMPLES = """
 Examples:\n
 e4t import e4t-diffusion ./my-checkpoint --name my_dogs --base sd14\n
 e4t personalize my_dogs rex.jpg "S* on the beach" --base sd14\n
@@ -60,7 +60,7 @@ def weights() -> None:
     """Use weights that another program trained."""
 
 
-@app.command("e4t-diffusion", epilog=EXAMPLES)
+@app.command("e4t-diffusion", epilog=IMPORT_EXAMPLES)
 def e4t_diffusion(
     folder: Folder,
     name: Name = None,
@@ -111,7 +111,7 @@ def e4t_diffusion(
         console.note(f'try it: e4t generate {save} "S* on the beach"')
 
 
-EXPORT_EXAMPLES = """
+EXAMPLES = """
 Examples:\n
 e4t export me.e4t ./me-model\n
 e4t export me.e4t ./me.safetensors\n

@@ -15,7 +15,7 @@ from e4t_cli.cli import options as o
 from e4t_cli.cli.io import STDIN, PreparedSaver, Saver, gather_prompts, sampling_of
 from e4t_cli.errors import UsageError, printable
 
-EXAMPLES = """
+GENERATE_EXAMPLES = """
 Example: e4t generate me.e4t "S* on the beach" "a pencil sketch of S*" -n 4 --grid
 """
 
@@ -71,7 +71,7 @@ def generate(
     saver.rest(result)
 
 
-PERSONALIZE_EXAMPLES = """
+EXAMPLES = """
 Examples:\n
 e4t personalize face me.jpg "S* as an astronaut" -n 4 --seed 7\n
 e4t personalize cat tom.jpg -f prompts.txt --grid -o outputs/tom\n

@@ -24,7 +24,6 @@ from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.unet import UNetState, down_and_mid, embed_latents, pooled_features, up_and_out
 from e4t_cli.nn.word_embedding_encoder import Encoder, FixedEmbedding
-from e4t_cli.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,15 +102,20 @@ class CFGDenoiser:
     """ε_θ of one batch of prompts under guidance, with e_c predicted anew from every z_t."""
 
     def __init__(
-        self, model: TextToImageModel, tuned: TunedModel, tokens: Tokens, sampling: Sampling
+        self,
+        model: TextToImageModel,
+        tuned: TunedModel,
+        tokens: Tokens,
+        *,
+        guidance: float,
+        negative_prompt: str = "",
     ) -> None:
-        assert sampling.guidance is not None
         self.model, self.tuned, self.tokens = model, tuned, tokens
-        self.guidance = sampling.guidance
+        self.guidance = guidance
         self.count = len(tokens.ids)
         self.empty = self._repeated(model.uncond_embeds)
-        if sampling.negative.strip():
-            negative = model.tokenize([sampling.negative], tuned.descriptor_id)
+        if negative_prompt.strip():
+            negative = model.tokenize([negative_prompt], tuned.descriptor_id)
             self.negative = self._repeated(model.embed_prompts(negative))
         else:
             self.negative = self.empty
