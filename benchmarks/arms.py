@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.worlds import World
-from e4t_cli.nn.unet import down_and_mid, pooled_features, embed_latents
+from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features
 from e4t_cli.nn.weight_offsets import WeightOffset, WeightOffsets
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.training.tuning import tune

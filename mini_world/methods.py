@@ -3,7 +3,7 @@
     python -m mini_world.methods face --photos 16 --rates 30 60 100
 
 prints a row a method: how much of the identity and of the prompt is kept, how long a tuning took, and what a kept
-concept weighs. A rate is `TuningRecipe.adapters_rate`; choose it on other photos (`--seed`) than it is reported on.
+concept weighs. A rate is `TuningConfig.adapters_rate`; choose it on other photos (`--seed`) than it is reported on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Art: the concept is a style, so the sentences of training speak of how, not of what."""
 
-from e4t_cli.registry.config import PretrainingConfig, TuningConfig
-from e4t_cli.registry.domain import Domain
+from e4t_cli import Domain, PretrainingConfig, TuningConfig
 
 art = Domain(
     name="art",

@@ -1,8 +1,6 @@
 """Cats: the whole picture counts, five steps suffice."""
 
-from e4t_cli.prompts import SUBJECT_TEMPLATES
-from e4t_cli.registry.config import PretrainingConfig, TuningConfig
-from e4t_cli.registry.domain import Domain
+from e4t_cli import SUBJECT_TEMPLATES, Domain, PretrainingConfig, TuningConfig
 
 cat = Domain(
     name="cat",

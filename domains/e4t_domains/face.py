@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from e4t_cli.errors import InputError, WeightsUnavailable
-from e4t_cli.images.framing import Frame
-from e4t_cli.prompts import SUBJECT_TEMPLATES
-from e4t_cli.registry.config import PretrainingConfig, TuningConfig
-from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
+from e4t_cli import (
+    SUBJECT_TEMPLATES,
+    Domain,
+    Frame,
+    InputError,
+    PreparationTarget,
+    PreparedImage,
+    PretrainingConfig,
+    TuningConfig,
+    WeightsUnavailable,
+)
 from e4t_domains.face_parsing import PUBLIC, find_parser
 
 if TYPE_CHECKING:
@@ -76,7 +82,7 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
 
 def _by_words(image: Image, target: PreparationTarget, reason: WeightsUnavailable) -> PreparedImage:
     """Prepare without a face parser: a mask by words if that can be had, and no alignment."""
-    from e4t_cli.images.preparation import mask_by_words
+    from e4t_cli import mask_by_words
 
     frame = Frame.centered(image.size)
     picture = frame.apply(image, target.size)

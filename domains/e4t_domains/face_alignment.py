@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from e4t_cli.images.framing import Frame
+from e4t_cli import Frame
 from e4t_domains.face_regions import Face, Point
 
 

@@ -13,8 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli.errors import IntegrityError, WeightsUnavailable
-from e4t_cli.registry.domain import PreparationTarget
+from e4t_cli import IntegrityError, PreparationTarget, WeightsUnavailable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,7 +125,7 @@ def load_parser(folder: Path, device: str = "cpu") -> Parser:
     import numpy as np
     from transformers import SegformerForSemanticSegmentation
 
-    from e4t_cli.images.preparation import load_segmenter
+    from e4t_cli import load_segmenter
 
     what = f"the face parser in {folder.name}"
     model = load_segmenter(SegformerForSemanticSegmentation, folder, what)

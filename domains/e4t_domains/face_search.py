@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING
 
-from e4t_cli.errors import InputError
-from e4t_cli.images.framing import Frame
+from e4t_cli import Frame, InputError
 from e4t_domains.face_alignment import AlignmentSpec, frame_of, settle
 from e4t_domains.face_parsing import HEAD, LabelMap, Parser
 from e4t_domains.face_regions import Face, Point, find_faces

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import export, generate, personalize, plan_pretraining, pretrain
+    from .api.dry_run import plan_pretraining
+    from .api.exporting import export
+    from .api.personalization import generate, personalize
+    from .api.pretraining import pretrain
     from .errors import (
         DivergedError,
         E4TError,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from .registry.config import PretrainingConfig, TuningConfig
     from .registry.discovery import find_domain, installed_domains
     from .registry.domain import Domain, PreparationTarget, PreparedImage
+    from .registry.testing import check_domain
     from .sampling import Sampling
 
 _HOME = {
@@ -63,16 +67,17 @@ _HOME = {
     "UsageError": "errors",
     "WeightsUnavailable": "errors",
     "center_square": "images.loading",
-    "export": "api",
+    "check_domain": "registry.testing",
+    "export": "api.exporting",
     "find_domain": "registry.discovery",
-    "generate": "api",
+    "generate": "api.personalization",
     "installed_domains": "registry.discovery",
     "load_segmenter": "images.preparation",
     "mask_by_words": "images.preparation",
     "open_image": "images.loading",
-    "personalize": "api",
-    "pretrain": "api",
-    "plan_pretraining": "api",
+    "personalize": "api.personalization",
+    "pretrain": "api.pretraining",
+    "plan_pretraining": "api.dry_run",
 }
 
 __all__ = [
@@ -99,6 +104,7 @@ __all__ = [
     "WeightsUnavailable",
     "__version__",
     "center_square",
+    "check_domain",
     "export",
     "find_domain",
     "generate",

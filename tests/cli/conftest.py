@@ -30,7 +30,7 @@ class World:
 @pytest.fixture(scope="session")
 def world(base_folder, tmp_path_factory) -> World:
     """A domain called my_faces, pre-trained for two steps on four drawings."""
-    from e4t_cli import api
+    import e4t_cli
     from e4t_cli.registry.config import PretrainingConfig, TuningConfig
     from e4t_cli.registry.domain import Domain
     from tests.conftest import drawn_face
@@ -42,7 +42,7 @@ def world(base_folder, tmp_path_factory) -> World:
         tuning=TuningConfig(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
         prompt_templates=("{}", "a photo of {}"),
     )
-    pack = api.pretrain(
+    pack = e4t_cli.pretrain(
         domain,
         [drawn_face(index, 64)[0] for index in range(4)],
         base=base_folder,

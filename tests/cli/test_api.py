@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from e4t_cli import api
+import e4t_cli
 from e4t_cli.errors import E4TError, InputError, UsageError
 from e4t_cli.images.loading import open_picture
 from e4t_cli.images.preparation import with_mask
@@ -24,7 +24,7 @@ def draw(world):
 
     def draw(image=None, prompts="S* on the beach", **options):
         options = {"base": world.base, **QUICK, **options}
-        return api.personalize(str(world.pack), image or world.photo, prompts, **options)
+        return e4t_cli.personalize(str(world.pack), image or world.photo, prompts, **options)
 
     return draw
 
@@ -163,7 +163,7 @@ def test_the_door_and_the_commands_have_the_same_defaults():
     from e4t_cli.cli.personalize import generate, personalize
 
     same = {"number": "images_per_prompt"}
-    for command, function in ((personalize, api.personalize), (generate, api.generate)):
+    for command, function in ((personalize, e4t_cli.personalize), (generate, e4t_cli.generate)):
         ours = inspect.signature(function).parameters
         for name, parameter in inspect.signature(command).parameters.items():
             known = ours.get(same.get(name, name))

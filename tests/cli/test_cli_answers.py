@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from e4t_cli import registry
 from e4t_cli.cli import console
 from e4t_cli.cli import progress as display
 from e4t_cli.errors import UsageError
+from e4t_cli.registry import discovery
 
 COMMANDS = [
     ["personalize"],
@@ -194,7 +194,7 @@ def test_domains_list_json(run):
 
 
 def test_a_users_domain_is_listed(run, world):
-    folder = registry.user_domains_folder()
+    folder = discovery.user_domains_folder()
     folder.mkdir(parents=True)
     os.symlink(world.pack, folder / "my_faces")
     row = next(row for row in run("domains", "list").lines if row.startswith("my_faces"))
@@ -205,7 +205,7 @@ def test_a_users_domain_is_listed(run, world):
 
 
 def test_a_broken_domain_hurts_nobody_and_is_explained(run):
-    folder = registry.user_domains_folder() / "sick"
+    folder = discovery.user_domains_folder() / "sick"
     folder.mkdir(parents=True)
     (folder / "domain.toml").write_text("schema = 1\nname = \x1b[31m")
     ended = run("domains", "list")

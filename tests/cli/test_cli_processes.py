@@ -15,7 +15,7 @@ import pytest
 # exactly one stage and no test loads torch to see what a signal does.
 WAITING = """
 import sys, time
-from e4t_cli import api
+from e4t_cli.api import personalization
 from e4t_cli.cli import app
 from e4t_cli.progress import Progress
 
@@ -24,7 +24,7 @@ def personalize(*arguments, on_progress, **options):
     for _ in range(600):
         time.sleep(0.05)
 
-api.personalize = personalize
+personalization.personalize = personalize
 sys.argv = ["e4t", "personalize", "face", "me.png", "S* x", *{more!r}]
 app.main()
 """
@@ -214,8 +214,8 @@ def test_a_path_that_is_no_text_comes_out_as_it_is(tmp_path):
 SAVE_FIVE = """
 import sys
 from PIL import Image
-from e4t_cli.metadata import GenerationRecord
-from e4t_cli.results import GeneratedImage
+from e4t_cli.images.png_metadata import GenerationRecord
+from e4t_cli.images.results import GeneratedImage
 
 record = GenerationRecord(
     prompt="S* x", seed=7, steps=1, guidance=1.0, scheduler="ddim", width=8, height=8,

@@ -292,9 +292,9 @@ def test_every_cause_has_its_code(run, world, monkeypatch, error, code, words):
         raise cause
 
     place = (
-        "results.new_files.write_atomically"
+        "images.results.write_atomically"
         if code == 6 and "space" in words + error
-        else "tuning.tune"
+        else "training.tuning.tune"
     )
     monkeypatch.setattr(f"e4t_cli.{place}", fail)
     ended = run(*world.personalize())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from e4t_cli import api
+import e4t_cli
 from e4t_cli import files as making
 from e4t_cli.formats import diffusers_folder as folder
 from e4t_cli.formats.concept import Concept
@@ -35,7 +35,7 @@ def installed(world):
 def saved(world, installed, tmp_path_factory):
     """A concept of the tiny world, in a file."""
     path = tmp_path_factory.mktemp("saved") / "me.e4t"
-    made = api.personalize(world.pack, world.photo, base=world.base, tune_steps=1, seed=4)
+    made = e4t_cli.personalize(world.pack, world.photo, base=world.base, tune_steps=1, seed=4)
     made.concept.save(path)
     return path
 
@@ -84,7 +84,7 @@ def test_the_word_is_the_mean_over_noise_levels(model, tuned, face):
 
 @pytest.mark.parametrize("method", ["exact", "adapters"])
 def test_the_command(run, world, installed, tmp_path, method):
-    made = api.personalize(
+    made = e4t_cli.personalize(
         world.pack, str(world.photo), base=world.base, tune_steps=1, tune=method, keep_weights=True
     )
     made.concept.save(tmp_path / "me.e4t")
@@ -240,6 +240,6 @@ def test_a_lora_by_the_command(run, world, saved, tmp_path):
 
 def test_the_base_is_still_there_to_be_compared_with(world, saved, tmp_path):
     """A base that was loaded for this alone is used up by tuning, but not here."""
-    found = api.export(saved, tmp_path / "me.safetensors", lora=4, base=world.base)
+    found = e4t_cli.export(saved, tmp_path / "me.safetensors", lora=4, base=world.base)
     assert found.kept < 1  # compared with itself, nothing would be missing
     assert load_file(found.path)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from e4t_cli import api
+import e4t_cli
 from e4t_cli.cli.pretrain import pretrain as command
 from e4t_cli.registry.discovery import user_domains_folder
 from tests.conftest import drawn_face
@@ -111,13 +111,13 @@ def test_numbers_out_of_range(pretrain, option, value, words):
 
 
 def test_the_command_writes_no_default_twice():
-    ours = inspect.signature(api.pretrain).parameters
+    ours = inspect.signature(e4t_cli.pretrain).parameters
     other = {"batch": "batch_size", "base_lr": "base_learning_rate", "tracker": "trackers"}
     for name, parameter in inspect.signature(command).parameters.items():
         known = ours.get(other.get(name, name))
         if known is not None and known.default is not inspect.Parameter.empty:
             assert (parameter.default or ()) == (known.default or ()), name
-    rehearsed = inspect.signature(api.plan_pretraining).parameters
+    rehearsed = inspect.signature(e4t_cli.plan_pretraining).parameters
     for name, parameter in rehearsed.items():
         assert parameter.default == ours[name].default, name
 

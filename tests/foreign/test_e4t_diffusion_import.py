@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import e4t_cli
-from e4t_cli import api
 from e4t_cli.api.importing import import_checkpoint, import_concept
 from e4t_cli.cli.app import run
 from e4t_cli.errors import E4TError, IntegrityError, ResourceError, UsageError
@@ -261,7 +260,7 @@ def test_the_other_process_has_no_network_and_no_programs(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     code = """
 import json, os, sys
-from e4t_cli.e4t_diffusion.isolation import forbid, leave_the_network
+from e4t_cli.formats.e4t_diffusion.runner import forbid, leave_the_network
 leave_the_network()
 import torch, socket, subprocess, urllib.request
 forbid()
@@ -362,13 +361,13 @@ def test_import_and_personalize(checkpoint, base_folder, tmp_path, capfd):
     (folder / "domain.toml").write_text(card[:start] + 'templates = ["{}"]\n' + card[end:])
     photo = tmp_path / "photo.png"
     drawn_face(size=80)[0].save(photo)
-    done = api.personalize(
+    done = e4t_cli.personalize(
         "people", photo, "S* on the beach", base=base_folder, tune_steps=1, seed=3,
         sampling={"steps": 2}, device="cpu",
     )  # fmt: skip
     assert len(done.images) == 1
     done.concept.save(tmp_path / "me.e4t")
-    again = api.generate(
+    again = e4t_cli.generate(
         tmp_path / "me.e4t", "S* on the beach", base=base_folder, seed=3, sampling={"steps": 2},
         device="cpu",
     )  # fmt: skip
@@ -422,7 +421,7 @@ def test_a_tuned_checkpoint_becomes_a_concept(
     expected = checkpoints.dense_encoder(encoder, pixels, means)
     e_c = tuned.embedding(means)
     torch.testing.assert_close(e_c, tuned.e_domain + 0.1 * expected, rtol=1e-3, atol=1e-3)
-    drawn = api.generate(
+    drawn = e4t_cli.generate(
         concept, "S* on the beach", base=base_folder, seed=3, sampling={"steps": 2}, device="cpu"
     )
     assert len(drawn.images) == 1

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from e4t_cli import api
+import e4t_cli
 from e4t_cli.api import importing as public_weights
 from e4t_cli.api.importing import fetch_converted
 from e4t_cli.api.resolve import needs_image_tower, resolve_domain_weights
@@ -136,7 +136,7 @@ def test_the_licence_first_then_once_and_for_all(
     from e4t_cli.models.text_to_image import TextToImageModel
 
     model = TextToImageModel.load(sd14)
-    done = api.personalize(
+    done = e4t_cli.personalize(
         domain, photo, "S* on the beach", base=model, seed=3, sampling={"steps": 2}
     )
     assert len(done.images) == 1

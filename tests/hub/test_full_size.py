@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from e4t_cli import registry
 from e4t_cli.cli import app
 from e4t_cli.hub import image_tower as towers
 from e4t_cli.hub.paths import HubAccess
@@ -69,7 +68,7 @@ def test_a_domain_comes_with_its_networks(published, tmp_path, monkeypatch, capf
         weights={"sd14": f"hub:me/pack@{commit}"},
         networks=(PARSER,),
     )
-    monkeypatch.setattr(registry, "find_domain", lambda name: domain)
+    monkeypatch.setattr(discovery, "find_domain", lambda name: domain)
     wanted = ("fetch", "look", "--base", "sd14")
     assert app.run([*wanted, "--accept-license"]) == 0
     out, err = capfd.readouterr()

@@ -200,7 +200,7 @@ def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch)
     """From an id to a picture in one command, then offline, then from the saved concept."""
     from PIL import Image
 
-    from e4t_cli import api
+    import e4t_cli
     from e4t_cli.registry.config import PretrainingConfig, TuningConfig
     from e4t_cli.registry.domain import Domain
     from tests.conftest import drawn_face
@@ -214,7 +214,7 @@ def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch)
     )
     from e4t_cli.registry.discovery import user_domains_folder
 
-    api.pretrain(
+    e4t_cli.pretrain(
         domain,
         [drawn_face(index, 64)[0] for index in range(2)],
         base="owner/tiny",

@@ -37,7 +37,7 @@ def test_facts_about_a_base(model, pack, tmp_path):
 
 
 def test_pretraining_states_them(model, tmp_path):
-    from e4t_cli import api
+    import e4t_cli
     from e4t_cli.registry.config import PretrainingConfig, TuningConfig
     from tests.conftest import drawn_face
 
@@ -47,7 +47,7 @@ def test_pretraining_states_them(model, tmp_path):
         tuning=TuningConfig(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
         prompt_templates=("{}", "a photo of {}"),
     )
-    folder = api.pretrain(
+    folder = e4t_cli.pretrain(
         domain,
         [drawn_face(index, 64)[0] for index in range(3)],
         base=model,

@@ -21,7 +21,6 @@ from e4t_cli.nn.unet import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, ImageTower, WordEmbeddingEncoder
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
-from e4t_cli.sampling import Sampling
 from e4t_cli.training.loss import TrainingBatch, cached_offsets, training_loss
 from e4t_cli.training.memory import plan_tuning
 from e4t_cli.training.trainable import METHODS

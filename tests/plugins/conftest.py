@@ -6,12 +6,12 @@ import textwrap
 import pytest
 
 GOOD = """
-    from e4t_cli import Domain, TuningRecipe
+    from e4t_cli import Domain, TuningConfig
 
     {name} = Domain(
         name="{name}",
         descriptor="{name}",
-        tuning=TuningRecipe(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4),
+        tuning=TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4),
     )
 """
 

@@ -20,10 +20,10 @@ print("hello from a plug-in")
 sys.stdout.write("and again\\n")
 logging.warning("look here")
 warnings.warn("old")
-from e4t_cli import Domain, TuningRecipe
+from e4t_cli import Domain, TuningConfig
 chatty = Domain(
     name="chatty", descriptor="dog",
-    tuning=TuningRecipe(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4),
+    tuning=TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4),
 )
 """
 

@@ -76,8 +76,8 @@ BROKEN = {
         "version 2 of the domain contract",
     ),
     "nonsense": (
-        "from e4t_cli import Domain, TuningRecipe\n"
-        "nonsense = Domain(name='nonsense', descriptor='x', tuning=TuningRecipe("
+        "from e4t_cli import Domain, TuningConfig\n"
+        "nonsense = Domain(name='nonsense', descriptor='x', tuning=TuningConfig("
         "steps=0, base_learning_rate=1e-6, embedding_penalty=0))",
         "steps must be 1 or more",
     ),

@@ -56,7 +56,7 @@ def test_a_misspelt_field_is_refused():
     ],
 )
 def test_tuning_numbers_are_checked(change):
-    with pytest.raises(ValueError, match=f"TuningRecipe.{next(iter(change))} must be"):
+    with pytest.raises(ValueError, match=f"TuningConfig.{next(iter(change))} must be"):
         TUNING.replace(**change)
 
 

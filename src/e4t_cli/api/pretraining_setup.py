@@ -21,7 +21,6 @@ from e4t_cli.datasets.sources import Generated, Listed, Source, Streamed
 from e4t_cli.errors import E4TError, ResourceError, UsageError, WeightsUnavailable, printable
 from e4t_cli.files import free_bytes, shown_size
 from e4t_cli.hub.paths import user_cache
-from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, installed_domains, user_domain, user_domains_folder
@@ -29,6 +28,7 @@ from e4t_cli.registry.domain import Domain, check_name
 from e4t_cli.registry.weights import weights_folder
 
 if TYPE_CHECKING:
+    from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.pretraining.batches import DistributedContext
     from e4t_cli.pretraining.encoded_images import TrainingData
 

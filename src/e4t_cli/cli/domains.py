@@ -239,7 +239,7 @@ def rm(name: OwnName, yes: Yes = False, json: Json = False, quiet: Quiet = False
 
 
 CHECK_EXAMPLES = """
-In a test: [bold]from e4t_cli.testing import check_domain[/bold], then
+In a test: [bold]from e4t_cli import check_domain[/bold], then
 [bold]check_domain("my_dogs")[/bold]
 """
 

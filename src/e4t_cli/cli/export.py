@@ -84,17 +84,16 @@ def e4t_diffusion(
     console = consoles.start(json=json, quiet=quiet, verbose=verbose)
     if image is not None and save is None:
         raise UsageError("--image is for a tuned checkpoint's concept", hint="add --save me.e4t")
-    from e4t_cli.api import importing as foreign
-    from e4t_cli.api import importing as foreign_concepts
+    from e4t_cli.api import importing
 
     with console.progress() as on_progress:
         if save is None:
-            made = foreign.import_checkpoint(
+            made = importing.import_checkpoint(
                 folder, name=name, base=base, licence=licence,
                 normalised_patches=normalised_patches, on_progress=on_progress,
             )  # fmt: skip
         else:
-            made = foreign_concepts.import_concept(
+            made = importing.import_concept(
                 folder, save, image=image, name=name, base=base, licence=licence,
                 normalised_patches=normalised_patches, device=device, dtype=dtype,
                 on_progress=on_progress,
@@ -149,10 +148,10 @@ def export(
     if not concept.is_file():
         shown = printable(str(concept))
         raise UsageError(f"there is no file {shown}", hint="make one: e4t personalize … --save")
-    from e4t_cli import api
+    from e4t_cli.api import exporting
 
     with console.progress() as on_progress:
-        made = api.export(
+        made = exporting.export(
             concept, path, lora=lora, placeholder=placeholder, base=base, device=device,
             dtype=dtype, vram=vram, offline=offline, accept_license=console.consent(accept_license),
             on_progress=on_progress,

@@ -53,7 +53,7 @@ def generate(
     wanted = gather_prompts(prompts or [], prompts_file, placeholder=placeholder)
     if not wanted:
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
-    from e4t_cli import api
+    from e4t_cli.api import personalization as api
 
     saver = Saver(console, out, metadata=not no_metadata, grid=grid)
     with console.progress() as on_progress:
@@ -133,7 +133,8 @@ def personalize(
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
     if keep_weights and save is None:
         raise UsageError("--keep-weights needs a file to keep them in", hint="add --save me.e4t")
-    from e4t_cli import api
+    from e4t_cli.api import personalization as api
+    from e4t_cli.api import preprocessing
 
     if dry_run:
         plan = api.plan(
@@ -152,7 +153,7 @@ def personalize(
     consent = console.consent(accept_license)
     if keep is not None and not wanted and save is None:
         with console.progress() as on_progress:
-            prepared = api.prepare(
+            prepared = preprocessing.prepare(
                 domain, image, base=base, device=device, offline=offline, accept_license=consent,
                 on_progress=on_progress, **photo,
             )  # fmt: skip

@@ -134,7 +134,8 @@ def pretrain(
     # Under a launcher the same command runs in every process, and one of them speaks.
     first = os.environ.get("RANK", "0") == "0"
     console = consoles.start(json=json, quiet=quiet or not first, verbose=verbose)
-    from e4t_cli import api
+    from e4t_cli.api import dry_run as planning
+    from e4t_cli.api import pretraining
 
     asked: dict[str, Any] = {
         "descriptor": descriptor, "base": base, "steps": steps, "batch_size": batch,
@@ -144,14 +145,14 @@ def pretrain(
     }  # fmt: skip
     if dry_run:
         with console.progress() as on_progress:
-            plan = api.plan_pretraining(domain, data, **asked, on_progress=on_progress)
+            plan = planning.plan_pretraining(domain, data, **asked, on_progress=on_progress)
         if first:
             console.details(domain, plan if json else _as_people_say_it(plan))
         return
     console.resume_hint = "the same command goes on from the last checkpoint"
     console.stop = StopRequest()
     with console.progress() as on_progress:
-        folder = api.pretrain(
+        folder = pretraining.pretrain(
             domain,
             data,
             **asked,

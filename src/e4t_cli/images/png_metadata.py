@@ -58,7 +58,7 @@ class GenerationRecord:
         domain, base, base_fingerprint, pack_fingerprint: on what it stands.
         placeholder: how the concept was spelled in the prompt.
         photo_sha256: of the photo's bytes; the photo itself is not in here.
-        tuning: the recipe really used, as `TuningRecipe.as_dict()`, and its seed.
+        tuning: the recipe really used, as `TuningConfig.as_dict()`, and its seed.
         versions: of the packages, see `package_versions`.
     """
 

@@ -228,7 +228,7 @@ def write_domain_folder(
     dtype: torch.dtype = torch.float32,
     offsets_dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the fields of a `PretrainedDomain` into a folder, the card last.
+    """Write the fields of a `DomainWeights` into a folder, the card last.
 
     Args:
         folder: made if it does not exist; an older pack in it is replaced.
@@ -281,7 +281,7 @@ def write_domain_folder(
 
 
 def read_domain_folder(folder: str | Path) -> dict[str, Any]:
-    """Return the fields of a `PretrainedDomain`, in float32 on the CPU.
+    """Return the fields of a `DomainWeights`, in float32 on the CPU.
 
     Raises:
         WeightsUnavailable: there is no pack in the folder.

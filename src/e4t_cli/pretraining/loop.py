@@ -67,7 +67,7 @@ def packed(
 
     Args:
         images: how many pictures it has learned from.
-        stated: other fields of `PretrainedDomain`.
+        stated: other fields of `DomainWeights`.
     """
     return DomainWeights(
         encoder=copy.deepcopy(encoder).cpu(),

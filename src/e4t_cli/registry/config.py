@@ -119,9 +119,9 @@ class TuningConfig(_Config):
             check_number(self, name, least=0)
         if self.method not in TUNING_METHODS:
             methods = " or ".join(map(repr, TUNING_METHODS))
-            raise ValueError(f"TuningRecipe.method must be {methods}, not {self.method!r}")
+            raise ValueError(f"TuningConfig.method must be {methods}, not {self.method!r}")
         if not isinstance(self.mask, bool):
-            raise ValueError(f"TuningRecipe.mask must be True or False, not {self.mask!r}")
+            raise ValueError(f"TuningConfig.mask must be True or False, not {self.mask!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ class PretrainingConfig(_Config):
         for name in ("embedding_penalty", "encoder_rate", "offsets_rate"):
             check_number(self, name, least=0)
         if not isinstance(self.mask, bool):
-            raise ValueError(f"PretrainingRecipe.mask must be True or False, not {self.mask!r}")
+            raise ValueError(f"PretrainingConfig.mask must be True or False, not {self.mask!r}")
 
 
 # Forward and backward of one 512-pixel picture with only W_q, W_k, W_v and offsets in training,

@@ -227,12 +227,12 @@ class Domain:
         if not isinstance(self.descriptor, str) or not self.descriptor.strip():
             raise ValueError(f"Domain.descriptor must be a word, not {self.descriptor!r}")
         if not isinstance(self.tuning, TuningConfig):
-            raise ValueError(f"Domain.tuning must be a TuningRecipe, not {self.tuning!r}")
+            raise ValueError(f"Domain.tuning must be a TuningConfig, not {self.tuning!r}")
         if self.tuning.steps < 1:
             raise ValueError("Domain.tuning.steps must be 1 or more")
         if self.pretraining is not None and not isinstance(self.pretraining, PretrainingConfig):
             raise ValueError(
-                f"Domain.pretraining must be a PretrainingRecipe, not {self.pretraining!r}"
+                f"Domain.pretraining must be a PretrainingConfig, not {self.pretraining!r}"
             )
         if self.prepare is not None and not callable(self.prepare):
             raise ValueError(f"Domain.prepare must be a function, not {self.prepare!r}")

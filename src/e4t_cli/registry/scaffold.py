@@ -111,8 +111,8 @@ def _recipes(card: Manifest | None) -> str:
     before = {k: v for k, v in pretraining.as_dict().items() if v != _USUAL.get(k)}
     return (
         f"    # The numbers are {origin}.\n"
-        f"    tuning=TuningRecipe({_arguments(changed)}),\n"
-        f"    pretraining=PretrainingRecipe({_arguments(before)}),"
+        f"    tuning=TuningConfig({_arguments(changed)}),\n"
+        f"    pretraining=PretrainingConfig({_arguments(before)}),"
     )
 
 

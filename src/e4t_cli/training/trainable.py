@@ -185,4 +185,4 @@ METHODS: Mapping[str, type[FullFineTuning] | type[LoraFineTuning]] = {
     "exact": FullFineTuning,
     "adapters": LoraFineTuning,
 }
-"""`TuningRecipe.method` -> what it trains."""
+"""`TuningConfig.method` -> what it trains."""

@@ -1,4 +1,4 @@
-"""Imports only go down: the house as a table, held by reading every module's syntax tree."""
+"""Imports only go down: the layers of the package as a table, checked against every module."""
 
 import ast
 import re
@@ -13,51 +13,39 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "e4t_cli"
 DOMAINS = ROOT / "domains" / "e4t_domains"
 
-FLOORS = [
-    # the contract: standard library only
-    {"errors", "framing", "names", "progress", "recipes", "stopping"},
-    {"domain", "decoding"},
-    {
-        "files",
-        "manifest",
-        "prompts",
-        "images",
-        "bases",
-        "metadata",
-        "architecture",
-        "estimates",
-    },  # finding and seeing
-    {"hub"},  # files of the hub
-    {"segmenters"},
-    {"preparation"},
-    {"registry", "photos"},
-    {"sources"},  # where a domain's pictures come from
-    {"nn", "randomness", "devices"},  # the paper's mathematics: torch only
-    {"recording"},  # and what makes it fast on a card
-    {"pack_files"},
-    {"base_model", "encoders"},  # the world outside
-    {"pack_folder"},
-    {"pretrained"},
-    {"e4t_diffusion"},  # checkpoints of another program
-    {"tuned_model", "concept_file"},
-    {"concept"},
-    {"training_loss", "memory"},
-    {"tuning", "pretraining"},  # the work
-    {"generation", "safety"},
-    {"results", "exporting"},
-    {"watching"},
-    {"session"},
-    {"api", "testing", "shelf"},  # the library
+LAYERS = [
+    {"errors", "progress"},
+    {"files", "devices", "images.framing", "registry.config"},
+    {"registry.domain"},  # the contract with the author of a domain
+    {"prompts", "registry.manifest", "images"},
+    {"hub", "nn"},
+    {"images.preparation", "registry.discovery"},
+    {"registry.weights", "datasets", "models"},
+    {"formats", "training"},
+    {"sampling", "images.results"},
+    {"pretraining"},
+    {"api", "registry"},
     {"cli"},
 ]
-HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-DOOR = {"__init__", "__main__"}  # re-exports everything, lazily
+"""From the lowest to the highest. `package.module` overrides the layer of its package."""
+HEIGHT = {unit: height for height, units in enumerate(LAYERS) for unit in units}
+PUBLIC = {"__init__", "__main__"}  # re-exports everything, lazily
 FILES = sorted(SOURCE.rglob("*.py"))
+CONTRACT = {"errors", "progress", "files", "prompts"} | {
+    *("images.framing", "registry.config", "registry.domain"),
+}
 
 
-def room_of(path):
-    """A module's room: its own name, or that of the folder it is in."""
-    return path.relative_to(SOURCE).with_suffix("").parts[0]
+def module_of(path):
+    """Return a file's module inside the package: "images.framing"."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+
+
+def unit_of(module):
+    """Return the entry of the table that a module belongs to."""
+    parts = module.split(".")
+    single = ".".join(parts[:2])
+    return single if single in HEIGHT else parts[0]
 
 
 def absolute(node, path):
@@ -82,14 +70,14 @@ def imports(path, *, top_only=False):
             yield node.lineno if hasattr(node, "lineno") else 0, name
 
 
-def test_every_module_has_a_floor():
-    assert {room_of(path) for path in FILES} - DOOR <= set(HEIGHT)
+def test_every_module_has_a_layer():
+    assert {unit_of(module_of(path)) for path in FILES} - PUBLIC == set(HEIGHT)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+@pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_imports_only_go_down(path):
-    room = room_of(path)
-    if room in DOOR:
+    unit = unit_of(module_of(path))
+    if unit in PUBLIC:
         return
     for line, name in imports(path):
         package, _, rest = name.partition(".")
@@ -97,17 +85,18 @@ def test_imports_only_go_down(path):
             pytest.fail(f"{path.name}:{line} imports {name}: the library knows no domain by name")
         if package != "e4t_cli" or rest == "__version__":
             continue
-        other = rest.partition(".")[0]
-        assert other in HEIGHT, f"{path.name}:{line} imports {name}, which has no floor"
-        below = HEIGHT[other] < HEIGHT[room] or other == room
-        assert below, f"{path.name}:{line} climbs from {room} to {other}"
+        other = unit_of(rest)
+        assert other in HEIGHT, f"{path.name}:{line} imports {name}, which has no layer"
+        below = HEIGHT[other] < HEIGHT[unit] or other.partition(".")[0] == unit.partition(".")[0]
+        assert below, f"{path.name}:{line}: {unit} imports {other}, which is above it"
 
 
-@pytest.mark.parametrize("room", sorted(FLOORS[0]) + ["domain", "prompts", "files"])
-def test_the_contract_needs_the_standard_library_only(room):
-    for line, name in imports(SOURCE / f"{room}.py", top_only=True):
+@pytest.mark.parametrize("module", sorted(CONTRACT))
+def test_the_contract_needs_the_standard_library_only(module):
+    path = SOURCE / f"{module.replace('.', '/')}.py"
+    for line, name in imports(path, top_only=True):
         package = name.partition(".")[0]
-        assert package in sys.stdlib_module_names | {"e4t_cli"}, f"{room}.py:{line} imports {name}"
+        assert package in sys.stdlib_module_names | {"e4t_cli"}, f"{module}:{line} imports {name}"
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "nn").glob("*.py")), ids=lambda path: path.name)
@@ -118,11 +107,14 @@ def test_the_mathematics_needs_torch_only(path):
         assert package in allowed, f"{path.name}:{line} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
-def test_the_registry_stays_at_the_door(path):
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_names_are_resolved_in_the_api(path):
     """Below the api, functions take a Domain, never its name."""
-    if room_of(path) != "registry" and HEIGHT.get(room_of(path), 99) < HEIGHT["api"]:
-        assert not [line for line, name in imports(path) if name.startswith("e4t_cli.registry")]
+    unit = unit_of(module_of(path))
+    if not unit.startswith("registry") and HEIGHT.get(unit, 99) < HEIGHT["api"]:
+        found = [name for _, name in imports(path) if name.startswith("e4t_cli.registry")]
+        allowed = ("registry.config", "registry.domain", "registry.manifest")
+        assert all(name.startswith(tuple(f"e4t_cli.{one}" for one in allowed)) for name in found)
 
 
 @pytest.mark.parametrize("path", sorted(DOMAINS.glob("*.py")), ids=lambda path: path.name)
@@ -142,14 +134,11 @@ def test_nobody_imports_click():
         assert not [name for _, name in imports(path) if name.partition(".")[0] == "click"]
 
 
-def test_contributing_shows_this_house():
+def test_contributing_shows_the_layers():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    table = page.partition("## Floors")[2].partition("\n- ")[0]
-    named = set(re.findall(r"`(\w+)/?`", table))
-    assert named == set(HEIGHT)
-    rows = [re.findall(r"`(\w+)/?`", line) for line in table.splitlines() if line.startswith("|")]
-    lowest = [min(HEIGHT[room] for room in row) for row in rows if row]
-    assert lowest == sorted(lowest, reverse=True)
+    table = page.partition("## Layers")[2].partition("\n- ")[0]
+    rows = [re.findall(r"`([\w.]+)/?`", line) for line in table.splitlines() if line[:1] == "|"]
+    assert [set(row) for row in rows if row] == LAYERS[::-1]
 
 
 def test_contributing_shows_the_exit_codes():
