@@ -9,7 +9,7 @@ READY := $(VENV)/.installed
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help demo test lint bench mini
+.PHONY: help demo test lint types dist hooks bench mini
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -29,9 +29,19 @@ demo: $(READY) ## one drawn face in eight new scenes: outputs/demo-grid.png
 test: $(READY) ## the whole suite on the CPU, offline (e.g. make test ARGS="-k images -x")
 	$(RUN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-lint: $(VENV)/.linter ## ruff: style and formatting
+lint: $(VENV)/.linter ## style, formatting and spelling: ruff and typos
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/typos
+
+types: $(VENV)/.linter ## the types of src and domains: mypy
+	$(RUN)/mypy
+
+dist: $(VENV)/.linter ## a wheel and a source archive, in dist/
+	$(RUN)/python -m build --outdir dist
+
+hooks: $(VENV)/.linter ## run lint and types before each commit: pre-commit
+	$(RUN)/pre-commit install
 
 bench: $(READY) ## time and memory, arm against arm (real size on a GPU, a small one on a CPU)
 	$(RUN)/python -m benchmarks $(ARGS)
