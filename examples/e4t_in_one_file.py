@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from transformers import CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE, PACKS = ROOT / "src/e4t_cli/data/mini", ROOT / "domains/e4t_domains/packs"
+BASE, PACKS = ROOT / "src/e4t_cli/models/mini", ROOT / "domains/e4t_domains/packs"
 # The image tower of `mini`. It was trained with pixels in -1 … 1; others have a mean of their own.
 TOWER = {"image_size": 64, "patch_size": 8, "width": 128, "layers": 8, "heads": 4, "mlp_ratio": 4.0}
 S = 0.1  # s of eq. 1

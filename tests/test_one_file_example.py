@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from e4t_cli.base_model import TextToImageModel
-from e4t_cli.domain import PreparedImage
-from e4t_cli.generation import sample
-from e4t_cli.images import center_square
-from e4t_cli.pretrained import PretrainedDomain
+from e4t_cli.images.loading import center_square
+from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.tuning import tune
+from e4t_cli.registry.domain import PreparedImage
+from e4t_cli.sampling import sample
+from e4t_cli.training.tuning import tune
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILE = EXAMPLES / "e4t_in_one_file.py"
@@ -45,7 +45,7 @@ def both(request, example):
         ImageDraw.Draw(mask).ellipse((9, 6, 50, 61), fill=255)  # its border cuts through latents
         ImageDraw.Draw(mask).rectangle((20, 55, 41, 63), fill=100)
 
-    model, pretrained = TextToImageModel.load(example.BASE), PretrainedDomain.load(pack)
+    model, pretrained = TextToImageModel.load(example.BASE), DomainWeights.load(pack)
     # The gradients of `mini` are smaller than the pack's limit, which would leave it untested.
     recipe = pretrained.tuning.replace(steps=2 if masked else 3, gradient_clip=0.01)
     told = []

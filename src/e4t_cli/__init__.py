@@ -31,11 +31,13 @@ if TYPE_CHECKING:
         WeightsUnavailable,
     )
     from .formats.concept import Concept
+    from .hub.bases import find_base
     from .images.framing import Frame
     from .images.loading import center_square, open_image
     from .images.preparation import load_segmenter, mask_by_words
     from .images.results import GeneratedImage, Personalization
     from .models.domain_weights import DomainWeights
+    from .models.text_to_image import TextToImageModel
     from .progress import Progress
     from .prompts import SUBJECT_TEMPLATES
     from .registry.config import PretrainingConfig, TuningConfig
@@ -63,12 +65,14 @@ _HOME = {
     "ResourceError": "errors",
     "SUBJECT_TEMPLATES": "prompts",
     "Sampling": "sampling",
+    "TextToImageModel": "models.text_to_image",
     "TuningConfig": "registry.config",
     "UsageError": "errors",
     "WeightsUnavailable": "errors",
     "center_square": "images.loading",
     "check_domain": "registry.testing",
     "export": "api.exporting",
+    "find_base": "hub.bases",
     "find_domain": "registry.discovery",
     "generate": "api.personalization",
     "installed_domains": "registry.discovery",
@@ -99,6 +103,7 @@ __all__ = [
     "ResourceError",
     "SUBJECT_TEMPLATES",
     "Sampling",
+    "TextToImageModel",
     "TuningConfig",
     "UsageError",
     "WeightsUnavailable",
@@ -106,6 +111,7 @@ __all__ = [
     "center_square",
     "check_domain",
     "export",
+    "find_base",
     "find_domain",
     "generate",
     "installed_domains",

@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from safetensors import SafetensorError
-
 from e4t_cli.errors import ResourceError, UsageError, printable
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
@@ -136,6 +134,8 @@ def making(path: Path, needed: int) -> Iterator[Path]:
     Raises:
         ResourceError: the disk has no room, or something could not be written.
     """
+    from safetensors import SafetensorError
+
     free = free_bytes(path.parent)
     if needed + SPARE_BYTES > free:
         raise ResourceError(

@@ -35,7 +35,7 @@ def fetch_elsewhere(commit: str, before: str = "", **options) -> subprocess.Pope
     """Fetch in a process of its own."""
     code = f"""
 {before}
-from e4t_cli.hub.fetching import fetch_files
+from e4t_cli.hub.download import fetch_files
 from e4t_cli.errors import E4TError
 try:
     print(fetch_files("owner/tiny", {commit!r}, {ALL!r}))

@@ -60,6 +60,8 @@ def test_a_command_is_rehearsed(hub, pins, tmp_path, monkeypatch, capfd):
 
 
 def test_a_domain_comes_with_its_networks(published, tmp_path, monkeypatch, capfd):
+    from e4t_cli.registry import discovery
+
     commit = published.add("me/pack", write_domain_folder(tmp_path / "pack"))
     domain = Domain(
         name="look",

@@ -278,7 +278,7 @@ def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(
         return reduce_memory(self)
 
     monkeypatch.setattr(Trainer, "gradients", short_of_memory)
-    monkeypatch.setattr(Trainer, "retreat", retreating)
+    monkeypatch.setattr(Trainer, "reduce_memory", retreating)
     tune(model, pack, face, autocast=False)
     assert len(left) == 2
 

@@ -82,7 +82,7 @@ def test_no_offset_is_evaluated_and_no_tower_is_called_while_drawing(model, tune
     for kind in (WeightOffset, FactoredWeightOffset):
         monkeypatch.setattr(kind, "factors", never)
     monkeypatch.setattr(type(model.image_tower), "forward", never)
-    monkeypatch.setattr(type(tuned.encoder), "fold", never)
+    monkeypatch.setattr(type(tuned.encoder), "encode_image", never)
     generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
 
 
@@ -114,8 +114,8 @@ def test_an_empty_negative_prompt_in_words_is_the_shared_pass(model, tuned):
     shared = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
     original = CFGDenoiser.__init__
 
-    def separate(self, *args):
-        original(self, *args)
+    def separate(self, *args, **options):
+        original(self, *args, **options)
         self.negative = self.empty.clone()  # equal, but not the same: no sharing
 
     with pytest.MonkeyPatch.context() as patch:

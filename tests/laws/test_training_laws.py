@@ -289,7 +289,7 @@ def test_a_half_precision_base_is_tuned_and_merged_in_float32(base_folder, pack,
         run_unet.extend(self.unet.parameters())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts.WeightOffsets, "bake", watched)
+        patch.setattr(parts.WeightOffsets, "merge", watched)
         patch.setattr(parts.FullFineTuning, "__init__", remember)
         tuned = tune(half, pack, face, autocast=False)
     assert merged == [{torch.float32}]
