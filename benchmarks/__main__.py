@@ -104,20 +104,20 @@ def recording(wanted: bool) -> Iterator[None]:
 def measure_whole(world: World, rounds: int) -> None:
     """Time what people wait for: all steps of a tuning, pictures, and a photo's first picture."""
     model, device = world.model, world.model.device
-    recipe = world.pack.tuning
-    untuned = tune(model, world.pack, world.photo, recipe.replace(steps=0))
+    config = world.pack.tuning
+    untuned = tune(model, world.pack, world.photo, config.replace(steps=0))
     prompt = parse_prompt("a photo of S*")
 
     def learn(method: str) -> TunedModel:
-        return tune(model, world.pack, world.photo, recipe.replace(method=method))
+        return tune(model, world.pack, world.photo, config.replace(method=method))
 
     def show(tuned: TunedModel, count: int) -> None:
         seeds = list(range(count))
         list(sample(model, tuned, [prompt] * count, seeds, Sampling(steps=20)))
 
     rows: dict[str, Callable[[], object]] = {
-        f"{recipe.steps} exact steps": lambda: learn("exact"),
-        f"{recipe.steps} steps, adapters": lambda: learn("adapters"),
+        f"{config.steps} exact steps": lambda: learn("exact"),
+        f"{config.steps} steps, adapters": lambda: learn("adapters"),
         "1 picture, 20 steps": lambda: show(untuned, 1),
         "8 pictures, 20 steps": lambda: show(untuned, 8),
         "photo → first picture, warm": lambda: show(learn("exact"), 1),
@@ -141,16 +141,16 @@ def measure_memory(world: World) -> None:
     model, device = world.model, world.model.device
     print("\npeak memory of one tuning step:")
     for method in ("exact", "adapters"):
-        recipe = world.pack.tuning.replace(steps=1, method=method)
+        config = world.pack.tuning.replace(steps=1, method=method)
         for vram in ("6", "8", "12", "16", "24"):
             plan = plan_tuning(
-                model, world.pack, recipe, vram=vram, half=half_format(device, scaled=True)
+                model, world.pack, config, vram=vram, half=half_format(device, scaled=True)
             )
             line = f"  {method:9} --vram {vram:3} {plan.sentence()}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-                tune(model, world.pack, world.photo, recipe, plan=plan)
+                tune(model, world.pack, world.photo, config, plan=plan)
                 line += f"; measured {torch.cuda.max_memory_reserved() / GB:.1f} GB"
             print(line, flush=True)
 

@@ -33,8 +33,8 @@ def exact(world: World, steps: int) -> None:
 
 
 def adapters(world: World, steps: int) -> None:
-    recipe = world.pack.tuning.replace(steps=steps, method="adapters")
-    tune(world.model, world.pack, world.photo, recipe)
+    config = world.pack.tuning.replace(steps=steps, method="adapters")
+    tune(world.model, world.pack, world.photo, config)
 
 
 class DenseOffset(WeightOffset):

@@ -41,8 +41,8 @@ def evaluate_dogs(model, judge, mine: DomainWeights, cat: DomainWeights) -> dict
     photos = held_out_photos("dog", COUNT, seed=11)
 
     def run(pack: DomainWeights, steps: int):
-        recipe = pack.tuning.replace(steps=steps)
-        return run_method(model, judge, "dog", photos, tuned_method(model, pack, recipe), LOOK)
+        config = pack.tuning.replace(steps=steps)
+        return run_method(model, judge, "dog", photos, tuned_method(model, pack, config), LOOK)
 
     few = mine.tuning.steps
     return {

@@ -104,7 +104,7 @@ def train_domain(model, folder: Path, name: str, data: EncodedImages, plan: Plan
         data,
         name=name,
         descriptor=domain.descriptor,
-        recipe=plan.pretraining,
+        config=plan.pretraining,
         tuning=plan.tuning,
         templates=training_templates(domain),
         licence="Apache-2.0",

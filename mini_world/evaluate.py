@@ -137,10 +137,10 @@ def dreambooth_pack(model, pack: DomainWeights, word: str = "sks") -> DomainWeig
     return dataclasses.replace(pack, encoder=encoder, offsets={}, templates=templates)
 
 
-def dreambooth_recipe(recipe: TuningConfig, steps: int, rate: float) -> TuningConfig:
+def dreambooth_recipe(config: TuningConfig, steps: int, rate: float) -> TuningConfig:
     """The same loop, mask and batch, with only the U-Net in training."""
-    return recipe.replace(
-        steps=steps, base_learning_rate=rate / recipe.batch_size, encoder_rate=0.0, offsets_rate=0.0, unet_rate=1.0
+    return config.replace(
+        steps=steps, base_learning_rate=rate / config.batch_size, encoder_rate=0.0, offsets_rate=0.0, unet_rate=1.0
     )
 
 
@@ -174,9 +174,9 @@ def run_method(
     return Scores(numpy.array(identity), numpy.array(prompt))
 
 
-def tuned_method(model, pack: DomainWeights, recipe: TuningConfig, *, autocast: bool = False) -> Method:
+def tuned_method(model, pack: DomainWeights, config: TuningConfig, *, autocast: bool = False) -> Method:
     """The method itself, or any baseline that is a pack and a recipe."""
-    return lambda prepared, seed: tune(model, pack, prepared, recipe, seed=seed, autocast=autocast)
+    return lambda prepared, seed: tune(model, pack, prepared, config, seed=seed, autocast=autocast)
 
 
 def plain_method(model, descriptor: str) -> Method:

@@ -57,17 +57,17 @@ def compare(
     """Print a row for the encoder alone, exact tuning, its exports and strengths, each rate and rank of adapters."""
     model, judge = load_model(), load_judge()
     pack = DomainWeights.load(PACKS / kind / "mini")
-    recipe = pack.tuning
-    rows: dict[str, TuningConfig] = {"no tuning": recipe.replace(steps=0), "exact": recipe, EXPORTED: recipe}
-    rows |= {f"{LORA}{rank}": recipe for rank in loras}
-    rows |= {f"{STRENGTH}{strength:g}": recipe for strength in strengths}
+    config = pack.tuning
+    rows: dict[str, TuningConfig] = {"no tuning": config.replace(steps=0), "exact": config, EXPORTED: config}
+    rows |= {f"{LORA}{rank}": config for rank in loras}
+    rows |= {f"{STRENGTH}{strength:g}": config for strength in strengths}
     for rank in ranks:
         for rate in rates:
-            rows[f"adapters, rank {rank}, rate {rate:g}"] = recipe.replace(
+            rows[f"adapters, rank {rank}, rate {rate:g}"] = config.replace(
                 method="adapters", adapter_rank=rank, adapters_rate=rate
             )
     shown = held_out_photos(kind, photos, seed)
-    print(f"{kind} on mini, {photos} held-out photos, {recipe.steps} steps")
+    print(f"{kind} on mini, {photos} held-out photos, {config.steps} steps")
     for name, one in rows.items():
         seconds, sizes = [], []
 

@@ -51,7 +51,7 @@ def evaluate(folder: Path, model, judge, kind: str) -> dict[str, dict[str, float
     photos = held_out_photos(kind, COUNTS[kind], seed=11)
     others = held_out_photos(kind, CHOOSING[kind], seed=50)
     rare = dreambooth_pack(model, pack)
-    recipe = pack.tuning
+    config = pack.tuning
 
     def run(what, **options) -> Scores:
         return run_method(model, judge, kind, photos, what, SAMPLING, **options)
@@ -59,15 +59,15 @@ def evaluate(folder: Path, model, judge, kind: str) -> dict[str, dict[str, float
     _cached(path, "drawings", lambda: drawn_scores(judge, kind, photos))
     _cached(path, "drawings of another", lambda: drawn_scores(judge, kind, photos, other=True))
     _cached(path, "plain word", lambda: run(plain_method(model, pack.descriptor)))
-    _cached(path, "encoder, no tuning", lambda: run(tuned_method(model, pack, recipe.replace(steps=0))))
-    if recipe.steps != FEW:
-        _cached(path, f"tuned, {recipe.steps} steps", lambda: run(tuned_method(model, pack, recipe)))
+    _cached(path, "encoder, no tuning", lambda: run(tuned_method(model, pack, config.replace(steps=0))))
+    if config.steps != FEW:
+        _cached(path, f"tuned, {config.steps} steps", lambda: run(tuned_method(model, pack, config)))
 
     def few(rate: float):
-        return tuned_method(model, pack, recipe.replace(steps=FEW, base_learning_rate=rate / recipe.batch_size))
+        return tuned_method(model, pack, config.replace(steps=FEW, base_learning_rate=rate / config.batch_size))
 
     def rarely(rate: float):
-        return tuned_method(model, rare, dreambooth_recipe(recipe, FEW, rate))
+        return tuned_method(model, rare, dreambooth_recipe(config, FEW, rate))
 
     for name, method_of, is_rare in ((f"tuned, {FEW} steps", few, False), (f"DreamBooth-like, {FEW} steps", rarely, True)):
 

@@ -47,19 +47,19 @@ def both(request, example):
 
     model, pretrained = TextToImageModel.load(example.BASE), DomainWeights.load(pack)
     # The gradients of `mini` are smaller than the pack's limit, which would leave it untested.
-    recipe = pretrained.tuning.replace(steps=2 if masked else 3, gradient_clip=0.01)
+    config = pretrained.tuning.replace(steps=2 if masked else 3, gradient_clip=0.01)
     told = []
     tuned = tune(
-        model, pretrained, PreparedImage(image=image, mask=mask), recipe,
+        model, pretrained, PreparedImage(image=image, mask=mask), config,
         seed=SEED, autocast=False, on_progress=lambda progress: told.append(progress.values),
     )  # fmt: skip
     (picture,) = sample(model, tuned, [parse_prompt(PROMPT)], [SEED])
 
     e4t = example.E4T(example.BASE, pack)
-    e4t.card["tuning"] |= {"steps": recipe.steps, "gradient_clip": recipe.gradient_clip}
+    e4t.card["tuning"] |= {"steps": config.steps, "gradient_clip": config.gradient_clip}
     history = e4t.tune(image, mask, SEED)
     return SimpleNamespace(
-        rate=recipe.learning_rate, tuned=tuned, picture=picture,
+        rate=config.learning_rate, tuned=tuned, picture=picture,
         losses=[[one["loss"], one["diffusion"], one["penalty"]] for one in told],
         e4t=e4t, history=history, drawn=e4t.sample(PROMPT, SEED),
     )  # fmt: skip

@@ -46,7 +46,7 @@ def world(base_folder, tmp_path_factory) -> World:
         domain,
         [drawn_face(index, 64)[0] for index in range(4)],
         base=base_folder,
-        recipe=PretrainingConfig(steps=2, batch_size=2),
+        config=PretrainingConfig(steps=2, batch_size=2),
         tuning=domain.tuning,
         folder=root / "my_faces",
     )

@@ -10,7 +10,7 @@ import pytest
 from e4t_cli.cli import console as consoles
 from e4t_cli.registry.discovery import user_domains_folder
 from tests.plugins.conftest import install, site  # noqa: F401  # fixtures
-from tests.shelf.conftest import FILES, write_domain_folder
+from tests.store.conftest import FILES, write_domain_folder
 
 
 @pytest.fixture(autouse=True)

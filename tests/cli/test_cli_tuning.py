@@ -14,7 +14,7 @@ def test_adapters_make_a_small_concept_that_is_drawn_again(run, world):
     assert first.code == 0, first.err
     assert "memory: " in first.err and "at a time" in first.err
     concept = Concept.load("me.e4t")
-    assert concept.recipe.method == "adapters"
+    assert concept.config.method == "adapters"
     assert all(key.startswith("adapters.") for key in concept.weights)
     install(world)
     again = run(

@@ -43,8 +43,8 @@ def test_what_all_share(name):
     assert not before.mask  # section 3.4: "at this stage", which is tuning
     assert math.isclose(before.learning_rate, 1.6e-5)
     assert math.isclose(tuning.learning_rate, 1.6e-5 if name == "face" else 4.8e-5)
-    for recipe in (before, tuning):
-        assert recipe.encoder_rate == recipe.offsets_rate == 1
+    for config in (before, tuning):
+        assert config.encoder_rate == config.offsets_rate == 1
     assert tuning.unet_rate == 1
     assert domain.weights["mini"] == f"package:e4t_domains/packs/{name}/mini"
     assert domain.licence

@@ -220,7 +220,7 @@ def main(arguments: list[str]) -> int:
         if "--faces" in more:
             checkpoint = root / "published" / "faces"
             if not (checkpoint / "config.json").is_file():
-                from tests.foreign.full_size import write_full_size
+                from tests.e4t_diffusion.full_size import write_full_size
 
                 write_full_size(checkpoint)
             hub.add(FACES, checkpoint, licence="")

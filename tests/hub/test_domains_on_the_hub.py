@@ -12,7 +12,7 @@ from e4t_cli.registry.domain import Domain
 from e4t_cli.registry.publish import publish_domain
 from e4t_cli.registry.store import add_domain
 from e4t_cli.registry.weights import weights_state
-from tests.shelf.conftest import FILES, card, write_domain_folder
+from tests.store.conftest import FILES, card, write_domain_folder
 
 
 @pytest.fixture
@@ -85,10 +85,10 @@ def test_offline_only_what_is_here(hub, folder):
 def test_the_list_says_what_is_to_be_fetched(hub, folder):
     commit = hub.add("someone/dogs", folder)
     place = {"toy": f"hub:someone/dogs@{commit}"}
-    recipe = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
-    plain = Domain(name="dogs", descriptor="dog", tuning=recipe, weights=place)
+    config = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    plain = Domain(name="dogs", descriptor="dog", tuning=config, weights=place)
     sized = Domain(
-        name="dogs", descriptor="dog", tuning=recipe, weights=place, download_sizes={"toy": 12345}
+        name="dogs", descriptor="dog", tuning=config, weights=place, download_sizes={"toy": 12345}
     )
     assert (weights_state(plain, "toy").state, weights_state(plain, "toy").size) == ("to fetch", 0)
     assert weights_state(sized, "toy").size == 12345

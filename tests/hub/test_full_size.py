@@ -12,7 +12,7 @@ from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import Domain
 from tests.hub import full_size
 from tests.hub.full_size import PARSER, publish
-from tests.shelf.conftest import write_domain_folder
+from tests.store.conftest import write_domain_folder
 
 
 @pytest.fixture

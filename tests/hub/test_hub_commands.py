@@ -218,7 +218,7 @@ def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch)
         domain,
         [drawn_face(index, 64)[0] for index in range(2)],
         base="owner/tiny",
-        recipe=PretrainingConfig(steps=1, batch_size=2),
+        config=PretrainingConfig(steps=1, batch_size=2),
         folder=user_domains_folder() / "ours",
         device="cpu",
     )

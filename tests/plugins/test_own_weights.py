@@ -109,4 +109,4 @@ def test_pretraining_an_installed_domain_takes_the_packages_value(
         plan_domain("dog", "other")
     assert "e4t domains rm dog" in caught.value.hint
     elsewhere = plan_domain("dog", "other", folder=tmp_path / "dog")
-    assert elsewhere.domain.pretraining is None and elsewhere.recipe.steps == 60_000
+    assert elsewhere.domain.pretraining is None and elsewhere.config.steps == 60_000

@@ -11,7 +11,7 @@ import pytest
 from e4t_cli.api.resolve import find_concept_domain, resolve_domain
 from e4t_cli.errors import UsageError
 from e4t_cli.registry.discovery import claimed_names, find_domain, find_listing, installed_domains
-from tests.shelf.conftest import write_domain_folder
+from tests.store.conftest import write_domain_folder
 
 FOREVER = "import time\ntime.sleep(600)"
 CHATTY = """
@@ -166,7 +166,7 @@ def test_G5_the_package_is_kept_in_the_file(model, pack, face, tmp_path):
         pack_digest="",
         prepared=face,
         image_features=model.image_features(model.pixels([face.image]))[0],
-        recipe=pack.tuning,
+        config=pack.tuning,
         seed=5,
     )
     for package in ("e4t-dogs", ""):

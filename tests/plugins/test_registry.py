@@ -201,8 +201,8 @@ def test_folders_that_are_none(tmp_path):
 
 
 def domain(**weights):
-    recipe = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
-    return Domain(name="dog", descriptor="dog", tuning=recipe, weights=weights)
+    config = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    return Domain(name="dog", descriptor="dog", tuning=config, weights=weights)
 
 
 def test_weights_in_a_package(site):

@@ -36,7 +36,7 @@ def data(model):
 
 @pytest.fixture
 def pretrain(model, data):
-    def run(recipe=RECIPE, *, pictures=data, **options):
+    def run(config=RECIPE, *, pictures=data, **options):
         options = {
             "name": "face",
             "descriptor": "face",
@@ -44,7 +44,7 @@ def pretrain(model, data):
             "seed": 3,
             **options,
         }
-        return pretrain_domain(model, pictures, recipe=recipe, tuning=TUNING, **options)
+        return pretrain_domain(model, pictures, config=config, tuning=TUNING, **options)
 
     return run
 

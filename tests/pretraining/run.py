@@ -72,7 +72,7 @@ def work(base, encoded, checkpoints, result, options):
             Slow(data, numbers.get("slow", 0.0), int(numbers.get("dies", -1)), processes),
             name="face",
             descriptor="face",
-            recipe=PretrainingConfig(
+            config=PretrainingConfig(
                 steps=int(numbers.get("steps", 12)),
                 batch_size=int(numbers.get("batch", 4)),
                 base_learning_rate=1e-4,

@@ -63,8 +63,8 @@ def test_R1_stopped_in_the_middle_of_an_accumulation(pretrain, data, tmp_path):
 @pytest.mark.parametrize("micro", [1, 2, 3, 100])
 def test_micro_batches_take_the_step_of_the_whole_batch(pretrain, micro):
     """No layer mixes samples, so sums differ by rounding only."""
-    recipe = RECIPE.replace(steps=3, base_learning_rate=1e-5)
-    whole, split = (pretrain(recipe, micro_batch=size, autocast=False) for size in (None, micro))
+    config = RECIPE.replace(steps=3, base_learning_rate=1e-5)
+    whole, split = (pretrain(config, micro_batch=size, autocast=False) for size in (None, micro))
     assert same(whole, split) == (micro == 100)
     for name, value in whole.encoder.state_dict().items():
         torch.testing.assert_close(split.encoder.state_dict()[name], value, atol=3e-6, rtol=3e-4)
@@ -82,8 +82,8 @@ def test_R4_another_run_is_refused_with_what_differs(pretrain, tmp_path, data):
     pretrain(checkpoints=tmp_path)
     changes = {
         "seed 3 → 4": {"seed": 4},
-        "global batch 4 → 3": {"recipe": RECIPE.replace(batch_size=3)},
-        "recipe.embedding_penalty 0.01 → 0.5": {"recipe": RECIPE.replace(embedding_penalty=0.5)},
+        "global batch 4 → 3": {"config": RECIPE.replace(batch_size=3)},
+        "recipe.embedding_penalty 0.01 → 0.5": {"config": RECIPE.replace(embedding_penalty=0.5)},
         "data [0-9a-f]{32} → [0-9a-f]{32}": {
             "pictures": dataclasses.replace(data, means=data.means + 1)
         },

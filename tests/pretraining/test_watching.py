@@ -36,7 +36,7 @@ def watching(folder, **options):
 
 @pytest.fixture
 def watched(model, pretrain):
-    def run(value, *, recipe=LONG, then=lambda step: None, **options):
+    def run(value, *, config=LONG, then=lambda step: None, **options):
         notes = []
         listener = lambda event: notes.append(event.note)  # noqa: E731
         with TrainingLogger(value, model, name="face", on_progress=listener) as watch:
@@ -45,7 +45,7 @@ def watched(model, pretrain):
                 watch.look(step)
                 then(step)
 
-            domain = pretrain(recipe, on_progress=watch.report, on_step=look, **options)
+            domain = pretrain(config, on_progress=watch.report, on_step=look, **options)
         return domain, [note for note in notes if note]
 
     return run
@@ -103,7 +103,7 @@ def test_R1_sheets_and_losses_of_a_resumed_run_are_those_of_a_whole_one(watched,
 
 def test_two_sheets_differ_by_what_was_learned(watched, tmp_path):
     fast = LONG.replace(base_learning_rate=2e-3)
-    watched(watching(tmp_path), recipe=fast)
+    watched(watching(tmp_path), config=fast)
     early, late = (Image.open(tmp_path / f"step-{step:08d}.png").convert("RGB") for step in (4, 12))
     # The photo is the same; what is drawn of it is not.
     photo, drawn = (12, 12, 12 + 256, 12 + 256), (280, 12, 280 + 256, 12 + 256)
@@ -164,16 +164,16 @@ def test_R10_a_failing_tracker_is_mentioned_once_and_left_behind(
 ):
     good = Service.make()
     trackers = (Service.make(fails=(fails,)), good)
-    recipe = LONG.replace(steps=21)
-    domain, notes = watched(watching(tmp_path, trackers=trackers, sample_every=0), recipe=recipe)
-    assert same(domain, pretrain(recipe))
+    config = LONG.replace(steps=21)
+    domain, notes = watched(watching(tmp_path, trackers=trackers, sample_every=0), config=config)
+    assert same(domain, pretrain(config))
     assert notes == ["the tracker own failed, and training goes on without it: no route to host"]
 
 
 def test_R10_a_tracker_that_is_not_there(watched, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     _, notes = watched(
-        watching(tmp_path, trackers=("aim", "nosuch"), sample_every=0), recipe=RECIPE
+        watching(tmp_path, trackers=("aim", "nosuch"), sample_every=0), config=RECIPE
     )
     assert "the tracker aim is not installed, and training goes on without it" in notes
     assert any(note.startswith("the tracker nosuch failed, and training goes on") for note in notes)

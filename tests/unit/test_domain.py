@@ -22,11 +22,11 @@ def test_learning_rate_is_scaled_by_the_batch():
     assert math.isclose(PretrainingConfig(steps=1).learning_rate, 1.6e-5)
 
 
-@pytest.mark.parametrize("recipe", [TUNING, PretrainingConfig(steps=3, mask=True)])
-def test_recipes_round_trip(recipe):
-    assert type(recipe).from_dict(recipe.as_dict()) == recipe
-    assert recipe.replace(steps=7).steps == 7
-    assert pickle.loads(pickle.dumps(recipe)) == recipe
+@pytest.mark.parametrize("config", [TUNING, PretrainingConfig(steps=3, mask=True)])
+def test_recipes_round_trip(config):
+    assert type(config).from_dict(config.as_dict()) == config
+    assert config.replace(steps=7).steps == 7
+    assert pickle.loads(pickle.dumps(config)) == config
 
 
 def test_a_misspelt_field_is_refused():

@@ -398,8 +398,8 @@ TARGET = PreparationTarget(size=64, base="mini")
 
 
 def domain_with(prepare):
-    recipe = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
-    return Domain(name="dog", descriptor="dog", tuning=recipe, prepare=prepare)
+    config = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    return Domain(name="dog", descriptor="dog", tuning=config, prepare=prepare)
 
 
 def test_default_preparation():

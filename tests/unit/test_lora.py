@@ -27,8 +27,8 @@ WHOLE = 1024
 
 @pytest.fixture
 def tuned(model, pack, face):
-    recipe = pack.tuning.replace(steps=2, base_learning_rate=1e-3)
-    return tune(model, pack, face, recipe, autocast=False)
+    config = pack.tuning.replace(steps=2, base_learning_rate=1e-3)
+    return tune(model, pack, face, config, autocast=False)
 
 
 def added(base, weights):

@@ -12,8 +12,8 @@ from e4t_cli.registry.testing import check_domain, examine_domain
 
 
 def domain(**changes):
-    recipe = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
-    return Domain(name="dog", descriptor="dog", tuning=recipe, **changes)
+    config = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    return Domain(name="dog", descriptor="dog", tuning=config, **changes)
 
 
 def masked(image, target):

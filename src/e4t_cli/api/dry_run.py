@@ -43,7 +43,7 @@ def plan_pretraining(
     *,
     descriptor: str | None = None,
     base: str | os.PathLike[str] | TextToImageModel = "auto",
-    recipe: PretrainingConfig | None = None,
+    config: PretrainingConfig | None = None,
     tuning: TuningConfig | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
@@ -81,7 +81,7 @@ def plan_pretraining(
         )
         place = resolve_base(base, access, device=device, dtype=dtype, safety=False)
         plan = plan_domain(
-            name, base_name(place), descriptor=descriptor, recipe=recipe, tuning=tuning,
+            name, base_name(place), descriptor=descriptor, config=config, tuning=tuning,
             steps=steps, batch_size=batch_size,
             base_learning_rate=base_learning_rate, embedding_penalty=embedding_penalty,
         )  # fmt: skip
@@ -89,9 +89,9 @@ def plan_pretraining(
             session.load(place, None)
             run = PretrainingRun(session, plan, source, access, processes, strict=strict)
             run.preparation.log = None
-            samples = plan.recipe.steps * plan.recipe.batch_size * processes.count
-            choice = choose_cache(cache, source, session.model, samples, mask=plan.recipe.mask)
-            opened, some, opening = _open(run, plan.recipe.batch_size)
+            samples = plan.config.steps * plan.config.batch_size * processes.count
+            choice = choose_cache(cache, source, session.model, samples, mask=plan.config.mask)
+            opened, some, opening = _open(run, plan.config.batch_size)
             if not some:
                 raise run.preparation.nothing()
             looking, stepping, memory = _measure(run, some, micro_batch)
@@ -110,15 +110,15 @@ def plan_pretraining(
         "opened": opened,
         "left_out": len(run.preparation.left_out),
         "no_pictures": source.beside,
-        "steps": plan.recipe.steps,
-        "batch": plan.recipe.batch_size,
+        "steps": plan.config.steps,
+        "batch": plan.config.batch_size,
         "processes": processes.count,
-        "learning_rate": plan.recipe.learning_rate * processes.count,
+        "learning_rate": plan.config.learning_rate * processes.count,
         "passes": round(samples / choice.pictures, 2) if choice.pictures else None,
         "cache": {"used": choice.used, "bytes": choice.size},
         "memory_bytes": memory,
         "seconds": _seconds(
-            choice, opening + looking, stepping, plan.recipe.steps, plan.recipe.batch_size,
+            choice, opening + looking, stepping, plan.config.steps, plan.config.batch_size,
             processes.count,
         ),
     }  # fmt: skip
@@ -165,7 +165,7 @@ def _measure(
         run.session.report(Progress(stage="measure", done=len(times), total=MEASURED_STEPS))
 
     settings = run.settings()
-    settings["recipe"] = settings["recipe"].replace(steps=MEASURED_STEPS)
+    settings["config"] = settings["config"].replace(steps=MEASURED_STEPS)
     pretrain_domain(model, encoded, micro_batch=micro_batch, processes=run.processes,
                     on_step=clock, **settings)  # fmt: skip
     gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]

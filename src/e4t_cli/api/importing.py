@@ -361,7 +361,7 @@ def _save(session: Session, imported: Imported, photo: object, sha256: str, path
         pack_digest=pretrained.digest,
         prepared=prepared,
         image_features=features[0].cpu(),
-        recipe=pretrained.tuning.replace(steps=0),  # nothing was tuned by this program
+        config=pretrained.tuning.replace(steps=0),  # nothing was tuned by this program
         seed=0,
         image_sha256=sha256,
         package=USER,

@@ -170,15 +170,15 @@ def personalize(
         session.load(place, pack)
         session.check_prompts(parsed)
         model, pretrained = session.model, session.pretrained
-        recipe = pretrained.tuning
+        config = pretrained.tuning
         if choice.kind != "auto":
-            recipe = recipe.replace(mask=choice.kind != "none")
+            config = config.replace(mask=choice.kind != "none")
         elif opened.alpha is not None:
-            recipe = recipe.replace(mask=True)
+            config = config.replace(mask=True)
         if tune_steps is not None:
-            recipe = with_steps(recipe, tune_steps)
+            config = with_steps(config, tune_steps)
         if tune is not None:
-            recipe = with_tuning_method(recipe, tune)
+            config = with_tuning_method(config, tune)
         with session.stage("prepare"):
             target = preparation_target(
                 value,
@@ -190,7 +190,7 @@ def personalize(
                 require_face=require_face,
                 device=str(model.device),
             )
-            prepared = prepare_photo(value, opened, choice, target, masked=recipe.mask)
+            prepared = prepare_photo(value, opened, choice, target, masked=config.mask)
             tell(prepared, session.report)
             if on_prepared is not None:
                 on_prepared(prepared)
@@ -207,7 +207,7 @@ def personalize(
             pack_digest=pretrained.digest,
             prepared=prepared,
             image_features=features,
-            recipe=recipe,
+            config=config,
             seed=start,
             image_sha256=opened.sha256,
             placeholder=check_placeholder(placeholder),

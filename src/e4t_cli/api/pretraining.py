@@ -67,7 +67,7 @@ class PretrainingRun:
         target = PreparationTarget(
             size=model.resolution,
             base=model.base.name,
-            mask="auto" if self.plan.recipe.mask else None,
+            mask="auto" if self.plan.config.mask else None,
             device=str(model.device),
             fetch=fetcher(self.access),
         )
@@ -86,7 +86,7 @@ class PretrainingRun:
         return {
             "name": self.domain.name,
             "descriptor": self.domain.descriptor,
-            "recipe": self.plan.recipe,
+            "config": self.plan.config,
             "tuning": self.plan.tuning,
             "templates": training_templates(self.domain),
             "autocast": self.session.model.device.type == "cuda",
@@ -111,7 +111,7 @@ class PretrainingRun:
         )
         watch = TrainingLogger(
             watching, self.session.model, name=self.domain.name,
-            settings=self.plan.recipe.as_dict(), on_progress=report,
+            settings=self.plan.config.as_dict(), on_progress=report,
         )  # fmt: skip
 
         def both(event: Progress) -> None:
@@ -150,7 +150,7 @@ def pretrain(
     *,
     descriptor: str | None = None,
     base: str | os.PathLike[str] | TextToImageModel = "auto",
-    recipe: PretrainingConfig | None = None,
+    config: PretrainingConfig | None = None,
     tuning: TuningConfig | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
@@ -224,7 +224,7 @@ def pretrain(
         )
         place = resolve_base(base, access, device=device, dtype=dtype, safety=False)
         plan = plan_domain(
-            name, base_name(place), descriptor=descriptor, recipe=recipe, tuning=tuning,
+            name, base_name(place), descriptor=descriptor, config=config, tuning=tuning,
             folder=folder, steps=steps, batch_size=batch_size,
             base_learning_rate=base_learning_rate, embedding_penalty=embedding_penalty,
         )  # fmt: skip
@@ -232,8 +232,8 @@ def pretrain(
             session.load(place, None)
             run = PretrainingRun(session, plan, source, access, processes, strict=strict)
             held_out = run.hold_out() if sample_every else []
-            samples = plan.recipe.steps * plan.recipe.batch_size * processes.count
-            choice = choose_cache(cache, run.source, session.model, samples, mask=plan.recipe.mask)
+            samples = plan.config.steps * plan.config.batch_size * processes.count
+            choice = choose_cache(cache, run.source, session.model, samples, mask=plan.config.mask)
             with (
                 training_data(
                     session.model, run.source, run.preparation, choice,

@@ -133,7 +133,7 @@ class NewDomain:
 
     domain: Domain
     names_itself: bool
-    recipe: PretrainingConfig
+    config: PretrainingConfig
     tuning: TuningConfig
     folder: Path
 
@@ -161,7 +161,7 @@ def plan_domain(
     base: str,
     *,
     descriptor: str | None = None,
-    recipe: PretrainingConfig | None = None,
+    config: PretrainingConfig | None = None,
     tuning: TuningConfig | None = None,
     folder: str | os.PathLike[str] | None = None,
     **numbers: float | None,
@@ -182,10 +182,10 @@ def plan_domain(
             domain = replace(domain, descriptor=descriptor)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    recipe = recipe or domain.pretraining or PretrainingConfig(steps=60_000)
+    config = config or domain.pretraining or PretrainingConfig(steps=60_000)
     changed: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
     try:
-        recipe = recipe.replace(**changed)
+        config = config.replace(**changed)
     except ValueError as error:
         raise UsageError(str(error)) from error
     target = Path(folder) if folder is not None else user_domains_folder() / domain.name
@@ -197,7 +197,7 @@ def plan_domain(
     return NewDomain(
         domain=domain,
         names_itself=is_new and descriptor is None,
-        recipe=recipe,
+        config=config,
         tuning=tuning or domain.tuning,
         folder=target,
     )

@@ -62,18 +62,18 @@ def resolve_seed(seed: int | None, count: int) -> int:
     return seed
 
 
-def with_steps(recipe: _R, steps: int) -> _R:
+def with_steps(config: _R, steps: int) -> _R:
     """Return the recipe with another number of steps."""
     try:
-        return recipe.replace(steps=steps)
+        return config.replace(steps=steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def with_tuning_method(recipe: TuningConfig, method: str) -> TuningConfig:
+def with_tuning_method(config: TuningConfig, method: str) -> TuningConfig:
     """Return the recipe with another way of tuning."""
     try:
-        return recipe.replace(method=method)
+        return config.replace(method=method)
     except ValueError as error:
         raise UsageError(
             f"there is no way of tuning {printable(method)!r}",

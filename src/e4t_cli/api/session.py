@@ -147,7 +147,7 @@ def record_of(
         base_fingerprint=concept.base_fingerprint,
         pack_fingerprint=concept.pack_digest,
         photo_sha256=concept.image_sha256,
-        tuning={**concept.recipe.as_dict(), "seed": concept.seed},
+        tuning={**concept.config.as_dict(), "seed": concept.seed},
     )
 
 
@@ -277,7 +277,7 @@ class Session(ProgressReporter):
         plan = plan_tuning(
             model,
             self.pretrained,
-            concept.recipe,
+            concept.config,
             vram=self._vram,
             consume=consume,
             half=half_format(device, scaled=True),
@@ -285,7 +285,7 @@ class Session(ProgressReporter):
         )
         self.detail("tune", plan.sentence())
         if plan.peak > plan.budget:
-            less = "" if concept.recipe.method == "adapters" else "; --tune adapters needs less"
+            less = "" if concept.config.method == "adapters" else "; --tune adapters needs less"
             told = plan.sentence().partition(": ")[2]
             self.note("tune", f"memory may not suffice: {told}{less}")
         with self.stage("tune", counted=True):
@@ -293,7 +293,7 @@ class Session(ProgressReporter):
                 model,
                 self.pretrained,
                 concept.prepared,
-                concept.recipe,
+                concept.config,
                 seed=concept.seed,
                 image_features=concept.image_features,
                 plan=plan,

@@ -130,12 +130,12 @@ def state_text(pack: dict[str, Any], *, long: bool = False) -> str:
     return f"{said}: {more}" if long and more else said
 
 
-def recipe_text(recipe: TuningConfig) -> str:
+def recipe_text(config: TuningConfig) -> str:
     """Return the numbers of tuning in a few words."""
-    mask = ", masked" if recipe.mask else ""
+    mask = ", masked" if config.mask else ""
     return (
-        f"{recipe.steps} steps, rate {recipe.learning_rate:.3g}, "
-        f"penalty {recipe.embedding_penalty:g}{mask}"
+        f"{config.steps} steps, rate {config.learning_rate:.3g}, "
+        f"penalty {config.embedding_penalty:g}{mask}"
     )
 
 

@@ -67,7 +67,7 @@ def _concept(file: Path) -> dict[str, Any]:
         "photo_sha256": concept.image_sha256,
         "picture": f"{width}×{height}{', masked' if concept.prepared.mask else ''}",
         "photo": concept.photo,
-        "tuning": {**concept.recipe.as_dict(), "seed": concept.seed},
+        "tuning": {**concept.config.as_dict(), "seed": concept.seed},
         "weights": "kept" if concept.weights else "made again by tuning",
     }
 

@@ -62,7 +62,7 @@ def write_concept(fields: Mapping[str, Any], path: str | Path, *, overwrite: boo
         **{name: fields[name] for name in _PLAIN},
         **({"package": fields["package"]} if fields["package"] else {}),
         **({"photo": fields["photo"]} if fields["photo"] else {}),
-        "recipe": fields["recipe"].as_dict(),
+        "recipe": fields["config"].as_dict(),
     }
     data = save({k: v.contiguous() for k, v in tensors.items()}, {"e4t": json.dumps(card)})
     write_atomically(path, data, overwrite=overwrite)
@@ -87,7 +87,7 @@ def read_concept(path: str | Path) -> dict[str, Any]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if card.pop("schema", None) != SCHEMA:
             raise ValueError("its schema is unknown; a newer e4t may read it")
-        recipe = TuningConfig.from_dict(card.pop("recipe"))
+        config = TuningConfig.from_dict(card.pop("recipe"))
         if set(card) - {"package", "photo"} != set(_PLAIN):
             raise ValueError("its card has other entries than a concept's")
         check_name(card["domain"])
@@ -112,7 +112,7 @@ def read_concept(path: str | Path) -> dict[str, Any]:
         ) from error
     weights = {key[len(prefix) :]: value for key, value in tensors.items()}
     return {
-        "prepared": prepared, "image_features": features, "recipe": recipe, "weights": weights,
+        "prepared": prepared, "image_features": features, "config": config, "weights": weights,
         **card,
     }  # fmt: skip
 
@@ -149,7 +149,7 @@ class Concept:
     pack_digest: str
     prepared: PreparedImage
     image_features: Tensor
-    recipe: TuningConfig
+    config: TuningConfig
     seed: int
     image_sha256: str = ""
     placeholder: str = "S*"

@@ -153,14 +153,14 @@ class Batches:
         self,
         model: TextToImageModel,
         data: TrainingData,
-        recipe: PretrainingConfig,
+        config: PretrainingConfig,
         templates: Sequence[str],
         descriptor_id: int,
         seed: int,
         batch_size: int | None = None,
     ) -> None:
-        self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
-        self.batch_size = batch_size or recipe.batch_size
+        self.model, self.data, self.config, self.seed = model, data, config, seed
+        self.batch_size = batch_size or config.batch_size
         self.tokens: Tokens = model.tokenize(training_prompts(tuple(templates)), descriptor_id)
         self._drawn: tuple[int, Draws] | None = None
 
@@ -176,7 +176,7 @@ class Batches:
             mean=sent(rows.means, device).float(), logvar=sent(rows.logvars, device).float()
         )
         masks = None
-        if self.recipe.mask and rows.masks is not None:
+        if self.config.mask and rows.masks is not None:
             masks = sent(rows.masks, device).float()
         return Samples(
             z_0=posterior.sample(draws.posterior),

@@ -90,8 +90,8 @@ SMOOTHING = 0.9
 class RunningLosses:
     """The losses since the last report, kept on the device until then, and what became of them."""
 
-    def __init__(self, recipe: PretrainingConfig, done: int) -> None:
-        self.recipe, self.reported = recipe, done
+    def __init__(self, config: PretrainingConfig, done: int) -> None:
+        self.config, self.reported = config, done
         self.recent: list[Tensor] = []
         self.since = time.perf_counter()
         self.smooth = self.weight = 0.0
@@ -114,7 +114,7 @@ class RunningLosses:
         # Together with the losses, so that all processes hold the same number of seconds.
         found = processes.mean(torch.cat((both.flatten(), both.new_tensor([spent]))))
         rows, self.seconds = found[:-1].view(-1, 2).tolist(), float(found[-1])
-        weight = self.recipe.embedding_penalty
+        weight = self.config.embedding_penalty
         totals = [diffusion + weight * penalty for diffusion, penalty in rows]
         for index, loss in enumerate(totals):
             if not math.isfinite(loss):
@@ -130,7 +130,7 @@ class RunningLosses:
         return Progress(
             stage="pretrain",
             done=step,
-            total=self.recipe.steps,
+            total=self.config.steps,
             values={
                 "loss": loss,
                 "diffusion": diffusion,
@@ -155,7 +155,7 @@ def pretrain_domain(
     *,
     name: str,
     descriptor: str,
-    recipe: PretrainingConfig,
+    config: PretrainingConfig,
     tuning: TuningConfig,
     templates: Sequence[str],
     seed: int = 0,
@@ -212,11 +212,11 @@ def pretrain_domain(
         KeyboardInterrupt: `stop` has asked, and everything is saved.
     """
     processes = processes or DistributedContext()
-    total_batch = recipe.batch_size * processes.count
-    own = processes.positions(recipe.batch_size)
-    size = min(micro_batch or recipe.batch_size, recipe.batch_size)
+    total_batch = config.batch_size * processes.count
+    own = processes.positions(config.batch_size)
+    size = min(micro_batch or config.batch_size, config.batch_size)
     parts = [own[first : first + size] for first in range(0, len(own), size)]
-    rate = recipe.learning_rate * processes.count
+    rate = config.learning_rate * processes.count
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "initial").initial_seed())
         encoder = WordEmbeddingEncoder(model.encoder_config(hidden_width)).to(model.device)
@@ -224,9 +224,9 @@ def pretrain_domain(
     # Another one, so that the model stays usable, also for what `on_step` draws.
     half = chosen_format(model.device, autocast)
     unet = frozen_copy(model.unet, {}, half)
-    optimizer = adamw((encoder, rate * recipe.encoder_rate), (offsets, rate * recipe.offsets_rate))
+    optimizer = adamw((encoder, rate * config.encoder_rate), (offsets, rate * config.offsets_rate))
     descriptor_id = model.descriptor_id(descriptor)
-    batches = Batches(model, data, recipe, templates, descriptor_id, seed, total_batch)
+    batches = Batches(model, data, config, templates, descriptor_id, seed, total_batch)
     state = {"encoder": encoder, "offsets": offsets, "optimizer": optimizer}
     run = {
         "name": name,
@@ -238,7 +238,7 @@ def pretrain_domain(
         "autocast": autocast,
         "detach_features": detach_features,
         "encoder": encoder.config.as_dict(),
-        "recipe": {key: value for key, value in recipe.as_dict().items() if key != "steps"},
+        "recipe": {key: value for key, value in config.as_dict().items() if key != "steps"},
         "processes": processes.count,
         "micro_batch": size,
     }
@@ -249,7 +249,7 @@ def pretrain_domain(
     offsets.attach_to(unet)
     objective = Objective(
         model, unet, encoder, offsets,
-        e_domain=model.word_embedding(descriptor_id), scale=recipe.embedding_scale,
+        e_domain=model.word_embedding(descriptor_id), scale=config.embedding_scale,
         half=half, detach_features=detach_features,
     )  # fmt: skip
     trained = processes.wrap(objective)
@@ -262,7 +262,7 @@ def pretrain_domain(
             name=name,
             descriptor=descriptor,
             tuning=tuning,
-            pretraining=recipe.replace(batch_size=total_batch),
+            pretraining=config.replace(batch_size=total_batch),
             templates=tuple(templates),
             images=len(data),
             licence=licence,
@@ -277,15 +277,15 @@ def pretrain_domain(
         for sentence in history.remarks:
             remark(sentence)
     remark(
-        f"learning rate {rate:.3g} = {recipe.base_learning_rate:.3g} × batch {recipe.batch_size}"
+        f"learning rate {rate:.3g} = {config.base_learning_rate:.3g} × batch {config.batch_size}"
         f" × {processes.count} process{'es' if processes.count > 1 else ''}"
         + (f"; going on from step {done}" if done else "")
     )
     stop = stop or StopRequest()
-    running = RunningLosses(recipe, done)
+    running = RunningLosses(config, done)
     kept = done
     with stop.listening():
-        for step in range(done, recipe.steps):
+        for step in range(done, config.steps):
             losses = []
             for index, positions in enumerate(parts):
                 last = index == len(parts) - 1
@@ -295,19 +295,19 @@ def pretrain_domain(
                     # A share of the mean over this process's samples; the engine takes the mean
                     # over processes. No layer mixes samples, so the gradient is that of the whole.
                     share = len(positions) / len(own)
-                    (found.total(recipe.embedding_penalty) * share).backward()
+                    (found.total(config.embedding_penalty) * share).backward()
                 losses.append((found.diffusion.detach(), found.penalty.detach()))
             optimizer.step()
             optimizer.zero_grad()
             diffusion, penalty = (torch.cat(both) for both in zip(*losses, strict=True))
             running.add(diffusion, penalty)
             finished = step + 1
-            reporting = finished % REPORT_EVERY == 0 or finished == recipe.steps
+            reporting = finished % REPORT_EVERY == 0 or finished == config.steps
             # Processes have to agree on where to stop; asking each other costs a wait.
             looking = processes.count == 1 or finished % running.steps_in(MAX_NONFINITE) == 0
-            stopping = looking and finished < recipe.steps and processes.any(stop.asked)
+            stopping = looking and finished < config.steps and processes.any(stop.asked)
             saving = history is not None and (
-                stopping or finished % checkpoint_every == 0 or finished == recipe.steps
+                stopping or finished % checkpoint_every == 0 or finished == config.steps
             )
             if saving or reporting:
                 progress = running.report(finished, kept, processes)
@@ -331,10 +331,10 @@ def pretrain_domain(
                 )
             if stopping:
                 saved = "saved" if saving else "not saved: there is no folder for checkpoints"
-                remark(f"stopped after step {finished} of {recipe.steps}, {saved}")
+                remark(f"stopped after step {finished} of {config.steps}, {saved}")
                 raise KeyboardInterrupt
     if history is None:
-        check_weights(recipe.steps, encoder, offsets, kept=kept)
+        check_weights(config.steps, encoder, offsets, kept=kept)
     return snapshot()
 
 

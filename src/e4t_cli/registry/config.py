@@ -168,7 +168,7 @@ SPEEDS = {"A100": 250.0, "H200": 790.0}
 SHARE = 0.5  # of that speed which a training loop reaches
 
 
-def pretraining_hours(recipe: PretrainingConfig, gpu: str, resolution: int = COUNTED_AT) -> float:
+def pretraining_hours(config: PretrainingConfig, gpu: str, resolution: int = COUNTED_AT) -> float:
     """Return the hours of one GPU that a recipe takes on a Stable Diffusion, an estimate.
 
     face: 30,000 steps × 16 × 2.371 TFLOP = 1.14e6 TFLOP; ÷ (0.5 × 250) = 9,100 s = 2.5 A100 hours.
@@ -178,13 +178,13 @@ def pretraining_hours(recipe: PretrainingConfig, gpu: str, resolution: int = COU
             grows faster.
     """
     area = (resolution / COUNTED_AT) ** 2
-    work = recipe.steps * recipe.batch_size * TFLOP_PER_PICTURE * area
+    work = config.steps * config.batch_size * TFLOP_PER_PICTURE * area
     return work / (SHARE * SPEEDS[gpu]) / 3600
 
 
-def shown_hours(recipe: PretrainingConfig, resolution: int = COUNTED_AT) -> str:
+def shown_hours(config: PretrainingConfig, resolution: int = COUNTED_AT) -> str:
     """Return the estimate as a phrase: "about 5.1 hours of an A100, 1.6 of an H200"."""
     first, *others = (
-        f"{pretraining_hours(recipe, gpu, resolution):.1f} of an {gpu}" for gpu in SPEEDS
+        f"{pretraining_hours(config, gpu, resolution):.1f} of an {gpu}" for gpu in SPEEDS
     )
     return ", ".join([f"about {first.replace(' of', ' hours of')}", *others])

@@ -252,5 +252,5 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_|<>\[\]#!])", r"\\\1", printable(text, limit=2000))
 
 
-def _numbers(recipe: dict[str, object]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.items())
+def _numbers(config: dict[str, object]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in config.items())

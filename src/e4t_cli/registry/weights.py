@@ -41,10 +41,10 @@ def weights_folder(domain: Domain, base: str) -> Path:
     if location is None:
         published = PUBLISHED.get(base)
         nobody = ": nobody has published any" if published else ""
-        recipe = domain.pretraining or PretrainingConfig(steps=60_000)
+        config = domain.pretraining or PretrainingConfig(steps=60_000)
         time = ""
         if published:
-            time = f" ({recipe.steps:,} steps, {shown_hours(recipe, published.resolution)})"
+            time = f" ({config.steps:,} steps, {shown_hours(config, published.resolution)})"
         raise WeightsUnavailable(
             f"domain {domain.name!r} has no weights for the base {printable(base)!r}{nobody}",
             hint=f"make them: {command}{time}",

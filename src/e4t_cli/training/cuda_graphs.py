@@ -6,7 +6,7 @@ read and write; played back, it is started as one.
 
 What can be recorded is a function of tensors whose work is the same every time: no decision and no
 number of the host's changes between calls but through its arguments, nothing is read back, and
-what it reads or changes beside its arguments stays where it is. `tests/laws/test_recording_laws.py`
+what it reads or changes beside its arguments stays where it is. `test_cuda_graphs_invariants.py`
 holds a step of tuning and of drawing to that without a card, by playing back a list of operations.
 
 Not the default: no card was at hand to measure it on. `E4T_CUDA_GRAPHS=1` turns it on, and

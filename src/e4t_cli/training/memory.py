@@ -3,7 +3,7 @@
 What a tuning takes at its worst moment: arithmetic on the sizes of its modules.
 
 The figures were counted on the exact modules on torch's meta device, by summing what autograd
-keeps (`tests/laws/test_memory_laws.py` counts again). With S = Σ pixels · channels over the
+keeps (`test_memory_invariants.py` counts again). With S = Σ pixels · channels over the
 residual blocks of a pass and A = the same over its attention blocks, a pass of one sample keeps
 12 S + 27 A numbers, through adapters 10 S + 23 A, and 3.4 (S + A) under gradient checkpointing
 beside one block at a time. A weight in training takes 16 bytes (itself, its gradient, two
@@ -118,7 +118,7 @@ class Work:
 def predicted_peak(
     model: TextToImageModel,
     pretrained: DomainWeights,
-    recipe: TuningConfig,
+    config: TuningConfig,
     plan: Plan,
     work: Work,
     *,
@@ -132,7 +132,7 @@ def predicted_peak(
     frozen += 0 if plan.park else numbers_of(model.vae) * kept
     if model.device.type == "cpu":
         frozen += encoder * 4  # the pack's own, of which tuning trains a copy
-    exact = recipe.method == "exact"
+    exact = config.method == "exact"
     if exact:
         rounded = plan.optimizer == "host" and half == torch.bfloat16
         each = {"fused": 16, "8bit": 10, "host": 2 if rounded else 4}[plan.optimizer]
@@ -147,7 +147,7 @@ def predicted_peak(
         state += 2 * 4 * max(weights, default=0)
     else:
         adapted = _attention_numbers(model.unet)
-        rank = recipe.adapter_rank
+        rank = config.adapter_rank
         state = (unet + adapted) * kept + encoder * 8 + 16 * rank * 4 * int(adapted**0.5)
         if not half and kept < 4:
             state += unet * 4  # without fast half precision a copy is tuned, in float32
@@ -184,7 +184,7 @@ HOST_BYTES = 16
 def plan_tuning(
     model: TextToImageModel,
     pretrained: DomainWeights,
-    recipe: TuningConfig,
+    config: TuningConfig,
     *,
     vram: str = "auto",
     consume: bool = False,
@@ -208,10 +208,10 @@ def plan_tuning(
     budget = int(budget_of(vram) * USABLE) if vram != "auto" else int(free_bytes(device) * USABLE)
     work = Work.of(model.unet, model.latent_shape[1])
     away = HOST_BYTES * (numbers_of(model.unet) + numbers_of(pretrained.encoder))
-    plan = Plan(micro_batch=recipe.batch_size)
-    for candidate in _ladder(recipe, device, eight_bit):
+    plan = Plan(micro_batch=config.batch_size)
+    for candidate in _ladder(config, device, eight_bit):
         peak = predicted_peak(
-            model, pretrained, recipe, candidate, work, consume=consume, half=half
+            model, pretrained, config, candidate, work, consume=consume, half=half
         )
         if candidate.optimizer == "host" and not host_has_room(device, away, peak, ram):
             continue
@@ -221,19 +221,19 @@ def plan_tuning(
     return plan
 
 
-def _ladder(recipe: TuningConfig, device: torch.device, eight_bit: bool) -> Iterator[Plan]:
+def _ladder(config: TuningConfig, device: torch.device, eight_bit: bool) -> Iterator[Plan]:
     """Yield plans, the fastest first."""
     away = device.type != "cpu"
-    size, sizes = recipe.batch_size, []
+    size, sizes = config.batch_size, []
     while size > 1:
         sizes.append(size)
         size = (size + 1) // 2
     kinds = ["fused"]
-    if recipe.method == "exact" and away:
+    if config.method == "exact" and away:
         kinds += (["8bit"] if eight_bit else []) + ["host"]
     for kind in kinds:
         for park in (False, True) if away else (False,):
-            for small in [size for size in sizes if size >= 4] or [recipe.batch_size]:
+            for small in [size for size in sizes if size >= 4] or [config.batch_size]:
                 yield Plan(micro_batch=small, optimizer=kind, park=park)
             for small in (*[size for size in sizes if size in (2, 3, 4)], 1):
                 yield Plan(micro_batch=small, checkpointing=True, optimizer=kind, park=park)

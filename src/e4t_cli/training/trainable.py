@@ -76,12 +76,12 @@ class FullFineTuning:
         self,
         model: TextToImageModel,
         pretrained: DomainWeights,
-        recipe: TuningConfig,
+        config: TuningConfig,
         seed: int,
         *,
         consume: bool = False,
     ) -> None:
-        self.recipe, self.final = recipe, model.tuned_dtype
+        self.config, self.final = config, model.tuned_dtype
         self.unet = (model.unet if consume else copy.deepcopy(model.unet)).float()
         self.encoder = copy.deepcopy(pretrained.encoder).to(model.device)
         self.offsets = WeightOffsets.from_factors(pretrained.offsets).to(model.device)
@@ -91,12 +91,12 @@ class FullFineTuning:
             self.offsets.attach_to(self.unet)
 
     def _grouped(self) -> list[Group]:
-        rate, recipe = self.recipe.learning_rate, self.recipe
+        rate, config = self.config.learning_rate, self.config
         grouped = []
         for module, factor in (
-            (self.encoder, recipe.encoder_rate),
-            (self.offsets, recipe.offsets_rate),
-            (self.unet, recipe.unet_rate),
+            (self.encoder, config.encoder_rate),
+            (self.offsets, config.offsets_rate),
+            (self.unet, config.unet_rate),
         ):
             module.requires_grad_(factor > 0)
             grouped.append((list(module.parameters()), rate * factor))
@@ -129,18 +129,18 @@ class LoraFineTuning:
         self,
         model: TextToImageModel,
         pretrained: DomainWeights,
-        recipe: TuningConfig,
+        config: TuningConfig,
         seed: int,
         *,
         consume: bool = False,
     ) -> None:
-        self.model, self.offsets, self.recipe = model, pretrained.offsets, recipe
+        self.model, self.offsets, self.config = model, pretrained.offsets, config
         self.consume = consume  # while tuning, the base's weights are shared and not copied anyway
         self.pretrained_encoder = pretrained.encoder
         self.unet = frozen_copy(model.unet, self.offsets, half_format(model.device, scaled=True))
         self.rounded = []
         self.encoder = copy.deepcopy(pretrained.encoder).to(model.device).requires_grad_(False)
-        source, rank = generator(seed, "adapters"), recipe.adapter_rank
+        source, rank = generator(seed, "adapters"), config.adapter_rank
         self.adapters = {
             "unet": LowRankAdapters.for_layers(
                 adapted_layers(self.unet), rank, gains=set(self.offsets), source=source
@@ -151,11 +151,11 @@ class LoraFineTuning:
             adapters.to(model.device).attach_to(getattr(self, name))
 
     def groups(self) -> list[Group]:
-        recipe = self.recipe
-        rate = recipe.learning_rate * recipe.adapters_rate
+        config = self.config
+        rate = config.learning_rate * config.adapters_rate
         return [
-            *self.adapters["unet"].rates(rate * recipe.offsets_rate, rate * recipe.unet_rate),
-            *self.adapters["encoder"].rates(0.0, rate * recipe.encoder_rate),
+            *self.adapters["unet"].rates(rate * config.offsets_rate, rate * config.unet_rate),
+            *self.adapters["encoder"].rates(0.0, rate * config.encoder_rate),
         ]
 
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:

@@ -54,11 +54,11 @@ class Samples:
         model: TextToImageModel,
         pretrained: DomainWeights,
         prepared: PreparedImage,
-        recipe: TuningConfig,
+        config: TuningConfig,
         seed: int,
         image_features: Tensor | None = None,
     ) -> None:
-        self.model, self.recipe, self.seed, self.note = model, recipe, seed, ""
+        self.model, self.config, self.seed, self.note = model, config, seed, ""
         pixels = model.pixels([prepared.image])
         self.posterior = model.posterior(pixels)
         if image_features is None:
@@ -72,7 +72,7 @@ class Samples:
         )
 
     def _mask(self, prepared: PreparedImage) -> Tensor | None:
-        if not self.recipe.mask or prepared.mask is None:
+        if not self.config.mask or prepared.mask is None:
             return None
         whole = self.model.masks([prepared.mask])
         if float(whole.mean()) < MIN_MASK_AREA:
@@ -81,7 +81,7 @@ class Samples:
 
     def of(self, step: int) -> tuple[Tensor, ...]:
         """Return what is different in each step, on the device and always in the same shapes."""
-        size = self.recipe.batch_size
+        size = self.config.batch_size
         draws = draw(
             self.seed,
             step,
@@ -121,26 +121,26 @@ class Trainer:
         model: TextToImageModel,
         pretrained: DomainWeights,
         prepared: PreparedImage,
-        recipe: TuningConfig,
+        config: TuningConfig,
         seed: int,
         image_features: Tensor | None = None,
         autocast: bool | None = None,
         plan: Plan | None = None,
         consume: bool = False,
     ) -> None:
-        self.model, self.recipe, self.seed = model, recipe, seed
+        self.model, self.config, self.seed = model, config, seed
         self.half = chosen_format(model.device, autocast, scaled=True)
         self.loss_scale = LossScale(self.half)
-        self.plan = plan or Plan(micro_batch=recipe.batch_size)
-        rates = (recipe.encoder_rate, recipe.offsets_rate, recipe.unet_rate)
-        self.steps = recipe.steps if max(rates) > 0 else 0
+        self.plan = plan or Plan(micro_batch=config.batch_size)
+        rates = (config.encoder_rate, config.offsets_rate, config.unet_rate)
+        self.steps = config.steps if max(rates) > 0 else 0
         self.immediate = model.device.type == "cpu"
         # What looks at the picture comes first: it may leave before the weights in training come.
-        self.samples = Samples(model, pretrained, prepared, recipe, seed, image_features)
+        self.samples = Samples(model, pretrained, prepared, config, seed, image_features)
         self.note = self.samples.note
         if self.plan.park:
             model.vae.to("cpu")
-        self.parts = METHODS[recipe.method](model, pretrained, recipe, seed, consume=consume)
+        self.parts = METHODS[config.method](model, pretrained, config, seed, consume=consume)
         self.unet, self.encoder = self.parts.unet, self.parts.encoder
         self.detach_features = self.parts.detach_features
         if self.steps:
@@ -198,7 +198,7 @@ class Trainer:
         self.optimizer.zero_grad()
         total = torch.zeros(2, device=self.model.device)
         size = self.plan.micro_batch
-        for first in range(0, self.recipe.batch_size, size):
+        for first in range(0, self.config.batch_size, size):
             some = [one[first : first + size] for one in samples]
             batch = self.samples.batch(some, self.encoder)
             kept, half = not self.unet.is_gradient_checkpointing, self.half
@@ -219,8 +219,8 @@ class Trainer:
                     scale=self.scale,
                     detach_features=self.detach_features,
                 )
-            share = len(batch.timesteps) / self.recipe.batch_size
-            whole = losses.total(self.recipe.embedding_penalty) * share
+            share = len(batch.timesteps) / self.config.batch_size
+            whole = losses.total(self.config.embedding_penalty) * share
             (whole * self.loss_scale.factor).backward()
             parts = torch.stack((losses.diffusion.mean(), losses.penalty.mean()))
             total += share * parts.detach()
@@ -298,7 +298,7 @@ def tune(
     model: TextToImageModel,
     pretrained: DomainWeights,
     prepared: PreparedImage,
-    recipe: TuningConfig | None = None,
+    config: TuningConfig | None = None,
     *,
     seed: int = 0,
     image_features: Tensor | None = None,
@@ -337,20 +337,20 @@ def tune(
         DivergedError: a loss or a gradient is not finite.
         ResourceError: not even one sample at a time fits into memory.
     """
-    recipe = recipe or pretrained.tuning
-    plan = plan or Plan(micro_batch=recipe.batch_size)
+    config = config or pretrained.tuning
+    plan = plan or Plan(micro_batch=config.batch_size)
     if micro_batch is not None:
         plan = plan.replace(micro_batch=micro_batch)
-    plan = plan.replace(micro_batch=min(plan.micro_batch, recipe.batch_size))
+    plan = plan.replace(micro_batch=min(plan.micro_batch, config.batch_size))
     run = Trainer(
-        model, pretrained, prepared, recipe, seed, image_features, autocast, plan, consume
+        model, pretrained, prepared, config, seed, image_features, autocast, plan, consume
     )
     run.detach_features |= detach_features
 
     def tell(done: int, note: str = "", **values: float) -> None:
         if on_progress:
             on_progress(
-                Progress(stage="tune", done=done, total=recipe.steps, note=note, values=values)
+                Progress(stage="tune", done=done, total=config.steps, note=note, values=values)
             )
 
     def tell_note(done: int) -> None:
@@ -378,14 +378,14 @@ def tune(
                     )
                 tell(step, note)
         tell_note(step)
-        norm = run.optimizer.step(recipe.gradient_clip)
+        norm = run.optimizer.step(config.gradient_clip)
         waiting.append(torch.cat((losses, norm.to(losses.device, losses.dtype).view(1))))
         if run.immediate or len(waiting) == LOG_EVERY or step == run.steps - 1:
             found = torch.stack(waiting).tolist()
             first = step + 1 - len(waiting)
             for number, (diffusion, penalty, size) in enumerate(found, start=first + 1):
                 _check_finite(number, diffusion, penalty, size)
-                loss = diffusion + recipe.embedding_penalty * penalty
+                loss = diffusion + config.embedding_penalty * penalty
                 tell(number, loss=loss, diffusion=diffusion, penalty=penalty)
             waiting.clear()
     return run.finish()

@@ -1,12 +1,12 @@
 """A checkpoint of the published size, filled with random numbers: 4 GB in, 1.7 GB out (minutes).
 
-python -m pytest -m slow tests/foreign/test_e4t_diffusion_full_size.py -s
+python -m pytest -m slow tests/e4t_diffusion/test_e4t_diffusion_full_size.py -s
 """
 
 import pytest
 
 from e4t_cli.api.importing import import_checkpoint
-from tests.foreign.full_size import write_full_size
+from tests.e4t_diffusion.full_size import write_full_size
 
 
 @pytest.mark.slow

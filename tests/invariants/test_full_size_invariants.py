@@ -247,9 +247,9 @@ def test_what_a_processor_has_to_start_in_one_exact_step(stable_diffusion, pack)
     assert started.count == pytest.approx(int(published), rel=0.02)
 
 
-def prepared_step(model, pack, recipe):
+def prepared_step(model, pack, config):
     """Return one tuning step, to be called, and the weights that it trains."""
-    parts = METHODS[recipe.method](model, pack, recipe, 0)
+    parts = METHODS[config.method](model, pack, config, 0)
     trained = []
     for weights, rate in parts.groups():
         for weight in weights:
@@ -277,9 +277,9 @@ def prepared_step(model, pack, recipe):
     return step, trained
 
 
-def one_step(model, pack, recipe):
+def one_step(model, pack, config):
     """Return the work of one tuning step, and what it trains."""
-    step, trained = prepared_step(model, pack, recipe)
+    step, trained = prepared_step(model, pack, config)
     work = flops(step)
     assert all(weight.grad is not None for weight in trained)
     return work, sum(weight.numel() for weight in trained)

@@ -95,12 +95,12 @@ def weights_of(tuned):
 @pytest.mark.parametrize("micro_batch", [4, 3])
 @pytest.mark.parametrize("method", ["exact", "adapters"])
 def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method, micro_batch):
-    recipe = pack.tuning.replace(method=method, steps=6)
+    config = pack.tuning.replace(method=method, steps=6)
 
     def tuned():
         told = []
         found = tune(
-            model, pack, face, recipe, seed=3, micro_batch=micro_batch, autocast=False,
+            model, pack, face, config, seed=3, micro_batch=micro_batch, autocast=False,
             on_progress=lambda progress: told.append(progress.values),
         )  # fmt: skip
         return weights_of(found), told
@@ -116,11 +116,11 @@ def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method,
 
 def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
     """With the casts of autocast, which are kept for the length of a step."""
-    recipe = pack.tuning.replace(steps=4)
-    found = weights_of(tune(model, pack, face, recipe, autocast=True))
+    config = pack.tuning.replace(steps=4)
+    found = weights_of(tune(model, pack, face, config, autocast=True))
     assert lists.played == 3
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
-    expected = weights_of(tune(model, pack, face, recipe, autocast=True))
+    expected = weights_of(tune(model, pack, face, config, autocast=True))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -207,16 +207,16 @@ def test_a_tuning_that_cannot_be_recorded_says_so(model, pack, face, lists, monk
         work()
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    recipe, notes = pack.tuning.replace(steps=5), []
+    config, notes = pack.tuning.replace(steps=5), []
     monkeypatch.setattr(lists, "record", refuse)
     found = tune(
-        model, pack, face, recipe, on_progress=lambda progress: notes.append(progress.note)
+        model, pack, face, config, on_progress=lambda progress: notes.append(progress.note)
     )
     assert [note for note in notes if note] == [
         "steps cannot be recorded here, and are made one by one: CUDA out of memory."
     ]
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
-    expected = tune(model, pack, face, recipe)
+    expected = tune(model, pack, face, config)
     assert all(map(torch.equal, weights_of(found), weights_of(expected)))
 
 

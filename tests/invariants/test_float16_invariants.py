@@ -43,9 +43,9 @@ def test_T9_the_format_that_a_card_multiplies_fastest(monkeypatch, bfloat16, cap
         assert half_format(torch.device(other), scaled=True) is None
 
 
-def gradient(model, pack, face, recipe, autocast=None, **plan):
+def gradient(model, pack, face, config, autocast=None, **plan):
     run = Trainer(
-        model, pack, face, recipe, 0, None, autocast, Plan(micro_batch=4, **plan) if plan else None
+        model, pack, face, config, 0, None, autocast, Plan(micro_batch=4, **plan) if plan else None
     )  # fmt: skip
     losses = run.gradients(0)
     return torch.cat([one.float().flatten() for one in run.optimizer.gradients]), losses, run
@@ -54,9 +54,9 @@ def gradient(model, pack, face, recipe, autocast=None, **plan):
 @pytest.mark.parametrize("method", ["exact", "adapters"])
 @pytest.mark.parametrize("optimizer", ["fused", "host"])
 def test_a_scaled_gradient_is_the_gradient(model, pack, face, method, optimizer):
-    recipe = pack.tuning.replace(method=method)
-    whole, exact_losses, _ = gradient(model, pack, face, recipe, autocast=False)
-    found, losses, run = gradient(model, pack, face, recipe, optimizer=optimizer)
+    config = pack.tuning.replace(method=method)
+    whole, exact_losses, _ = gradient(model, pack, face, config, autocast=False)
+    found, losses, run = gradient(model, pack, face, config, optimizer=optimizer)
     assert run.loss_scale.factor == loss_scale.FIRST
     assert (found - whole).norm() / whole.norm() < 0.01
     torch.testing.assert_close(losses, exact_losses, rtol=1e-2, atol=1e-2)
@@ -134,10 +134,10 @@ def test_a_frozen_base_in_float16_that_overflows_is_one_sentence(base_folder, pa
 
 @pytest.mark.parametrize("method", ["exact", "adapters"])
 def test_a_base_in_float16_is_tuned_as_in_float32(base_folder, model, pack, face, method):
-    recipe = pack.tuning.replace(method=method, unet_rate=1.0)
+    config = pack.tuning.replace(method=method, unet_rate=1.0)
     half = TextToImageModel.load(base_folder, dtype=torch.float16)
-    found = tune(half, pack, face, recipe, seed=2)
-    plain = tune(model, pack, face, recipe, seed=2, autocast=False)
+    found = tune(half, pack, face, config, seed=2)
+    plain = tune(model, pack, face, config, seed=2, autocast=False)
     assert {weight.dtype for weight in found.unet.parameters()} == {torch.float16}
     error = change = 0.0
     for key, value in plain.unet.state_dict().items():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_offset_laws import inputs
+from test_offset_invariants import inputs
 
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.nn.unet import (

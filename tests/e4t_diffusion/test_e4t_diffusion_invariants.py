@@ -23,7 +23,7 @@ from e4t_cli.nn.weight_offsets import WeightOffsets, projection_shapes
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import Sampling, sample
 from e4t_cli.training.tuning import tune
-from tests.foreign import checkpoints
+from tests.e4t_diffusion import checkpoints
 
 
 def draw(model, tuned):
@@ -141,15 +141,15 @@ def test_a_tower_is_checked_when_it_is_looked_through(converted, model):
 def test_adapters_change_their_encoder_as_merged_ones_do(converted, model, face):
     """Hooks while tuning, merged weights while drawing: the same concept, kept or tuned again."""
     pack, _, _ = converted
-    recipe = pack.tuning.replace(method="adapters", steps=3, base_learning_rate=1e-4)
-    tuned = tune(model, pack, face, recipe, seed=5)
-    plain = tune(model, pack, face, recipe.replace(steps=0), seed=5)
+    config = pack.tuning.replace(method="adapters", steps=3, base_learning_rate=1e-4)
+    tuned = tune(model, pack, face, config, seed=5)
+    plain = tune(model, pack, face, config.replace(steps=0), seed=5)
     assert not torch.equal(
         tuned.encoded_image, plain.encoded_image
     )  # the picture's own layers learned, too
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
-        pack_digest=pack.digest, prepared=face, recipe=recipe, seed=5,
+        pack_digest=pack.digest, prepared=face, config=config, seed=5,
         image_features=pack.image_features(model, model.pixels([face.image]))[0],
         weights=Concept.kept(tuned),
     )  # fmt: skip
@@ -169,7 +169,7 @@ def test_a_concept_of_theirs_is_small_and_comes_back(converted, model, face, tmp
         pack_digest=pack.digest,
         prepared=face,
         image_features=features,
-        recipe=pack.tuning,
+        config=pack.tuning,
         seed=5,
     )
     concept.save(tmp_path / "me.e4t")

@@ -125,9 +125,9 @@ def stable_diffusion(tmp_path_factory):
 @pytest.mark.parametrize("vram", ["6", "8", "12", "16", "24", "80"])
 def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, method, vram):
     model, domain = stable_diffusion
-    recipe = pack.tuning.replace(batch_size=16, method=method)
+    config = pack.tuning.replace(batch_size=16, method=method)
     found = plan_tuning(
-        model("cuda", torch.bfloat16), domain, recipe, vram=vram, consume=True,
+        model("cuda", torch.bfloat16), domain, config, vram=vram, consume=True,
         half=torch.bfloat16, ram=64 * GB,
     )  # fmt: skip
     assert 0 < found.peak <= found.budget < float(vram) * GB
@@ -143,11 +143,11 @@ def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, metho
 def test_an_optimiser_goes_only_where_there_is_room(stable_diffusion, pack):
     """A T4 with 15 GB often has 12 beside it, where the system would end the process."""
     model, domain = stable_diffusion
-    recipe = pack.tuning.replace(batch_size=16)
+    config = pack.tuning.replace(batch_size=16)
 
     def plan(device, ram, eight_bit=False, vram="15"):
         return plan_tuning(
-            model(device, torch.float16), domain, recipe, vram=vram, consume=True,
+            model(device, torch.float16), domain, config, vram=vram, consume=True,
             half=torch.float16, eight_bit=eight_bit, ram=ram * GB,
         )  # fmt: skip
 
@@ -170,9 +170,9 @@ def test_an_optimiser_goes_only_where_there_is_room(stable_diffusion, pack):
 def test_a_full_size_rehearsal_fits_into_20_gigabytes_of_main_memory(stable_diffusion, pack):
     """SD 1.4, exactly, in float32 on a CPU: possible because the base is used up, not copied."""
     model, domain = stable_diffusion
-    recipe = pack.tuning.replace(batch_size=16)
+    config = pack.tuning.replace(batch_size=16)
     found, copied = (
-        plan_tuning(model("cpu", torch.float32), domain, recipe, vram="20", consume=consume)
+        plan_tuning(model("cpu", torch.float32), domain, config, vram="20", consume=consume)
         for consume in (True, False)
     )
     assert found.checkpointing and found.peak < 18.4 * GB
@@ -181,13 +181,13 @@ def test_a_full_size_rehearsal_fits_into_20_gigabytes_of_main_memory(stable_diff
 
 def test_plans_are_ordered_from_fast_to_small(stable_diffusion, pack):
     model, domain = stable_diffusion
-    recipe = pack.tuning.replace(batch_size=16)
+    config = pack.tuning.replace(batch_size=16)
     on_card = model("cuda", torch.bfloat16)
     work = Work.of(on_card.unet, 64)
-    plans = list(planning._ladder(recipe, on_card.device, eight_bit=True))
+    plans = list(planning._ladder(config, on_card.device, eight_bit=True))
     assert {plan.optimizer for plan in plans} == {"fused", "8bit", "host"}
     peaks = [
-        predicted_peak(on_card, domain, recipe, plan, work, half=torch.bfloat16) for plan in plans
+        predicted_peak(on_card, domain, config, plan, work, half=torch.bfloat16) for plan in plans
     ]
     assert peaks[0] == max(peaks) and peaks[-1] == min(peaks)
     assert plans[0] == Plan(micro_batch=16)

@@ -182,17 +182,17 @@ def test_the_same_seed_makes_the_same_model_in_bfloat16(model, pack, face):
 
 def test_the_loss_falls(model, pack, face):
     losses = []
-    recipe = pack.tuning.replace(steps=15, base_learning_rate=1e-4)
-    tune(model, pack, face, recipe, on_progress=lambda p: losses.append(p.values["loss"]))
+    config = pack.tuning.replace(steps=15, base_learning_rate=1e-4)
+    tune(model, pack, face, config, on_progress=lambda p: losses.append(p.values["loss"]))
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("group", ["encoder", "offsets", "unet"])
 def test_a_rate_of_zero_freezes_its_group(model, pack, face, group):
-    recipe = pack.tuning.replace(**{f"{group}_rate": 0.0})
+    config = pack.tuning.replace(**{f"{group}_rate": 0.0})
     tuned, untuned = (
-        tune(model, pack, face, recipe),
-        tune(model, pack, face, recipe.replace(steps=0)),
+        tune(model, pack, face, config),
+        tune(model, pack, face, config.replace(steps=0)),
     )
     moved = {
         "encoder": not torch.equal(tuned.encoded_image, untuned.encoded_image),

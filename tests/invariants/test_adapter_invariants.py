@@ -25,7 +25,7 @@ from e4t_cli.training.tuning import Trainer, tune
 
 
 @pytest.fixture
-def recipe(pack):
+def config(pack):
     return pack.tuning.replace(method="adapters", adapter_rank=2)
 
 
@@ -116,8 +116,8 @@ def test_a_branch_shares_what_it_does_not_change(model, pack):
     assert torch.equal(twin.get_submodule(path).weight, expected)
 
 
-def test_only_adapters_are_trained_and_the_base_is_not_touched(model, pack, face, recipe):
-    run = Trainer(model, pack, face, recipe, 0)
+def test_only_adapters_are_trained_and_the_base_is_not_touched(model, pack, face, config):
+    run = Trainer(model, pack, face, config, 0)
     base = {weight.data_ptr() for weight in model.unet.parameters()}
     assert not base & {weight.data_ptr() for weight in run.optimizer.weights}
     exact = sum(weight.numel() for weight in model.unet.parameters())
@@ -127,10 +127,10 @@ def test_only_adapters_are_trained_and_the_base_is_not_touched(model, pack, face
     assert all(weight.grad is not None for weight in run.optimizer.weights)
 
 
-def test_the_loss_falls_and_every_group_moves(model, pack, face, recipe):
+def test_the_loss_falls_and_every_group_moves(model, pack, face, config):
     losses = []
     tuned = tune(
-        model, pack, face, recipe.replace(steps=15, base_learning_rate=5e-5),
+        model, pack, face, config.replace(steps=15, base_learning_rate=5e-5),
         on_progress=lambda event: losses.append(event.values["loss"]),
     )  # fmt: skip
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
@@ -143,8 +143,8 @@ def test_the_loss_falls_and_every_group_moves(model, pack, face, recipe):
     ("group", "still"),
     [("encoder", "encoder."), ("offsets", "_gains"), ("unet", "unet.")],
 )
-def test_a_rate_of_zero_freezes_its_group(model, pack, face, recipe, group, still):
-    tuned = tune(model, pack, face, recipe.replace(**{f"{group}_rate": 0.0}))
+def test_a_rate_of_zero_freezes_its_group(model, pack, face, config, group, still):
+    tuned = tune(model, pack, face, config.replace(**{f"{group}_rate": 0.0}))
     ups = {
         key: bool(value.abs().max())
         for key, value in tuned.adapters.items()
@@ -155,18 +155,18 @@ def test_a_rate_of_zero_freezes_its_group(model, pack, face, recipe, group, stil
     assert any(ups.values())
 
 
-def test_without_steps_both_methods_are_one(model, pack, face, recipe):
-    one = tune(model, pack, face, recipe.replace(steps=0))
+def test_without_steps_both_methods_are_one(model, pack, face, config):
+    one = tune(model, pack, face, config.replace(steps=0))
     other = tune(model, pack, face, pack.tuning.replace(steps=0))
     for key, value in other.unet.state_dict().items():
         torch.testing.assert_close(one.unet.state_dict()[key], value)
     torch.testing.assert_close(one.encoded_image, other.encoded_image)
 
 
-def test_micro_batches_and_checkpointing_change_nothing(model, pack, face, recipe):
+def test_micro_batches_and_checkpointing_change_nothing(model, pack, face, config):
     def gradients(micro_batch, checkpointing=False):
         plan = Plan(micro_batch=micro_batch, checkpointing=checkpointing)
-        run = Trainer(model, pack, face, recipe, 0, None, False, plan)
+        run = Trainer(model, pack, face, config, 0, None, False, plan)
         loud(run.parts.adapters["unet"])
         run.gradients(0)
         return torch.cat([weight.grad.flatten() for weight in run.optimizer.weights])
@@ -176,11 +176,11 @@ def test_micro_batches_and_checkpointing_change_nothing(model, pack, face, recip
         assert (found - whole).norm() / whole.norm() < 1e-5
 
 
-def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, recipe, tmp_path):
-    tuned = tune(model, pack, face, recipe, seed=5)
+def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, config, tmp_path):
+    tuned = tune(model, pack, face, config, seed=5)
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
-        pack_digest="", prepared=face, recipe=recipe, seed=5, weights=Concept.kept(tuned),
+        pack_digest="", prepared=face, config=config, seed=5, weights=Concept.kept(tuned),
         image_features=model.image_features(model.pixels([face.image]))[0],
     )  # fmt: skip
     concept.save(tmp_path / "me.e4t")
@@ -202,11 +202,11 @@ def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, r
             wrong.tuned(model, pack)
 
 
-def test_a_half_precision_base_is_merged_in_float32(base_folder, pack, face, recipe):
+def test_a_half_precision_base_is_merged_in_float32(base_folder, pack, face, config):
     from e4t_cli.models.text_to_image import TextToImageModel
 
     half = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
-    tuned = tune(half, pack, face, recipe, autocast=True)
+    tuned = tune(half, pack, face, config, autocast=True)
     assert tuned.unet.dtype == torch.bfloat16
     path = max(pack.offsets)
     left, right = pack.offsets[path]
@@ -236,20 +236,20 @@ def test_a_delta_that_bfloat16_would_lose_survives_the_merge(model):
     assert error["float32"] < 1e-2 < 0.2 < error["bfloat16"]
 
 
-def test_encoders_without_layers_have_nothing_to_adapt(model, pack, face, recipe):
+def test_encoders_without_layers_have_nothing_to_adapt(model, pack, face, config):
     from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 
     plain = dataclasses.replace(pack, encoder=FixedEmbedding(torch.zeros(24)), offsets={})
-    tuned = tune(model, plain, face, recipe)
+    tuned = tune(model, plain, face, config)
     assert not linear_layers(plain.encoder)
     assert all(key.startswith("unet.") and "gains" not in key for key in tuned.adapters)
     with pytest.raises(ValueError, match="has no adapters"):
         merge_adapters(model.unet, {}, plain.encoder, {"vae.x.up": torch.ones(1, 1)})
 
 
-def test_weights_converted_at_once_are_as_good_as_converted_one_by_one(model, pack, face, recipe):
+def test_weights_converted_at_once_are_as_good_as_converted_one_by_one(model, pack, face, config):
     def gradient(autocast, at_once):
-        run = Trainer(model, pack, face, recipe, 0, None, autocast)
+        run = Trainer(model, pack, face, config, 0, None, autocast)
         loud(run.parts.adapters["unet"])
         if not at_once:
             run.parts.converted = lambda dtype: nullcontext()

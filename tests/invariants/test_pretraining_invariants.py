@@ -29,7 +29,7 @@ def data(model):
 
 @pytest.fixture
 def pretrain(model, data):
-    def run(recipe=RECIPE, **options):
+    def run(config=RECIPE, **options):
         options = {
             "name": "face",
             "descriptor": "face",
@@ -37,7 +37,7 @@ def pretrain(model, data):
             "seed": 3,
             **options,
         }
-        return pretrain_domain(model, data, recipe=recipe, tuning=TUNING, **options)
+        return pretrain_domain(model, data, config=config, tuning=TUNING, **options)
 
     return run
 
@@ -66,8 +66,8 @@ def interrupt_after(step):
 
 def test_only_encoder_and_offsets_learn_and_the_loss_falls(pretrain):
     losses = []
-    recipe = RECIPE.replace(steps=40)
-    domain = pretrain(recipe, on_step=lambda step: losses.append(step.diffusion.mean().item()))
+    config = RECIPE.replace(steps=40)
+    domain = pretrain(config, on_step=lambda step: losses.append(step.diffusion.mean().item()))
     assert len(losses) == 40
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert max((left @ right).abs().max() for left, right in domain.offsets.values()) > 1e-4
@@ -163,7 +163,7 @@ def test_a_number_that_is_not_finite_stops_the_run(model, data, tmp_path):
     )
     with pytest.raises(DivergedError):
         pretrain_domain(
-            model, broken, name="face", descriptor="face", recipe=RECIPE, tuning=TUNING,
+            model, broken, name="face", descriptor="face", config=RECIPE, tuning=TUNING,
             templates=("{}",), checkpoints=tmp_path, checkpoint_every=2,
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
@@ -213,9 +213,9 @@ def test_samples_are_a_function_of_their_place_in_the_batch(model, data):
         data, encoder_index=torch.tensor([[i, (i + 1) % PICTURES] for i in range(PICTURES)])
     )
 
-    def batches(recipe=RECIPE, size=None):
+    def batches(config=RECIPE, size=None):
         token = model.descriptor_id("face")
-        return Batches(model, paired, recipe, ("{}", "a {}", "the {}"), token, 1, size)
+        return Batches(model, paired, config, ("{}", "a {}", "the {}"), token, 1, size)
 
     for step in (3, 0):
         whole = batches().of(step)

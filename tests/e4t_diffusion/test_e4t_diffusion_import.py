@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -26,7 +27,7 @@ from e4t_cli.formats.e4t_diffusion.runner import clean_environment
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.registry.discovery import user_domains_folder
 from tests.conftest import drawn_face
-from tests.foreign import checkpoints
+from tests.e4t_diffusion import checkpoints
 
 SOURCE = Path(e4t_cli.__file__).parent
 
@@ -77,7 +78,7 @@ def test_nothing_imports_the_process_that_reads():
         path.relative_to(SOURCE).as_posix()
         for path in SOURCE.rglob("*.py")
         if any(
-            "import" in line and ("__main__" in line or "read_tensors_of" in line)
+            re.match(r"\s*(from|import) .*(__main__|read_tensors_of)", line)
             for line in path.read_text(encoding="utf-8").splitlines()
         )
     }

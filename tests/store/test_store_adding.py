@@ -13,7 +13,7 @@ from e4t_cli.errors import InputError, IntegrityError, ResourceError, UsageError
 from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
 from e4t_cli.registry.store import add_domain
 from e4t_cli.registry.weights import weights_state
-from tests.shelf.conftest import FILES, card, write_domain_folder, write_zip
+from tests.store.conftest import FILES, card, write_domain_folder, write_zip
 
 
 def shelf():

@@ -51,7 +51,7 @@ def test_pretraining_states_them(model, tmp_path):
         domain,
         [drawn_face(index, 64)[0] for index in range(3)],
         base=model,
-        recipe=PretrainingConfig(steps=1, batch_size=2),
+        config=PretrainingConfig(steps=1, batch_size=2),
         folder=tmp_path / "my_faces",
     )
     card = read_manifest(folder / "domain.toml")

@@ -6,7 +6,7 @@ from e4t_cli.formats.e4t_diffusion.checkpoint import tower_sizes
 from e4t_cli.formats.e4t_diffusion.conversion import expected_shapes
 from e4t_cli.nn.patch_encoder import PatchEncoderConfig
 from e4t_cli.nn.weight_offsets import projection_shapes
-from tests.foreign import checkpoints
+from tests.e4t_diffusion import checkpoints
 
 TOWER = "ViT-H-14::laion2b_s32b_b79k"
 

@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.pretraining.batches import Objective, Samples
-from tests.laws.test_stable_diffusion_layout import (  # noqa: F401
+from tests.invariants.test_full_size_invariants import (  # noqa: F401
     encoder,
     stable_diffusion,
     tokens,

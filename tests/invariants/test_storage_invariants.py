@@ -29,7 +29,7 @@ def concept(model, pack, face):
         pack_digest="",
         prepared=face,
         image_features=model.image_features(model.pixels([face.image]))[0],
-        recipe=pack.tuning,
+        config=pack.tuning,
         seed=5,
     )
 
@@ -178,7 +178,7 @@ def test_a_concept_comes_back_and_is_tuned_to_the_same_bits(model, pack, concept
             assert getattr(again, field.name) == getattr(concept, field.name)
     assert again.tuned(model, pack) is None
     one, other = (
-        tune(model, pack, c.prepared, c.recipe, seed=c.seed, image_features=c.image_features)
+        tune(model, pack, c.prepared, c.config, seed=c.seed, image_features=c.image_features)
         for c in (concept, again)
     )
     assert draw(model, one) == draw(model, other)
@@ -186,7 +186,7 @@ def test_a_concept_comes_back_and_is_tuned_to_the_same_bits(model, pack, concept
 
 
 def test_kept_weights_draw_the_same_pictures(model, pack, concept, face, tmp_path):
-    tuned = tune(model, pack, face, concept.recipe, seed=concept.seed)
+    tuned = tune(model, pack, face, concept.config, seed=concept.seed)
     kept = dataclasses.replace(concept, weights=Concept.kept(tuned))
     kept.save(tmp_path / "me.e4t")
     again = Concept.load(tmp_path / "me.e4t").tuned(model, pack)

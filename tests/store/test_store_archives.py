@@ -10,7 +10,7 @@ import pytest
 from e4t_cli.errors import InputError, IntegrityError
 from e4t_cli.registry.discovery import user_domains_folder
 from e4t_cli.registry.store import add_domain
-from tests.shelf.conftest import write_domain_folder, write_zip
+from tests.store.conftest import write_domain_folder, write_zip
 
 
 @pytest.fixture

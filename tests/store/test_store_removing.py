@@ -7,7 +7,7 @@ import pytest
 from e4t_cli.errors import UsageError
 from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
 from e4t_cli.registry.store import add_domain, remove_domain
-from tests.shelf.conftest import write_domain_folder
+from tests.store.conftest import write_domain_folder
 
 
 def test_it_is_gone(folder):

@@ -84,23 +84,23 @@ def public_encoder(model):
 @pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("method", ["exact", "adapters"])
 def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public):
-    recipe, seen = pack.tuning.replace(method=method, mask=False), None
+    config, seen = pack.tuning.replace(method=method, mask=False), None
     if public:
         encoder, seen = public_encoder(elsewhere)
         pack = dataclasses.replace(pack, encoder=encoder)
     with NoFloat64():
-        run = Trainer(elsewhere, pack, face, recipe, 0, seen, plan=Plan(micro_batch=2))
+        run = Trainer(elsewhere, pack, face, config, 0, seen, plan=Plan(micro_batch=2))
         run.samples.mask = torch.ones(1, 8, 8, device=THERE)
         losses = run.gradients(0)
-        norm = run.optimizer.step(recipe.gradient_clip)
+        norm = run.optimizer.step(config.gradient_clip)
     assert losses.device == norm.device == THERE
     assert all(weight.grad is not None for weight in run.optimizer.weights)
 
 
 @pytest.mark.parametrize("method", ["exact", "adapters"])
 def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack, face, method):
-    recipe = pack.tuning.replace(method=method, mask=False)
-    run = Trainer(elsewhere, pack, face, recipe, 0, plan=Plan(micro_batch=3))
+    config = pack.tuning.replace(method=method, mask=False)
+    run = Trainer(elsewhere, pack, face, config, 0, plan=Plan(micro_batch=3))
     samples = run.samples.of(0)
     run.accumulate(*samples)  # the warm-up: tables go to the device
     with NothingOfTheHosts():
@@ -141,7 +141,7 @@ def test_a_pretraining_step_stays_on_its_device(elsewhere, pack):
         means=torch.zeros(6, 4, 8, 8), logvars=torch.zeros(6, 4, 8, 8),
         image_features=torch.zeros(6, 2, 32), masks=torch.ones(6, 8, 8),
     )  # fmt: skip
-    recipe = pack.pretraining.replace(mask=True)
+    config = pack.pretraining.replace(mask=True)
     encoder, unet = copy.deepcopy(pack.encoder).to(THERE), copy.deepcopy(elsewhere.unet)
     offsets = WeightOffsets.for_unet(unet).to(THERE)
     descriptor = elsewhere.descriptor_id("face")
@@ -151,7 +151,7 @@ def test_a_pretraining_step_stays_on_its_device(elsewhere, pack):
         e_domain=elsewhere.word_embedding(descriptor), scale=1.0,
     )  # fmt: skip
     with NoFloat64():
-        batches = Batches(elsewhere, data, recipe, pack.templates, descriptor, 0)
+        batches = Batches(elsewhere, data, config, pack.templates, descriptor, 0)
         objective(batches.of(0)).total(0.1).backward()
     assert all(weight.grad is not None for weight in objective.parameters())
 
@@ -196,14 +196,14 @@ def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
             if weight.dim() > 1:
                 weight.copy_(torch.randn(weight.shape, generator=source) * 0.03)
     bare = dataclasses.replace(pack, offsets={})
-    recipe = pack.tuning.replace(steps=15, base_learning_rate=1e-6, batch_size=16)
+    config = pack.tuning.replace(steps=15, base_learning_rate=1e-6, batch_size=16)
     lost = {}
     for dtype in (torch.float16, torch.bfloat16):
         monkeypatch.setattr(TextToImageModel, "tuned_dtype", dtype)
-        run = Trainer(coarse, bare, face, recipe, 0)
+        run = Trainer(coarse, bare, face, config, 0)
         for step in range(run.steps):
             run.gradients(step)
-            run.optimizer.step(recipe.gradient_clip)
+            run.optimizer.step(config.gradient_clip)
         before = {name: weight.clone() for name, weight in run.unet.state_dict().items()}
         found = run.finish().unet.state_dict()
         error = change = 0.0
@@ -219,8 +219,8 @@ def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
 @pytest.mark.parametrize("method", ["exact", "adapters"])
 def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consume):
     before = copy.deepcopy(coarse.unet)
-    recipe = pack.tuning.replace(method=method, steps=1)
-    tuned = tune(coarse, pack, face, recipe, seed=3, autocast=True, consume=consume)
+    config = pack.tuning.replace(method=method, steps=1)
+    tuned = tune(coarse, pack, face, config, seed=3, autocast=True, consume=consume)
     assert {weight.dtype for weight in tuned.unet.parameters()} == {torch.float16}
     if consume:
         assert coarse.unet is tuned.unet  # nothing keeps a second one alive
@@ -233,7 +233,7 @@ def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consu
         return
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=coarse.fingerprint,
-        pack_digest="", prepared=face, recipe=recipe, seed=3, weights=Concept.kept(tuned),
+        pack_digest="", prepared=face, config=config, seed=3, weights=Concept.kept(tuned),
         image_features=coarse.image_features(coarse.pixels([face.image]))[0],
     )  # fmt: skip
     again = concept.tuned(coarse, pack)
@@ -350,7 +350,7 @@ def test_a_base_in_bfloat16_is_pretrained_on_as_its_float32_copy_would_be(base_f
     def pretrained(base):
         return pretrain_domain(
             base, data, name="face", descriptor="face", templates=pack.templates, autocast=True,
-            recipe=pack.pretraining.replace(steps=3, base_learning_rate=1e-4), tuning=pack.tuning,
+            config=pack.pretraining.replace(steps=3, base_learning_rate=1e-4), tuning=pack.tuning,
         ).offsets  # fmt: skip
 
     found, expected = pretrained(half), pretrained(whole)

@@ -11,7 +11,7 @@ import pytest
 
 from e4t_cli.errors import UsageError
 from e4t_cli.registry.scaffold import new_domain
-from tests.shelf.conftest import FILES, write_domain_folder
+from tests.store.conftest import FILES, write_domain_folder
 
 FILES_OF_A_PACKAGE = [
     "README.md",
