@@ -30,7 +30,7 @@ from e4t_cli.devices import GB, choose_device
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.nn.precision import half_format
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import Sampling, sample
+from e4t_cli.sampling import SamplingConfig, sample
 from e4t_cli.training.memory import plan_tuning
 from e4t_cli.training.tuning import tune
 
@@ -113,14 +113,14 @@ def measure_whole(world: World, rounds: int) -> None:
 
     def show(tuned: TunedModel, count: int) -> None:
         seeds = list(range(count))
-        list(sample(model, tuned, [prompt] * count, seeds, Sampling(steps=20)))
+        list(sample(model, tuned, [prompt] * count, seeds, SamplingConfig(steps=20)))
 
     rows: dict[str, Callable[[], object]] = {
-        f"{config.steps} exact steps": lambda: learn("exact"),
-        f"{config.steps} steps, adapters": lambda: learn("adapters"),
+        f"{config.steps} exact steps": lambda: learn("full"),
+        f"{config.steps} steps, adapters": lambda: learn("lora"),
         "1 picture, 20 steps": lambda: show(untuned, 1),
         "8 pictures, 20 steps": lambda: show(untuned, 8),
-        "photo → first picture, warm": lambda: show(learn("exact"), 1),
+        "photo → first picture, warm": lambda: show(learn("full"), 1),
     }
     ways = {"": False, ", recorded": True} if device.type == "cuda" else {"": False}
     print(f"\nfrom beginning to end, median of {rounds}:")
@@ -140,7 +140,7 @@ def measure_memory(world: World) -> None:
     """Tune one step within each `--vram`, and say what was predicted and what was taken."""
     model, device = world.model, world.model.device
     print("\npeak memory of one tuning step:")
-    for method in ("exact", "adapters"):
+    for method in ("full", "lora"):
         config = world.pack.tuning.replace(steps=1, method=method)
         for vram in ("6", "8", "12", "16", "24"):
             plan = plan_tuning(

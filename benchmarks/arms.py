@@ -1,7 +1,7 @@
 """The arms: ways of tuning on one photo, each a function that runs some steps.
 
 exact        this program, as the paper describes it
-adapters     this program, --tune adapters
+adapters     this program, --tuning lora
 naive        the same equation, written down plainly: the feature pass from the picture's own
              U-Net forward, the image tower at every step on 16 copies, dense offset networks
              at every forward, float32, torch's unfused optimiser
@@ -33,7 +33,7 @@ def exact(world: World, steps: int) -> None:
 
 
 def adapters(world: World, steps: int) -> None:
-    config = world.pack.tuning.replace(steps=steps, method="adapters")
+    config = world.pack.tuning.replace(steps=steps, method="lora")
     tune(world.model, world.pack, world.photo, config)
 
 

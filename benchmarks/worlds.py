@@ -112,7 +112,7 @@ def make_world(size: str, device: torch.device, folder: Path) -> World:
     pack = DomainWeights(
         name="face", descriptor="face", base_name=size, base_fingerprint=size, encoder=encoder,
         offsets=offsets, templates=("{}", "a photo of {}"),
-        tuning=TuningConfig(steps=15, base_learning_rate=1e-6, embedding_penalty=0.1),
+        tuning=TuningConfig(steps=15, base_learning_rate=1e-6, reg_weight=0.1),
         pretraining=PretrainingConfig(steps=1),
     )  # fmt: skip
     noise = torch.randint(0, 256, (sizes["resolution"], sizes["resolution"], 3), generator=source)

@@ -15,12 +15,12 @@ from PIL import Image
 from e4t_cli.api.personalization import personalize
 from e4t_cli.api.pretraining import pretrain
 from e4t_cli.models.domain_weights import DomainWeights
-from e4t_cli.sampling import Sampling
+from e4t_cli.sampling import SamplingConfig
 from mini_world.evaluate import drawn_scores, held_out_photos, plain_method, run_method, tuned_method
 from mini_world.report import table, write_between
 
 COUNT = 20
-LOOK = Sampling(steps=12, guidance=3.0)
+LOOK = SamplingConfig(steps=12, guidance=3.0)
 MORE_STEPS = 15
 """Of tuning through the wrong domain: figure 8 gives a dog more steps than a cat."""
 PROMPTS = ("S* on the beach", "S* in the snow", "S* wearing a red hat", "a pencil sketch of S*")

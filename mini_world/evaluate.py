@@ -16,7 +16,7 @@ from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage
-from e4t_cli.sampling import Sampling, sample
+from e4t_cli.sampling import SamplingConfig, sample
 from e4t_cli.training.tuning import tune
 from mini_world.clip import HEADS
 from mini_world.data import SUBJECTS
@@ -114,7 +114,7 @@ def score(judge: Judge, who: Identity, tasks: Sequence[Task], images: Sequence[I
     return identity, prompt
 
 
-def generate(model, tuned: TunedModel, tasks: Sequence[Task], seed: int, sampling: Sampling) -> list[Image.Image]:
+def generate(model, tuned: TunedModel, tasks: Sequence[Task], seed: int, sampling: SamplingConfig) -> list[Image.Image]:
     """One picture a task."""
     prompts = [parse_prompt(task.prompt) for task in tasks]
     return list(sample(model, tuned, prompts, [seed + k for k in range(len(tasks))], sampling, batch=len(tasks)))
@@ -153,7 +153,7 @@ def run_method(
     kind: str,
     photos: Sequence[Picture],
     method: Method,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     *,
     rare: bool = False,
     seed: int = 0,

@@ -23,12 +23,12 @@ from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage
-from e4t_cli.sampling import Sampling
+from e4t_cli.sampling import SamplingConfig
 from e4t_cli.training.tuning import tune
 from mini_world.evaluate import held_out_photos, run_method
 from mini_world.stages import PACKS, load_judge, load_model
 
-SAMPLING = Sampling(steps=20, guidance=3.0)
+SAMPLING = SamplingConfig(steps=20, guidance=3.0)
 EXPORTED = "exact, as exported: one word for all steps"
 LORA, STRENGTH = "exact, as a LoRA of rank ", "exact, at strength "
 
@@ -63,9 +63,7 @@ def compare(
     rows |= {f"{STRENGTH}{strength:g}": config for strength in strengths}
     for rank in ranks:
         for rate in rates:
-            rows[f"adapters, rank {rank}, rate {rate:g}"] = config.replace(
-                method="adapters", adapter_rank=rank, adapters_rate=rate
-            )
+            rows[f"adapters, rank {rank}, rate {rate:g}"] = config.replace(method="lora", lora_rank=rank, lora_rate=rate)
     shown = held_out_photos(kind, photos, seed)
     print(f"{kind} on mini, {photos} held-out photos, {config.steps} steps")
     for name, one in rows.items():
@@ -84,7 +82,7 @@ def compare(
             return tuned
 
         strength = float(name.removeprefix(STRENGTH)) if name.startswith(STRENGTH) else 1.0
-        sampling = dataclasses.replace(SAMPLING, strength=strength)
+        sampling = dataclasses.replace(SAMPLING, concept_scale=strength)
         scores = run_method(model, judge, kind, shown, method, sampling).summary()
         print(
             f"{name:42} identity {scores['identity']:.3f} ± {scores['identity±']:.3f}   "

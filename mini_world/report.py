@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 
 from e4t_cli.models.domain_weights import DomainWeights
-from e4t_cli.sampling import Sampling
+from e4t_cli.sampling import SamplingConfig
 from mini_world.evaluate import (
     Scores,
     drawn_scores,
@@ -25,7 +25,7 @@ from mini_world.evaluate import (
 
 FEW = 5
 COUNTS = {"face": 32, "cat": 16, "art": 10}
-SAMPLING = Sampling(steps=12, guidance=3.0)
+SAMPLING = SamplingConfig(steps=12, guidance=3.0)
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 CHOOSING = {"face": 4, "cat": 4, "art": 4}
 

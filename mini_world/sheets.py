@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from e4t_cli.api.personalization import generate, personalize
-from e4t_cli.sampling import Sampling
+from e4t_cli.sampling import SamplingConfig
 
 SCENES = (
     "S* as an astronaut", "S* on the beach", "S* in the snow", "S* in the forest",
@@ -44,7 +44,7 @@ def write_strengths(folder: Path) -> None:
     concept = personalize("face", "examples/me.png", prompt, seed=3, base="mini", keep_weights=True).concept
     pictures = [concept.prepared.image]
     for strength in STRENGTHS:
-        drawn = generate(concept, prompt, seed=3, base="mini", sampling=Sampling(strength=strength))
+        drawn = generate(concept, prompt, seed=3, base="mini", sampling=SamplingConfig(concept_scale=strength))
         pictures.append(drawn.images[0].image)
-    sheet = contact_sheet(pictures, ["the photo", *(f"--strength {strength:g}" for strength in STRENGTHS)])
+    sheet = contact_sheet(pictures, ["the photo", *(f"--concept-scale {strength:g}" for strength in STRENGTHS)])
     sheet.quantize(256).save(folder / "strength.png", optimize=True)

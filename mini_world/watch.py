@@ -17,14 +17,14 @@ from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.pretraining.loop import PretrainingStep
 from e4t_cli.prompts import training_prompts
 from e4t_cli.registry.config import TuningConfig
-from e4t_cli.sampling import Sampling
+from e4t_cli.sampling import SamplingConfig
 from e4t_cli.training.loss import TrainingBatch, training_loss
 from mini_world.data import Drawings
 from mini_world.domains import encode_drawings
 from mini_world.evaluate import held_out_photos, run_method, tuned_method
 
-LOOK = Sampling(steps=12, guidance=3.0)
-STILL = TuningConfig(steps=0, base_learning_rate=1e-6, embedding_penalty=0.0)
+LOOK = SamplingConfig(steps=12, guidance=3.0)
+STILL = TuningConfig(steps=0, base_learning_rate=1e-6, reg_weight=0.0)
 
 
 class TrainingLogger:

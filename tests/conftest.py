@@ -258,7 +258,7 @@ def pack(model):
         encoder=encoder,
         offsets=factors,
         tuning=TuningConfig(
-            steps=3, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4, mask=True
+            steps=3, base_learning_rate=1e-5, reg_weight=0.1, batch_size=4, mask=True
         ),
         pretraining=PretrainingConfig(steps=5, batch_size=4),
         templates=("{}", "a photo of {}"),

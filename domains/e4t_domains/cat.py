@@ -9,12 +9,12 @@ cat = Domain(
     tuning=TuningConfig(
         steps=5,  # section 3.5
         base_learning_rate=3e-6,  # section 3.5
-        embedding_penalty=1e-4,  # section 3.5
+        reg_weight=1e-4,  # section 3.5
     ),
     pretraining=PretrainingConfig(
         steps=60_000,  # section 3.5
         base_learning_rate=1e-6,  # section 3.5
-        embedding_penalty=0.01,  # section 3.3
+        reg_weight=0.01,  # section 3.3
     ),
     weights={"mini": "package:e4t_domains/packs/cat/mini"},
     prompt_templates=(

@@ -118,13 +118,13 @@ face = Domain(
         steps=15,  # section 3.5
         # Paper silent: the learning rate of tuning faces; this is pre-training's (section 3.5).
         base_learning_rate=1e-6,
-        embedding_penalty=0.1,  # section 3.5
+        reg_weight=0.1,  # section 3.5
         mask=True,  # section 3.4
     ),
     pretraining=PretrainingConfig(
         steps=30_000,  # section 3.5
         base_learning_rate=1e-6,  # section 3.5
-        embedding_penalty=0.01,  # section 3.3
+        reg_weight=0.01,  # section 3.3
     ),
     weights={
         "mini": "package:e4t_domains/packs/face/mini",

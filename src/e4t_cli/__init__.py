@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .registry.discovery import find_domain, installed_domains
     from .registry.domain import Domain, PreparationTarget, PreparedImage
     from .registry.testing import check_domain
-    from .sampling import Sampling
+    from .sampling import SamplingConfig
 
 _HOME = {
     "Concept": "formats.concept",
@@ -64,7 +64,7 @@ _HOME = {
     "Progress": "progress",
     "ResourceError": "errors",
     "SUBJECT_TEMPLATES": "prompts",
-    "Sampling": "sampling",
+    "SamplingConfig": "sampling",
     "TextToImageModel": "models.text_to_image",
     "TuningConfig": "registry.config",
     "UsageError": "errors",
@@ -102,7 +102,7 @@ __all__ = [
     "Progress",
     "ResourceError",
     "SUBJECT_TEMPLATES",
-    "Sampling",
+    "SamplingConfig",
     "TextToImageModel",
     "TuningConfig",
     "UsageError",

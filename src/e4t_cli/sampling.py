@@ -40,37 +40,37 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingConfig:
     """How pictures are drawn.
 
     Args:
         steps: denoising steps.
         guidance: weight of classifier-free guidance, 1 for none; None takes the base's own.
         scheduler: a key of `SCHEDULERS`, or the name of any scheduler class of diffusers.
-        negative: what to steer away from. Anything but "" costs a separate feature pass.
-        strength: how much of what was learned is drawn; see `TunedModel.at_strength`.
+        negative_prompt: what to steer away from. Anything but "" costs a separate feature pass.
+        concept_scale: how much of what was learned is drawn; see `TunedModel.at_concept_scale`.
     """
 
     steps: int = 20
     guidance: float | None = None
     scheduler: str = "dpm++"
-    negative: str = ""
-    strength: float = 1.0
+    negative_prompt: str = ""
+    concept_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
             raise UsageError(f"the number of denoising steps must be 1 to 1000, not {self.steps!r}")
         if self.guidance is not None and not 0 <= self.guidance <= 100:
             raise UsageError(f"the guidance must be 0 to 100, not {self.guidance!r}")
-        if not 0 <= self.strength <= 2:
-            raise UsageError(f"the strength must be 0 to 2, not {self.strength!r}")
+        if not 0 <= self.concept_scale <= 2:
+            raise UsageError(f"the concept scale must be 0 to 2, not {self.concept_scale!r}")
         if self.scheduler not in SCHEDULERS and not _is_scheduler(self.scheduler):
             raise UsageError(
                 f"there is no scheduler {self.scheduler!r}",
                 hint=f"one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers",
             )
 
-    def resolved(self, model: TextToImageModel) -> Sampling:
+    def resolved(self, model: TextToImageModel) -> SamplingConfig:
         """Return what will really be done with this base."""
         if self.guidance is not None:
             return self
@@ -81,7 +81,7 @@ class Sampling:
         return asdict(self)
 
 
-def make_scheduler(model: TextToImageModel, sampling: Sampling) -> Any:
+def make_scheduler(model: TextToImageModel, sampling: SamplingConfig) -> Any:
     """Return a diffusers scheduler on the base's own noise schedule, its time steps set.
 
     They are on the CPU, where its tables are: looked up with a number from a card, each step
@@ -111,7 +111,7 @@ def sample(
     tuned: TunedModel,
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
-    sampling: Sampling | None = None,
+    sampling: SamplingConfig | None = None,
     *,
     batch: int | None = None,
     on_progress: ProgressCallback | None = None,
@@ -124,7 +124,7 @@ def sample(
     together, and company may change a picture by what rounding does.
 
     Args:
-        model: the base that `tuned` was made from; for another strength than 1 with its U-Net
+        model: the base that `tuned` was made from; for another concept scale than 1 with its U-Net
             as it was.
         tuned: from `tune`, or `TunedModel.plain(model, "face")` for the base's own idea of a face.
         prompts, seeds: of equal length.
@@ -132,10 +132,10 @@ def sample(
         batch: pictures at a time; None is 1 on the CPU and 8 elsewhere.
         on_progress: called after each denoising step; done and total count steps of all pictures.
     """
-    sampling = (sampling or Sampling()).resolved(model)
+    sampling = (sampling or SamplingConfig()).resolved(model)
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds")
-    tuned = tuned.at_concept_scale(model.unet, sampling.strength)
+    tuned = tuned.at_concept_scale(model.unet, sampling.concept_scale)
     size = batch or (1 if model.device.type == "cpu" else BATCH)
     # All at once, so that a prompt that cannot be read stops the first picture, not the last.
     tokens = model.tokenize(prompts, tuned.descriptor_id)
@@ -147,7 +147,7 @@ def _pictures(
     tuned: TunedModel,
     tokens: Tokens,
     seeds: list[int],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     size: int,
     on_progress: ProgressCallback | None,
 ) -> Iterator[Image]:
@@ -194,11 +194,11 @@ def generate_latents(
     tuned: TunedModel,
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
-    sampling: Sampling | None = None,
+    sampling: SamplingConfig | None = None,
 ) -> Tensor:
     """Return z_0 of pictures drawn as one batch, (batch, channels, height, width), in float32."""
-    sampling = (sampling or Sampling()).resolved(model)
-    tuned = tuned.at_concept_scale(model.unet, sampling.strength)
+    sampling = (sampling or SamplingConfig()).resolved(model)
+    tuned = tuned.at_concept_scale(model.unet, sampling.concept_scale)
     tokens = model.tokenize(prompts, tuned.descriptor_id)
     return denoise(model, tuned, tokens, seeds, sampling)
 
@@ -209,7 +209,7 @@ def denoise(
     tuned: TunedModel,
     tokens: Tokens,
     seeds: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     report: Callable[..., None] | None = None,
 ) -> Tensor:
     scheduler = make_scheduler(model, sampling)
@@ -220,7 +220,7 @@ def denoise(
     random = {"generator": sources} if draws_noise(scheduler) else {}
     assert sampling.guidance is not None, "resolve the sampling config first"
     denoiser = CFGDenoiser(
-        model, tuned, tokens, guidance=sampling.guidance, negative_prompt=sampling.negative
+        model, tuned, tokens, guidance=sampling.guidance, negative_prompt=sampling.negative_prompt
     )
     predict = CudaGraphRunner(
         denoiser, model.device, calls=len(scheduler.timesteps),

@@ -39,7 +39,7 @@ def world(base_folder, tmp_path_factory) -> World:
     domain = Domain(
         name="my_faces",
         descriptor="face",
-        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
+        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, reg_weight=0.1, batch_size=2),
         prompt_templates=("{}", "a photo of {}"),
     )
     pack = e4t_cli.pretrain(

@@ -55,7 +55,7 @@ def test_a_photo_is_a_photo_however_it_is_handed_in(draw, world):
 
 
 def test_a_picture_does_not_depend_on_its_company(draw):
-    many = draw(prompts=["a photo of S*", "S* on the beach"], images_per_prompt=2)
+    many = draw(prompts=["a photo of S*", "S* on the beach"], num_images_per_prompt=2)
     assert [image.seed for image in many.images] == [5, 6, 5, 6]
     assert looks(many)[2] == looks(draw())[0]
 
@@ -72,7 +72,7 @@ def test_the_base_stays_as_it_was_and_runs_do_not_meet(draw, world):
 
 def test_pictures_arrive_one_by_one(draw):
     arrived = []
-    result = draw(images_per_prompt=3, on_image=lambda image: arrived.append(image.seed))
+    result = draw(num_images_per_prompt=3, on_image=lambda image: arrived.append(image.seed))
     assert arrived == [5, 6, 7] == [image.seed for image in result.images]
 
 
@@ -90,9 +90,9 @@ def test_the_record_says_what_a_picture_depends_on(draw, world):
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ({"images_per_prompt": 0}, UsageError, "1 or more"),
+        ({"num_images_per_prompt": 0}, UsageError, "1 or more"),
         ({"seed": -1}, UsageError, "seeds must be"),
-        ({"seed": 2**32 - 1, "images_per_prompt": 2}, UsageError, "seeds must be"),
+        ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, UsageError, "seeds must be"),
         ({"tune_steps": -1}, UsageError, "steps must be a whole number"),
         ({"sampling": {"stride": 2}}, UsageError, "stride"),
         ({"sampling": {"steps": 0}}, UsageError, "1 to 1000"),
@@ -162,7 +162,7 @@ def test_captions_stay_in_their_cell():
 def test_the_door_and_the_commands_have_the_same_defaults():
     from e4t_cli.cli.personalize import generate, personalize
 
-    same = {"number": "images_per_prompt"}
+    same = {"number": "num_images_per_prompt"}
     for command, function in ((personalize, e4t_cli.personalize), (generate, e4t_cli.generate)):
         ours = inspect.signature(function).parameters
         for name, parameter in inspect.signature(command).parameters.items():

@@ -62,7 +62,7 @@ def test_states_in_the_list(run, install):  # noqa: F811
         from e4t_cli import Domain, TuningConfig
         zoo = Domain(
             name="zoo", descriptor="dog", licence="MIT",
-            tuning=TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4),
+            tuning=TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4),
             weights={"far": "hub:me/zoo@" + "0" * 40, "lost": "package:no_such/packs"},
             download_sizes={"far": 184_200_000},
         )

@@ -1,4 +1,4 @@
-"""`--tune` and `--vram` on the command line."""
+"""`--tuning` and `--vram` on the command line."""
 
 from e4t_cli.formats.concept import Concept
 from tests.cli.test_cli_work import install, pixels
@@ -7,14 +7,14 @@ from tests.cli.test_cli_work import install, pixels
 def test_adapters_make_a_small_concept_that_is_drawn_again(run, world):
     first = run(
         *world.personalize(
-            "--tune", "adapters", "--save", "me.e4t", "--keep-weights", "--seed", "7", "-v",
+            "--tuning", "lora", "--save", "me.e4t", "--keep-weights", "--seed", "7", "-v",
             "--vram", "6",
         )
     )  # fmt: skip
     assert first.code == 0, first.err
     assert "memory: " in first.err and "at a time" in first.err
     concept = Concept.load("me.e4t")
-    assert concept.config.method == "adapters"
+    assert concept.config.method == "lora"
     assert all(key.startswith("adapters.") for key in concept.weights)
     install(world)
     again = run(
@@ -32,7 +32,7 @@ def test_the_plan_is_for_those_who_ask(run, world):
 
 def test_what_cannot_be_meant_is_said_before_the_work(run, world):
     for option, value, said in (
-        ("--tune", "magic", "exact or adapters"),
+        ("--tuning", "magic", "full or lora"),
         ("--vram", "lots", "--vram 8"),
         ("--vram", "-3", "--vram 8"),
     ):

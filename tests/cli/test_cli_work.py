@@ -71,7 +71,7 @@ def test_quiet_is_quiet(run, world):
 
 
 def test_the_pictures_tell_their_story(run, world):
-    path = run(*world.personalize("--negative", "red", "--seed", "5")).lines[0]
+    path = run(*world.personalize("--negative-prompt", "red", "--seed", "5")).lines[0]
     with open(path, "rb") as file:
         told = read_metadata(file.read())
     assert told.ai_generated
@@ -88,7 +88,7 @@ def test_strength_is_heard_and_written_down(run, world, tmp_path):
     shutil.copytree(world.pack, user_domains_folder() / "my_faces")
     pixels = {}
     for strength in ("0", "0.5", "1"):
-        one = ("--seed", "5", "--strength", strength, "--save", f"{strength}.e4t")
+        one = ("--seed", "5", "--concept-scale", strength, "--save", f"{strength}.e4t")
         path = run(*world.personalize(*one)).lines[0]
         with open(path, "rb") as file:
             told = read_metadata(file.read())
@@ -96,10 +96,10 @@ def test_strength_is_heard_and_written_down(run, world, tmp_path):
         assert ("Concept strength: 0.5" in told.parameters) == (strength == "0.5")
         pixels[strength] = Image.open(path).tobytes()
     assert len(set(pixels.values())) == 3
-    drawing = ("--base", str(world.base), "--steps", "2", "--seed", "5", "--strength", "0.5")
+    drawing = ("--base", str(world.base), "--steps", "2", "--seed", "5", "--concept-scale", "0.5")
     again = run("generate", "1.e4t", "S* on the beach", *drawing)  # a concept knows none of it
     assert Image.open(again.lines[0]).tobytes() == pixels["0.5"]
-    assert run(*world.personalize("--strength", "3")).code == 2
+    assert run(*world.personalize("--concept-scale", "3")).code == 2
 
 
 def test_without_metadata_only_the_mark_stays(run, world):

@@ -19,10 +19,10 @@ from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry.discovery import user_domains_folder
-from e4t_cli.sampling import Sampling, generate_latents
+from e4t_cli.sampling import SamplingConfig, generate_latents
 from e4t_cli.training.tuning import tune
 
-SAMPLING = Sampling(steps=4, guidance=3.0)
+SAMPLING = SamplingConfig(steps=4, guidance=3.0)
 
 
 @pytest.fixture
@@ -82,10 +82,15 @@ def test_the_word_is_the_mean_over_noise_levels(model, tuned, face):
     assert mean_concept_embedding(model, blind, face).variation == 0
 
 
-@pytest.mark.parametrize("method", ["exact", "adapters"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_command(run, world, installed, tmp_path, method):
     made = e4t_cli.personalize(
-        world.pack, str(world.photo), base=world.base, tune_steps=1, tune=method, keep_weights=True
+        world.pack,
+        str(world.photo),
+        base=world.base,
+        tune_steps=1,
+        tuning=method,
+        keep_weights=True,
     )
     made.concept.save(tmp_path / "me.e4t")
     ended = run("export", "me.e4t", "models/me", "--base", str(world.base), "--placeholder", "<me>")

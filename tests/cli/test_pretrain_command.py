@@ -83,9 +83,7 @@ def test_names_and_words_that_do_not_do(pretrain):
 def test_numbers_change_the_recipe_and_stand_on_the_card(pretrain):
     import tomllib
 
-    ended = pretrain(
-        "--steps", "3", "--batch", "2", "--base-lr", "1e-5", "--embedding-penalty", "0.5"
-    )
+    ended = pretrain("--steps", "3", "--batch", "2", "--base-lr", "1e-5", "--reg-weight", "0.5")
     assert ended.code == 0, ended.err
     assert "learning rate 2e-05 = 1e-05 × batch 2 × 1 process" in ended.err
     card = tomllib.loads((made() / "domain.toml").read_text())
@@ -99,7 +97,7 @@ def test_numbers_change_the_recipe_and_stand_on_the_card(pretrain):
     [
         ("--base-lr", "0", "base_learning_rate must be above 0"),
         ("--base-lr", "nan", "base_learning_rate must be above 0"),
-        ("--embedding-penalty", "-1", "embedding_penalty must be 0 or more"),
+        ("--reg-weight", "-1", "reg_weight must be 0 or more"),
         ("--cache", "maybe", "there is no cache 'maybe'"),
         ("--steps", "0", "--steps"),
     ],

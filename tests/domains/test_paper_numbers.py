@@ -25,10 +25,10 @@ def test_numbers(name):
     assert PAPER[name] == (
         domain.descriptor,
         before.steps,
-        before.embedding_penalty,
+        before.reg_weight,
         before.base_learning_rate,
         tuning.steps,
-        tuning.embedding_penalty,
+        tuning.reg_weight,
         tuning.base_learning_rate,
         tuning.mask,
         before.embedding_scale,

@@ -47,9 +47,7 @@ def converted(checkpoint, tmp_path):
     from e4t_cli.registry.config import TuningConfig
     from e4t_cli.registry.domain import Domain
 
-    config = TuningConfig(
-        steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4, mask=True
-    )
+    config = TuningConfig(steps=2, base_learning_rate=1e-5, reg_weight=0.1, batch_size=4, mask=True)
     sentences = ("{}", "a photo of {}")  # short: the tiny base reads 14 tokens
     domain = Domain(name="face", descriptor="face", tuning=config, prompt_templates=sentences)
     wish = conversion_request(read_checkpoint(checkpoint), domain, "face", "tiny")

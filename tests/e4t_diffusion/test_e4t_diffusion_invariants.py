@@ -21,14 +21,14 @@ from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.nn.patch_encoder import PatchEncoderConfig
 from e4t_cli.nn.weight_offsets import WeightOffsets, projection_shapes
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import Sampling, sample
+from e4t_cli.sampling import SamplingConfig, sample
 from e4t_cli.training.tuning import tune
 from tests.e4t_diffusion import checkpoints
 
 
 def draw(model, tuned):
     prompts = [parse_prompt("S* on the beach")]
-    return next(sample(model, tuned, prompts, [1], Sampling(steps=2))).tobytes()
+    return next(sample(model, tuned, prompts, [1], SamplingConfig(steps=2))).tobytes()
 
 
 def pixels(batch=2, side=40):
@@ -141,7 +141,7 @@ def test_a_tower_is_checked_when_it_is_looked_through(converted, model):
 def test_adapters_change_their_encoder_as_merged_ones_do(converted, model, face):
     """Hooks while tuning, merged weights while drawing: the same concept, kept or tuned again."""
     pack, _, _ = converted
-    config = pack.tuning.replace(method="adapters", steps=3, base_learning_rate=1e-4)
+    config = pack.tuning.replace(method="lora", steps=3, base_learning_rate=1e-4)
     tuned = tune(model, pack, face, config, seed=5)
     plain = tune(model, pack, face, config.replace(steps=0), seed=5)
     assert not torch.equal(

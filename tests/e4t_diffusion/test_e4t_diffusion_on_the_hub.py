@@ -36,7 +36,7 @@ def domain():
     return Domain(
         name="face",
         descriptor="face",
-        tuning=TuningConfig(steps=1, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=2),
+        tuning=TuningConfig(steps=1, base_learning_rate=1e-5, reg_weight=0.1, batch_size=2),
         prompt_templates=("{}", "a photo of {}"),
         weights={"sd14": LOCATION},
     )

@@ -85,7 +85,7 @@ def test_offline_only_what_is_here(hub, folder):
 def test_the_list_says_what_is_to_be_fetched(hub, folder):
     commit = hub.add("someone/dogs", folder)
     place = {"toy": f"hub:someone/dogs@{commit}"}
-    config = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    config = TuningConfig(steps=1, base_learning_rate=1e-6, reg_weight=0)
     plain = Domain(name="dogs", descriptor="dog", tuning=config, weights=place)
     sized = Domain(
         name="dogs", descriptor="dog", tuning=config, weights=place, download_sizes={"toy": 12345}

@@ -66,7 +66,7 @@ def test_a_domain_comes_with_its_networks(published, tmp_path, monkeypatch, capf
     domain = Domain(
         name="look",
         descriptor="face",
-        tuning=TuningConfig(steps=1, base_learning_rate=1e-5, embedding_penalty=0.1),
+        tuning=TuningConfig(steps=1, base_learning_rate=1e-5, reg_weight=0.1),
         weights={"sd14": f"hub:me/pack@{commit}"},
         networks=(PARSER,),
     )

@@ -209,7 +209,7 @@ def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch)
     domain = Domain(
         name="ours",
         descriptor="face",
-        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
+        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, reg_weight=0.1, batch_size=2),
         prompt_templates=("{}", "a photo of {}"),
     )
     from e4t_cli.registry.discovery import user_domains_folder

@@ -1,4 +1,4 @@
-"""Laws of `--tune adapters`: changes that are nothing at first, and merge to what they were."""
+"""Laws of `--tuning lora`: changes that are nothing at first, and merge to what they were."""
 
 import copy
 import dataclasses
@@ -11,22 +11,22 @@ from torch.nn import functional
 from e4t_cli.errors import IntegrityError
 from e4t_cli.formats.concept import Concept
 from e4t_cli.nn.adapters import (
-    LowRank,
-    LowRankAdapters,
+    LoraAdapters,
+    LoraLayer,
     attention_layers,
     copy_sharing_weights,
     linear_layers,
-    merge_adapters,
+    merge_lora,
 )
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import Sampling, sample
+from e4t_cli.sampling import SamplingConfig, sample
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, tune
 
 
 @pytest.fixture
 def config(pack):
-    return pack.tuning.replace(method="adapters", adapter_rank=2)
+    return pack.tuning.replace(method="lora", lora_rank=2)
 
 
 def loud(adapters, seed=0):
@@ -39,7 +39,7 @@ def loud(adapters, seed=0):
 
 
 def fresh(layers, gains=()):
-    return LowRankAdapters.for_layers(layers, 2, gains=gains, source=torch.Generator())
+    return LoraAdapters.for_layers(layers, 2, gains=gains, source=torch.Generator())
 
 
 def run(unet):
@@ -79,7 +79,7 @@ def test_merged_is_attached(model):
 
 def test_the_layer_with_a_bias_by_hand():
     layer = torch.nn.Linear(3, 4)
-    adapters = loud(LowRankAdapters({"0": LowRank(4, 3, 2, gains=True, source=torch.Generator())}))
+    adapters = loud(LoraAdapters({"0": LoraLayer(4, 3, 2, gains=True, source=torch.Generator())}))
     adapter, x = adapters.adapters[0], torch.randn(5, 3)
     with adapters.attached_to(torch.nn.Sequential(layer)):
         found = layer(x)
@@ -92,7 +92,7 @@ def test_gains_have_the_gradient_of_the_dense_weight():
     weight, x = torch.randn(4, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
     layer = torch.nn.Linear(3, 4, bias=False, dtype=torch.float64)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    adapters = LowRankAdapters({"0": LowRank(4, 3, 2, gains=True, source=torch.Generator())})
+    adapters = LoraAdapters({"0": LoraLayer(4, 3, 2, gains=True, source=torch.Generator())})
     loud(adapters).double()
     adapter = adapters.adapters[0]
     with adapters.attached_to(torch.nn.Sequential(layer)):
@@ -186,7 +186,7 @@ def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, c
     concept.save(tmp_path / "me.e4t")
     again = Concept.load(tmp_path / "me.e4t")
     drawn = [
-        next(sample(model, one, [parse_prompt("S* on the beach")], [1], Sampling(steps=2)))
+        next(sample(model, one, [parse_prompt("S* on the beach")], [1], SamplingConfig(steps=2)))
         for one in (tuned, again.tuned(model, pack))
     ]
     assert drawn[0].tobytes() == drawn[1].tobytes()
@@ -213,7 +213,7 @@ def test_a_half_precision_base_is_merged_in_float32(base_folder, pack, face, con
     weight = half.unet.get_submodule(path).weight.float() * (1 + left @ right)
     prefix = f"unet.{path}."
     own = {k[len(prefix) :]: v for k, v in tuned.adapters.items() if k.startswith(prefix)}
-    adapter = LowRankAdapters.from_tensors({f"x.{k}": v for k, v in own.items()}).adapters[0]
+    adapter = LoraAdapters.from_tensors({f"x.{k}": v for k, v in own.items()}).adapters[0]
     expected = adapter.merged(weight).bfloat16()
     assert torch.equal(tuned.unet.get_submodule(path).weight, expected)
 
@@ -223,7 +223,7 @@ def test_a_delta_that_bfloat16_would_lose_survives_the_merge(model):
     layers = attention_layers(model.unet)
     path = min(layers)
     weight = layers[path].weight
-    adapter = LowRank(*weight.shape, 2, gains=True, source=torch.Generator())
+    adapter = LoraLayer(*weight.shape, 2, gains=True, source=torch.Generator())
     with torch.no_grad():
         adapter.up.copy_(torch.randn_like(adapter.up) * 1e-4)
     delta = adapter.up @ adapter.down
@@ -244,7 +244,7 @@ def test_encoders_without_layers_have_nothing_to_adapt(model, pack, face, config
     assert not linear_layers(plain.encoder)
     assert all(key.startswith("unet.") and "gains" not in key for key in tuned.adapters)
     with pytest.raises(ValueError, match="has no adapters"):
-        merge_adapters(model.unet, {}, plain.encoder, {"vae.x.up": torch.ones(1, 1)})
+        merge_lora(model.unet, {}, plain.encoder, {"vae.x.up": torch.ones(1, 1)})
 
 
 def test_weights_converted_at_once_are_as_good_as_converted_one_by_one(model, pack, face, config):

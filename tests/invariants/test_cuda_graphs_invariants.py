@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SCHEDULERS, Sampling, generate_latents
+from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents
 from e4t_cli.training import cuda_graphs as recording
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
 from e4t_cli.training.memory import Plan
@@ -93,7 +93,7 @@ def weights_of(tuned):
 
 
 @pytest.mark.parametrize("micro_batch", [4, 3])
-@pytest.mark.parametrize("method", ["exact", "adapters"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method, micro_batch):
     config = pack.tuning.replace(method=method, steps=6)
 
@@ -129,7 +129,7 @@ def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
 )
 def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, negative):
     tuned = Trainer(model, pack, face, pack.tuning.replace(steps=0), 0).finish()
-    sampling = Sampling(steps=6, scheduler=scheduler, negative=negative)
+    sampling = SamplingConfig(steps=6, scheduler=scheduler, negative_prompt=negative)
     expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
     found = Lists()
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)

@@ -28,7 +28,7 @@ from e4t_cli.pretraining.batches import Batches, Objective
 from e4t_cli.pretraining.encoded_images import EncodedImages
 from e4t_cli.pretraining.loop import pretrain_domain
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SCHEDULERS, Sampling, generate_latents, sample
+from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents, sample
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, tune
 
@@ -82,7 +82,7 @@ def public_encoder(model):
 
 
 @pytest.mark.parametrize("public", [False, True])
-@pytest.mark.parametrize("method", ["exact", "adapters"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public):
     config, seen = pack.tuning.replace(method=method, mask=False), None
     if public:
@@ -97,7 +97,7 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
     assert all(weight.grad is not None for weight in run.optimizer.weights)
 
 
-@pytest.mark.parametrize("method", ["exact", "adapters"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack, face, method):
     config = pack.tuning.replace(method=method, mask=False)
     run = Trainer(elsewhere, pack, face, config, 0, plan=Plan(micro_batch=3))
@@ -131,7 +131,7 @@ def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
 )
 def test_drawing_stays_on_its_device(elsewhere, pack, face, scheduler, negative):
     tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False), 0).finish()
-    sampling = Sampling(steps=4, scheduler=scheduler, negative=negative)
+    sampling = SamplingConfig(steps=4, scheduler=scheduler, negative_prompt=negative)
     with NoFloat64():
         assert generate_latents(elsewhere, tuned, PROMPTS, [1, 2], sampling).device == THERE
 
@@ -216,7 +216,7 @@ def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
 
 
 @pytest.mark.parametrize("consume", [False, True])
-@pytest.mark.parametrize("method", ["exact", "adapters"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consume):
     before = copy.deepcopy(coarse.unet)
     config = pack.tuning.replace(method=method, steps=1)
@@ -227,7 +227,7 @@ def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consu
     else:
         for name, weight in before.state_dict().items():
             assert torch.equal(coarse.unet.state_dict()[name], weight)
-    few = Sampling(steps=2)
+    few = SamplingConfig(steps=2)
     picture = next(sample(coarse, tuned, PROMPTS, [1, 2], few))
     if consume:
         return
@@ -303,7 +303,7 @@ def test_T4_so_it_is_in_drawing(model, monkeypatch, error):
     monkeypatch.setattr(loop, "denoise", short_of_memory)
     monkeypatch.setattr(loop, "free_memory", freeing)
     plain = TunedModel.plain(model, "face")
-    assert len(list(sample(model, plain, PROMPTS, [1, 2], Sampling(steps=1), batch=2))) == 2
+    assert len(list(sample(model, plain, PROMPTS, [1, 2], SamplingConfig(steps=1), batch=2))) == 2
     assert len(left) == 1
 
 

@@ -44,7 +44,7 @@ def test_pretraining_states_them(model, tmp_path):
     domain = Domain(
         name="my_faces",
         descriptor="face",
-        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1, batch_size=2),
+        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, reg_weight=0.1, batch_size=2),
         prompt_templates=("{}", "a photo of {}"),
     )
     folder = e4t_cli.pretrain(

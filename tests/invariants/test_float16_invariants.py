@@ -51,7 +51,7 @@ def gradient(model, pack, face, config, autocast=None, **plan):
     return torch.cat([one.float().flatten() for one in run.optimizer.gradients]), losses, run
 
 
-@pytest.mark.parametrize("method", ["exact", "adapters"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("optimizer", ["fused", "host"])
 def test_a_scaled_gradient_is_the_gradient(model, pack, face, method, optimizer):
     config = pack.tuning.replace(method=method)
@@ -64,7 +64,7 @@ def test_a_scaled_gradient_is_the_gradient(model, pack, face, method, optimizer)
 
 def test_without_a_scale_small_gradients_would_vanish(model, pack, face, monkeypatch):
     """As small as they are where a mean runs over 16 times 16,384 numbers."""
-    small = pack.tuning.replace(embedding_penalty=0.0)
+    small = pack.tuning.replace(reg_weight=0.0)
     whole, _, _ = gradient(model, pack, face, small, autocast=False)
     training_loss = step.training_loss
 
@@ -128,11 +128,11 @@ def test_a_frozen_base_in_float16_that_overflows_is_one_sentence(base_folder, pa
     with torch.no_grad():
         half.unet.conv_in.weight.mul_(torch.inf)
     with pytest.raises(DivergedError, match="too large for float16") as caught:
-        tune(half, pack, face, pack.tuning.replace(method="adapters"))
+        tune(half, pack, face, pack.tuning.replace(method="lora"))
     assert "--dtype fp32" in caught.value.hint
 
 
-@pytest.mark.parametrize("method", ["exact", "adapters"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_base_in_float16_is_tuned_as_in_float32(base_folder, model, pack, face, method):
     config = pack.tuning.replace(method=method, unet_rate=1.0)
     half = TextToImageModel.load(base_folder, dtype=torch.float16)

@@ -113,7 +113,7 @@ def pack(stable_diffusion, encoder):
     return DomainWeights(
         name="face", descriptor="face", base_name="sd14", base_fingerprint="",
         encoder=encoder, offsets=factors, templates=("{}",),
-        tuning=TuningConfig(steps=15, base_learning_rate=1e-6, embedding_penalty=0.1),
+        tuning=TuningConfig(steps=15, base_learning_rate=1e-6, reg_weight=0.1),
         pretraining=PretrainingConfig(steps=30_000),
     )  # fmt: skip
 
@@ -189,10 +189,10 @@ def table_of_plans():
     table = page.partition("| `--vram` | exact | adapters |")[2].partition("\n\n")[0]
     for vram, exact, adapters in re.findall(r"^\| (\d+) \| (.*) \| (.*) \|$", table, re.M):
         exact, _, eight = exact.partition("; with `e4t[8bit]` ")
-        yield pytest.param(vram, "exact", False, exact, id=f"exact {vram}")
-        yield pytest.param(vram, "adapters", False, adapters, id=f"adapters {vram}")
+        yield pytest.param(vram, "full", False, exact, id=f"exact {vram}")
+        yield pytest.param(vram, "lora", False, adapters, id=f"adapters {vram}")
         if eight:
-            yield pytest.param(vram, "exact", True, eight, id=f"8 bits {vram}")
+            yield pytest.param(vram, "full", True, eight, id=f"8 bits {vram}")
 
 
 @pytest.mark.parametrize(("vram", "method", "eight_bit", "cell"), list(table_of_plans()))
@@ -294,6 +294,6 @@ def test_one_exact_tuning_step(stable_diffusion, pack):
 
 def test_one_step_through_adapters(stable_diffusion, pack):
     """No gradient of a weight of the base, and none through the feature pass: 31.9 TFLOP."""
-    work, trained = one_step(stable_diffusion, pack, pack.tuning.replace(method="adapters"))
+    work, trained = one_step(stable_diffusion, pack, pack.tuning.replace(method="lora"))
     assert 28e12 < work <= 31.9e12
     assert 1.7e6 < trained < 2.6e6  # 5 MB in float16

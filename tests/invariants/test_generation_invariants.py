@@ -9,13 +9,13 @@ from e4t_cli.errors import UsageError
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SCHEDULERS, Sampling, generate_latents, sample
+from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents, sample
 from e4t_cli.training.tuning import tune
 
 PROMPTS = [
     parse_prompt(text) for text in ("S* on the beach", "a photo of S*", "S* and S* with hat")
 ]
-FEW = Sampling(steps=3)
+FEW = SamplingConfig(steps=3)
 
 
 @pytest.fixture
@@ -92,15 +92,17 @@ def test_one_way_down_serves_the_features_and_the_unconditional_branch(model, tu
     tuned_hook = tuned.unet.mid_block.register_forward_hook(lambda *args: calls.append(1))
     counts = {}
     for name, sampling in {
-        "shared": Sampling(steps=1),
-        "negative": Sampling(steps=1, negative="a dog"),
-        "no guidance": Sampling(steps=1, guidance=1),
+        "shared": SamplingConfig(steps=1),
+        "negative": SamplingConfig(steps=1, negative_prompt="a dog"),
+        "no guidance": SamplingConfig(steps=1, guidance=1),
     }.items():
         calls.clear()
         generate_latents(model, tuned, PROMPTS[:1], [1], sampling)
         counts[name] = len(calls)
     calls.clear()
-    generate_latents(model, TunedModel.plain(model, "face"), PROMPTS[:1], [1], Sampling(steps=1))
+    generate_latents(
+        model, TunedModel.plain(model, "face"), PROMPTS[:1], [1], SamplingConfig(steps=1)
+    )
     counts["plain word"] = len(calls)
     hook.remove()
     tuned_hook.remove()
@@ -130,7 +132,7 @@ def test_the_plain_word_is_plain_stable_diffusion(model):
 
     from e4t_cli.sampling import make_scheduler
 
-    sampling = Sampling(steps=3, guidance=4.0, scheduler="ddim")
+    sampling = SamplingConfig(steps=3, guidance=4.0, scheduler="ddim")
     pipeline = StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
@@ -158,7 +160,7 @@ def test_the_plain_word_is_plain_stable_diffusion(model):
 
 @pytest.mark.parametrize("name", [*SCHEDULERS, "DEISMultistepScheduler"])
 def test_any_scheduler_of_diffusers(model, tuned, name):
-    sampling = Sampling(steps=4, scheduler=name)
+    sampling = SamplingConfig(steps=4, scheduler=name)
     one, other = (generate_latents(model, tuned, PROMPTS[:2], [1, 2], sampling) for _ in range(2))
     assert one.isfinite().all()
     assert torch.equal(one, other)
@@ -166,8 +168,12 @@ def test_any_scheduler_of_diffusers(model, tuned, name):
 
 def test_negative_prompts_and_guidance_are_heard(model, tuned):
     plain = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
-    negative = generate_latents(model, tuned, PROMPTS[:1], [1], Sampling(steps=3, negative="dog"))
-    stronger = generate_latents(model, tuned, PROMPTS[:1], [1], Sampling(steps=3, guidance=12.0))
+    negative = generate_latents(
+        model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, negative_prompt="dog")
+    )
+    stronger = generate_latents(
+        model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, guidance=12.0)
+    )
     assert not torch.equal(plain, negative)
     assert not torch.equal(plain, stronger)
 
@@ -177,7 +183,9 @@ def test_negative_prompts_and_guidance_are_heard(model, tuned):
 
 def test_at_no_strength_it_is_the_base_and_at_full_strength_itself(model, tuned):
     assert tuned.at_concept_scale(model.unet, 1) is tuned
-    none = generate_latents(model, tuned, PROMPTS[:1], [1], Sampling(steps=3, strength=0))
+    none = generate_latents(
+        model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, concept_scale=0)
+    )
     plain = TunedModel.plain(model, tuned_descriptor(model, tuned))
     assert torch.equal(none, generate_latents(model, plain, PROMPTS[:1], [1], FEW))
     assert not torch.equal(none, generate_latents(model, tuned, PROMPTS[:1], [1], FEW))
@@ -212,13 +220,13 @@ def test_in_half_precision_it_is_rounded_once(model, tuned):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"strength": -0.1}, {"strength": 2.5}, {"strength": float("nan")},
+    [{"concept_scale": -0.1}, {"concept_scale": 2.5}, {"concept_scale": float("nan")},
      {"steps": 0}, {"steps": 2.5}, {"guidance": -1.0}, {"guidance": float("nan")},
      {"scheduler": "magic"}, {"scheduler": "UNet2DConditionModel"}],
 )  # fmt: skip
 def test_impossible_samplings_are_refused(wrong):
     with pytest.raises(UsageError):
-        Sampling(**wrong)
+        SamplingConfig(**wrong)
 
 
 def test_an_unreadable_prompt_stops_the_first_picture(model, tuned):

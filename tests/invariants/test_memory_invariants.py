@@ -78,7 +78,7 @@ def kept_numbers(unet, *, exact):
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("method", ["exact", "adapters"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_arithmetic_is_what_autograd_keeps(name, method, checkpointing, monkeypatch):
     monkeypatch.setattr(
@@ -86,7 +86,7 @@ def test_the_arithmetic_is_what_autograd_keeps(name, method, checkpointing, monk
         "scaled_dot_product_attention",
         lambda q, k, v, **_: FusedAttention.apply(q, k, v),
     )
-    unet, exact = meta_unet(name), method == "exact"
+    unet, exact = meta_unet(name), method == "full"
     if checkpointing:
         unet.enable_gradient_checkpointing()
     work = Work.of(unet, unet.config.sample_size)
@@ -121,7 +121,7 @@ def stable_diffusion(tmp_path_factory):
     return model, SimpleNamespace(encoder=encoder)
 
 
-@pytest.mark.parametrize("method", ["exact", "adapters"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("vram", ["6", "8", "12", "16", "24", "80"])
 def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, method, vram):
     model, domain = stable_diffusion
@@ -134,9 +134,9 @@ def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, metho
     assert found.sentence().startswith("memory: ")
     if vram == "80":
         assert found.micro_batch == 16 and not found.checkpointing
-    if vram == "6" and method == "exact":
+    if vram == "6" and method == "full":
         assert found.optimizer == "host"
-    if method == "adapters":
+    if method == "lora":
         assert found.optimizer == "fused"
 
 
@@ -348,7 +348,7 @@ def test_T4_the_last_resort_is_one_sentence(model, pack, face, monkeypatch):
     monkeypatch.setattr(Trainer, "gradients", no_memory)
     with pytest.raises(ResourceError) as caught:
         tune(model, pack, face)
-    assert caught.value.exit_code == 6 and "--tune adapters" in caught.value.hint
+    assert caught.value.exit_code == 6 and "--tuning lora" in caught.value.hint
 
 
 # ── devices and numbers ──

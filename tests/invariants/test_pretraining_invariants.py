@@ -14,7 +14,7 @@ from e4t_cli.registry.domain import PreparedImage
 from e4t_cli.training.tuning import tune
 from tests.conftest import drawn_face
 
-TUNING = TuningConfig(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1, batch_size=4)
+TUNING = TuningConfig(steps=2, base_learning_rate=1e-5, reg_weight=0.1, batch_size=4)
 RECIPE = PretrainingConfig(steps=7, base_learning_rate=1e-4, batch_size=4)
 PICTURES = 6  # with batches of 4, epochs end in the middle of a step and between steps
 

@@ -15,7 +15,7 @@ from e4t_cli.models.domain_folder import read_tensors
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry.manifest import toml_text
-from e4t_cli.sampling import Sampling, sample
+from e4t_cli.sampling import SamplingConfig, sample
 from e4t_cli.training.tuning import tune
 
 
@@ -36,7 +36,7 @@ def concept(model, pack, face):
 
 def draw(model, tuned):
     prompts = [parse_prompt("S* on the beach")]
-    return next(sample(model, tuned, prompts, [1], Sampling(steps=2))).tobytes()
+    return next(sample(model, tuned, prompts, [1], SamplingConfig(steps=2))).tobytes()
 
 
 def resign(folder):

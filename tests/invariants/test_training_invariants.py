@@ -10,7 +10,7 @@ from e4t_cli.errors import DivergedError, ResourceError
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.registry.domain import PreparedImage
 from e4t_cli.training import trainable as parts
-from e4t_cli.training.loss import diffusion_loss, embedding_penalty, latent_mask
+from e4t_cli.training.loss import diffusion_loss, latent_mask, regularization_loss
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, tune
 
@@ -47,7 +47,7 @@ def test_equation_4_and_2_by_hand():
     mask = torch.tensor([[[1.0, 0.5]]])
     expected = (1 + 9 + 0.5 * (4 + 16)) / (1.5 * 2)
     assert diffusion_loss(prediction, target, mask).item() == pytest.approx(expected)
-    assert embedding_penalty(torch.tensor([[3.0, 4.0], [0.0, 2.0]])).tolist() == [25.0, 4.0]
+    assert regularization_loss(torch.tensor([[3.0, 4.0], [0.0, 2.0]])).tolist() == [25.0, 4.0]
 
 
 def test_masked_pixels_give_no_gradient():
@@ -126,7 +126,7 @@ def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack
             slope = (weight.grad * direction).sum().item()
             with torch.no_grad():
                 weight.sub_(step * direction)
-            return diffusion + pack.tuning.embedding_penalty * penalty, slope
+            return diffusion + pack.tuning.reg_weight * penalty, slope
 
         step = 1e-4
         numeric = (loss(step)[0] - loss(-step)[0]) / (2 * step)

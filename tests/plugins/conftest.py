@@ -11,7 +11,7 @@ GOOD = """
     {name} = Domain(
         name="{name}",
         descriptor="{name}",
-        tuning=TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4),
+        tuning=TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4),
     )
 """
 

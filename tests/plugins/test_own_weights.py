@@ -60,7 +60,7 @@ def write_card(folder: Path, monkeypatch):
     value = Domain(
         name=folder.name,
         descriptor="dog",
-        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, embedding_penalty=0.1),
+        tuning=TuningConfig(steps=2, base_learning_rate=1e-6, reg_weight=0.1),
         pretraining=PretrainingConfig(steps=7),
         weights={"toy": str(folder)},
     )

@@ -23,7 +23,7 @@ warnings.warn("old")
 from e4t_cli import Domain, TuningConfig
 chatty = Domain(
     name="chatty", descriptor="dog",
-    tuning=TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4),
+    tuning=TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4),
 )
 """
 

@@ -78,7 +78,7 @@ BROKEN = {
     "nonsense": (
         "from e4t_cli import Domain, TuningConfig\n"
         "nonsense = Domain(name='nonsense', descriptor='x', tuning=TuningConfig("
-        "steps=0, base_learning_rate=1e-6, embedding_penalty=0))",
+        "steps=0, base_learning_rate=1e-6, reg_weight=0))",
         "steps must be 1 or more",
     ),
     "painted": ("raise ValueError('\\x1b[31mred')", "\\x1b[31mred"),
@@ -201,7 +201,7 @@ def test_folders_that_are_none(tmp_path):
 
 
 def domain(**weights):
-    config = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    config = TuningConfig(steps=1, base_learning_rate=1e-6, reg_weight=0)
     return Domain(name="dog", descriptor="dog", tuning=config, weights=weights)
 
 

@@ -77,7 +77,7 @@ def work(base, encoded, checkpoints, result, options):
                 batch_size=int(numbers.get("batch", 4)),
                 base_learning_rate=1e-4,
             ),
-            tuning=TuningConfig(steps=2, base_learning_rate=1e-5, embedding_penalty=0.1),
+            tuning=TuningConfig(steps=2, base_learning_rate=1e-5, reg_weight=0.1),
             templates=("{}", "a photo of {}"),
             seed=3,
             autocast=False,

@@ -83,7 +83,7 @@ def test_R4_another_run_is_refused_with_what_differs(pretrain, tmp_path, data):
     changes = {
         "seed 3 → 4": {"seed": 4},
         "global batch 4 → 3": {"config": RECIPE.replace(batch_size=3)},
-        "recipe.embedding_penalty 0.01 → 0.5": {"config": RECIPE.replace(embedding_penalty=0.5)},
+        "recipe.embedding_penalty 0.01 → 0.5": {"config": RECIPE.replace(reg_weight=0.5)},
         "data [0-9a-f]{32} → [0-9a-f]{32}": {
             "pictures": dataclasses.replace(data, means=data.means + 1)
         },
@@ -99,7 +99,7 @@ def test_R4_forced_it_goes_on_and_says_with_what(pretrain, tmp_path):
     pretrain(checkpoints=tmp_path)
     said, seen = [], []
     pretrain(
-        RECIPE.replace(steps=8, embedding_penalty=0.5), seed=4, checkpoints=tmp_path, force=True,
+        RECIPE.replace(steps=8, reg_weight=0.5), seed=4, checkpoints=tmp_path, force=True,
         on_progress=lambda event: said.append(event.remark),
         on_step=lambda at: seen.append(at.step),
     )  # fmt: skip

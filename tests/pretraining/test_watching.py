@@ -16,7 +16,7 @@ from e4t_cli.pretraining.logging import (
     ticks,
 )
 from e4t_cli.registry.domain import PreparedImage
-from e4t_cli.sampling import Sampling
+from e4t_cli.sampling import SamplingConfig
 from tests.conftest import drawn_face
 from tests.pretraining.conftest import RECIPE, Interrupted, same
 
@@ -27,7 +27,7 @@ def watching(folder, **options):
     options = {
         "images": [PreparedImage(image=drawn_face(index)[0]) for index in (20, 21)],
         "prompts": ("a photo of S*", "S* on the beach"),
-        "sampling": Sampling(steps=2),
+        "sampling": SamplingConfig(steps=2),
         "sample_every": 4,
         **options,
     }

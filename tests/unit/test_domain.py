@@ -10,7 +10,7 @@ from PIL import Image
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
-TUNING = TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
+TUNING = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
 
 
 def domain(**changes):
@@ -48,8 +48,8 @@ def test_a_misspelt_field_is_refused():
         {"base_learning_rate": 0},
         {"base_learning_rate": math.nan},
         {"base_learning_rate": "fast"},
-        {"embedding_penalty": -1e-9},
-        {"embedding_penalty": math.inf},
+        {"reg_weight": -1e-9},
+        {"reg_weight": math.inf},
         {"gradient_clip": 0},
         {"unet_rate": -1},
         {"mask": 1},

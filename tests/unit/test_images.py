@@ -398,7 +398,7 @@ TARGET = PreparationTarget(size=64, base="mini")
 
 
 def domain_with(prepare):
-    config = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    config = TuningConfig(steps=1, base_learning_rate=1e-6, reg_weight=0)
     return Domain(name="dog", descriptor="dog", tuning=config, prepare=prepare)
 
 

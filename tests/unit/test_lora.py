@@ -18,7 +18,7 @@ from e4t_cli.formats.lora import lora_of, write_lora
 from e4t_cli.formats.textual_inversion import mean_concept_embedding, word_path
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import Sampling, generate_latents
+from e4t_cli.sampling import SamplingConfig, generate_latents
 from e4t_cli.training.tuning import tune
 
 WHOLE = 1024
@@ -148,7 +148,7 @@ def test_diffusers_draws_with_it_what_this_program_draws(model, tuned, face, tmp
         "S* on the beach", latents=noise, num_inference_steps=4, guidance_scale=3.0,
         output_type="latent",
     ).images  # fmt: skip
-    prompt, few = [parse_prompt("S* on the beach")], Sampling(steps=4, guidance=3.0)
+    prompt, few = [parse_prompt("S* on the beach")], SamplingConfig(steps=4, guidance=3.0)
     biases = copy.deepcopy(tuned.unet)  # which no LoRA holds
     biases.load_state_dict(
         {

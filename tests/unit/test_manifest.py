@@ -41,7 +41,7 @@ def read(tmp_path):
 
 def test_a_good_one(read):
     manifest = read(GOOD)
-    assert manifest.tuning == TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
+    assert manifest.tuning == TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
     assert manifest.pretraining.steps == 1000
     assert manifest.files == {"encoder.safetensors": "b" * 64}
 

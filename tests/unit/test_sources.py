@@ -14,7 +14,7 @@ from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 from tests.conftest import drawn_face
 
-RECIPE = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+RECIPE = TuningConfig(steps=1, base_learning_rate=1e-6, reg_weight=0)
 DOGS = Domain(name="dogs", descriptor="dog", tuning=RECIPE)
 TARGET = PreparationTarget(size=32, base="tiny", mask=None)
 

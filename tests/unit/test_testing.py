@@ -12,7 +12,7 @@ from e4t_cli.registry.testing import check_domain, examine_domain
 
 
 def domain(**changes):
-    config = TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0)
+    config = TuningConfig(steps=1, base_learning_rate=1e-6, reg_weight=0)
     return Domain(name="dog", descriptor="dog", tuning=config, **changes)
 
 

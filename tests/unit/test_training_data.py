@@ -34,7 +34,7 @@ from tests.conftest import RESOLUTION, drawn_face
 FACES = Domain(
     name="faces",
     descriptor="face",
-    tuning=TuningConfig(steps=1, base_learning_rate=1e-6, embedding_penalty=0),
+    tuning=TuningConfig(steps=1, base_learning_rate=1e-6, reg_weight=0),
 )
 CHUNK = 4
 

@@ -48,7 +48,7 @@ def plan_pretraining(
     steps: int | None = None,
     batch_size: int | None = None,
     base_learning_rate: float | None = None,
-    embedding_penalty: float | None = None,
+    reg_weight: float | None = None,
     micro_batch: int | None = None,
     cache: str = "auto",
     strict: bool = False,
@@ -83,7 +83,7 @@ def plan_pretraining(
         plan = plan_domain(
             name, base_name(place), descriptor=descriptor, config=config, tuning=tuning,
             steps=steps, batch_size=batch_size,
-            base_learning_rate=base_learning_rate, embedding_penalty=embedding_penalty,
+            base_learning_rate=base_learning_rate, reg_weight=reg_weight,
         )  # fmt: skip
         with session.running():
             session.load(place, None)

@@ -215,7 +215,7 @@ def conversion_request(
     normalised_patches: bool = False,
 ) -> ConversionRequest:
     # The paper's numbers for cats, its unmasked domain of things (section 3.5).
-    usual = TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
+    usual = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
     pretraining = domain.pretraining if domain else None
     plain = Domain(name="x", descriptor=checkpoint.descriptor, tuning=usual)
     return ConversionRequest(

@@ -41,7 +41,7 @@ from e4t_cli.registry.weights import weights_folder
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
     from e4t_cli.models.text_to_image import TextToImageModel
-    from e4t_cli.sampling import Sampling
+    from e4t_cli.sampling import SamplingConfig
 
 
 def plan(
@@ -49,7 +49,7 @@ def plan(
     image: Picture,
     prompts: str | Sequence[str] = (),
     *,
-    images_per_prompt: int = 1,
+    num_images_per_prompt: int = 1,
     base: str | os.PathLike[str] = "auto",
     placeholder: str = PLACEHOLDER,
     device: str = "auto",
@@ -82,7 +82,7 @@ def plan(
         "base": name,
         "photo": f"{photo.width}×{photo.height}",
         "prompts": len(parsed),
-        "pictures": len(parsed) * images_per_prompt,
+        "pictures": len(parsed) * num_images_per_prompt,
         "size": f"{resolution}×{resolution}" if resolution else "",
         "to fetch": " and ".join(fetched),
         "tuning": tuning.as_dict(),
@@ -97,12 +97,12 @@ def personalize(
     image: Picture,
     prompts: str | Sequence[str] = (),
     *,
-    images_per_prompt: int = 1,
+    num_images_per_prompt: int = 1,
     seed: int | None = None,
     base: str | os.PathLike[str] | TextToImageModel = "auto",
-    tune: str | None = None,
+    tuning: str | None = None,
     tune_steps: int | None = None,
-    sampling: Sampling | Mapping[str, Any] | None = None,
+    sampling: SamplingConfig | Mapping[str, Any] | None = None,
     mask: Picture = "auto",
     align: bool = True,
     face: str | int = "largest",
@@ -126,14 +126,14 @@ def personalize(
         image: the photo: a path, "-" for stdin, bytes, an open binary file, or a PIL image.
         prompts: sentences with the placeholder where the concept goes; none only makes the
             concept.
-        images_per_prompt: picture i of every prompt has the seed `seed + i`.
+        num_images_per_prompt: picture i of every prompt has the seed `seed + i`.
         seed: of tuning and of the first picture; None takes a random one, and reports it.
         base: a name, "owner/name[@revision]" of the hub, a folder in diffusers' layout, or a model
             that is loaded already; "auto" is Stable Diffusion where there is an accelerator.
-        tune: "exact" as the paper does, or "adapters": less memory and a small concept, and a
+        tuning: "full" as the paper does, or "lora": less memory and a small concept, and a
             departure from the paper; None as the pack's recipe says.
         tune_steps: instead of the recipe's; 0 keeps the encoder's first guess.
-        sampling: how pictures are drawn, as `Sampling` or as a mapping of some of its fields.
+        sampling: how pictures are drawn, as `SamplingConfig` or as a mapping of some of its fields.
         mask: "auto" as the domain does, "none", "words:a cat" for what a network finds by words
             ("words" alone: the domain's own), or a picture that is white where the concept is.
         align: let the domain turn and crop the photo; False takes its centred square.
@@ -155,7 +155,7 @@ def personalize(
         E4TError: one of its children, each one sentence (errors.py).
     """
     parsed = parse_prompts(prompts, placeholder)
-    start = resolve_seed(seed, images_per_prompt)
+    start = resolve_seed(seed, num_images_per_prompt)
     value, package = resolve_domain(domain)
     opened = open_picture(image)
     choice = resolve_mask(mask, opened)
@@ -177,8 +177,8 @@ def personalize(
             config = config.replace(mask=True)
         if tune_steps is not None:
             config = with_steps(config, tune_steps)
-        if tune is not None:
-            config = with_tuning_method(config, tune)
+        if tuning is not None:
+            config = with_tuning_method(config, tuning)
         with session.stage("prepare"):
             target = preparation_target(
                 value,
@@ -214,14 +214,14 @@ def personalize(
             photo="; ".join(prepared.remarks),
             package=package,
         )
-        tuned = session.tune(concept, keep_base=drawing.strength != 1)
+        tuned = session.tune(concept, keep_base=drawing.concept_scale != 1)
         if keep_weights:
             concept = replace(concept, weights=Concept.kept(tuned))
         return session.draw(
             concept,
             tuned,
             parsed,
-            count=images_per_prompt,
+            count=num_images_per_prompt,
             seed=start,
             sampling=drawing,
             on_image=on_image,
@@ -232,10 +232,10 @@ def generate(
     concept: Concept | str | os.PathLike[str],
     prompts: str | Sequence[str],
     *,
-    images_per_prompt: int = 1,
+    num_images_per_prompt: int = 1,
     seed: int | None = None,
     base: str | os.PathLike[str] | TextToImageModel = "auto",
-    sampling: Sampling | Mapping[str, Any] | None = None,
+    sampling: SamplingConfig | Mapping[str, Any] | None = None,
     placeholder: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -259,7 +259,7 @@ def generate(
         IntegrityError: this machine's base or pack is not the one the concept was made with.
         E4TError: another of its children.
     """
-    start = resolve_seed(seed, images_per_prompt)
+    start = resolve_seed(seed, num_images_per_prompt)
     if placeholder is not None:
         parse_prompts(prompts, placeholder)
     session = Session(device, dtype, on_progress, vram=vram, safety=safety_checker)
@@ -273,12 +273,12 @@ def generate(
         )
         session.check_prompts(parsed)
         tuned = concept.tuned(session.model, session.pretrained)
-        tuned = tuned or session.tune(concept, keep_base=drawing.strength != 1)
+        tuned = tuned or session.tune(concept, keep_base=drawing.concept_scale != 1)
         return session.draw(
             concept,
             tuned,
             parsed,
-            count=images_per_prompt,
+            count=num_images_per_prompt,
             seed=start,
             sampling=drawing,
             on_image=on_image,

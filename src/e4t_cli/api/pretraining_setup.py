@@ -235,7 +235,7 @@ def _known_recipes(known: list[Domain], base: str) -> tuple[TuningConfig, Pretra
             if pack.pretraining is not None and not pack.tuning.mask:
                 return pack.tuning, pack.pretraining.replace(mask=False)
     # The paper's numbers for cats, its unmasked domain of things (section 3.5).
-    tuning = TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
+    tuning = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
     return tuning, PretrainingConfig(steps=60_000)
 
 

@@ -77,7 +77,7 @@ def with_tuning_method(config: TuningConfig, method: str) -> TuningConfig:
     except ValueError as error:
         raise UsageError(
             f"there is no way of tuning {printable(method)!r}",
-            hint=f"--tune {' or '.join(TUNING_METHODS)}",
+            hint=f"--tuning {' or '.join(TUNING_METHODS)}",
         ) from error
 
 

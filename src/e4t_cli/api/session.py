@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.models.safety_checker import SafetyChecker
     from e4t_cli.models.text_to_image import TextToImageModel
-    from e4t_cli.sampling import Sampling
+    from e4t_cli.sampling import SamplingConfig
 
 
 @contextlib.contextmanager
@@ -128,17 +128,17 @@ class ProgressReporter:
 
 
 def record_of(
-    concept: Concept, prompt: Prompt, seed: int, sampling: Sampling, size: tuple[int, int]
+    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int]
 ) -> GenerationRecord:
     """Return all that it takes to draw a picture again; `size` is width and height in pixels."""
     return GenerationRecord(
         prompt=prompt.text,
-        negative_prompt=sampling.negative,
+        negative_prompt=sampling.negative_prompt,
         seed=seed,
         steps=sampling.steps,
         guidance=float(sampling.guidance or 0),
         scheduler=sampling.scheduler,
-        strength=sampling.strength,
+        strength=sampling.concept_scale,
         width=size[0],
         height=size[1],
         placeholder=prompt.placeholder,
@@ -151,18 +151,18 @@ def record_of(
     )
 
 
-def resolve_sampling(wanted: Sampling | Mapping[str, Any] | None) -> Sampling:
+def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
     """Return what was asked for as a value.
 
     Raises:
-        UsageError: it has a field that `Sampling` has not, or one out of range.
+        UsageError: it has a field that `SamplingConfig` has not, or one out of range.
     """
-    from e4t_cli.sampling import Sampling
+    from e4t_cli.sampling import SamplingConfig
 
-    if isinstance(wanted, Sampling):
+    if isinstance(wanted, SamplingConfig):
         return wanted
     try:
-        return Sampling(**(wanted or {}))
+        return SamplingConfig(**(wanted or {}))
     except TypeError as error:
         raise UsageError(f"sampling: {error}") from error
 
@@ -285,7 +285,7 @@ class Session(ProgressReporter):
         )
         self.detail("tune", plan.sentence())
         if plan.peak > plan.budget:
-            less = "" if concept.config.method == "adapters" else "; --tune adapters needs less"
+            less = "" if concept.config.method == "lora" else "; --tuning lora needs less"
             told = plan.sentence().partition(": ")[2]
             self.note("tune", f"memory may not suffice: {told}{less}")
         with self.stage("tune", counted=True):
@@ -309,7 +309,7 @@ class Session(ProgressReporter):
         *,
         count: int,
         seed: int,
-        sampling: Sampling,
+        sampling: SamplingConfig,
         on_image: Callable[[GeneratedImage], None] | None,
     ) -> Personalization:
         """Draw `count` pictures of every prompt; picture i of each has the seed `seed + i`."""

@@ -135,7 +135,7 @@ def recipe_text(config: TuningConfig) -> str:
     mask = ", masked" if config.mask else ""
     return (
         f"{config.steps} steps, rate {config.learning_rate:.3g}, "
-        f"penalty {config.embedding_penalty:g}{mask}"
+        f"penalty {config.reg_weight:g}{mask}"
     )
 
 

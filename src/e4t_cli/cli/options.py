@@ -18,7 +18,7 @@ def complete_domain(incomplete: str) -> list[str]:
     return [name for name in claimed_names() if name.startswith(incomplete)]
 
 
-PICTURES, DRAWING, TUNING, OUTPUT = "Pictures", "Sampling", "Trainer", "Output"
+PICTURES, DRAWING, TUNING, OUTPUT = "Pictures", "SamplingConfig", "Trainer", "Output"
 NETWORK, PHOTO = "Network", "Photo"
 
 DomainName = Annotated[
@@ -38,9 +38,11 @@ PromptsFile = Annotated[
     typer.Option("-f", "--prompts-file", metavar="FILE", rich_help_panel=PICTURES,
                  help="More prompts, one a line; - for stdin."),
 ]  # fmt: skip
-Number = Annotated[
+NumImages = Annotated[
     int,
-    typer.Option("-n", "--number", min=1, rich_help_panel=PICTURES, help="Pictures per prompt."),
+    typer.Option(
+        "-n", "--num-images", min=1, rich_help_panel=PICTURES, help="Pictures per prompt."
+    ),
 ]
 Seed = Annotated[
     int | None,
@@ -69,12 +71,12 @@ Scheduler = Annotated[
     str | None,
     typer.Option(rich_help_panel=DRAWING, help="dpm++, ddim, euler and other samplers."),
 ]
-Negative = Annotated[
+NegativePrompt = Annotated[
     str | None,
     typer.Option(rich_help_panel=DRAWING, help="What the pictures should not show."),
 ]
 
-Strength = Annotated[
+ConceptScale = Annotated[
     float | None,
     typer.Option(min=0.0, max=2.0, rich_help_panel=DRAWING, show_default=False,
                  help="How much of what was learned is drawn; less leaves the prompt more room."),
@@ -85,10 +87,10 @@ TuneSteps = Annotated[
     typer.Option(min=0, rich_help_panel=TUNING,
                  help="Tuning steps on the photo; 0 keeps the encoder's first guess."),
 ]  # fmt: skip
-Tune = Annotated[
+Tuning = Annotated[
     str | None,
-    typer.Option(metavar="exact|adapters", rich_help_panel=TUNING,
-                 help="Every weight, as the paper does, or adapters: less memory, small concepts."),
+    typer.Option(metavar="full|lora", rich_help_panel=TUNING,
+                 help="Every weight, as the paper does, or LoRA: less memory, small concepts."),
 ]  # fmt: skip
 Vram = Annotated[
     str,

@@ -31,9 +31,10 @@ OwnPlaceholder = Annotated[
 
 def generate(
     concept: Saved, prompts: o.Prompts = None, prompts_file: o.PromptsFile = None,
-    number: o.Number = 1, seed: o.Seed = None, placeholder: OwnPlaceholder = None,
+    num_images: o.NumImages = 1, seed: o.Seed = None, placeholder: OwnPlaceholder = None,
     base: o.Base = "auto", steps: o.Steps = None, guidance: o.Guidance = None,
-    scheduler: o.Scheduler = None, negative: o.Negative = None, strength: o.Strength = None,
+    scheduler: o.Scheduler = None, negative_prompt: o.NegativePrompt = None,
+    concept_scale: o.ConceptScale = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto", offline: o.Offline = False, accept_license: o.AcceptLicense = False,
     vram: o.Vram = "auto", no_safety_checker: o.NoSafetyChecker = False,
@@ -58,10 +59,11 @@ def generate(
     saver = Saver(console, out, metadata=not no_metadata, grid=grid)
     with console.progress() as on_progress:
         result = api.generate(
-            concept, wanted, images_per_prompt=number, seed=seed, base=base,
+            concept, wanted, num_images_per_prompt=num_images, seed=seed, base=base,
             sampling=sampling_of(
-                steps=steps, guidance=guidance, scheduler=scheduler, negative=negative,
-                strength=strength,
+                steps=steps, guidance=guidance, scheduler=scheduler,
+                negative_prompt=negative_prompt,
+                concept_scale=concept_scale,
             ),
             placeholder=placeholder, device=device, dtype=dtype, vram=vram,
             safety_checker=not no_safety_checker, offline=offline,
@@ -101,11 +103,11 @@ DryRun = Annotated[
 
 def personalize(
     domain: o.DomainName, image: o.Photo, prompts: o.Prompts = None,
-    prompts_file: o.PromptsFile = None, number: o.Number = 1, seed: o.Seed = None,
+    prompts_file: o.PromptsFile = None, num_images: o.NumImages = 1, seed: o.Seed = None,
     placeholder: o.Placeholder = "S*", base: o.Base = "auto",
     steps: o.Steps = None, guidance: o.Guidance = None, scheduler: o.Scheduler = None,
-    negative: o.Negative = None, strength: o.Strength = None,
-    tune: o.Tune = None, tune_steps: o.TuneSteps = None,
+    negative_prompt: o.NegativePrompt = None, concept_scale: o.ConceptScale = None,
+    tuning: o.Tuning = None, tune_steps: o.TuneSteps = None,
     mask: o.Mask = "auto", face: o.Face = "largest", no_align: o.NoAlign = False,
     require_face: o.RequireFace = False, save_prepared: SavePrepared = None,
     device: o.Device = "auto", dtype: o.Dtype = "auto", offline: o.Offline = False,
@@ -141,7 +143,7 @@ def personalize(
             domain,
             image,
             wanted,
-            images_per_prompt=number,
+            num_images_per_prompt=num_images,
             base=base,
             device=device,
             dtype=dtype,
@@ -161,11 +163,12 @@ def personalize(
     saver = Saver(console, out, metadata=not no_metadata, grid=grid, concept=save)
     with console.progress() as on_progress:
         result = api.personalize(
-            domain, image, wanted, images_per_prompt=number, seed=seed, base=base,
-            tune=tune, tune_steps=tune_steps,
+            domain, image, wanted, num_images_per_prompt=num_images, seed=seed, base=base,
+            tuning=tuning, tune_steps=tune_steps,
             sampling=sampling_of(
-                steps=steps, guidance=guidance, scheduler=scheduler, negative=negative,
-                strength=strength,
+                steps=steps, guidance=guidance, scheduler=scheduler,
+                negative_prompt=negative_prompt,
+                concept_scale=concept_scale,
             ),
             **photo, placeholder=placeholder, keep_weights=keep_weights, device=device,
             dtype=dtype, offline=offline, accept_license=consent, vram=vram,

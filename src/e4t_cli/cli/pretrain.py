@@ -54,9 +54,9 @@ Rate = Annotated[
     typer.Option("--base-lr", rich_help_panel=NUMBERS,
                  help="Learning rate, before it is multiplied by batch and processes."),
 ]  # fmt: skip
-Penalty = Annotated[
+RegWeight = Annotated[
     float | None,
-    typer.Option("--embedding-penalty", rich_help_panel=NUMBERS,
+    typer.Option("--reg-weight", rich_help_panel=NUMBERS,
                  help="Weight of the word embedding's size in the loss."),
 ]  # fmt: skip
 TrainingSeed = Annotated[
@@ -109,7 +109,7 @@ def pretrain(
     steps: TrainingSteps = None,
     batch: Batch = None,
     base_lr: Rate = None,
-    embedding_penalty: Penalty = None,
+    reg_weight: RegWeight = None,
     seed: TrainingSeed = 0,
     micro_batch: MicroBatch = None,
     sample_every: SampleEvery = 0,
@@ -139,7 +139,7 @@ def pretrain(
 
     asked: dict[str, Any] = {
         "descriptor": descriptor, "base": base, "steps": steps, "batch_size": batch,
-        "base_learning_rate": base_lr, "embedding_penalty": embedding_penalty,
+        "base_learning_rate": base_lr, "reg_weight": reg_weight,
         "micro_batch": micro_batch, "cache": cache, "strict": strict, "device": device,
         "dtype": dtype, "offline": offline, "accept_license": console.consent(accept_license),
     }  # fmt: skip

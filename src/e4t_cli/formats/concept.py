@@ -31,7 +31,7 @@ from e4t_cli.files import write_atomically
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
-from e4t_cli.nn.adapters import merge_adapters
+from e4t_cli.nn.adapters import merge_lora
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage, check_name
 
@@ -201,7 +201,7 @@ class Concept:
         adapters = self._own("adapters")
         try:
             if adapters:
-                unet, encoder = merge_adapters(
+                unet, encoder = merge_lora(
                     model.unet,
                     pretrained.offsets,
                     pretrained.encoder,

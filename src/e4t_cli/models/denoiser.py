@@ -65,7 +65,7 @@ class TunedModel:
         return replace(self, encoder=encoder, encoded_image=self.encoded_image.new_zeros(1, 0))
 
     @torch.no_grad()
-    def at_concept_scale(self, base: nn.Module, strength: float) -> Self:
+    def at_concept_scale(self, base: nn.Module, concept_scale: float) -> Self:
         """Return the same model with so much of what it learned: W₀ + k (W - W₀), and k E.
 
         Departure: the paper has no such control. Less than 1 leaves a prompt more room, more than
@@ -73,15 +73,15 @@ class TunedModel:
 
         Args:
             base: the U-Net that was tuned, as it was.
-            strength: k.
+            concept_scale: k.
         """
-        if strength == 1:
+        if concept_scale == 1:
             return self
         unet = copy.deepcopy(self.unet)
         for learned, before in zip(unet.parameters(), base.parameters(), strict=True):
             # In float32: k times what tuning changed is less than one spacing of half precision.
-            learned.copy_(torch.lerp(before.float(), learned.float(), strength))
-        return replace(self, unet=unet, scale=self.scale * strength)
+            learned.copy_(torch.lerp(before.float(), learned.float(), concept_scale))
+        return replace(self, unet=unet, scale=self.scale * concept_scale)
 
     @classmethod
     def plain(cls, model: TextToImageModel, descriptor: str) -> Self:

@@ -1,4 +1,4 @@
-"""Low-rank adapters: a concept's change of a weight in few numbers (`--tune adapters`).
+"""Low-rank adapters: a concept's change of a weight in few numbers (`--tuning lora`).
 
     W = (diag(1 + a) · W₀ + up · down) · diag(1 + b)        up (M × r), down (r × N)
 
@@ -26,7 +26,7 @@ from torch.nn import functional
 from e4t_cli.nn.weight_offsets import Factors
 
 
-class LowRank(nn.Module):
+class LoraLayer(nn.Module):
     """The change of one linear layer.
 
     Args:
@@ -87,10 +87,10 @@ class LowRank(nn.Module):
         return changed
 
 
-class LowRankAdapters(nn.Module):
+class LoraAdapters(nn.Module):
     """Adapters of many layers of one module, by the paths of the layers."""
 
-    def __init__(self, adapters: Mapping[str, LowRank]) -> None:
+    def __init__(self, adapters: Mapping[str, LoraLayer]) -> None:
         super().__init__()
         self.paths = tuple(adapters)
         self.adapters = nn.ModuleList(adapters.values())
@@ -113,7 +113,7 @@ class LowRankAdapters(nn.Module):
         """
         return cls(
             {
-                path: LowRank(*layer.weight.shape, rank, gains=path in gains, source=source)
+                path: LoraLayer(*layer.weight.shape, rank, gains=path in gains, source=source)
                 for path, layer in sorted(layers.items())
             }
         )
@@ -133,7 +133,7 @@ class LowRankAdapters(nn.Module):
         for path, part in sorted(parts.items()):
             try:
                 up, down = part["up"], part["down"]
-                adapter = LowRank(
+                adapter = LoraLayer(
                     up.shape[0], down.shape[1], up.shape[1], gains="row_gains" in part,
                     source=torch.Generator(),
                 )  # fmt: skip
@@ -228,7 +228,7 @@ def attention_layers(unet: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def adapted_layers(unet: nn.Module) -> dict[str, nn.Linear]:
+def lora_target_layers(unet: nn.Module) -> dict[str, nn.Linear]:
     """Return the attention layers but the very first W_q, W_k, W_v on the way down.
 
     The gradient of those three would have to cross the largest attention matrix of all, which
@@ -293,7 +293,7 @@ def frozen_copy(
 
 
 @torch.no_grad()
-def merge_adapters(
+def merge_lora(
     unet: nn.Module,
     offsets: Mapping[str, Factors],
     encoder: nn.Module,
@@ -321,10 +321,10 @@ def merge_adapters(
         parts[name][rest] = value
     device = next(unet.parameters()).device
     twin = copy_sharing_weights(unet, offsets, dtype=torch.float32)
-    LowRankAdapters.from_tensors(parts["unet"]).to(device).merge_into(twin)
+    LoraAdapters.from_tensors(parts["unet"]).to(device).merge_into(twin)
     _convert(twin, dtype or next(unet.parameters()).dtype)
     encoder = copy.deepcopy(encoder).to(device)
-    LowRankAdapters.from_tensors(parts["encoder"]).to(device).merge_into(encoder)
+    LoraAdapters.from_tensors(parts["encoder"]).to(device).merge_into(encoder)
     return twin, encoder.requires_grad_(False)
 
 

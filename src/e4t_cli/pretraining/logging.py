@@ -33,7 +33,7 @@ from e4t_cli.pretraining.loop import PretrainingStep
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry.domain import PreparedImage
-from e4t_cli.sampling import Sampling, sample
+from e4t_cli.sampling import SamplingConfig, sample
 from e4t_cli.training.tuning import tune
 
 SIZE, LEFT, RIGHT, TOP, BOTTOM = (960, 540), 90, 30, 40, 60
@@ -212,7 +212,7 @@ class LoggerConfig:
     images: Sequence[PreparedImage] = ()
     prompts: Sequence[str] = PROMPTS
     seed: int = 0
-    sampling: Sampling = field(default_factory=lambda: Sampling(steps=12))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=12))
     trackers: Sequence[Any] = ()
 
 

@@ -114,7 +114,7 @@ class RunningLosses:
         # Together with the losses, so that all processes hold the same number of seconds.
         found = processes.mean(torch.cat((both.flatten(), both.new_tensor([spent]))))
         rows, self.seconds = found[:-1].view(-1, 2).tolist(), float(found[-1])
-        weight = self.config.embedding_penalty
+        weight = self.config.reg_weight
         totals = [diffusion + weight * penalty for diffusion, penalty in rows]
         for index, loss in enumerate(totals):
             if not math.isfinite(loss):
@@ -295,7 +295,7 @@ def pretrain_domain(
                     # A share of the mean over this process's samples; the engine takes the mean
                     # over processes. No layer mixes samples, so the gradient is that of the whole.
                     share = len(positions) / len(own)
-                    (found.total(config.embedding_penalty) * share).backward()
+                    (found.total(config.reg_weight) * share).backward()
                 losses.append((found.diffusion.detach(), found.penalty.detach()))
             optimizer.step()
             optimizer.zero_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 
@@ -33,6 +33,15 @@ def check_whole(owner: object, name: str, *, least: int) -> None:
         )
 
 
+_KEYS_IN_FILES = {
+    "reg_weight": "embedding_penalty",
+    "lora_rank": "adapter_rank",
+    "lora_rate": "adapters_rate",
+}
+_METHODS_IN_FILES = {"full": "exact", "lora": "adapters"}
+"""Keys and values of version 0.1 files, which stay as they are."""
+
+
 class _Config:
     """What both recipes can do; the numbers are in the children."""
 
@@ -45,8 +54,11 @@ class _Config:
         return self.base_learning_rate * self.batch_size
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers, ready for TOML or JSON."""
-        return asdict(self)  # type: ignore[call-overload]
+        """Return plain values under the keys that files use, ready for TOML or JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        if "method" in values:
+            values["method"] = _METHODS_IN_FILES[values["method"]]
+        return {_KEYS_IN_FILES.get(name, name): value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, numbers: Mapping[str, Any]) -> Self:
@@ -55,12 +67,16 @@ class _Config:
         Raises:
             ValueError: a key is unknown or missing, or a number is out of range.
         """
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(numbers) - known)
+        names = {_KEYS_IN_FILES.get(f.name, f.name): f.name for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(numbers) - names.keys())
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}")
+        values = {names[key]: value for key, value in numbers.items()}
+        methods = {stored: method for method, stored in _METHODS_IN_FILES.items()}
+        if "method" in values:
+            values["method"] = methods.get(values["method"], values["method"])
         try:
-            return cls(**numbers)
+            return cls(**values)
         except TypeError as error:
             raise ValueError(f"{cls.__name__}: {error}") from error
 
@@ -69,7 +85,7 @@ class _Config:
         return replace(self, **overrides)  # type: ignore[type-var]
 
 
-TUNING_METHODS = ("exact", "adapters")
+TUNING_METHODS = ("full", "lora")
 """How a concept may be tuned, the paper's way first."""
 
 
@@ -80,41 +96,41 @@ class TuningConfig(_Config):
     Args:
         steps: optimiser steps on the one image; 0 keeps the encoder's guess as it is.
         base_learning_rate: before scaling by the batch, as the paper states it.
-        embedding_penalty: λ_r of eq. 5.
+        reg_weight: λ_r of eq. 5.
         batch_size: time steps seen at once; the paper calls 16 or more crucial (section 3.4).
         gradient_clip: largest norm of the gradient.
         mask: whether the domain's mask restricts the diffusion loss.
         encoder_rate, offsets_rate, unet_rate: factors on the learning rate of each group of
             weights; 0 freezes the group. 1 is the paper; anything else is a pack's departure.
-        method: "exact" tunes every weight, as the paper does; "adapters" leaves the base as it is
+        method: "full" tunes every weight, as the paper does; "lora" leaves the base as it is
             and tunes low-rank changes of its attention layers and of the encoder.
-        adapter_rank: of those changes.
-        adapters_rate: a further factor on the learning rate of adapters, which start at nothing
+        lora_rank: of those changes.
+        lora_rate: a further factor on the learning rate of adapters, which start at nothing
             and have to go further than weights do. Paper silent: measured on `mini`
             (`python -m mini_world.methods face --rates 18 36 60`), where 60 keeps most of a face.
     """
 
     steps: int
     base_learning_rate: float
-    embedding_penalty: float
+    reg_weight: float
     batch_size: int = 16
     gradient_clip: float = 1.0
     mask: bool = False
     encoder_rate: float = 1.0
     offsets_rate: float = 1.0
     unet_rate: float = 1.0
-    method: str = "exact"
-    adapter_rank: int = 8
-    adapters_rate: float = 60.0
+    method: str = "full"
+    lora_rank: int = 8
+    lora_rate: float = 60.0
 
     def __post_init__(self) -> None:
         check_whole(self, "steps", least=0)
         check_whole(self, "batch_size", least=1)
-        check_whole(self, "adapter_rank", least=1)
+        check_whole(self, "lora_rank", least=1)
         check_number(self, "base_learning_rate", above=0)
         check_number(self, "gradient_clip", above=0)
         for name in (
-            "embedding_penalty", "encoder_rate", "offsets_rate", "unet_rate", "adapters_rate"
+            "reg_weight", "encoder_rate", "offsets_rate", "unet_rate", "lora_rate"
         ):  # fmt: skip
             check_number(self, name, least=0)
         if self.method not in TUNING_METHODS:
@@ -131,7 +147,7 @@ class PretrainingConfig(_Config):
     Args:
         steps: optimiser steps over the domain's images.
         base_learning_rate: before scaling by the batch.
-        embedding_penalty: λ_r of eq. 5.
+        reg_weight: λ_r of eq. 5.
         batch_size: different images per step.
         embedding_scale: s of eq. 1; tuning and generation use the same one.
         mask: whether the domain's mask restricts the diffusion loss (the paper: only in tuning).
@@ -140,7 +156,7 @@ class PretrainingConfig(_Config):
 
     steps: int
     base_learning_rate: float = 1e-6  # section 3.5
-    embedding_penalty: float = 0.01  # section 3.3
+    reg_weight: float = 0.01  # section 3.3
     batch_size: int = 16  # section 3.5
     embedding_scale: float = 0.1  # section 3.1, eq. 1
     mask: bool = False
@@ -152,7 +168,7 @@ class PretrainingConfig(_Config):
         check_whole(self, "batch_size", least=1)
         for name in ("base_learning_rate", "embedding_scale"):
             check_number(self, name, above=0)
-        for name in ("embedding_penalty", "encoder_rate", "offsets_rate"):
+        for name in ("reg_weight", "encoder_rate", "offsets_rate"):
             check_number(self, name, least=0)
         if not isinstance(self.mask, bool):
             raise ValueError(f"PretrainingConfig.mask must be True or False, not {self.mask!r}")

@@ -19,7 +19,7 @@ from e4t_cli.registry.domain import check_name
 from e4t_cli.registry.manifest import Manifest
 
 # The paper's numbers for cats, its unmasked domain of things (section 3.5).
-TUNING = TuningConfig(steps=5, base_learning_rate=3e-6, embedding_penalty=1e-4)
+TUNING = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
 PRETRAINING = PretrainingConfig(steps=60_000)
 
 
@@ -107,8 +107,8 @@ def _ship(pack: Path, packs: Path) -> Manifest:
 def _recipes(card: Manifest | None) -> str:
     tuning, pretraining = (card.tuning, card.pretraining) if card else (TUNING, PRETRAINING)
     origin = "those of its pack" if card else "the paper's for cats (section 3.5)"
-    changed = {k: v for k, v in tuning.as_dict().items() if v != _DEFAULTS.get(k)}
-    before = {k: v for k, v in pretraining.as_dict().items() if v != _USUAL.get(k)}
+    changed = {k: v for k, v in vars(tuning).items() if v != _DEFAULTS.get(k)}
+    before = {k: v for k, v in vars(pretraining).items() if v != _USUAL.get(k)}
     return (
         f"    # The numbers are {origin}.\n"
         f"    tuning=TuningConfig({_arguments(changed)}),\n"
@@ -119,10 +119,10 @@ def _recipes(card: Manifest | None) -> str:
 # What need not be written, because it is what a recipe has anyway.
 _DEFAULTS = {
     key: value
-    for key, value in TUNING.as_dict().items()
-    if key not in ("steps", "base_learning_rate", "embedding_penalty")
+    for key, value in vars(TUNING).items()
+    if key not in ("steps", "base_learning_rate", "reg_weight")
 }
-_USUAL = {key: value for key, value in PRETRAINING.as_dict().items() if key != "steps"}
+_USUAL = {key: value for key, value in vars(PRETRAINING).items() if key != "steps"}
 
 
 def _arguments(numbers: dict[str, object]) -> str:

@@ -48,7 +48,7 @@ def diffusion_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
     return (weight * squared).sum(dim=(1, 2, 3)) / (weight.sum(dim=(1, 2, 3)) * squared.shape[1])
 
 
-def embedding_penalty(offset: Tensor) -> Tensor:
+def regularization_loss(offset: Tensor) -> Tensor:
     """Eq. 2, ‖E(I_c)‖², for each sample: on the encoder's output, not on e_c. (batch,)."""
     return offset.square().sum(dim=1)
 
@@ -148,7 +148,7 @@ def training_loss(
     target = model.target(batch.z_0, batch.epsilon, batch.timesteps)
     return Losses(
         diffusion=diffusion_loss(prediction, target, batch.mask),
-        penalty=embedding_penalty(offset),
+        penalty=regularization_loss(offset),
     )
 
 

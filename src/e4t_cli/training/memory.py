@@ -132,7 +132,7 @@ def predicted_peak(
     frozen += 0 if plan.park else numbers_of(model.vae) * kept
     if model.device.type == "cpu":
         frozen += encoder * 4  # the pack's own, of which tuning trains a copy
-    exact = config.method == "exact"
+    exact = config.method == "full"
     if exact:
         rounded = plan.optimizer == "host" and half == torch.bfloat16
         each = {"fused": 16, "8bit": 10, "host": 2 if rounded else 4}[plan.optimizer]
@@ -147,7 +147,7 @@ def predicted_peak(
         state += 2 * 4 * max(weights, default=0)
     else:
         adapted = _attention_numbers(model.unet)
-        rank = config.adapter_rank
+        rank = config.lora_rank
         state = (unet + adapted) * kept + encoder * 8 + 16 * rank * 4 * int(adapted**0.5)
         if not half and kept < 4:
             state += unet * 4  # without fast half precision a copy is tuned, in float32
@@ -229,7 +229,7 @@ def _ladder(config: TuningConfig, device: torch.device, eight_bit: bool) -> Iter
         sizes.append(size)
         size = (size + 1) // 2
     kinds = ["fused"]
-    if config.method == "exact" and away:
+    if config.method == "full" and away:
         kinds += (["8bit"] if eight_bit else []) + ["host"]
     for kind in kinds:
         for park in (False, True) if away else (False,):

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import (
-    LowRankAdapters,
-    adapted_layers,
+    LoraAdapters,
     frozen_copy,
     linear_layers,
-    merge_adapters,
+    lora_target_layers,
+    merge_lora,
 )
 from e4t_cli.nn.precision import half_format
 from e4t_cli.nn.randomness import generator
@@ -140,19 +140,19 @@ class LoraFineTuning:
         self.unet = frozen_copy(model.unet, self.offsets, half_format(model.device, scaled=True))
         self.rounded = []
         self.encoder = copy.deepcopy(pretrained.encoder).to(model.device).requires_grad_(False)
-        source, rank = generator(seed, "adapters"), config.adapter_rank
+        source, rank = generator(seed, "adapters"), config.lora_rank
         self.adapters = {
-            "unet": LowRankAdapters.for_layers(
-                adapted_layers(self.unet), rank, gains=set(self.offsets), source=source
+            "unet": LoraAdapters.for_layers(
+                lora_target_layers(self.unet), rank, gains=set(self.offsets), source=source
             ),
-            "encoder": LowRankAdapters.for_layers(linear_layers(self.encoder), rank, source=source),
+            "encoder": LoraAdapters.for_layers(linear_layers(self.encoder), rank, source=source),
         }
         for name, adapters in self.adapters.items():
             adapters.to(model.device).attach_to(getattr(self, name))
 
     def groups(self) -> list[Group]:
         config = self.config
-        rate = config.learning_rate * config.adapters_rate
+        rate = config.learning_rate * config.lora_rate
         return [
             *self.adapters["unet"].rates(rate * config.offsets_rate, rate * config.unet_rate),
             *self.adapters["encoder"].rates(0.0, rate * config.encoder_rate),
@@ -169,7 +169,7 @@ class LoraFineTuning:
             for name, adapters in self.adapters.items()
             for key, value in adapters.tensors().items()
         }
-        self.unet, self.encoder = merge_adapters(
+        self.unet, self.encoder = merge_lora(
             self.model.unet,
             self.offsets,
             self.pretrained_encoder,
@@ -182,7 +182,7 @@ class LoraFineTuning:
 
 
 METHODS: Mapping[str, type[FullFineTuning] | type[LoraFineTuning]] = {
-    "exact": FullFineTuning,
-    "adapters": LoraFineTuning,
+    "full": FullFineTuning,
+    "lora": LoraFineTuning,
 }
 """`TuningConfig.method` -> what it trains."""

@@ -220,7 +220,7 @@ class Trainer:
                     detach_features=self.detach_features,
                 )
             share = len(batch.timesteps) / self.config.batch_size
-            whole = losses.total(self.config.embedding_penalty) * share
+            whole = losses.total(self.config.reg_weight) * share
             (whole * self.loss_scale.factor).backward()
             parts = torch.stack((losses.diffusion.mean(), losses.penalty.mean()))
             total += share * parts.detach()
@@ -374,7 +374,7 @@ def tune(
                 if not note:
                     raise ResourceError(
                         "tuning does not fit into memory, even one sample at a time",
-                        hint="try --tune adapters, a smaller base, or another device",
+                        hint="try --tuning lora, a smaller base, or another device",
                     )
                 tell(step, note)
         tell_note(step)
@@ -385,7 +385,7 @@ def tune(
             first = step + 1 - len(waiting)
             for number, (diffusion, penalty, size) in enumerate(found, start=first + 1):
                 _check_finite(number, diffusion, penalty, size)
-                loss = diffusion + config.embedding_penalty * penalty
+                loss = diffusion + config.reg_weight * penalty
                 tell(number, loss=loss, diffusion=diffusion, penalty=penalty)
             waiting.clear()
     return run.finish()

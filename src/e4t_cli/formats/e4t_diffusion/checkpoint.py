@@ -101,7 +101,8 @@ class ConversionRequest:
     keep_unet: bool = False
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        configs = {"tuning": self.tuning.as_dict(), "pretraining": self.pretraining.as_dict()}
+        return json.dumps({**asdict(self), **configs})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
