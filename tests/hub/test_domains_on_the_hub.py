@@ -111,7 +111,7 @@ def test_a_pack_is_published_privately(hub, token, dogs):
     page = sent["README.md"].decode()
     assert 'license: "cc0-1.0"' in page.partition("---\n\n")[0]
     assert "e4t domains add me/e4t-dogs@main" in page
-    assert "dogs only" in page and "1,234 pictures" in page
+    assert "dogs only" in page and "1,234 images" in page
     repository, _, commit = done.location.partition("@")
     assert repository == "me/e4t-dogs" and len(commit) == 40
     # What was published can be named in a plug-in.
@@ -153,7 +153,7 @@ def test_no_licence_no_publication(hub, token, folder):
         publish_domain(dogs, "me/e4t-dogs")
     assert "--licence" in caught.value.hint
     assert hub.requests == [] and hub.uploads == {}
-    assert publish_domain(dogs, "me/e4t-dogs", licence="MIT").card.licence == "MIT"
+    assert publish_domain(dogs, "me/e4t-dogs", licence="MIT").manifest.licence == "MIT"
     # The shelf's own card is not written to.
     assert find_domain("my_dogs").licence == ""
 
@@ -183,14 +183,14 @@ def test_names_that_are_none(hub, token, dogs, repository):
 def test_which_pack(hub, token, dogs):
     with pytest.raises(WeightsUnavailable, match="no weights on this machine for sd14"):
         publish_domain(dogs, "me/e4t-dogs", base="sd14")
-    assert publish_domain(dogs, "me/e4t-dogs", base="toy").card.base == "toy"
+    assert publish_domain(dogs, "me/e4t-dogs", base="toy").manifest.base == "toy"
     both = Domain(
         name="my_dogs", descriptor="dog", tuning=dogs.tuning,
         weights={**dogs.weights, "other": dogs.weights["toy"]},
     )  # fmt: skip
-    with pytest.raises(UsageError, match="several packs") as caught:
+    with pytest.raises(UsageError, match="weights for several bases") as caught:
         publish_domain(both, "me/e4t-dogs")
-    assert caught.value.hint == "say which: --base toy or other"
+    assert caught.value.hint == "name one: --base toy or other"
 
 
 def test_the_page_repeats_no_markup(dogs, folder):

@@ -25,7 +25,7 @@ def shelf():
 def test_a_folder_is_added(folder):
     added = add_domain(folder)
     assert added.folder == user_domains_folder() / "my_dogs"
-    assert added.card.limits == "dogs only"
+    assert added.manifest.limits == "dogs only"
     dogs = find_domain("my_dogs")
     assert dogs == added.domain
     state = weights_state(dogs, "toy")
@@ -128,7 +128,7 @@ def test_a_folder_without_a_card(tmp_path):
     ("change", "says"),
     [
         (lambda path: path.unlink(), "has no file encoder"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, its card says"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, its manifest says"),
         (lambda path: path.write_bytes(b"x" * path.stat().st_size), "SHA-256"),
         (lambda path: (path.unlink(), path.mkdir()), "not a plain file|bytes"),
     ],
@@ -235,7 +235,7 @@ def test_D9_the_disk_fills_up(folder, monkeypatch):
     def full(path, data, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("e4t_cli.registry.archives.write_atomically", full)
+    monkeypatch.setattr("e4t_cli.registry.store.write_atomically", full)
     refused(folder, ResourceError, "disk is full")
 
 

@@ -73,7 +73,7 @@ def test_F9_many_members(archive):
     with zipfile.ZipFile(archive, "a") as added:
         for index in range(1001):
             added.writestr(f"{index}.txt", b"")
-    refused(archive, "members: that is no pack")
+    refused(archive, "members: that is no domain folder")
 
 
 def test_F9_sizes_that_lie(archive):

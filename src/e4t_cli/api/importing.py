@@ -37,7 +37,7 @@ from e4t_cli.hub.locations import (
     place_of_converted,
 )
 from e4t_cli.hub.paths import HubAccess, Terms, accept
-from e4t_cli.images.loading import Picture, center_square, open_picture
+from e4t_cli.images.loading import ImageSource, center_square, open_image
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -273,7 +273,7 @@ def import_concept(
     folder: str | os.PathLike[str],
     save: str | os.PathLike[str],
     *,
-    image: Picture | None = None,
+    image: ImageSource | None = None,
     name: str | None = None,
     base: str | os.PathLike[str] | None = None,
     licence: str = "",
@@ -310,7 +310,7 @@ def import_concept(
         raise UsageError(
             "the picture it was tuned on is not in the folder", hint="give it with --image FILE"
         )
-    opened = open_picture(image if image is not None else str(checkpoint.photo))
+    opened = open_image(image if image is not None else str(checkpoint.photo))
     session = Session(device, dtype, on_progress)
     access = access or HubAccess(on_progress=session.report)
     place = resolve_base(

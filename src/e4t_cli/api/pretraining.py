@@ -26,8 +26,8 @@ from e4t_cli.api.session import Session
 from e4t_cli.datasets.reader import Preparation
 from e4t_cli.datasets.sources import Source, find_source, hold_out
 from e4t_cli.hub.paths import AskLicence, HubAccess
-from e4t_cli.images.loading import Picture
-from e4t_cli.images.preparation import fetcher
+from e4t_cli.images.loading import ImageSource
+from e4t_cli.images.preparation import snapshot_downloader
 from e4t_cli.progress import Progress, ProgressCallback, StopRequest
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -69,7 +69,7 @@ class PretrainingRun:
             base=model.base.name,
             mask="auto" if self.plan.config.mask else None,
             device=str(model.device),
-            fetch=fetcher(self.access),
+            fetch=snapshot_downloader(self.access),
         )
         log = self.plan.work / "left-out.tsv" if self.processes.first else None
         self.preparation = Preparation(self.domain, target, strict=self.strict, log=log)
@@ -141,7 +141,7 @@ def own_device(device: str, processes: DistributedContext) -> str:
     return device if processes.device is None else str(processes.device)
 
 
-Data = str | os.PathLike[str] | Iterable[Picture | PreparedImage]
+Data = str | os.PathLike[str] | Iterable[ImageSource | PreparedImage]
 
 
 def pretrain(
