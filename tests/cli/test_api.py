@@ -104,7 +104,7 @@ def test_the_record_says_what_a_picture_depends_on(draw, world):
         ({"face": "middle"}, UsageError, "1 is the leftmost"),
         ({"require_face": True}, UsageError, "looks for no face"),
         ({"mask": Image.new("L", (96, 64), 255)}, InputError, "same proportions"),
-        ({"image": b"nothing"}, InputError, "not a picture"),
+        ({"image": b"nothing"}, InputError, "not an image"),
         ({"prompts": "S*" + " beach" * 30, "image": None}, None, "left out"),
         ({"prompts": "beach " * 30 + "S*"}, UsageError, "the placeholder comes after"),
     ],

@@ -3,6 +3,7 @@
 import tomllib
 
 import pytest
+from huggingface_hub import ModelCard
 
 from e4t_cli.cli import app
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
@@ -109,7 +110,7 @@ def test_a_pack_is_published_privately(hub, token, dogs):
     assert {name: sent[name] for name in FILES} == FILES
     assert tomllib.loads(sent["domain.toml"].decode()) == tomllib.loads(card())
     page = sent["README.md"].decode()
-    assert 'license: "cc0-1.0"' in page.partition("---\n\n")[0]
+    assert ModelCard(page).data.license == "cc0-1.0"
     assert "e4t domains add me/e4t-dogs@main" in page
     assert "dogs only" in page and "1,234 images" in page
     repository, _, commit = done.location.partition("@")
@@ -128,7 +129,8 @@ def test_what_was_published_can_be_added(hub, token, dogs, tmp_path):
     sent = hub.uploads["me/e4t-dogs"]
     assert sent["private"] == b"false"
     page = sent["README.md"].decode()
-    assert 'license: "other"' in page and 'license_name: "My own licence"' in page
+    data = ModelCard(page).data
+    assert (data.license, data.license_name) == ("other", "My own licence")
     remove_domain("my_dogs")
     again = tmp_path / "again"
     again.mkdir()
@@ -200,7 +202,7 @@ def test_the_page_repeats_no_markup(dogs, folder):
     text = card(limits="<script>x</script> | a\n# b `c`", notes="[x](http://evil)", licence='M"\nT')
     page = model_card(parse_manifest(text.encode(), "it"), dogs, "me/e4t-dogs")
     assert "<script>" not in page and "[x](http" not in page
-    assert '\nlicense_name: "M\\"\\nT"\n' in page
+    assert ModelCard(page).data.license_name == 'M"\nT'
     assert "\n# b" not in page
 
 

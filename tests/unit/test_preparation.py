@@ -1,4 +1,4 @@
-"""A photo, a domain and a wish about the mask: what counts in tuning, and what the user hears."""
+"""Preparing a photo with a requested mask: what counts in tuning, and the notes for the user."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def off(prepared):
 
 @pytest.mark.parametrize("prepare", [None, turned])
 @pytest.mark.parametrize("scale", [1, 3])
-def test_a_mask_of_ones_own_is_cut_as_the_photo_is(prepare, scale):
+def test_the_users_mask_is_cropped_as_the_photo_is(prepare, scale):
     opened, mask = photo()
     mask = mask.resize((200 * scale, 120 * scale))
     choice = MaskSource(kind="image", image=mask)
@@ -60,7 +60,7 @@ def test_a_mask_of_ones_own_is_cut_as_the_photo_is(prepare, scale):
     assert bool(prepared.remarks) == (prepare is not None)
 
 
-def test_transparency_is_the_mask_and_is_said():
+def test_transparency_is_the_mask_and_is_reported():
     opened, _ = photo(alpha=True)
     prepared = prepare_photo(domain(turned), opened, AUTO, TARGET, masked=False)
     assert off(prepared) < 0.02
@@ -73,11 +73,11 @@ def test_transparency_is_the_mask_and_is_said():
 
 
 @pytest.mark.parametrize("value", [0, 2])
-def test_I12_a_black_mask_falls_back_to_the_whole_picture(value):
+def test_I12_a_black_mask_falls_back_to_the_whole_image(value):
     choice = MaskSource(kind="image", image=Image.new("L", (200, 120), value))
     prepared = prepare_photo(domain(), photo()[0], choice, TARGET, masked=True)
     assert prepared.mask is None
-    assert "less than 1 %" in prepared.notes[-1] and "whole picture" in prepared.notes[-1]
+    assert "less than 1 %" in prepared.notes[-1] and "whole image" in prepared.notes[-1]
 
 
 def test_I12_a_mask_beside_the_crop_falls_back_too():
@@ -87,7 +87,7 @@ def test_I12_a_mask_beside_the_crop_falls_back_too():
     assert prepare_photo(domain(), photo()[0], choice, TARGET, masked=True).mask is None
 
 
-def test_a_preparation_that_does_not_say_what_it_cut():
+def test_a_preparation_that_returns_no_frame():
     def silent(image, target):
         return PreparedImage(image=image.crop((0, 0, 64, 64)))
 

@@ -90,7 +90,7 @@ class Frame:
         return (x * u + y * v) / area, (y * u - x * v) / area
 
     def within(self, inner: Self) -> Self:
-        """Return in this frame's photo the frame that `inner` is in the image cropped with this one."""
+        """Return the frame in this photo of `inner`, a frame in the image cropped with this one."""
         corner = self.to_photo(inner.corner[0] / inner.size[0], inner.corner[1] / inner.size[1])
         u, v = inner.edge[0] / inner.size[0], inner.edge[1] / inner.size[1]
         a, b = self.edge
@@ -132,7 +132,7 @@ def _resampled(
     margin = 3.0  # radius of the bicubic kernel, and one more
     low = [math.floor(min(c[n] for c in corners) - margin) for n in (0, 1)]
     high = [math.ceil(max(c[n] for c in corners) + margin) for n in (0, 1)]
-    kept = (*(max(0, x) for x in low), min(high[0], image.width), min(high[1], image.height))
+    kept = max(0, low[0]), max(0, low[1]), min(high[0], image.width), min(high[1], image.height)
     if kept[0] >= kept[2] or kept[1] >= kept[3]:
         raise ValueError("the frame does not overlap the photo")
     part = image.crop(kept)

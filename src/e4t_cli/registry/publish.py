@@ -144,16 +144,20 @@ def _upload(folder: Path, repository: str, *, private: bool, message: str) -> st
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Disable the progress bars of huggingface_hub: only the commands print."""
-    from huggingface_hub import utils
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    if utils.are_progress_bars_disabled():
+    if are_progress_bars_disabled():
         yield
         return
-    utils.disable_progress_bars()
+    disable_progress_bars()
     try:
         yield
     finally:
-        utils.enable_progress_bars()
+        enable_progress_bars()
 
 
 def model_card(manifest: Manifest, domain: Domain, repository: str) -> str:

@@ -269,7 +269,7 @@ def _unpack(path: Path, folder: Path) -> Path:
         if len(tops) != 1:
             held = "more than one" if tops else "no domain: it has no"
             raise IntegrityError(f"{shown} holds {held} {MANIFEST_NAME} at its top")
-        prefix = tops[0].removesuffix(MANIFEST_NAME)
+        prefix, name = tops[0].removesuffix(MANIFEST_NAME), MANIFEST_NAME
         try:
             with archive.open(tops[0]) as file:
                 manifest = parse_manifest(
@@ -281,7 +281,9 @@ def _unpack(path: Path, folder: Path) -> Path:
         except (
             zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError
         ) as error:  # fmt: skip
-            raise IntegrityError(f"{shown} is damaged: {printable(str(error))}") from error
+            raise IntegrityError(
+                f"{name} in {shown} is damaged: {printable(str(error))}"
+            ) from error
     return folder / prefix
 
 
