@@ -8,8 +8,9 @@ from PIL import Image, ImageDraw
 
 from e4t_cli.errors import UsageError, WeightsUnavailable
 from e4t_cli.images import preparation
+from e4t_cli.images.decoding import OpenedImage
 from e4t_cli.images.framing import Frame
-from e4t_cli.images.loading import OpenedImage, center_square
+from e4t_cli.images.loading import center_square
 from e4t_cli.images.preparation import MaskSource, prepare_photo
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage

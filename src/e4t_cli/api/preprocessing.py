@@ -10,7 +10,8 @@ from e4t_cli.api.resolve import prefers_half, resolve_base_name, resolve_domain
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.paths import AskLicence, HubAccess
 from e4t_cli.hub.resolve import look_up_base
-from e4t_cli.images.loading import ImageSource, OpenedImage, open_image, open_mask
+from e4t_cli.images.decoding import OpenedImage
+from e4t_cli.images.loading import ImageSource, open_image, open_mask
 from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downloader
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage, check_which

@@ -6,9 +6,10 @@ refused in one sentence.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
@@ -21,15 +22,24 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM", "
 _HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 
 
-class DecodedImage(NamedTuple):
-    """RGB, notes for the user about the decoding, and the alpha channel if it is not opaque."""
+@dataclass(frozen=True)
+class OpenedImage:
+    """A decoded image.
+
+    Args:
+        image: RGB, upright, sRGB, without metadata.
+        notes: sentences for the user about how it was decoded.
+        sha256: of the file's bytes, as `sha256sum` prints it.
+        alpha: mode L, of the image's size, if it has transparent pixels: 255 is opaque.
+    """
 
     image: Image.Image
-    notes: list[str]
-    alpha: Image.Image | None
+    notes: tuple[str, ...]
+    sha256: str
+    alpha: Image.Image | None = None
 
 
-def decode(data: bytes, name: str) -> DecodedImage:
+def decode(data: bytes, name: str) -> OpenedImage:
     """Decode a file to an upright 8-bit sRGB image without metadata.
 
     Args:
@@ -65,7 +75,8 @@ def decode(data: bytes, name: str) -> DecodedImage:
                 notes.append(f"{name} has {frames} frames; the first is used")
             image.seek(0)
             image.load()  # `verify` does not detect a truncated JPEG
-            return _upright_rgb(image, name, notes)
+            upright, alpha = _upright_rgb(image, name, notes)
+        return OpenedImage(upright, tuple(notes), hashlib.sha256(data).hexdigest(), alpha)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise InputError(
             f"{name} has more than {MAX_PIXELS // 10**6} megapixels", hint="make it smaller first"
@@ -92,7 +103,9 @@ def _register_heic(name: str) -> None:
     pi_heif.register_heif_opener()
 
 
-def _upright_rgb(image: Image.Image, name: str, notes: list[str]) -> DecodedImage:
+def _upright_rgb(
+    image: Image.Image, name: str, notes: list[str]
+) -> tuple[Image.Image, Image.Image | None]:
     profile = image.info.get("icc_profile")
     try:
         image = ImageOps.exif_transpose(image)
@@ -113,7 +126,7 @@ def _upright_rgb(image: Image.Image, name: str, notes: list[str]) -> DecodedImag
     canvas.paste(image, mask=alpha)
     if alpha is not None and alpha.getextrema()[0] == 255:
         alpha = None  # opaque everywhere
-    return DecodedImage(canvas, notes, alpha)
+    return canvas, alpha
 
 
 def _eight_bit_grey(image: Image.Image, name: str) -> Image.Image:

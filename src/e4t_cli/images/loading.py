@@ -12,14 +12,14 @@ import os
 import re
 import stat
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
 
 from e4t_cli.errors import E4TError, InputError, UsageError, printable
-from e4t_cli.images.decoding import decode
+from e4t_cli.images.decoding import OpenedImage, decode
 from e4t_cli.images.framing import Frame
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
@@ -30,23 +30,6 @@ MIN_COVERAGE = 0.01
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 
 
-@dataclass(frozen=True)
-class OpenedImage:
-    """A decoded image.
-
-    Args:
-        image: RGB, upright, sRGB, without metadata.
-        notes: sentences for the user about how it was decoded.
-        sha256: of the file's bytes, as `sha256sum` prints it.
-        alpha: mode L, of the image's size, if it has transparent pixels: 255 is opaque.
-    """
-
-    image: Image.Image
-    notes: tuple[str, ...]
-    sha256: str
-    alpha: Image.Image | None = None
-
-
 def open_image(source: ImageSource) -> OpenedImage:
     """Open an image from a path, bytes, an open binary file, "-" (standard input), or Pillow.
 
@@ -54,10 +37,7 @@ def open_image(source: ImageSource) -> OpenedImage:
         UsageError: there is no such file, or it is a URL.
         InputError: it is not an image, or damaged, or too large, or too small.
     """
-    data, name = _read(source)
-    decoded = decode(data, name)
-    digest = hashlib.sha256(data).hexdigest()
-    return OpenedImage(decoded.image, tuple(decoded.notes), digest, decoded.alpha)
+    return decode(*_read(source))
 
 
 def open_mask(source: ImageSource, image: Image.Image) -> Image.Image:

@@ -20,13 +20,8 @@ from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavaila
 from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.inventory import fetch_inventory
 from e4t_cli.hub.paths import HubAccess, Terms, accept
-from e4t_cli.images.loading import (
-    MIN_COVERAGE,
-    OpenedImage,
-    center_square,
-    mask_coverage,
-    prepare_image,
-)
+from e4t_cli.images.decoding import OpenedImage
+from e4t_cli.images.loading import MIN_COVERAGE, center_square, mask_coverage, prepare_image
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 if TYPE_CHECKING:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 import tempfile
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,8 +122,15 @@ def _upload(folder: Path, repository: str, *, private: bool, message: str) -> st
     if not has_token():
         raise WeightsUnavailable("the hub does not know who you are", hint="hf auth login")
     from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     api = HfApi(endpoint=endpoint())
+    had_bars = not are_progress_bars_disabled()
+    disable_progress_bars()  # only the commands print
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         if private and not api.model_info(repository).private:
@@ -134,30 +139,13 @@ def _upload(folder: Path, repository: str, *, private: bool, message: str) -> st
                 f"{repository} exists and is open to all: nothing was uploaded",
                 hint="--public uploads into it; another name makes a private one",
             )
-        with _no_progress_bars():
-            done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except Exception as error:
         raise as_e4t_error(error, repository) from error
-    return f"{repository}@{done.oid}"
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Disable the progress bars of huggingface_hub: only the commands print."""
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
     finally:
-        enable_progress_bars()
+        if had_bars:
+            enable_progress_bars()
+    return f"{repository}@{done.oid}"
 
 
 def model_card(manifest: Manifest, domain: Domain, repository: str) -> str:

@@ -95,8 +95,10 @@ def add_domain(
         temporary.mkdir()
         copy = temporary / "domain"
         try:
-            found = _resolve_source(source, temporary, offline, on_progress)
-            manifest = _copy(found, copy, on_progress)
+            folder, root = _resolve_source(source, temporary, offline, on_progress)
+            manifest = copy_domain_folder(
+                folder, copy, on_progress, links_into=root, shown=printable(os.fspath(source))
+            )
             target = store / manifest.name
             taken = UsageError(
                 f"there is a domain in {printable(str(target))} already",
@@ -166,40 +168,18 @@ def remove_domain(name: str) -> Path:
 # ── sources ──
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A domain folder that is to be copied.
-
-    Args:
-        folder: has a domain.toml.
-        shown: its origin, for error messages.
-        links_into: links may point anywhere below this folder.
-    """
-
-    folder: Path
-    shown: str
-    links_into: Path
-
-    def find(self, name: str) -> Path:
-        """Return the path of a file, or raise IntegrityError."""
-        try:
-            target = (self.folder / name).resolve(strict=True)
-        except (OSError, RuntimeError):
-            raise IntegrityError(f"{self.shown} has no file {printable(name)}") from None
-        if not target.is_relative_to(self.links_into.resolve()):
-            raise IntegrityError(f"{printable(name)} in {self.shown} is a link to another place")
-        if not stat.S_ISREG(target.stat().st_mode):  # a device or a pipe would never end
-            raise IntegrityError(f"{printable(name)} in {self.shown} is not a plain file")
-        return target
-
-
 def _resolve_source(
     source: str | os.PathLike[str],
     temporary: Path,
     offline: bool,
     on_progress: ProgressCallback | None,
-) -> _Source:
-    """Return the folder of a source, unpacked below `temporary` or fetched if need be."""
+) -> tuple[Path, Path]:
+    """Return the folder of a source, unpacked or fetched, and the folder its links may point into.
+
+    Args:
+        source, offline, on_progress: as for `add_domain`.
+        temporary: a zip is unpacked below it.
+    """
     wanted = os.fspath(source)
     shown = printable(wanted)
     if not wanted or "\0" in wanted:
@@ -209,15 +189,15 @@ def _resolve_source(
         if not (path / MANIFEST_NAME).is_file():
             hint = "e4t pretrain makes such a folder"
             raise UsageError(f"{shown} is no domain: it has no {MANIFEST_NAME}", hint=hint)
-        return _Source(folder=path, shown=shown, links_into=path)
+        return path, path
     if path.is_file():
         folder = _unpack(path, temporary / "unpacked")
-        return _Source(folder=folder, shown=shown, links_into=folder)
+        return folder, folder
     repository = _REPOSITORY.fullmatch(wanted)
     if repository and repository[2]:
         folder = _fetch(repository[1], repository[2], offline, on_progress)
         # A snapshot links to the blobs: repository/snapshots/COMMIT -> repository/blobs.
-        return _Source(folder=folder, shown=shown, links_into=folder.parent.parent)
+        return folder, folder.parent.parent
     if repository:
         raise UsageError(
             f"there is no folder {shown}; a repository of the hub needs a revision",
@@ -324,6 +304,7 @@ def copy_domain_folder(
     on_progress: ProgressCallback | None = None,
     *,
     links_into: Path | None = None,
+    shown: str = "",
 ) -> Manifest:
     """Copy a domain folder into a new one, the manifest first, and check every byte.
 
@@ -332,30 +313,38 @@ def copy_domain_folder(
         target: does not exist yet.
         on_progress: called after each file.
         links_into: links may point anywhere below this folder; by default below `folder`.
+        shown: its name in error messages; by default the folder.
 
     Raises:
         IntegrityError: a file is missing, differs from the manifest, or has an invalid header.
         ResourceError: there is not enough disk space.
     """
-    shown = printable(str(folder))
-    source = _Source(folder=folder, shown=shown, links_into=links_into or folder)
-    return _copy(source, target, on_progress)
+    shown, root = shown or printable(str(folder)), (links_into or folder).resolve()
 
+    def find(name: str) -> Path:
+        try:
+            path = (folder / name).resolve(strict=True)
+        except (OSError, RuntimeError):
+            raise IntegrityError(f"{shown} has no file {printable(name)}") from None
+        if not path.is_relative_to(root):
+            raise IntegrityError(f"{printable(name)} in {shown} is a link to another place")
+        if not stat.S_ISREG(path.stat().st_mode):  # a device or a pipe would never end
+            raise IntegrityError(f"{printable(name)} in {shown} is not a plain file")
+        return path
 
-def _copy(source: _Source, target: Path, on_progress: ProgressCallback | None) -> Manifest:
-    with source.find(MANIFEST_NAME).open("rb") as file:
+    with find(MANIFEST_NAME).open("rb") as file:
         text = file.read(MAX_BYTES + 1)
-    about = f"the {MANIFEST_NAME} of {source.shown}"
+    about = f"the {MANIFEST_NAME} of {shown}"
     manifest = parse_manifest(text, about)
     if not manifest.files:
         raise IntegrityError(f"{about} lists no files: there are no weights")
     target.mkdir()
     write_atomically(target / MANIFEST_NAME, text)
-    lengths = {name: source.find(name).stat().st_size for name in manifest.files}
+    lengths = {name: find(name).stat().st_size for name in manifest.files}
     for name, length in lengths.items():
         if manifest.sizes.get(name, length) != length:
             raise IntegrityError(
-                f"{name} in {source.shown} has {length:,} bytes, its manifest says "
+                f"{name} in {shown} has {length:,} bytes, its manifest says "
                 f"{manifest.sizes[name]:,}"
             )
     total, free = sum(lengths.values()), shutil.disk_usage(target).free
@@ -363,8 +352,8 @@ def _copy(source: _Source, target: Path, on_progress: ProgressCallback | None) -
         raise ResourceError(f"{manifest.name} needs {total:,} bytes on disk, {free:,} are free")
     done = 0
     for name, sha256 in manifest.files.items():
-        with source.find(name).open("rb") as file:
-            copy = partial(_copy_checked, file, sha256, f"{name} in {source.shown}")
+        with find(name).open("rb") as file:
+            copy = partial(_copy_checked, file, sha256, f"{name} in {shown}")
             write_atomically(target / name, copy)
         _check_header(target / name)
         done += lengths[name]
