@@ -77,7 +77,7 @@ def test_F9_many_members(archive):
 
 
 def test_F9_sizes_that_lie(archive):
-    """The directory says 60 bytes for a card that is longer: what is read ends there."""
+    """The directory says 60 bytes for a manifest that is longer: what is read ends there."""
     with zipfile.ZipFile(archive) as found:
         length = found.getinfo("domain.toml").file_size
     data = archive.read_bytes()
