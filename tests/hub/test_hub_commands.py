@@ -145,7 +145,7 @@ def test_auto_without_an_accelerator_asks_nobody(monkeypatch):
 
     monkeypatch.setattr(automatic, "likely_accelerator", lambda device: False)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(automatic, "is_here", refuse)
+    monkeypatch.setattr(automatic, "is_cached", refuse)
     name, why = default_base_name(HubAccess(), confirm=refuse, has_weights=refuse)
     assert name == "mini" and "no accelerator here" in why and "--base sd14" in why
 

@@ -9,10 +9,16 @@ import pytest
 from e4t_cli.errors import IntegrityError, ResourceError, UsageError, WeightsUnavailable
 from e4t_cli.hub import image_tower as towers
 from e4t_cli.hub import resolve as provision
-from e4t_cli.hub.bases import PUBLISHED, PublishedBase, find_base
-from e4t_cli.hub.locations import domain_weights_location, hub_location, pack_folder
+from e4t_cli.hub.bases import (
+    PUBLISHED,
+    PublishedBase,
+    domain_weights_location,
+    find_base,
+    hub_location,
+    hub_weights_folder,
+)
 from e4t_cli.hub.paths import HubAccess, hub_cache, user_cache
-from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_here, look_up_base
+from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, look_up_base
 from tests.hub.fake_hub import Fault
 from tests.hub.repositories import publish_stable_diffusion, write_files
 
@@ -53,7 +59,7 @@ def test_a_base_by_its_id_is_what_it_needs_and_no_more(hub, tiny, half):
         "image_tower/model.safetensors",
     }
     assert not [name for name in names if name.endswith((".py", ".bin", ".ckpt"))]
-    assert is_here("owner/tiny", half=half) and look_up_base("owner/tiny", half=half)[2]
+    assert is_cached("owner/tiny", half=half) and look_up_base("owner/tiny", half=half)[2]
     asked = len(hub.requests)
     hub.faults.append(Fault("hang"))
     assert fetch_base("owner/tiny", HubAccess(), half=half) == base
@@ -240,7 +246,7 @@ def test_pickles_are_not_fetched(hub, made, tmp_path):
 def test_shards_are_fetched_with_their_index(hub, made, tmp_path):
     folder = shutil.copytree(made, tmp_path / "other")
     whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    from e4t_cli.hub.layout import is_complete, weight_files
+    from e4t_cli.hub.resolve import is_complete, weight_files
 
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     parts = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -352,21 +358,25 @@ def test_a_pack_of_the_hub(hub, tmp_path):
     )
     commit = hub.add("owner/pack", folder, licence="")
     location = f"hub:owner/pack@{commit}"
-    assert pack_folder(location) is None
+    assert hub_weights_folder(location) is None
     with pytest.raises(WeightsUnavailable, match="has not been accepted"):
         fetch_domain_weights(location, HubAccess())
     found = fetch_domain_weights(location, YES)
     assert fetched(found) == {"domain.toml", "encoder.safetensors"}
-    assert pack_folder(location) == found == fetch_domain_weights(location, HubAccess(offline=True))
+    assert (
+        hub_weights_folder(location)
+        == found
+        == fetch_domain_weights(location, HubAccess(offline=True))
+    )
 
 
 @pytest.mark.parametrize(
     "location", ["hub:owner/pack@main", "hub:owner/pack", "hub:../x@" + "a" * 40]
 )
 def test_a_pack_needs_a_commit(location):
-    with pytest.raises(IntegrityError, match="no address of a pack"):
+    with pytest.raises(IntegrityError, match="no location of domain weights"):
         domain_weights_location(location)
-    assert pack_folder(location) is None
+    assert hub_weights_folder(location) is None
 
 
 def test_a_folder_of_that_name_comes_first(hub, tmp_path, monkeypatch):

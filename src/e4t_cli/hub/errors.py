@@ -1,8 +1,8 @@
-"""Whatever goes wrong between here and the hub, as one sentence with an exit code.
+"""Maps errors of huggingface_hub, its HTTP library and the disk to E4TError.
 
-The libraries below wrap causes in causes: a full disk arrives as an OSError, a captive portal as
-bad JSON, a refused connection as a missing file. The whole chain is looked at. Addresses and tokens
-are never repeated.
+These libraries nest causes: a full disk arrives as an OSError, a captive portal as invalid JSON,
+a refused connection as a missing file. The whole chain is examined. Error messages never repeat
+request addresses or tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ AGAIN = "the same command goes on: files that are finished are kept"
 def as_e4t_error(
     error: BaseException, repository: str, revision: str = "", file: str = ""
 ) -> E4TError:
-    """Return the one sentence for an error of huggingface_hub, its HTTP library, or the disk.
+    """Return the E4TError for an error of huggingface_hub, its HTTP library, or the disk.
 
     Args:
         error: what was raised.
@@ -32,7 +32,7 @@ def as_e4t_error(
     for one in chain:
         if isinstance(one, E4TError):
             return one
-    for test in (_of_the_disk, _of_the_answer, _of_the_content, _of_the_line):
+    for test in (_disk_error, _response_error, _content_error, _connection_error):
         for one in chain:
             if found := test(one, repository, revision, file):
                 return found
@@ -41,12 +41,12 @@ def as_e4t_error(
 
 
 def is_refused_token(error: BaseException) -> bool:
-    """Whether the hub says 401: a token it does not know closes even what is open to all."""
+    """Whether the hub answered 401: an unknown token bars even public repositories."""
     return any(_status(one) == 401 for one in _causes(error))
 
 
 def retry_after(error: BaseException) -> float | None:
-    """Return how many seconds the hub asks to wait before the next try."""
+    """Return the seconds to wait before the next attempt, as the hub asks for them."""
     for one in _causes(error):
         headers = getattr(getattr(one, "response", None), "headers", None) or {}
         value = str(headers.get("Retry-After", ""))
@@ -55,13 +55,13 @@ def retry_after(error: BaseException) -> float | None:
     return None
 
 
-def is_broken_line(error: BaseException) -> bool:
-    """Whether the connection was cut in the middle, which huggingface_hub does not try again."""
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether the connection was cut in the middle, which huggingface_hub 2.4.0 does not retry."""
     return any(type(one).__name__ in _BROKEN for one in _causes(error))
 
 
-def is_passing(error: BaseException) -> bool:
-    """Whether the same request may well succeed in a moment."""
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed in a moment."""
     for one in _causes(error):
         status = _status(one)
         if status is not None:
@@ -71,7 +71,7 @@ def is_passing(error: BaseException) -> bool:
     return False
 
 
-def _of_the_disk(one: BaseException, repository: str, revision: str, file: str) -> E4TError | None:
+def _disk_error(one: BaseException, repository: str, revision: str, file: str) -> E4TError | None:
     if not isinstance(one, OSError):
         return None
     if one.errno in _FULL:
@@ -88,47 +88,47 @@ def _of_the_disk(one: BaseException, repository: str, revision: str, file: str) 
     return None
 
 
-def _of_the_answer(
+def _response_error(
     one: BaseException, repository: str, revision: str, file: str
 ) -> E4TError | None:
-    status, kind = _status(one), type(one).__name__
-    page = f"{endpoint()}/{repository}"
-    if kind == "GatedRepoError":
-        return WeightsUnavailable(
+    status, page = _status(one) or 0, f"{endpoint()}/{repository}"
+    wait = retry_after(one)
+    when = f"wait {wait:.0f} seconds" if wait else "wait a few minutes"
+    by_class = {
+        "GatedRepoError": (
             f"{repository} is only for those who have accepted its terms on the hub",
-            hint=f"accept them at {page}, then: hf auth login",
-        )
-    if kind == "RevisionNotFoundError":
-        return WeightsUnavailable(f"{repository} has no revision {printable(revision)!r}")
-    if kind == "RemoteEntryNotFoundError":
-        return WeightsUnavailable(f"{repository} has no file {printable(file)!r}")
-    if kind == "RepositoryNotFoundError":
-        return WeightsUnavailable(
+            f"accept them at {page}, then: hf auth login",
+        ),
+        "RevisionNotFoundError": (f"{repository} has no revision {printable(revision)!r}", ""),
+        "RemoteEntryNotFoundError": (f"{repository} has no file {printable(file)!r}", ""),
+        "RepositoryNotFoundError": (
             f"there is no repository {repository} on the hub, or it is private",
-            hint="check its name; for a private one: hf auth login",
-        )
-    if kind == "HFValidationError":
-        return WeightsUnavailable(f"{printable(repository)!r} is not a name of the hub")
-    if status is None or status < 400:
-        return None
-    if status == 401:
-        hint = "hf auth login again, or unset HF_TOKEN"
-        return WeightsUnavailable(f"the hub refused the token for {repository} (401)", hint=hint)
-    if status == 403:
-        hint = f"look at {page} with your account"
-        return WeightsUnavailable(f"the hub does not give {repository} to you (403)", hint=hint)
-    if status == 429:
-        wait = retry_after(one)
-        when = f"wait {wait:.0f} seconds" if wait else "wait a few minutes"
-        return WeightsUnavailable(
+            "check its name; for a private one: hf auth login",
+        ),
+        "HFValidationError": (f"{printable(repository)!r} is not a name of the hub", ""),
+    }
+    by_status = {
+        401: (
+            f"the hub refused the token for {repository} (401)",
+            "hf auth login again, or unset HF_TOKEN",
+        ),
+        403: (
+            f"the hub does not give {repository} to you (403)",
+            f"look at {page} with your account",
+        ),
+        429: (
             "the hub has had too many requests from here (429)",
-            hint=f"{when}, or: hf auth login, which is allowed more; {AGAIN}",
-        )
-    said = "is in trouble" if status >= 500 else "did not answer as expected"
-    return WeightsUnavailable(f"the hub {said} ({status}) at {repository}", hint=AGAIN)
+            f"{when}, or: hf auth login, which is allowed more; {AGAIN}",
+        ),
+    }
+    found = by_class.get(type(one).__name__) or by_status.get(status)
+    if found is None and status >= 400:
+        state = "is in trouble" if status >= 500 else "did not answer as expected"
+        found = (f"the hub {state} ({status}) at {repository}", AGAIN)
+    return WeightsUnavailable(found[0], hint=found[1] or None) if found else None
 
 
-def _of_the_content(
+def _content_error(
     one: BaseException, repository: str, revision: str, file: str
 ) -> E4TError | None:
     if isinstance(one, OSError) and "Consistency check failed" in str(one):
@@ -146,7 +146,9 @@ def _of_the_content(
     return None
 
 
-def _of_the_line(one: BaseException, repository: str, revision: str, file: str) -> E4TError | None:
+def _connection_error(
+    one: BaseException, repository: str, revision: str, file: str
+) -> E4TError | None:
     kind = type(one).__name__
     if kind == "OfflineModeIsEnabled":
         return WeightsUnavailable(f"{repository} is not on this machine, and e4t is offline")
