@@ -266,13 +266,12 @@ def test_D13_offline_opens_no_socket(hub, repository, monkeypatch, how):
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    assert (
-        fetch_files("owner/tiny", repository, ALL, HubAccess(offline=how == "argument")) == folder
-    )
+    access = HubAccess(offline=how == "argument")
+    assert fetch_files("owner/tiny", repository, ALL, access) == folder
     for pattern in ("*.safetensors", WEIGHTS, "absent.json"):
         begun = time.perf_counter()
         with pytest.raises(WeightsUnavailable, match="offline") as caught:
-            fetch_files("owner/none", repository, [pattern], HubAccess(offline=how == "argument"))
+            fetch_files("owner/none", repository, [pattern], access)
         assert time.perf_counter() - begun < 2 and "e4t fetch owner/none" in caught.value.hint
 
 
@@ -414,3 +413,58 @@ def test_an_inventory_that_is_damaged_is_asked_for_again(hub, repository):
     json.loads(note.read_text())
     note.write_text("{")
     assert intact(fetch_files("owner/tiny", repository, ALL))
+
+
+def test_runs_in_two_threads_report_each_its_own_retries(hub, repository, tmp_path):
+    """huggingface_hub logs to one logger for all threads; nothing stays attached to it."""
+    import logging
+    import threading
+
+    other = hub.add("owner/other", tmp_path / "tiny")
+    logged = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            logged.append((threading.get_ident(), record.getMessage()))
+
+    logger, collect = logging.getLogger("huggingface_hub"), Collect()
+    logger.addHandler(collect)
+    before = logger.handlers[:]
+    hub.faults.append(Fault("short", "/owner/tiny/*/weights.safetensors", times=1, method="GET"))
+    hub.chunk_gate = threading.Event()
+    events = {"owner/tiny": [], "owner/other": []}
+    threads = [
+        threading.Thread(
+            target=fetch_files,
+            args=(name, commit, ALL, HubAccess(on_progress=events[name].append)),
+        )
+        for name, commit in (("owner/tiny", repository), ("owner/other", other))
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and (
+            hub.count("GET", "/owner/tiny/*/weights.safetensors") < 2
+            or hub.count("GET", "/owner/other/*/weights.safetensors") < 1
+        ):
+            threading.Event().wait(0.02)
+        # Both run, and one has had to try again: a third party's warning is nobody's.
+        logger.getChild("file_download").warning("Retrying in 1s")
+        hub.chunk_gate.set()
+        for thread in threads:
+            thread.join(30)
+    finally:
+        logger.removeHandler(collect)
+    assert not any(thread.is_alive() for thread in threads)
+    retries = {
+        name: [event.remark for event in found if "trying again" in event.remark]
+        for name, found in events.items()
+    }
+    assert len(retries["owner/tiny"]) == 1 and not retries["owner/other"]
+    assert logged == [(threading.get_ident(), "Retrying in 1s")]
+    assert [*logger.handlers, collect] == before
+    assert not any(handler.filters for handler in before)
+    for name, found in events.items():
+        sizes = {event.total for event in found if event.stage == "fetch" and event.total}
+        assert len(sizes) == 1, f"{name} got the progress of another run"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from e4t_cli.errors import IntegrityError, ResourceError, UsageError, WeightsUnavailable
+from e4t_cli.hub import download
 from e4t_cli.hub import image_tower as towers
 from e4t_cli.hub import resolve as provision
 from e4t_cli.hub.bases import (
@@ -17,6 +18,7 @@ from e4t_cli.hub.bases import (
     hub_location,
     hub_weights_folder,
 )
+from e4t_cli.hub.download import fetch_files, get_repo_info
 from e4t_cli.hub.paths import HubAccess, hub_cache, user_cache
 from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, look_up_base
 from tests.hub.fake_hub import Fault
@@ -103,6 +105,13 @@ def test_names_of_the_table_are_pinned():
         assert len(row.revision) == 40 and row.licence
 
 
+def test_a_repository_cannot_take_a_name_of_the_table():
+    """Domain weights are chosen by that name."""
+    for repository in ("sd21/base", "SD21/Base", "sd21.base/x"):
+        assert hub_location(repository).name not in PUBLISHED
+    assert hub_location("sd21/base").name == "hub-sd21-base"
+
+
 @pytest.mark.parametrize(
     "name", ["./x", "/x", "~/x", "mini", "auto", "nobody", "a/b/c", "a\\b", ""]
 )
@@ -154,6 +163,38 @@ def test_offline_and_not_here(hub, tiny, monkeypatch):
         fetch_base("sd15", HubAccess())
     assert caught.value.hint == "with a network: e4t fetch sd15"
     assert not hub.requests
+
+
+def test_D13_offline_neither_connects_nor_asks(hub, tiny, made, tmp_path, monkeypatch):
+    """Whatever is half here: no socket, no question about a licence, one error message."""
+    import socket
+
+    restricted = hub.add("owner/restricted", made, licence="cc-by-nc-4.0")
+    fetch_files("owner/restricted", restricted, ["unet/config.json", "*.json"])
+    shutil.rmtree(hub_cache() / "models--owner--restricted")
+    weights = hub.add("owner/weights", write_files(tmp_path / "weights", domain_toml=b"schema = 1"))
+
+    def refuse(*_, **__):
+        raise AssertionError("a socket was opened, or a question asked")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    asked = len(hub.requests)
+    offline = HubAccess(offline=True, accept_license=refuse)
+    for repair in (False, True):
+        for name in ("sd14", "owner/tiny", "owner/restricted", f"owner/restricted@{restricted}"):
+            with pytest.raises(WeightsUnavailable, match="offline"):
+                fetch_base(name, offline, repair=repair)
+        with pytest.raises(WeightsUnavailable, match="offline"):
+            fetch_domain_weights(f"hub:owner/weights@{weights}", offline, repair=repair)
+    with pytest.raises(WeightsUnavailable, match="offline"):
+        towers.fetch_image_tower(offline)
+    with pytest.raises(WeightsUnavailable, match="offline"):
+        fetch_files("owner/restricted", None, ["*.json"], offline, repair=True)
+    assert get_repo_info("owner/tiny", None, offline) is None
+    monkeypatch.setattr(provision, "likely_accelerator", lambda device: True)
+    assert provision.default_base_name(offline)[0] == "mini"
+    assert len(hub.requests) == asked
 
 
 @pytest.fixture
@@ -343,7 +384,7 @@ def test_room_for_the_tower_is_counted_before_the_base_is_fetched(hub, made, tmp
     folder = shutil.copytree(made, tmp_path / "plain")
     shutil.rmtree(folder / "image_tower")
     hub.add("owner/plain", folder)
-    monkeypatch.setattr(provision, "free_bytes", lambda _: 1_000_000_000)
+    monkeypatch.setattr(download, "free_bytes", lambda _: 1_000_000_000)
     with pytest.raises(ResourceError, match="3.9 GB for laion"):
         fetch_base("owner/plain", YES)
     assert not hub.count("GET", "*.safetensors")

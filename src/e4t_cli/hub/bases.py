@@ -58,23 +58,46 @@ class Base:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedBase:
-    """One base of the hub that has a name here.
+class HubLocation:
+    """A base of the hub, and its name here.
 
     Args:
         name: the key of `Domain.weights`.
-        repository, revision: on the hub; the revision is a commit, which never changes.
+        revision: a commit, a branch or a tag; None is the branch "main".
+        licence: None: as the repository states it.
+    """
+
+    name: str
+    repository: str
+    revision: str | None = None
+    licence: str | None = None
+
+    @property
+    def fetch_command(self) -> str:
+        """The command that fetches it."""
+        return f"e4t fetch {self.repository}" + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedBase(HubLocation):
+    """A base of the hub with a name of e4t's own.
+
+    Args:
+        revision: a commit, which never changes.
         licence: as the repository states it.
         resolution: side in pixels of the images it makes.
         summary: what it is, in a few words.
     """
 
-    name: str
-    repository: str
     revision: str
     licence: str
     resolution: int
     summary: str
+
+    @property
+    def fetch_command(self) -> str:
+        """The command that fetches it."""
+        return f"e4t fetch {self.name}"
 
 
 PUBLISHED = {
@@ -205,29 +228,10 @@ def _as_name(text: str) -> str:
     return re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-_")
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubLocation:
-    """A base of the hub, and its name here."""
-
-    name: str
-    repository: str
-    revision: str | None = None
-    licence: str | None = None  # None: as the repository states it
-
-    @property
-    def fetch_command(self) -> str:
-        """The command that fetches it."""
-        if self.name in PUBLISHED:
-            return f"e4t fetch {self.name}"
-        return f"e4t fetch {self.repository}" + (f"@{self.revision}" if self.revision else "")
-
-
 def hub_location(wanted: str) -> HubLocation | None:
     """Return where on the hub a base is, None for a name that does not mean the hub."""
-    if row := PUBLISHED.get(wanted):
-        return HubLocation(
-            name=row.name, repository=row.repository, revision=row.revision, licence=row.licence
-        )
+    if wanted in PUBLISHED:
+        return PUBLISHED[wanted]
     if wanted in ("auto", *EMBEDDED) or wanted.startswith((".", "/", "~")) or "\\" in wanted:
         return None
     repository, _, revision = wanted.partition("@")
@@ -237,10 +241,11 @@ def hub_location(wanted: str) -> HubLocation | None:
         return None
     for row in PUBLISHED.values():
         if repository.lower() == row.repository.lower() and revision in ("", row.revision):
-            return hub_location(row.name)
-    return HubLocation(
-        name=_as_name(repository)[:64], repository=repository, revision=revision or None
-    )
+            return row
+    name = _as_name(repository)[:64]
+    if name in PUBLISHED:  # sd21/base must not get the domain weights of sd21-base
+        name = f"hub-{name}"
+    return HubLocation(name=name, repository=repository, revision=revision or None)
 
 
 def remember_location(name: str, location: HubLocation, commit: str) -> None:

@@ -14,7 +14,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from e4t_cli.errors import UsageError, WeightsUnavailable, printable
@@ -55,13 +55,7 @@ class CacheItem:
 
     def as_dict(self) -> dict[str, object]:
         """Return it for ``--json``."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "revision": self.revision,
-            "size": self.size,
-            "path": str(self.path),
-        }
+        return {**asdict(self), "path": str(self.path)}
 
 
 def _item(name: str, kind: str, path: Path, revision: str = "") -> CacheItem:

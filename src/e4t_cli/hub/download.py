@@ -243,10 +243,9 @@ def _request_repo_info(repository: str, revision: str, access: HubAccess) -> Rep
             time.sleep(wait)
     if not found.sha or not COMMIT.fullmatch(found.sha):
         raise as_e4t_error(ValueError(), repository)
-    card = found.card_data.to_dict() if found.card_data is not None else {}
-    licence = card.get("license") or ""
+    licence = getattr(found.card_data, "license", None) or ""
     if licence == "other":
-        licence = card.get("license_name") or licence
+        licence = getattr(found.card_data, "license_name", None) or licence
     files = [
         RepoFile(
             path=one.rfilename,
@@ -284,12 +283,8 @@ def checksum_mismatch(
     if not expected:
         return None
     about = path.stat()
-    record = {
-        "path": str(path),
-        "size": about.st_size,
-        "mtime_ns": about.st_mtime_ns,
-        "digest": expected,
-    }
+    record = {"path": str(path), "size": about.st_size, "mtime_ns": about.st_mtime_ns}
+    record["digest"] = expected
     verified = _verified_record(path)
     with contextlib.suppress(OSError, ValueError):
         if json.loads(verified.read_text(encoding="utf-8")) == record:
@@ -458,7 +453,7 @@ class _RetryHandler(logging.Handler):
     """Reports the retries of one run as one remark.
 
     huggingface_hub logs a warning with the address for each of them, on a logger that all threads
-    share. Only records logged in this handler's context are its own.
+    share. Only records logged in this handler's context are of its run.
     """
 
     def __init__(self, access: HubAccess) -> None:
@@ -466,13 +461,13 @@ class _RetryHandler(logging.Handler):
         self._access = access
         self._reported = False
 
-    def is_own(self) -> bool:
-        return _RETRY_HANDLER.get() is self
+    def is_of_another_run(self, record: logging.LogRecord) -> bool:
+        return _RETRY_HANDLER.get() is not self
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.msg
-        is_retry = any(word in message for word in ("etrying", "resume", "Waiting"))
-        if self.is_own() and is_retry and not self._reported:
+        if self._reported or self.is_of_another_run(record):
+            return
+        if any(word in record.msg for word in ("etrying", "resume", "Waiting")):
             self._reported = True
             self._access.remark("the hub is slow to answer, or the line is bad: trying again")
 
@@ -482,20 +477,16 @@ def _report_retries(access: HubAccess) -> Iterator[None]:
     """Report huggingface_hub's retries in this context, instead of logging them as warnings."""
     logger, handler = logging.getLogger("huggingface_hub"), _RetryHandler(access)
     others = logger.handlers[:]
-
-    def is_not_ours(record: logging.LogRecord) -> bool:
-        return not handler.is_own()
-
     token = _RETRY_HANDLER.set(handler)
     for other in others:
-        other.addFilter(is_not_ours)
+        other.addFilter(handler.is_of_another_run)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
         for other in others:
-            other.removeFilter(is_not_ours)
+            other.removeFilter(handler.is_of_another_run)
         _RETRY_HANDLER.reset(token)
 
 
@@ -534,15 +525,14 @@ def fetch_files(
     command = command or f"e4t fetch {repository}" + (f"@{revision}" if revision else "")
     check_repository(repository)
     commit = cached_commit(repository, revision)
-    if commit is not None and all(
-        (snapshot_folder(repository, commit) / p).is_file() for p in patterns
-    ):
+    folder = snapshot_folder(repository, commit or "")
+    if commit is not None and all((folder / name).is_file() for name in patterns):
         info = cached_repo_info(repository, commit)  # named in full and cached: no request
     else:
         info = get_repo_info(repository, revision, access)
-    commit = info.commit if info is not None else commit
-    folder = snapshot_folder(repository, commit or "")
-    if info is None and (commit is None or not folder.is_dir()):
+    if info is not None:
+        folder = snapshot_folder(repository, info.commit)
+    elif commit is None or not folder.is_dir():
         raise WeightsUnavailable(
             f"{repository} is not on this machine and e4t is offline",
             hint=f"with a network: {command}",
@@ -557,7 +547,15 @@ def fetch_files(
             hint=f"with a network: {command}",
         )
     if missing:
-        _check_room(missing, repository, access)
+        needed = total_size(missing)
+        if any(file.path.endswith(".safetensors") for file in missing):  # not of config files
+            count = f"{len(missing)} files" if len(missing) > 1 else printable(missing[0].path)
+            access.remark(
+                f"fetching {count} of {repository}, {shown_size(needed)}, to "
+                f"{printable(str(hub_cache()))}; {shown_size(free_bytes(hub_cache()))} "
+                "are free there"
+            )
+        check_room(repository, needed)
         _download(repository, folder.name, missing, access)
     meter = ProgressMeter(total_size(wanted), access.on_progress, "verify")
     for file in wanted:
@@ -659,24 +657,22 @@ def _stop_xet() -> None:
         abort()
 
 
-def _check_room(missing: Sequence[RepoFile], repository: str, access: HubAccess) -> None:
-    """Report how much will be fetched.
+def check_room(repository: str, needed: int, other: str = "", needed_by_other: int = 0) -> None:
+    """Refuse a download that the disk of the hub's cache has no room for.
+
+    Args:
+        needed: bytes of the repository.
+        other, needed_by_other: a repository that will be fetched afterwards, and its bytes.
 
     Raises:
-        ResourceError: the disk has less room than that.
+        ResourceError: the disk is too small.
     """
-    needed, free = total_size(missing), free_bytes(hub_cache())
-    cache = printable(str(hub_cache()))
-    count = f"{len(missing)} files" if len(missing) > 1 else printable(missing[0].path)
-    if any(file.path.endswith(".safetensors") for file in missing):  # not of config files
-        access.remark(
-            f"fetching {count} of {repository}, {shown_size(needed)}, "
-            f"to {cache}; {shown_size(free)} are free there"
-        )
-    if needed + SPARE_BYTES > free:
+    free = free_bytes(hub_cache())
+    if needed + needed_by_other + SPARE_BYTES > free:
+        more = f" and {shown_size(needed_by_other)} for {other}," if needed_by_other else ""
         raise ResourceError(
-            f"{repository} needs {shown_size(needed)} and {shown_size(free)} are free "
-            f"on the disk of {cache}",
+            f"{repository} needs {shown_size(needed)}{more} and {shown_size(free)} are free "
+            f"on the disk of {printable(str(hub_cache()))}",
             hint="make room (e4t cache ls), or set HF_HOME to a larger disk",
         )
 

@@ -18,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable, printable
-from e4t_cli.files import free_bytes, shown_size
+from e4t_cli.errors import IntegrityError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import (
     ACCELERATED,
     EMBEDDED,
     PUBLISHED,
     Base,
     HubLocation,
+    PublishedBase,
     domain_weights_location,
     find_base,
     hub_location,
@@ -34,9 +34,8 @@ from e4t_cli.hub.bases import (
     remember_location,
 )
 from e4t_cli.hub.download import (
-    SPARE_BYTES,
-    RepoInfo,
     cached_commit,
+    check_room,
     fetch_files,
     get_repo_info,
 )
@@ -52,7 +51,6 @@ from e4t_cli.hub.paths import (
     Terms,
     accept,
     endpoint,
-    hub_cache,
     is_accepted,
     repository_folder,
     snapshot_folder,
@@ -225,8 +223,8 @@ def look_up_base(wanted: str, *, half: bool = True) -> tuple[str, int, bool]:
         base = find_base(wanted)
         return base.name, base.resolution, True
     if not is_cached(wanted, half=half):
-        row = PUBLISHED.get(location.name)
-        return location.name, row.resolution if row is not None else 0, False
+        resolution = location.resolution if isinstance(location, PublishedBase) else 0
+        return location.name, resolution, False
     commit = cached_commit(location.repository, location.revision)
     base = _base_in(snapshot_folder(location.repository, commit or ""), location, half=half)
     return base.name, base.resolution, True
@@ -235,7 +233,7 @@ def look_up_base(wanted: str, *, half: bool = True) -> tuple[str, int, bool]:
 def _base_in(folder: Path, location: HubLocation, *, half: bool) -> Base:
     """Return the base in a snapshot folder, under the name that it has here."""
     base = read_base(folder)
-    row = PUBLISHED.get(location.name)
+    row = location if isinstance(location, PublishedBase) else None
     # A repository may name itself, but not take a name that means something here already.
     named = row is None and (folder / "base.toml").is_file()
     taken = base.name in EMBEDDED or base.name in PUBLISHED
@@ -432,7 +430,10 @@ def _download_base(
     if missing and not access.cut_off:
         licence = location.licence if location.licence is not None else info.licence
         accept(Terms(repository=info.repository, licence=licence), access)
-        _check_room(info, missing, has_own_tower=any("image_tower/" in name for name in weights))
+        # Room for the base and its image tower together, before the first byte.
+        needed = sum(file.size for file in info.files if file.path in missing)
+        own = any(name.startswith("image_tower/") for name in weights)
+        check_room(info.repository, needed, VIT_H_14.repository, 0 if own else missing_bytes())
     _fetch_exactly(configs, info.commit, location, access, repair=repair)
     check_architecture(folder)
     _fetch_exactly(configs + weights, info.commit, location, access, repair=repair)
@@ -447,21 +448,3 @@ def _fetch_exactly(
     patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
     command = location.fetch_command
     fetch_files(location.repository, commit, patterns, access, repair=repair, command=command)
-
-
-def _check_room(info: RepoInfo, missing: list[str], *, has_own_tower: bool) -> None:
-    """Check the room for the base and its image tower together, before the first byte.
-
-    Raises:
-        ResourceError: the disk of the hub's cache is too small.
-    """
-    needed = sum(file.size for file in info.files if file.path in missing)
-    tower = 0 if has_own_tower else missing_bytes()
-    free = free_bytes(hub_cache())
-    if needed + tower + SPARE_BYTES > free:
-        more = f" and {shown_size(tower)} for {VIT_H_14.repository}" if tower else ""
-        raise ResourceError(
-            f"{info.repository} needs {shown_size(needed)}{more}, and {shown_size(free)} "
-            f"are free on the disk of {printable(str(hub_cache()))}",
-            hint="make room (e4t cache ls), or set HF_HOME to a larger disk",
-        )
