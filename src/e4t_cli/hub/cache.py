@@ -28,7 +28,13 @@ from e4t_cli.hub.download import (
     forget_repository,
 )
 from e4t_cli.hub.image_tower import VIT_H_14, has_tower, tower_folder
-from e4t_cli.hub.paths import hub_cache, repository_folder, snapshot_folder, user_cache
+from e4t_cli.hub.paths import (
+    hub_cache,
+    repository_folder,
+    repository_of,
+    snapshot_folder,
+    user_cache,
+)
 from e4t_cli.progress import ProgressCallback
 
 _MAX_WRITE_SECONDS = 3600.0  # a partial file younger than this may belong to a running process
@@ -201,7 +207,7 @@ def remove(item: CacheItem) -> None:
     folder = item.path.parent.parent  # of the repository, whose other commits stay
     is_repository = item.kind == "repository"
     if is_repository:
-        forget_repository(folder.name.removeprefix("models--").replace("--", "/", 1))
+        forget_repository(repository_of(folder))
     only = is_repository and len(list(folder.glob("snapshots/*"))) == 1
     path = folder if only else item.path
     blobs = _blobs(item.path)

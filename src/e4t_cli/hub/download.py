@@ -54,6 +54,7 @@ from e4t_cli.hub.paths import (
     endpoint,
     hub_cache,
     repository_folder,
+    repository_of,
     snapshot_folder,
     user_cache,
 )
@@ -550,37 +551,53 @@ def fetch_files(
         needed = total_size(missing)
         if any(file.path.endswith(".safetensors") for file in missing):  # not of config files
             count = f"{len(missing)} files" if len(missing) > 1 else printable(missing[0].path)
+            cache, free = printable(str(hub_cache())), shown_size(free_bytes(hub_cache()))
             access.remark(
-                f"fetching {count} of {repository}, {shown_size(needed)}, to "
-                f"{printable(str(hub_cache()))}; {shown_size(free_bytes(hub_cache()))} "
-                "are free there"
+                f"fetching {count} of {repository}, {shown_size(needed)}, to {cache}; "
+                f"{free} are free there"
             )
         check_room(repository, needed)
         _download(repository, folder.name, missing, access)
+    _verify(wanted, missing, folder, access, repair=repair, command=command)
+    return folder
+
+
+def _verify(
+    wanted: Sequence[RepoFile],
+    fetched: Sequence[RepoFile],
+    folder: Path,
+    access: HubAccess,
+    *,
+    repair: bool,
+    command: str,
+) -> None:
+    """Compare files with their checksums, and fetch a wrong one once more.
+
+    Raises:
+        IntegrityError: a file is wrong that was cached before, or wrong twice in a row.
+    """
+    repository = repository_of(folder.parent.parent)
     meter = ProgressMeter(total_size(wanted), access.on_progress, "verify")
     for file in wanted:
-        expected = file.digest or checksum_in_name(folder / file.path)
-        found = checksum_mismatch(folder / file.path, expected, meter.add)
+        path, name = folder / file.path, printable(file.path)
+        expected = file.digest or checksum_in_name(path)
+        damaged = f"{repository}/{name} is damaged: expected checksum {expected}, got "
+        found = checksum_mismatch(path, expected, meter.add)
         if found is None:
             continue
-        name = f"{repository}/{printable(file.path)}"
-        damaged = f"{name} is damaged: expected checksum {expected}, got {found}"
-        if file not in missing and not repair:
-            raise IntegrityError(damaged, hint=f"fetch it again: {command}")
+        if file not in fetched and not repair:
+            raise IntegrityError(damaged + found, hint=f"fetch it again: {command}")
         if access.cut_off:
-            raise IntegrityError(damaged, hint=f"with a network: {command}")
-        access.note(f"{printable(file.path)} of {repository} is damaged: fetching it again")
-        delete_file(folder / file.path)
+            raise IntegrityError(damaged + found, hint=f"with a network: {command}")
+        access.note(f"{name} of {repository} is damaged: fetching it again")
+        delete_file(path)
         _download(repository, folder.name, [file], access, force=True)
-        found = checksum_mismatch(folder / file.path, expected)
+        found = checksum_mismatch(path, expected)
         if found is not None:
-            delete_file(folder / file.path)  # no program may find it later
-            raise IntegrityError(
-                f"{name} is damaged: expected checksum {expected}, got {found}",
-                hint="something between the hub and here is at fault",
-            )
+            delete_file(path)  # no program may find it later
+            hint = "something between the hub and here is at fault"
+            raise IntegrityError(damaged + found, hint=hint)
     meter.finish(if_reported=True)
-    return folder
 
 
 def total_size(files: Sequence[RepoFile]) -> int:
@@ -649,7 +666,10 @@ def _download(
 
 
 def _stop_xet() -> None:
-    """Stop transfers by Xet, which run outside of Python."""
+    """Stop transfers by Xet, which run outside of Python.
+
+    Those of other runs in this process break as well; such runs connect again.
+    """
     with contextlib.suppress(ImportError, AttributeError, RuntimeError):
         from huggingface_hub.utils import _xet
 

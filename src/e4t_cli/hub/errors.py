@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from e4t_cli.errors import E4TError, IntegrityError, ResourceError, WeightsUnavailable, printable
 from e4t_cli.hub.paths import endpoint
@@ -17,6 +18,15 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EACCES, errno.EROFS, errno.EPERM}
 _BROKEN = ("ReadError", "WriteError", "XetDownloadError")
 AGAIN = "the same command goes on: files that are finished are kept"
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was being fetched, fit for a terminal."""
+
+    repository: str
+    revision: str
+    file: str
 
 
 def as_e4t_error(
@@ -32,9 +42,10 @@ def as_e4t_error(
     for one in chain:
         if isinstance(one, E4TError):
             return one
+    what = _Request(*(printable(text) for text in (repository, revision, file)))
     for test in (_disk_error, _response_error, _content_error, _connection_error):
         for one in chain:
-            if found := test(one, repository, revision, file):
+            if found := test(one, what):
                 return found
     kind = type(chain[-1]).__name__
     return WeightsUnavailable(f"{repository} could not be fetched ({kind})", hint=AGAIN)
@@ -71,43 +82,40 @@ def is_transient(error: BaseException) -> bool:
     return False
 
 
-def _disk_error(one: BaseException, repository: str, revision: str, file: str) -> E4TError | None:
+def _disk_error(one: BaseException, what: _Request) -> E4TError | None:
     if not isinstance(one, OSError):
         return None
     if one.errno in _FULL:
         return ResourceError(
-            f"the disk is full: {file or repository} could not be written",
+            f"the disk is full: {what.file or what.repository} could not be written",
             hint=f"make room, or set HF_HOME to a larger disk; {AGAIN}",
         )
     if one.errno in _READ_ONLY:
         return WeightsUnavailable(
-            f"{repository} is not on this machine, and the cache cannot be written to "
+            f"{what.repository} is not on this machine, and the cache cannot be written to "
             f"({printable(str(one.filename or one.strerror))})",
             hint="set HF_HOME and E4T_CACHE_DIR to folders of yours",
         )
     return None
 
 
-def _response_error(
-    one: BaseException, repository: str, revision: str, file: str
-) -> E4TError | None:
-    status, page = _status(one) or 0, f"{endpoint()}/{repository}"
+def _response_error(one: BaseException, what: _Request) -> E4TError | None:
+    status, repository = _status(one), what.repository
+    page = f"{endpoint()}/{repository}"
     wait = retry_after(one)
     when = f"wait {wait:.0f} seconds" if wait else "wait a few minutes"
-    by_class = {
+    explained = {
         "GatedRepoError": (
             f"{repository} is only for those who have accepted its terms on the hub",
             f"accept them at {page}, then: hf auth login",
         ),
-        "RevisionNotFoundError": (f"{repository} has no revision {printable(revision)!r}", ""),
-        "RemoteEntryNotFoundError": (f"{repository} has no file {printable(file)!r}", ""),
+        "RevisionNotFoundError": (f"{repository} has no revision {what.revision!r}", None),
+        "RemoteEntryNotFoundError": (f"{repository} has no file {what.file!r}", None),
         "RepositoryNotFoundError": (
             f"there is no repository {repository} on the hub, or it is private",
             "check its name; for a private one: hf auth login",
         ),
-        "HFValidationError": (f"{printable(repository)!r} is not a name of the hub", ""),
-    }
-    by_status = {
+        "HFValidationError": (f"{repository!r} is not a name of the hub", None),
         401: (
             f"the hub refused the token for {repository} (401)",
             "hf auth login again, or unset HF_TOKEN",
@@ -121,21 +129,19 @@ def _response_error(
             f"{when}, or: hf auth login, which is allowed more; {AGAIN}",
         ),
     }
-    found = by_class.get(type(one).__name__) or by_status.get(status)
-    if found is None and status >= 400:
+    found = explained.get(type(one).__name__) or explained.get(status or 0)
+    if found is None and status is not None and status >= 400:
         state = "is in trouble" if status >= 500 else "did not answer as expected"
         found = (f"the hub {state} ({status}) at {repository}", AGAIN)
-    return WeightsUnavailable(found[0], hint=found[1] or None) if found else None
+    return WeightsUnavailable(found[0], hint=found[1]) if found else None
 
 
-def _content_error(
-    one: BaseException, repository: str, revision: str, file: str
-) -> E4TError | None:
+def _content_error(one: BaseException, what: _Request) -> E4TError | None:
     if isinstance(one, OSError) and "Consistency check failed" in str(one):
         sizes = [word for word in str(one).replace(")", " ").split() if word.isdigit()][:2]
         length = f" (expected {sizes[0]} bytes, got {sizes[1]})" if len(sizes) == 2 else ""
         return IntegrityError(
-            f"what arrived as {repository}/{file} is not that file{length}",
+            f"what arrived as {what.repository}/{what.file} is not that file{length}",
             hint=f"does this network ask for a sign-in page? if not, {AGAIN}",
         )
     if type(one).__name__ in ("JSONDecodeError", "FileMetadataError", "UnicodeDecodeError"):
@@ -146,15 +152,13 @@ def _content_error(
     return None
 
 
-def _connection_error(
-    one: BaseException, repository: str, revision: str, file: str
-) -> E4TError | None:
-    kind = type(one).__name__
+def _connection_error(one: BaseException, what: _Request) -> E4TError | None:
+    kind, repository = type(one).__name__, what.repository
     if kind == "OfflineModeIsEnabled":
         return WeightsUnavailable(f"{repository} is not on this machine, and e4t is offline")
     if kind in ("RemoteProtocolError", *_BROKEN):
-        what = f"{repository}/{file}" if file else repository
-        return WeightsUnavailable(f"the connection broke while fetching {what}", hint=AGAIN)
+        file = f"{repository}/{what.file}" if what.file else repository
+        return WeightsUnavailable(f"the connection broke while fetching {file}", hint=AGAIN)
     if "Timeout" in kind:
         return WeightsUnavailable(f"the hub did not answer in time for {repository}", hint=AGAIN)
     if _is_http(one) or isinstance(one, ConnectionError):

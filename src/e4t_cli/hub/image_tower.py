@@ -119,11 +119,6 @@ def fetch_image_tower(access: HubAccess, tower: PublishedTower = VIT_H_14) -> Pa
 def _write_visual_tower(published: Path, folder: Path, config: dict[str, Any]) -> None:
     """Write the visual tower of an open_clip file, in float16, as a base's `image_tower/`.
 
-    Args:
-        published: a safetensors file with both towers.
-        folder: where the copy goes; it appears whole.
-        config: the copy's open_clip_config.json.
-
     Raises:
         IntegrityError: the file has no visual tower, or values that float16 cannot hold.
         ResourceError: the disk has no room.

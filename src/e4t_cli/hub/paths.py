@@ -63,6 +63,11 @@ def repository_folder(repository: str) -> Path:
     return hub_cache() / f"models--{repository.replace('/', '--')}"
 
 
+def repository_of(folder: Path) -> str:
+    """Return "owner/name" of a folder that `repository_folder` returned."""
+    return folder.name.removeprefix("models--").replace("--", "/", 1)
+
+
 def snapshot_folder(repository: str, commit: str) -> Path:
     """Return the folder of one commit in the hub's cache, whether it exists or not."""
     return repository_folder(repository) / "snapshots" / commit
