@@ -439,10 +439,13 @@ class ProgressMeter:
                 Bar.counted += int(n or 0)
                 meter.add(n or 0)
 
-            # Xet reports bytes received and bytes written; a class with the first two methods
-            # gets both in one bar, and the bytes written are what counts.
-            update_transfer = set_transfer_postfix_str = __init__
-            set_postfix_str = refresh = close = __exit__ = __init__
+            def ignore(self, *args: object, **kwargs: object) -> None:
+                pass
+
+            __exit__ = close = refresh = set_postfix_str = ignore
+            # Xet reports bytes received and bytes written; a class with these two methods gets
+            # both in one bar, and the bytes written are what counts.
+            update_transfer = set_transfer_postfix_str = ignore
 
         return Bar
 

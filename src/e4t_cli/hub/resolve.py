@@ -33,12 +33,7 @@ from e4t_cli.hub.bases import (
     read_base,
     remember_location,
 )
-from e4t_cli.hub.download import (
-    cached_commit,
-    check_room,
-    fetch_files,
-    get_repo_info,
-)
+from e4t_cli.hub.download import cached_commit, check_room, fetch_files, get_repo_info
 from e4t_cli.hub.image_tower import (
     VIT_H_14,
     fetch_image_tower,
