@@ -103,6 +103,18 @@ def test_cache_lists_and_removes(hub, tiny, run, monkeypatch):
     assert run("cache", "ls", "--json")[1] == "[]\n"
 
 
+def test_cache_removes_a_repository_with_a_dead_link(hub, tiny, run):
+    """Which huggingface_hub's own scan of the cache leaves out."""
+    from huggingface_hub import scan_cache_dir
+
+    run("fetch", "owner/tiny")
+    next(hub_cache().rglob("snapshots/*/vae/*.safetensors")).resolve().unlink()
+    assert not scan_cache_dir(hub_cache()).repos
+    assert "owner/tiny" in run("cache", "ls")[1]
+    assert run("cache", "rm", "owner/tiny", "-y")[0] == 0
+    assert not list(hub_cache().glob("models--owner--tiny*"))
+
+
 def test_cache_shows_what_was_derived(hub, run):
     kept = user_cache() / "pretraining" / "abc"
     kept.mkdir(parents=True)
