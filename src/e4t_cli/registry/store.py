@@ -214,14 +214,11 @@ def _fetch(
 ) -> Path:
     """Return the folder of a repository's snapshot, with the files of its manifest only."""
     from e4t_cli.hub.download import fetch_files
+    from e4t_cli.hub.paths import HubAccess
 
-    fetch = partial(
-        fetch_files,
-        repository,
-        on_progress=on_progress,
-        offline=offline,
-        advice=f"e4t domains add {repository}@{revision}",
-    )
+    access = HubAccess(offline=offline, on_progress=on_progress)
+    command = f"e4t domains add {repository}@{revision}"
+    fetch = partial(fetch_files, repository, access=access, command=command)
     folder = fetch(revision, [MANIFEST_NAME])
     manifest = read_manifest(folder / MANIFEST_NAME)
     return fetch(folder.name, [MANIFEST_NAME, *manifest.files])  # of the manifest's commit

@@ -12,9 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable, printable
-from e4t_cli.hub.bases import PUBLISHED, installed_bases
-from e4t_cli.hub.inventory import remembered
-from e4t_cli.hub.locations import converted_folder, foreign_repository, pack_folder
+from e4t_cli.hub.bases import (
+    PUBLISHED,
+    converted_weights_folder,
+    hub_weights_folder,
+    installed_bases,
+)
 from e4t_cli.registry.config import PretrainingConfig, format_hours
 from e4t_cli.registry.discovery import user_domain, user_domains_folder
 from e4t_cli.registry.domain import Domain, is_remote
@@ -91,8 +94,9 @@ def weights_folder(domain: Domain, base: str) -> Path:
 def _folders(location: str) -> list[Path]:
     """Return the folders on this machine that a location can mean."""
     kind, _, rest = location.partition(":")
-    if kind == "hub" or foreign_repository(location):
-        folder = pack_folder(location) if kind == "hub" else converted_folder(location)
+    if is_remote(location):
+        find = hub_weights_folder if kind == "hub" else converted_weights_folder
+        folder = find(location)
         return [folder] if folder is not None else []
     if kind != "package":
         return [Path(location)]
@@ -145,6 +149,8 @@ def weights_state(domain: Domain, base: str) -> WeightsState:
 
 def _remembered_size(location: str) -> int:
     """Return the bytes of a hub repository whose file list is cached; no request is made."""
+    from e4t_cli.hub.download import cached_repo_info
+
     repository, _, commit = location.partition(":")[2].partition("@")
-    inventory = remembered(repository, commit or None)
-    return sum(file.size for file in inventory.files) if inventory else 0
+    info = cached_repo_info(repository, commit or None)
+    return sum(file.size for file in info.files) if info else 0
