@@ -19,14 +19,14 @@ from e4t_cli.api.session import Session
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
 from e4t_cli.files import sha256_of
 from e4t_cli.formats.e4t_diffusion.checkpoint import (
-    MERGED,
+    MERGED_UNET,
     Checkpoint,
     ConversionRequest,
+    convert,
     read_checkpoint,
     tower_sizes,
 )
 from e4t_cli.formats.e4t_diffusion.checkpoint import UNET as TUNED
-from e4t_cli.formats.e4t_diffusion.runner import convert
 from e4t_cli.hub.bases import read_base
 from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.inventory import fetch_inventory, known_commit, remembered
@@ -100,15 +100,15 @@ def fetch_converted(
     checkpoint = read_checkpoint(folder)
     declared = remembered(repository, folder.name)
     digests = {file.path: file.digest for file in declared.files} if declared else {}
-    wish = replace(
+    request = replace(
         conversion_request(checkpoint, domain, domain.name, base),
         licence=licence or UNSTATED,
         sha256={name: digests[name] for name in FILES if len(digests.get(name, "")) == 64},
         notes=f"From {repository} at {folder.name}.",
     )
     target = place_of_converted(repository, folder.name)
-    report = convert(wish, target, access.on_progress)
-    access.remark(report.sentence())
+    result = convert(request, target, access.on_progress)
+    access.remark(result.summary())
     return target
 
 
@@ -187,7 +187,7 @@ def import_checkpoint(
             f"there is a domain in {printable(str(target))} already",
             hint="choose another name with --name",
         )
-    wish = replace(
+    request = replace(
         conversion_request(
             checkpoint, alike, chosen, _base_name(checkpoint, base), normalised_patches
         ),
@@ -197,13 +197,13 @@ def import_checkpoint(
     if on_progress and checkpoint.tuned and not keep_unet:
         note = "this checkpoint was tuned on one picture: it knows one subject better than others"
         on_progress(Progress(stage="convert", note=note))
-    report = convert(wish, target, on_progress)
+    result = convert(request, target, on_progress)
     return Imported(
         name=chosen,
-        base=wish.base,
+        base=request.base,
         folder=target,
         checkpoint=checkpoint,
-        summary=report.sentence(),
+        summary=result.summary(),
     )
 
 
@@ -333,7 +333,7 @@ def import_concept(
         shutil.rmtree(imported.folder, ignore_errors=True)  # both, or nothing
         raise
     with contextlib.suppress(OSError):
-        (imported.folder / MERGED).unlink()  # the concept has them now
+        (imported.folder / MERGED_UNET).unlink()  # the concept has them now
     return imported
 
 
@@ -349,7 +349,7 @@ def _save(session: Session, imported: Imported, photo: object, sha256: str, path
     features = pretrained.image_features(model, model.pixels([prepared.image]))
     with torch.no_grad():
         encoded_image = pretrained.encoder.to(features.device).encode_image(features)
-    unet = read_tensors(imported.folder / MERGED)
+    unet = read_tensors(imported.folder / MERGED_UNET)
     weights = {f"unet.{key}": value.half() for key, value in unet.items()}
     for_inference = pretrained.encoder.for_inference().state_dict()
     weights |= {f"encoder.{key}": value.cpu() for key, value in for_inference.items()}
@@ -358,7 +358,7 @@ def _save(session: Session, imported: Imported, photo: object, sha256: str, path
         descriptor=pretrained.descriptor,
         base_name=model.base.name,
         base_fingerprint=model.fingerprint,
-        pack_digest=pretrained.digest,
+        weights_digest=pretrained.digest,
         prepared=prepared,
         image_features=features[0].cpu(),
         config=pretrained.tuning.replace(steps=0),  # nothing was tuned by this program
