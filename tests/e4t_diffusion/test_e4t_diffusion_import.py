@@ -189,7 +189,7 @@ def test_F4_F5_F6_wrong_offsets(offsets):
     key = next(key for key in offsets if key.endswith("linear_row.weight"))
     nan = torch.full_like(offsets[key], float("inf"))
     for changes, match in (
-        ({key: None}, r"lacks linear_row\.weight"),
+        ({key: None}, r"lacks the tensor linear_row\.weight"),
         ({"unet.conv.weight": torch.ones(1)}, "unexpected tensor"),
         ({key: torch.ones(3, 3)}, r"has shape \(3, 3\)"),
         ({key: nan}, "not finite"),

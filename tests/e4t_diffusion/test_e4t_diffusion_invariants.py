@@ -1,4 +1,4 @@
-"""Invariants of the public encoder and offsets: what runs is what is described, computed densely."""
+"""Invariants of the public encoder and offsets: they compute what dense formulas do."""
 
 import dataclasses
 import re

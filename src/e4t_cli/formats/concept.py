@@ -119,7 +119,7 @@ class Concept:
         self.check(model, pretrained)
         adapters = self._part("adapters")
         unet: nn.Module
-        encoder: nn.Module
+        encoder: Any  # an nn.Module that is an Encoder: there are no intersection types
         try:
             if adapters:
                 unet, encoder = merge_lora(
@@ -142,14 +142,10 @@ class Concept:
                 encoded_image = encoder.encode_image(self.image_features[None].to(model.device))
             encoded_image = encoded_image.to(model.device)
         return TunedModel(
-            unet=unet,
-            encoder=encoder.for_inference(),
-            encoded_image=encoded_image,
-            e_domain=model.word_embedding(token),
-            descriptor_id=token,
-            scale=pretrained.embedding_scale,
-            adapters=adapters,
-        )
+            unet=unet, encoder=encoder.for_inference(), encoded_image=encoded_image,
+            e_domain=model.word_embedding(token), descriptor_id=token,
+            scale=pretrained.embedding_scale, adapters=adapters,
+        )  # fmt: skip
 
     def _part(self, part: str) -> dict[str, Tensor]:
         """Return one part's tensors from the stored weights."""

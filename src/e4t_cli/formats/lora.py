@@ -70,18 +70,16 @@ def write_lora(
 
     Args:
         model: the base that `tuned` was made from, its U-Net unchanged.
-        embedding: of the concept (embedding_width,).
-        path: must not exist, nor its `embedding_path`.
         rank: r; a layer that has fewer directions keeps them all.
-        dtype: of the stored weights.
         on_progress: called after each layer: Stable Diffusion has 280, and takes a minute on a CPU.
+
+    The other arguments are those of `write_with_embedding`, and so are the errors.
 
     Returns:
         The retained energy (see `Lora`).
 
     Raises:
-        UsageError: a file exists, or the rank is out of range.
-        ResourceError: the disk has no room, or cannot be written to.
+        UsageError: the rank is out of range.
     """
     check_rank(rank)
     found = lora_of(model.unet, tuned.unet, rank, on_progress)

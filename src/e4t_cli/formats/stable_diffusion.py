@@ -18,12 +18,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers import DPMSolverMultistepScheduler
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import AddedToken, CLIPTextModel
@@ -84,9 +86,8 @@ def write_folder(
     check_absent(folder)
     tokenizer, text_encoder = _with_token(model, embedding, token)
     parts = {"unet": tuned.unet, "vae": model.vae, "text_encoder": text_encoder}
-    checker = model.base.folder / CHECKER
-    has_checker = (checker / "config.json").is_file()
-    has_checker = has_checker and (model.base.folder / FEATURE_EXTRACTOR).is_dir()
+    base, checker = model.base.folder, model.base.folder / CHECKER
+    has_checker = (checker / "config.json").is_file() and (base / FEATURE_EXTRACTOR).is_dir()
     with staging_directory(
         folder, _size(parts, checker if has_checker else None, dtype)
     ) as staging:
@@ -95,15 +96,13 @@ def write_folder(
         for name, part in parts.items():
             _cpu_copy(part, dtype).save_pretrained(staging / name)
         tokenizer.save_pretrained(staging / "tokenizer")
-        _add_slow_tokenizer(
-            model.base.folder / "tokenizer", staging / "tokenizer", tokenizer, token
-        )
+        _add_slow_tokenizer(base / "tokenizer", staging / "tokenizer", tokenizer, token)
         # e4t's own default; the schedule of training would take ten times the steps.
         untyped: tuple[Any, Any] = (DPMSolverMultistepScheduler, model.noise_schedule)
         untyped[0].from_config(untyped[1].config).save_pretrained(staging / "scheduler")
         index: dict[str, Any] = dict(MODEL_INDEX)
         if has_checker:
-            index |= _add_checker(model.base.folder, staging, dtype)
+            index |= _add_checker(base, staging, dtype)
         stored = save({"emb_params": embedding.detach().cpu().float()[None].contiguous()})
         write_atomically(staging / EMBEDDING_FILE, stored)
         write_atomically(staging / "README.md", readme.encode())
@@ -204,15 +203,11 @@ def write_single_file(
 ) -> None:
     """Write a tuned model as one file, and the concept's embedding beside it: both, or none.
 
-    Args:
-        model: the base that `tuned` was made from; it stays as it is.
-        embedding: of the concept (embedding_width,).
-        path: must not exist, nor its `embedding_path`.
-        dtype: of the stored weights.
+    `model` is the base that `tuned` was made from. The other arguments are those of
+    `write_with_embedding`, and so are the errors.
 
     Raises:
-        UsageError: a file exists, or the base is no Stable Diffusion 1.x.
-        ResourceError: the disk has no room, or cannot be written to.
+        UsageError: the base is no Stable Diffusion 1.x.
     """
     check_single_file(model, path)
     assert isinstance(tuned.unet, UNet2DConditionModel)
@@ -221,21 +216,15 @@ def write_single_file(
 
 
 def check_single_file(model: TextToImageModel, path: Path) -> None:
-    """Check what can be known before tuning.
-
-    Raises:
-        UsageError: a file exists, or the base is no Stable Diffusion 1.x.
-    """
+    """Raise UsageError if a file exists, or the base is no Stable Diffusion 1.x."""
     check_both_absent(path)
-    config = model.unet.config
-    for name, expected in SINGLE_FILE_CONFIG.items():
-        found = config[name]
-        if (tuple(found) if isinstance(found, list | tuple) else found) != expected:
-            raise UsageError(
-                f"one file can only hold Stable Diffusion 1.x, and {model.base.name} is another "
-                "kind of model",
-                hint="give a folder instead: it serves every base",
-            )
+    config: Mapping[str, Any] = model.unet.config
+    if any(config[name] != value for name, value in SINGLE_FILE_CONFIG.items()):
+        raise UsageError(
+            f"one file can only hold Stable Diffusion 1.x, and {model.base.name} is another kind "
+            "of model",
+            hint="give a folder instead: it serves every base",
+        )
 
 
 # diffusers 0.42.1 converts such files only to its own names (`loaders.single_file_utils`, with
@@ -260,11 +249,11 @@ def compvis_state_dict(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight under its name in the first implementation, in the shape it has there."""
     for key, value in unet.state_dict().items():
-        yield f"model.diffusion_model.{_unet_name(key, unet.config.layers_per_block + 1)}", value
+        yield f"model.diffusion_model.{_unet_name(key, unet.config['layers_per_block'] + 1)}", value
     for key, value in vae.state_dict().items():
         # There, attention in the VAE is made of convolutions of one pixel.
         linear = ".attentions." in key and value.dim() == 2
-        name = _vae_name(key, len(vae.config.block_out_channels))
+        name = _vae_name(key, len(vae.config["block_out_channels"]))
         yield f"first_stage_model.{name}", value[:, :, None, None] if linear else value
     prefix = "cond_stage_model.transformer.text_model"
     for key, value in text_encoder.state_dict().items():

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,12 +32,9 @@ NOISE_LEVELS = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConceptEmbedding:
-    """The mean of e_c over noise levels.
+    """The mean of e_c over noise levels (embedding_width,), in float32.
 
-    Args:
-        embedding: (embedding_width,), float32.
-        variation: mean distance of e_c from it, relative to its own distance from the descriptor's
-            embedding.
+    `variation` is the mean distance of e_c from it, relative to its distance from e_domain.
     """
 
     embedding: Tensor
@@ -47,27 +45,23 @@ class ConceptEmbedding:
 def mean_concept_embedding(
     model: TextToImageModel, tuned: TunedModel, prepared: PreparedImage, *, seed: int = 0
 ) -> ConceptEmbedding:
-    """Return the mean of e_c over noise levels of the photo.
-
-    Args:
-        model: the base that `tuned` was made from.
-        prepared: the photo it was tuned on.
-        seed: of the noise.
-    """
+    """Return the mean of e_c over noise levels of the photo that `tuned` was tuned on."""
     if not tuned.encoder.reads_unet:
         return ConceptEmbedding(embedding=tuned.embedding(None)[0], variation=0.0)
+    unet = tuned.unet
+    assert isinstance(unet, UNet2DConditionModel)
     draws = draw(
         seed, 0, range(NOISE_LEVELS), batch_size=NOISE_LEVELS,
         train_timesteps=model.train_timesteps, shape=model.latent_shape,
     ).to(model.device)  # fmt: skip
     z_0 = model.posterior(model.pixels([prepared.image])).sample(draws.posterior)
-    z_t = model.add_noise(z_0, draws.epsilon, draws.timesteps).to(tuned.unet.dtype)
+    z_t = model.add_noise(z_0, draws.epsilon, draws.timesteps).to(unet.dtype)
     empty_prompt = model.uncond_embeds.to(z_t.dtype)
     features = []
     for level in range(NOISE_LEVELS):  # not as one batch: large images would fill a GPU's memory
         one = slice(level, level + 1)
-        start = embed_latents(tuned.unet, z_t[one], draws.timesteps[one])
-        features.append(pooled_features(down_and_mid(tuned.unet, start, empty_prompt)).float())
+        start = embed_latents(unet, z_t[one], draws.timesteps[one])
+        features.append(pooled_features(down_and_mid(unet, start, empty_prompt)).float())
     e_c = tuned.embedding(torch.cat(features))
     mean = e_c.mean(dim=0)
     distance = (e_c - mean).norm(dim=1).mean() / (mean - tuned.e_domain).norm().clamp(min=1e-12)

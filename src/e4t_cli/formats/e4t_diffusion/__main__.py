@@ -6,9 +6,9 @@ A `ConversionRequest` on stdin, lines of JSON on stdout, files in FOLDER.
 
 A file of `torch.save` is a zip of raw tensor data and one pickle with their layout. It is hashed,
 its zip directory is checked, and torch's weights-only loader runs the pickle: tensors, dictionaries
-and nothing that could be called. Checkpoints come from strangers and that loader has had holes: code
-that gets through one has no sockets, cannot start programs, and has no tokens of the user in its
-environment. On Linux the kernel takes the network away as well, where it permits it.
+and nothing that could be called. That loader has had holes, and checkpoints come from strangers:
+code that gets through one has no sockets, cannot start programs, and finds none of the user's
+tokens in its environment. On Linux the kernel takes the network away as well, where it permits it.
 """
 
 from __future__ import annotations

@@ -73,18 +73,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     shown = printable(str(folder))
     if not folder.is_dir():
         raise UsageError(f"there is no folder {shown}")
-    weights = [name for name in (UNET, OFFSETS) if (folder / name).is_file()]
-    present = {"config.json": (folder / "config.json").is_file()}
-    present |= {ENCODER: (folder / ENCODER).is_file(), f"{OFFSETS} or {UNET}": bool(weights)}
-    for name, there in present.items():
-        if not there:
+    weights = UNET if (folder / UNET).is_file() else OFFSETS
+    for name in ("config.json", ENCODER, weights):
+        if not (folder / name).is_file():
             raise IntegrityError(
                 f"{shown} is not a checkpoint of e4t-diffusion: it has no {name}",
                 hint="give the folder that its training wrote, or that its repository holds",
             )
-    config = _read_config(folder / "config.json")
-    training = config.get("pretrained_args", config)
     try:
+        config = _read_config(folder / "config.json")
+        training = config.get("pretrained_args", config)
         if not isinstance(training, dict):
             raise ValueError("pretrained_args is no table")
         scale = config.get("domain_embed_scale", training.get("domain_embed_scale", 0.1))
@@ -94,35 +92,29 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if not descriptor:
             raise ValueError("domain_class_token is empty")
         return Checkpoint(
-            folder=folder,
-            weights=weights[0],
+            folder=folder, weights=weights, descriptor=descriptor, scale=float(scale),
             base=_text(training, "pretrained_model_name_or_path"),
             tower=_text(training, "clip_model_name_or_path", _DEFAULT_TOWER),
-            descriptor=descriptor,
-            scale=float(scale),
-            tuned="pretrained_args" in config or weights[0] == UNET,
+            tuned="pretrained_args" in config or weights == UNET,
             photo=folder / PHOTO if (folder / PHOTO).is_file() else None,
-        )
-    except ValueError as error:
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
         raise IntegrityError(
             f"config.json in {shown} cannot be used: {printable(str(error))}"
         ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    shown = printable(str(path))
+    with path.open("rb") as file:
+        data = file.read(MAX_CONFIG_BYTES + 1)
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ValueError("it is larger than a config can be")
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-        if len(data) > MAX_CONFIG_BYTES:
-            raise IntegrityError(f"{shown} is larger than a config can be")
         table = json.loads(data)
-    except OSError as error:
-        raise IntegrityError(f"{shown} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{shown} is not JSON") from error
+        raise ValueError("it is not JSON") from error
     if not isinstance(table, dict):
-        raise IntegrityError(f"{shown} holds no table")
+        raise ValueError("it holds no table")
     return table
 
 
@@ -146,11 +138,10 @@ def tower_sizes(name: str, *, normalised_patches: bool = False) -> dict[str, Any
     """
     model, _, weights = name.partition("::")
     path = configs_folder() / f"{model}.json"
-    vision: dict[str, Any] = {}
-    config: dict[str, Any] = {}
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", model) and path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        vision = config.get("vision_cfg", {})
+    is_name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", model)
+    known = is_name is not None and path.is_file()
+    config = json.loads(path.read_text(encoding="utf-8")) if known else {}
+    vision = config.get("vision_cfg", {})
     if not {"image_size", "layers", "width", "patch_size"} <= set(vision) <= _PLAIN_TOWER:
         raise IntegrityError(
             f"the checkpoint's image tower {printable(name)!r} is no plain vision transformer of "
@@ -285,13 +276,9 @@ def _run_child(
         stdin.write(request.to_json().encode())
         stdin.seek(0)
         child = subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
+            command, stdin=stdin, stdout=subprocess.PIPE, env=clean_environment(), close_fds=True,
             stderr=None if os.environ.get("E4T_DEBUG") == "1" else subprocess.DEVNULL,
-            env=clean_environment(),
-            close_fds=True,
-        )
+        )  # fmt: skip
         stack.enter_context(child)
         stack.callback(child.kill)  # an interrupt here must not leave it running
         assert child.stdout is not None

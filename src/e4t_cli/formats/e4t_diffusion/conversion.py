@@ -44,8 +44,6 @@ _RENAMED = {
     "final_linear": "final",
 }
 _OFFSET = re.compile(r"(.+\.attn[12])\.wo_([qkv])\.(.+)")
-_LAYERS = ("linear1", "linear2", "linear_column", "linear_row")
-_PARTS = ("v", *(f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bias")))
 
 TensorReader = Callable[[Path, str], tuple[dict[str, Tensor], str]]
 """Reads a file of the checkpoint, which must have that SHA-256 if it is not ""."""
@@ -55,41 +53,46 @@ def split_networks(state: Mapping[str, Tensor], file: str) -> dict[str, dict[str
     """Return path of a projection -> its network's tensors, each with the shape it must have.
 
     Raises:
-        IntegrityError: a key is of something else, a tensor is missing or of another shape.
+        IntegrityError: a tensor is of something else, missing, of another shape, or not finite.
     """
     networks: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         found = _OFFSET.fullmatch(key)
-        if found is None or found[3] not in _PARTS:
+        if found is None:
             raise IntegrityError(f"{file} has an unexpected tensor {printable(key, limit=200)}")
         networks.setdefault(f"{found[1]}.to_{found[2]}", {})[found[3]] = value
     if not networks:
         raise IntegrityError(f"{file} holds no weight offsets")
     for path, network in networks.items():
-        for part in _PARTS:
-            if part not in network:
-                raise IntegrityError(f"{file} lacks {part} of the offset of {printable(path)}")
-        columns, rows = (network[f"linear{i}.bias"].numel() for i in (1, 2))
-        width = network["v"].numel()  # of v, 1 in all known checkpoints
-        shapes = {
-            "v": (width,),
-            **_linear("linear1", width, columns),
-            **_linear("linear2", width, rows),
-            **_linear("linear_column", columns, columns),
-            **_linear("linear_row", rows, rows),
-        }
-        for part, shape in shapes.items():
-            if tuple(network[part].shape) != shape:
-                raise IntegrityError(
-                    f"{file}: {part} of the offset of {printable(path)} has shape "
-                    f"{tuple(network[part].shape)}, not {shape}"
-                )
-            if not network[part].isfinite().all():
-                raise IntegrityError(
-                    f"{file}: {part} of the offset of {printable(path)} "
-                    "has numbers that are not finite"
-                )
+        shown = f"{file}: the offset of {printable(path)}"
+        width, columns, rows = (  # width is 1 in all known checkpoints
+            network[key].numel() if key in network else 0
+            for key in ("v", "linear1.bias", "linear2.bias")
+        )
+        shapes: dict[str, tuple[int, ...]] = {"v": (width,)}
+        for layer, reads, writes in (
+            ("linear1", width, columns), ("linear2", width, rows),
+            ("linear_column", columns, columns), ("linear_row", rows, rows),
+        ):  # fmt: skip
+            shapes |= {f"{layer}.weight": (writes, reads), f"{layer}.bias": (writes,)}
+        _check_shapes(network, shapes, shown)
+        for key, value in network.items():
+            if not value.isfinite().all():
+                raise IntegrityError(f"{shown}: {key} has numbers that are not finite")
     return networks
+
+
+def _check_shapes(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], owner: str
+) -> None:
+    for key in sorted(set(shapes) ^ set(state)):
+        has = "lacks the" if key in shapes else "has an unexpected"
+        raise IntegrityError(f"{owner} {has} tensor {printable(key, limit=200)}")
+    for key, shape in shapes.items():
+        if (found := tuple(state[key].shape)) != shape:
+            raise IntegrityError(
+                f"{owner}: {printable(key, limit=200)} has shape {found}, not {shape}"
+            )
 
 
 def factor(network: Mapping[str, Tensor]) -> Factors:
@@ -113,10 +116,6 @@ def evaluate(network: Mapping[str, Tensor]) -> Tensor:
     columns = crossed @ w["linear_column.weight"].T + w["linear_column.bias"]  # (M, N)
     rows = columns.T @ w["linear_row.weight"].T + w["linear_row.bias"]  # (N, M)
     return rows.T
-
-
-def _linear(name: str, reads: int, writes: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (writes, reads), f"{name}.bias": (writes,)}
 
 
 def write_domain_folder(
@@ -158,36 +157,34 @@ def write_domain_folder(
     on_progress(60)
     state = read_file(ENCODER)
     on_progress(75)
+    if not any(key.startswith(_TOWER_PREFIX) for key in state):
+        raise IntegrityError(
+            f"{ENCODER} has no image tower: it was trained with a frozen one, which is not in it"
+        )
     config = encoder_config(state, request.tower)
-    _check_shapes(state, config)
+    _check_shapes(state, expected_shapes(config), ENCODER)
     tower = {key: state[key] for key in state if key.startswith(_TOWER_PREFIX)}
     # In half precision: images are encoded in the base's own precision anyway.
     _write(target / TOWER, {key.removeprefix(_TOWER_PREFIX): v for key, v in tower.items()})
     on_progress(85)
+    files = "; ".join(f"{name} sha256 {digest}" for name, digest in sorted(hashes.items()))
     DomainWeights(
-        name=request.name,
-        descriptor=request.descriptor,
-        base_name=request.base,
+        name=request.name, descriptor=request.descriptor, base_name=request.base,
         base_fingerprint="",  # the checkpoint does not state which weights it was trained on
-        encoder=_encoder(state, config),
-        offsets=factors,
-        tuning=request.tuning,
-        pretraining=request.pretraining,
-        templates=request.templates,
+        encoder=_encoder(state, config), offsets=factors,
+        tuning=request.tuning, pretraining=request.pretraining, templates=request.templates,
         tower=DomainImageTower(path=target / TOWER, config=config),
-        licence=request.licence,
-        image_tower=request.image_tower,
-        notes=_notes(request.notes, hashes, error),
-    ).save(target, dtype=torch.float16, offsets_dtype=torch.float32)
+        licence=request.licence, image_tower=request.image_tower,
+        notes=f"{request.notes} Converted from a checkpoint of e4t-diffusion ({files}). Largest "
+        f"error of a ΔW: {error:.1e}.".strip(),
+    ).save(target, dtype=torch.float16, offsets_dtype=torch.float32)  # fmt: skip
     on_progress(100)
     return ConversionResult(
         offset_parameters=offset_parameters,
         encoder_parameters=sum(value.numel() for value in state.values()),
         offset_bytes=sum(4 * one.numel() for pair in factors.values() for one in pair),
-        offset_error=error,
-        offset_size=size,
-        sha256=hashes,
-    )
+        offset_error=error, offset_size=size, sha256=hashes,
+    )  # fmt: skip
 
 
 def encoder_config(
@@ -230,23 +227,6 @@ def expected_shapes(config: PatchEncoderConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{_FIRST}{index}.bias"] = own["first_biases"][1:]
     visual = empty_tower(config).state_dict()
     return shapes | {f"{_TOWER_PREFIX}{key}": tuple(value.shape) for key, value in visual.items()}
-
-
-def _check_shapes(state: Mapping[str, Tensor], config: PatchEncoderConfig) -> None:
-    if not any(key.startswith(_TOWER_PREFIX) for key in state):
-        raise IntegrityError(
-            f"{ENCODER} has no image tower: it was trained with a frozen one, which is not in it"
-        )
-    shapes = expected_shapes(config)
-    for key in sorted(set(shapes) ^ set(state)):
-        has = "lacks the" if key in shapes else "has an unexpected"
-        raise IntegrityError(f"{ENCODER} {has} tensor {printable(key, limit=200)}")
-    for key, shape in shapes.items():
-        if tuple(state[key].shape) != shape:
-            raise IntegrityError(
-                f"{ENCODER}: {printable(key, limit=200)} has shape {tuple(state[key].shape)}, "
-                f"not {shape}"
-            )
 
 
 def _encoder(state: Mapping[str, Tensor], config: PatchEncoderConfig) -> PatchEncoder:
@@ -308,9 +288,3 @@ def _half(key: str, value: Tensor, file: str) -> Tensor:
     if not half.isfinite().all():
         raise IntegrityError(f"{file}: {printable(key, limit=200)} has numbers that are not finite")
     return half
-
-
-def _notes(given: str, hashes: Mapping[str, str], error: float) -> str:
-    made = "; ".join(f"{name} sha256 {digest}" for name, digest in sorted(hashes.items()))
-    found = f"Converted from a checkpoint of e4t-diffusion ({made}). Largest error of a ΔW: "
-    return f"{given} {found}{error:.1e}.".strip()
