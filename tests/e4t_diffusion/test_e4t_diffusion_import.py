@@ -1,4 +1,4 @@
-"""A checkpoint of e4t-diffusion, from its folder to pictures, and what it may not do on the way."""
+"""A checkpoint of e4t-diffusion, from its folder to images, and what it must not do on the way."""
 
 import dataclasses
 import json
@@ -343,7 +343,7 @@ def test_requests_survive_serialization(conversion):
 
 
 def test_import_and_personalize(checkpoint, base_folder, tmp_path, capfd):
-    """The whole road: the command, another process, a pack, tuning, pictures, a saved concept."""
+    """From end to end: the command, the child process, domain weights, tuning, a saved concept."""
     sha256 = sha256_of(checkpoint / "encoder.pt")
     code = run(["import", "e4t-diffusion", str(checkpoint), "--base", str(base_folder), "--name",
                 "people"])  # fmt: skip

@@ -1,4 +1,4 @@
-"""A LoRA of what tuning changed: as close as its rank allows, and read by diffusers."""
+"""A LoRA of the change by tuning: as close as its rank allows, and read by diffusers."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def tuned(model, pack, face):
 
 
 def added(base, weights):
-    """The base with the change that is in a file."""
+    """Return the base with the change of a file added."""
     unet = copy.deepcopy(base)
     for path, layer in unet.named_modules():
         name = "lora_unet_" + path.replace(".", "_")
@@ -63,7 +63,7 @@ def test_with_every_direction_it_is_the_tuned_unet(model, tuned):
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_with_few_it_is_as_close_as_they_can_be(model, tuned, rank):
-    """The theorem of Eckart and Young: what is missing is the other singular values."""
+    """The theorem of Eckart and Young: the loss is the other singular values."""
     found = lora_of(model.unet, tuned.unet, rank)
     whole = missing = 0.0
     for path, weight in matrices(tuned.unet).items():
@@ -127,7 +127,7 @@ def test_diffusers_knows_every_layer_of_stable_diffusion_by_its_name():
 
 
 def test_diffusers_generates_the_same_from_it(model, tuned, face, tmp_path):
-    """Base and LoRA and embedding, each from its file, against the whole tuned model."""
+    """Base, LoRA and embedding, each from its file, against the tuned model."""
     # Not installed for tests: diffusers imports it wherever it is, for 0.7 s of every command.
     pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline

@@ -19,7 +19,7 @@ from e4t_cli.models.text_to_image import TextToImageModel
 
 
 def parts(*, real):
-    """U-Net, VAE and text encoder of Stable Diffusion's shape, or of its sizes without numbers."""
+    """U-Net, VAE and text encoder of Stable Diffusion's shape; if `real`, of its sizes on meta."""
     wide = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
     small = {
         "block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 12, "norm_num_groups": 4,
@@ -91,7 +91,7 @@ def test_names_that_everybody_knows():
 
 @pytest.fixture
 def small(model, monkeypatch):
-    """The tiny base with parts of the right number, and their sizes taken for the right ones."""
+    """The tiny base with as many blocks as Stable Diffusion, and their sizes accepted."""
     unet, vae, text_encoder = parts(real=False)
     monkeypatch.setattr(
         stable_diffusion, "SINGLE_FILE_CONFIG", {"block_out_channels": (8, 16, 16, 16)}

@@ -86,11 +86,9 @@ def write_folder(
     check_absent(folder)
     tokenizer, text_encoder = _with_token(model, embedding, token)
     parts = {"unet": tuned.unet, "vae": model.vae, "text_encoder": text_encoder}
-    base, checker = model.base.folder, model.base.folder / CHECKER
-    has_checker = (checker / "config.json").is_file() and (base / FEATURE_EXTRACTOR).is_dir()
-    with staging_directory(
-        folder, _size(parts, checker if has_checker else None, dtype)
-    ) as staging:
+    base = model.base.folder
+    checked = (base / CHECKER / "config.json").is_file() and (base / FEATURE_EXTRACTOR).is_dir()
+    with staging_directory(folder, _size(parts, base if checked else None, dtype)) as staging:
         # Not StableDiffusionPipeline.save_pretrained: the pipeline of diffusers 0.42.1 changes the
         # scheduler it is given (steps_offset 0 becomes 1).
         for name, part in parts.items():
@@ -98,10 +96,11 @@ def write_folder(
         tokenizer.save_pretrained(staging / "tokenizer")
         _add_slow_tokenizer(base / "tokenizer", staging / "tokenizer", tokenizer, token)
         # e4t's own default; the schedule of training would take ten times the steps.
-        untyped: tuple[Any, Any] = (DPMSolverMultistepScheduler, model.noise_schedule)
-        untyped[0].from_config(untyped[1].config).save_pretrained(staging / "scheduler")
+        schedule: Any = model.noise_schedule  # a scheduler's `config` is not in diffusers' types
+        scheduler: Any = DPMSolverMultistepScheduler
+        scheduler.from_config(schedule.config).save_pretrained(staging / "scheduler")
         index: dict[str, Any] = dict(MODEL_INDEX)
-        if has_checker:
+        if checked:
             index |= _add_checker(base, staging, dtype)
         stored = save({"emb_params": embedding.detach().cpu().float()[None].contiguous()})
         write_atomically(staging / EMBEDDING_FILE, stored)
@@ -187,9 +186,10 @@ def _normalise(folder: Path) -> None:
         write_atomically(path, json.dumps(settings, indent=2).encode())
 
 
-def _size(parts: dict[str, nn.Module], checker: Path | None, dtype: torch.dtype) -> int:
+def _size(parts: dict[str, nn.Module], checked: Path | None, dtype: torch.dtype) -> int:
+    """Return the bytes of the parts, and of the safety checker in the base `checked`."""
     count = sum(weight.numel() for part in parts.values() for weight in part.parameters())
-    files = checker.glob("*.safetensors") if checker is not None else ()
+    files = (checked / CHECKER).glob("*.safetensors") if checked is not None else ()
     return count * dtype.itemsize + min((path.stat().st_size for path in files), default=0)
 
 
