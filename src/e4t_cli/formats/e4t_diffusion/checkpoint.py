@@ -213,19 +213,16 @@ class ConversionResult:
     """Measurements of a conversion.
 
     Args:
-        offset_parameters, encoder_parameters: in the checkpoint.
+        offset_parameters: in the checkpoint.
         offset_bytes: of the offsets' factors, without the file's header.
         offset_error: largest difference of any ΔW from what its network computes layer by layer.
         offset_size: largest |ΔW|, for comparison.
-        sha256: of the files that were read.
     """
 
     offset_parameters: int
-    encoder_parameters: int
     offset_bytes: int
     offset_error: float
     offset_size: float
-    sha256: Mapping[str, str]
 
     def summary(self) -> str:
         """Return a sentence for the user."""
@@ -293,7 +290,8 @@ def _run_child(
         return ConversionResult(**answer["result"])
     if "error" in answer:
         exit_code, message, hint = answer["error"]
-        kinds = {kind.exit_code: kind for kind in E4TError.__subclasses__()}
+        kinds = {kind.exit_code: kind for kind in (E4TError, *E4TError.__subclasses__())}
+        hint = None if hint is None else printable(str(hint))
         raise kinds.get(exit_code, IntegrityError)(printable(str(message)), hint=hint)
     if code == -9:
         raise ResourceError(

@@ -181,9 +181,8 @@ def write_domain_folder(
     on_progress(100)
     return ConversionResult(
         offset_parameters=offset_parameters,
-        encoder_parameters=sum(value.numel() for value in state.values()),
         offset_bytes=sum(4 * one.numel() for pair in factors.values() for one in pair),
-        offset_error=error, offset_size=size, sha256=hashes,
+        offset_error=error, offset_size=size,
     )  # fmt: skip
 
 
