@@ -290,9 +290,10 @@ def _run_child(
         return ConversionResult(**answer["result"])
     if "error" in answer:
         exit_code, message, hint = answer["error"]
-        kinds = {kind.exit_code: kind for kind in (E4TError, *E4TError.__subclasses__())}
+        kinds: list[type[E4TError]] = [E4TError, *E4TError.__subclasses__()]
+        kind = next((one for one in kinds if one.exit_code == exit_code), IntegrityError)
         hint = None if hint is None else printable(str(hint))
-        raise kinds.get(exit_code, IntegrityError)(printable(str(message)), hint=hint)
+        raise kind(printable(str(message)), hint=hint)
     if code == -9:
         raise ResourceError(
             "the conversion was killed, probably because memory ran out",
