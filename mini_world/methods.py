@@ -73,7 +73,7 @@ def compare(
             begun = time.perf_counter()
             tuned = tune(model, pack, prepared, one, seed=number)
             seconds.append(time.perf_counter() - begun)
-            sizes.append(sum(value.nbytes for value in Concept.kept(tuned).values()))
+            sizes.append(sum(value.nbytes for value in Concept.weights_of(tuned).values()))
             if name == EXPORTED:
                 return as_exported(model, tuned, prepared, number)
             if name.startswith(LORA):
