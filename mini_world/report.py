@@ -87,7 +87,7 @@ def evaluate(folder: Path, model, judge, kind: str) -> dict[str, dict[str, float
 def table(rows: dict[str, dict[str, float]]) -> str:
     """The rows as Markdown, with each identity as a share of the way from the floor to the ceiling."""
     floor, ceiling = rows["plain word"]["identity"], rows["drawings"]["identity"]
-    lines = ["| | identity | of the way | prompt |", "|---|---|---|---|"]
+    lines = ["| | identity | relative | prompt |", "|---|---|---|---|"]
     for name, row in rows.items():
         if "identity" not in row:
             continue

@@ -47,4 +47,4 @@ def write_strengths(folder: Path) -> None:
         drawn = generate(concept, prompt, seed=3, base="mini", sampling=SamplingConfig(concept_scale=strength))
         pictures.append(drawn.images[0].image)
     sheet = contact_sheet(pictures, ["the photo", *(f"--concept-scale {strength:g}" for strength in STRENGTHS)])
-    sheet.quantize(256).save(folder / "strength.png", optimize=True)
+    sheet.quantize(256).save(folder / "concept-scale.png", optimize=True)
