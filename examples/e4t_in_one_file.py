@@ -138,8 +138,8 @@ class E4T:
         self.text_encoder.requires_grad_(False)
         self.tower = VisionTransformer(**TOWER, output_dim=128).eval().requires_grad_(False)
         self.tower.load_state_dict(load_file(base / "image_tower/model.safetensors"))
-        self.manifest = tomllib.loads((weights / "domain.toml").read_text(encoding="utf-8"))
-        self.encoder = Encoder(self.manifest["encoder"])
+        self.info = tomllib.loads((weights / "domain.toml").read_text(encoding="utf-8"))
+        self.encoder = Encoder(self.info["encoder"])
         self.encoder.load_state_dict(load_file(weights / "encoder.safetensors"))
         factors = load_file(weights / "offsets.safetensors")
         for path in sorted({name.rpartition(".")[0] for name in factors}):  # such as …attn1.to_q
@@ -148,8 +148,7 @@ class E4T:
         self.images = VaeImageProcessor()  # to -1 … 1 and back; masks: to 0 … 1
         self.masks = VaeImageProcessor(do_normalize=False, do_convert_grayscale=True)
         self.shape = [self.unet.config.in_channels, *[self.unet.config.sample_size] * 2]
-        word = self.manifest["descriptor"]
-        (self.word,) = self.tokenizer(word, add_special_tokens=False).input_ids
+        (self.word,) = self.tokenizer(self.info["descriptor"], add_special_tokens=False).input_ids
         self.e_domain = self.text_encoder.get_input_embeddings().weight[self.word]
         self.empty_text = self.encode_text(self.tokenize([""]), self.e_domain[None])
 
@@ -176,10 +175,10 @@ class E4T:
 
     def tune(self, photo: Image.Image, mask: Image.Image | None, seed: int) -> list[list[float]]:
         """Tune encoder, offsets and U-Net on one photo; return eq. 5, 4 and 2 of each step."""
-        # Departure: the config saved with these weights, for `mini`. The paper's: for faces 15 steps,
-        # lambda_r 0.1, for cats 5 and 1e-4; base learning rate 3e-6, times the batch (section 3.5).
+        # Departure: the config saved with these weights, for `mini`. The paper's: faces 15 steps,
+        # lambda_r 0.1, cats 5 and 1e-4; base learning rate 3e-6, times the batch (section 3.5).
         # Paper silent: prompt templates (the domain's), AdamW with torch's defaults, clipping.
-        config, history = self.manifest["tuning"], []
+        config, history = self.info["tuning"], []
         batch, lambda_r = config["batch_size"], config["embedding_penalty"]  # "crucial": 16 or more
         I_c = self.images.preprocess(photo)
         self.cls_tokens = image_features(self.tower, I_c)
@@ -187,7 +186,7 @@ class E4T:
         m = self.masks.preprocess(mask or Image.new("L", photo.size, "white"))
         # Paper silent: the mask is scaled by area, so that what lies on its border counts in part.
         m = functional.adaptive_avg_pool2d(m, self.shape[1:])
-        prompts = self.tokenize([text.replace("{}", "S*") for text in self.manifest["templates"]])
+        prompts = self.tokenize([text.replace("{}", "S*") for text in self.info["templates"]])
         trained = [*self.encoder.parameters(), *self.unet.parameters()]  # offsets are in the U-Net
         optimizer = torch.optim.AdamW(trained, config["base_learning_rate"] * batch)
         for step in range(config["steps"]):

@@ -28,7 +28,7 @@ from mini_world.world import SUBJECT_LABELS
 # Departure: the learning rate. 1e-6 · 16 is for a pre-trained tower of 632 M parameters and 480,000 samples.
 # Departure: faces are masked in pre-training too, so that E represents the head and not the garment.
 REG_WEIGHT = 1e-5
-# For faces: at 1e-5 the norm of the predicted embedding was larger than that of the descriptor's embedding (0.45 against 0.35), and prompts were
+# For faces: at 1e-5 the predicted embedding had a larger norm than the descriptor's (0.45 against 0.35), and prompts were
 # followed less.
 FACE_REG_WEIGHT = 1e-4
 
