@@ -48,6 +48,10 @@ class TrainableParts(Protocol):
 
     def groups(self) -> list[Group]: ...
 
+    def cached(self) -> AbstractContextManager[None]:
+        """Evaluate weight offsets once for both passes, see `WeightOffsets.cached`."""
+        ...
+
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Bring what is small and trained into the format of the products, once for both passes.
 
@@ -105,6 +109,9 @@ class FullFineTuning:
     def groups(self) -> list[Group]:
         return self._groups
 
+    def cached(self) -> AbstractContextManager[None]:
+        return self.offsets.cached()
+
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         return nullcontext()  # the U-Net's weights are autocast's to convert
 
@@ -157,6 +164,9 @@ class LoraFineTuning:
             *self.adapters["unet"].rates(rate * config.offsets_rate, rate * config.unet_rate),
             *self.adapters["encoder"].rates(0.0, rate * config.encoder_rate),
         ]
+
+    def cached(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the offsets are merged
 
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         return self.adapters["unet"].converted(dtype)
