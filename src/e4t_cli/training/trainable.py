@@ -150,7 +150,7 @@ class LoraFineTuning:
         source, rank = generator(seed, "adapters"), config.lora_rank
         self.adapters = {
             "unet": LoraAdapters.for_layers(
-                lora_target_layers(self.unet), rank, gains=set(self.offsets), source=source
+                lora_target_layers(self.unet), rank, scaled=set(self.offsets), source=source
             ),
             "encoder": LoraAdapters.for_layers(linear_layers(self.encoder), rank, source=source),
         }
@@ -161,8 +161,8 @@ class LoraFineTuning:
         config = self.config
         rate = config.learning_rate * config.lora_rate
         return [
-            *self.adapters["unet"].rates(rate * config.offsets_rate, rate * config.unet_rate),
-            *self.adapters["encoder"].rates(0.0, rate * config.encoder_rate),
+            *self.adapters["unet"].param_groups(rate * config.offsets_rate, rate * config.unet_rate),
+            *self.adapters["encoder"].param_groups(0.0, rate * config.encoder_rate),
         ]
 
     def cached(self) -> AbstractContextManager[None]:
