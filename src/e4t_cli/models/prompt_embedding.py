@@ -35,8 +35,9 @@ class Tokens:
 
 
 def tokenize_prompts(
-    tokenizer: CLIPTokenizer, prompts: Sequence[Prompt | str], descriptor_id: int, length: int
-) -> Tokens:
+    tokenizer: CLIPTokenizer, prompts: Sequence[Prompt | str], descriptor_id: int,
+    *, length: int, device: torch.device,
+) -> Tokens:  # fmt: skip
     """Tokenize prompts segment by segment, so that the placeholders' positions are known.
 
     Args:
@@ -74,7 +75,9 @@ def tokenize_prompts(
         )
         placeholders.append([False, *concept, False] + [False] * padding)
     return Tokens(
-        ids=torch.tensor(ids), placeholder=torch.tensor(placeholders), dropped=tuple(dropped)
+        ids=torch.tensor(ids, device=device),
+        placeholder=torch.tensor(placeholders, device=device),
+        dropped=tuple(dropped),
     )
 
 

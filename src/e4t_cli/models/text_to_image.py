@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
@@ -277,15 +277,11 @@ class TextToImageModel:
 
     def tokenize(self, prompts: Sequence[Prompt | str], descriptor_id: int) -> Tokens:
         """Tokenize prompts for this base, see `tokenize_prompts`."""
-        length = min(
-            self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings
-        )
-        tokens = tokenize_prompts(self.tokenizer, prompts, descriptor_id, length)
-        return replace(
-            tokens,
-            ids=tokens.ids.to(self.device),
-            placeholder=tokens.placeholder.to(self.device),
-        )
+        longest = self.text_encoder.config.max_position_embeddings
+        return tokenize_prompts(
+            self.tokenizer, prompts, descriptor_id,
+            length=min(self.tokenizer.model_max_length, longest), device=self.device,
+        )  # fmt: skip
 
     def embed_prompts(self, tokens: Tokens, e_c: Tensor | None = None) -> Tensor:
         """Run the text encoder, with e_c as the word embedding at every placeholder.
@@ -325,6 +321,6 @@ class TextToImageModel:
         """Return what the U-Net predicts: ε of eq. 4, or v for models trained with it."""
         if self.noise_schedule.config["prediction_type"] != "v_prediction":
             return epsilon
-        steps = cast(torch.IntTensor, t)
-        velocity: Tensor = self.noise_schedule.get_velocity(z_0, epsilon, steps)
+        t = cast(torch.IntTensor, t)
+        velocity: Tensor = self.noise_schedule.get_velocity(z_0, epsilon, t)
         return velocity

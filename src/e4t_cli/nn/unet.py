@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
+OTHER_INPUTS = (
+    "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+)  # fmt: skip
+"""Options of diffusers for inputs that Stable Diffusion's U-Net does not have."""
+
+
 class _Block(Protocol):
     """What every down, mid and up block of diffusers has; the U-Net's lists hold plain modules."""
 
@@ -103,15 +110,14 @@ def up_and_out(unet: UNet2DConditionModel, state: UNetState, text: Tensor) -> Te
     hidden, skips = state.hidden, state.skips
     scale: int = 2**unet.num_upsamplers
     sized = any(side % scale for side in skips[0].shape[-2:])
-    for index, block in enumerate(unet.up_blocks):
+    for block in unet.up_blocks:
         count = len(cast(_Block, block).resnets)
         outputs, skips = skips[-count:], skips[:-count]
-        last = index == len(unet.up_blocks) - 1
         hidden = block(
             hidden_states=hidden,
             temb=state.time,
             res_hidden_states_tuple=outputs,
-            upsample_size=skips[-1].shape[2:] if sized and not last else None,
+            upsample_size=skips[-1].shape[2:] if sized and skips else None,
             **_text(block, text),
         )
     if unet.conv_norm_out is not None:
@@ -146,21 +152,13 @@ def check_unet(unet: UNet2DConditionModel) -> None:
     Raises:
         ValueError: it has a class, image, size or guidance input, as SDXL and others do.
     """
-    for option in (
-        "class_embed_type",
-        "num_class_embeds",
-        "addition_embed_type",
-        "encoder_hid_dim_type",
-        "time_cond_proj_dim",
-    ):
+    for option in OTHER_INPUTS:
         if unet.config.get(option) is not None:
             raise ValueError(f"its U-Net has an input that Stable Diffusion has not ({option})")
-    inputs, outputs = unet.config["in_channels"], unet.config["out_channels"]
-    if inputs != outputs:
-        raise ValueError(
-            f"its U-Net reads {inputs} channels and writes {outputs}: "
-            "inpainting models are not supported"
-        )
+    read, written = unet.config["in_channels"], unet.config["out_channels"]
+    if read != written:
+        reason = "inpainting models are not supported"
+        raise ValueError(f"its U-Net reads {read} channels and writes {written}: {reason}")
 
 
 def _reads_text(block: nn.Module) -> bool:

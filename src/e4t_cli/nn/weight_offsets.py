@@ -2,7 +2,7 @@
 
     W = W₀ · (1 + ΔW)          element-wise, for W_q, W_k, W_v of every attention layer
 
-ΔW (M × N) depends on no input. It is the output of a small network that serves as a prior:
+ΔW (M × N) depends on no input. It is the output of a small network, which acts as a prior:
 
     v₀ ─ linear ─> v_y (M)  ┐
                             ├─ v_y v_xᵀ ─ linear over the rows ─ linear over the columns ─> ΔW
@@ -46,8 +46,7 @@ class Modulation(nn.Module):
 
     def delta(self) -> Tensor:
         """Return ΔW, (M, N)."""
-        left, right = self.factors()
-        return left @ right
+        return torch.matmul(*self.factors())
 
     def forward(self, original: Tensor) -> Tensor:
         """Return W₀ · (1 + ΔW) in the dtype of W₀, computed in float32 or wider.

@@ -74,9 +74,7 @@ class Encoder(Protocol):
     """What tuning and sampling need of an encoder; `FixedEmbedding` is one without an image."""
 
     @property
-    def reads_unet(self) -> bool:
-        """Whether `predict_offset` reads U-Net features; if not, no feature pass is run."""
-        ...
+    def reads_unet(self) -> bool: ...  # whether a feature pass is needed
 
     def encode_image(self, image_features: Tensor) -> Tensor: ...
 
@@ -91,20 +89,15 @@ class Encoder(Protocol):
 class EncoderConfig:
     """Sizes of a `WordEmbeddingEncoder`; all follow from the base.
 
-    Args:
-        image_layers: [CLS] vectors per image, one per second layer of the visual tower.
-        image_width: width of the visual tower.
-        unet_widths: width of each pooled U-Net feature; empty for an encoder that reads the
-            image only (the paper's ablation without iterative refinement).
-        hidden_width: common width of the hierarchy.
-        embedding_width: width of the base's token table.
+    `unet_widths` is empty for an encoder that reads the image only, the paper's ablation without
+    iterative refinement.
     """
 
-    image_layers: int
-    image_width: int
-    unet_widths: tuple[int, ...]
-    hidden_width: int
-    embedding_width: int
+    image_layers: int  # [CLS] vectors per image, one per second layer of the visual tower
+    image_width: int  # of the visual tower
+    unet_widths: tuple[int, ...]  # of each pooled U-Net feature
+    hidden_width: int  # of every entry of the hierarchy
+    embedding_width: int  # of the base's token table
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values and lists, ready for TOML or JSON."""

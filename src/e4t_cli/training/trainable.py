@@ -160,9 +160,10 @@ class LoraFineTuning:
     def groups(self) -> list[Group]:
         config = self.config
         rate = config.learning_rate * config.lora_rate
+        unet, encoder = self.adapters["unet"], self.adapters["encoder"]
         return [
-            *self.adapters["unet"].param_groups(rate * config.offsets_rate, rate * config.unet_rate),
-            *self.adapters["encoder"].param_groups(0.0, rate * config.encoder_rate),
+            *unet.param_groups(rate * config.offsets_rate, rate * config.unet_rate),
+            *encoder.param_groups(0.0, rate * config.encoder_rate),
         ]
 
     def cached(self) -> AbstractContextManager[None]:
