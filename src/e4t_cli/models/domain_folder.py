@@ -100,14 +100,11 @@ def pair_factors(tensors: Mapping[str, Tensor], shown: str) -> dict[str, Factors
     offsets: dict[str, Factors] = {}
     for key, left in tensors.items():
         path, _, side = key.rpartition(".")
-        if side != "left":
-            continue
         right = tensors.get(f"{path}.right")
-        if right is None or left.dim() != 2 or right.dim() != 2:
-            break
-        if left.shape[1] != RANK or right.shape[0] != RANK:
-            break
-        offsets[path] = left, right
+        if side != "left" or right is None or not left.dim() == right.dim() == 2:
+            continue
+        if left.shape[1] == right.shape[0] == RANK:
+            offsets[path] = left, right
     if len(tensors) != 2 * len(offsets):
         raise IntegrityError(f"{shown} has tensors that are no pairs of factors")
     return offsets

@@ -111,12 +111,7 @@ class DomainWeights:
         )
 
     def image_features(self, model: TextToImageModel, pixels: Tensor) -> Tensor:
-        """Return the features of images for this encoder, (batch, vectors, width), float32.
-
-        Args:
-            model: the base.
-            pixels: (batch, 3, height, width) in −1 … 1.
-        """
+        """Return the features of images in −1 … 1, (batch, vectors, width), float32."""
         if self.tower is None:
             return model.image_features(pixels)
         features = self.tower.encode(pixels, model.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,11 @@ _INCIDENTAL = {"architectures", "dtype", "torch_dtype", "transformers_version", 
 
 
 def config_hash(folder: Path, tower: Path | None = None) -> str:
-    """Return a SHA-256 of the configs of U-Net, text encoder and image tower.
+    """Return a SHA-256 of the configs of a base, "" if none can be read.
 
     Args:
-        folder: a base in diffusers' layout.
-        tower: the folder of its image tower, if that is outside the base.
-
-    Returns:
-        64 hexadecimal digits, or "" if there is no config that can be read.
+        folder: in diffusers' layout.
+        tower: the folder of the visual tower, if that is outside the base.
     """
     found = {name: _essence(table) for name in CONFIGS if (table := _read(folder / name))}
     if about := _tower_config(tower or folder / "image_tower"):
@@ -111,13 +109,13 @@ def folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+# While diffusers and transformers load, torch's default dtype and `register_parameter` are changed
+# for the whole process; two loads at once would leave them changed for good.
+_LOADING = threading.Lock()
+
+
 def load_part(
-    kind: Any,
-    folder: Path,
-    device: str | torch.device,
-    dtype: torch.dtype,
-    *,
-    half: bool = False,
+    kind: Any, folder: Path, device: str | torch.device, dtype: torch.dtype, *, half: bool = False
 ) -> Any:
     """Read a part that has weights: diffusers' U-Net and VAE, transformers' text encoder.
 
@@ -130,22 +128,23 @@ def load_part(
     names = [path.name for path in folder.glob("*.safetensors")]
     coarse = {name for name in names if ".fp16." in name or ".fp16-" in name}
     variant = "fp16" if coarse and (half or coarse == set(names)) else None
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        part, report = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    with _LOADING:
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            part, report = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     # Both libraries initialize missing weights at random and only log it.
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:

@@ -156,7 +156,7 @@ class WordEmbeddingEncoder(nn.Module):
 
     def encode_image(self, image_features: Tensor) -> Tensor:
         """Return the image's contribution to the average, (batch, hidden_width)."""
-        return self._sum(self.image_linears, image_features.unbind(dim=1)) / self._entries
+        return self._share(self.image_linears, image_features.unbind(dim=1))
 
     def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None) -> Tensor:
         """Return E for an encoded image and the current U-Net features."""
@@ -169,7 +169,7 @@ class WordEmbeddingEncoder(nn.Module):
                 functional.layer_norm(part, part.shape[-1:])
                 for part in torch.split(unet_features, list(self.config.unet_widths), dim=1)
             ]
-            average = average + self._sum(self.unet_linears, parts) / self._entries
+            average = average + self._share(self.unet_linears, parts)
         offset: Tensor = self.final(self.activation(average))
         return offset
 
@@ -177,14 +177,10 @@ class WordEmbeddingEncoder(nn.Module):
         """Return itself: nearly all of it is needed to sample."""
         return self
 
-    @property
-    def _entries(self) -> int:
-        return len(self.image_linears) + len(self.unet_linears)
-
-    @staticmethod
-    def _sum(linears: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
+    def _share(self, linears: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
+        """Return what these features contribute to the average over the whole hierarchy."""
         terms = [linear(feature) for linear, feature in zip(linears, features, strict=True)]
-        return torch.stack(terms).sum(dim=0)
+        return torch.stack(terms).sum(dim=0) / (len(self.image_linears) + len(self.unet_linears))
 
 
 class FixedEmbedding(nn.Module):
