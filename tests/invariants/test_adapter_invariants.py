@@ -189,7 +189,7 @@ def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, c
     tuned = tune(model, pack, face, config, seed=5)
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
-        pack_digest="", prepared=face, config=config, seed=5, weights=Concept.kept(tuned),
+        weights_digest="", prepared=face, config=config, seed=5, weights=Concept.weights_of(tuned),
         image_features=model.image_features(model.pixels([face.image]))[0],
     )  # fmt: skip
     concept.save(tmp_path / "me.e4t")
@@ -199,7 +199,7 @@ def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, c
         for one in (tuned, again.tuned(model, pack))
     ]
     assert drawn[0].tobytes() == drawn[1].tobytes()
-    exact = sum(value.nbytes for value in Concept.kept(tune(model, pack, face)).values())
+    exact = sum(value.nbytes for value in Concept.weights_of(tune(model, pack, face)).values())
     assert (tmp_path / "me.e4t").stat().st_size < exact / 20
     assert all(value.dtype == torch.float16 for value in again.weights.values())
     for change in (

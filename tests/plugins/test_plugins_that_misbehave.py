@@ -163,7 +163,7 @@ def test_G5_the_package_is_kept_in_the_file(model, pack, face, tmp_path):
         descriptor="dog",
         base_name="tiny",
         base_fingerprint=model.fingerprint,
-        pack_digest="",
+        weights_digest="",
         prepared=face,
         image_features=model.image_features(model.pixels([face.image]))[0],
         config=pack.tuning,

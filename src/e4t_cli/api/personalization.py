@@ -204,7 +204,7 @@ def personalize(
             descriptor=pretrained.descriptor,
             base_name=model.base.name,
             base_fingerprint=model.fingerprint,
-            pack_digest=pretrained.digest,
+            weights_digest=pretrained.digest,
             prepared=prepared,
             image_features=features,
             config=config,
@@ -216,7 +216,7 @@ def personalize(
         )
         tuned = session.tune(concept, keep_base=drawing.concept_scale != 1)
         if keep_weights:
-            concept = replace(concept, weights=Concept.kept(tuned))
+            concept = replace(concept, weights=Concept.weights_of(tuned))
         return session.draw(
             concept,
             tuned,

@@ -145,7 +145,7 @@ def record_of(
         domain=concept.domain,
         base=concept.base_name,
         base_fingerprint=concept.base_fingerprint,
-        pack_fingerprint=concept.pack_digest,
+        pack_fingerprint=concept.weights_digest,
         photo_sha256=concept.image_sha256,
         tuning={**concept.config.as_dict(), "seed": concept.seed},
     )
