@@ -40,7 +40,7 @@ def test_the_encoder_is_the_one_described(converted, encoder, model, sizes):
     pack, _, _ = converted
     means = torch.randn(2, sizes["unet"], generator=torch.Generator().manual_seed(4))
     expected = checkpoints.dense_encoder(encoder, pixels().double(), means.double())
-    features = pack.tower.look(pixels(), torch.float32)
+    features = pack.tower.encode(pixels(), torch.float32)
     assert features.shape == (2, checkpoints.VECTORS, checkpoints.TOWER["width"])
     found = pack.encoder(features, means)
     assert expected.abs().max() > 0.5
