@@ -52,7 +52,7 @@ def test_a_pattern_a_star_a_list_and_one_shard(shards, monkeypatch):
         source = find_source(pattern)
         assert names(source) == ALL
         assert names(source) == ALL  # from the beginning again
-        assert source.about == 12
+        assert source.approximate_len == 12
     one = find_source(shards / "dogs-1.tar")
     assert names(one) == ALL[4:8]
     assert next(iter(one)).picture == png(4)
@@ -85,7 +85,7 @@ def test_samples_without_a_picture_and_shards_that_break_off(shards):
     *found, broken = source
     assert names(found)[-4:] == ALL[8:]
     assert 1 <= len(found) - 4 < 6
-    assert source.beside == 1
+    assert source.other_files == 1
     assert broken.name == str(shards / "bad.tar")
     with pytest.raises(InputError, match="breaks off: unexpected end"):
         broken.digest()
@@ -139,7 +139,7 @@ def test_a_dataset_in_a_folder_or_a_file(rows, tmp_path, monkeypatch):
 
 def test_a_dataset_without_pictures(rows, tmp_path):
     rows.remove_columns("image").save_to_disk(str(tmp_path / "words"))
-    with pytest.raises(InputError, match="no column of pictures, only 'caption'"):
+    with pytest.raises(InputError, match="no column of images, only 'caption'"):
         find_source(tmp_path / "words")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "state.json").write_text("{")
