@@ -106,7 +106,8 @@ def environment(home):
         for name, value in os.environ.items()
         if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
     }
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "src", "domains"))
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     return {**inherited, **own, "HOME": str(home)}
 
 
