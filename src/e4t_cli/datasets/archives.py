@@ -11,6 +11,7 @@ import random
 import re
 import tarfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from e4t_cli.datasets.sources import ImageItem, IterableSource, MapStyleSource
 from e4t_cli.errors import E4TError, InputError, UsageError, WeightsUnavailable, printable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
+LISTS = (".txt", ".list", ".urls")
 _EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "gif", "tif", "tiff", "bmp", "ppm", "heic")
 SHUFFLE_BUFFER = 1000
 """Samples among which the next one is chosen: the memory that shuffling a stream costs."""
@@ -30,14 +32,16 @@ class ShardSource(IterableSource):
     Args:
         shards: paths and URLs, in order.
         title: what the user called them.
+        offline: open no connection.
 
     Raises:
         UsageError: webdataset is not installed, or a URL is of a kind that is not read.
         InputError: a file does not exist.
+        WeightsUnavailable: a shard is remote, and `offline` is set.
     """
 
-    def __init__(self, shards: list[str], title: str) -> None:
-        _webdataset()
+    def __init__(self, shards: list[str], title: str, *, offline: bool = False) -> None:
+        _package("webdataset", "shards")
         super().__init__(title)
         self.shards = shards
         self.remote = [shard for shard in shards if "://" in shard]
@@ -50,6 +54,11 @@ class ShardSource(IterableSource):
                     )
             elif not Path(shard).is_file():
                 raise InputError(f"there is no shard {printable(shard)}")
+        if offline and self.remote:
+            raise WeightsUnavailable(
+                f"{printable(self.remote[0])} is not on this machine, and e4t is offline",
+                hint="download the shards and give --data their paths",
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -92,7 +101,7 @@ class ShardSource(IterableSource):
         return itertools.islice(self._read(shards, order), rank, None, ranks)
 
     def _read(self, shards: list[str], order: random.Random | None = None) -> Iterator[ImageItem]:
-        wds = _webdataset()
+        wds = _package("webdataset", "shards")
         broken: dict[str, str] = {}
 
         def handler(error: Exception) -> bool:
@@ -130,11 +139,11 @@ def shard_paths(pattern: str) -> list[str]:
     Raises:
         UsageError: no file matches.
     """
-    if pattern.endswith((".txt", ".list", ".urls")) and Path(pattern).is_file():
-        lines = Path(pattern).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        entries = [line.strip() for line in lines]
+    if pattern.endswith(LISTS) and Path(pattern).is_file():
+        text = Path(pattern).read_text(encoding="utf-8", errors="surrogateescape")
+        entries = [line.strip() for line in text.splitlines()]
         listed = [entry for entry in entries if entry and not entry.startswith("#")]
-        return list(itertools.chain.from_iterable(_expanded(entry) for entry in listed))
+        return [shard for entry in listed for shard in _expanded(entry)]
     return _expanded(pattern)
 
 
@@ -142,7 +151,7 @@ def _expanded(pattern: str) -> list[str]:
     if Path(pattern).is_file():
         return [pattern]
     if "{" in pattern:
-        _webdataset()
+        _package("webdataset", "shards")
         import braceexpand  # comes with webdataset
 
         return list(braceexpand.braceexpand(pattern))
@@ -152,16 +161,6 @@ def _expanded(pattern: str) -> list[str]:
             raise UsageError(f"no file matches {printable(pattern)}")
         return found
     return [pattern]
-
-
-def _webdataset() -> Any:
-    try:
-        import webdataset
-    except ImportError as error:
-        raise UsageError(
-            "tar shards need one more package", hint="pip install 'e4t[shards]'"
-        ) from error
-    return webdataset
 
 
 _HUB = re.compile(r"hf://(?:datasets/)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
@@ -237,8 +236,7 @@ def _hub_offline() -> Iterator[None]:
     """Set the offline switches of huggingface_hub and datasets, which are read at import."""
     from huggingface_hub import constants
 
-    _datasets()
-    from datasets import config
+    config = _package("datasets", "datasets").config
 
     before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
@@ -248,18 +246,22 @@ def _hub_offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
-def _datasets() -> Any:
+def _package(name: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
-        import datasets
+        return import_module(name)
     except ImportError as error:
         raise UsageError(
-            "datasets need one more package", hint="pip install 'e4t[datasets]'"
+            f"{extra} need one more package", hint=f"pip install 'e4t[{extra}]'"
         ) from error
-    return datasets
 
 
 def _open(data: str) -> Any:
-    datasets = _datasets()
+    datasets = _package("datasets", "datasets")
     datasets.disable_progress_bars()
     path = Path(data)
     try:

@@ -86,12 +86,12 @@ class NearDuplicateFilter:
         """Return warnings for the user; none without duplicates."""
         found = []
         if self.first_same:
-            count = "1 image is" if self.same == 1 else f"{self.same:,} images are"
-            found.append(f"{count} there twice, as {' and '.join(self.first_same)}")
+            names = " and ".join(self.first_same)
+            found.append(f"{_images(self.same, 'is', 'are')} there twice, as {names}")
         if self.first_near:
-            count = "1 image is a near duplicate" if self.near == 1 else (
-                f"{self.near:,} images are near duplicates")  # fmt: skip
-            found.append(f"{count}, as {' and '.join(self.first_near)}")
+            names = " and ".join(self.first_near)
+            verb = _images(self.near, "is a near duplicate", "are near duplicates")
+            found.append(f"{verb}, as {names}")
         return found
 
     def _near(self, signature: bytes) -> str | None:
@@ -106,6 +106,10 @@ class NearDuplicateFilter:
                 if numpy.abs(colours - theirs).max() <= _COLOUR:
                     return name
         return None
+
+
+def _images(count: int, one: str, many: str) -> str:
+    return f"1 image {one}" if count == 1 else f"{count:,} images {many}"
 
 
 FEW = 100
@@ -233,12 +237,12 @@ class ImageReader:
         found = []
         if self.left_out:
             count = len(self.left_out)
-            many = f"{count:,}" if count < _NAMED else f"more than {_NAMED:,}"
-            were = "1 image was" if count == 1 else f"{many} images were"
+            were = _images(count, "was", "were")
+            were = were if count < _NAMED else f"more than {were}"
             named = f"; all are named in {printable(str(self.log))}" if self.log else ""
             found.append(f"{were} left out; the first: {self._first()}{named}")
         if usable is not None and usable < FEW:
-            images = "1 image is" if usable == 1 else f"{usable} images are"
+            images = _images(usable, "is", "are")
             found.append(f"{images} few: the domain may overfit to them; {FEW} or more are better")
         return found + self.duplicates.notes()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from e4t_cli.errors import InputError, UsageError, WeightsUnavailable, printable
+from e4t_cli.errors import InputError, UsageError, printable
 from e4t_cli.images.loading import MAX_BYTES, Picture, image_sha256, open_picture, prepare_image
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
@@ -293,7 +293,7 @@ def find_source(
         WeightsUnavailable: it is not on this machine, and could not or must not be fetched.
     """
     # These classes extend those of this module.
-    from e4t_cli.datasets.archives import SUFFIXES, ArrowSource, ShardSource, is_arrow, shard_paths
+    from e4t_cli.datasets import archives
 
     if not isinstance(data, str | os.PathLike):
         return SequenceSource(data) if isinstance(data, Sequence) else SinglePassSource(data)
@@ -301,21 +301,13 @@ def find_source(
     shown = printable(place)
     if "\0" in place:
         raise UsageError(f"{shown} cannot be the name of a folder")
-    if is_arrow(place):
-        return ArrowSource(place, offline=offline)
+    if archives.is_arrow(place):
+        return archives.ArrowSource(place, offline=offline)
     path = Path(place)
     if path.is_dir():
         return FolderSource(path)
-    lists = (".txt", ".list", ".urls")
-    if place.endswith(SUFFIXES) or (path.is_file() and place.endswith(lists)):
-        source = ShardSource(shard_paths(place), place)
-        if offline and source.remote:
-            raise WeightsUnavailable(
-                f"the shard {printable(source.remote[0])} is not on this machine, and e4t is"
-                " offline",
-                hint="download the shards and give --data their paths",
-            )
-        return source
+    if place.endswith(archives.SUFFIXES) or (path.is_file() and place.endswith(archives.LISTS)):
+        return archives.ShardSource(archives.shard_paths(place), place, offline=offline)
     if path.is_file():
         raise UsageError(
             f"{shown} is one file", hint="--data takes a folder, shards (.tar) or a dataset"

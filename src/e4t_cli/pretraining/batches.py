@@ -130,23 +130,14 @@ def init_distributed(device: str = "auto") -> Iterator[DistributedContext]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleBatch:
-    """The input of one forward pass, on the model's device.
+    """The input of one forward pass, on the model's device."""
 
-    Args:
-        z_0: latents (batch, channels, height, width).
-        timesteps: t of each sample (batch,).
-        epsilon: the noise, shaped like z_0.
-        image_features: input of the encoder (batch, layers, width).
-        tokens: a training prompt for each sample.
-        mask: soft weights of the diffusion loss (batch, height, width), or None.
-    """
-
-    z_0: Tensor
-    timesteps: Tensor
-    epsilon: Tensor
-    image_features: Tensor
-    tokens: Tokens
-    mask: Tensor | None = None
+    z_0: Tensor  # latents (batch, channels, height, width)
+    timesteps: Tensor  # (batch,)
+    epsilon: Tensor  # the noise, shaped like z_0
+    image_features: Tensor  # input of the encoder (batch, layers, width)
+    tokens: Tokens  # a training prompt for each sample
+    mask: Tensor | None = None  # weights of the diffusion loss (batch, height, width)
 
 
 class Batches:
@@ -198,13 +189,9 @@ class Batches:
         """Return the noise of the whole batch, generated once for all micro-batches of a step."""
         if self._last is None or self._last[0] != step:
             draws = draw(
-                self.seed,
-                step,
-                range(self.batch_size),
-                batch_size=self.batch_size,
-                train_timesteps=self.model.train_timesteps,
-                shape=self.model.latent_shape,
-            )
+                self.seed, step, range(self.batch_size), batch_size=self.batch_size,
+                train_timesteps=self.model.train_timesteps, shape=self.model.latent_shape,
+            )  # fmt: skip
             self._last = (step, draws)
         return self._last[1]
 
@@ -243,21 +230,12 @@ class PretrainingLoss(nn.Module):
         with full_precision(model.device):
             encoded_image = self.encoder.encode_image(samples.image_features)
         batch = TrainingBatch(
-            z_0=samples.z_0,
-            timesteps=samples.timesteps,
-            epsilon=samples.epsilon,
-            encoded_image=encoded_image,
-            tokens=samples.tokens,
-            mask=samples.mask,
-        )
+            z_0=samples.z_0, timesteps=samples.timesteps, epsilon=samples.epsilon,
+            encoded_image=encoded_image, tokens=samples.tokens, mask=samples.mask,
+        )  # fmt: skip
         cast = unet.dtype != self.autocast_dtype
         with cached_offsets(unet), half_precision(model.device, self.autocast_dtype, cast=cast):
             return training_loss(
-                model,
-                unet,
-                self.encoder,
-                batch,
-                e_domain=e_domain,
-                scale=self.scale,
-                detach_features=self.detach_features,
-            )
+                model, unet, self.encoder, batch,
+                e_domain=e_domain, scale=self.scale, detach_features=self.detach_features,
+            )  # fmt: skip

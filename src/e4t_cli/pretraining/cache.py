@@ -10,16 +10,16 @@ another run, another folder with the same images, a process that was faster.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 import torch
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from e4t_cli.datasets.reader import SIGNATURE, ImageReader, signature
+from e4t_cli.datasets.reader import ImageReader, signature
 from e4t_cli.datasets.sources import ImageItem, ImageSource, SinglePassSource
 from e4t_cli.errors import InputError, IntegrityError, ResourceError
 from e4t_cli.files import write_atomically
@@ -44,41 +44,24 @@ CHUNK = 256
 OPEN_AT_ONCE = 256
 """Chunks that stay mapped; the operating system decides what of them is in memory."""
 _ROWS = ("means", "logvars", "image_features", "masks")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chunk:
-    """A chunk without its rows.
-
-    Args:
-        path: of its file.
-        good: which of its images can be used (images,), bool.
-        bad: index → reason, of the others.
-        digests: of each image's bytes (images, 32).
-        signatures: of each image for finding near duplicates (images, SIGNATURE).
-    """
+    """A chunk without its rows."""
 
     path: Path
-    good: Tensor
-    bad: dict[int, str]
-    digests: Tensor
-    signatures: Tensor
+    good: Tensor  # (images,), bool: which can be used
+    bad: dict[int, str]  # index → reason, of the others
+    digests: Tensor  # (images, 32), of each image's bytes
+    signatures: Tensor  # (images, SIGNATURE), for finding near duplicates
 
 
 def write_chunk(
-    path: Path,
-    rows: EncodedRows,
-    *,
-    bad: dict[int, str],
-    digests: list[bytes],
-    signatures: list[bytes],
-) -> None:
-    """Write a chunk with its checksum, unless another process was first.
-
-    Args:
-        rows: of all its images; what stands for a bad one is never read.
-        bad: index → reason, of those that cannot be used.
+    path: Path, rows: EncodedRows, *,
+    bad: dict[int, str], digests: list[bytes], signatures: list[bytes],
+) -> None:  # fmt: skip
+    """Write a chunk with its checksum, unless another process was first; rows of bad images count.
 
     Raises:
         ResourceError: the disk is full, or not writable.
@@ -86,8 +69,9 @@ def write_chunk(
     found = {name: getattr(rows, name) for name in _ROWS}
     tensors = {name: value.contiguous() for name, value in found.items() if value is not None}
     tensors["good"] = torch.tensor([index not in bad for index in range(len(digests))]).byte()
-    tensors["digests"] = _bytes(digests, 32)
-    tensors["signatures"] = _bytes(signatures, SIGNATURE)
+    for name, rows_of_bytes in (("digests", digests), ("signatures", signatures)):
+        joined = torch.frombuffer(bytearray(b"".join(rows_of_bytes)), dtype=torch.uint8)
+        tensors[name] = joined.view(len(rows_of_bytes), -1)
     plain = save(tensors)
     data = memoryview(plain)[8 + int.from_bytes(plain[:8], "little") :]
     about = {"format": FORMAT, "bad": json.dumps(bad), "sha256": hashlib.sha256(data).hexdigest()}
@@ -103,7 +87,12 @@ def read_chunk(path: Path, count: int) -> Chunk:
     """
     try:
         with open(path, "rb") as file:
-            metadata = _verified_metadata(file)
+            length = int.from_bytes(file.read(8), "little")
+            if length > 2**24:
+                raise ValueError("its header is too long")
+            metadata = json.loads(file.read(length))["__metadata__"]
+            if hashlib.file_digest(file, "sha256").hexdigest() != metadata["sha256"]:
+                raise ValueError("its checksum is another")
         with safe_open(path, framework="pt") as tensors:
             good = tensors.get_tensor("good").bool()
             digests, signatures = tensors.get_tensor("digests"), tensors.get_tensor("signatures")
@@ -115,21 +104,6 @@ def read_chunk(path: Path, count: int) -> Chunk:
     if len(good) != count or metadata.get("format") != FORMAT:
         raise ValueError("it is another chunk")
     return Chunk(path=path, good=good, bad=bad, digests=digests, signatures=signatures)
-
-
-def _verified_metadata(file: io.BufferedReader) -> dict[str, str]:
-    """Return a safetensors file's metadata.
-
-    Raises:
-        ValueError: the checksum in it is not that of the data.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    if length > 2**24:
-        raise ValueError("its header is too long")
-    metadata = json.loads(file.read(length))["__metadata__"]
-    if hashlib.file_digest(file, "sha256").hexdigest() != metadata["sha256"]:
-        raise ValueError("its checksum is another")
-    return dict(metadata)
 
 
 def _map_rows(path: Path) -> dict[str, Any]:
@@ -159,10 +133,6 @@ def _write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
             f"the cache in {path.parent} cannot be written: {error.strerror}",
             hint="E4T_CACHE_DIR moves it, --cache off trains without it",
         ) from error
-
-
-def _bytes(rows: list[bytes], width: int) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, width)
 
 
 class CachedDataset:
@@ -203,12 +173,7 @@ class CachedDataset:
 
 
 class EncodingCache:
-    """The chunks of one base, dtype and preparation.
-
-    Args:
-        model: encodes images.
-        reader: opens and prepares them.
-    """
+    """The chunks of one base, dtype and preparation."""
 
     def __init__(self, model: TextToImageModel, reader: ImageReader) -> None:
         self.model, self.reader = model, reader
@@ -247,11 +212,11 @@ class EncodingCache:
         processes = processes or DistributedContext()
         known: dict[int, Chunk] = {}
         if processes.count > 1 and not isinstance(source, SinglePassSource):
-            for number, items in enumerate(in_chunks(source, CHUNK)):
+            for number, items in _chunks(source):
                 if number % processes.count == processes.rank:
                     known[number] = self._chunk(items, number)
             processes.any(False)  # a barrier; chunks on another machine's disk are encoded below
-        for number, items in enumerate(in_chunks(source, CHUNK)):
+        for number, items in _chunks(source):
             if number not in known:
                 known[number] = self._chunk(items, number)
             self._count(known[number], items)
@@ -262,18 +227,16 @@ class EncodingCache:
         if not usable:
             raise self.reader.empty_error()
         self._report(Progress(stage="encode", done=count, total=count))
-        notes = self.reader.notes(usable)
-        if self.repaired:
-            notes.append(f"{self.repaired} damaged files of the cache were made again")
-        for note in notes:
+        repaired = f"{self.repaired} damaged files of the cache were made again"
+        for note in [*self.reader.notes(usable), *([repaired] if self.repaired else [])]:
             self._report(Progress(stage="encode", note=note))
         return CachedDataset(chunks)
 
     def _chunk(self, items: list[ImageItem], number: int) -> Chunk:
         """Return a chunk: found by its files' stamps, by their content, or encoded."""
         stamps = [item.stamp() or "" for item in items]
-        joined = "\n".join(stamps).encode("utf-8", "surrogateescape")
-        note = self.folder / "stamps" / hashlib.sha256(joined).hexdigest()
+        stamped = hashlib.sha256("\n".join(stamps).encode("utf-8", "surrogateescape"))
+        note = self.folder / "stamps" / stamped.hexdigest()
         content = _read_note(note) if all(stamps) else None
         found = self._find(content, len(items)) if content else None
         if found is None:
@@ -281,7 +244,7 @@ class EncodingCache:
             content = hashlib.sha256(b"".join(digests)).hexdigest()
             found = self._find(content, len(items))
             if found is None:
-                self._make(self._path(content), items, digests, unread, number * CHUNK)
+                self._make(self._path(content), items, unread, digests, number * CHUNK)
                 found = read_chunk(self._path(content), len(items))
                 self.encoded += len(items)
             if all(stamps) and not unread:  # a disk that failed once may not fail again
@@ -305,13 +268,9 @@ class EncodingCache:
             return None
 
     def _make(
-        self,
-        path: Path,
-        items: list[ImageItem],
-        digests: list[bytes],
-        unread: dict[int, str],
-        first: int,
-    ) -> None:
+        self, path: Path, items: list[ImageItem], unread: dict[int, str],
+        digests: list[bytes], first: int,
+    ) -> None:  # fmt: skip
         """Encode a chunk's images and write them."""
         bad, signatures = dict(unread), []
         # A blank stands for a bad image, so that the others go through the model in the same
@@ -340,18 +299,15 @@ class EncodingCache:
         """Count a chunk's unusable and duplicate images, whoever has encoded them."""
         for index, why in chunk.bad.items():
             self.reader.leave_out(items[index].name, why)
-        digests, signatures = chunk.digests.numpy(), chunk.signatures.numpy()
-        for index in numpy.flatnonzero(chunk.good.numpy()).tolist():
-            self.reader.duplicates.add(
-                items[index].name, digests[index].tobytes(), signatures[index].tobytes()
-            )
+        for index in chunk.good.nonzero()[:, 0].tolist():
+            both = (rows[index].numpy().tobytes() for rows in (chunk.digests, chunk.signatures))
+            self.reader.duplicates.add(items[index].name, *both)
 
 
-def in_chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    """Yield consecutive lists of `size` items, the last one shorter (itertools.batched)."""
-    source = iter(items)
-    while found := list(islice(source, size)):
-        yield found
+def _chunks(source: ImageSource) -> Iterator[tuple[int, list[ImageItem]]]:
+    """Yield numbered lists of CHUNK items, the last one shorter (itertools.batched)."""
+    items = iter(source)
+    return enumerate(iter(lambda: list(islice(items, CHUNK)), []))
 
 
 def _digests(items: list[ImageItem]) -> tuple[list[bytes], dict[int, str]]:
@@ -368,8 +324,7 @@ def _digests(items: list[ImageItem]) -> tuple[list[bytes], dict[int, str]]:
 
 def _read_note(note: Path) -> str | None:
     """Return the content that files with these stamps had, if it was written down."""
-    try:
+    with contextlib.suppress(OSError):
         text = note.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    return text if re.fullmatch(r"[0-9a-f]{64}", text) else None
+        return text if re.fullmatch(r"[0-9a-f]{64}", text) else None
+    return None

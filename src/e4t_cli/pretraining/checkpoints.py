@@ -27,19 +27,12 @@ LAYOUT = ("processes", "micro_batch", "steps")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """Where and how often `pretrain_domain` saves its state.
+    """Where and how often `pretrain_domain` saves its state."""
 
-    Args:
-        folder: the last two checkpoints are kept in it; None keeps none.
-        every: steps between checkpoints.
-        resume: start from the latest checkpoint in the folder, if there is one.
-        force: resume also the state of a run with other settings.
-    """
-
-    folder: Path | None = None
-    every: int = 500
-    resume: bool = True
-    force: bool = False
+    folder: Path | None = None  # of the last two checkpoints; None keeps none
+    every: int = 500  # steps
+    resume: bool = True  # from the latest checkpoint in the folder, if there is one
+    force: bool = False  # also from that of a run with other settings
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -198,9 +191,6 @@ class Checkpoints:
 def check_weights(step: int, *modules: nn.Module, kept: int) -> None:
     """Make sure that all weights are finite, with one transfer from the device for each module.
 
-    Args:
-        kept: steps of the last checkpoint, 0 for none.
-
     Raises:
         DivergedError: some weight is not finite.
     """
@@ -211,10 +201,9 @@ def check_weights(step: int, *modules: nn.Module, kept: int) -> None:
 
 
 def diverged(step: int, reason: str, *, good: int, kept: int) -> DivergedError:
-    """Return the error of a run with values that are not finite.
+    """Return the error of a run with a value that is not finite, the first one at `step`.
 
     Args:
-        step: where the first one was found.
         good: the last step before it whose values were finite.
         kept: steps of the last checkpoint, 0 for none.
     """

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -26,18 +27,12 @@ from e4t_cli.training.loss import latent_mask
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedRows:
-    """Encoded images, one row a sample; on any device, in any dtype.
+    """Encoded images, one row a sample; on any device, in any dtype."""
 
-    Args:
-        means, logvars: the VAE's posterior (rows, channels, height, width).
-        image_features: [CLS] of every second layer (rows, layers, width), input of the encoder.
-        masks: soft weights at latent size (rows, height, width), or None.
-    """
-
-    means: Tensor
+    means: Tensor  # of the VAE's posterior (rows, channels, height, width)
     logvars: Tensor
-    image_features: Tensor
-    masks: Tensor | None = None
+    image_features: Tensor  # [CLS] of every second layer (rows, layers, width)
+    masks: Tensor | None = None  # soft weights at latent size (rows, height, width)
 
     def __len__(self) -> int:
         return len(self.means)
@@ -160,42 +155,29 @@ def encode_images(
     # The VAE's first layers are the largest tensors of all: about eight images of 512 pixels.
     batch_size = batch_size or max(1, min(32, 8 * 512**2 // model.resolution**2))
     parts: list[EncodedRows] = []
-    batch: list[PreparedImage] = []
-    count = 0
-
-    def encode_batch() -> None:
+    source, count = iter(images), 0
+    while batch := list(islice(source, batch_size)):
+        count += len(batch)
         pixels = model.pixels([one.image for one in batch])
         with half_precision(model.device, chosen_format(model.device, autocast)):
             posterior, features = model.posterior(pixels), model.image_features(pixels)
+        found = [one.mask for one in batch if one.mask is not None]
         masks = None
-        if all(one.mask is not None for one in batch):
-            whole = model.masks([one.mask for one in batch if one.mask is not None])
-            masks = latent_mask(whole, model.latent_shape[1:]).half().cpu()
-        means, logvars, features = (
-            x.half().cpu() for x in (posterior.mean, posterior.logvar, features)
-        )
-        parts.append(
-            EncodedRows(means=means, logvars=logvars, image_features=features, masks=masks)
-        )
-        batch.clear()
+        if len(found) == len(batch):
+            masks = latent_mask(model.masks(found), model.latent_shape[1:]).half().cpu()
+        means, logvars = posterior.mean.half().cpu(), posterior.logvar.half().cpu()
+        rows = features.half().cpu()
+        parts.append(EncodedRows(means=means, logvars=logvars, image_features=rows, masks=masks))
         if on_progress:
             on_progress(Progress(stage="encode", done=count, total=total))
-
-    for prepared in images:
-        batch.append(prepared)
-        count += 1
-        if len(batch) == batch_size:
-            encode_batch()
-    if batch:
-        encode_batch()
     if not parts:
         raise InputError("there are no images to train on")
-    masks = [part.masks for part in parts if part.masks is not None]
+    masked = [part.masks for part in parts if part.masks is not None]
     return EncodedImages(
         means=torch.cat([part.means for part in parts]),
         logvars=torch.cat([part.logvars for part in parts]),
         image_features=torch.cat([part.image_features for part in parts]),
-        masks=torch.cat(masks) if len(masks) == len(parts) else None,
+        masks=torch.cat(masked) if len(masked) == len(parts) else None,
     )
 
 

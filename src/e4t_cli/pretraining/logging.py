@@ -49,79 +49,18 @@ def check_trackers(trackers: Sequence[Any], *, offline: bool) -> None:
             )
 
 
-class Trackers:
-    """Some trackers of one run, each independent of the others.
-
-    Args:
-        trackers: names that accelerate knows, or instances of its `GeneralTracker`.
-        start: starts one of them; None if its library is not installed.
-        on_note: called with warnings.
-    """
-
-    def __init__(
-        self,
-        trackers: Sequence[Any],
-        start: Callable[[Any], Any | None],
-        on_note: Callable[[str], None],
-    ) -> None:
-        self._on_note = on_note
-        self._running: list[tuple[str, Any]] = []
-        for one in trackers:
-            name = printable(str(getattr(one, "name", one)), limit=40)
-            try:
-                found = start(one)
-            except Exception as error:  # whatever a service's library raises
-                self._fail(name, error)
-                continue
-            if found is None:
-                on_note(f"the tracker {name} is not installed, and training continues without it")
-            else:
-                self._running.append((name, found))
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._each(lambda tracker: tracker.log(dict(values), step=step))
-
-    def finish(self) -> None:
-        """Let each of them write what it still buffers."""
-        self._each(lambda tracker: tracker.finish())
-        self._running.clear()
-
-    def _each(self, act: Callable[[Any], object]) -> None:
-        for one in list(self._running):
-            try:
-                act(one[1])
-            except Exception as error:
-                self._running.remove(one)
-                self._fail(one[0], error)
-
-    def _fail(self, name: str, error: Exception) -> None:
-        reason = printable(str(error), limit=160) or type(error).__name__
-        self._on_note(f"the tracker {name} failed, and training continues without it: {reason}")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoggerConfig:
-    """What is recorded of a run.
-
-    Args:
-        folder: for the log and the sheets; created if it does not exist.
-        sample_every: steps between two contact sheets; 0 makes none.
-        images: held-out images, which are never trained on.
-        prompts: of each held-out image's samples.
-        seed: of the first sample of a row; each row has the same ones.
-        sampling: of the sheets: few steps, because only changes matter.
-        trackers: names that accelerate knows, such as "tensorboard".
-        offline: trackers open no connection.
-    """
+    """What is recorded of a run, in `folder`, which is created if it does not exist."""
 
     folder: Path
-    sample_every: int = 0
-    images: Sequence[PreparedImage] = ()
+    sample_every: int = 0  # steps between two contact sheets; 0 makes none
+    images: Sequence[PreparedImage] = ()  # held out: never trained on
     prompts: Sequence[str] = PROMPTS
-    seed: int = 0
+    seed: int = 0  # of the first sample of each row
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=12))
-    trackers: Sequence[Any] = ()
-    offline: bool = False
+    trackers: Sequence[Any] = ()  # names that accelerate knows, or its `GeneralTracker`s
+    offline: bool = False  # trackers open no connection
 
 
 class TrainingLogger:
@@ -154,7 +93,7 @@ class TrainingLogger:
         self._prompts = [parse_prompt(text) for text in config.prompts]
         self._features: list[Tensor] = []
         self._log_started = False
-        self._trackers: Trackers | None = None
+        self._trackers: list[tuple[str, Any]] | None = None
         self._failed: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -166,8 +105,7 @@ class TrainingLogger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._trackers is not None:
-            self._trackers.finish()
+        self._each_tracker(lambda tracker: tracker.finish())
 
     def on_progress(self, event: Progress) -> None:
         """Record the values of an event, if it has any."""
@@ -175,8 +113,9 @@ class TrainingLogger:
             line = {"step": event.done, **event.values}
             self._try("the log of losses", lambda: self._log(line))
             if self._trackers is None:
-                self._trackers = Trackers(self.config.trackers, self._start_tracker, self._note)
-            self._trackers.log(event.values, event.done)
+                self._start_trackers()
+            values = dict(event.values)
+            self._each_tracker(lambda tracker: tracker.log(values, step=event.done))
 
     def on_step(self, step: PretrainingStep) -> None:
         """Make a contact sheet, if this is a step for one."""
@@ -195,28 +134,48 @@ class TrainingLogger:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(line)}\n")
 
-    def _start_tracker(self, one: Any) -> Any | None:
-        """Start a tracker; None if its library is not installed.
+    def _start_trackers(self) -> None:
+        self._trackers = []
+        for one in self.config.trackers:
+            name = printable(str(getattr(one, "name", one)), limit=40)
+            try:
+                found = self._start_tracker(one)
+            except Exception as error:  # whatever a service's library raises
+                self._tracker_failed(name, "failed", error)
+                continue
+            if found:
+                self._trackers.append((name, found[0]))
+            else:
+                self._tracker_failed(name, "is not installed")
 
-        Raises:
-            Exception: of any kind.
-        """
+    def _start_tracker(self, one: Any) -> list[Any]:
+        """Start a tracker with accelerate; empty if its library is not installed."""
         from accelerate import Accelerator
 
         folder = str(self.config.folder)
-        # This accelerator has trackers only, and only the first process creates one.
-        with warnings.catch_warnings(action="ignore"):  # `Trackers` reports what is missing
+        # Only the first process gets here, and uses this accelerator for nothing else.
+        with warnings.catch_warnings(action="ignore"):  # what is not installed is reported above
             accelerator = Accelerator(
                 log_with=[one], project_dir=folder, cpu=True, mixed_precision="no"
             )
         # wandb alone would write into the current folder.
-        arguments = {name: dict(OFFLINE_TRACKERS[name]) if self.config.offline else {}
-                     for name in OFFLINE_TRACKERS}  # fmt: skip
-        arguments["wandb"]["dir"] = folder
+        wandb = {**(OFFLINE_TRACKERS["wandb"] if self.config.offline else {}), "dir": folder}
         accelerator.init_trackers(
-            f"e4t-{self.name}", config=dict(self._settings), init_kwargs=arguments
+            f"e4t-{self.name}", config=dict(self._settings), init_kwargs={"wandb": wandb}
         )
-        return accelerator.trackers[0] if accelerator.trackers else None
+        return list(accelerator.trackers)
+
+    def _each_tracker(self, act: Callable[[Any], object]) -> None:
+        for one in list(self._trackers or []):
+            try:
+                act(one[1])
+            except Exception as error:
+                self._trackers = [other for other in self._trackers or [] if other is not one]
+                self._tracker_failed(one[0], "failed", error)
+
+    def _tracker_failed(self, name: str, what: str, error: Exception | None = None) -> None:
+        reason = f": {printable(str(error), limit=160) or type(error).__name__}" if error else ""
+        self._note(f"the tracker {name} {what}, and training continues without it{reason}")
 
     def _write_sheet(self, step: PretrainingStep) -> None:
         images: list[Image.Image] = []

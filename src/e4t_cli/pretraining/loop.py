@@ -43,19 +43,12 @@ MAX_STOP_DELAY = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class DomainInfo:
-    """What domain weights contain beside parameters.
-
-    Args:
-        name, descriptor: of the domain.
-        templates: training prompts with "{}" in the concept's place.
-        tuning: the config of inference-time tuning.
-        licence, notes: for the manifest.
-    """
+    """What domain weights contain beside parameters; licence and notes are for the manifest."""
 
     name: str
     descriptor: str
-    templates: tuple[str, ...]
-    tuning: TuningConfig
+    templates: tuple[str, ...]  # training prompts with "{}" in the concept's place
+    tuning: TuningConfig  # of inference-time tuning
     licence: str = ""
     notes: str = ""
 
@@ -83,22 +76,14 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PretrainingStep:
-    """Argument of `on_step`, after each optimizer step.
+    """Argument of `on_step`, after each optimizer step; encoder and offsets are read only."""
 
-    Args:
-        step: steps done, 1 …
-        encoder, offsets: in training; read only.
-        diffusion, penalty: eq. 4 and eq. 2 of this step's samples (batch,), detached; with several
-            processes, of this one's.
-        snapshot: call it for a copy of the domain as it is now, ready for `tune`.
-    """
-
-    step: int
+    step: int  # steps done, 1 …
     encoder: WordEmbeddingEncoder
     offsets: WeightOffsets
-    diffusion: Tensor
-    penalty: Tensor
-    snapshot: Callable[[], DomainWeights]
+    diffusion: Tensor  # eq. 4 of this process's samples (batch,), detached
+    penalty: Tensor  # eq. 2, likewise
+    snapshot: Callable[[], DomainWeights]  # copies the domain as it is now, ready for `tune`
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -162,13 +147,10 @@ class RunningLosses:
             done=step,
             total=self.config.steps,
             values={
-                "loss": loss,
-                "diffusion": diffusion,
-                "penalty": penalty,
-                "smoothed": self.smooth / self.weight,
-                "it/s": 1 / max(self.seconds, 1e-9),
+                "loss": loss, "diffusion": diffusion, "penalty": penalty,
+                "smoothed": self.smooth / self.weight, "it/s": 1 / max(self.seconds, 1e-9),
             },
-        )
+        )  # fmt: skip
 
     def steps_in(self, seconds: float) -> int:
         """Return how many steps fit into some seconds, 1 … REPORT_EVERY, alike in all processes."""

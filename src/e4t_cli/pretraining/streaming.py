@@ -83,10 +83,6 @@ class StreamingDataset(_OnTheFly):
 
     A resumed run skips what it has used without opening it. When an earlier position than before
     is requested, the stream starts again.
-
-    Args:
-        source: read in an order that seed, epoch and process decide.
-        processes: among which the source is split.
     """
 
     def __init__(
