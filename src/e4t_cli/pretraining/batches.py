@@ -57,8 +57,8 @@ class DistributedContext:
         """Return a module whose backward pass averages gradients over all processes."""
         if self.count == 1:
             return module
-        # Not `Accelerator.prepare` (accelerate 1.15.0): it follows FSDP and DeepSpeed settings of
-        # the launcher, which shard or replace the parameters that checkpoints hold as a whole.
+        # Not `Accelerator.prepare` (accelerate 1.15.0): on GPUs it follows a launcher's FSDP or
+        # DeepSpeed settings, which shard the parameters that checkpoints hold as a whole.
         cuda = self.device is not None and self.device.type == "cuda"
         return DistributedDataParallel(
             module, device_ids=[self.device] if cuda else None, broadcast_buffers=False

@@ -38,7 +38,7 @@ from e4t_cli.pretraining.encoded_images import EncodedRows, encode_images, epoch
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.domain import PreparedImage
 
-FORMAT = "1"
+CHUNK_FORMAT = "1"
 CHUNK = 256
 """Images in a file: what an interrupted encoding can lose."""
 OPEN_AT_ONCE = 256
@@ -74,7 +74,11 @@ def write_chunk(
         tensors[name] = joined.view(len(rows_of_bytes), -1)
     plain = save(tensors)
     data = memoryview(plain)[8 + int.from_bytes(plain[:8], "little") :]
-    about = {"format": FORMAT, "bad": json.dumps(bad), "sha256": hashlib.sha256(data).hexdigest()}
+    about = {
+        "format": CHUNK_FORMAT,
+        "bad": json.dumps(bad),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
     _write(path, save(tensors, about), overwrite=False)
 
 
@@ -101,7 +105,7 @@ def read_chunk(path: Path, count: int) -> Chunk:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(str(error)) from error
-    if len(good) != count or metadata.get("format") != FORMAT:
+    if len(good) != count or metadata.get("format") != CHUNK_FORMAT:
         raise ValueError("it is another chunk")
     return Chunk(path=path, good=good, bad=bad, digests=digests, signatures=signatures)
 
@@ -178,7 +182,7 @@ class EncodingCache:
     def __init__(self, model: TextToImageModel, reader: ImageReader) -> None:
         self.model, self.reader = model, reader
         settings = {
-            "format": FORMAT,
+            "format": CHUNK_FORMAT,
             "base": model.fingerprint,
             "resolution": model.resolution,
             "dtype": str(model.dtype),
