@@ -129,7 +129,7 @@ def test_R5_bad_pictures_are_named_in_a_log_that_stays(pretrain, dogs):
     (dogs / "05.txt").write_text("a dog")
     ended = pretrain()
     assert ended.code == 0, ended.err
-    assert "2 pictures were left out" in ended.err
+    assert "2 images were left out" in ended.err
     log = (made() / "training" / "left-out.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in log] == ["05.png", "06.png"]
     assert f"left out are named in {made()}/training/left-out.tsv" in ended.err
@@ -151,10 +151,10 @@ def test_R5_all_bad_and_R6_empty(pretrain, tmp_path, cache):
         (tmp_path / "bad" / f"{index}.png").write_bytes(b"no picture")
     ended = pretrain("--cache", cache, data="bad")
     assert ended.code == 3, ended.err
-    assert "no picture can be used; the first: " in ended.err
+    assert "no image can be used; the first: " in ended.err
     (tmp_path / "empty").mkdir()
     ended = pretrain("--cache", cache, data="empty")
-    assert ended.code == 3 and "there is no picture in" in ended.err
+    assert ended.code == 3 and "there is no image in" in ended.err
 
 
 def test_R6_one_picture_and_R7_duplicates_are_warned_about(pretrain, dogs, tmp_path):
@@ -311,7 +311,7 @@ def test_a_dry_run_opens_a_sample_of_many(pretrain, monkeypatch):
     ended = pretrain("--dry-run", "--json")
     told = json.loads(ended.out)
     assert (told["pictures"], told["opened"]) == (12, 5)
-    assert "few" not in ended.err or "12 pictures" in ended.err
+    assert "few" not in ended.err or "12 images" in ended.err
 
 
 def test_a_dry_run_fails_as_the_run_would(pretrain, tmp_path):
