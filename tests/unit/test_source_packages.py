@@ -55,7 +55,7 @@ def test_a_pattern_a_star_a_list_and_one_shard(shards, monkeypatch):
         assert source.approximate_len == 12
     one = find_source(shards / "dogs-1.tar")
     assert names(one) == ALL[4:8]
-    assert next(iter(one)).picture == png(4)
+    assert next(iter(one)).image == png(4)
 
 
 def test_an_epoch_is_dealt_out_whole_and_in_an_order_of_its_own(shards):
@@ -133,7 +133,7 @@ def test_a_dataset_in_a_folder_or_a_file(rows, tmp_path, monkeypatch):
         assert len(source) == 3
         assert names(source) == ["row 0", "row 1", "row 2"]
         # Undecoded: our own code opens them, and a bad one is a bad picture like any other.
-        assert [item.picture for item in source] == [png(0), b"", b"no picture"]
+        assert [item.image for item in source] == [png(0), b"", b"no picture"]
         assert source.fingerprint
 
 

@@ -39,7 +39,7 @@ def test_R6_a_folder_is_read_in_order_without_what_is_hidden(tmp_path):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     source = find_source(tmp_path)
     assert names(source) == ["a/1.png", "a/2.png", "a/x", "b.png"]
-    assert source[1].picture == tmp_path / "a" / "2.png"
+    assert source[1].image == tmp_path / "a" / "2.png"
     assert source.other_files == 3  # the caption, the FIFO and the dangling link
 
 
@@ -136,40 +136,34 @@ def test_content_has_the_same_digest_wherever_it_is(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "b.png").write_bytes(data)
     found = {
-        ImageItem(name="x", picture=picture).digest()
+        ImageItem(name="x", image=picture).digest()
         for picture in (tmp_path / "a.png", str(tmp_path / "b.png"), data, io.BytesIO(data))
     }
     assert len(found) == 1
     picture = Image.open(io.BytesIO(data))
     assert (
-        ImageItem(name="x", picture=picture).digest()
-        == ImageItem(name="y", picture=picture).digest()
+        ImageItem(name="x", image=picture).digest() == ImageItem(name="y", image=picture).digest()
     )
     turned = picture.copy()
     turned.getexif()[0x0112] = 6
-    assert (
-        ImageItem(name="x", picture=turned).digest()
-        != ImageItem(name="x", picture=picture).digest()
-    )
+    assert ImageItem(name="x", image=turned).digest() != ImageItem(name="x", image=picture).digest()
     masked = PreparedImage(image=drawn_face()[0], mask=drawn_face()[1])
     plain = PreparedImage(image=drawn_face()[0])
-    assert (
-        ImageItem(name="x", picture=masked).digest() != ImageItem(name="x", picture=plain).digest()
-    )
+    assert ImageItem(name="x", image=masked).digest() != ImageItem(name="x", image=plain).digest()
 
 
 def test_a_stamp_changes_with_the_file(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png(0))
-    before = ImageItem(name="a", picture=path).stamp()
-    assert before == ImageItem(name="b", picture=str(path)).stamp()
+    before = ImageItem(name="a", image=path).stamp()
+    assert before == ImageItem(name="b", image=str(path)).stamp()
     changed = bytearray(png(0))
     changed[-1] ^= 1
     path.write_bytes(changed)
     os.utime(path, ns=(0, int(before.split("\0")[2])))  # as if nothing had happened
-    assert ImageItem(name="a", picture=path).stamp() != before
-    assert ImageItem(name="a", picture=tmp_path / "gone").stamp() is None
-    assert ImageItem(name="a", picture=png()).stamp() is None
+    assert ImageItem(name="a", image=path).stamp() != before
+    assert ImageItem(name="a", image=tmp_path / "gone").stamp() is None
+    assert ImageItem(name="a", image=png()).stamp() is None
 
 
 def test_what_cannot_be_read_is_a_sentence(tmp_path):
@@ -180,7 +174,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path):
         (tmp_path, "cannot be read"),
     ):
         with pytest.raises(InputError, match=words):
-            ImageItem(name="x", picture=picture).digest()
+            ImageItem(name="x", image=picture).digest()
 
 
 # ── preparing them (R5) ──
@@ -189,7 +183,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path):
 def test_R5_bad_pictures_are_counted_and_named(tmp_path):
     bad = [b"", b"no picture", png()[:200]]
     reader = ImageReader(DOGS, TARGET, log=tmp_path / "work" / "left-out.tsv")
-    items = [ImageItem(name=f"{i}.png", picture=one) for i, one in enumerate([png(), *bad, png(1)])]
+    items = [ImageItem(name=f"{i}.png", image=one) for i, one in enumerate([png(), *bad, png(1)])]
     found = list(reader.prepare_all(items))
     assert [isinstance(one, PreparedImage) for one in found] == [True, False, False, False, True]
     assert list(reader.left_out) == ["1.png", "2.png", "3.png"]
@@ -204,7 +198,7 @@ def test_R5_bad_pictures_are_counted_and_named(tmp_path):
 def test_R5_strict_stops_at_the_first():
     reader = ImageReader(DOGS, TARGET, strict=True)
     with pytest.raises(InputError, match=r"2\.png: .* not a picture") as caught:
-        list(reader.prepare_all([ImageItem(name="2.png", picture=b"no picture")]))
+        list(reader.prepare_all([ImageItem(name="2.png", image=b"no picture")]))
     assert caught.value.exit_code == 3
     assert "without --strict" in caught.value.hint
 
@@ -218,8 +212,8 @@ def test_few_pictures_are_warned_about():
 def test_masks_are_there_if_wanted_and_only_then():
     image, mask = drawn_face()
     items = [
-        ImageItem(name="a", picture=PreparedImage(image=image, mask=mask)),
-        ImageItem(name="b", picture=PreparedImage(image=image)),
+        ImageItem(name="a", image=PreparedImage(image=image, mask=mask)),
+        ImageItem(name="b", image=PreparedImage(image=image)),
     ]
     wanted = PreparationTarget(size=32, base="tiny")
     own, white = ImageReader(DOGS, wanted).prepare_all(items)

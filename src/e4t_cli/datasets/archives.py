@@ -126,11 +126,9 @@ class ShardSource(IterableSource):
                 self.other_files += 1
                 continue
             shard = str(sample.get("__url__", "")).rpartition("/")[2]
-            yield ImageItem(name=f"{shard}/{sample['__key__']}.{found}", picture=sample[found])
+            yield ImageItem(name=f"{shard}/{sample['__key__']}.{found}", image=sample[found])
         for shard, why in broken.items():
-            yield ImageItem(
-                name=shard, picture=b"", fault=f"this shard breaks off: {printable(why)}"
-            )
+            yield ImageItem(name=shard, image=b"", fault=f"this shard breaks off: {printable(why)}")
 
 
 def shard_paths(pattern: str) -> list[str]:
@@ -222,9 +220,9 @@ class ArrowSource(MapStyleSource):
         found = self._table[index][self._column] or {}
         name = f"row {index}"
         if found.get("bytes") is not None:
-            return ImageItem(name=name, picture=found["bytes"])
+            return ImageItem(name=name, image=found["bytes"])
         # An empty row is a bad image like any other.
-        return ImageItem(name=name, picture=found["path"] if found.get("path") else b"")
+        return ImageItem(name=name, image=found["path"] if found.get("path") else b"")
 
     @property
     def fingerprint(self) -> str:

@@ -30,12 +30,12 @@ class ImageItem:
 
     Args:
         name: unique in its source; for a file its path below the source's folder.
-        picture: a path, bytes, a PIL image, or an image that is prepared already.
+        image: a path, bytes, a PIL image, or an image that is prepared already.
         fault: why there is none, if that is known already.
     """
 
     name: str
-    picture: Picture | PreparedImage
+    image: Picture | PreparedImage
     fault: str = ""
 
     def digest(self) -> bytes:
@@ -45,23 +45,23 @@ class ImageItem:
             InputError: it cannot be read. Caches hash these messages in place of the content, so
                 their wording is part of the format.
         """
-        picture = self.picture
+        image = self.image
         if self.fault:
             raise InputError(self.fault)
-        if isinstance(picture, PreparedImage):
-            parts = [image_sha256(one) for one in (picture.image, picture.mask) if one is not None]
+        if isinstance(image, PreparedImage):
+            parts = [image_sha256(one) for one in (image.image, image.mask) if one is not None]
             return hashlib.sha256(" ".join(parts).encode()).digest()
         try:
-            if isinstance(picture, Image.Image):
-                exif = picture.getexif().tobytes()
-                return hashlib.sha256(image_sha256(picture).encode() + exif).digest()
-            if isinstance(picture, bytes):
-                return hashlib.sha256(picture).digest()
-            if isinstance(picture, str | os.PathLike):
-                return _file_digest(Path(picture))
-            picture.seek(0)
-            found = hashlib.sha256(picture.read(MAX_BYTES + 1)).digest()
-            picture.seek(0)
+            if isinstance(image, Image.Image):
+                exif = image.getexif().tobytes()
+                return hashlib.sha256(image_sha256(image).encode() + exif).digest()
+            if isinstance(image, bytes):
+                return hashlib.sha256(image).digest()
+            if isinstance(image, str | os.PathLike):
+                return _file_digest(Path(image))
+            image.seek(0)
+            found = hashlib.sha256(image.read(MAX_BYTES + 1)).digest()
+            image.seek(0)
             return found
         except InputError:
             raise
@@ -72,9 +72,9 @@ class ImageItem:
 
     def stamp(self) -> str | None:
         """Return path, size and times of a file, without reading it; None for anything else."""
-        if not isinstance(self.picture, str | os.PathLike):
+        if not isinstance(self.image, str | os.PathLike):
             return None
-        path = os.path.abspath(self.picture)
+        path = os.path.abspath(self.image)
         try:
             about = os.stat(path)
         except OSError:
@@ -90,9 +90,9 @@ class ImageItem:
         """
         if self.fault:
             raise InputError(self.fault)
-        if isinstance(self.picture, PreparedImage):
-            return self.picture
-        return prepare_image(domain, open_picture(self.picture).image, target)
+        if isinstance(self.image, PreparedImage):
+            return self.image
+        return prepare_image(domain, open_picture(self.image).image, target)
 
 
 def _file_digest(path: Path) -> bytes:
@@ -192,7 +192,7 @@ class FolderSource(MapStyleSource):
 
     def __getitem__(self, index: int) -> ImageItem:
         name = self._names[index]
-        return ImageItem(name=name, picture=self.root / name)
+        return ImageItem(name=name, image=self.root / name)
 
     @property
     def fingerprint(self) -> str:
@@ -236,19 +236,19 @@ class SequenceSource(MapStyleSource):
         InputError: it is empty.
     """
 
-    def __init__(self, pictures: Sequence[Any]) -> None:
-        if not len(pictures):
+    def __init__(self, images: Sequence[Any]) -> None:
+        if not len(images):
             raise InputError("there are no images to train on")
-        super().__init__(f"{len(pictures)} images")
-        self._pictures = pictures
+        super().__init__(f"{len(images)} images")
+        self._images = images
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> ImageItem:
-        picture = self._pictures[index]
-        name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else None
-        return ImageItem(name=f"image {index}" if name is None else str(name), picture=picture)
+        image = self._images[index]
+        name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+        return ImageItem(name=f"image {index}" if name is None else str(name), image=image)
 
     @property
     def fingerprint(self) -> str:
@@ -266,13 +266,13 @@ class SinglePassSource(ImageSource):
 
     fingerprint = ""
 
-    def __init__(self, pictures: Iterable[Any]) -> None:
+    def __init__(self, images: Iterable[Any]) -> None:
         super().__init__("an iterable of images")
-        self._pictures = pictures
+        self._images = images
 
     def __iter__(self) -> Iterator[ImageItem]:
-        for index, picture in enumerate(self._pictures):
-            yield ImageItem(name=f"image {index}", picture=picture)
+        for index, image in enumerate(self._images):
+            yield ImageItem(name=f"image {index}", image=image)
 
 
 def find_source(
