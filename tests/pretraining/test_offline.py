@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from e4t_cli import pretrain
+from e4t_cli.api.dry_run import plan_pretraining
 from e4t_cli.datasets.sources import find_source
 from e4t_cli.errors import UsageError, WeightsUnavailable
 from e4t_cli.pretraining.logging import LoggerConfig, TrainingLogger, check_trackers
@@ -58,9 +59,12 @@ def test_remote_shards_are_refused_before_any_connection(server, tmp_path, monke
     listed = tmp_path / "shards.txt"
     listed.write_text(f"{server.url}/a.tar\n")
     for data in (f"{server.url}/a.tar", f"{server.url}/a-{{0..3}}.tar", listed):
-        with pytest.raises(WeightsUnavailable, match=r"not on this machine.* offline") as caught:
-            pretrain("dogs", data, offline=True)
-        assert caught.value.exit_code == 4
+        for function in (pretrain, plan_pretraining):
+            with pytest.raises(
+                WeightsUnavailable, match="not on this machine, and e4t is"
+            ) as caught:
+                function("dogs", data, offline=True)
+            assert caught.value.exit_code == 4
     monkeypatch.setenv("E4T_OFFLINE", "1")
     with pytest.raises(WeightsUnavailable):
         pretrain("dogs", listed)
