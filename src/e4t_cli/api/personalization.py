@@ -29,7 +29,7 @@ from e4t_cli.errors import WeightsUnavailable
 from e4t_cli.hub.bases import e4t_diffusion_repository
 from e4t_cli.hub.paths import AskLicence, HubAccess
 from e4t_cli.hub.resolve import look_up_base
-from e4t_cli.images.loading import ImageSource, open_image
+from e4t_cli.images.loading import ImageInput, open_image
 from e4t_cli.images.preparation import prepare_photo
 from e4t_cli.images.results import GeneratedImage, Personalization
 from e4t_cli.progress import ProgressCallback
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 def plan(
     domain: str | os.PathLike[str] | Domain,
-    image: ImageSource,
+    image: ImageInput,
     prompts: str | Sequence[str] = (),
     *,
     num_images_per_prompt: int = 1,
@@ -94,7 +94,7 @@ ImageCallback = Callable[[GeneratedImage], None]
 
 def personalize(
     domain: str | os.PathLike[str] | Domain,
-    image: ImageSource,
+    image: ImageInput,
     prompts: str | Sequence[str] = (),
     *,
     num_images_per_prompt: int = 1,
@@ -103,7 +103,7 @@ def personalize(
     tuning: str | None = None,
     tune_steps: int | None = None,
     sampling: SamplingConfig | Mapping[str, Any] | None = None,
-    mask: ImageSource = "auto",
+    mask: ImageInput = "auto",
     align: bool = True,
     face: str | int = "largest",
     require_face: bool = False,

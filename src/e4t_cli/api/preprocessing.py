@@ -11,7 +11,7 @@ from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.paths import AskLicence, HubAccess
 from e4t_cli.hub.resolve import look_up_base
 from e4t_cli.images.decoding import OpenedImage
-from e4t_cli.images.loading import ImageSource, open_image, open_mask
+from e4t_cli.images.loading import ImageInput, open_image, open_mask
 from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downloader
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage, check_which
@@ -20,7 +20,7 @@ PreparedCallback = Callable[[PreparedImage], None]
 WORDS = "words"
 
 
-def resolve_mask(mask: ImageSource, photo: OpenedImage) -> MaskSource:
+def resolve_mask(mask: ImageInput, photo: OpenedImage) -> MaskSource:
     """Return what was asked for as a mask.
 
     Args:
@@ -78,10 +78,10 @@ def preparation_target(
 
 def prepare(
     domain: str | os.PathLike[str] | Domain,
-    image: ImageSource,
+    image: ImageInput,
     *,
     base: str | os.PathLike[str] = "auto",
-    mask: ImageSource = "auto",
+    mask: ImageInput = "auto",
     align: bool = True,
     face: str | int = "largest",
     require_face: bool = False,
