@@ -318,7 +318,7 @@ def test_pretrain_makes_a_domain_that_is_listed_and_works(run, world, tmp_path, 
     made = run(*arguments, "--base", str(world.base), "--steps", "1")
     assert made.code == 0, made.err
     assert made.lines[0].endswith("domains/my_dogs")
-    assert "1 picture was left out" in made.err and "broken.png" in made.err
+    assert "1 image was left out" in made.err and "broken.png" in made.err
     row = next(row for row in run("domains", "list").lines if row.startswith("my_dogs"))
     assert "tiny ready" in row
     drawn = run("personalize", "my_dogs", str(world.photo), "S* on the beach", "--base",
