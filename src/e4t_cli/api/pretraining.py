@@ -1,23 +1,24 @@
-"""One pre-training whose base is loaded: what `pretrain` and its rehearsal have in common.
-
-`pretrain`: pictures in, a domain of your own out.
-"""
+"""`pretrain`: trains a new domain on images (section 3.3), so that `personalize` can use it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
+from e4t_cli.api.options import PretrainKeywords, PretrainOptions, TrainingOptions
 from e4t_cli.api.pretraining_setup import (
+    CacheChoice,
     NewDomain,
     check_cache,
+    check_descriptor,
     check_new_name,
     choose_cache,
+    choose_descriptor,
     plan_domain,
     training_data,
 )
@@ -25,238 +26,239 @@ from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
 from e4t_cli.datasets.reader import Preparation
 from e4t_cli.datasets.sources import Source, find_source, hold_out
-from e4t_cli.hub.paths import AskLicence, HubAccess
 from e4t_cli.images.loading import Picture
 from e4t_cli.images.preparation import fetcher
-from e4t_cli.progress import Progress, ProgressCallback, StopRequest
+from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 if TYPE_CHECKING:
-    from e4t_cli.models.text_to_image import TextToImageModel
+    from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.pretraining.batches import DistributedContext
+    from e4t_cli.pretraining.encoded_images import TrainingData
+    from e4t_cli.pretraining.loop import PretrainingStep
+
+    StepCallback = Callable[[PretrainingStep], None]
+
+Data = str | os.PathLike[str] | Iterable[Picture | PreparedImage]
 
 
-@dataclass
 class PretrainingRun:
-    """One pre-training whose base is loaded: its word, its preparation, what is written down.
+    """One pre-training whose base is loaded; `pretrain` and `plan_pretraining` share it.
 
     Args:
-        source: of the pictures; less those that were held out.
-        strict: whether a picture that cannot be used stops the run.
+        session: with the base loaded.
+        plan: what is trained.
+        source: of the images.
+        options: of the run.
+
+    Attributes:
+        domain: with its final descriptor.
+        source: less the images that were held out.
+        preparation: of each image.
+        samples: images that the run trains on, repetitions counted.
     """
 
-    session: Session
-    plan: NewDomain
-    source: Source
-    access: HubAccess
-    processes: DistributedContext
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        from e4t_cli.api.pretraining_setup import check_descriptor, choose_descriptor
-
-        model, domain = self.session.model, self.plan.domain
-        if self.plan.names_itself:
-            word = choose_descriptor(domain.name, model)
-            self.session.report(Progress(stage="load", remark=f"the descriptor is {word!r}"))
+    def __init__(
+        self,
+        session: Session,
+        plan: NewDomain,
+        source: Source,
+        options: TrainingOptions,
+        processes: DistributedContext,
+    ) -> None:
+        self.session, self.plan, self.source = session, plan, source
+        self.options, self.processes = options, processes
+        model, config = session.model, plan.config
+        if plan.names_itself:
+            word = choose_descriptor(plan.domain.name, model)
+            session.report(Progress(stage="load", remark=f"the descriptor is {word!r}"))
         else:
-            word = check_descriptor(domain.descriptor, model)
-        self.domain = replace(domain, descriptor=word)
+            word = check_descriptor(plan.domain.descriptor, model)
+        self.domain = replace(plan.domain, descriptor=word)
         target = PreparationTarget(
             size=model.resolution,
             base=model.base.name,
-            mask="auto" if self.plan.config.mask else None,
+            mask="auto" if config.mask else None,
             device=str(model.device),
-            fetch=fetcher(self.access),
+            fetch=fetcher(session.access),
         )
-        log = self.plan.work / "left-out.tsv" if self.processes.first else None
-        self.preparation = Preparation(self.domain, target, strict=self.strict, log=log)
+        log = plan.work / "left-out.tsv" if processes.first else None
+        self.preparation = Preparation(self.domain, target, strict=options.strict, log=log)
+        self.samples = config.steps * config.batch_size * processes.count
+
+    def choose_cache(self) -> CacheChoice:
+        """Return whether the encoded images are kept on the disk."""
+        mask, cache = self.plan.config.mask, self.options.cache
+        return choose_cache(cache, self.source, self.session.model, self.samples, mask=mask)
 
     def hold_out(self) -> list[PreparedImage]:
-        """Take a few pictures out of training, for contact sheets."""
+        """Take a few images out of training, for contact sheets."""
         self.source, held_out = hold_out(self.source, self.preparation)
         if not held_out:
-            self.session.note("encode", "too few pictures to hold some out: no contact sheets")
+            self.session.note("encode", "too few images to hold some out: no contact sheets")
         return held_out
 
-    def settings(self) -> dict[str, Any]:
-        """Return what `pretrain_domain` is told in any case."""
-        return {
-            "name": self.domain.name,
-            "descriptor": self.domain.descriptor,
-            "config": self.plan.config,
-            "tuning": self.plan.tuning,
-            "templates": training_templates(self.domain),
-            "autocast": self.session.model.device.type == "cuda",
-        }
+    def train(
+        self,
+        data: TrainingData,
+        *,
+        on_step: StepCallback | None,
+        steps: int | None = None,
+        saved: PretrainOptions | None = None,
+        on_progress: ProgressCallback | None = None,
+        seed: int = 0,
+    ) -> DomainWeights:
+        """Run the training loop.
+
+        Args:
+            data: of this run's base.
+            on_step, on_progress: called in the first process.
+            steps: instead of the config's.
+            saved: how checkpoints are written and read; None writes none.
+        """
+        from e4t_cli.pretraining.loop import pretrain_domain
+
+        config = self.plan.config
+        every = saved.checkpoint_every if saved is not None else None
+        return pretrain_domain(
+            self.session.model,
+            data,
+            name=self.domain.name,
+            descriptor=self.domain.descriptor,
+            config=config if steps is None else config.replace(steps=steps),
+            tuning=self.plan.tuning,
+            templates=training_templates(self.domain),
+            seed=seed,
+            licence=self.domain.licence,
+            autocast=self.session.model.device.type == "cuda",
+            micro_batch=self.options.micro_batch,
+            processes=self.processes,
+            checkpoints=self.plan.work if saved is not None else None,
+            checkpoint_every=every or 500,
+            resume=saved is None or saved.resume,
+            force=saved is not None and saved.force,
+            stop=saved.stop if saved is not None else None,
+            on_progress=on_progress,
+            on_step=on_step,
+        )
 
     @contextlib.contextmanager
-    def watched(
-        self, held_out: list[PreparedImage], sample_every: int, trackers: Sequence[Any]
-    ) -> Iterator[dict[str, Any]]:
-        """Hand out the callbacks that write down the losses and draw on the way."""
+    def logged(
+        self, held_out: list[PreparedImage], options: PretrainOptions
+    ) -> Iterator[tuple[ProgressCallback, StepCallback | None]]:
+        """Yield `on_progress` and `on_step`, which log the losses and generate contact sheets."""
         from e4t_cli.pretraining.logging import LoggerConfig, TrainingLogger
 
         report = self.session.report
         if not self.processes.first:
-            yield {"on_progress": report}
+            yield report, None
             return
-        watching = LoggerConfig(
+        config = LoggerConfig(
             folder=self.plan.work / "training",
-            sample_every=sample_every,
+            sample_every=options.sample_every,
             images=held_out,
-            trackers=tuple(trackers),
+            trackers=tuple(options.trackers),
         )
-        watch = TrainingLogger(
-            watching, self.session.model, name=self.domain.name,
+        logger = TrainingLogger(
+            config, self.session.model, name=self.domain.name,
             settings=self.plan.config.as_dict(), on_progress=report,
         )  # fmt: skip
 
         def both(event: Progress) -> None:
-            watch.report(event)
+            logger.report(event)
             report(event)
 
-        with watch:
-            yield {"on_progress": both, "on_step": watch.look}
+        with logger:
+            yield both, logger.look
 
-    def keep_story(self) -> None:
-        """Move what tells of the run to the pack; the checkpoints led to it and go."""
-        work, story = self.plan.work, self.plan.folder / "training"
+    def keep_logs(self) -> None:
+        """Move logs and contact sheets to the domain folder, and remove the checkpoints."""
+        work, kept = self.plan.work, self.plan.folder / "training"
         log = work / "left-out.tsv"
-        with contextlib.suppress(OSError):  # the pack is whole; the rest is worth no error
-            story.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # the domain weights are complete without them
+            kept.mkdir(exist_ok=True)
             for path in (log, *(work / "training").glob("*")):
                 if path.exists():
-                    os.replace(path, story / path.name)
-            if (story / log.name).exists():
-                sentence = f"the pictures left out are named in {story / log.name}"
-                self.session.report(Progress(stage="pretrain", remark=sentence))
+                    os.replace(path, kept / path.name)
+            if (kept / log.name).exists():
+                text = f"the images left out are named in {kept / log.name}"
+                self.session.report(Progress(stage="pretrain", remark=text))
         shutil.rmtree(work, ignore_errors=True)
 
 
-def own_device(device: str, processes: DistributedContext) -> str:
-    """Return the device of this process: a launcher gives each of them another one."""
-    return device if processes.device is None else str(processes.device)
-
-
-Data = str | os.PathLike[str] | Iterable[Picture | PreparedImage]
+def process_options(options: TrainingOptions, processes: DistributedContext) -> TrainingOptions:
+    """Return the options of this process: a launcher assigns each its device, the first reports."""
+    return replace(
+        options,
+        device=options.device if processes.device is None else str(processes.device),
+        on_progress=options.on_progress if processes.first else None,
+    )
 
 
 def pretrain(
     name: str | Domain,
     data: Data,
     *,
-    descriptor: str | None = None,
-    base: str | os.PathLike[str] | TextToImageModel = "auto",
     config: PretrainingConfig | None = None,
     tuning: TuningConfig | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    base_learning_rate: float | None = None,
-    reg_weight: float | None = None,
-    micro_batch: int | None = None,
     seed: int = 0,
-    cache: str = "auto",
-    strict: bool = False,
-    sample_every: int = 0,
-    trackers: Sequence[Any] = (),
-    checkpoint_every: int | None = None,
-    resume: bool = True,
-    force: bool = False,
     folder: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    offline: bool = False,
-    accept_license: bool | AskLicence = False,
-    stop: StopRequest | None = None,
-    on_progress: ProgressCallback | None = None,
+    **options: Unpack[PretrainKeywords],
 ) -> Path:
-    """Pre-train a domain on pictures (section 3.3), so that `personalize` can use it.
+    """Pre-train a domain on images (section 3.3), so that `personalize` can use it.
 
     Args:
         name: of the domain: a new one, or an installed one that lacks weights for this base; or a
-            `Domain` with a preparation and sentences of its own.
-        data: a folder of pictures (sub-folders count), tar shards, a dataset (see `find_source`),
-            or any iterable of pictures.
-        descriptor: the everyday word for such things; the installed domain's, or the longest word
-            of a new name that is one token of the base.
-        base: as in `personalize`.
-        recipe, tuning: the numbers of training and those that the pack will carry; by default
-            the installed domain's, for a new one those of a pack that was made for this base.
-        steps, batch_size, base_learning_rate, embedding_penalty: instead of the recipe's.
-        micro_batch: samples that are in memory at once; None is the whole batch.
-        seed: of the first weights and of every draw.
-        cache: "on" looks at each picture once and keeps what it saw in the user's cache, "off"
-            looks anew each time; "auto" is on from the second pass over the pictures on.
-        strict: stop at the first picture that cannot be used; otherwise they are left out,
-            counted and named in a log.
-        sample_every: steps between two contact sheets of a few held-out pictures; 0: none.
-        trackers: names that accelerate knows, such as "tensorboard".
-        checkpoint_every: steps between two checkpoints.
-        resume: go on from the last checkpoint of an interrupted run that was called alike.
-        force: go on also if settings differ.
-        folder: where the pack goes; by default among the user's own domains.
-        offline, accept_license: as in `personalize`.
-        stop: asks the run to save itself and to end in KeyboardInterrupt.
+            `Domain` with its own preparation and prompt templates.
+        data: a folder of images with its sub-folders, tar shards, a dataset (see `find_source`),
+            or any iterable of images.
+        config, tuning: of the pre-training, and of later personalization; by default the installed
+            domain's, for a new one those of domain weights that were made for this base.
+        seed: of the initial weights and of all random numbers.
+        folder: where the domain weights go; by default among the user domains.
+        options: keywords, see `e4t_cli.api.options`: base, device, dtype, offline, accept_license,
+            on_progress (`RunOptions`); descriptor, steps, batch_size, base_learning_rate,
+            reg_weight, micro_batch, cache, strict (`TrainingOptions`); sample_every, trackers,
+            checkpoint_every, resume, force, stop (`PretrainOptions`).
 
     Returns:
         The folder, which `e4t domains list` shows and `personalize` accepts. Inside, `training/`
-        has the losses, their curve, the sheets, and the names of pictures that were left out.
+        has the losses, their curve, contact sheets, and the names of images that were left out.
 
     Raises:
-        UsageError: the name or the word cannot be used, or there is such a pack already.
-        InputError: there is no usable picture.
+        UsageError: the name or the descriptor cannot be used, or there are such weights already.
+        InputError: there is no usable image.
         E4TError: another of its children.
     """
+    asked = PretrainOptions(**options)
     check_new_name(name)
-    check_cache(cache)
+    check_cache(asked.cache)
     source = find_source(data)
     from e4t_cli.pretraining.batches import init_distributed
-    from e4t_cli.pretraining.loop import pretrain_domain
 
-    with init_distributed(device) as processes:
-        listener = on_progress if processes.first else None
-        session = Session(own_device(device, processes), dtype, listener)
-        access = HubAccess(
-            offline=offline, accept_license=accept_license, on_progress=session.report
-        )
-        place = resolve_base(base, access, device=device, dtype=dtype, safety=False)
+    with init_distributed(asked.device) as processes:
+        session = Session(process_options(asked, processes))
+        base = resolve_base(asked, session.access, safety=False)
         plan = plan_domain(
-            name, base_name(place), descriptor=descriptor, config=config, tuning=tuning,
-            folder=folder, steps=steps, batch_size=batch_size,
-            base_learning_rate=base_learning_rate, reg_weight=reg_weight,
-        )  # fmt: skip
+            name, base_name(base), asked, config=config, tuning=tuning, folder=folder
+        )
         with session.running():
-            session.load(place, None)
-            run = PretrainingRun(session, plan, source, access, processes, strict=strict)
-            held_out = run.hold_out() if sample_every else []
-            samples = plan.config.steps * plan.config.batch_size * processes.count
-            choice = choose_cache(cache, run.source, session.model, samples, mask=plan.config.mask)
+            session.load(base, None)
+            run = PretrainingRun(session, plan, source, asked, processes)
+            held_out = run.hold_out() if asked.sample_every else []
             with (
                 training_data(
-                    session.model, run.source, run.preparation, choice,
+                    session.model, run.source, run.preparation, run.choose_cache(),
                     processes=processes, on_progress=session.report,
                 ) as encoded,
-                run.watched(held_out, sample_every, trackers) as callbacks,
+                run.logged(held_out, asked) as (on_progress, on_step),
             ):  # fmt: skip
-                pack = pretrain_domain(
-                    session.model,
-                    encoded,
-                    seed=seed,
-                    licence=run.domain.licence,
-                    micro_batch=micro_batch,
-                    processes=processes,
-                    checkpoints=plan.work,
-                    resume=resume,
-                    force=force,
-                    stop=stop,
-                    **run.settings(),
-                    **callbacks,
-                    **({"checkpoint_every": checkpoint_every} if checkpoint_every else {}),
+                trained = run.train(
+                    encoded, on_step=on_step, saved=asked, on_progress=on_progress, seed=seed
                 )
             if processes.first:
-                pack.save(plan.folder)
-                run.keep_story()
+                trained.save(plan.folder)
+                run.keep_logs()
     return plan.folder
