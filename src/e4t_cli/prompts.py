@@ -2,9 +2,9 @@
 
 A regular expression finds S*, never the tokenizer: a tokenizer lower-cases, splits "S*" in two and,
 once it is in its vocabulary, also finds it inside words. The rule, after NFKC normalisation
-(full-width letters become plain ones): "S*" in either case, or in angle brackets, that neither touches a
-letter, a digit or "_" nor a further "*". So `S*`, `s*`, `S*'s`, `"S*,"`, `S*-style`, `<S*>` are
-the placeholder; `S *`, `S**`, `aS*`, `S*x` are not.
+(full-width letters become plain ones): "S*" in either case, or in angle brackets, that touches
+neither a letter, a digit or "_" nor a further "*". So `S*`, `s*`, `S*'s`, `"S*,"`, `S*-style`,
+`<S*>` are the placeholder; `S *`, `S**`, `aS*`, `S*x` are not.
 """
 
 from __future__ import annotations

@@ -395,7 +395,7 @@ def test_a_tuned_checkpoint_becomes_a_concept(
     folder = checkpoints.write_checkpoint(
         tmp_path / "tuned", encoder, state, settings, name="unet.pt"
     )
-    with pytest.raises(UsageError, match="the picture it was tuned on"):
+    with pytest.raises(UsageError, match="the image it was tuned on"):
         import_concept(folder, tmp_path / "x.e4t", base=base_folder)
     drawn_face(size=80)[0].save(folder / "domain.png")
     with pytest.raises(UsageError, match=r"no unet\.pt"):

@@ -136,17 +136,14 @@ class Imported:
     """A checkpoint that was converted to domain weights.
 
     Args:
-        name: of the domain.
-        base: that it is for.
+        name, base: of the domain, and of the base that it is for.
         folder: of the domain weights.
-        checkpoint: what was read.
         summary: what was converted, one sentence.
     """
 
     name: str
     base: str
     folder: Path
-    checkpoint: Checkpoint
     summary: str
 
 
@@ -189,9 +186,7 @@ def import_checkpoint(
         note = "this checkpoint was tuned on one image: it knows one subject better than others"
         asked.on_progress(Progress(stage="convert", note=note))
     result = convert(request, target, asked.on_progress)
-    return Imported(
-        name=chosen, base=base, folder=target, checkpoint=checkpoint, summary=result.sentence()
-    )
+    return Imported(name=chosen, base=base, folder=target, summary=result.sentence())
 
 
 def conversion_request(
@@ -203,8 +198,8 @@ def conversion_request(
 ) -> ConversionRequest:
     # The paper's values for cats, its domain of objects without masks (section 3.5).
     usual = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
-    pretraining = domain.pretraining if domain else None
-    plain = Domain(name="x", descriptor=checkpoint.descriptor, tuning=usual)
+    domain = domain or Domain(name="x", descriptor=checkpoint.descriptor, tuning=usual)
+    pretraining = domain.pretraining or PretrainingConfig(steps=60_000)
     return ConversionRequest(
         folder=str(checkpoint.folder.resolve()),
         weights=checkpoint.weights,
@@ -212,11 +207,9 @@ def conversion_request(
         name=name,
         descriptor=checkpoint.descriptor,
         base=base,
-        tuning=domain.tuning if domain else usual,
-        pretraining=(pretraining or PretrainingConfig(steps=60_000)).replace(
-            embedding_scale=checkpoint.scale
-        ),
-        templates=tuple(training_templates(domain or plain)),
+        tuning=domain.tuning,
+        pretraining=pretraining.replace(embedding_scale=checkpoint.scale),
+        templates=tuple(training_templates(domain)),
         image_tower=f"its own: {checkpoint.tower}, trained further",
     )
 
@@ -224,9 +217,8 @@ def conversion_request(
 def _domain_alike(checkpoint: Checkpoint, name: str | None) -> Domain | None:
     """Return the installed domain whose configs fit: of that name, or of that descriptor."""
     known = [one.domain for one in installed_domains() if one.domain is not None]
-    named = [one for one in known if one.name == name]
-    described = [one for one in known if one.descriptor == checkpoint.descriptor]
-    return next(iter(named + described), None)
+    alike = [one for one in known if name == one.name or checkpoint.descriptor == one.descriptor]
+    return min(alike, key=lambda one: one.name != name, default=None)
 
 
 def _base_name(
