@@ -235,7 +235,7 @@ def test_unknown_bases_and_taken_names(checkpoint, base_folder):
     (checkpoint / "config.json").write_text(
         json.dumps(checkpoints.config(pretrained_model_name_or_path="/home/somebody/model"))
     )
-    with pytest.raises(UsageError, match="means nothing here"):
+    with pytest.raises(UsageError, match="is no known base"):
         import_checkpoint(checkpoint)
     (user_domains_folder() / "face").mkdir(parents=True)
     with pytest.raises(UsageError, match="there is a domain in"):

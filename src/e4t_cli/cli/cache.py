@@ -10,7 +10,7 @@ import typer
 from e4t_cli.cli import console as terminal
 from e4t_cli.cli import options
 from e4t_cli.cli.options import Json, Quiet, Yes
-from e4t_cli.errors import IntegrityError, UsageError
+from e4t_cli.errors import IntegrityError
 from e4t_cli.files import shown_size
 from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
 from e4t_cli.hub.paths import hub_cache, user_cache
@@ -87,7 +87,7 @@ def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     found = hub_files.prunable()
     if found:
         size = shown_size(sum(item.size for item in found))
-        _make_sure(console, yes, f"remove {len(found)} files, {size}, that are not needed?")
+        console.confirm(yes, f"remove {len(found)} files, {size}, that are not needed?")
     for item in hub_files.prune(found):
         console.product(str(item.path), {"type": "removed", **item.as_dict()})
     if not found:
@@ -103,15 +103,10 @@ def remove(names: Names, yes: Yes = False, json: Json = False, quiet: Quiet = Fa
     found = [item for name in names for item in hub_files.find_items(name)]
     size = shown_size(sum(item.size for item in found))
     what = ", ".join(dict.fromkeys(item.name for item in found))
-    _make_sure(console, yes, f"remove {what}, {size}?")
+    console.confirm(yes, f"remove {what}, {size}?")
     for item in found:
         hub_files.remove(item)
         console.product(str(item.path), {"type": "removed", **item.as_dict()})
-
-
-def _make_sure(console: terminal.Console, yes: bool, question: str) -> None:
-    if not yes and not console.ask(question):
-        raise UsageError("nothing was removed", hint="-y removes without asking")
 
 
 FETCH_EXAMPLES = """

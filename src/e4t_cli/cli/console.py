@@ -26,7 +26,7 @@ from e4t_cli.cli.progress import (
     rich_console,
     stderr_is_terminal,
 )
-from e4t_cli.errors import E4TError, printable
+from e4t_cli.errors import E4TError, UsageError, printable
 from e4t_cli.progress import Progress, StopRequest
 
 if TYPE_CHECKING:
@@ -93,6 +93,16 @@ class Console:
         finally:
             if self._live is not None:
                 self._live.start()
+
+    def confirm(self, yes: bool, question: str, *, verb: str = "remove") -> None:
+        """Ask before something is removed or uploaded, unless ``-y`` was given.
+
+        Raises:
+            UsageError: the answer is no.
+        """
+        if not yes and not self.ask(question):
+            done = f"{verb}d" if verb.endswith("e") else f"{verb}ed"
+            raise UsageError(f"nothing was {done}", hint=f"-y {verb}s without asking")
 
     def consent(self, given: bool) -> bool | Callable[[str], bool]:
         """Return `accept_license` for the library: whether it was given, or a way to ask."""

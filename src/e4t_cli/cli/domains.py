@@ -10,7 +10,7 @@ import typer
 
 from e4t_cli.cli import console as terminal
 from e4t_cli.cli.options import DomainName, Json, Offline, Quiet, Yes, complete_domain
-from e4t_cli.errors import E4TError, UsageError
+from e4t_cli.errors import E4TError
 from e4t_cli.files import shown_size
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def source_text(listing: Listing) -> str:
     return f"{listing.package} {listing.version}".strip()
 
 
+@app.command("info")
 def domain_info(name: DomainName, json: Json = False) -> None:
     """Show everything about one domain: its weights, their files, configs, licence and limits."""
     from e4t_cli.registry.discovery import find_listing
@@ -183,6 +184,7 @@ Source = Annotated[
 ]
 
 
+@app.command("add", epilog=ADD_EXAMPLES)
 def add(source: Source, offline: Offline = False, json: Json = False, quiet: Quiet = False) -> None:
     """Add a domain from a folder, a zip or the hub; it is added only if all checks pass."""
     from e4t_cli.registry.store import add_domain  # imports pydantic: too slow for --help
@@ -213,14 +215,14 @@ UserDomainName = Annotated[
 ]
 
 
+@app.command("rm")
 def rm(name: UserDomainName, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     """Remove a user domain; a package's domain is removed by its package manager."""
     from e4t_cli.registry.store import find_own_folder, remove_domain
 
     console = terminal.start(json=json, quiet=quiet)
     folder = find_own_folder(name)
-    if not yes and not console.ask(f"remove {folder} with its weights?"):
-        raise UsageError("nothing was removed", hint="-y removes without asking")
+    console.confirm(yes, f"remove {folder} with its weights?")
     path = str(remove_domain(name))
     console.product(path, {"type": "removed", "name": folder.name, "path": path})
 
@@ -238,6 +240,7 @@ Subject = Annotated[
 ]
 
 
+@app.command("check", epilog=CHECK_EXAMPLES)
 def check(subject: Subject, json: Json = False, quiet: Quiet = False) -> None:
     """Run every check on a domain: its value, prompt templates, preparation and weights."""
     console = terminal.start(json=json, quiet=quiet)
@@ -282,6 +285,7 @@ Pack = Annotated[
 ]
 
 
+@app.command("new", epilog=NEW_EXAMPLES)
 def new(
     name: NewName,
     directory: Directory = None,
@@ -318,6 +322,7 @@ PushLicence = Annotated[
 Public = Annotated[bool, typer.Option("--public", help="For everybody; otherwise it is private.")]
 
 
+@app.command("push", epilog=PUSH_EXAMPLES)
 def push(
     name: DomainName,
     repository: Repository,
@@ -338,8 +343,8 @@ def push(
     console = terminal.start(json=json, quiet=quiet)
     domain = find_domain(name)
     how = "publicly" if public else "privately"
-    if not yes and not console.ask(f"upload the weights of {domain.name} to {repository}, {how}?"):
-        raise UsageError("nothing was uploaded", hint="-y uploads without asking")
+    question = f"upload the weights of {domain.name} to {repository}, {how}?"
+    console.confirm(yes, question, verb="upload")
     with console.progress() as on_progress:
         done = publish_domain(
             domain,
@@ -355,11 +360,3 @@ def push(
          "location": done.location, "private": done.private, "bytes": done.size},
     )  # fmt: skip
     console.note(f"others: e4t domains add {done.location}")
-
-
-app.command("info")(domain_info)
-app.command("new", epilog=NEW_EXAMPLES)(new)
-app.command("add", epilog=ADD_EXAMPLES)(add)
-app.command("check", epilog=CHECK_EXAMPLES)(check)
-app.command("rm")(rm)
-app.command("push", epilog=PUSH_EXAMPLES)(push)
