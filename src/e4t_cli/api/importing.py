@@ -28,15 +28,14 @@ from e4t_cli.formats.e4t_diffusion.checkpoint import (
 )
 from e4t_cli.formats.e4t_diffusion.checkpoint import UNET as TUNED
 from e4t_cli.formats.e4t_diffusion.runner import convert
-from e4t_cli.hub.bases import read_base
-from e4t_cli.hub.download import fetch_files
-from e4t_cli.hub.inventory import fetch_inventory, known_commit, remembered
-from e4t_cli.hub.locations import (
-    converted_folder,
-    foreign_repository,
+from e4t_cli.hub.bases import (
+    converted_weights_folder,
+    converted_weights_path,
+    e4t_diffusion_repository,
     hub_location,
-    place_of_converted,
+    read_base,
 )
+from e4t_cli.hub.download import cached_commit, cached_repo_info, fetch_files, get_repo_info
 from e4t_cli.hub.paths import HubAccess, Terms, accept
 from e4t_cli.images.loading import Picture, center_square, open_picture
 from e4t_cli.progress import Progress
@@ -64,10 +63,8 @@ def fetch_converted(
     """Return the folder of domain weights converted from a checkpoint of the hub.
 
     Args:
-        domain: for its configs and prompt templates.
-        base: its name.
+        domain, base: its configs and prompt templates are used; the base's name.
         location: "e4t-diffusion:owner/name", from `Domain.weights`.
-        access: how the hub may be used.
         repair: verify the checksums, and convert again if the folder is damaged.
 
     Raises:
@@ -75,19 +72,18 @@ def fetch_converted(
         IntegrityError: what was fetched is not a checkpoint.
         ResourceError: the disk has no room.
     """
-    ready = converted_folder(location)
+    ready = converted_weights_folder(location)
     if ready is not None:
         if not repair or is_whole(ready):
             return ready
         access.note(f"the converted weights of {domain.name} are damaged; converting them again")
         shutil.rmtree(ready)
-    repository = foreign_repository(location)
+    repository = e4t_diffusion_repository(location)
     if repository is None:
         raise WeightsUnavailable(f"{printable(location)!r} is no location of weights")
-    inventory = fetch_inventory(repository, None, access)
-    licence = inventory.licence if inventory is not None else ""
-    known = known_commit(repository, None)
-    if inventory is None and known is None:
+    info = get_repo_info(repository, None, access)
+    licence = info.licence if info is not None else ""
+    if info is None and cached_commit(repository, None) is None:
         raise WeightsUnavailable(
             f"the weights of domain {domain.name!r} for {base} are not on this machine, "
             "and e4t is offline",
@@ -95,22 +91,20 @@ def fetch_converted(
         )
     accept(Terms(repository=repository, licence=licence, note=UNSTATED), access)
     folder = fetch_files(
-        repository, None, FILES,
-        on_progress=access.on_progress, offline=access.offline, repair=repair,
-        advice=f"e4t fetch {domain.name} --base {base}",
+        repository, None, FILES, access,
+        repair=repair, command=f"e4t fetch {domain.name} --base {base}",
     )  # fmt: skip
     checkpoint = read_checkpoint(folder)
-    known_files = remembered(repository, folder.name)
-    digests = {file.path: file.digest for file in known_files.files} if known_files else {}
+    declared = cached_repo_info(repository, folder.name)
+    digests = declared.digests if declared is not None else {}
     request = replace(
         conversion_request(checkpoint, domain, domain.name, base),
         licence=licence or UNSTATED,
         sha256={name: digests[name] for name in FILES if len(digests.get(name, "")) == 64},
         notes=f"From {repository} at {folder.name}.",
     )
-    target = place_of_converted(repository, folder.name)
-    result = convert(request, target, access.on_progress)
-    access.remark(result.sentence())
+    target = converted_weights_path(repository, folder.name)
+    access.remark(convert(request, target, access.on_progress).sentence())
     return target
 
 
@@ -185,8 +179,8 @@ def import_checkpoint(
     if asked.on_progress and checkpoint.tuned and not keep_unet:
         note = "this checkpoint was tuned on one image: it knows one subject better than others"
         asked.on_progress(Progress(stage="convert", note=note))
-    result = convert(request, target, asked.on_progress)
-    return Imported(name=chosen, base=base, folder=target, summary=result.sentence())
+    summary = convert(request, target, asked.on_progress).sentence()
+    return Imported(name=chosen, base=base, folder=target, summary=summary)
 
 
 def conversion_request(
@@ -226,7 +220,7 @@ def _base_name(
 ) -> str:
     if base is not None and not isinstance(base, str | os.PathLike):
         return base_name(base)
-    wanted = os.fspath(base) if base is not None else _GONE.get(checkpoint.base, checkpoint.base)
+    wanted = os.fspath(base or _GONE.get(checkpoint.base, checkpoint.base))
     if Path(wanted).is_dir():
         return read_base(Path(wanted)).name
     address = hub_location(wanted)
@@ -276,11 +270,12 @@ def import_concept(
             f"{printable(str(folder))} has no {TUNED}: it is a domain, and no concept to save",
             hint="without --save, then: e4t personalize DOMAIN PHOTO PROMPT",
         )
-    if image is None and checkpoint.photo is None:
+    image = image if image is not None else checkpoint.photo
+    if image is None:
         raise UsageError(
             "the image it was tuned on is not in the folder", hint="give it with --image FILE"
         )
-    photo = open_picture(image if image is not None else str(checkpoint.photo))
+    photo = open_picture(image)
     session = Session(asked)
     named = (
         asked

@@ -16,8 +16,15 @@ from typing import TYPE_CHECKING, Any
 from e4t_cli.api.options import RunOptions
 from e4t_cli.api.session import Session
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
-from e4t_cli.hub.bases import EMBEDDED, Base, find_base
-from e4t_cli.hub.locations import converted_folder, foreign_repository, hub_location, pack_folder
+from e4t_cli.hub.bases import (
+    EMBEDDED,
+    Base,
+    converted_weights_folder,
+    e4t_diffusion_repository,
+    find_base,
+    hub_location,
+    hub_weights_folder,
+)
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import (
     default_base_name,
@@ -141,7 +148,7 @@ def needs_image_tower(domain: Domain | None, base: str) -> bool:
     try:
         return not (weights_folder(domain, name) / "tower.safetensors").is_file()
     except E4TError:
-        return foreign_repository(domain.weights.get(name, "")) is None
+        return e4t_diffusion_repository(domain.weights.get(name, "")) is None
 
 
 def resolve_base_name(
@@ -243,7 +250,7 @@ def resolve_domain_weights(
     published = location.startswith("hub:")
     if not published and not location.startswith("e4t-diffusion:"):
         return weights_folder(domain, name)
-    if (pack_folder(location) if published else converted_folder(location)) is None:
+    if (hub_weights_folder(location) if published else converted_weights_folder(location)) is None:
         with contextlib.suppress(WeightsUnavailable):  # the user may have made some
             return weights_folder(domain, name)
     if published:

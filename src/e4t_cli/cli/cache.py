@@ -46,9 +46,9 @@ def show_folders(json: Json = False) -> None:
 def list_items(json: Json = False) -> None:
     """List what was fetched and derived, with its size."""
     console = terminal.start(json=json)
-    from e4t_cli.hub.cache import items
+    from e4t_cli.hub.cache import list_cache
 
-    found = items()
+    found = list_cache()
     if json:
         return terminal.write_stdout(json_format.dumps([item.as_dict() for item in found]))
     rows = [(item.name, item.kind, shown_size(item.size), str(item.path)) for item in found]
@@ -159,7 +159,7 @@ def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options
         resolve_base_name,
         resolve_domain_weights,
     )
-    from e4t_cli.hub.locations import hub_location
+    from e4t_cli.hub.bases import hub_location
     from e4t_cli.hub.resolve import fetch_base
     from e4t_cli.images.preparation import fetcher
     from e4t_cli.registry.discovery import find_domain
