@@ -69,8 +69,7 @@ def fetch_converted(
 
     Raises:
         WeightsUnavailable: not here, and it cannot be fetched, or its licence is not accepted.
-        IntegrityError: what was fetched is not a checkpoint.
-        ResourceError: the disk has no room.
+        IntegrityError, ResourceError: it is not a checkpoint; the disk has no room.
     """
     ready = converted_weights_folder(location)
     if ready is not None:
@@ -153,8 +152,7 @@ def import_checkpoint(
 
     Raises:
         UsageError: no such folder, a name that cannot be used, or an unknown base.
-        IntegrityError: it is no such checkpoint, or hostile.
-        ResourceError: the disk has no room.
+        IntegrityError, ResourceError: it is no such checkpoint, or hostile; the disk has no room.
     """
     asked = ImportOptions(**options)
     checkpoint = read_checkpoint(Path(folder))
