@@ -233,7 +233,7 @@ def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consu
         return
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=coarse.fingerprint,
-        pack_digest="", prepared=face, config=config, seed=3, weights=Concept.kept(tuned),
+        weights_digest="", prepared=face, config=config, seed=3, weights=Concept.weights_of(tuned),
         image_features=coarse.image_features(coarse.pixels([face.image]))[0],
     )  # fmt: skip
     again = concept.tuned(coarse, pack)

@@ -197,14 +197,14 @@ def test_R5_bad_pictures_are_counted_and_named(tmp_path):
     preparation.write_log()
     lines = (tmp_path / "work" / "left-out.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["1.png", "2.png", "3.png"]
-    assert "empty" in lines[0] and "not a picture" in lines[1] and "damaged" in lines[2]
+    assert "empty" in lines[0] and "not an image" in lines[1] and "damaged" in lines[2]
     (note,) = preparation.notes(100)
     assert "3 pictures were left out; the first: 1.png" in note and "left-out.tsv" in note
 
 
 def test_R5_strict_stops_at_the_first():
     preparation = Preparation(DOGS, TARGET, strict=True)
-    with pytest.raises(InputError, match=r"2\.png: .* not a picture") as caught:
+    with pytest.raises(InputError, match=r"2\.png: .* not an image") as caught:
         list(preparation.prepare_all([ImageItem(name="2.png", picture=b"no picture")]))
     assert caught.value.exit_code == 3
     assert "without --strict" in caught.value.hint

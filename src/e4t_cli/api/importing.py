@@ -20,14 +20,14 @@ from e4t_cli.api.session import Session
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
 from e4t_cli.files import sha256_of
 from e4t_cli.formats.e4t_diffusion.checkpoint import (
-    MERGED,
+    MERGED_UNET,
     Checkpoint,
     ConversionRequest,
+    convert,
     read_checkpoint,
     tower_sizes,
 )
 from e4t_cli.formats.e4t_diffusion.checkpoint import UNET as TUNED
-from e4t_cli.formats.e4t_diffusion.runner import convert
 from e4t_cli.hub.bases import (
     converted_weights_folder,
     converted_weights_path,
@@ -37,7 +37,7 @@ from e4t_cli.hub.bases import (
 )
 from e4t_cli.hub.download import cached_commit, cached_repo_info, fetch_files, get_repo_info
 from e4t_cli.hub.paths import HubAccess, Terms, accept
-from e4t_cli.images.loading import Picture, center_square, open_picture
+from e4t_cli.images.loading import ImageSource, center_square, open_image
 from e4t_cli.progress import Progress
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -103,7 +103,7 @@ def fetch_converted(
         notes=f"From {repository} at {folder.name}.",
     )
     target = converted_weights_path(repository, folder.name)
-    access.remark(convert(request, target, access.on_progress).sentence())
+    access.remark(convert(request, target, access.on_progress).summary())
     return target
 
 
@@ -177,7 +177,7 @@ def import_checkpoint(
     if asked.on_progress and checkpoint.tuned and not keep_unet:
         note = "this checkpoint was tuned on one image: it knows one subject better than others"
         asked.on_progress(Progress(stage="convert", note=note))
-    summary = convert(request, target, asked.on_progress).sentence()
+    summary = convert(request, target, asked.on_progress).summary()
     return Imported(name=chosen, base=base, folder=target, summary=summary)
 
 
@@ -243,7 +243,7 @@ def import_concept(
     folder: str | os.PathLike[str],
     save: str | os.PathLike[str],
     *,
-    image: Picture | None = None,
+    image: ImageSource | None = None,
     **options: Unpack[ImportKeywords],
 ) -> Imported:
     """Convert a tuned checkpoint into a user domain and a concept with its weights.
@@ -273,7 +273,7 @@ def import_concept(
         raise UsageError(
             "the image it was tuned on is not in the folder", hint="give it with --image FILE"
         )
-    photo = open_picture(image)
+    photo = open_image(image)
     session = Session(asked)
     named = (
         asked
@@ -292,7 +292,7 @@ def import_concept(
         shutil.rmtree(imported.folder, ignore_errors=True)  # both, or nothing
         raise
     with contextlib.suppress(OSError):
-        (imported.folder / MERGED).unlink()  # the concept has them now
+        (imported.folder / MERGED_UNET).unlink()  # the concept has them now
     return imported
 
 
@@ -308,7 +308,7 @@ def _save(session: Session, imported: Imported, photo: Image, sha256: str, path:
     features = pretrained.image_features(model, model.pixels([prepared.image]))
     with torch.no_grad():
         encoded_image = pretrained.encoder.to(features.device).encode_image(features)
-    unet = read_tensors(imported.folder / MERGED)
+    unet = read_tensors(imported.folder / MERGED_UNET)
     weights = {f"unet.{key}": value.half() for key, value in unet.items()}
     for_inference = pretrained.encoder.for_inference().state_dict()
     weights |= {f"encoder.{key}": value.cpu() for key, value in for_inference.items()}
@@ -317,7 +317,7 @@ def _save(session: Session, imported: Imported, photo: Image, sha256: str, path:
         descriptor=pretrained.descriptor,
         base_name=model.base.name,
         base_fingerprint=model.fingerprint,
-        pack_digest=pretrained.digest,
+        weights_digest=pretrained.digest,
         prepared=prepared,
         image_features=features[0].cpu(),
         config=pretrained.tuning.replace(steps=0),  # this program tuned nothing

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from e4t_cli.hub.paths import AskLicence
-    from e4t_cli.images.loading import Picture
+    from e4t_cli.images.loading import ImageSource
     from e4t_cli.images.results import GeneratedImage
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.progress import ProgressCallback, StopRequest
@@ -75,7 +75,7 @@ class PhotoOptions:
         require_face: refuse a photo without a face instead of continuing without a mask.
     """
 
-    mask: Picture = "auto"
+    mask: ImageSource = "auto"
     align: bool = True
     face: str | int = "largest"
     require_face: bool = False
@@ -188,7 +188,7 @@ class GenerateKeywords(RunKeywords, total=False):
 class PhotoKeywords(TypedDict, total=False):
     """Keywords of `PhotoOptions`."""
 
-    mask: Picture
+    mask: ImageSource
     align: bool
     face: str | int
     require_face: bool

@@ -40,8 +40,9 @@ from e4t_cli.errors import UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import e4t_diffusion_repository
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import look_up_base
-from e4t_cli.images.loading import OpenedImage, Picture, open_own_mask, open_picture
-from e4t_cli.images.preparation import MaskSource, fetcher, prepare_photo
+from e4t_cli.images.decoding import OpenedImage
+from e4t_cli.images.loading import ImageSource, open_image, open_mask
+from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downloader
 from e4t_cli.images.results import Personalization
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import PLACEHOLDER, check_placeholder
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 def personalize(
     domain: str | os.PathLike[str] | Domain,
-    image: Picture,
+    image: ImageSource,
     prompts: str | Sequence[str] = (),
     *,
     num_images_per_prompt: int = 1,
@@ -87,7 +88,7 @@ def personalize(
     parsed = parse_prompts(prompts, placeholder)
     first_seed = resolve_seed(seed, num_images_per_prompt)
     value, package = resolve_domain(domain)
-    photo = open_picture(image)
+    photo = open_image(image)
     mask = resolve_mask(asked.mask, photo)
     session = Session(asked, vram=asked.vram, safety=asked.safety_checker)
     base = resolve_base(asked, session.access, domain=value, safety=asked.safety_checker)
@@ -122,7 +123,7 @@ def personalize(
             descriptor=pretrained.descriptor,
             base_name=model.base.name,
             base_fingerprint=model.fingerprint,
-            pack_digest=pretrained.digest,
+            weights_digest=pretrained.digest,
             prepared=prepared,
             image_features=features,
             config=tuning,
@@ -134,7 +135,7 @@ def personalize(
         )
         tuned = session.tune(concept, keep_base=config.concept_scale != 1)
         if asked.keep_weights:
-            concept = replace(concept, weights=Concept.kept(tuned))
+            concept = replace(concept, weights=Concept.weights_of(tuned))
         return session.generate(
             concept, tuned, parsed, count=num_images_per_prompt, seed=first_seed,
             sampling=config, on_image=asked.on_image,
@@ -184,7 +185,7 @@ def generate(
 
 
 def prepare(
-    domain: str | os.PathLike[str] | Domain, image: Picture, **options: Unpack[PrepareKeywords]
+    domain: str | os.PathLike[str] | Domain, image: ImageSource, **options: Unpack[PrepareKeywords]
 ) -> PreparedImage:
     """Crop, rotate and mask a photo as `personalize` does. No base is loaded or fetched.
 
@@ -197,7 +198,7 @@ def prepare(
     """
     asked = PrepareOptions(**options)
     value, _ = resolve_domain(domain)
-    photo = open_picture(image)
+    photo = open_image(image)
     access = HubAccess(
         offline=asked.offline, accept_license=asked.accept_license, on_progress=asked.on_progress
     )
@@ -216,7 +217,7 @@ def prepare(
 
 def plan(
     domain: str | os.PathLike[str] | Domain,
-    image: Picture,
+    image: ImageSource,
     prompts: str | Sequence[str] = (),
     *,
     num_images_per_prompt: int = 1,
@@ -231,7 +232,7 @@ def plan(
     asked = RunOptions(**options)
     parsed = parse_prompts(prompts, placeholder)
     value, _ = resolve_domain(domain)
-    photo = open_picture(image).image
+    photo = open_image(image).image
     name, resolution, here = _look_up_base(value, asked, HubAccess(offline=asked.offline))
     tuning, fetched = value.tuning, [] if here else [f"the base {name}"]
     try:
@@ -270,7 +271,7 @@ NAMED_MASKS = {
 }
 
 
-def resolve_mask(mask: Picture, photo: OpenedImage) -> MaskSource:
+def resolve_mask(mask: ImageSource, photo: OpenedImage) -> MaskSource:
     """Return where the mask comes from.
 
     Args:
@@ -288,7 +289,7 @@ def resolve_mask(mask: Picture, photo: OpenedImage) -> MaskSource:
         if not words:
             raise UsageError("--mask words: needs words", hint='--mask "words:a cat"')
         return MaskSource(kind="words", words=words)
-    return MaskSource(kind="own", picture=open_own_mask(mask, photo.image))
+    return MaskSource(kind="image", image=open_mask(mask, photo.image))
 
 
 def preparation_target(
@@ -315,7 +316,7 @@ def preparation_target(
         )
     return PreparationTarget(
         size=size, base=base, align=options.align, which=which, required=options.require_face,
-        device=device, fetch=fetcher(access),
+        device=device, fetch=snapshot_downloader(access),
     )  # fmt: skip
 
 

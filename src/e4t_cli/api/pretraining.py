@@ -26,8 +26,8 @@ from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
 from e4t_cli.datasets.reader import Preparation
 from e4t_cli.datasets.sources import Source, find_source, hold_out
-from e4t_cli.images.loading import Picture
-from e4t_cli.images.preparation import fetcher
+from e4t_cli.images.loading import ImageSource
+from e4t_cli.images.preparation import snapshot_downloader
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     StepCallback = Callable[[PretrainingStep], None]
 
-Data = str | os.PathLike[str] | Iterable[Picture | PreparedImage]
+Data = str | os.PathLike[str] | Iterable[ImageSource | PreparedImage]
 
 
 class PretrainingRun:
@@ -82,7 +82,7 @@ class PretrainingRun:
             base=model.base.name,
             mask="auto" if config.mask else None,
             device=str(model.device),
-            fetch=fetcher(session.access),
+            fetch=snapshot_downloader(session.access),
         )
         log = plan.work / "left-out.tsv" if processes.first else None
         self.preparation = Preparation(self.domain, target, strict=options.strict, log=log)

@@ -68,9 +68,9 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 def complete_domain(incomplete: str) -> list[str]:
     """Names for the shell's completion; imports no domain, however slow or broken."""
-    from e4t_cli.registry.discovery import claimed_names
+    from e4t_cli.registry.discovery import domain_names
 
-    return [name for name in claimed_names() if name.startswith(incomplete)]
+    return [name for name in domain_names() if name.startswith(incomplete)]
 
 
 def _go_offline(offline: bool) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from e4t_cli.errors import InputError, printable
-from e4t_cli.images.loading import MAX_BYTES, Picture, image_sha256, open_picture, prepare_image
+from e4t_cli.images.loading import MAX_BYTES, ImageSource, image_sha256, open_image, prepare_image
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 
@@ -30,7 +30,7 @@ class ImageItem:
     """
 
     name: str
-    picture: Picture | PreparedImage
+    picture: ImageSource | PreparedImage
     fault: str = ""
 
     def digest(self) -> bytes:
@@ -86,7 +86,7 @@ class ImageItem:
             raise InputError(self.fault)
         if isinstance(self.picture, PreparedImage):
             return self.picture
-        return prepare_image(domain, open_picture(self.picture).image, target)
+        return prepare_image(domain, open_image(self.picture).image, target)
 
 
 def _file_digest(path: Path) -> bytes:

@@ -12,13 +12,11 @@ L     = ‖ε − ε_θ(z_t, t, prompt with e_c at S*)‖² + λ_r ‖E‖²    
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrize
 
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel
@@ -161,13 +159,3 @@ def adamw(*groups: tuple[nn.Module, float]) -> torch.optim.Optimizer:
             trained.append({"params": list(module.parameters()), "lr": rate})
     # Fused: one pass over the weights, 40 % of a step on small models on the CPU.
     return torch.optim.AdamW(trained, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-
-
-def cached_offsets(unet: nn.Module) -> AbstractContextManager[None]:
-    """Evaluate each ΔW once for the feature pass and the main pass, inside a `with` block.
-
-    Not under gradient checkpointing: what backward recomputes has to be what forward computed.
-    """
-    if getattr(unet, "is_gradient_checkpointing", False):
-        return nullcontext()
-    return parametrize.cached()

@@ -48,6 +48,10 @@ class TrainableParts(Protocol):
 
     def groups(self) -> list[Group]: ...
 
+    def cached(self) -> AbstractContextManager[None]:
+        """Evaluate weight offsets once for both passes, see `WeightOffsets.cached`."""
+        ...
+
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Bring what is small and trained into the format of the products, once for both passes.
 
@@ -105,6 +109,9 @@ class FullFineTuning:
     def groups(self) -> list[Group]:
         return self._groups
 
+    def cached(self) -> AbstractContextManager[None]:
+        return self.offsets.cached()
+
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         return nullcontext()  # the U-Net's weights are autocast's to convert
 
@@ -143,7 +150,7 @@ class LoraFineTuning:
         source, rank = generator(seed, "adapters"), config.lora_rank
         self.adapters = {
             "unet": LoraAdapters.for_layers(
-                lora_target_layers(self.unet), rank, gains=set(self.offsets), source=source
+                lora_target_layers(self.unet), rank, scaled=set(self.offsets), source=source
             ),
             "encoder": LoraAdapters.for_layers(linear_layers(self.encoder), rank, source=source),
         }
@@ -153,10 +160,14 @@ class LoraFineTuning:
     def groups(self) -> list[Group]:
         config = self.config
         rate = config.learning_rate * config.lora_rate
+        unet, encoder = self.adapters["unet"], self.adapters["encoder"]
         return [
-            *self.adapters["unet"].rates(rate * config.offsets_rate, rate * config.unet_rate),
-            *self.adapters["encoder"].rates(0.0, rate * config.encoder_rate),
+            *unet.param_groups(rate * config.offsets_rate, rate * config.unet_rate),
+            *encoder.param_groups(0.0, rate * config.encoder_rate),
         ]
+
+    def cached(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the offsets are merged
 
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         return self.adapters["unet"].converted(dtype)

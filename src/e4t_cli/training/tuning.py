@@ -33,7 +33,6 @@ from e4t_cli.training.cuda_graphs import CudaGraphRunner
 from e4t_cli.training.loss import (
     MIN_MASK_AREA,
     TrainingBatch,
-    cached_offsets,
     latent_mask,
     training_loss,
 )
@@ -203,7 +202,7 @@ class Trainer:
             batch = self.samples.batch(some, self.encoder)
             kept, half = not self.unet.is_gradient_checkpointing, self.half
             with (
-                cached_offsets(self.unet),
+                self.parts.cached(),
                 # As above: what backward computes again has to be what forward computed.
                 self.parts.converted(half) if kept and half else nullcontext(),
                 half_precision(
