@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.pretraining.checkpoints import CheckpointOptions
 from e4t_cli.pretraining.encoded_images import EncodedImages, encode_images
-from e4t_cli.pretraining.loop import PretrainingStep, pretrain_domain
+from e4t_cli.pretraining.loop import DomainInfo, PretrainingStep, TrainingCallbacks, pretrain_domain
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import find_domain
@@ -103,16 +104,15 @@ def train_domain(model, folder: Path, name: str, data: EncodedImages, plan: Doma
     return pretrain_domain(
         model,
         data,
-        name=name,
-        descriptor=domain.descriptor,
+        domain=DomainInfo(
+            name=name,
+            descriptor=domain.descriptor,
+            templates=tuple(training_templates(domain)),
+            tuning=plan.tuning,
+            licence="Apache-2.0",
+            notes="drawn by mini_world; trained by make mini",
+        ),
         config=plan.pretraining,
-        tuning=plan.tuning,
-        templates=training_templates(domain),
-        licence="Apache-2.0",
-        notes="drawn by mini_world; trained by make mini",
-        autocast=None,
-        checkpoints=folder / f"domain-{name}",
-        checkpoint_every=250,
-        on_progress=report,
-        on_step=on_step,
+        checkpoints=CheckpointOptions(folder=folder / f"domain-{name}", every=250),
+        callbacks=TrainingCallbacks(on_progress=report, on_step=on_step),
     )

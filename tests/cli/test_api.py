@@ -182,7 +182,8 @@ def test_the_functions_and_the_commands_have_the_same_defaults():
 
 
 @pytest.mark.parametrize(
-    "name", ["Run", "Generate", "Photo", "Prepare", "Personalize", "Training", "Pretrain", "Import"]
+    "name",
+    ["Run", "Generate", "Photo", "Prepare", "Personalize", "DomainTraining", "Pretrain", "Import"],
 )
 def test_keywords_are_the_fields_of_the_options(name):
     kind, keywords = getattr(options, f"{name}Options"), getattr(options, f"{name}Keywords")

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Unpack
 
-from e4t_cli.api.options import TrainingKeywords, TrainingOptions
+from e4t_cli.api.options import DomainTrainingKeywords, DomainTrainingOptions
 from e4t_cli.api.pretraining import Data, PretrainingRun, process_options
 from e4t_cli.api.pretraining_setup import CacheChoice, check_cache, check_new_name, plan_domain
 from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
-from e4t_cli.datasets.folder import ImageItem
 from e4t_cli.datasets.reader import signature
-from e4t_cli.datasets.sources import Listed, Source, find_source
+from e4t_cli.datasets.sources import ImageItem, ImageSource, MapStyleSource, find_source
+from e4t_cli.hub.paths import HubAccess
 from e4t_cli.progress import Progress
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import Domain, PreparedImage
@@ -35,7 +35,7 @@ def plan_pretraining(
     *,
     config: PretrainingConfig | None = None,
     tuning: TuningConfig | None = None,
-    **options: Unpack[TrainingKeywords],
+    **options: Unpack[DomainTrainingKeywords],
 ) -> dict[str, Any]:
     """Open the images, take a few steps, write nothing, and return what `pretrain` would cost.
 
@@ -48,10 +48,10 @@ def plan_pretraining(
     Raises:
         E4TError: as `pretrain`.
     """
-    asked = TrainingOptions(**options)
+    asked = DomainTrainingOptions(**options)
     check_new_name(name)
     check_cache(asked.cache)
-    source = find_source(data)
+    source = find_source(data, offline=HubAccess(offline=asked.offline).cut_off)
     from e4t_cli.pretraining.batches import init_distributed
 
     with init_distributed(asked.device) as processes:
@@ -61,16 +61,16 @@ def plan_pretraining(
         with session.running():
             session.load(base, None)
             run = PretrainingRun(session, plan, source, asked, processes)
-            run.preparation.log = None
+            run.reader.log = None
             choice = run.choose_cache()
             opened, some, opening = _open(run, plan.config.batch_size)
             if not some:
-                raise run.preparation.nothing()
+                raise run.reader.empty_error()
             encoding, stepping, memory = _measure(run, some)
     usable = choice.pictures
     if opened == choice.pictures:
-        usable = opened - len(run.preparation.left_out)
-    for note in (*source.notes, *run.preparation.notes(usable or None)):
+        usable = opened - len(run.reader.left_out)
+    for note in (*source.notes, *run.reader.notes(usable or None)):
         session.note("encode", note)
     return {
         "type": "plan",
@@ -80,8 +80,8 @@ def plan_pretraining(
         "data": source.title,
         "pictures": choice.pictures,
         "opened": opened,
-        "left_out": len(run.preparation.left_out),
-        "no_pictures": source.beside,
+        "left_out": len(run.reader.left_out),
+        "no_pictures": source.other_files,
         "steps": plan.config.steps,
         "batch": plan.config.batch_size,
         "processes": processes.count,
@@ -100,18 +100,18 @@ def _open(run: PretrainingRun, wanted: int) -> tuple[int, list[PreparedImage], f
     opened, begun = 0, time.perf_counter()
     for item in items:
         opened += 1
-        prepared = run.preparation.prepare(item)
+        prepared = run.reader.prepare(item)
         if not isinstance(prepared, str):
-            run.preparation.lookalikes.add(item.name, item.digest(), signature(prepared.image))
+            run.reader.duplicates.add(item.name, item.digest(), signature(prepared.image))
             if len(some) < wanted:
                 some.append(prepared)
         run.session.report(Progress(stage="open", done=opened, total=total))
     return opened, some, (time.perf_counter() - begun) / max(opened, 1)
 
 
-def _spread(source: Source) -> tuple[Iterable[ImageItem], int]:
+def _spread(source: ImageSource) -> tuple[Iterable[ImageItem], int]:
     """Return the items to open, and their number (0: unknown)."""
-    if isinstance(source, Listed):
+    if isinstance(source, MapStyleSource):
         count = min(len(source), OPENED)
         return (source[index * len(source) // count] for index in range(count)), count
     return islice(source, OPENED), 0
@@ -120,6 +120,7 @@ def _spread(source: Source) -> tuple[Iterable[ImageItem], int]:
 def _measure(run: PretrainingRun, some: list[PreparedImage]) -> tuple[float, float, int]:
     """Return the seconds to encode an image and to take a step, and the peak memory in bytes."""
     from e4t_cli.pretraining.encoded_images import encode_images
+    from e4t_cli.pretraining.loop import TrainingCallbacks
 
     model = run.session.model
     times: list[float] = []
@@ -132,7 +133,7 @@ def _measure(run: PretrainingRun, some: list[PreparedImage]) -> tuple[float, flo
         times.append(time.perf_counter())
         run.session.report(Progress(stage="measure", done=len(times), total=MEASURED_STEPS))
 
-    run.train(encoded, on_step=on_step, steps=MEASURED_STEPS)
+    run.train(encoded, callbacks=TrainingCallbacks(on_step=on_step), steps=MEASURED_STEPS)
     gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
     return encoding, sorted(gaps)[len(gaps) // 2] if gaps else 0.0, _peak_memory(model.device)
 

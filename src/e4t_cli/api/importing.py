@@ -37,7 +37,7 @@ from e4t_cli.hub.bases import (
 )
 from e4t_cli.hub.download import cached_commit, cached_repo_info, fetch_files, get_repo_info
 from e4t_cli.hub.paths import HubAccess, Terms, accept
-from e4t_cli.images.loading import ImageSource, center_square, open_image
+from e4t_cli.images.loading import ImageInput, center_square, open_image
 from e4t_cli.progress import Progress
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -243,7 +243,7 @@ def import_concept(
     folder: str | os.PathLike[str],
     save: str | os.PathLike[str],
     *,
-    image: ImageSource | None = None,
+    image: ImageInput | None = None,
     **options: Unpack[ImportKeywords],
 ) -> Imported:
     """Convert a tuned checkpoint into a user domain and a concept with its weights.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from e4t_cli.hub.paths import AskLicence
-    from e4t_cli.images.loading import ImageSource
+    from e4t_cli.images.loading import ImageInput
     from e4t_cli.images.results import GeneratedImage
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.progress import ProgressCallback, StopRequest
@@ -75,7 +75,7 @@ class PhotoOptions:
         require_face: refuse a photo without a face instead of continuing without a mask.
     """
 
-    mask: ImageSource = "auto"
+    mask: ImageInput = "auto"
     align: bool = True
     face: str | int = "largest"
     require_face: bool = False
@@ -105,7 +105,7 @@ class PersonalizeOptions(GenerateOptions, PhotoOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(RunOptions):
+class DomainTrainingOptions(RunOptions):
     """What a domain is pre-trained with; None is the config's value.
 
     Args:
@@ -130,7 +130,7 @@ class TrainingOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(TrainingOptions):
+class PretrainOptions(DomainTrainingOptions):
     """Options of `pretrain`.
 
     Args:
@@ -188,7 +188,7 @@ class GenerateKeywords(RunKeywords, total=False):
 class PhotoKeywords(TypedDict, total=False):
     """Keywords of `PhotoOptions`."""
 
-    mask: ImageSource
+    mask: ImageInput
     align: bool
     face: str | int
     require_face: bool
@@ -207,8 +207,8 @@ class PersonalizeKeywords(GenerateKeywords, PhotoKeywords, total=False):
     on_prepared: PreparedCallback | None
 
 
-class TrainingKeywords(RunKeywords, total=False):
-    """Keywords of `TrainingOptions`."""
+class DomainTrainingKeywords(RunKeywords, total=False):
+    """Keywords of `DomainTrainingOptions`."""
 
     descriptor: str | None
     steps: int | None
@@ -220,7 +220,7 @@ class TrainingKeywords(RunKeywords, total=False):
     strict: bool
 
 
-class PretrainKeywords(TrainingKeywords, total=False):
+class PretrainKeywords(DomainTrainingKeywords, total=False):
     """Keywords of `PretrainOptions`."""
 
     sample_every: int

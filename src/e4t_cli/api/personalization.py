@@ -41,7 +41,7 @@ from e4t_cli.hub.bases import e4t_diffusion_repository
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import look_up_base
 from e4t_cli.images.decoding import OpenedImage
-from e4t_cli.images.loading import ImageSource, open_image, open_mask
+from e4t_cli.images.loading import ImageInput, open_image, open_mask
 from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downloader
 from e4t_cli.images.results import Personalization
 from e4t_cli.progress import Progress, ProgressCallback
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 def personalize(
     domain: str | os.PathLike[str] | Domain,
-    image: ImageSource,
+    image: ImageInput,
     prompts: str | Sequence[str] = (),
     *,
     num_images_per_prompt: int = 1,
@@ -185,7 +185,7 @@ def generate(
 
 
 def prepare(
-    domain: str | os.PathLike[str] | Domain, image: ImageSource, **options: Unpack[PrepareKeywords]
+    domain: str | os.PathLike[str] | Domain, image: ImageInput, **options: Unpack[PrepareKeywords]
 ) -> PreparedImage:
     """Crop, rotate and mask a photo as `personalize` does. No base is loaded or fetched.
 
@@ -217,7 +217,7 @@ def prepare(
 
 def plan(
     domain: str | os.PathLike[str] | Domain,
-    image: ImageSource,
+    image: ImageInput,
     prompts: str | Sequence[str] = (),
     *,
     num_images_per_prompt: int = 1,
@@ -271,7 +271,7 @@ NAMED_MASKS = {
 }
 
 
-def resolve_mask(mask: ImageSource, photo: OpenedImage) -> MaskSource:
+def resolve_mask(mask: ImageInput, photo: OpenedImage) -> MaskSource:
     """Return where the mask comes from.
 
     Args:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from e4t_cli.api.options import PretrainKeywords, PretrainOptions, TrainingOptions
+from e4t_cli.api.options import DomainTrainingOptions, PretrainKeywords, PretrainOptions
 from e4t_cli.api.pretraining_setup import (
     CacheChoice,
     NewDomain,
@@ -24,11 +24,12 @@ from e4t_cli.api.pretraining_setup import (
 )
 from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
-from e4t_cli.datasets.reader import Preparation
-from e4t_cli.datasets.sources import Source, find_source, hold_out
-from e4t_cli.images.loading import ImageSource
+from e4t_cli.datasets.reader import ImageReader
+from e4t_cli.datasets.sources import ImageSource, find_source, hold_out
+from e4t_cli.hub.paths import HubAccess
+from e4t_cli.images.loading import ImageInput
 from e4t_cli.images.preparation import snapshot_downloader
-from e4t_cli.progress import Progress, ProgressCallback
+from e4t_cli.progress import Progress, StopRequest
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
@@ -37,11 +38,9 @@ if TYPE_CHECKING:
     from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.pretraining.batches import DistributedContext
     from e4t_cli.pretraining.encoded_images import TrainingData
-    from e4t_cli.pretraining.loop import PretrainingStep
+    from e4t_cli.pretraining.loop import TrainingCallbacks
 
-    StepCallback = Callable[[PretrainingStep], None]
-
-Data = str | os.PathLike[str] | Iterable[ImageSource | PreparedImage]
+Data = str | os.PathLike[str] | Iterable[ImageInput | PreparedImage]
 
 
 class PretrainingRun:
@@ -56,7 +55,7 @@ class PretrainingRun:
     Attributes:
         domain: with its final descriptor.
         source: less the images that were held out.
-        preparation: of each image.
+        reader: prepares each image.
         samples: images that the run trains on, repetitions counted.
     """
 
@@ -64,8 +63,8 @@ class PretrainingRun:
         self,
         session: Session,
         plan: NewDomain,
-        source: Source,
-        options: TrainingOptions,
+        source: ImageSource,
+        options: DomainTrainingOptions,
         processes: DistributedContext,
     ) -> None:
         self.session, self.plan, self.source = session, plan, source
@@ -85,7 +84,7 @@ class PretrainingRun:
             fetch=snapshot_downloader(session.access),
         )
         log = plan.work / "left-out.tsv" if processes.first else None
-        self.preparation = Preparation(self.domain, target, strict=options.strict, log=log)
+        self.reader = ImageReader(self.domain, target, strict=options.strict, log=log)
         self.samples = config.steps * config.batch_size * processes.count
 
     def choose_cache(self) -> CacheChoice:
@@ -95,7 +94,7 @@ class PretrainingRun:
 
     def hold_out(self) -> list[PreparedImage]:
         """Take a few images out of training, for contact sheets."""
-        self.source, held_out = hold_out(self.source, self.preparation)
+        self.source, held_out = hold_out(self.source, self.reader)
         if not held_out:
             self.session.note("encode", "too few images to hold some out: no contact sheets")
         return held_out
@@ -104,62 +103,69 @@ class PretrainingRun:
         self,
         data: TrainingData,
         *,
-        on_step: StepCallback | None,
+        callbacks: TrainingCallbacks,
         steps: int | None = None,
         saved: PretrainOptions | None = None,
-        on_progress: ProgressCallback | None = None,
         seed: int = 0,
     ) -> DomainWeights:
         """Run the training loop.
 
         Args:
             data: of this run's base.
-            on_step, on_progress: called in the first process.
             steps: instead of the config's.
             saved: how checkpoints are written and read; None writes none.
         """
-        from e4t_cli.pretraining.loop import pretrain_domain
+        from e4t_cli.pretraining.checkpoints import CheckpointOptions
+        from e4t_cli.pretraining.loop import DomainInfo, TrainingOptions, pretrain_domain
 
         config = self.plan.config
-        every = saved.checkpoint_every if saved is not None else None
+        checkpoints = CheckpointOptions()
+        if saved is not None:
+            checkpoints = CheckpointOptions(
+                folder=self.plan.work,
+                every=saved.checkpoint_every or checkpoints.every,
+                resume=saved.resume,
+                force=saved.force,
+            )
         return pretrain_domain(
             self.session.model,
             data,
-            name=self.domain.name,
-            descriptor=self.domain.descriptor,
+            domain=DomainInfo(
+                name=self.domain.name,
+                descriptor=self.domain.descriptor,
+                templates=tuple(training_templates(self.domain)),
+                tuning=self.plan.tuning,
+                licence=self.domain.licence,
+            ),
             config=config if steps is None else config.replace(steps=steps),
-            tuning=self.plan.tuning,
-            templates=training_templates(self.domain),
-            seed=seed,
-            licence=self.domain.licence,
-            autocast=self.session.model.device.type == "cuda",
-            micro_batch=self.options.micro_batch,
+            options=TrainingOptions(
+                seed=seed,
+                autocast=self.session.model.device.type == "cuda",
+                micro_batch=self.options.micro_batch,
+            ),
+            checkpoints=checkpoints,
+            callbacks=callbacks,
             processes=self.processes,
-            checkpoints=self.plan.work if saved is not None else None,
-            checkpoint_every=every or 500,
-            resume=saved is None or saved.resume,
-            force=saved is not None and saved.force,
-            stop=saved.stop if saved is not None else None,
-            on_progress=on_progress,
-            on_step=on_step,
         )
 
     @contextlib.contextmanager
     def logged(
         self, held_out: list[PreparedImage], options: PretrainOptions
-    ) -> Iterator[tuple[ProgressCallback, StepCallback | None]]:
-        """Yield `on_progress` and `on_step`, which log the losses and generate contact sheets."""
+    ) -> Iterator[TrainingCallbacks]:
+        """Yield callbacks that report progress, log the losses and generate contact sheets."""
         from e4t_cli.pretraining.logging import LoggerConfig, TrainingLogger
+        from e4t_cli.pretraining.loop import TrainingCallbacks
 
-        report = self.session.report
+        report, stop = self.session.report, options.stop or StopRequest()
         if not self.processes.first:
-            yield report, None
+            yield TrainingCallbacks(stop=stop)
             return
         config = LoggerConfig(
             folder=self.plan.work / "training",
             sample_every=options.sample_every,
             images=held_out,
             trackers=tuple(options.trackers),
+            offline=self.session.access.cut_off,
         )
         logger = TrainingLogger(
             config, self.session.model, name=self.domain.name,
@@ -167,11 +173,11 @@ class PretrainingRun:
         )  # fmt: skip
 
         def both(event: Progress) -> None:
-            logger.report(event)
+            logger.on_progress(event)
             report(event)
 
         with logger:
-            yield both, logger.look
+            yield TrainingCallbacks(stop=stop, on_progress=both, on_step=logger.on_step)
 
     def keep_logs(self) -> None:
         """Move logs and contact sheets to the domain folder, and remove the checkpoints."""
@@ -188,7 +194,9 @@ class PretrainingRun:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def process_options(options: TrainingOptions, processes: DistributedContext) -> TrainingOptions:
+def process_options(
+    options: DomainTrainingOptions, processes: DistributedContext
+) -> DomainTrainingOptions:
     """Return the options of this process: a launcher assigns each its device, the first reports."""
     return replace(
         options,
@@ -220,12 +228,12 @@ def pretrain(
         folder: where the domain weights go; by default among the user domains.
         options: keywords, see `e4t_cli.api.options`: base, device, dtype, offline, accept_license,
             on_progress (`RunOptions`); descriptor, steps, batch_size, base_learning_rate,
-            reg_weight, micro_batch, cache, strict (`TrainingOptions`); sample_every, trackers,
-            checkpoint_every, resume, force, stop (`PretrainOptions`).
+            reg_weight, micro_batch, cache, strict (`DomainTrainingOptions`); sample_every,
+            trackers, checkpoint_every, resume, force, stop (`PretrainOptions`).
 
     Returns:
         The folder, which `e4t domains list` shows and `personalize` accepts. Inside, `training/`
-        has the losses, their curve, contact sheets, and the names of images that were left out.
+        has the losses, contact sheets, and the names of images that were left out.
 
     Raises:
         UsageError: the name or the descriptor cannot be used, or there are such weights already.
@@ -235,8 +243,12 @@ def pretrain(
     asked = PretrainOptions(**options)
     check_new_name(name)
     check_cache(asked.cache)
-    source = find_source(data)
+    cut_off = HubAccess(offline=asked.offline).cut_off
+    source = find_source(data, offline=cut_off)
     from e4t_cli.pretraining.batches import init_distributed
+    from e4t_cli.pretraining.logging import check_trackers
+
+    check_trackers(asked.trackers, offline=cut_off)
 
     with init_distributed(asked.device) as processes:
         session = Session(process_options(asked, processes))
@@ -250,14 +262,12 @@ def pretrain(
             held_out = run.hold_out() if asked.sample_every else []
             with (
                 training_data(
-                    session.model, run.source, run.preparation, run.choose_cache(),
+                    session.model, run.source, run.reader, run.choose_cache(),
                     processes=processes, on_progress=session.report,
                 ) as encoded,
-                run.logged(held_out, asked) as (on_progress, on_step),
+                run.logged(held_out, asked) as callbacks,
             ):  # fmt: skip
-                trained = run.train(
-                    encoded, on_step=on_step, saved=asked, on_progress=on_progress, seed=seed
-                )
+                trained = run.train(encoded, callbacks=callbacks, saved=asked, seed=seed)
             if processes.first:
                 trained.save(plan.folder)
                 run.keep_logs()

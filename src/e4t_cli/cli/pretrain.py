@@ -12,7 +12,7 @@ from e4t_cli.cli import options
 from e4t_cli.progress import ProgressCallback, StopRequest
 
 if TYPE_CHECKING:
-    from e4t_cli.api.options import TrainingKeywords
+    from e4t_cli.api.options import DomainTrainingKeywords
     from e4t_cli.cli.console import Console
 
 EXAMPLES = """
@@ -42,7 +42,7 @@ DryRun = Annotated[
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlags(options.RunFlags):
-    """`api.options.TrainingOptions`."""
+    """`api.options.DomainTrainingOptions`."""
 
     descriptor: Annotated[str | None, typer.Option(
         metavar="WORD", rich_help_panel=IMAGES,
@@ -69,7 +69,7 @@ class TrainingFlags(options.RunFlags):
         min=1, rich_help_panel=RUN,
         help="Images in memory at once; less needs less memory, and more time.")] = None
 
-    def keywords(self, terminal: Console, on_progress: ProgressCallback) -> TrainingKeywords:
+    def keywords(self, terminal: Console, on_progress: ProgressCallback) -> DomainTrainingKeywords:
         """Return the keywords of the library."""
         return {
             **self.run_keywords(terminal, on_progress),

@@ -27,10 +27,10 @@ MAX_BYTES = 256 * 1024 * 1024
 MIN_COVERAGE = 0.01
 """A mask over a smaller part of the image is left out: the loss divides by its area."""
 
-ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 
 
-def open_image(source: ImageSource) -> OpenedImage:
+def open_image(source: ImageInput) -> OpenedImage:
     """Open an image from a path, bytes, an open binary file, "-" (standard input), or Pillow.
 
     Raises:
@@ -40,7 +40,7 @@ def open_image(source: ImageSource) -> OpenedImage:
     return decode(*_read(source))
 
 
-def open_mask(source: ImageSource, image: Image.Image) -> Image.Image:
+def open_mask(source: ImageInput, image: Image.Image) -> Image.Image:
     """Open a mask drawn for `image`; returns mode L in its own size.
 
     White is the concept; in a file with transparent pixels, the opaque ones are.
@@ -122,7 +122,7 @@ def _resolution_notes(frame: Frame, image: Image.Image, target: PreparationTarge
     return []
 
 
-def _read(source: ImageSource) -> tuple[bytes, str]:
+def _read(source: ImageInput) -> tuple[bytes, str]:
     """Return the bytes and a name for messages; only regular files are read."""
     if isinstance(source, Image.Image):
         return _encoded(source), "the image"
