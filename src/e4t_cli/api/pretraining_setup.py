@@ -63,11 +63,7 @@ def choose_descriptor(name: str, model: TextToImageModel) -> str:
 
 
 def check_descriptor(word: str, model: TextToImageModel) -> str:
-    """Return the user's descriptor if it is one token.
-
-    Raises:
-        UsageError: it is not; the hint lists words that are.
-    """
+    """Return the user's descriptor; `UsageError` lists other words if it is not one token."""
     count = _tokens(model)(word)
     if count == 1:
         return word
