@@ -20,12 +20,14 @@ ROOT = Path(__file__).parent.parent
 MAX_ARGUMENTS = 8
 
 TRACE = """
-import json, os, sys, threading
+import inspect, json, os, sys, threading
 source, report = sys.argv[1:3]
 files, functions = set(), set()
 def profile(frame, event, argument):
     code = frame.f_code
-    if event == "call" and code.co_filename.startswith(source) and code.co_name != "<module>":
+    # Modules and class bodies also raise "call"; only the code of functions is optimized.
+    called = event == "call" and code.co_flags & inspect.CO_OPTIMIZED
+    if called and code.co_filename.startswith(source):
         files.add(code.co_filename)
         functions.add((code.co_filename, code.co_qualname))
 sys.argv = ["e4t", *sys.argv[3:]]

@@ -4,8 +4,8 @@
 
     result = personalize("face", "me.jpg", ["S* as an astronaut"])
 
-This is the door. Every name is fetched from its module at first use, so importing the package
-loads neither torch nor Pillow, and a domain's author pays nothing for `from e4t_cli import Domain`.
+The public names. Each is imported from its module at first use (PEP 562), so that importing the
+package loads neither torch nor Pillow.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # the next look-up does not come here
+    globals()[name] = value  # the next lookup bypasses this function
     return value
 
 

@@ -1,7 +1,4 @@
-"""How work below the door tells how far it is: one value, one callback, no printing.
-
-How long work is asked to end well: a signal asks, the work answers after its step.
-"""
+"""Progress events, and the request to stop after the current step. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -18,10 +15,10 @@ class Progress:
         stage: "load", "prepare", "tune", "generate", "encode", "pretrain" …
         done: units finished, 0 … total.
         total: units in this stage; 0 when unknown.
-        values: numbers worth showing (loss, seconds, …).
-        note: a sentence for the user, "" for none: something that may not be what they meant.
-        remark: a sentence that is merely good to know, "" for none.
-        detail: a sentence for those who asked for more (`-v`), "" for none.
+        values: to be shown (loss, seconds, …).
+        note: a warning for the user, "" for none.
+        remark: information for the user, "" for none.
+        detail: information for `-v`, "" for none.
         unit: what is counted, where it is not steps: "bytes".
     """
 
@@ -39,10 +36,10 @@ ProgressCallback = Callable[[Progress], None]
 
 
 class StopRequest:
-    """Handed by whoever receives signals to work that can save itself before it ends.
+    """A request to work that can save a checkpoint before it ends.
 
-    The command line asks at the first SIGINT or SIGTERM. While the work is not listening (it is
-    loading, say) nothing would be saved by waiting, and the caller interrupts it at once.
+    The command line makes it at the first SIGINT or SIGTERM. Outside `listening` (while a model is
+    loaded, say) waiting would save nothing, and the caller interrupts the work at once.
     """
 
     def __init__(self) -> None:
@@ -51,7 +48,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Mark the part of the work that looks at `asked`, and ends soon after."""
+        """Mark the part of the work that checks `asked` after each step."""
         self._listening = True
         try:
             yield
@@ -59,10 +56,10 @@ class StopRequest:
             self._listening = False
 
     def ask(self) -> bool:
-        """Ask the work to end; safe in a signal handler.
+        """Request the end of the work; safe in a signal handler.
 
         Returns:
-            Whether it will. If not, interrupt it.
+            Whether the work checks the request. If not, interrupt it.
         """
         self.asked = self.asked or self._listening
         return self._listening

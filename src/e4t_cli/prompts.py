@@ -1,10 +1,10 @@
-"""Prompts: where the placeholder stands, the sentences of training, and names for files.
+"""Parses prompts: finds the placeholder, and makes training prompts and file names.
 
-Our own rule finds S*, never the tokenizer: a tokenizer lower-cases, splits "S*" in two and, once
-taught the word, also finds it inside others. The rule, after NFKC normalisation (full-width
-letters become plain ones): "S*" in either case, or in angle brackets, that neither touches a
-letter, a digit or "_" nor a further "*". So `S*`, `s*`, `S*'s`, `"S*,"`, `S*-style`, `<S*>` are
-the placeholder; `S *`, `S**`, `aS*`, `S*x` are not.
+A regular expression finds S*, never the tokenizer: a tokenizer lower-cases, splits "S*" in two and,
+once it is in its vocabulary, also finds it inside words. The rule, after NFKC normalisation
+(full-width letters become plain ones): "S*" in either case, or in angle brackets, that touches
+neither a letter, a digit or "_" nor a further "*". So `S*`, `s*`, `S*'s`, `"S*,"`, `S*-style`,
+`<S*>` are the placeholder; `S *`, `S**`, `aS*`, `S*x` are not.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PLACEHOLDER = "S*"
 MAX_PROMPT_LENGTH = 10_000
 """Characters; far beyond what a text encoder reads (77 tokens), far below what hurts."""
 
-# Paper silent: the sentences shown with the pictures in training. In the spirit of Textual
-# Inversion's list, in our own words; {} is the concept.
+# Paper silent: the prompt templates of training. After the example of Textual Inversion's list;
+# {} is the concept.
 SUBJECT_TEMPLATES = (
     "{}",
     "a photo of {}",
@@ -47,7 +47,7 @@ SUBJECT_TEMPLATES = (
     "a rendering of {}",
     "a well-lit picture of {}",
 )
-"""For concepts that are things: people, animals, objects."""
+"""For concepts that are subjects: people, animals, objects."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Prompt:
     Args:
         text: the normalised prompt on one line.
         segments: the text between placeholders in order; None stands for a placeholder.
-        placeholder: how the placeholder was spelled by whoever chose it.
+        placeholder: as the user spelled it.
     """
 
     text: str
@@ -70,7 +70,7 @@ class Prompt:
         return self.segments.count(None)
 
     def without_placeholder(self, descriptor: str) -> str:
-        """Return the prompt with a plain word in the concept's place."""
+        """Return the prompt with the descriptor in place of the concept."""
         return "".join(descriptor if part is None else part for part in self.segments)
 
 
@@ -106,7 +106,7 @@ def parse_prompt(
         UsageError: the prompt is empty, too long, not text, or does not name the concept.
     """
     placeholder = check_placeholder(placeholder)
-    # Line breaks and tabs are spaces to a text encoder; other controls never mean anything.
+    # Line breaks and tabs are spaces to a text encoder; other control characters are refused.
     plain = " ".join(unicodedata.normalize("NFKC", text).split())
     if not plain:
         raise UsageError("the prompt is empty", hint=f'for example: "{placeholder} on the beach"')
@@ -133,7 +133,7 @@ def parse_prompt(
 
 
 def training_templates(domain: Domain) -> tuple[str, ...]:
-    """Return the sentences a domain is trained with."""
+    """Return the prompt templates a domain is trained with."""
     return domain.prompt_templates or SUBJECT_TEMPLATES
 
 

@@ -1,13 +1,16 @@
 """The library as Python sees it: silent, typed, and leaving everything as it was."""
 
+import dataclasses
 import inspect
 import io
+import threading
 
 import pytest
 import torch
 from PIL import Image
 
 import e4t_cli
+from e4t_cli.api import options
 from e4t_cli.errors import E4TError, InputError, UsageError
 from e4t_cli.images.loading import open_image
 from e4t_cli.images.preparation import with_mask
@@ -22,9 +25,9 @@ QUICK = {"tune_steps": 1, "sampling": {"steps": 2}, "seed": 5}
 def draw(world):
     """personalize() in the tiny world, with whatever else is asked for."""
 
-    def draw(image=None, prompts="S* on the beach", **options):
-        options = {"base": world.base, **QUICK, **options}
-        return e4t_cli.personalize(str(world.pack), image or world.photo, prompts, **options)
+    def draw(image=None, prompts="S* on the beach", **given):
+        given = {"base": world.base, **QUICK, **given}
+        return e4t_cli.personalize(str(world.pack), image or world.photo, prompts, **given)
 
     return draw
 
@@ -88,7 +91,7 @@ def test_the_record_says_what_a_picture_depends_on(draw, world):
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "words"),
+    ("given", "kind", "words"),
     [
         ({"num_images_per_prompt": 0}, UsageError, "1 or more"),
         ({"seed": -1}, UsageError, "seeds must be"),
@@ -109,12 +112,12 @@ def test_the_record_says_what_a_picture_depends_on(draw, world):
         ({"prompts": "beach " * 30 + "S*"}, UsageError, "the placeholder comes after"),
     ],
 )
-def test_refusals(draw, options, kind, words):
+def test_refusals(draw, given, kind, words):
     if kind is None:
-        assert any(words in note for note in draw(**options).notes)
+        assert any(words in note for note in draw(**given).notes)
         return
     with pytest.raises(kind, match=words) as caught:
-        draw(**options)
+        draw(**given)
     assert isinstance(caught.value, E4TError)
 
 
@@ -159,15 +162,63 @@ def test_captions_stay_in_their_cell():
         assert "\x1b" not in "".join(lines)
 
 
-def test_the_door_and_the_commands_have_the_same_defaults():
+def test_the_functions_and_the_commands_have_the_same_defaults():
     from e4t_cli.cli.personalize import generate, personalize
 
-    same = {"number": "num_images_per_prompt"}
-    for command, function in ((personalize, e4t_cli.personalize), (generate, e4t_cli.generate)):
-        ours = inspect.signature(function).parameters
+    renamed = {"num_images": "num_images_per_prompt"}
+    for command, function, kind in (
+        (personalize, e4t_cli.personalize, options.PersonalizeOptions),
+        (generate, e4t_cli.generate, options.GenerateOptions),
+    ):
+        ours = {key: one.default for key, one in inspect.signature(function).parameters.items()}
+        ours |= {field.name: field.default for field in dataclasses.fields(kind)}
+        checked = 0
         for name, parameter in inspect.signature(command).parameters.items():
-            known = ours.get(same.get(name, name))
-            if known is not None and known.default is not inspect.Parameter.empty:
-                if parameter.default is None and name == "prompts":
-                    continue
-                assert parameter.default == known.default, name
+            known = ours.get(renamed.get(name, name), inspect.Parameter.empty)
+            if known is not inspect.Parameter.empty and name != "prompts":
+                assert parameter.default == known, name
+                checked += 1
+        assert checked >= 9
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Run", "Generate", "Photo", "Prepare", "Personalize", "DomainTraining", "Pretrain", "Import"],
+)
+def test_keywords_are_the_fields_of_the_options(name):
+    kind, keywords = getattr(options, f"{name}Options"), getattr(options, f"{name}Keywords")
+    annotations = {}
+    for base in reversed(kind.__mro__[:-1]):
+        annotations |= base.__annotations__
+    fields = {field.name: annotations[field.name] for field in dataclasses.fields(kind)}
+    typed = {key: one.__forward_arg__ for key, one in keywords.__annotations__.items()}
+    assert typed == fields
+
+
+def test_an_unknown_keyword_is_refused(draw):
+    with pytest.raises(TypeError, match="tune_stepz"):
+        draw(tune_stepz=3)
+
+
+def test_concurrent_runs_keep_the_libraries_quiet():
+    """Their switch belongs to the process: the first run that ends must not enable it again."""
+    from transformers.utils import logging
+
+    from e4t_cli.api.session import quiet_libraries
+
+    assert logging.is_progress_bar_enabled()
+    inside, leave = threading.Barrier(2), threading.Event()
+
+    def other():
+        with quiet_libraries:
+            inside.wait(10)
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with quiet_libraries:
+        inside.wait(10)
+    assert not logging.is_progress_bar_enabled()
+    leave.set()
+    thread.join()
+    assert logging.is_progress_bar_enabled()

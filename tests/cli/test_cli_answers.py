@@ -98,7 +98,7 @@ def test_help_fills_its_lines(run, monkeypatch, columns):
         (["pretrain", "--domain", "my_dogs"], 2, "Missing option"),
         (["domains", "info", "fase"], 2, "did you mean 'face'?"),
         (["info", "none.png"], 2, "there is no file none.png"),
-        (["info", "p.png"], 3, "does not say how it was made"),
+        (["info", "p.png"], 3, "has no record of how it was made"),
     ],
 )  # fmt: skip
 def test_refusals(run, tmp_path, arguments, code, words):

@@ -268,7 +268,7 @@ def test_an_interrupted_command_keeps_what_was_saved(run, world, monkeypatch, tm
     monkeypatch.setattr(GeneratedImage, "save", save_then_stop)
     ended = run(*world.personalize("-n", "4", "--seed", "0"))
     assert ended.code == 130
-    assert "interrupted; what was saved before stays (1)" in ended.err
+    assert "interrupted; 1 saved before" in ended.err
     names = [path.name for path in (tmp_path / "outputs").iterdir()]
     assert sorted(names) == ["my-faces-s-on-the-beach-0.png", "my-faces-s-on-the-beach-1.png"]
 

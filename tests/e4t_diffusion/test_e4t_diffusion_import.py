@@ -241,7 +241,7 @@ def test_unknown_bases_and_taken_names(checkpoint, base_folder):
     (checkpoint / "config.json").write_text(
         json.dumps(checkpoints.config(pretrained_model_name_or_path="/home/somebody/model"))
     )
-    with pytest.raises(UsageError, match="means nothing here"):
+    with pytest.raises(UsageError, match="is no known base"):
         import_checkpoint(checkpoint)
     (user_domains_folder() / "face").mkdir(parents=True)
     with pytest.raises(UsageError, match="there is a domain in"):
@@ -401,7 +401,7 @@ def test_a_tuned_checkpoint_becomes_a_concept(
     folder = checkpoints.write_checkpoint(
         tmp_path / "tuned", encoder, state, settings, name="unet.pt"
     )
-    with pytest.raises(UsageError, match="the picture it was tuned on"):
+    with pytest.raises(UsageError, match="the image it was tuned on"):
         import_concept(folder, tmp_path / "x.e4t", base=base_folder)
     drawn_face(size=80)[0].save(folder / "domain.png")
     with pytest.raises(UsageError, match=r"no unet\.pt"):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from e4t_cli.api.options import DomainTrainingOptions
 from e4t_cli.api.pretraining_setup import plan_domain
 from e4t_cli.errors import UsageError
 from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
@@ -99,14 +100,14 @@ def test_pretraining_an_installed_domain_takes_the_packages_value(
     install, good, own, monkeypatch, tmp_path
 ):
     install("zoo", dog=good)
-    plan = plan_domain("dog", "other")
+    plan = plan_domain("dog", "other", DomainTrainingOptions())
     assert (plan.domain.name, plan.names_itself) == ("dog", False)
     assert plan.folder == user_domains_folder() / "dog"
     write_card(own("dog"), monkeypatch)
     with pytest.raises(UsageError, match="has weights for toy already"):
-        plan_domain("dog", "toy")
+        plan_domain("dog", "toy", DomainTrainingOptions())
     with pytest.raises(UsageError, match="there is a domain in") as caught:
-        plan_domain("dog", "other")
+        plan_domain("dog", "other", DomainTrainingOptions())
     assert "e4t domains rm dog" in caught.value.hint
-    elsewhere = plan_domain("dog", "other", folder=tmp_path / "dog")
+    elsewhere = plan_domain("dog", "other", DomainTrainingOptions(), folder=tmp_path / "dog")
     assert elsewhere.domain.pretraining is None and elsewhere.config.steps == 60_000

@@ -34,7 +34,7 @@ def test_the_plural_comes_first_where_the_base_knows_it(model, monkeypatch):
 def test_a_name_without_such_a_word(model, name):
     with pytest.raises(UsageError, match=f"no word of '{name}' is one token to the base tiny") as e:
         choose_descriptor(name, model)
-    assert e.value.hint.startswith("say what they are: --descriptor WORD, such as ")
+    assert e.value.hint.startswith("name them: --descriptor WORD, such as ")
     assert e.value.exit_code == 2
 
 

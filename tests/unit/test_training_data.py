@@ -486,7 +486,7 @@ def test_a_disk_that_is_too_small(model, monkeypatch):
     monkeypatch.setattr("e4t_cli.api.pretraining_setup.free_bytes", lambda folder: 1000)
     source = find_source([png(index) for index in range(10)])
     choice = choose_cache("auto", source, model, 1000, mask=False)
-    assert not choice.used and "are not kept" in choice.why
+    assert not choice.used and "are not cached" in choice.why
     with pytest.raises(ResourceError, match="1000 bytes are free|1 kB are free"):
         choose_cache("on", source, model, 1000, mask=False)
 

@@ -1,7 +1,7 @@
-"""`export`: a concept as a plain Stable Diffusion, for programs that know nothing of this one.
+"""Exports a concept as plain Stable Diffusion weights for other programs.
 
-As a folder in diffusers' layout, of Stable Diffusion 1.x as one file, or of any as a LoRA; beside a
-file lies the word.
+The result is a folder in diffusers' layout, a single file (Stable Diffusion 1.x), or a LoRA; the
+word's embedding lies beside a file.
 """
 
 from __future__ import annotations
@@ -9,29 +9,27 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
+from e4t_cli.api.options import RunKeywords, RunOptions
 from e4t_cli.api.resolve import load_concept, load_concept_models
 from e4t_cli.api.session import Session
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.bases import Base
-from e4t_cli.hub.paths import AskLicence, HubAccess
-from e4t_cli.progress import ProgressCallback
 from e4t_cli.prompts import check_placeholder
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
-    from e4t_cli.models.text_to_image import TextToImageModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A concept that other programs can draw.
+    """A concept in a format of other programs.
 
     Args:
         path: a folder in diffusers' layout, or a single file.
-        token: what prompts call the concept there; beside a file, the name of the word's.
-        variation: how much of the word depends on the noise level, which the folder leaves out.
+        token: what prompts call the concept there; beside a file, the stem of the word's file.
+        variation: share of the word that depends on the noise level, which is left out.
         licence: of the base; "" if its files do not state one.
         retained_energy: share of what tuning changed that is in it: 1 but for a LoRA.
     """
@@ -49,13 +47,8 @@ def export(
     *,
     lora: int | None = None,
     placeholder: str | None = None,
-    base: str | os.PathLike[str] | TextToImageModel = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
     vram: str = "auto",
-    offline: bool = False,
-    accept_license: bool | AskLicence = False,
-    on_progress: ProgressCallback | None = None,
+    **options: Unpack[RunKeywords],
 ) -> Exported:
     """Write a concept as a model that other programs read.
 
@@ -66,21 +59,21 @@ def export(
         concept: from `personalize`, or the file it was saved to.
         path: must not exist; it appears whole, or not at all. A folder that
             `StableDiffusionPipeline.from_pretrained` reads, or, if it ends in .safetensors, a
-            single file with the word beside it, for programs that read those.
-        lora: write the change of the base alone, as a LoRA of this rank, into such a file. It is
-            small, and loses something: `Exported.retained_energy` is the share that it holds.
+            single file with the word beside it.
+        lora: write only the change of the base, as a LoRA of this rank, into such a file. It is
+            small and an approximation: `Exported.retained_energy` is the share that it holds.
         placeholder: a folder's token; the concept's own by default.
-        base: where the base is; "auto" finds the one the concept was made on by its name.
-        dtype: "fp32" writes float32; anything else float16, half as large.
-
-    The other arguments are those of `personalize`.
+        vram: gigabytes that may be used, as "8", or "auto" for what is free.
+        options: keywords, the fields of `RunOptions`. dtype "fp32" writes float32; anything else
+            float16, half as large.
 
     Raises:
-        UsageError: it exists, the base knows the token as a word of its own, or is not of the
+        UsageError: the path exists, the base has the token in its vocabulary, or is not of the
             kind that a single file can hold; or a LoRA is to be a folder.
         ResourceError: the disk has no room.
         E4TError: another of its children.
     """
+    asked = RunOptions(**options)
     target = Path(path)
     alone = target.suffix == ".safetensors"
     if target.exists():
@@ -91,19 +84,16 @@ def export(
         raise UsageError("a LoRA is one file", hint=f"call it {printable(target.name)}.safetensors")
     if placeholder is not None:
         check_placeholder(placeholder)
-    session = Session(device, dtype, on_progress, vram=vram)
-    access = HubAccess(offline=offline, accept_license=accept_license, on_progress=session.report)
+    session = Session(asked, vram=vram)
     with session.running():
         opened = load_concept(concept)
         token = placeholder or opened.placeholder
-        load_concept_models(
-            opened, session, access, base=base, device=device, dtype=dtype, safety=True
-        )
+        load_concept_models(opened, session)
         model, pretrained = session.model, session.pretrained
         from e4t_cli.formats import lora as lora_file
         from e4t_cli.formats import stable_diffusion, textual_inversion
 
-        # What can be wrong is found out before the tuning.
+        # Everything that can be refused is checked before the tuning.
         if lora is not None:
             lora_file.check_rank(lora)
             textual_inversion.check_both_absent(target)
@@ -119,7 +109,7 @@ def export(
             found = textual_inversion.mean_concept_embedding(
                 model, tuned, opened.prepared, seed=opened.seed
             )
-            stored = torch.float32 if dtype == "fp32" else torch.float16
+            stored = torch.float32 if asked.dtype == "fp32" else torch.float16
             retained_energy = 1.0
             if alone:
                 token = textual_inversion.embedding_path(target).stem
@@ -144,7 +134,7 @@ def export(
 
 
 def _readme(concept: Concept, token: str, base: Base) -> str:
-    """Return what the folder says about itself."""
+    """Return the README of the folder, a model card of the hub."""
     stated = f"\nlicense: {base.licence.lower()}" if base.licence else ""
     return f"""---
 base_model: {base.identity.partition("@")[0] or base.name}

@@ -1,23 +1,24 @@
-"""One pre-training whose base is loaded: what `pretrain` and its rehearsal have in common.
-
-`pretrain`: pictures in, a domain of your own out.
-"""
+"""`pretrain`: trains a new domain on images (section 3.3), so that `personalize` can use it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
+from e4t_cli.api.options import DomainTrainingOptions, PretrainKeywords, PretrainOptions
 from e4t_cli.api.pretraining_setup import (
+    CacheChoice,
     NewDomain,
     check_cache,
+    check_descriptor,
     check_new_name,
     choose_cache,
+    choose_descriptor,
     plan_domain,
     training_data,
 )
@@ -25,103 +26,146 @@ from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
 from e4t_cli.datasets.reader import ImageReader
 from e4t_cli.datasets.sources import ImageSource, find_source, hold_out
-from e4t_cli.hub.paths import AskLicence, HubAccess
+from e4t_cli.hub.paths import HubAccess
+from e4t_cli.images.loading import ImageInput
 from e4t_cli.images.preparation import snapshot_downloader
-from e4t_cli.progress import Progress, ProgressCallback, StopRequest
+from e4t_cli.progress import Progress, StopRequest
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 if TYPE_CHECKING:
-    from e4t_cli.models.text_to_image import TextToImageModel
+    from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.pretraining.batches import DistributedContext
-    from e4t_cli.pretraining.loop import DomainInfo, TrainingCallbacks, TrainingOptions
+    from e4t_cli.pretraining.encoded_images import TrainingData
+    from e4t_cli.pretraining.loop import TrainingCallbacks
+
+Data = str | os.PathLike[str] | Iterable[ImageInput | PreparedImage]
 
 
-@dataclass
 class PretrainingRun:
-    """One pre-training whose base is loaded: its word, its preparation, what is written down.
+    """One pre-training whose base is loaded; `pretrain` and `plan_pretraining` share it.
 
     Args:
-        source: of the pictures; less those that were held out.
-        strict: whether a picture that cannot be used stops the run.
+        session: with the base loaded.
+        plan: what is trained.
+        source: of the images.
+        options: of the run.
+
+    Attributes:
+        domain: with its final descriptor.
+        source: less the images that were held out.
+        reader: prepares each image.
+        samples: images that the run trains on, repetitions counted.
     """
 
-    session: Session
-    plan: NewDomain
-    source: ImageSource
-    access: HubAccess
-    processes: DistributedContext
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        from e4t_cli.api.pretraining_setup import check_descriptor, choose_descriptor
-
-        model, domain = self.session.model, self.plan.domain
-        if self.plan.names_itself:
-            word = choose_descriptor(domain.name, model)
-            self.session.report(Progress(stage="load", remark=f"the descriptor is {word!r}"))
+    def __init__(
+        self,
+        session: Session,
+        plan: NewDomain,
+        source: ImageSource,
+        options: DomainTrainingOptions,
+        processes: DistributedContext,
+    ) -> None:
+        self.session, self.plan, self.source = session, plan, source
+        self.options, self.processes = options, processes
+        model, config = session.model, plan.config
+        if plan.names_itself:
+            word = choose_descriptor(plan.domain.name, model)
+            session.report(Progress(stage="load", remark=f"the descriptor is {word!r}"))
         else:
-            word = check_descriptor(domain.descriptor, model)
-        self.domain = replace(domain, descriptor=word)
+            word = check_descriptor(plan.domain.descriptor, model)
+        self.domain = replace(plan.domain, descriptor=word)
         target = PreparationTarget(
             size=model.resolution,
             base=model.base.name,
-            mask="auto" if self.plan.config.mask else None,
+            mask="auto" if config.mask else None,
             device=str(model.device),
-            fetch=snapshot_downloader(self.access),
+            fetch=snapshot_downloader(session.access),
         )
-        log = self.plan.work / "left-out.tsv" if self.processes.first else None
-        self.reader = ImageReader(self.domain, target, strict=self.strict, log=log)
+        log = plan.work / "left-out.tsv" if processes.first else None
+        self.reader = ImageReader(self.domain, target, strict=options.strict, log=log)
+        self.samples = config.steps * config.batch_size * processes.count
+
+    def choose_cache(self) -> CacheChoice:
+        """Return whether the encoded images are kept on the disk."""
+        mask, cache = self.plan.config.mask, self.options.cache
+        return choose_cache(cache, self.source, self.session.model, self.samples, mask=mask)
 
     def hold_out(self) -> list[PreparedImage]:
-        """Take a few pictures out of training, for contact sheets."""
+        """Take a few images out of training, for contact sheets."""
         self.source, held_out = hold_out(self.source, self.reader)
         if not held_out:
-            self.session.note("encode", "too few pictures to hold some out: no contact sheets")
+            self.session.note("encode", "too few images to hold some out: no contact sheets")
         return held_out
 
-    def info(self) -> DomainInfo:
-        """Return what the domain weights will contain beside parameters."""
-        from e4t_cli.pretraining.loop import DomainInfo
+    def train(
+        self,
+        data: TrainingData,
+        *,
+        callbacks: TrainingCallbacks,
+        steps: int | None = None,
+        saved: PretrainOptions | None = None,
+        seed: int = 0,
+    ) -> DomainWeights:
+        """Run the training loop.
 
-        return DomainInfo(
-            name=self.domain.name,
-            descriptor=self.domain.descriptor,
-            templates=tuple(training_templates(self.domain)),
-            tuning=self.plan.tuning,
-            licence=self.domain.licence,
+        Args:
+            data: of this run's base.
+            steps: instead of the config's.
+            saved: how checkpoints are written and read; None writes none.
+        """
+        from e4t_cli.pretraining.checkpoints import CheckpointOptions
+        from e4t_cli.pretraining.loop import DomainInfo, TrainingOptions, pretrain_domain
+
+        config = self.plan.config
+        checkpoints = CheckpointOptions()
+        if saved is not None:
+            checkpoints = CheckpointOptions(
+                folder=self.plan.work,
+                every=saved.checkpoint_every or checkpoints.every,
+                resume=saved.resume,
+                force=saved.force,
+            )
+        return pretrain_domain(
+            self.session.model,
+            data,
+            domain=DomainInfo(
+                name=self.domain.name,
+                descriptor=self.domain.descriptor,
+                templates=tuple(training_templates(self.domain)),
+                tuning=self.plan.tuning,
+                licence=self.domain.licence,
+            ),
+            config=config if steps is None else config.replace(steps=steps),
+            options=TrainingOptions(
+                seed=seed,
+                autocast=self.session.model.device.type == "cuda",
+                micro_batch=self.options.micro_batch,
+            ),
+            checkpoints=checkpoints,
+            callbacks=callbacks,
+            processes=self.processes,
         )
 
-    def options(self, *, seed: int = 0, micro_batch: int | None = None) -> TrainingOptions:
-        """Return how training computes on this run's device."""
-        from e4t_cli.pretraining.loop import TrainingOptions
-
-        autocast = self.session.model.device.type == "cuda"
-        return TrainingOptions(seed=seed, autocast=autocast, micro_batch=micro_batch)
-
     @contextlib.contextmanager
-    def callbacks(
-        self,
-        held_out: list[PreparedImage],
-        sample_every: int,
-        trackers: Sequence[Any],
-        stop: StopRequest | None,
+    def logged(
+        self, held_out: list[PreparedImage], options: PretrainOptions
     ) -> Iterator[TrainingCallbacks]:
-        """Yield callbacks that report progress, and record losses and contact sheets."""
+        """Yield callbacks that report progress, log the losses and generate contact sheets."""
         from e4t_cli.pretraining.logging import LoggerConfig, TrainingLogger
         from e4t_cli.pretraining.loop import TrainingCallbacks
 
-        report, stop = self.session.report, stop or StopRequest()
+        report, stop = self.session.report, options.stop or StopRequest()
         if not self.processes.first:
             yield TrainingCallbacks(stop=stop)
             return
         config = LoggerConfig(
             folder=self.plan.work / "training",
-            sample_every=sample_every,
+            sample_every=options.sample_every,
             images=held_out,
-            trackers=tuple(trackers),
-            offline=self.access.cut_off,
+            trackers=tuple(options.trackers),
+            offline=self.session.access.cut_off,
         )
         logger = TrainingLogger(
             config, self.session.model, name=self.domain.name,
@@ -135,144 +179,96 @@ class PretrainingRun:
         with logger:
             yield TrainingCallbacks(stop=stop, on_progress=both, on_step=logger.on_step)
 
-    def keep_record(self) -> None:
-        """Move the run's log and sheets to the domain's folder, and remove the checkpoints."""
-        work, record = self.plan.work, self.plan.folder / "training"
+    def keep_logs(self) -> None:
+        """Move logs and contact sheets to the domain folder, and remove the checkpoints."""
+        work, kept = self.plan.work, self.plan.folder / "training"
         log = work / "left-out.tsv"
-        with contextlib.suppress(OSError):  # the pack is whole; the rest is worth no error
-            record.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # the domain weights are complete without them
+            kept.mkdir(exist_ok=True)
             for path in (log, *(work / "training").glob("*")):
                 if path.exists():
-                    os.replace(path, record / path.name)
-            if (record / log.name).exists():
-                sentence = f"the images left out are named in {record / log.name}"
-                self.session.report(Progress(stage="pretrain", remark=sentence))
+                    os.replace(path, kept / path.name)
+            if (kept / log.name).exists():
+                text = f"the images left out are named in {kept / log.name}"
+                self.session.report(Progress(stage="pretrain", remark=text))
         shutil.rmtree(work, ignore_errors=True)
 
 
-def own_device(device: str, processes: DistributedContext) -> str:
-    """Return the device of this process: a launcher gives each of them another one."""
-    return device if processes.device is None else str(processes.device)
-
-
-Data = str | os.PathLike[str] | Iterable[ImageSource | PreparedImage]
+def process_options(
+    options: DomainTrainingOptions, processes: DistributedContext
+) -> DomainTrainingOptions:
+    """Return the options of this process: a launcher assigns each its device, the first reports."""
+    return replace(
+        options,
+        device=options.device if processes.device is None else str(processes.device),
+        on_progress=options.on_progress if processes.first else None,
+    )
 
 
 def pretrain(
     name: str | Domain,
     data: Data,
     *,
-    descriptor: str | None = None,
-    base: str | os.PathLike[str] | TextToImageModel = "auto",
     config: PretrainingConfig | None = None,
     tuning: TuningConfig | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    base_learning_rate: float | None = None,
-    reg_weight: float | None = None,
-    micro_batch: int | None = None,
     seed: int = 0,
-    cache: str = "auto",
-    strict: bool = False,
-    sample_every: int = 0,
-    trackers: Sequence[Any] = (),
-    checkpoint_every: int | None = None,
-    resume: bool = True,
-    force: bool = False,
     folder: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    offline: bool = False,
-    accept_license: bool | AskLicence = False,
-    stop: StopRequest | None = None,
-    on_progress: ProgressCallback | None = None,
+    **options: Unpack[PretrainKeywords],
 ) -> Path:
-    """Pre-train a domain on pictures (section 3.3), so that `personalize` can use it.
+    """Pre-train a domain on images (section 3.3), so that `personalize` can use it.
 
     Args:
         name: of the domain: a new one, or an installed one that lacks weights for this base; or a
-            `Domain` with a preparation and sentences of its own.
-        data: a folder of pictures (sub-folders count), tar shards, a dataset (see `find_source`),
-            or any iterable of pictures.
-        descriptor: the everyday word for such things; the installed domain's, or the longest word
-            of a new name that is one token of the base.
-        base: as in `personalize`.
-        recipe, tuning: the numbers of training and those that the pack will carry; by default
-            the installed domain's, for a new one those of a pack that was made for this base.
-        steps, batch_size, base_learning_rate, embedding_penalty: instead of the recipe's.
-        micro_batch: samples that are in memory at once; None is the whole batch.
-        seed: of the first weights and of every draw.
-        cache: "on" looks at each picture once and keeps what it saw in the user's cache, "off"
-            looks anew each time; "auto" is on from the second pass over the pictures on.
-        strict: stop at the first picture that cannot be used; otherwise they are left out,
-            counted and named in a log.
-        sample_every: steps between two contact sheets of a few held-out pictures; 0: none.
-        trackers: names that accelerate knows, such as "tensorboard"; offline that, or "wandb".
-        checkpoint_every: steps between two checkpoints.
-        resume: go on from the last checkpoint of an interrupted run that was called alike.
-        force: go on also if settings differ.
-        folder: where the pack goes; by default among the user's own domains.
-        offline, accept_license: as in `personalize`.
-        stop: asks the run to save itself and to end in KeyboardInterrupt.
+            `Domain` with its own preparation and prompt templates.
+        data: a folder of images with its sub-folders, tar shards, a dataset (see `find_source`),
+            or any iterable of images.
+        config, tuning: of the pre-training, and of later personalization; by default the installed
+            domain's, for a new one those of domain weights that were made for this base.
+        seed: of the initial weights and of all random numbers.
+        folder: where the domain weights go; by default among the user domains.
+        options: keywords, see `e4t_cli.api.options`: base, device, dtype, offline, accept_license,
+            on_progress (`RunOptions`); descriptor, steps, batch_size, base_learning_rate,
+            reg_weight, micro_batch, cache, strict (`DomainTrainingOptions`); sample_every,
+            trackers, checkpoint_every, resume, force, stop (`PretrainOptions`).
 
     Returns:
         The folder, which `e4t domains list` shows and `personalize` accepts. Inside, `training/`
-        has the losses, the sheets, and the names of images that were left out.
+        has the losses, contact sheets, and the names of images that were left out.
 
     Raises:
-        UsageError: the name or the word cannot be used, or there is such a pack already.
-        InputError: there is no usable picture.
+        UsageError: the name or the descriptor cannot be used, or there are such weights already.
+        InputError: there is no usable image.
         E4TError: another of its children.
     """
+    asked = PretrainOptions(**options)
     check_new_name(name)
-    check_cache(cache)
-    cut_off = HubAccess(offline=offline).cut_off
+    check_cache(asked.cache)
+    cut_off = HubAccess(offline=asked.offline).cut_off
     source = find_source(data, offline=cut_off)
     from e4t_cli.pretraining.batches import init_distributed
-    from e4t_cli.pretraining.checkpoints import CheckpointOptions
     from e4t_cli.pretraining.logging import check_trackers
-    from e4t_cli.pretraining.loop import pretrain_domain
 
-    check_trackers(trackers, offline=cut_off)
-    checkpoint_options = {"every": checkpoint_every} if checkpoint_every else {}
-    with init_distributed(device) as processes:
-        listener = on_progress if processes.first else None
-        session = Session(own_device(device, processes), dtype, listener)
-        access = HubAccess(
-            offline=offline, accept_license=accept_license, on_progress=session.report
-        )
-        place = resolve_base(base, access, device=device, dtype=dtype, safety=False)
+    check_trackers(asked.trackers, offline=cut_off)
+
+    with init_distributed(asked.device) as processes:
+        session = Session(process_options(asked, processes))
+        base = resolve_base(asked, session.access, safety=False)
         plan = plan_domain(
-            name, base_name(place), descriptor=descriptor, config=config, tuning=tuning,
-            folder=folder, steps=steps, batch_size=batch_size,
-            base_learning_rate=base_learning_rate, reg_weight=reg_weight,
-        )  # fmt: skip
+            name, base_name(base), asked, config=config, tuning=tuning, folder=folder
+        )
         with session.running():
-            session.load(place, None)
-            run = PretrainingRun(session, plan, source, access, processes, strict=strict)
-            held_out = run.hold_out() if sample_every else []
-            samples = plan.config.steps * plan.config.batch_size * processes.count
-            choice = choose_cache(cache, run.source, session.model, samples, mask=plan.config.mask)
+            session.load(base, None)
+            run = PretrainingRun(session, plan, source, asked, processes)
+            held_out = run.hold_out() if asked.sample_every else []
             with (
                 training_data(
-                    session.model, run.source, run.reader, choice,
+                    session.model, run.source, run.reader, run.choose_cache(),
                     processes=processes, on_progress=session.report,
                 ) as encoded,
-                run.callbacks(held_out, sample_every, trackers, stop) as callbacks,
+                run.logged(held_out, asked) as callbacks,
             ):  # fmt: skip
-                pack = pretrain_domain(
-                    session.model,
-                    encoded,
-                    domain=run.info(),
-                    config=plan.config,
-                    options=run.options(seed=seed, micro_batch=micro_batch),
-                    checkpoints=CheckpointOptions(
-                        folder=plan.work, resume=resume, force=force, **checkpoint_options
-                    ),
-                    callbacks=callbacks,
-                    processes=processes,
-                )
+                trained = run.train(encoded, callbacks=callbacks, saved=asked, seed=seed)
             if processes.first:
-                pack.save(plan.folder)
-                run.keep_record()
+                trained.save(plan.folder)
+                run.keep_logs()
     return plan.folder

@@ -1,9 +1,4 @@
-"""The everyday word for a new domain: one token of the base, found in the domain's name.
-
-What is to be pre-trained: the domain as a value, its numbers, and where its pack will be.
-
-From a source of pictures to training data: looked at once and kept, or when it is needed.
-"""
+"""Prepares a pre-training: the new domain's descriptor, configs and folder, and training data."""
 
 from __future__ import annotations
 
@@ -14,8 +9,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from e4t_cli.api.options import DomainTrainingOptions
 from e4t_cli.datasets.reader import ImageReader
 from e4t_cli.datasets.sources import (
     ImageSource,
@@ -37,54 +33,37 @@ if TYPE_CHECKING:
     from e4t_cli.pretraining.batches import DistributedContext
     from e4t_cli.pretraining.encoded_images import TrainingData
 
-_SAY_NOTHING = {
-    *(
-        "a",
-        "an",
-        "and",
-        "any",
-        "data",
-        "dataset",
-        "domain",
-        "e4t",
-        "for",
-        "from",
-        "image",
-        "images",
-    ),
-    *("in", "me", "mine", "my", "new", "of", "on", "our", "ours", "photo", "photos", "pic", "pics"),
-    *("picture", "pictures", "set", "some", "test", "the", "their", "train", "training", "with"),
-    *("your", "yours"),
-}
-"""Words of a folder's or domain's name that do not say what is in the pictures."""
+_STOP_WORDS = """
+a an and any data dataset domain e4t for from image images in me mine my new of on our ours photo
+photos pic pics picture pictures set some test the their train training with your yours
+"""
+"""Words of a folder's or domain's name that do not describe the images."""
 
 
 def choose_descriptor(name: str, model: TextToImageModel) -> str:
-    """Return the longest word of a domain's name that the base holds as one token.
+    """Return the longest word of a domain's name that is one token of the base.
 
-    Of each word the name's own form is tried first, then its singular: "my_dogs" is "dogs" to a
-    base that knows the plural, "dog" to one that does not.
+    Of each word the form in the name is tried first, then its singular: "my_dogs" gives "dogs" if
+    the base has a token for it, else "dog".
 
     Raises:
-        UsageError: there is none; the hint names words that are near.
+        UsageError: there is none; the hint lists similar words.
     """
-    words = [word for word in re.split(r"[^a-z]+", name) if word and word not in _SAY_NOTHING]
+    words = [
+        word for word in re.split(r"[^a-z]+", name) if word and word not in _STOP_WORDS.split()
+    ]
     for word in sorted(words, key=len, reverse=True):
         for form in (word, *_singulars(word)):
             if len(form) > 1 and _tokens(model)(form) == 1:
                 return form
     raise UsageError(
         f"no word of {name!r} is one token to the base {model.base.name}",
-        hint=f"say what they are: --descriptor WORD{_like(words, model)}",
+        hint=f"name them: --descriptor WORD{_like(words, model)}",
     )
 
 
 def check_descriptor(word: str, model: TextToImageModel) -> str:
-    """Return a word that the user chose, if it is one token.
-
-    Raises:
-        UsageError: it is not; the hint names words that are.
-    """
+    """Return the user's descriptor; `UsageError` lists other words if it is not one token."""
     count = _tokens(model)(word)
     if count == 1:
         return word
@@ -96,7 +75,7 @@ def check_descriptor(word: str, model: TextToImageModel) -> str:
 
 
 def _singulars(word: str) -> list[str]:
-    """Return what a plural may be the plural of: dogs, boxes, ponies, wolves, mice …"""
+    """Return the possible singulars of a plural: dogs, boxes, ponies, wolves, mice …"""
     irregular = {"people": "person", "men": "man", "women": "woman", "children": "child"}
     irregular |= {"mice": "mouse", "geese": "goose", "feet": "foot", "teeth": "tooth"}
     found = [irregular[word]] if word in irregular else []
@@ -112,7 +91,7 @@ def _tokens(model: TextToImageModel) -> Callable[[str], int]:
 
 
 def _like(words: list[str], model: TextToImageModel) -> str:
-    """Return ", such as …": words of the base that are near, and that are one token for sure."""
+    """Return ", such as …": similar words that are one token of the base."""
     endings = [token.removesuffix("</w>") for token in model.tokenizer.get_vocab()
                if token.endswith("</w>")]  # fmt: skip
     known = [word for word in endings if len(word) > 2 and re.fullmatch("[a-z]+", word)]
@@ -132,8 +111,8 @@ class NewDomain:
     Args:
         domain: the value; its descriptor counts unless `names_itself`.
         names_itself: the descriptor is to be found in the name.
-        recipe, tuning: the numbers of training, and those that the pack will carry.
-        folder: where the pack goes.
+        config, tuning: of the pre-training, and of later personalization.
+        folder: where the domain weights go.
     """
 
     domain: Domain
@@ -144,16 +123,12 @@ class NewDomain:
 
     @property
     def work(self) -> Path:
-        """The folder of checkpoints, logs and sheets while the domain is made."""
+        """The folder of checkpoints, logs and contact sheets during the training."""
         return self.folder.with_name(f".{self.folder.name}.checkpoints")
 
 
 def check_new_name(name: str | Domain) -> None:
-    """Make sure that a domain can have this name, before anything is fetched or loaded.
-
-    Raises:
-        UsageError: it cannot.
-    """
+    """Raise `UsageError` if no domain can have this name."""
     if isinstance(name, str):
         try:
             check_name(name)
@@ -164,33 +139,30 @@ def check_new_name(name: str | Domain) -> None:
 def plan_domain(
     name: str | Domain,
     base: str,
+    options: DomainTrainingOptions,
     *,
-    descriptor: str | None = None,
     config: PretrainingConfig | None = None,
     tuning: TuningConfig | None = None,
     folder: str | os.PathLike[str] | None = None,
-    **numbers: float | None,
 ) -> NewDomain:
     """Decide everything about a new domain that does not need its base.
 
     Args:
         name: a new domain's, an installed one's that lacks weights for this base, or a value.
         base: name of the base.
-        numbers: fields of the recipe to change; None leaves them as they are.
+        options: its descriptor and config fields replace those of the config.
 
     Raises:
-        UsageError: a number is out of range, or there are such weights already.
+        UsageError: a value is out of range, or there are such weights already.
     """
     domain, is_new = _find(name, base)
-    if descriptor is not None:
-        try:
-            domain = replace(domain, descriptor=descriptor)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
     config = config or domain.pretraining or PretrainingConfig(steps=60_000)
-    changed: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+    fields = ("steps", "batch_size", "base_learning_rate", "reg_weight")
+    given = {field: getattr(options, field) for field in fields}
     try:
-        config = config.replace(**changed)
+        if options.descriptor is not None:
+            domain = replace(domain, descriptor=options.descriptor)
+        config = config.replace(**{key: one for key, one in given.items() if one is not None})
     except ValueError as error:
         raise UsageError(str(error)) from error
     target = Path(folder) if folder is not None else user_domains_folder() / domain.name
@@ -201,7 +173,7 @@ def plan_domain(
         )
     return NewDomain(
         domain=domain,
-        names_itself=is_new and descriptor is None,
+        names_itself=is_new and options.descriptor is None,
         config=config,
         tuning=tuning or domain.tuning,
         folder=target,
@@ -213,7 +185,7 @@ def _find(name: str | Domain, base: str) -> tuple[Domain, bool]:
     if isinstance(name, Domain):
         return name, False
     installed = installed_domains()
-    # A package's domain comes before the user's folder of that name, which serves it as weights.
+    # A package's domain precedes the user's folder of that name, which holds weights for it.
     for listing in sorted(installed, key=lambda one: one.package == USER):
         if listing.name == name and listing.domain is not None:
             with contextlib.suppress(WeightsUnavailable):
@@ -224,22 +196,22 @@ def _find(name: str | Domain, base: str) -> tuple[Domain, bool]:
                 )
             return listing.domain, False
     known = [one.domain for one in installed if one.domain is not None]
-    tuning, pretraining = _known_recipes(known, base)
+    tuning, pretraining = _known_configs(known, base)
     return Domain(name=name, descriptor=name, tuning=tuning, pretraining=pretraining), True
 
 
-def _known_recipes(known: list[Domain], base: str) -> tuple[TuningConfig, PretrainingConfig]:
-    """Return the numbers that a new domain begins with on a base.
+def _known_configs(known: list[Domain], base: str) -> tuple[TuningConfig, PretrainingConfig]:
+    """Return the configs that a new domain begins with on a base.
 
-    The paper's rates belong to Stable Diffusion; a pack that was made for this very base knows
-    better ones. Of several, one without a mask and with the usual sentences is the nearest.
+    The paper's learning rates are for Stable Diffusion; domain weights made for this base have
+    better ones. Of several, one without a mask and with the default templates is the nearest.
     """
     for domain in sorted(known, key=lambda one: bool(one.prompt_templates)):
         with contextlib.suppress(E4TError):
-            pack = user_domain(weights_folder(domain, base))
-            if pack.pretraining is not None and not pack.tuning.mask:
-                return pack.tuning, pack.pretraining.replace(mask=False)
-    # The paper's numbers for cats, its unmasked domain of things (section 3.5).
+            made = user_domain(weights_folder(domain, base))
+            if made.pretraining is not None and not made.tuning.mask:
+                return made.tuning, made.pretraining.replace(mask=False)
+    # The paper's values for cats, its domain of objects without masks (section 3.5).
     tuning = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
     return tuning, PretrainingConfig(steps=60_000)
 
@@ -249,13 +221,13 @@ CACHES = ("auto", "on", "off")
 
 @dataclass(frozen=True, kw_only=True)
 class CacheChoice:
-    """Whether encoded pictures are kept on the disk.
+    """Whether encoded images are kept on the disk.
 
     Args:
         used: whether they are.
-        pictures: how many there are, 0 if nobody knows.
-        size: what they take, in bytes.
-        why: a sentence for the user where the answer may surprise, "" otherwise.
+        pictures: how many images there are, 0 if unknown.
+        size: of the cache, in bytes.
+        why: a note for the user if "auto" could not use it, "" otherwise.
     """
 
     used: bool
@@ -265,11 +237,7 @@ class CacheChoice:
 
 
 def check_cache(wanted: str) -> None:
-    """Make sure that a choice is one of the three.
-
-    Raises:
-        UsageError: it is not.
-    """
+    """Raise `UsageError` if a choice is not one of the three."""
     if wanted not in CACHES:
         raise UsageError(
             f"there is no cache {printable(wanted)!r}", hint=f"one of {', '.join(CACHES)}"
@@ -277,7 +245,7 @@ def check_cache(wanted: str) -> None:
 
 
 def how_many(source: ImageSource) -> int:
-    """Return the number of a source's pictures, 0 if nobody knows."""
+    """Return the number of a source's images, 0 if unknown."""
     if isinstance(source, MapStyleSource):
         return len(source)
     return source.approximate_len if isinstance(source, IterableSource) else 0
@@ -286,16 +254,16 @@ def how_many(source: ImageSource) -> int:
 def choose_cache(
     wanted: str, source: ImageSource, model: TextToImageModel, samples: int, *, mask: bool
 ) -> CacheChoice:
-    """Decide whether looking once pays: it does from the second pass over the pictures on.
+    """Decide whether encoded images are kept; "auto" keeps them if images are used repeatedly.
 
     Args:
         wanted: "auto", "on" or "off".
-        samples: pictures that the run will train on, counted as often as they come.
+        samples: images that the run will train on, repetitions counted.
         mask: whether masks are kept too.
 
     Raises:
-        UsageError: pictures that can be read once only, and no cache.
-        ResourceError: it was asked for, and the disk is too small.
+        UsageError: an iterable that can be read once only, and "off".
+        ResourceError: "on", and the disk is too small.
     """
     from e4t_cli.pretraining.encoded_images import bytes_per_image
 
@@ -304,20 +272,20 @@ def choose_cache(
     once = isinstance(source, SinglePassSource)
     if wanted == "off" and once:
         raise UsageError(
-            "an iterable can be read once, so its pictures have to be kept",
-            hint="hand in a list, or let the cache be on",
+            "an iterable can be read once, so its images have to be cached",
+            hint="pass a list, or leave the cache on",
         )
     if wanted == "off" or (wanted == "auto" and not once and not 0 < pictures < samples):
         return CacheChoice(used=False, pictures=pictures, size=size)
     free = free_bytes(user_cache())
     if size > 0.9 * free:
-        needed = f"the encoded pictures need {shown_size(size)}, and {shown_size(free)} are free"
+        needed = f"the encoded images need {shown_size(size)}, and {shown_size(free)} are free"
         if wanted == "on":
             raise ResourceError(
                 needed, hint="E4T_CACHE_DIR moves the cache, --cache off trains without it"
             )
         return CacheChoice(
-            used=False, pictures=pictures, size=size, why=f"{needed}: they are not kept"
+            used=False, pictures=pictures, size=size, why=f"{needed}: they are not cached"
         )
     return CacheChoice(used=True, pictures=pictures, size=size)
 
@@ -332,7 +300,7 @@ def training_data(
     processes: DistributedContext,
     on_progress: ProgressCallback,
 ) -> Iterator[TrainingData]:
-    """Hand out a run's pictures in the form that training reads.
+    """Yield a source's images as training data.
 
     Raises:
         InputError: no image can be used, or one cannot and the reader is strict.

@@ -1,8 +1,6 @@
-"""What was asked for, as values: prompts, seeds, recipes. Everything here is light.
+"""Resolves what was asked for (prompts, seeds, bases, domains, weights, concepts) into values.
 
-Names that were asked for, as what they name: bases, domains, packs. Everything here is light.
-
-A saved concept and what it needs, at hand again: for whoever draws or exports it.
+Nothing here imports torch before a model is loaded.
 """
 
 from __future__ import annotations
@@ -10,16 +8,20 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from e4t_cli.api.options import RunOptions
 from e4t_cli.api.session import Session
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import (
+    EMBEDDED,
     Base,
     converted_weights_folder,
     e4t_diffusion_repository,
+    find_base,
     hub_location,
     hub_weights_folder,
 )
@@ -31,7 +33,7 @@ from e4t_cli.hub.resolve import (
     likely_accelerator,
 )
 from e4t_cli.prompts import Prompt, parse_prompt
-from e4t_cli.registry.config import TUNING_METHODS, PretrainingConfig, TuningConfig
+from e4t_cli.registry.config import TUNING_METHODS, TuningConfig
 from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages
 from e4t_cli.registry.domain import Domain
 from e4t_cli.registry.weights import weights_folder
@@ -39,27 +41,30 @@ from e4t_cli.registry.weights import weights_folder
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
     from e4t_cli.models.text_to_image import TextToImageModel
-
-_R = TypeVar("_R", TuningConfig, PretrainingConfig)
+    from e4t_cli.sampling import SamplingConfig
 
 MAX_SEED = 2**32 - 1
 """The largest seed that other programs' metadata readers take."""
 
 
 def parse_prompts(prompts: str | Sequence[str], placeholder: str) -> list[Prompt]:
-    """Parse one prompt or several; the first that does not name the concept is refused."""
+    """Parse one prompt or several.
+
+    Raises:
+        UsageError: one does not name the concept.
+    """
     wanted = [prompts] if isinstance(prompts, str) else prompts
     return [parse_prompt(prompt, placeholder) for prompt in wanted]
 
 
 def resolve_seed(seed: int | None, count: int) -> int:
-    """Return the seed of the first picture; a random one if none was asked for.
+    """Return the seed of the first image; a random one if none was asked for.
 
     Raises:
         UsageError: one of `count` seeds is out of range.
     """
     if not isinstance(count, int) or count < 1:
-        raise UsageError(f"the number of pictures per prompt must be 1 or more, not {count!r}")
+        raise UsageError(f"the number of images per prompt must be 1 or more, not {count!r}")
     if seed is None:
         return secrets.randbelow(2**31)  # short enough to type, far from the end
     if not 0 <= seed <= MAX_SEED + 1 - count:
@@ -67,54 +72,71 @@ def resolve_seed(seed: int | None, count: int) -> int:
     return seed
 
 
-def with_steps(config: _R, steps: int) -> _R:
-    """Return the recipe with another number of steps."""
+def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
+    """Return the sampling options as a `SamplingConfig`.
+
+    Raises:
+        UsageError: a field that `SamplingConfig` has not, or one out of range.
+    """
+    from e4t_cli.sampling import SamplingConfig
+
+    if isinstance(wanted, SamplingConfig):
+        return wanted
     try:
-        return config.replace(steps=steps)
+        return SamplingConfig(**(wanted or {}))
+    except TypeError as error:
+        raise UsageError(f"sampling: {error}") from error
+
+
+def resolve_tuning(config: TuningConfig, method: str | None, steps: int | None) -> TuningConfig:
+    """Return the config with another method and number of steps; None leaves them unchanged.
+
+    Raises:
+        UsageError: there is no such method, or the steps are out of range.
+    """
+    if method is not None and method not in TUNING_METHODS:
+        raise UsageError(
+            f"there is no tuning method {printable(method)!r}",
+            hint=f"--tuning {' or '.join(TUNING_METHODS)}",
+        )
+    try:
+        return config.replace(
+            method=config.method if method is None else method,
+            steps=config.steps if steps is None else steps,
+        )
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def with_tuning_method(config: TuningConfig, method: str) -> TuningConfig:
-    """Return the recipe with another way of tuning."""
-    try:
-        return config.replace(method=method)
-    except ValueError as error:
-        raise UsageError(
-            f"there is no way of tuning {printable(method)!r}",
-            hint=f"--tuning {' or '.join(TUNING_METHODS)}",
-        ) from error
-
-
 def resolve_base(
-    base: str | os.PathLike[str] | TextToImageModel,
-    access: HubAccess | None = None,
+    options: RunOptions,
+    access: HubAccess,
     *,
     domain: Domain | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
     tower: bool = True,
     safety: bool = True,
 ) -> Base | TextToImageModel:
-    """Return the base of that name, hub id or folder, fetched if need be; a model is one already.
+    """Return the base that was asked for, fetched if need be; a loaded model is returned as it is.
 
     Args:
-        access: how the hub may be used; None fetches nothing whose licence was not accepted.
-        domain: what it is for; "auto" takes a base that the domain has weights for.
-        device, dtype: as the user wrote them; they decide which precision is fetched.
-        tower: whether a photo will be looked at.
-        safety: whether pictures will be shown to the base's safety checker.
+        options: its device and dtype decide which precision is fetched.
+        access: how the hub may be used.
+        domain: "auto" takes a base that this domain has weights for.
+        tower: whether a photo will be encoded.
+        safety: whether the base's safety checker will be used.
     """
-    if not isinstance(base, str | os.PathLike):
-        return base
-    access = access or HubAccess()
-    wanted = resolve_base_name(base, access, domain=domain, device=device)
+    if not isinstance(options.base, str | os.PathLike):
+        return options.base
+    wanted = resolve_base_name(options.base, access, domain=domain, device=options.device)
+    if wanted in EMBEDDED:
+        return find_base(wanted)
     tower = tower and needs_image_tower(domain, wanted)
-    return fetch_base(wanted, access, half=prefers_half(device, dtype), tower=tower, safety=safety)
+    half = prefers_half(options.device, options.dtype)
+    return fetch_base(wanted, access, half=half, tower=tower, safety=safety)
 
 
 def needs_image_tower(domain: Domain | None, base: str) -> bool:
-    """Whether a domain's encoder looks through the base's image tower, or has brought its own.
+    """Whether a domain's encoder reads the base's image tower, or brings its own.
 
     Args:
         base: a name, or an address of the hub; not "auto".
@@ -137,10 +159,10 @@ def resolve_base_name(
     device: str = "auto",
     confirm: bool = True,
 ) -> str:
-    """Return what "auto" means here, with a remark that says why; other names as they are.
+    """Return the base's name; for "auto" the default on this machine, with a remark about why.
 
     Args:
-        confirm: whether torch may be asked if the accelerator works.
+        confirm: whether torch may be imported to check that the accelerator works.
     """
     wanted = os.fspath(base)
     if wanted != "auto":
@@ -154,7 +176,7 @@ def resolve_base_name(
         return False
 
     def works() -> bool:
-        from e4t_cli.devices import choose_device  # brings torch, which is needed anyway now
+        from e4t_cli.devices import choose_device  # imports torch, which is needed by now
 
         return not confirm or choose_device(device).type != "cpu"
 
@@ -170,7 +192,7 @@ def resolve_base_name(
 
 
 def prefers_half(device: str, dtype: str) -> bool:
-    """Whether float16 files are enough: they are half as large, and accelerators compute so."""
+    """Whether float16 files suffice: half as large, and what accelerators compute in."""
     return likely_accelerator(device) if dtype == "auto" else dtype != "fp32"
 
 
@@ -193,19 +215,19 @@ def find_concept_domain(name: str, package: str) -> Domain:
 
     Args:
         name: of the domain.
-        package: the distribution it came with then, "" if nobody wrote it down.
+        package: the distribution it came with then, "" if it was not recorded.
 
     Raises:
-        UsageError: it is not here any more; the hint says what brings it back.
+        UsageError: it is not installed any more; the hint is what brings it back.
     """
     if package and package in installed_packages(name):
-        return find_domain(f"{package}:{name}")  # whoever else claims the name by now
+        return find_domain(f"{package}:{name}")  # another package may have the name too by now
     try:
         return find_domain(name)
     except UsageError as error:
         hint = error.hint
         if package == USER:
-            hint = f"it was one of your own: e4t domains add FOLDER brings {name} back"
+            hint = f"it was a user domain: e4t domains add FOLDER brings {name} back"
         elif package:
             hint = f"it came with the package {printable(package)}: pip install {package}"
         message = f"this concept needs the domain {name!r}: {error.message}"
@@ -213,16 +235,11 @@ def find_concept_domain(name: str, package: str) -> Domain:
 
 
 def resolve_domain_weights(
-    domain: Domain,
-    base: Base | TextToImageModel,
-    access: HubAccess | None = None,
-    *,
-    repair: bool = False,
+    domain: Domain, base: Base | TextToImageModel, access: HubAccess, *, repair: bool = False
 ) -> Path:
     """Return the folder with the domain's weights for a base, fetched if they are on the hub.
 
     Args:
-        access: how the hub may be used; None fetches nothing.
         repair: fetch again what is here and damaged.
 
     Raises:
@@ -230,50 +247,37 @@ def resolve_domain_weights(
     """
     name = base_name(base)
     location = domain.weights.get(name, "")
-    if access is not None and location.startswith("hub:"):
-        if hub_weights_folder(location) is None:
-            with contextlib.suppress(WeightsUnavailable):  # the user may have made some
-                return weights_folder(domain, name)
+    published = location.startswith("hub:")
+    if not published and not location.startswith("e4t-diffusion:"):
+        return weights_folder(domain, name)
+    if (hub_weights_folder(location) if published else converted_weights_folder(location)) is None:
+        with contextlib.suppress(WeightsUnavailable):  # the user may have made some
+            return weights_folder(domain, name)
+    if published:
         return fetch_domain_weights(location, access, repair=repair)
-    if access is not None and e4t_diffusion_repository(location):
-        if converted_weights_folder(location) is None:
-            with contextlib.suppress(WeightsUnavailable):
-                return weights_folder(domain, name)
-        from e4t_cli.api.importing import fetch_converted
+    from e4t_cli.api.importing import fetch_converted
 
-        return fetch_converted(domain, name, location, access, repair=repair)
-    return weights_folder(domain, name)
+    return fetch_converted(domain, name, location, access, repair=repair)
 
 
 def load_concept(concept: Concept | str | os.PathLike[str]) -> Concept:
     """Return a concept, read from its file if it is not one already."""
     from e4t_cli.formats.concept import Concept
 
-    return concept if isinstance(concept, Concept) else Concept.load(concept)
+    return concept if isinstance(concept, Concept) else Concept.load(Path(concept))
 
 
-def load_concept_models(
-    concept: Concept,
-    session: Session,
-    access: HubAccess,
-    *,
-    base: str | os.PathLike[str] | TextToImageModel,
-    device: str,
-    dtype: str,
-    safety: bool,
-) -> None:
-    """Load the base and the pack that a concept was made with.
-
-    Args:
-        base: "auto" is the one that it names.
-        safety: whether the base's safety checker is wanted too.
+def load_concept_models(concept: Concept, session: Session) -> None:
+    """Load the base and the domain weights that a concept was made with.
 
     Raises:
-        IntegrityError: this machine's base or pack is not the one it was made with.
+        IntegrityError: this machine's base or weights are not the ones it was made with.
         E4TError: another of its children.
     """
-    value = find_concept_domain(concept.domain, concept.package)
-    wanted = concept.base_name if base == "auto" else base
-    place = resolve_base(wanted, access, device=device, dtype=dtype, tower=False, safety=safety)
-    session.load(place, resolve_domain_weights(value, place, access))
+    domain = find_concept_domain(concept.domain, concept.package)
+    options = session.options
+    if options.base == "auto":
+        options = replace(options, base=concept.base_name)
+    base = resolve_base(options, session.access, tower=False, safety=session.safety)
+    session.load(base, resolve_domain_weights(domain, base, session.access))
     concept.check(session.model, session.pretrained)

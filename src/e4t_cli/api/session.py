@@ -1,23 +1,20 @@
-"""What holds around heavy work: libraries keep quiet, and memory errors are one sentence.
+"""One run of the library: loads base and domain weights, tunes, generates, and reports progress.
 
-What the user hears of a run, and the clock.
-
-How pictures are drawn, as a value, and what is written down about each.
-
-One run of the library: a loaded base and pack, the clock, and what the user should know.
-
-`api` decides what is to be done; this module does the parts that `personalize`, `generate` and
-`pretrain` have in common. torch is first imported in `Session.running`.
+These are the steps that `personalize`, `generate`, `export` and `pretrain` share. torch is first
+imported in `Session.running`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from e4t_cli.api.options import ImageCallback, RunOptions
 from e4t_cli.devices import (
     DTYPES,
     budget_of,
@@ -29,6 +26,7 @@ from e4t_cli.devices import (
 )
 from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.hub.bases import Base
+from e4t_cli.hub.paths import HubAccess
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
 from e4t_cli.progress import Progress, ProgressCallback
@@ -43,33 +41,44 @@ if TYPE_CHECKING:
     from e4t_cli.sampling import SamplingConfig
 
 
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the progress bars of transformers and diffusers out of the user's terminal."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
+class _QuietLibraries:
+    """Disables the progress bars of transformers and diffusers while any run is inside.
 
-    loud = [
-        library
-        for library in (transformers_logging, diffusers_logging)
-        if library.is_progress_bar_enabled()
-    ]
-    for library in loud:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in loud:
-            library.enable_progress_bar()
+    Their switch belongs to the process, so concurrent runs are counted: the first one disables,
+    the last one restores.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._disabled: list[Any] = []
+
+    def __enter__(self) -> None:
+        import diffusers.utils.logging as diffusers_logging
+        import transformers.utils.logging as transformers_logging
+
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                both = (transformers_logging, diffusers_logging)
+                self._disabled = [one for one in both if one.is_progress_bar_enabled()]
+                for library in self._disabled:
+                    library.disable_progress_bar()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for library in self._disabled:
+                    library.enable_progress_bar()
+
+
+quiet_libraries = _QuietLibraries()
 
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn whatever an allocator says into one sentence.
-
-    Raises:
-        ResourceError: memory ran out.
-    """
+    """Turn an allocator's error into a `ResourceError`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -82,35 +91,27 @@ def memory_errors() -> Iterator[None]:
 
 
 class ProgressReporter:
-    """Work that reports its stages and times them.
+    """Passes progress on, measures stages, and keeps the notes for the result.
 
     Args:
-        on_progress: the caller's; notes pass through it too.
+        on_progress: the caller's callback.
     """
 
     def __init__(self, on_progress: ProgressCallback | None) -> None:
-        self._listener = on_progress
+        self._on_progress = on_progress
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
 
     def report(self, event: Progress) -> None:
-        """Pass an event on, and remember its note for the result."""
+        """Pass an event on."""
         if event.note and event.note not in self.notes:
             self.notes.append(event.note)
-        if self._listener is not None:
-            self._listener(event)
+        if self._on_progress is not None:
+            self._on_progress(event)
 
-    def note(self, stage: str, sentence: str) -> None:
-        """Tell the user something without any progress."""
-        self.report(Progress(stage=stage, note=sentence))
-
-    def remark(self, stage: str, sentence: str) -> None:
-        """Tell the user something that is good to know."""
-        self.report(Progress(stage=stage, remark=sentence))
-
-    def detail(self, stage: str, sentence: str) -> None:
-        """Tell those who asked for more."""
-        self.report(Progress(stage=stage, detail=sentence))
+    def note(self, stage: str, text: str) -> None:
+        """Report something that may not be what the user meant."""
+        self.report(Progress(stage=stage, note=text))
 
     @contextlib.contextmanager
     def stage(self, name: str, *, counted: bool = False) -> Iterator[None]:
@@ -130,7 +131,7 @@ class ProgressReporter:
 def record_of(
     concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int]
 ) -> GenerationRecord:
-    """Return all that it takes to draw a picture again; `size` is width and height in pixels."""
+    """Return all that it takes to generate an image again; `size` is (width, height) in pixels."""
     return GenerationRecord(
         prompt=prompt.text,
         negative_prompt=sampling.negative_prompt,
@@ -151,58 +152,45 @@ def record_of(
     )
 
 
-def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
-    """Return what was asked for as a value.
-
-    Raises:
-        UsageError: it has a field that `SamplingConfig` has not, or one out of range.
-    """
-    from e4t_cli.sampling import SamplingConfig
-
-    if isinstance(wanted, SamplingConfig):
-        return wanted
-    try:
-        return SamplingConfig(**(wanted or {}))
-    except TypeError as error:
-        raise UsageError(f"sampling: {error}") from error
-
-
 class Session(ProgressReporter):
-    """A base and a pack, used for one request.
+    """A base and domain weights, used for one request.
 
     Args:
-        device, dtype, vram: as the user wrote them.
-        on_progress: the caller's; notes pass through it too.
-        safety: look at every picture, where the base has a checker.
+        options: of the request.
+        vram: gigabytes that may be used, or "auto".
+        safety: run the base's safety checker, where it has one.
+
+    Attributes:
+        options: of the request, with `on_progress` going through this session.
+        access: how the hub may be used.
+        model, pretrained: set by `load`.
     """
 
     model: TextToImageModel
     pretrained: DomainWeights
 
-    def __init__(
-        self,
-        device: str,
-        dtype: str,
-        on_progress: ProgressCallback | None,
-        *,
-        vram: str = "auto",
-        safety: bool = True,
-    ) -> None:
-        super().__init__(on_progress)
-        if dtype != "auto" and dtype not in DTYPES:
+    def __init__(self, options: RunOptions, *, vram: str = "auto", safety: bool = True) -> None:
+        super().__init__(options.on_progress)
+        if options.dtype != "auto" and options.dtype not in DTYPES:
             names = ", ".join(["auto", *DTYPES])
-            raise UsageError(f"there is no dtype {printable(dtype)!r}", hint=f"one of {names}")
+            raise UsageError(
+                f"there is no dtype {printable(options.dtype)!r}", hint=f"one of {names}"
+            )
         if vram != "auto":
             budget_of(vram)
-        self._device, self._dtype, self._vram, self._safety = device, dtype, vram, safety
-        self._own = False  # whether the model was loaded for this one request
+        self.options = replace(options, on_progress=self.report)
+        self.access = HubAccess(
+            offline=options.offline, accept_license=options.accept_license, on_progress=self.report
+        )
+        self.vram, self.safety = vram, safety
+        self._owns_model = False  # whether the model was loaded for this one request
 
     @contextlib.contextmanager
     def running(self, base: Base | TextToImageModel | None = None) -> Iterator[None]:
-        """Import what is heavy; inside, libraries keep quiet and memory errors are one sentence.
+        """Import torch; inside, libraries show no progress bars, and memory errors are one message.
 
         Args:
-            base: that will be loaded; the disk reads it while the processor imports.
+            base: that will be loaded; the disk reads it during the imports.
 
         Raises:
             ResourceError: memory ran out.
@@ -213,44 +201,44 @@ class Session(ProgressReporter):
         with self.stage("imports", counted=True):
             import e4t_cli.sampling
             import e4t_cli.training.tuning  # noqa: F401
-        with memory_errors(), quiet_libraries():
+        with memory_errors(), quiet_libraries:
             yield
 
-    def load(self, base: Base | TextToImageModel, pack: Path | None) -> None:
-        """Load the base and the pack.
+    def load(self, base: Base | TextToImageModel, weights: Path | None) -> None:
+        """Load the base and the domain weights.
 
         Args:
-            base: where the base is, or a model that is loaded already.
-            pack: folder of the domain's weights for that base; None where there are none yet.
+            base: where the base is, or a loaded model.
+            weights: the domain folder for that base; None where there is none yet.
 
         Raises:
             UsageError: there is no such device here.
-            IntegrityError: the pack was made for another base.
+            IntegrityError: the weights were made for another base.
         """
         from e4t_cli.models.domain_weights import DomainWeights
         from e4t_cli.models.text_to_image import TextToImageModel
 
         with self.stage("load", counted=True):
             if isinstance(base, Base):
-                device = choose_device(self._device)
-                if self._dtype == "fp16" and device.type == "cpu":
-                    self.note("load", "fp16 is slow and coarse on a CPU; fp32 is the better choice")
-                limit_process(device, self._vram)
-                kind = choose_dtype(self._dtype, device, base.folder)
-                self.model = TextToImageModel.load(base, device=device, dtype=kind)
-                self._own = True
+                device = choose_device(self.options.device)
+                if self.options.dtype == "fp16" and device.type == "cpu":
+                    self.note("load", "fp16 is slow and inaccurate on a CPU; use fp32")
+                limit_process(device, self.vram)
+                dtype = choose_dtype(self.options.dtype, device, base.folder)
+                self.model = TextToImageModel.load(base, device=device, dtype=dtype)
+                self._owns_model = True
             else:
                 self.model = base
-            if pack is not None:
-                self.pretrained = DomainWeights.load(pack)
+            if weights is not None:
+                self.pretrained = DomainWeights.load(weights)
                 self.pretrained.check_base(self.model)
         self.report(Progress(stage="load", done=1, total=1))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Find out before any tuning which prompts the text encoder cannot read to the end.
+        """Report before any tuning what the text encoder will truncate.
 
         Raises:
-            UsageError: a placeholder comes too late to be read.
+            UsageError: a placeholder comes after the text encoder's last token.
         """
         descriptor = self.model.descriptor_id(self.pretrained.descriptor)
         if prompts:
@@ -259,11 +247,11 @@ class Session(ProgressReporter):
                     self.note("load", f"the prompt is too long; left out: {printable(dropped)!r}")
 
     def tune(self, concept: Concept, *, keep_base: bool = False) -> TunedModel:
-        """Tune on the concept's picture, as its recipe and seed say, in the memory there is.
+        """Tune on the concept's image with its config and seed, in the memory that is available.
 
         Args:
-            keep_base: leave the base's U-Net as it is. A model that was loaded for this request
-                is used up otherwise: its U-Net becomes the tuned one, which saves a copy.
+            keep_base: leave the base's U-Net unchanged. Otherwise the U-Net of a model that was
+                loaded for this request becomes the tuned one, which saves a copy.
         """
         from e4t_cli.nn.precision import half_format
         from e4t_cli.training.memory import plan_tuning
@@ -271,37 +259,27 @@ class Session(ProgressReporter):
         from e4t_cli.training.tuning import tune
 
         model, device = self.model, self.model.device
-        consume = self._own and not keep_base
-        if self._own:
-            model.release_tower()  # the picture has been looked at
+        consume = self._owns_model and not keep_base
+        if self._owns_model:
+            model.release_tower()  # the photo is encoded by now
         plan = plan_tuning(
-            model,
-            self.pretrained,
-            concept.config,
-            vram=self._vram,
-            consume=consume,
-            half=half_format(device, scaled=True),
-            eight_bit=has_eight_bit(device),
-        )
-        self.detail("tune", plan.sentence())
+            model, self.pretrained, concept.config,
+            vram=self.vram, consume=consume,
+            half=half_format(device, scaled=True), eight_bit=has_eight_bit(device),
+        )  # fmt: skip
+        self.report(Progress(stage="tune", detail=plan.sentence()))
         if plan.peak > plan.budget:
+            needed = plan.sentence().partition(": ")[2]
             less = "" if concept.config.method == "lora" else "; --tuning lora needs less"
-            told = plan.sentence().partition(": ")[2]
-            self.note("tune", f"memory may not suffice: {told}{less}")
+            self.note("tune", f"memory may not suffice: {needed}{less}")
         with self.stage("tune", counted=True):
             return tune(
-                model,
-                self.pretrained,
-                concept.prepared,
-                concept.config,
-                seed=concept.seed,
-                image_features=concept.image_features,
-                plan=plan,
-                consume=consume,
-                on_progress=self.report,
-            )
+                model, self.pretrained, concept.prepared, concept.config,
+                seed=concept.seed, image_features=concept.image_features,
+                plan=plan, consume=consume, on_progress=self.report,
+            )  # fmt: skip
 
-    def draw(
+    def generate(
         self,
         concept: Concept,
         tuned: TunedModel,
@@ -310,43 +288,39 @@ class Session(ProgressReporter):
         count: int,
         seed: int,
         sampling: SamplingConfig,
-        on_image: Callable[[GeneratedImage], None] | None,
+        on_image: ImageCallback | None,
     ) -> Personalization:
-        """Draw `count` pictures of every prompt; picture i of each has the seed `seed + i`."""
+        """Generate `count` images of every prompt; image i of each has the seed `seed + i`."""
         from e4t_cli.sampling import sample
 
         sampling = sampling.resolved(self.model)
         wanted = [prompt for prompt in prompts for _ in range(count)]
         seeds = [seed + i for _ in prompts for i in range(count)]
-        drawn: list[GeneratedImage] = []
+        images: list[GeneratedImage] = []
         withheld: list[GenerationRecord] = []
         with self.stage("generate", counted=True):
-            checker = self._checker()
-            pictures = sample(self.model, tuned, wanted, seeds, sampling, on_progress=self.report)
-            for prompt, own_seed, picture in zip(wanted, seeds, pictures, strict=True):
-                record = record_of(concept, prompt, own_seed, sampling, picture.size)
-                if checker is not None and checker.flags([picture])[0]:
+            checker = self._safety_checker()
+            sampled = sample(self.model, tuned, wanted, seeds, sampling, on_progress=self.report)
+            for prompt, image_seed, pixels in zip(wanted, seeds, sampled, strict=True):
+                record = record_of(concept, prompt, image_seed, sampling, pixels.size)
+                if checker is not None and checker.flags([pixels])[0]:
                     withheld.append(record)
                     continue
                 image = GeneratedImage(
-                    image=picture, prompt=prompt.text, seed=own_seed, record=record
+                    image=pixels, prompt=prompt.text, seed=image_seed, record=record
                 )
-                drawn.append(image)
+                images.append(image)
                 if on_image is not None:
                     on_image(image)
         return Personalization(
-            concept=concept,
-            images=drawn,
-            seed=seed,
-            timings=Timings(**self.seconds),
-            notes=tuple(self.notes),
-            withheld=tuple(withheld),
-        )
+            concept=concept, images=images, seed=seed, timings=Timings(**self.seconds),
+            notes=tuple(self.notes), withheld=tuple(withheld),
+        )  # fmt: skip
 
-    def _checker(self) -> SafetyChecker | None:
-        """Return the base's safety checker, if it has one and nobody said no to it."""
+    def _safety_checker(self) -> SafetyChecker | None:
+        """Return the base's safety checker, if it has one and it is not disabled."""
         folder = self.model.base.folder
-        if not self._safety or not (folder / "safety_checker" / "config.json").is_file():
+        if not self.safety or not (folder / "safety_checker" / "config.json").is_file():
             return None
         from e4t_cli.models.safety_checker import SafetyChecker
 

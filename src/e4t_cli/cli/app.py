@@ -1,6 +1,6 @@
-"""Assembles the commands, and gives every way of ending its sentence and its exit code.
+"""Assembles the commands, and maps every way of ending to an error message and an exit code.
 
-0 done · 1 unforeseen · 2 to 8 the causes in errors.py · 130 interrupted · 143 terminated.
+0 done · 1 unexpected · 2 to 8 the errors in errors.py · 130 interrupted · 143 terminated.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ app.command("doctor")(info.doctor)
 
 
 def _reflow(group: typer.Typer) -> None:
-    """Join the lines of docstrings' paragraphs: Typer keeps the breaks, which fit no terminal."""
+    """Join the lines of docstrings' paragraphs: Typer would keep their line breaks."""
     for command in group.registered_commands:
         paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
         command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
@@ -83,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         Its exit code; nothing is raised.
     """
-    console.start(json="--json" in arguments)  # until the command has read its own options
+    console.start(json="--json" in arguments)  # until the command has parsed its options
     _silence_libraries()
     with _stop_signals() as stopped_by:
         try:
@@ -93,52 +93,52 @@ def run(arguments: Sequence[str]) -> int:
         except KeyboardInterrupt:
             return _stopped(stopped_by)
         except E4TError as error:
-            return _explain(error)
+            return _report(error)
         except typer.TyperException as error:
-            return _explain(UsageError(error.format_message(), hint=_help_of(error)))
+            return _report(UsageError(error.format_message(), hint=_help_of(error)))
         except MemoryError:
-            hint = "close other programs, or ask for fewer pictures at once"
-            return _explain(ResourceError("this machine ran out of memory", hint=hint))
+            hint = "close other programs, or ask for fewer images at once"
+            return _report(ResourceError("this machine ran out of memory", hint=hint))
         except BrokenPipeError:
-            return _reader_has_gone()
+            return _broken_pipe()
         except Exception as error:
-            return _unforeseen(error)
+            return _unexpected(error)
 
 
-def _explain(error: E4TError) -> int:
+def _report(error: E4TError) -> int:
     console.current().error(error)
     if _debugging():
         traceback.print_exc()
     return error.exit_code
 
 
-def _unforeseen(error: Exception) -> int:
-    seen = " ".join(str(error).split())
-    sentence = f"unexpected {type(error).__name__}{': ' if seen else ''}{seen}"
-    hint = None if _debugging() else "this is a fault of e4t; rerun with -vv for the traceback"
-    console.current().error(E4TError(sentence, hint=hint))
+def _unexpected(error: Exception) -> int:
+    text = " ".join(str(error).split())
+    message = f"unexpected {type(error).__name__}{': ' if text else ''}{text}"
+    hint = None if _debugging() else "this is a bug of e4t; rerun with -vv for the traceback"
+    console.current().error(E4TError(message, hint=hint))
     if _debugging():
         traceback.print_exc()
     return 1
 
 
 def _stopped(stopped_by: list[int]) -> int:
-    """What was saved stays; every file is written whole or not at all."""
+    """Report an interrupt. Saved files stay; every file is written whole or not at all."""
     number = stopped_by[0] if stopped_by else signal.SIGINT
     current = console.current()
-    said = "terminated" if number == signal.SIGTERM else "interrupted"
-    kept = f"; what was saved before stays ({current.saved})" if current.saved else ""
-    stopped = E4TError(f"{said}{kept}", hint=current.resume_hint or None)
-    stopped.code, stopped.exit_code = said, 128 + number
+    code = "terminated" if number == signal.SIGTERM else "interrupted"
+    kept = f"; {current.saved} saved before" if current.saved else ""
+    stopped = E4TError(f"{code}{kept}", hint=current.resume_hint or None)
+    stopped.code, stopped.exit_code = code, 128 + number
     if not current.quiet:
         current.error(stopped)
     return stopped.exit_code
 
 
-def _reader_has_gone() -> int:
-    """``e4t … | head -1``: nobody listens any more, which is no fault; as other tools, exit 1."""
+def _broken_pipe() -> int:
+    """``e4t … | head -1``: the reader has ended; as other tools, exit quietly with 1."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        # Python flushes stdout once more at exit; let that go nowhere instead of failing.
+        # Python flushes stdout once more at exit, which would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
@@ -153,7 +153,7 @@ def _debugging() -> bool:
 
 
 def _silence_libraries() -> None:
-    """Bars and advice of the libraries below are for their own users; ours are in console.py."""
+    """Disable the progress bars and warnings of libraries, before they are imported."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -168,7 +168,7 @@ def _silence_libraries() -> None:
 def _stop_signals() -> Iterator[list[int]]:
     """Turn SIGINT and SIGTERM into one KeyboardInterrupt; the second one ends the process at once.
 
-    Work that listens to the console's `stop` is not interrupted but asked, and ends after its step.
+    Work that checks the console's `stop` finishes its step, saves, and raises KeyboardInterrupt.
 
     Yields:
         The signals that have arrived.
@@ -182,13 +182,13 @@ def _stop_signals() -> Iterator[list[int]]:
             os._exit(128 + number)  # files are renamed into place: nothing can be torn
         request = console.current().stop
         if request is not None and request.ask():
-            return  # the work saves itself, and ends in KeyboardInterrupt
+            return  # the work saves a checkpoint, and raises KeyboardInterrupt
         raise KeyboardInterrupt
 
     previous = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not the main thread: the caller's business
-            # A shell's `command &` ignores SIGINT on purpose; leave that as it is.
+        with contextlib.suppress(ValueError):  # not the main thread
+            # A shell's `command &` ignores SIGINT on purpose.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, stop)
     try:

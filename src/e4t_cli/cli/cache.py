@@ -1,7 +1,4 @@
-"""``e4t cache``: what lies on the disk because of this program, and how to be rid of it.
-
-``e4t fetch``: bring bases and domains here before they are needed.
-"""
+"""``e4t cache`` and ``e4t fetch``: the files that e4t has downloaded or derived."""
 
 from __future__ import annotations
 
@@ -10,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from e4t_cli.cli import console as consoles
-from e4t_cli.cli import options as o
+from e4t_cli.cli import console as terminal
+from e4t_cli.cli import options
 from e4t_cli.cli.options import Json, Quiet, Yes
-from e4t_cli.errors import IntegrityError, UsageError
+from e4t_cli.errors import IntegrityError
 from e4t_cli.files import shown_size
 from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
 from e4t_cli.hub.paths import hub_cache, user_cache
@@ -21,7 +18,7 @@ from e4t_cli.hub.paths import hub_cache, user_cache
 if TYPE_CHECKING:
     from e4t_cli.hub.paths import HubAccess
 
-app = typer.Typer(help="What lies on this disk because of e4t.", no_args_is_help=True)
+app = typer.Typer(help="The files that e4t has downloaded or derived.", no_args_is_help=True)
 
 Names = Annotated[
     list[str], typer.Argument(metavar="NAME...", help="As `e4t cache ls` shows them.")
@@ -30,30 +27,30 @@ Names = Annotated[
 
 @app.callback()
 def cache() -> None:
-    """What lies on this disk because of e4t."""
+    """The files that e4t has downloaded or derived."""
 
 
 @app.command("dir")
 def show_folders(json: Json = False) -> None:
-    """Say where fetched files lie, and where what was derived from them."""
-    console = consoles.start(json=json)
+    """Print the folders of fetched and of derived files."""
+    console = terminal.start(json=json)
     folders = {"hub": str(hub_cache()), "own": str(user_cache())}
     if json:
         return console.details("cache", folders)
     for folder in folders.values():
-        consoles.write_stdout(folder)
+        terminal.write_stdout(folder)
     return None
 
 
 @app.command("ls")
 def list_items(json: Json = False) -> None:
     """List what was fetched and derived, with its size."""
-    console = consoles.start(json=json)
+    console = terminal.start(json=json)
     from e4t_cli.hub.cache import list_cache
 
     found = list_cache()
     if json:
-        return consoles.write_stdout(json_format.dumps([item.as_dict() for item in found]))
+        return terminal.write_stdout(json_format.dumps([item.as_dict() for item in found]))
     rows = [(item.name, item.kind, shown_size(item.size), str(item.path)) for item in found]
     if rows:
         console.table(("name", "kind", "size", "path"), rows)
@@ -63,12 +60,12 @@ def list_items(json: Json = False) -> None:
 
 @app.command("verify")
 def verify(json: Json = False, quiet: Quiet = False) -> None:
-    """Read every fetched file again, and compare it with the checksum that the hub declared."""
-    console = consoles.start(json=json, quiet=quiet)
-    from e4t_cli.hub import cache
+    """Compare every fetched file with the checksum that the hub declared."""
+    console = terminal.start(json=json, quiet=quiet)
+    from e4t_cli.hub import cache as hub_files
 
     with console.progress() as on_progress:
-        count, damaged = cache.verify(on_progress)
+        count, damaged = hub_files.verify(on_progress)
     for one in damaged:
         line = f"{one.repository}/{one.file}: expected {one.expected}, got {one.got}"
         record = {"type": "damaged", "repository": one.repository, "file": one.file}
@@ -76,22 +73,22 @@ def verify(json: Json = False, quiet: Quiet = False) -> None:
     if damaged:
         raise IntegrityError(
             f"{len(damaged)} of {count} files are damaged",
-            hint=f"e4t fetch {damaged[0].repository} brings it again",
+            hint=f"e4t fetch {damaged[0].repository} downloads it again",
         )
-    console.note(f"{count} files are as they were fetched")
+    console.note(f"{count} files match their checksums")
 
 
 @app.command("prune")
 def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Remove what can go without a loss: partial downloads, and what a slim copy has replaced."""
-    console = consoles.start(json=json, quiet=quiet)
-    from e4t_cli.hub import cache
+    """Remove what is not needed: partial downloads, and files that a smaller copy has replaced."""
+    console = terminal.start(json=json, quiet=quiet)
+    from e4t_cli.hub import cache as hub_files
 
-    found = cache.prunable()
+    found = hub_files.prunable()
     if found:
         size = shown_size(sum(item.size for item in found))
-        _make_sure(console, yes, f"remove {len(found)} files, {size}, that nothing needs?")
-    for item in cache.prune(found):
+        console.confirm(yes, f"remove {len(found)} files, {size}, that are not needed?")
+    for item in hub_files.prune(found):
         console.product(str(item.path), {"type": "removed", **item.as_dict()})
     if not found:
         console.note("there is nothing to remove")
@@ -100,21 +97,16 @@ def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
 @app.command("rm")
 def remove(names: Names, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     """Remove fetched repositories, also for other programs that share the hub's cache."""
-    console = consoles.start(json=json, quiet=quiet)
-    from e4t_cli.hub import cache
+    console = terminal.start(json=json, quiet=quiet)
+    from e4t_cli.hub import cache as hub_files
 
-    found = [item for name in names for item in cache.find_items(name)]
+    found = [item for name in names for item in hub_files.find_items(name)]
     size = shown_size(sum(item.size for item in found))
     what = ", ".join(dict.fromkeys(item.name for item in found))
-    _make_sure(console, yes, f"remove {what}, {size}?")
+    console.confirm(yes, f"remove {what}, {size}?")
     for item in found:
-        cache.remove(item)
+        hub_files.remove(item)
         console.product(str(item.path), {"type": "removed", **item.as_dict()})
-
-
-def _make_sure(console: consoles.Console, yes: bool, question: str) -> None:
-    if not yes and not console.ask(question):
-        raise UsageError("nothing was removed", hint="-y removes without asking")
 
 
 FETCH_EXAMPLES = """
@@ -127,7 +119,7 @@ e4t fetch owner/a-stable-diffusion@fp16 --dtype fp32
 
 def complete_wanted(incomplete: str) -> list[str]:
     """Names of bases and domains, for the shell's completion."""
-    names = [*EMBEDDED, *PUBLISHED, *o.complete_domain("")]
+    names = [*EMBEDDED, *PUBLISHED, *options.complete_domain("")]
     return [name for name in names if name.startswith(incomplete)]
 
 
@@ -138,34 +130,29 @@ Wanted = Annotated[
 ]  # fmt: skip
 
 
-def fetch(
-    wanted: Wanted, base: o.Base = "auto", device: o.Device = "auto", dtype: o.Dtype = "auto",
-    offline: o.Offline = False, accept_license: o.AcceptLicense = False, json: o.Json = False,
-    quiet: o.Quiet = False, verbose: o.Verbose = 0,
-) -> None:  # fmt: skip
-    """Bring bases and domains to this machine, whole and checked.
+@options.grouped
+def fetch(wanted: Wanted, run: options.RunFlags, flags: options.TerminalFlags) -> None:
+    """Download bases and domains, complete and verified.
 
     What is here is not fetched again; what is here and damaged is. A domain comes with the base
     that it is for, and with what finds its subject in a photo. Everything lies in the cache of the
     Hugging Face hub. The folders go to stdout.
     """
-    console = consoles.start(json=json, quiet=quiet, verbose=verbose)
-    console.resume_hint = "the same command goes on: files that are finished are kept"
+    console = flags.start()
+    console.resume_hint = "the same command continues: finished files are kept"
     from e4t_cli.hub.paths import HubAccess
 
     with console.progress() as on_progress:
         access = HubAccess(
-            offline=offline,
-            accept_license=console.consent(accept_license),
+            offline=run.offline,
+            accept_license=console.consent(run.accept_license),
             on_progress=on_progress,
         )
         for name in wanted:
-            _fetch(console, access, name, base, device, dtype)
+            _fetch(console, access, name, run)
 
 
-def _fetch(
-    console: consoles.Console, access: HubAccess, name: str, base: str, device: str, dtype: str
-) -> None:
+def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options.RunFlags) -> None:
     from e4t_cli.api.resolve import (
         needs_image_tower,
         prefers_half,
@@ -181,8 +168,8 @@ def _fetch(
     place = name
     if name not in EMBEDDED and hub_location(name) is None:
         domain = find_domain(name)
-        place = resolve_base_name(base, access, domain=domain, device=device)
-    half, tower = prefers_half(device, dtype), needs_image_tower(domain, place)
+        place = resolve_base_name(run.base, access, domain=domain, device=run.device)
+    half, tower = prefers_half(run.device, run.dtype), needs_image_tower(domain, place)
     found = fetch_base(place, access, half=half, tower=tower, repair=True)
     console.product(
         str(found.folder),
@@ -192,7 +179,7 @@ def _fetch(
         folder = resolve_domain_weights(domain, found, access, repair=True)
         record = {"type": "domain", "name": domain.name, "base": found.name, "path": str(folder)}
         console.product(str(folder), record)
-        bring = snapshot_downloader(access)
+        fetch_network = snapshot_downloader(access)
         for repository in domain.networks if found.name not in EMBEDDED else ():
-            place = str(bring(repository))
+            place = str(fetch_network(repository))
             console.product(place, {"type": "network", "name": repository, "path": place})

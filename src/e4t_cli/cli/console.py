@@ -1,10 +1,9 @@
-"""The only place that prints: products on stdout, everything else on stderr.
+"""Prints: products on stdout, everything else on stderr.
 
-stdout carries what was asked for and nothing more (one path a line, or one JSON object a line), so
-that a command can stand in a pipe. Progress, notes, warnings and errors go to stderr: one live
-display on a terminal, a few plain lines elsewhere, nothing with ``-q``. Whatever comes from outside
-(prompts, file names, domain cards) is shown with its control characters spelled out, and never
-read as markup.
+stdout has only what was asked for (one path a line, or one JSON object a line), so that a command
+can stand in a pipe. Progress, notes, warnings and errors go to stderr: one live display on a
+terminal, a few plain lines elsewhere, nothing with ``-q``. Text from outside (prompts, file names,
+manifests) is printed with its control characters escaped, and never read as markup.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from e4t_cli.cli.progress import (
     rich_console,
     stderr_is_terminal,
 )
-from e4t_cli.errors import E4TError, printable
+from e4t_cli.errors import E4TError, UsageError, printable
 from e4t_cli.progress import Progress, StopRequest
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """What one command may say, and how loudly.
+    """The output of one command.
 
     Args:
         quiet: stderr keeps errors only.
@@ -49,23 +48,23 @@ class Console:
         self.verbose = verbose
         self.saved = 0
         self.resume_hint = ""  # what to type after an interrupt
-        self.stop: StopRequest | None = None  # for work that can save itself before it ends
+        self.stop: StopRequest | None = None  # of work that saves a checkpoint before it ends
         self._live: RichProgress | None = None
 
     # ── stdout ──
 
     def product(self, line: str, record: Mapping[str, Any]) -> None:
-        """One thing that was asked for: a line for people and pipes, a record for ``--json``."""
+        """Print one thing that was asked for: the line, or with ``--json`` the record."""
         self.saved += 1
         text = json.dumps({"schema": 1, **record}) if self.json else line
         if self._live is not None and is_terminal(sys.stdout):
-            # Both streams end on one screen, where the display has to move out of the way.
+            # Both streams are one screen: rich prints above its display.
             self._live.console.print(plain_text(text), soft_wrap=True)
         else:
             write_stdout(text)
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Aligned columns on stdout; the last one is never padded."""
+        """Print aligned columns; the last one is never padded."""
         cells = [[printable(cell) for cell in row] for row in [headings, *rows]]
         widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
         for row in cells:
@@ -73,7 +72,7 @@ class Console:
             write_stdout("  ".join(padded).rstrip())
 
     def details(self, title: str, about: Mapping[str, Any]) -> None:
-        """Everything about one thing: a line each, or one JSON object."""
+        """Print a mapping: a line for each entry, or one JSON object."""
         if self.json:
             write_stdout(json.dumps({"schema": 1, **about}))
         else:
@@ -83,11 +82,11 @@ class Console:
     # ── stderr ──
 
     def ask(self, question: str) -> bool:
-        """Put a yes-or-no question to whoever sits there; no terminal, no answer but no."""
+        """Ask a yes-or-no question; without a terminal the answer is no."""
         if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
             return False
         if self._live is not None:
-            self._live.stop()  # a display that redraws itself would write over the answer
+            self._live.stop()  # a live display would overwrite the answer
         try:
             self._write_stderr(printable(question, limit=2000) + " [y/N]")
             return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -95,43 +94,53 @@ class Console:
             if self._live is not None:
                 self._live.start()
 
+    def confirm(self, yes: bool, question: str, *, verb: str = "remove") -> None:
+        """Ask before something is removed or uploaded, unless ``-y`` was given.
+
+        Raises:
+            UsageError: the answer is no.
+        """
+        if not yes and not self.ask(question):
+            done = f"{verb}d" if verb.endswith("e") else f"{verb}ed"
+            raise UsageError(f"nothing was {done}", hint=f"-y {verb}s without asking")
+
     def consent(self, given: bool) -> bool | Callable[[str], bool]:
-        """What may be asked about a licence: nothing if it was given, or nobody is there."""
+        """Return `accept_license` for the library: whether it was given, or a way to ask."""
         return given or (self.ask if is_terminal(sys.stdin) and is_terminal(sys.stderr) else False)
 
     def note(self, text: str) -> None:
-        """Something good to know."""
+        """Print something that is good to know."""
         if not self.quiet and not self.json:
-            self._say("", text)
+            self._print("", text)
 
     def detail(self, text: str) -> None:
-        """Something for ``-v``."""
+        """Print something for ``-v``."""
         if self.verbose:
             self.note(text)
 
     def warning(self, text: str) -> None:
-        """Something that may not be what the user meant; the work goes on."""
+        """Print something that may not be what the user meant."""
         if self.quiet:
             return
         if self.json:
             self._write_stderr(json.dumps({"warning": {"message": text}}))
         else:
-            self._say("warning: ", text, style="yellow")
+            self._print("warning: ", text, style="yellow")
 
     def error(self, error: E4TError) -> None:
-        """One sentence and the next command; shown even with ``-q``."""
+        """Print an error and its hint, also with ``-q``."""
         message, hint = str(error), error.hint
         if self.json:
             body = {"code": error.code, "message": message, "hint": hint, "exit": error.exit_code}
             self._write_stderr(json.dumps({"error": body}))
             return
-        self._say("error: ", message, style="bold red")
+        self._print("error: ", message, style="bold red")
         if hint:
-            self._say("", hint)
+            self._print("", hint)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None]]:
-        """The callback to hand to the library; the display lives as long as the context."""
+        """Yield the `on_progress` callback; the display is shown inside the context."""
         if self.quiet or (self.json and not stderr_is_terminal()):
             yield self._shown(None)
         elif stderr_is_terminal():
@@ -144,10 +153,8 @@ class Console:
         else:
             yield self._shown(Lines(self._write_stderr, parts=bool(self.verbose)))
 
-    # ── how ──
-
     def _shown(self, view: Rows | Lines | None) -> Callable[[Progress], None]:
-        """Return the callback: sentences are said here, numbers shown in the view, if any."""
+        """Return the callback, which prints texts and shows counts and values in the view."""
 
         def show(event: Progress) -> None:
             if event.note:
@@ -156,19 +163,19 @@ class Console:
                 self.note(event.remark)
             if event.detail:
                 self.detail(event.detail)
-            sentences = event.note or event.remark or event.detail
-            if view is not None and (event.total or not sentences):
+            text = event.note or event.remark or event.detail
+            if view is not None and (event.total or not text):
                 view.show(event)
 
         return show
 
-    def _say(self, label: str, text: str, *, style: str = "") -> None:
+    def _print(self, label: str, text: str, *, style: str = "") -> None:
         line = printable(text, limit=2000)
         if self._live is None and not stderr_is_terminal():
             self._write_stderr(label + line)
             return
-        console = self._live.console if self._live is not None else rich_console()
-        console.print(plain_text(line, label, style), soft_wrap=True)
+        rich = self._live.console if self._live is not None else rich_console()
+        rich.print(plain_text(line, label, style), soft_wrap=True)
 
     def _write_stderr(self, line: str) -> None:
         if sys.stderr is not None:  # `2>&-`; print(file=None) would fall back to stdout
@@ -185,12 +192,12 @@ def _as_text(value: object) -> str:
 
 
 def write_stdout(line: str) -> None:
-    """One line on stdout, whole, at once.
+    """Write one line to stdout, and flush it.
 
     File names need not be text: where the stream cannot encode one, its raw bytes are written.
 
     Raises:
-        BrokenPipeError: the reader has gone (``| head -1``); app.py ends quietly.
+        BrokenPipeError: the reader has ended (``| head -1``); handled in app.py.
     """
     if sys.stdout is None:
         return
@@ -206,12 +213,12 @@ _current = Console()
 
 
 def current() -> Console:
-    """The console of the running command; before options are read, one that guesses."""
+    """Return the console of the running command."""
     return _current
 
 
 def start(*, quiet: bool = False, json: bool = False, verbose: int = 0) -> Console:
-    """Set the console of this command."""
+    """Set and return the console of this command; -vv also enables the libraries' logs."""
     global _current
     _current = Console(quiet=quiet, json=json, verbose=verbose)
     if verbose >= 2:

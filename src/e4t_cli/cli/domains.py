@@ -1,17 +1,4 @@
-"""``e4t domains``: what can be personalized here, and what is broken and why.
-
-``e4t domains info``: everything about one domain.
-
-``e4t domains add``: put a domain that somebody made among one's own.
-
-``e4t domains rm``: remove one of one's own domains.
-
-``e4t domains check``: does a domain keep the contract?
-
-``e4t domains new``: begin a package with a domain in it.
-
-``e4t domains push``: publish the weights of a domain on the hub.
-"""
+"""``e4t domains``: lists, checks, creates, adds, removes and publishes domains."""
 
 from __future__ import annotations
 
@@ -21,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from e4t_cli.cli import console as consoles
+from e4t_cli.cli import console as terminal
 from e4t_cli.cli.options import DomainName, Json, Offline, Quiet, Yes, complete_domain
-from e4t_cli.errors import E4TError, UsageError
+from e4t_cli.errors import E4TError
 from e4t_cli.files import shown_size
 
 if TYPE_CHECKING:
@@ -50,11 +37,11 @@ def list_domains(json: Json = False) -> None:
     """List every domain, with the reason beside those that cannot be used."""
     from e4t_cli.registry.discovery import installed_domains
 
-    console = consoles.start(json=json)
+    console = terminal.start(json=json)
     listings = installed_domains()
     if json:
         rows = [_record(listing) for listing in listings]
-        return consoles.write_stdout(json_format.dumps(rows))
+        return terminal.write_stdout(json_format.dumps(rows))
     console.table(HEADINGS, [_row(listing) for listing in listings])
     if not listings:
         console.note("no domain is installed; domains/README.md says how to write one")
@@ -76,7 +63,7 @@ def _row(listing: Listing) -> tuple[str, ...]:
         listing.name,
         record["source"],
         listing.domain.descriptor,
-        recipe_text(listing.domain.tuning),
+        tuning_text(listing.domain.tuning),
         weights,
         listing.domain.licence + blocked,
     )
@@ -87,55 +74,55 @@ def source_text(listing: Listing) -> str:
     return f"{listing.package} {listing.version}".strip()
 
 
+@app.command("info")
 def domain_info(name: DomainName, json: Json = False) -> None:
-    """Show everything about one domain: its packs, their files, recipes, licence and limits."""
+    """Show everything about one domain: its weights, their files, configs, licence and limits."""
     from e4t_cli.registry.discovery import find_listing
 
-    console = consoles.start(json=json)
+    console = terminal.start(json=json)
     listing = find_listing(name)
     assert listing.domain is not None
-    about = {"source": f"{listing.package} {listing.version}".strip()}
-    about |= about_domain(listing.domain)
+    about: dict[str, Any] = {"source": source_text(listing), **about_domain(listing.domain)}
     if not json:
         del about["name"]
-        packs = about.pop("weights")
-        for base, pack in packs.items():
-            about[f"weights for {base}"] = state_text(pack, long=True)
-            about |= {f"{base}: {key}": value for key, value in _lines(pack).items()}
+        for base, weights in about.pop("weights").items():
+            about[f"weights for {base}"] = state_text(weights, long=True)
+            about |= {f"{base}: {key}": value for key, value in _lines(weights).items()}
     console.details(listing.domain.name, about)
 
 
 def about_domain(domain: Domain) -> dict[str, Any]:
     """Return a domain as a record, with the state of its weights for each base."""
-    from e4t_cli.registry.weights import weights_states  # pydantic, which --help does not wait for
+    from e4t_cli.registry.weights import weights_states  # imports pydantic: too slow for --help
 
     return {
         "name": domain.name,
         "summary": domain.summary,
         "descriptor": domain.descriptor,
-        "tuning": recipe_text(domain.tuning),
+        "tuning": tuning_text(domain.tuning),
         "licence": domain.licence,
         "weights": {state.base: _about_weights(state) for state in weights_states(domain)},
     }
 
 
-def state_text(pack: dict[str, Any], *, long: bool = False) -> str:
-    """Return the state of weights in a few words, or with everything there is to say."""
-    size = shown_size(pack["size"]) if pack.get("size") else ""
-    if pack["state"] == "to fetch":
-        said = f"{size} to fetch".strip()
-    else:
-        said = f"{pack['state']}, {size}" if long and size else pack["state"]
-    more = pack.get("tuning") or pack.get("hint") or pack.get("reason")
-    return f"{said}: {more}" if long and more else said
+def state_text(weights: dict[str, Any], *, long: bool = False) -> str:
+    """Return the state of domain weights in a few words, or with all details."""
+    size = shown_size(weights["size"]) if weights.get("size") else ""
+    text: str = weights["state"]
+    if text == "to fetch":
+        text = f"{size} to fetch".strip()
+    elif long and size:
+        text = f"{text}, {size}"
+    more = weights.get("tuning") or weights.get("hint") or weights.get("reason")
+    return f"{text}: {more}" if long and more else text
 
 
-def recipe_text(config: TuningConfig) -> str:
-    """Return the numbers of tuning in a few words."""
+def tuning_text(config: TuningConfig) -> str:
+    """Return the tuning config in a few words."""
     mask = ", masked" if config.mask else ""
     return (
         f"{config.steps} steps, rate {config.learning_rate:.3g}, "
-        f"penalty {config.reg_weight:g}{mask}"
+        f"regularization {config.reg_weight:g}{mask}"
     )
 
 
@@ -148,7 +135,7 @@ def _about_weights(state: WeightsState) -> dict[str, Any]:
 def _about_card(card: Manifest, state: WeightsState) -> dict[str, Any]:
     assert state.folder is not None
     return {
-        "tuning": recipe_text(card.tuning),
+        "tuning": tuning_text(card.tuning),
         "pretraining": card.pretraining.as_dict(),
         "folder": str(state.folder),
         "images": card.images,
@@ -166,22 +153,22 @@ def _about_card(card: Manifest, state: WeightsState) -> dict[str, Any]:
     }
 
 
-def _lines(pack: dict[str, Any]) -> dict[str, str]:
-    """Return what a card says, a line each, for people."""
-    if "files" not in pack:
+def _lines(weights: dict[str, Any]) -> dict[str, str]:
+    """Return a manifest as lines of text."""
+    if "files" not in weights:
         return {}
-    before = pack["pretraining"]
+    before = weights["pretraining"]
     lines = {
-        "pictures": f"{pack['images']:,}",
+        "images": f"{weights['images']:,}",
         "pre-training": f"{before['steps']:,} steps of {before['batch_size']}",
-        "made for": f"{pack['base_revision']} {pack['base_fingerprint'][:12]}".strip(),
+        "made for": f"{weights['base_revision']} {weights['base_fingerprint'][:12]}".strip(),
         **{
-            key.replace("_", " "): pack[key]
+            key.replace("_", " "): weights[key]
             for key in ("image_tower", "licence", "limits", "notes")
         },
-        "folder": pack["folder"],
+        "folder": weights["folder"],
     }
-    for name, file in pack["files"].items():
+    for name, file in weights["files"].items():
         lines[name] = f"{file['bytes']:,} bytes, SHA-256 {file['sha256']}"
     return lines
 
@@ -197,11 +184,12 @@ Source = Annotated[
 ]
 
 
+@app.command("add", epilog=ADD_EXAMPLES)
 def add(source: Source, offline: Offline = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Add a domain from a folder, a zip or the hub; nothing appears unless all of it is sound."""
-    from e4t_cli.registry.store import add_domain  # pydantic: --help does not wait for it
+    """Add a domain from a folder, a zip or the hub; it is added only if all checks pass."""
+    from e4t_cli.registry.store import add_domain  # imports pydantic: too slow for --help
 
-    console = consoles.start(json=json, quiet=quiet)
+    console = terminal.start(json=json, quiet=quiet)
     with console.progress() as on_progress:
         added = add_domain(source, offline=offline, on_progress=on_progress)
     name, path = added.domain.name, str(added.folder)
@@ -216,26 +204,27 @@ def add(source: Source, offline: Offline = False, json: Json = False, quiet: Qui
     )
 
 
-def complete_own(incomplete: str) -> list[str]:
-    """Names of the user's own domains, for the shell's completion."""
+def complete_user_domain(incomplete: str) -> list[str]:
+    """Names of the user domains, for the shell's completion."""
     from e4t_cli.registry.discovery import user_domain_names
 
     return [name for name in user_domain_names() if name.startswith(incomplete)]
 
 
-OwnName = Annotated[
-    str, typer.Argument(metavar="NAME", autocompletion=complete_own, help="A domain of your own.")
+UserDomainName = Annotated[
+    str,
+    typer.Argument(metavar="NAME", autocompletion=complete_user_domain, help="A user domain."),
 ]
 
 
-def rm(name: OwnName, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Remove a domain of your own; what a package brought, its package manager removes."""
+@app.command("rm")
+def rm(name: UserDomainName, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
+    """Remove a user domain; a package's domain is removed by its package manager."""
     from e4t_cli.registry.store import find_user_folder, remove_domain
 
-    console = consoles.start(json=json, quiet=quiet)
+    console = terminal.start(json=json, quiet=quiet)
     folder = find_user_folder(name)
-    if not yes and not console.ask(f"remove {folder} with its weights?"):
-        raise UsageError("nothing was removed", hint="-y removes without asking")
+    console.confirm(yes, f"remove {folder} with its weights?")
     path = str(remove_domain(name))
     console.product(path, {"type": "removed", "name": folder.name, "path": path})
 
@@ -253,9 +242,10 @@ Subject = Annotated[
 ]
 
 
+@app.command("check", epilog=CHECK_EXAMPLES)
 def check(subject: Subject, json: Json = False, quiet: Quiet = False) -> None:
-    """Run every check on a domain: its value, sentences, preparation and weights."""
-    console = consoles.start(json=json, quiet=quiet)
+    """Run every check on a domain: its value, prompt templates, preparation and weights."""
+    console = terminal.start(json=json, quiet=quiet)
     from e4t_cli.registry.testing import examine_domain
 
     problems = 0
@@ -264,11 +254,11 @@ def check(subject: Subject, json: Json = False, quiet: Quiet = False) -> None:
     for finding in examine_domain(domain):
         problems += bool(finding.problem)
         word = "FAILED" if finding.problem else "ok"
-        said = finding.problem or finding.remark
+        message = finding.problem or finding.remark
         console.product(
-            f"{word:7} {finding.subject}{': ' if said else ''}{said}",
+            f"{word:7} {finding.subject}{': ' if message else ''}{message}",
             {"type": "finding", "subject": finding.subject, "ok": not finding.problem,
-             "message": said},
+             "message": message},
         )  # fmt: skip
     if problems:
         raise E4TError(f"{problems} of the checks failed on {subject}")
@@ -289,14 +279,15 @@ Descriptor = Annotated[
 ]
 Licence = Annotated[
     str, typer.Option("--licence", "--license", metavar="NAME", show_default=False,
-                      help="Of the weights and the pictures they are made from.")
+                      help="Of the weights and the images they are made from.")
 ]  # fmt: skip
 Pack = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Weights that `e4t pretrain` made, to travel in the package."),
+    typer.Option(metavar="DIR", help="Weights that `e4t pretrain` made, for the package."),
 ]
 
 
+@app.command("new", epilog=NEW_EXAMPLES)
 def new(
     name: NewName,
     directory: Directory = None,
@@ -306,10 +297,10 @@ def new(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a plug-in package with one domain, whose own tests pass once it is installed."""
-    from e4t_cli.registry.scaffold import new_domain  # pydantic: --help does not wait for it
+    """Write a plug-in package with one domain, whose tests pass once it is installed."""
+    from e4t_cli.registry.scaffold import new_domain  # imports pydantic: too slow for --help
 
-    console = consoles.start(json=json, quiet=quiet)
+    console = terminal.start(json=json, quiet=quiet)
     folder = new_domain(name, directory, descriptor=descriptor, licence=licence, weights=pack)
     console.product(str(folder), {"type": "package", "name": name, "path": str(folder)})
     console.note(f"install it: pip install -e {folder}")
@@ -324,15 +315,16 @@ Repository = Annotated[
 ]
 Which = Annotated[
     str,
-    typer.Option("--base", metavar="NAME", show_default=False, help="Which pack, of several."),
+    typer.Option("--base", metavar="NAME", show_default=False, help="Which weights, of several."),
 ]
 PushLicence = Annotated[
     str, typer.Option("--licence", "--license", metavar="NAME", show_default=False,
-                      help="Of weights and pictures; default: what the card says.")
+                      help="Of weights and images; default: the manifest's.")
 ]  # fmt: skip
 Public = Annotated[bool, typer.Option("--public", help="For everybody; otherwise it is private.")]
 
 
+@app.command("push", epilog=PUSH_EXAMPLES)
 def push(
     name: DomainName,
     repository: Repository,
@@ -343,18 +335,18 @@ def push(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Upload a domain's weights and a page about them, into a private repository of yours.
+    """Upload a domain's weights with a model card, into a private repository of yours.
 
-    Weights can give away the pictures they were made from: publish only what you may.
+    Weights can reveal the images they were made from: publish only what you may.
     """
     from e4t_cli.registry.discovery import find_domain
-    from e4t_cli.registry.publish import publish_domain  # pydantic: --help does not wait for it
+    from e4t_cli.registry.publish import publish_domain  # imports pydantic: too slow for --help
 
-    console = consoles.start(json=json, quiet=quiet)
+    console = terminal.start(json=json, quiet=quiet)
     domain = find_domain(name)
-    seen = "for everybody to see" if public else "privately"
-    if not yes and not console.ask(f"upload the weights of {domain.name} to {repository}, {seen}?"):
-        raise UsageError("nothing was uploaded", hint="-y uploads without asking")
+    how = "publicly" if public else "privately"
+    question = f"upload the weights of {domain.name} to {repository}, {how}?"
+    console.confirm(yes, question, verb="upload")
     with console.progress() as on_progress:
         done = publish_domain(
             domain,
@@ -370,11 +362,3 @@ def push(
          "location": done.location, "private": done.private, "bytes": done.size},
     )  # fmt: skip
     console.note(f"others: e4t domains add {done.location}")
-
-
-app.command("info")(domain_info)
-app.command("new", epilog=NEW_EXAMPLES)(new)
-app.command("add", epilog=ADD_EXAMPLES)(add)
-app.command("check", epilog=CHECK_EXAMPLES)(check)
-app.command("rm")(rm)
-app.command("push", epilog=PUSH_EXAMPLES)(push)

@@ -1,20 +1,19 @@
-"""``e4t import``: weights that another program trained.
-
-``e4t export``: a concept for programs that know nothing of this one.
-"""
+"""``e4t export`` and ``e4t import``: concepts for other programs, and weights from them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from e4t_cli.cli import console as consoles
-from e4t_cli.cli import options as o
-from e4t_cli.cli.options import Device, Dtype, Json, Quiet, Verbose
-from e4t_cli.cli.personalize import OwnPlaceholder, Saved
+from e4t_cli.cli import options
+from e4t_cli.cli.personalize import OwnPlaceholder, Saved, check_concept
 from e4t_cli.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from e4t_cli.api.options import ImportKeywords
 
 IMPORT_EXAMPLES = """
 Examples:\n
@@ -28,17 +27,6 @@ app = typer.Typer(help="Use weights that another program trained.", no_args_is_h
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="With config.json, encoder.pt and the weights.")
 ]
-Name = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Of the domain; by default the one that it was made for."),
-]
-TrainedOn = Annotated[
-    str | None,
-    typer.Option("--base", help="What it was trained on; by default what its config says."),
-]
-Licence = Annotated[
-    str, typer.Option(metavar="TEXT", help="Of the weights, for the domain's card.")
-]
 Save = Annotated[
     Path | None,
     typer.Option("--save", metavar="FILE.e4t", help="A tuned checkpoint's subject, as a concept."),
@@ -47,12 +35,6 @@ Photo = Annotated[
     str | None,
     typer.Option("--image", metavar="FILE", help="The photo it was tuned on, if it is not there."),
 ]
-Patches = Annotated[
-    bool,
-    typer.Option(
-        "--normalised-patches", help="For checkpoints trained with an open_clip from 2024 on."
-    ),
-]
 
 
 @app.callback()
@@ -60,20 +42,33 @@ def weights() -> None:
     """Use weights that another program trained."""
 
 
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class ImportFlags:
+    """`api.options.ImportOptions`."""
+
+    name: Annotated[str | None, typer.Option(
+        metavar="NAME", help="Of the domain; by default the one that it was made for.")] = None
+    base: Annotated[str, typer.Option(
+        "--base", help="What it was trained on; auto is what its config says.")] = "auto"
+    licence: Annotated[str, typer.Option(
+        metavar="TEXT", help="Of the weights, for the domain's manifest.")] = ""
+    normalised_patches: Annotated[bool, typer.Option(
+        "--normalised-patches",
+        help="For checkpoints trained with an open_clip from 2024 on.")] = False
+    device: options.Device = "auto"
+    dtype: options.Dtype = "auto"
+# fmt: on
+
+
 @app.command("e4t-diffusion", epilog=IMPORT_EXAMPLES)
+@options.grouped
 def e4t_diffusion(
     folder: Folder,
-    name: Name = None,
-    base: TrainedOn = None,
-    licence: Licence = "",
+    flags: ImportFlags,
+    terminal: options.TerminalFlags,
     save: Save = None,
     image: Photo = None,
-    normalised_patches: Patches = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
 ) -> None:
     """Make a domain of a checkpoint of mkshing/e4t-diffusion.
 
@@ -81,23 +76,21 @@ def e4t_diffusion(
     has no network, and kept as safetensors. The domain's folder goes to stdout, with --save the
     concept's file instead.
     """
-    console = consoles.start(json=json, quiet=quiet, verbose=verbose)
+    console = terminal.start()
     if image is not None and save is None:
         raise UsageError("--image is for a tuned checkpoint's concept", hint="add --save me.e4t")
     from e4t_cli.api import importing
 
     with console.progress() as on_progress:
+        asked: ImportKeywords = {
+            "name": flags.name, "base": flags.base, "licence": flags.licence,
+            "normalised_patches": flags.normalised_patches, "device": flags.device,
+            "dtype": flags.dtype, "on_progress": on_progress,
+        }  # fmt: skip
         if save is None:
-            made = importing.import_checkpoint(
-                folder, name=name, base=base, licence=licence,
-                normalised_patches=normalised_patches, on_progress=on_progress,
-            )  # fmt: skip
+            made = importing.import_checkpoint(folder, **asked)
         else:
-            made = importing.import_concept(
-                folder, save, image=image, name=name, base=base, licence=licence,
-                normalised_patches=normalised_patches, device=device, dtype=dtype,
-                on_progress=on_progress,
-            )  # fmt: skip
+            made = importing.import_concept(folder, save, image=image, **asked)
     console.note(made.summary)
     if save is None:
         record = {"type": "domain", "name": made.name, "base": made.base}
@@ -128,13 +121,17 @@ Lora = Annotated[
 ]  # fmt: skip
 
 
+@options.grouped
 def export(
-    concept: Saved, path: Target, lora: Lora = None, placeholder: OwnPlaceholder = None,
-    base: o.Base = "auto", device: o.Device = "auto", dtype: o.Dtype = "auto",
-    vram: o.Vram = "auto", offline: o.Offline = False, accept_license: o.AcceptLicense = False,
-    json: o.Json = False, quiet: o.Quiet = False, verbose: o.Verbose = 0,
-) -> None:  # fmt: skip
-    """Make a plain Stable Diffusion of a saved concept, for programs that know nothing of e4t.
+    concept: Saved,
+    path: Target,
+    run: options.RunFlags,
+    terminal: options.TerminalFlags,
+    lora: Lora = None,
+    placeholder: OwnPlaceholder = None,
+    vram: options.Vram = "auto",
+) -> None:
+    """Export a saved concept as a plain Stable Diffusion, for other programs.
 
     A folder is for diffusers and what reads its folders: the tuned model, with one more word in
     its vocabulary, which is the concept. FILE.safetensors is for programs that read checkpoints of
@@ -142,20 +139,21 @@ def export(
     --lora it is a small file to be added to the base, which holds most of what was learned.
 
     The word's embedding is the same at every denoising step, where e4t predicts it anew at each.
-    Who gets the model can draw the concept: share it as you would share the photo.
+    Whoever gets the model can generate the concept: share it as you would share the photo.
     """
-    console = consoles.start(json=json, quiet=quiet, verbose=verbose)
-    if not concept.is_file():
-        shown = printable(str(concept))
-        raise UsageError(f"there is no file {shown}", hint="make one: e4t personalize … --save")
+    console = terminal.start()
+    check_concept(concept)
     from e4t_cli.api import exporting
 
     with console.progress() as on_progress:
         made = exporting.export(
-            concept, path, lora=lora, placeholder=placeholder, base=base, device=device,
-            dtype=dtype, vram=vram, offline=offline, accept_license=console.consent(accept_license),
-            on_progress=on_progress,
-        )  # fmt: skip
+            concept,
+            path,
+            lora=lora,
+            placeholder=placeholder,
+            vram=vram,
+            **run.run_keywords(console, on_progress),
+        )
     record: dict[str, str | float] = {
         "type": "model" if lora is None else "lora", "path": str(made.path), "token": made.token,
         "variation": round(made.variation, 4), "retained_energy": round(made.retained_energy, 4),

@@ -1,7 +1,4 @@
-"""``e4t info``: what a picture or a concept says about itself.
-
-``e4t doctor``: everything that one would ask somebody who says that it does not work.
-"""
+"""``e4t info`` and ``e4t doctor``: the record in a file, and the state of the installation."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from e4t_cli import __version__
-from e4t_cli.cli import console as consoles
+from e4t_cli.cli import console as terminal
 from e4t_cli.cli.options import Json
 from e4t_cli.errors import E4TError, InputError, UsageError, printable
 
@@ -20,8 +17,8 @@ File = Annotated[Path, typer.Argument(help="A PNG made here, or a saved concept.
 
 
 def info(file: File, json: Json = False) -> None:
-    """Show how a picture was made, or what is in a concept."""
-    console = consoles.start(json=json)
+    """Show how an image was made, or what is in a concept."""
+    console = terminal.start(json=json)
     shown = printable(str(file))
     try:
         with file.open("rb") as opened:
@@ -30,16 +27,16 @@ def info(file: File, json: Json = False) -> None:
         raise UsageError(f"there is no file {shown}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{shown} cannot be read: {error}") from None
-    told = _picture(file) if begin == b"\x89PNG\r\n\x1a\n" else _concept(file)
-    console.details(shown, told)
+    about = _image(file) if begin == b"\x89PNG\r\n\x1a\n" else _concept(file)
+    console.details(shown, about)
 
 
-def _picture(file: Path) -> dict[str, Any]:
+def _image(file: Path) -> dict[str, Any]:
     from e4t_cli.images.png_metadata import read_metadata
 
     found = read_metadata(file.read_bytes())
     if found.details is None and found.parameters is None and not found.ai_generated:
-        raise InputError("this picture does not say how it was made")
+        raise InputError("this image has no record of how it was made")
     marked = {"type": "image", "marked as generated": found.ai_generated}
     if found.details is None:
         return {**marked, "parameters": found.parameters}
@@ -52,7 +49,7 @@ def _concept(file: Path) -> dict[str, Any]:
     try:
         concept = Concept.load(file)
     except E4TError as error:
-        hint = "e4t info reads PNG pictures and concepts (me.e4t)"
+        hint = "e4t info reads PNG images and concepts (me.e4t)"
         raise type(error)(error.message, hint=hint) from error
     width, height = concept.prepared.image.size
     return {
@@ -77,11 +74,11 @@ PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "safetensor
 
 
 def doctor(json: Json = False) -> None:
-    """Say what e4t finds here: versions, device, disk, caches, bases and domains.
+    """Print the state of the installation: versions, device, disk, caches, bases and domains.
 
     Nothing is fetched, and no secret is shown.
     """
-    console = consoles.start(json=json)
+    console = terminal.start(json=json)
     from e4t_cli.files import free_bytes
     from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
     from e4t_cli.hub.download import has_token
@@ -127,7 +124,7 @@ def _version(package: str) -> str:
 
 
 def _device() -> dict[str, str]:
-    """What torch says, which is the part that breaks."""
+    """Return what torch reports."""
     try:
         import torch
 
@@ -136,19 +133,18 @@ def _device() -> dict[str, str]:
 
         device = choose_device("auto")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        products = str(half_format(device, scaled=True) or torch.float32).removeprefix("torch.")
-        return {"device": str(device), "device name": name, "tunes in": products}
-    except Exception as error:  # a doctor listens to every complaint
+        dtype = str(half_format(device, scaled=True) or torch.float32).removeprefix("torch.")
+        return {"device": str(device), "device name": name, "tunes in": dtype}
+    except Exception as error:  # any failure is part of the report
         return {"device": f"torch cannot be used: {type(error).__name__}: {error}"}
 
 
 def _domains() -> dict[str, str]:
     from e4t_cli.registry.discovery import installed_domains
 
-    said = {}
-    for listing in installed_domains():
-        if listing.domain is None:
-            said[listing.name] = f"broken ({listing.reason})"
-        else:
-            said[listing.name] = "for " + (" and ".join(listing.domain.weights) or "no base")
-    return said
+    return {
+        listing.name: f"broken ({listing.reason})"
+        if listing.domain is None
+        else "for " + (" and ".join(listing.domain.weights) or "no base")
+        for listing in installed_domains()
+    }

@@ -1,8 +1,7 @@
-"""Prompts from arguments, a file and stdin, checked before anything heavy is loaded.
+"""Inputs and outputs of `personalize` and `generate`: prompts are read, images are saved.
 
-Saving the prepared picture: what the model learns from, to look at or to draw a mask on.
-
-What `personalize` and `generate` do with pictures: save each as it comes, and say where.
+Prompts come from arguments, a file and stdin, and are checked before torch is imported. Each image
+is saved as soon as it is generated, and its path goes to stdout.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from e4t_cli.cli.console import Console
 from e4t_cli.errors import InputError, PartialResult, UsageError, printable
@@ -34,7 +33,7 @@ def gather_prompts(
     placeholder: str | None,
     stdin_taken: bool = False,
 ) -> list[str]:
-    """All prompts, in the order given: arguments first, then the file's lines.
+    """Return all prompts in the order given: arguments first, then the file's lines.
 
     Args:
         arguments: prompts as typed; ``-`` stands for the lines of stdin.
@@ -86,9 +85,9 @@ def _lines(source: str) -> list[str]:
 
 
 def _shell_hint(arguments: Sequence[str], placeholder: str) -> str | None:
-    """Recognise a prompt without quotes: the shell split it, and may have expanded ``S*``.
+    """Return a hint for a prompt without quotes: the shell split it, and may have expanded ``S*``.
 
-    ``e4t personalize face me.jpg S* as an astronaut`` arrives as single words, and beside
+    ``e4t personalize face me.jpg S* as an astronaut`` arrives as single words, and in a folder with
     ``Screenshot.png`` the shell puts that name where ``S*`` stood.
     """
     if any(Path(word).exists() for word in arguments if 0 < len(word) < 256 and "\0" not in word):
@@ -104,35 +103,30 @@ def _shell_hint(arguments: Sequence[str], placeholder: str) -> str | None:
     return None
 
 
-def sampling_of(**given: Any) -> dict[str, Any]:
-    """Only what was asked for; the rest is the library's to decide."""
-    return {name: value for name, value in given.items() if value is not None}
-
-
 class PreparedSaver:
-    """Saves a prepared picture and, in a second file, its mask; reports both on stdout.
+    """Saves a prepared image and, in a second file, its mask; prints both paths.
 
     Args:
         console: of the running command.
-        place: a folder, or the name of a PNG file that is not there yet; the mask's name has
-            "-mask" in it.
+        path: a folder, or the name of a PNG file that does not exist; the mask's file has "-mask"
+            in its name.
         photo: as it was given on the command line; names the files in a folder.
 
     Raises:
-        UsageError: the place cannot be written to, or is taken.
+        UsageError: the path cannot be written to, or exists.
     """
 
-    def __init__(self, console: Console, place: Path, photo: str) -> None:
+    def __init__(self, console: Console, path: Path, photo: str) -> None:
         from e4t_cli.images.results import check_folder
 
         self.console = console
         name = "photo" if photo == STDIN else Path(photo).stem
-        self.file = None if place.is_dir() or not place.suffix else place
-        self.folder = place if self.file is None else place.parent
+        self.file = None if path.is_dir() or not path.suffix else path
+        self.folder = path if self.file is None else path.parent
         self.stem = f"{slug(name, limit=40)}-prepared"
         if self.file is not None:
             if self.file.suffix.lower() != ".png":
-                shown = printable(str(place))
+                shown = printable(str(path))
                 raise UsageError(f"{shown} is not the name of a PNG file", hint="such as face.png")
             for taken in (self.file, _mask_of(self.file)):
                 if taken.exists():
@@ -141,7 +135,7 @@ class PreparedSaver:
         check_folder(self.folder)
 
     def __call__(self, prepared: PreparedImage) -> None:
-        """Save it."""
+        """Save the image and its mask."""
         image = self._write(self.file, self.stem, prepared.image)
         record = {"type": "prepared", "path": str(image)}
         if prepared.mask is None:
@@ -173,18 +167,18 @@ def _mask_of(file: Path) -> Path:
     return file.with_name(f"{file.stem}-mask{file.suffix}")
 
 
-class Saver:
-    """Saves what one command makes and reports every path on stdout.
+class ImageSaver:
+    """Saves the images, the contact sheet and the concept of one command; prints every path.
 
     Args:
         console: of the running command.
-        out: the folder; made now, so that a wrong one costs no tuning.
+        out: the folder; created now, so that a wrong one fails before tuning.
         metadata: whether prompts and settings go into the files.
         grid: whether there will be a contact sheet.
-        concept: where the concept goes, None for nowhere; must not exist.
+        concept: the concept's file, which must not exist; None saves none.
 
     Raises:
-        UsageError: one of the places cannot be written to.
+        UsageError: one of the paths cannot be written to.
     """
 
     def __init__(
@@ -199,31 +193,34 @@ class Saver:
         from e4t_cli.images.results import check_folder
 
         self.console, self.out = console, check_folder(out)
-        self.options: dict[str, Any] = {"include_prompts": metadata}
-        self.grid, self.concept = grid, concept
+        self.metadata, self.grid, self.concept = metadata, grid, concept
         if concept is not None:
             if concept.exists():
                 shown = printable(str(concept))
                 raise UsageError(f"{shown} exists and is not overwritten", hint="use another name")
             check_folder(concept.parent)
 
-    def picture(self, image: GeneratedImage) -> None:
-        """Save one picture the moment it is there: an interrupt later does not take it away."""
-        path = image.save(self.out, **self.options)
+    def save(self, image: GeneratedImage) -> None:
+        """Save one image at once: a later interrupt does not lose it."""
+        path = image.save(self.out, include_prompts=self.metadata)
         details = image.record.as_dict()
         self.console.product(str(path), {"type": "image", "path": str(path), **details})
 
-    def rest(self, result: Personalization) -> None:
-        """Save the contact sheet and the concept, then say where the time went."""
+    def finish(self, result: Personalization) -> None:
+        """Save the contact sheet and the concept, then report the seed and the time.
+
+        Raises:
+            PartialResult: the safety checker withheld images.
+        """
         if self.grid and result.images:
-            path = result.save_grid(self.out, **self.options)
+            path = result.save_grid(self.out, include_prompts=self.metadata)
             self.console.product(str(path), {"type": "grid", "path": str(path)})
         if self.concept is not None:
             result.concept.save(self.concept)
             record = {"type": "concept", "path": str(self.concept)}
             self.console.product(str(self.concept), record)
         for withheld in result.withheld if self.console.json else ():
-            details = withheld.as_dict(include_prompts=self.options["include_prompts"])
+            details = withheld.as_dict(include_prompts=self.metadata)
             self.console.product("", {"type": "withheld", **details})
         seconds = ", ".join(f"{k} {v:.1f}" for k, v in result.timings.as_dict().items() if v)
         self.console.note(f"seed {result.seed}; {result.timings.total:.1f} s: {seconds}")
@@ -231,8 +228,8 @@ class Saver:
         if result.withheld:
             wanted = len(result.images) + len(result.withheld)
             raise PartialResult(
-                f"the safety checker withheld {len(result.withheld)} of {wanted} pictures",
-                hint="another --seed or prompt; --no-safety-checker if it is mistaken",
+                f"the safety checker withheld {len(result.withheld)} of {wanted} images",
+                hint="try another --seed or prompt; --no-safety-checker if it is mistaken",
             )
 
 
@@ -241,7 +238,5 @@ def _peak_megabytes() -> float:
         import resource
     except ImportError:  # Windows has no such count
         return float("nan")
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024

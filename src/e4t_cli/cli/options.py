@@ -1,14 +1,69 @@
-"""Options that several commands share, each written once.
+"""Options that several commands share, in groups that commands take as values.
 
-``None`` means "as the library, the base or the domain says": no number is written twice.
+`None` stands for the default of the library, the base or the domain: no default is written twice.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from e4t_cli.cli import console
+from e4t_cli.progress import ProgressCallback
+
+if TYPE_CHECKING:
+    from e4t_cli.api.options import (
+        GenerateKeywords,
+        ImageCallback,
+        PersonalizeKeywords,
+        PhotoKeywords,
+        PreparedCallback,
+        RunKeywords,
+    )
+
+IMAGES, SAMPLING, TUNING, OUTPUT = "Images", "Sampling", "Tuning", "Output"
+NETWORK, PHOTO, DEVICE = "Network", "Photo", "Device"
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take option groups: dataclasses whose fields become its options.
+
+    Typer has no groups, it makes one option of each parameter; so the command gets a signature in
+    which the fields of each group stand in place of the group.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {
+        name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)
+    }
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            types = get_type_hints(groups[name], include_extras=True)
+            parameters += [
+                parameter.replace(name=one.name, default=one.default, annotation=types[one.name])
+                for one in fields(groups[name])
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=hints[name]))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        values = {
+            name: group(**{one.name: given.pop(one.name) for one in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **values)
+
+    keyword_only = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined] # PEP 362
+    run.__annotations__ = {one.name: one.annotation for one in keyword_only}
+    return run
 
 
 def complete_domain(incomplete: str) -> list[str]:
@@ -18,123 +73,8 @@ def complete_domain(incomplete: str) -> list[str]:
     return [name for name in domain_names() if name.startswith(incomplete)]
 
 
-PICTURES, DRAWING, TUNING, OUTPUT = "Pictures", "SamplingConfig", "Trainer", "Output"
-NETWORK, PHOTO = "Network", "Photo"
-
-DomainName = Annotated[
-    str,
-    typer.Argument(metavar="DOMAIN", autocompletion=complete_domain,
-                   help="What kind of thing it is: see `e4t domains list`."),
-]  # fmt: skip
-Photo = Annotated[str, typer.Argument(metavar="IMAGE", help="The one photo: a file, or -.")]
-Prompts = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="PROMPT...",
-                   help="Quoted sentences with S* where the concept goes; - reads lines of stdin."),
-]  # fmt: skip
-
-PromptsFile = Annotated[
-    str | None,
-    typer.Option("-f", "--prompts-file", metavar="FILE", rich_help_panel=PICTURES,
-                 help="More prompts, one a line; - for stdin."),
-]  # fmt: skip
-NumImages = Annotated[
-    int,
-    typer.Option(
-        "-n", "--num-images", min=1, rich_help_panel=PICTURES, help="Pictures per prompt."
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(min=0, max=2**32 - 1, rich_help_panel=PICTURES,
-                 help="Picture i of a prompt uses SEED + i. Not given: random, and reported."),
-]  # fmt: skip
-Placeholder = Annotated[
-    str,
-    typer.Option(rich_help_panel=PICTURES, help="Another word for the concept, such as '<me>'."),
-]
-Base = Annotated[
-    str,
-    typer.Option(rich_help_panel=PICTURES,
-                 help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder."),
-]  # fmt: skip
-
-Steps = Annotated[
-    int | None,
-    typer.Option(min=1, rich_help_panel=DRAWING, help="Denoising steps of each picture."),
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(min=0.0, rich_help_panel=DRAWING, help="How strictly the prompt is followed."),
-]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=DRAWING, help="dpm++, ddim, euler and other samplers."),
-]
-NegativePrompt = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=DRAWING, help="What the pictures should not show."),
-]
-
-ConceptScale = Annotated[
-    float | None,
-    typer.Option(min=0.0, max=2.0, rich_help_panel=DRAWING, show_default=False,
-                 help="How much of what was learned is drawn; less leaves the prompt more room."),
-]  # fmt: skip
-
-TuneSteps = Annotated[
-    int | None,
-    typer.Option(min=0, rich_help_panel=TUNING,
-                 help="Tuning steps on the photo; 0 keeps the encoder's first guess."),
-]  # fmt: skip
-Tuning = Annotated[
-    str | None,
-    typer.Option(metavar="full|lora", rich_help_panel=TUNING,
-                 help="Every weight, as the paper does, or LoRA: less memory, small concepts."),
-]  # fmt: skip
-Vram = Annotated[
-    str,
-    typer.Option(envvar="E4T_VRAM", metavar="GB|auto", rich_help_panel=TUNING,
-                 help="Memory to keep within: 6, 8, 12 … or auto for what is free."),
-]  # fmt: skip
-NoSafetyChecker = Annotated[
-    bool,
-    typer.Option("--no-safety-checker", rich_help_panel=OUTPUT,
-                 help="Keep pictures that the base's safety checker would withhold."),
-]  # fmt: skip
-Mask = Annotated[
-    str,
-    typer.Option(metavar="FILE|auto|none|words:...", rich_help_panel=PHOTO,
-                 help="Which part of the photo is the concept: a file is white there; "
-                      "'words:a cat' looks for that; auto is the domain's way."),
-]  # fmt: skip
-Face = Annotated[
-    str,
-    typer.Option("--face", metavar="largest|left|right|N", rich_help_panel=PHOTO,
-                 help="Which of several faces; 1 is the leftmost."),
-]  # fmt: skip
-NoAlign = Annotated[
-    bool,
-    typer.Option("--no-align", rich_help_panel=PHOTO,
-                 help="Take the centred square; do not turn and crop the photo around the face."),
-]  # fmt: skip
-RequireFace = Annotated[
-    bool,
-    typer.Option("--require-face", rich_help_panel=PHOTO,
-                 help="End with code 3 if there is no face, instead of going on without a mask."),
-]  # fmt: skip
-Device = Annotated[
-    str,
-    typer.Option(envvar="E4T_DEVICE", rich_help_panel=TUNING, help="auto, cpu, cuda, cuda:1, mps."),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(envvar="E4T_DTYPE", rich_help_panel=TUNING, help="auto, fp32, bf16 or fp16."),
-]
-
-
 def _go_offline(offline: bool) -> bool:
-    """Tell the libraries below as well, which read it when they are first imported."""
+    """Set the environment too: the libraries read it at their first import."""
     if offline:
         from e4t_cli.hub.paths import go_offline
 
@@ -142,45 +82,211 @@ def _go_offline(offline: bool) -> bool:
     return offline
 
 
+DomainName = Annotated[
+    str,
+    typer.Argument(metavar="DOMAIN", autocompletion=complete_domain,
+                   help="What kind of thing it is: see `e4t domains list`."),
+]  # fmt: skip
+Placeholder = Annotated[
+    str,
+    typer.Option(rich_help_panel=IMAGES, help="Another word for the concept, such as '<me>'."),
+]
+Device = Annotated[
+    str,
+    typer.Option(envvar="E4T_DEVICE", rich_help_panel=DEVICE, help="auto, cpu, cuda, cuda:1, mps."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(envvar="E4T_DTYPE", rich_help_panel=DEVICE, help="auto, fp32, bf16 or fp16."),
+]
+Vram = Annotated[
+    str,
+    typer.Option(envvar="E4T_VRAM", metavar="GB|auto", rich_help_panel=DEVICE,
+                 help="Memory limit: 6, 8, 12 … or auto for what is free."),
+]  # fmt: skip
 Offline = Annotated[
     bool,
     typer.Option("--offline", envvar="E4T_OFFLINE", callback=_go_offline, rich_help_panel=NETWORK,
                  help="Use what is on this machine, and open no connection."),
 ]  # fmt: skip
-AcceptLicense = Annotated[
-    bool,
-    typer.Option("--accept-license", rich_help_panel=NETWORK,
-                 help="Accept the licences of what has to be fetched; remembered."),
-]  # fmt: skip
-
-Out = Annotated[
-    Path,
-    typer.Option("-o", "--out", metavar="DIR", rich_help_panel=OUTPUT,
-                 help="Folder for the pictures; nothing in it is ever overwritten."),
-]  # fmt: skip
-Grid = Annotated[
-    bool,
-    typer.Option("--grid", rich_help_panel=OUTPUT,
-                 help="Also a captioned contact sheet, the photo first."),
-]  # fmt: skip
-NoMetadata = Annotated[
-    bool,
-    typer.Option("--no-metadata", rich_help_panel=OUTPUT,
-                 help="Keep prompts and settings out of the files; the AI mark stays."),
-]  # fmt: skip
 Json = Annotated[
     bool,
     typer.Option("--json", rich_help_panel=OUTPUT, help="One JSON object a line on stdout."),
 ]
-Yes = Annotated[
-    bool, typer.Option("-y", "--yes", rich_help_panel=OUTPUT, help="Do not ask; do it.")
-]
+Yes = Annotated[bool, typer.Option("-y", "--yes", rich_help_panel=OUTPUT, help="Do not ask.")]
 Quiet = Annotated[
-    bool,
-    typer.Option("-q", "--quiet", rich_help_panel=OUTPUT, help="Nothing on stderr but errors."),
+    bool, typer.Option("-q", "--quiet", rich_help_panel=OUTPUT, help="Only errors on stderr.")
 ]
-Verbose = Annotated[
-    int,
-    typer.Option("-v", "--verbose", count=True, rich_help_panel=OUTPUT,
-                 help="More on stderr; -vv also shows tracebacks."),
-]  # fmt: skip
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class TerminalFlags:
+    """How much a command prints, and in which form."""
+
+    json: Json = False
+    quiet: Quiet = False
+    verbose: Annotated[int, typer.Option(
+        "-v", "--verbose", count=True, rich_help_panel=OUTPUT,
+        help="More on stderr; -vv also shows tracebacks.")] = 0
+
+    def start(self, *, quiet: bool = False) -> console.Console:
+        """Return the console of the command."""
+        return console.start(json=self.json, quiet=quiet or self.quiet, verbose=self.verbose)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """The base, the device and the network: `api.options.RunOptions`."""
+
+    base: Annotated[str, typer.Option(
+        rich_help_panel=IMAGES,
+        help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder.")] = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    offline: Offline = False
+    accept_license: Annotated[bool, typer.Option(
+        "--accept-license", rich_help_panel=NETWORK,
+        help="Accept the licences of what has to be fetched; remembered.")] = False
+
+    def run_keywords(
+        self, terminal: console.Console, on_progress: ProgressCallback | None = None
+    ) -> RunKeywords:
+        """Return the keywords of the library; the user is asked at the terminal, if at all."""
+        return {
+            "base": self.base, "device": self.device, "dtype": self.dtype,
+            "offline": self.offline, "accept_license": terminal.consent(self.accept_license),
+            "on_progress": on_progress,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFlags:
+    """What is generated, and how often."""
+
+    prompts: Annotated[list[str] | None, typer.Argument(
+        metavar="PROMPT...",
+        help="In quotes, with S* where the concept goes; - reads lines of stdin.")] = None
+    prompts_file: Annotated[str | None, typer.Option(
+        "-f", "--prompts-file", metavar="FILE", rich_help_panel=IMAGES,
+        help="More prompts, one a line; - for stdin.")] = None
+    num_images: Annotated[int, typer.Option(
+        "-n", "--num-images", min=1, rich_help_panel=IMAGES, help="Images per prompt.")] = 1
+    seed: Annotated[int | None, typer.Option(
+        min=0, max=2**32 - 1, rich_help_panel=IMAGES,
+        help="Image i of a prompt uses SEED + i. Not given: random, and reported.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """Fields of `SamplingConfig`."""
+
+    steps: Annotated[int | None, typer.Option(
+        min=1, rich_help_panel=SAMPLING, help="Denoising steps of each image.")] = None
+    guidance: Annotated[float | None, typer.Option(
+        min=0.0, rich_help_panel=SAMPLING, help="Scale of classifier-free guidance.")] = None
+    scheduler: Annotated[str | None, typer.Option(
+        rich_help_panel=SAMPLING, help="dpm++, ddim, euler and other samplers.")] = None
+    negative_prompt: Annotated[str | None, typer.Option(
+        rich_help_panel=SAMPLING, help="What the images should not show.")] = None
+    concept_scale: Annotated[float | None, typer.Option(
+        min=0.0, max=2.0, rich_help_panel=SAMPLING, show_default=False,
+        help="Scale of the learned concept, 1 by default; less follows the prompt more.")] = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that were given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags(RunFlags):
+    """`api.options.GenerateOptions`."""
+
+    vram: Vram = "auto"
+    no_safety_checker: Annotated[bool, typer.Option(
+        "--no-safety-checker", rich_help_panel=OUTPUT,
+        help="Keep images that the base's safety checker would withhold.")] = False
+
+    def generate_keywords(
+        self, terminal: console.Console, on_progress: ProgressCallback, on_image: ImageCallback
+    ) -> GenerateKeywords:
+        """Return the keywords of the library."""
+        return {
+            **self.run_keywords(terminal, on_progress),
+            "vram": self.vram, "safety_checker": not self.no_safety_checker, "on_image": on_image,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalizeFlags(GenerateFlags):
+    """`api.options.PersonalizeOptions`."""
+
+    tuning: Annotated[str | None, typer.Option(
+        metavar="full|lora", rich_help_panel=TUNING,
+        help="All weights, as the paper does, or LoRA: less memory, small concepts.")] = None
+    tune_steps: Annotated[int | None, typer.Option(
+        min=0, rich_help_panel=TUNING,
+        help="Tuning steps on the photo; 0 keeps the encoder's first estimate.")] = None
+    keep_weights: Annotated[bool, typer.Option(
+        "--keep-weights", rich_help_panel=OUTPUT,
+        help="Save the tuned weights too: a large file, usable without tuning again.")] = False
+    mask: Annotated[str, typer.Option(
+        metavar="FILE|auto|none|words:...", rich_help_panel=PHOTO,
+        help="Which part of the photo is the concept: a file is white there; 'words:a cat' is "
+             "text-prompted; auto is the domain's way.")] = "auto"
+    face: Annotated[str, typer.Option(
+        "--face", metavar="largest|left|right|N", rich_help_panel=PHOTO,
+        help="Which of several faces; 1 is the leftmost.")] = "largest"
+    no_align: Annotated[bool, typer.Option(
+        "--no-align", rich_help_panel=PHOTO,
+        help="Take the centred square; do not rotate and crop around the face.")] = False
+    require_face: Annotated[bool, typer.Option(
+        "--require-face", rich_help_panel=PHOTO,
+        help="End with code 3 if there is no face, instead of continuing without a mask.")] = False
+
+    def photo_keywords(self) -> PhotoKeywords:
+        """Return the keywords of `api.options.PhotoOptions`."""
+        return {
+            "mask": self.mask, "align": not self.no_align,
+            "face": self.face, "require_face": self.require_face,
+        }
+
+    def personalize_keywords(
+        self, generating: GenerateKeywords, on_prepared: PreparedCallback | None
+    ) -> PersonalizeKeywords:
+        """Return the keywords of the library."""
+        return {
+            **generating, **self.photo_keywords(),
+            "tuning": self.tuning, "tune_steps": self.tune_steps,
+            "keep_weights": self.keep_weights, "on_prepared": on_prepared,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """Where images go, and what is beside them."""
+
+    out: Annotated[Path, typer.Option(
+        "-o", "--out", metavar="DIR", rich_help_panel=OUTPUT,
+        help="Folder for the images; nothing in it is ever overwritten.")] = Path("outputs")
+    grid: Annotated[bool, typer.Option(
+        "--grid", rich_help_panel=OUTPUT,
+        help="Also a captioned contact sheet, the photo first.")] = False
+    no_metadata: Annotated[bool, typer.Option(
+        "--no-metadata", rich_help_panel=OUTPUT,
+        help="Keep prompts and settings out of the files; the AI mark stays.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalizeOutputFlags(OutputFlags):
+    """What `personalize` saves beside images."""
+
+    save: Annotated[Path | None, typer.Option(
+        "--save", metavar="FILE.e4t", rich_help_panel=OUTPUT,
+        help="Keep the concept for `e4t generate`.")] = None
+    save_prepared: Annotated[Path | None, typer.Option(
+        "--save-prepared", metavar="FILE.png|DIR", rich_help_panel=PHOTO,
+        help="Save the cropped photo, and its mask in a second file; "
+             "without prompts that is all.")] = None
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", rich_help_panel=OUTPUT, help="Check, print the plan, and end.")] = False

@@ -269,9 +269,9 @@ def default_base_name(
         what: the domain, for the sentence.
     """
     mini, large = EMBEDDED[0], ACCELERATED
-    drawings = f"base {mini}, which draws in 64 pixels"
+    drawings = f"base: {mini} (64 px drawings)"
     if not likely_accelerator(device):
-        return mini, f"{drawings}: no accelerator here; --base {large} makes photographs, slowly"
+        return mini, f"{drawings}: no accelerator; --base {large} makes photographs (slow on CPU)"
     if not has_weights(large):
         return mini, f"{drawings}: {what} has no weights for {large} yet (e4t pretrain makes them)"
     row = PUBLISHED[large]
