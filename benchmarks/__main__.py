@@ -28,11 +28,11 @@ from benchmarks.arms import ARMS
 from benchmarks.worlds import World, make_world
 from e4t_cli.devices import GB, choose_device
 from e4t_cli.models.denoiser import TunedModel
-from e4t_cli.nn.precision import half_format
+from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SamplingConfig, sample
 from e4t_cli.training.memory import plan_tuning
-from e4t_cli.training.tuning import tune
+from e4t_cli.training.tuning import TuningOptions, tune
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,13 +144,13 @@ def measure_memory(world: World) -> None:
         config = world.pack.tuning.replace(steps=1, method=method)
         for vram in ("6", "8", "12", "16", "24"):
             plan = plan_tuning(
-                model, world.pack, config, vram=vram, half=half_format(device, scaled=True)
+                model, world.pack, config, vram=vram, half=PrecisionPolicy.resolve(device).half
             )
-            line = f"  {method:9} --vram {vram:3} {plan.sentence()}"
+            line = f"  {method:9} --vram {vram:3} {plan.summary()}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-                tune(model, world.pack, world.photo, config, plan=plan)
+                tune(model, world.pack, world.photo, config, options=TuningOptions(plan=plan))
                 line += f"; measured {torch.cuda.max_memory_reserved() / GB:.1f} GB"
             print(line, flush=True)
 

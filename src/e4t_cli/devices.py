@@ -13,6 +13,9 @@ import ctypes
 import gc
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,10 +187,42 @@ def trim_heap() -> None:
         trim(0)
 
 
-def limit_process(device: torch.device, vram: str) -> None:
-    """Hold this process to `--vram` gigabytes of a card, so that the option is a promise."""
+_limits_lock = threading.Lock()
+_limits: dict[torch.device, list[float]] = {}
+"""The fractions of a GPU's memory that running limits allow each."""
+_unlimited: dict[torch.device, float] = {}
+"""The fraction of the process before the first of them."""
+
+
+@contextmanager
+def limited_memory(device: torch.device, vram: str) -> Iterator[None]:
+    """Limit this process to `--vram` gigabytes of a GPU inside a `with` block.
+
+    torch has one limit for a process: blocks that overlap have the sum of theirs, and after the
+    last one the process has the limit it had before the first. CPU and MPS have no such limit.
+    """
     import torch
 
-    if device.type == "cuda" and vram != "auto":
-        whole = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_of(vram) / whole), device)
+    if device.type != "cuda" or vram == "auto":
+        yield
+        return
+    device = torch.device(
+        "cuda", torch.cuda.current_device() if device.index is None else device.index
+    )
+    fraction = budget_of(vram) / torch.cuda.mem_get_info(device)[1]
+
+    def apply() -> None:
+        allowed = min(1.0, sum(_limits[device])) if _limits[device] else _unlimited.pop(device)
+        torch.cuda.set_per_process_memory_fraction(allowed, device)
+
+    with _limits_lock:
+        if not _limits.setdefault(device, []):
+            _unlimited[device] = torch.cuda.get_per_process_memory_fraction(device)
+        _limits[device].append(fraction)
+        apply()
+    try:
+        yield
+    finally:
+        with _limits_lock:
+            _limits[device].remove(fraction)
+            apply()

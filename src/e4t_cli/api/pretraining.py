@@ -83,13 +83,15 @@ class PretrainingRun:
 
     def settings(self) -> dict[str, Any]:
         """Return what `pretrain_domain` is told in any case."""
+        cuda = self.session.model.device.type == "cuda"
         return {
             "name": self.domain.name,
             "descriptor": self.domain.descriptor,
             "config": self.plan.config,
             "tuning": self.plan.tuning,
             "templates": training_templates(self.domain),
-            "autocast": self.session.model.device.type == "cuda",
+            # None: where the GPU multiplies bfloat16; a CPU pre-trains small bases, in float32.
+            "autocast": self.session.autocast if cuda else False,
         }
 
     @contextlib.contextmanager

@@ -23,7 +23,7 @@ from e4t_cli.devices import (
     budget_of,
     choose_device,
     choose_dtype,
-    limit_process,
+    limited_memory,
     memory_ran_out,
     read_ahead,
 )
@@ -195,7 +195,15 @@ class Session(ProgressReporter):
         if vram != "auto":
             budget_of(vram)
         self._device, self._dtype, self._vram, self._safety = device, dtype, vram, safety
+        self._limits = contextlib.ExitStack()
         self._own = False  # whether the model was loaded for this one request
+
+    @property
+    def autocast(self) -> bool | None:
+        """See `PrecisionPolicy.resolve`."""
+        from e4t_cli.nn.precision import requested_autocast
+
+        return requested_autocast(self._dtype)
 
     @contextlib.contextmanager
     def running(self, base: Base | TextToImageModel | None = None) -> Iterator[None]:
@@ -213,7 +221,7 @@ class Session(ProgressReporter):
         with self.stage("imports", counted=True):
             import e4t_cli.sampling
             import e4t_cli.training.tuning  # noqa: F401
-        with memory_errors(), quiet_libraries():
+        with memory_errors(), quiet_libraries(), self._limits:
             yield
 
     def load(self, base: Base | TextToImageModel, pack: Path | None) -> None:
@@ -235,7 +243,7 @@ class Session(ProgressReporter):
                 device = choose_device(self._device)
                 if self._dtype == "fp16" and device.type == "cpu":
                     self.note("load", "fp16 is slow and coarse on a CPU; fp32 is the better choice")
-                limit_process(device, self._vram)
+                self._limits.enter_context(limited_memory(device, self._vram))
                 kind = choose_dtype(self._dtype, device, base.folder)
                 self.model = TextToImageModel.load(base, device=device, dtype=kind)
                 self._own = True
@@ -265,10 +273,10 @@ class Session(ProgressReporter):
             keep_base: leave the base's U-Net as it is. A model that was loaded for this request
                 is used up otherwise: its U-Net becomes the tuned one, which saves a copy.
         """
-        from e4t_cli.nn.precision import half_format
+        from e4t_cli.nn.precision import PrecisionPolicy
         from e4t_cli.training.memory import plan_tuning
         from e4t_cli.training.optim import has_eight_bit
-        from e4t_cli.training.tuning import tune
+        from e4t_cli.training.tuning import TuningOptions, tune
 
         model, device = self.model, self.model.device
         consume = self._own and not keep_base
@@ -280,13 +288,13 @@ class Session(ProgressReporter):
             concept.config,
             vram=self._vram,
             consume=consume,
-            half=half_format(device, scaled=True),
+            half=PrecisionPolicy.resolve(device, model.dtype, self.autocast).half,
             eight_bit=has_eight_bit(device),
         )
-        self.detail("tune", plan.sentence())
+        self.detail("tune", plan.summary())
         if plan.peak > plan.budget:
             less = "" if concept.config.method == "lora" else "; --tuning lora needs less"
-            told = plan.sentence().partition(": ")[2]
+            told = plan.summary().partition(": ")[2]
             self.note("tune", f"memory may not suffice: {told}{less}")
         with self.stage("tune", counted=True):
             return tune(
@@ -296,8 +304,7 @@ class Session(ProgressReporter):
                 concept.config,
                 seed=concept.seed,
                 image_features=concept.image_features,
-                plan=plan,
-                consume=consume,
+                options=TuningOptions(plan=plan, consume=consume, autocast=self.autocast),
                 on_progress=self.report,
             )
 

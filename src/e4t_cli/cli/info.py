@@ -132,11 +132,11 @@ def _device() -> dict[str, str]:
         import torch
 
         from e4t_cli.devices import choose_device
-        from e4t_cli.nn.precision import half_format
+        from e4t_cli.nn.precision import PrecisionPolicy
 
         device = choose_device("auto")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        products = str(half_format(device, scaled=True) or torch.float32).removeprefix("torch.")
+        products = str(PrecisionPolicy.resolve(device).matmul).removeprefix("torch.")
         return {"device": str(device), "device name": name, "tunes in": products}
     except Exception as error:  # a doctor listens to every complaint
         return {"device": f"torch cannot be used: {type(error).__name__}: {error}"}

@@ -24,14 +24,13 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from e4t_cli.errors import DivergedError, IntegrityError, UsageError
 from e4t_cli.hub.bases import Base, read_base
 from e4t_cli.models.loading import folder_fingerprint, load_part, load_settings, load_tower
 from e4t_cli.models.prompt_embedding import Tokens, inject_embeddings, tokenize_prompts
-from e4t_cli.nn.precision import full_precision
+from e4t_cli.nn.precision import PrecisionPolicy, full_precision, math_attention
 from e4t_cli.nn.unet import check_unet, feature_widths
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, ImageTower
 from e4t_cli.prompts import Prompt
@@ -164,14 +163,8 @@ class FrozenParts:
 
     @property
     def tuned_dtype(self) -> torch.dtype:
-        """The number format of a tuned U-Net that is drawn with: never bfloat16 on a card.
-
-        Fifteen steps at the paper's rate move a weight by a spacing or two of bfloat16 numbers, and
-        a third of that is lost in the rounding; float16, as fast, loses 4 % (a test measures it).
-        On a CPU float16 is slow, and bfloat16 is there only for whoever asks for it.
-        """
-        coarse = self.dtype == torch.bfloat16 and self.device.type != "cpu"
-        return torch.float16 if coarse else self.dtype
+        """The dtype of a tuned U-Net that is sampled with; see `PrecisionPolicy`."""
+        return PrecisionPolicy.resolve(self.device, self.dtype).sampled
 
     @property
     def resolution(self) -> int:
@@ -324,7 +317,7 @@ class TextToImageModel(FrozenParts):
         # Evaluated once, by whoever asks first, and it must not show who that was: training asks
         # under an autocast and with the plain attention kernel, generation with neither, and the
         # last bits of a fused kernel's result are others. One kernel, then, whoever asks.
-        with torch.no_grad(), full_precision(self.device), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), full_precision(self.device), math_attention():
             return self.embed_prompts(self.tokenize([""], self.tokenizer.eos_token_id))
 
     # ── diffusion ──

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from e4t_cli.errors import UsageError
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import Posterior, TextToImageModel
-from e4t_cli.nn.precision import full_precision, half_precision
+from e4t_cli.nn.precision import PrecisionPolicy, full_precision, half_precision
 from e4t_cli.nn.randomness import Draws, draw, sent
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.pretraining.encoded_images import TrainingData
@@ -211,7 +211,7 @@ class Objective(nn.Module):
     neither sent to the other processes nor given gradients.
 
     Args:
-        half: the format of the products, None for that of the weights.
+        precision: the dtypes of the run.
     """
 
     def __init__(
@@ -223,13 +223,13 @@ class Objective(nn.Module):
         *,
         e_domain: Tensor,
         scale: float,
-        half: torch.dtype | None = None,
+        precision: PrecisionPolicy,
         detach_features: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.offsets = encoder, offsets
         self._frozen = (model, unet, e_domain)  # a tuple hides modules from nn.Module
-        self.scale, self.half, self.detach_features = scale, half, detach_features
+        self.scale, self.precision, self.detach_features = scale, precision, detach_features
 
     def forward(self, samples: Samples) -> Losses:
         model, unet, e_domain = self._frozen
@@ -243,8 +243,9 @@ class Objective(nn.Module):
             tokens=samples.tokens,
             mask=samples.mask,
         )
-        cast = unet.dtype != self.half
-        with cached_offsets(unet), half_precision(model.device, self.half, cast=cast):
+        half = self.precision.half
+        cast = unet.dtype != half
+        with cached_offsets(unet), half_precision(model.device, half, cast=cast):
             return training_loss(
                 model,
                 unet,

@@ -20,7 +20,7 @@ from e4t_cli.datasets.reader import SIGNATURE
 from e4t_cli.errors import InputError
 from e4t_cli.files import write_atomically
 from e4t_cli.models.text_to_image import TextToImageModel
-from e4t_cli.nn.precision import chosen_format, half_precision
+from e4t_cli.nn.precision import PrecisionPolicy, half_precision
 from e4t_cli.nn.randomness import choose, epoch_order, uniforms
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.domain import PreparedImage
@@ -172,13 +172,14 @@ def encode_images(
     Raises:
         InputError: there are none.
     """
+    precision = PrecisionPolicy.resolve(model.device, model.dtype, autocast, loss_scaling=False)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
     batch: list[PreparedImage] = []
     count = 0
 
     def encode() -> None:
         pixels = model.pixels([one.image for one in batch])
-        with half_precision(model.device, chosen_format(model.device, autocast)):
+        with half_precision(model.device, precision.half):
             posterior, features = model.posterior(pixels), model.image_features(pixels)
         masks = None
         if all(one.mask is not None for one in batch):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from e4t_cli.models.domain_weights import DomainWeights, facts_about, usual_limits
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import frozen_copy
-from e4t_cli.nn.precision import chosen_format
+from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.nn.randomness import generator
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
@@ -31,7 +31,8 @@ from e4t_cli.pretraining.checkpoints import Checkpoints, check_weights, diverged
 from e4t_cli.pretraining.encoded_images import TrainingData
 from e4t_cli.progress import Progress, ProgressCallback, StopRequest
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
-from e4t_cli.training.loss import Losses, adamw
+from e4t_cli.training.loss import Losses
+from e4t_cli.training.optim import adamw
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -222,9 +223,12 @@ def pretrain_domain(
         encoder = WordEmbeddingEncoder(model.encoder_config(hidden_width)).to(model.device)
         offsets = WeightOffsets.for_unet(model.unet).to(model.device)
     # Another one, so that the model stays usable, also for what `on_step` draws.
-    half = chosen_format(model.device, autocast)
-    unet = frozen_copy(model.unet, {}, half)
-    optimizer = adamw((encoder, rate * config.encoder_rate), (offsets, rate * config.offsets_rate))
+    precision = PrecisionPolicy.resolve(model.device, model.dtype, autocast, loss_scaling=False)
+    unet = frozen_copy(model.unet, {}, precision.half)
+    optimizer = adamw(
+        (list(encoder.parameters()), rate * config.encoder_rate),
+        (list(offsets.parameters()), rate * config.offsets_rate),
+    )
     descriptor_id = model.descriptor_id(descriptor)
     batches = Batches(model, data, config, templates, descriptor_id, seed, total_batch)
     state = {"encoder": encoder, "offsets": offsets, "optimizer": optimizer}
@@ -235,7 +239,7 @@ def pretrain_domain(
         "data": data.fingerprint,
         "seed": seed,
         "templates": list(templates),
-        "autocast": autocast,
+        "autocast": precision.half is not None,
         "detach_features": detach_features,
         "encoder": encoder.config.as_dict(),
         "recipe": {key: value for key, value in config.as_dict().items() if key != "steps"},
@@ -250,7 +254,7 @@ def pretrain_domain(
     objective = Objective(
         model, unet, encoder, offsets,
         e_domain=model.word_embedding(descriptor_id), scale=config.embedding_scale,
-        half=half, detach_features=detach_features,
+        precision=precision, detach_features=detach_features,
     )  # fmt: skip
     trained = processes.wrap(objective)
 
@@ -296,7 +300,7 @@ def pretrain_domain(
                     # over processes. No layer mixes samples, so the gradient is that of the whole.
                     share = len(positions) / len(own)
                     (found.total(config.reg_weight) * share).backward()
-                losses.append((found.diffusion.detach(), found.penalty.detach()))
+                losses.append((found.diffusion.detach(), found.regularization.detach()))
             optimizer.step()
             optimizer.zero_grad()
             diffusion, penalty = (torch.cat(both) for both in zip(*losses, strict=True))
