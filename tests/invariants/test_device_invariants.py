@@ -152,6 +152,7 @@ def test_a_pretraining_step_stays_on_its_device(elsewhere, pack):
     objective = Objective(
         elsewhere, unet, encoder, offsets,
         e_domain=elsewhere.word_embedding(descriptor), scale=1.0,
+        precision=PrecisionPolicy.resolve(THERE, autocast=False),
     )  # fmt: skip
     with NoFloat64():
         batches = Batches(elsewhere, data, config, pack.templates, descriptor, 0)

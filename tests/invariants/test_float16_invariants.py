@@ -124,7 +124,7 @@ def test_a_base_too_large_for_float16_is_tuned_in_float32(model, pack, face, mon
             **how,
         ).unet.state_dict()  # fmt: skip
 
-    found, plain = tuned(), tuned(autocast=False)
+    found, plain = tuned(), tuned(options=TuningOptions(autocast=False))
     assert [note.split(":")[0] for note in notes] == ["values too large for float16"]
     for key, value in plain.items():
         assert torch.equal(found[key], value)

@@ -177,11 +177,9 @@ def planned(text):
     """The number and the plan of a cell of the table in benchmarks/README.md."""
     words = {
         "checkpointing": "gradient checkpointing",
-        "optimiser in main memory": "optimiser in the host's memory",
-        "VAE in main memory meanwhile": "VAE in the host's memory meanwhile",
         "all 16": "16 at a time",
     }
-    number, _, rest = text.partition(":")
+    number, _, rest = text.replace("optimiser", "optimizer").partition(":")
     return number, {words.get(part.strip(), part.strip()) for part in rest.split(",")}
 
 

@@ -90,7 +90,7 @@ def test_the_arithmetic_is_what_autograd_keeps(name, method, checkpointing, monk
     if checkpointing:
         unet.enable_gradient_checkpointing()
     work = ActivationSizes.of(unet, unet.config.sample_size)
-    coefficients = peaks.EXACT if exact else peaks.ADAPTED
+    coefficients = peaks.FULL if exact else peaks.LORA
     if checkpointing:
         coefficients = peaks.CHECKPOINTED
     passes = [work.whole, *([work.down] if exact else [])]
@@ -184,7 +184,7 @@ def test_plans_are_ordered_from_fast_to_small(stable_diffusion, pack):
     config = pack.tuning.replace(batch_size=16)
     on_card = model("cuda", torch.bfloat16)
     work = ActivationSizes.of(on_card.unet, 64)
-    plans = list(planning._ladder(config, on_card.device, eight_bit=True))
+    plans = list(planning._candidates(config, on_card.device, eight_bit=True))
     assert {plan.optimizer for plan in plans} == {"fused", "8bit", "cpu"}
     peaks = [
         predicted_peak(on_card, domain, config, plan, work, half=torch.bfloat16) for plan in plans
@@ -292,7 +292,7 @@ def test_the_optimisers_are_torchs_adamw():
             (weight.sin() * (step + index + 1)).sum().backward()
         torch.nn.utils.clip_grad_norm_(reference, 1.0)
         theirs.step()
-    for kind in (optimizers.FusedAdamW, optimizers.CPUOffloadedAdamW):
+    for kind in (optimizers.fused_adamw, optimizers.CPUOffloadedAdamW):
         own = weights()
         norm = walk(kind([(own[:2], 1e-2), (own[2:], 1e-3)]), own)
         assert math.isfinite(norm)
@@ -303,8 +303,8 @@ def test_the_optimisers_are_torchs_adamw():
 def test_the_host_goes_on_where_the_device_was():
     groups = lambda own: [(own, 1e-2)]  # noqa: E731
     straight, moved = weights(), weights()
-    walk(optimizers.FusedAdamW(groups(straight)), straight)
-    first = optimizers.FusedAdamW(groups(moved))
+    walk(optimizers.fused_adamw(groups(straight)), straight)
+    first = optimizers.fused_adamw(groups(moved))
     first.release = lambda: first.zero_grad()
     walk(first, moved, steps=2)
     walk(optimizers.CPUOffloadedAdamW(groups(moved), after=first), moved, steps=2, start=2)
@@ -314,10 +314,10 @@ def test_the_host_goes_on_where_the_device_was():
 
 def test_half_precision_on_the_device_keeps_the_whole_delta_on_the_host():
     own, exact = weights(), weights()
-    walk(optimizers.FusedAdamW([(exact, 1e-6)]), exact)
+    walk(optimizers.fused_adamw([(exact, 1e-6)]), exact)
     host = optimizers.CPUOffloadedAdamW([(own, 1e-6)], own)
     assert {weight.dtype for weight in own} == {torch.bfloat16}
-    before = [master.clone() for master in host._params()]
+    before = [master.clone() for master in host.params]
     walk(host, own)
     for one, start, other, first in zip(own, before, exact, weights(), strict=True):
         assert one.dtype == torch.float32

@@ -164,7 +164,7 @@ class FrozenParts:
     @property
     def tuned_dtype(self) -> torch.dtype:
         """The dtype of a tuned U-Net that is sampled with; see `PrecisionPolicy`."""
-        return PrecisionPolicy.resolve(self.device, self.dtype).sampled
+        return PrecisionPolicy.resolve(self.device, self.dtype, autocast=False).sampled
 
     @property
     def resolution(self) -> int:

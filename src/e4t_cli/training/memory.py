@@ -196,13 +196,13 @@ def plan_tuning(
     device = model.device
     budget = int((free_bytes(device) if vram == "auto" else budget_of(vram)) * USABLE)
     sizes = ActivationSizes.of(model.unet, model.latent_shape[1])
-    offloaded = CPU_BYTES * (parameter_count(model.unet) + parameter_count(pretrained.encoder))
+    trained = parameter_count(model.unet) + parameter_count(pretrained.encoder)
     plan = Plan(micro_batch=config.batch_size)
     for candidate in _candidates(config, device, eight_bit):
         peak = predicted_peak(
             model, pretrained, config, candidate, sizes, consume=consume, half=half
         )
-        if candidate.optimizer == "cpu" and not fits_main_memory(device, offloaded, peak, ram):
+        if candidate.optimizer == "cpu" and not can_offload(device, trained, peak, ram):
             continue
         plan = candidate.replace(peak=peak, budget=budget)
         if peak <= budget:
@@ -228,16 +228,15 @@ def _candidates(config: TuningConfig, device: torch.device, eight_bit: bool) -> 
                 yield Plan(micro_batch=small, checkpointing=True, optimizer=kind, vae_on_cpu=away)
 
 
-def fits_main_memory(
-    device: torch.device, needed: int, taken: int = 0, ram: int | None = None
+def can_offload(
+    device: torch.device, parameters: int, taken: int = 0, ram: int | None = None
 ) -> bool:
-    """Return whether an optimizer can be offloaded to the CPU.
+    """Return whether an optimizer of so many parameters fits into main memory.
 
     Args:
-        needed: bytes; `CPU_BYTES` a weight.
         taken: bytes that tuning takes on the device. Apple's GPUs have no memory of their own:
             what is offloaded stays where it was.
         ram: bytes of main memory it may have; None for what is free.
     """
     ram = free_ram() if ram is None else ram
-    return needed <= (ram - (taken if device.type == "mps" else 0)) * USABLE
+    return CPU_BYTES * parameters <= (ram - (taken if device.type == "mps" else 0)) * USABLE

@@ -5,8 +5,9 @@ All three are torch's interface under one that clips over all param groups as on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,19 @@ def adamw(*groups: Group) -> torch.optim.AdamW:
     )
 
 
-def _param_groups(groups: Sequence[Group]) -> list[dict[str, object]]:
+def _param_groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
     for weights, rate in groups:
         for weight in weights:
             weight.requires_grad_(rate > 0)
-    return [{"params": list(weights), "lr": rate} for weights, rate in groups if rate and weights]
+    return [{"params": [*weights], "lr": rate} for weights, rate in groups if rate and weights]
+
+
+def _state(weight: Tensor, before: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return torch's AdamW state of a weight, fresh or moved to the weight's device."""
+    if before is not None:
+        return {name: value.to(weight.device) for name, value in before.items()}
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    return {"step": torch.zeros((), device=weight.device), "exp_avg": first, "exp_avg_sq": second}
 
 
 class TuningOptimizer:
@@ -46,22 +55,22 @@ class TuningOptimizer:
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
-        self.weights: list[nn.Parameter] = self._params()
-
-    def _params(self) -> list[nn.Parameter]:
-        return [param for group in self.inner.param_groups for param in group["params"]]
+        self.params: list[nn.Parameter] = [
+            weight for group in inner.param_groups for weight in group["params"]
+        ]
+        self.weights = self.params
 
     @property
     def gradients(self) -> list[Tensor]:
-        """The gradients accumulated since `zero_grad`, in float32, changeable in place."""
-        return [param.grad for param in self._params() if param.grad is not None]
+        """The gradients accumulated since `zero_grad`, in float32."""
+        return [param.grad for param in self.params if param.grad is not None]
 
     def zero_grad(self) -> None:
         self.inner.zero_grad()
 
     def step(self, max_norm: float) -> Tensor:
         """Clip, step, and return the norm before clipping. Paper silent: clipping."""
-        norm = nn.utils.clip_grad_norm_(self._params(), max_norm, foreach=self.foreach)
+        norm = nn.utils.clip_grad_norm_(self.params, max_norm, foreach=self.foreach)
         self.inner.step()
         return norm
 
@@ -71,22 +80,13 @@ class TuningOptimizer:
         self.inner.state.clear()
 
 
-class FusedAdamW(TuningOptimizer):
-    """AdamW in one pass over the weights, where they are.
-
-    torch's own (2.14) does as well as its function `adamw` on state of ours: FIGURE. Its state is
-    allocated here and not in the first step, so that memory runs out before a weight has moved or
-    not at all.
-    """
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        super().__init__(adamw(*groups))
-        for weight in self.weights:
-            self.inner.state[weight] = {
-                "step": torch.zeros((), device=weight.device),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
-            }
+def fused_adamw(groups: Sequence[Group]) -> TuningOptimizer:
+    """Return AdamW in one pass over the weights, where they are."""
+    # FIGURE
+    optimizer = TuningOptimizer(adamw(*groups))
+    # Allocated now: memory runs out before a weight has moved or not at all.
+    optimizer.inner.state.update({weight: _state(weight) for weight in optimizer.params})
+    return optimizer
 
 
 class CPUOffloadedAdamW(TuningOptimizer):
@@ -98,7 +98,7 @@ class CPUOffloadedAdamW(TuningOptimizer):
     Args:
         groups: weights on the device.
         rounded: those of them that are in bfloat16 on the device from now on.
-        after: an optimizer to continue from, in the middle of a tuning.
+        after: a fused optimizer to continue from, in the middle of a tuning.
     """
 
     foreach = True
@@ -110,30 +110,26 @@ class CPUOffloadedAdamW(TuningOptimizer):
         *,
         after: TuningOptimizer | None = None,
     ) -> None:
-        lower = {id(weight) for weight in rounded}
-        masters: dict[nn.Parameter, nn.Parameter] = {}
-        states: list[dict[str, Tensor]] = []
-        for weight in (weight for weights, rate in groups if rate for weight in weights):
-            weight.grad = None
-            master = nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True))
-            # One by one, so that each leaves the device before the next is copied.
-            state = after.inner.state.pop(weight) if after else {}
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                empty = torch.zeros(()) if name == "step" else torch.zeros_like(master.data)
-                state[name] = state[name].to("cpu") if after else empty
-            states.append(state)
-            if id(weight) in lower:
-                weight.data = weight.data.bfloat16()
-            masters[weight] = master
-        kept = [([masters[weight] for weight in weights], rate) for weights, rate in groups if rate]
-        super().__init__(adamw(*kept))
-        self.inner.state.update(zip(masters.values(), states, strict=True))
-        self.weights = list(masters)
-        for master in masters.values():
-            master.grad = torch.zeros_like(master)
+        lower, on_device = {id(weight) for weight in rounded}, _param_groups(groups)
+        weights, states, copies = [], {}, []
+        for group in on_device:
+            weights += group["params"]
+            copies.append(([], group["lr"]))
+            for weight in group["params"]:
+                weight.grad = None
+                master = nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True))
+                master.grad = torch.zeros_like(master)
+                # One by one: each leaves the device before the next is copied.
+                states[master] = _state(master, after and after.inner.state.pop(weight))
+                if id(weight) in lower:
+                    weight.data = weight.data.bfloat16()
+                copies[-1][0].append(master)
+        super().__init__(adamw(*copies))
+        self.inner.state.update(states)
+        self.weights = weights
         self._hooks = [
-            weight.register_post_accumulate_grad_hook(_sender(master))  # type: ignore[no-untyped-call]
-            for weight, master in masters.items()
+            weight.register_post_accumulate_grad_hook(_sender(master))
+            for weight, master in zip(weights, self.params, strict=True)
         ]
 
     def zero_grad(self) -> None:
@@ -142,7 +138,7 @@ class CPUOffloadedAdamW(TuningOptimizer):
     @torch.no_grad()
     def step(self, max_norm: float) -> Tensor:
         norm = super().step(max_norm)
-        for weight, master in zip(self.weights, self._params(), strict=True):
+        for weight, master in zip(self.weights, self.params, strict=True):
             weight.copy_(master)
         return norm
 
@@ -151,9 +147,10 @@ class CPUOffloadedAdamW(TuningOptimizer):
         # Merging comes next, and in half precision it would round a tuning away.
         for hook in self._hooks:
             hook.remove()
-        for weight, master in zip(self.weights, self._params(), strict=True):
+        for weight, master in zip(self.weights, self.params, strict=True):
             weight.data = master.data.to(weight.device)
         super().release()
+        self.params.clear()
         self.inner.param_groups.clear()
 
 
@@ -183,15 +180,10 @@ def eight_bit_adamw(groups: Sequence[Group]) -> TuningOptimizer:
 def make_optimizer(
     kind: str, groups: Sequence[Group], rounded: Sequence[nn.Parameter]
 ) -> TuningOptimizer:
-    """Return the optimizer that a plan names.
-
-    Args:
-        kind: "fused", "8bit" or "cpu".
-        rounded: see `CPUOffloadedAdamW`.
-    """
-    if kind == "8bit":
-        return eight_bit_adamw(groups)
-    return CPUOffloadedAdamW(groups, rounded) if kind == "cpu" else FusedAdamW(groups)
+    """Return the optimizer that a plan names: "fused", "8bit" or "cpu"."""
+    if kind == "cpu":
+        return CPUOffloadedAdamW(groups, rounded)
+    return eight_bit_adamw(groups) if kind == "8bit" else fused_adamw(groups)
 
 
 def has_eight_bit(device: torch.device) -> bool:

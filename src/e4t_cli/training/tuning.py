@@ -6,13 +6,14 @@ samples 16 time steps, however many micro-batches it is split into, with the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from e4t_cli.devices import free_memory, memory_ran_out, trim_heap
 from e4t_cli.errors import DivergedError, ResourceError
@@ -34,14 +35,8 @@ from e4t_cli.training.loss import (
     latent_mask,
     training_loss,
 )
-from e4t_cli.training.memory import CPU_BYTES, Plan, fits_main_memory
-from e4t_cli.training.optim import (
-    CPUOffloadedAdamW,
-    FusedAdamW,
-    loss_scaler,
-    make_optimizer,
-    unscale,
-)
+from e4t_cli.training.memory import Plan, can_offload
+from e4t_cli.training.optim import CPUOffloadedAdamW, loss_scaler, make_optimizer, unscale
 from e4t_cli.training.trainable import METHODS, TrainableParts
 
 
@@ -85,41 +80,27 @@ class PhotoSamples:
             self.image_features = pretrained.image_features(model, pixels)
         else:
             self.image_features = image_features[None].to(model.device).float()
-        self.mask = self._mask(prepared)
-        self.tokens = model.tokenize(
-            training_prompts(tuple(pretrained.templates)),
-            model.descriptor_id(pretrained.descriptor),
-        )
-
-    def _mask(self, prepared: PreparedImage) -> Tensor | None:
-        if not self.config.mask or prepared.mask is None:
-            return None
-        whole = self.model.masks([prepared.mask])
-        if float(whole.mean()) < MIN_MASK_AREA:
-            self.note = "the mask is empty: tuning on the whole image"
-        return latent_mask(whole, self.model.latent_shape[1:])
+        self.mask: Tensor | None = None
+        if config.mask and prepared.mask is not None:
+            whole = model.masks([prepared.mask])
+            self.mask = latent_mask(whole, model.latent_shape[1:])
+            if float(whole.mean()) < MIN_MASK_AREA:
+                self.note = "the mask is empty: tuning on the whole image"
+        prompts = training_prompts(tuple(pretrained.templates))
+        self.tokens = model.tokenize(prompts, model.descriptor_id(pretrained.descriptor))
 
     def of(self, step: int) -> tuple[Tensor, ...]:
         """Return what differs between steps, on the device and always in the same shapes."""
-        size = self.config.batch_size
+        model, size = self.model, self.config.batch_size
         samples = draw(
-            self.seed,
-            step,
-            range(size),
-            batch_size=size,
-            train_timesteps=self.model.train_timesteps,
-            shape=self.model.latent_shape,
-        ).to(self.model.device)
+            self.seed, step, range(size), batch_size=size,
+            train_timesteps=model.train_timesteps, shape=model.latent_shape,
+        ).to(model.device)  # fmt: skip
         prompts = samples.sentences(len(self.tokens.ids))
         return samples.posterior, samples.epsilon, samples.timesteps, prompts
 
     def batch(self, samples: Sequence[Tensor], encoder: Encoder) -> TrainingBatch:
-        """Return what eq. 5 is evaluated on.
-
-        Args:
-            samples: from `of`, or the same rows of each.
-            encoder: E; its encoding of the photo is computed anew, with a gradient.
-        """
+        """Return what eq. 5 is evaluated on, from what `of` returned or the same rows of each."""
         posterior, epsilon, timesteps, prompts = samples
         count = len(timesteps)
         return TrainingBatch(
@@ -164,8 +145,10 @@ class Trainer:
         )
         self.unet, self.encoder = self.parts.unet, self.parts.encoder
         self.detach_features = self.parts.detach_features or options.detach_features
+        # Matrix multiplications round them on the device anyway.
+        self.rounded = self.parts.rounded if self.precision.matmul == torch.bfloat16 else []
         if self.steps:
-            self.optimizer = make_optimizer(self.plan.optimizer, self.parts.groups, self._rounded())
+            self.optimizer = make_optimizer(self.plan.optimizer, self.parts.groups, self.rounded)
         if self.plan.checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.scale = pretrained.embedding_scale
@@ -190,34 +173,30 @@ class Trainer:
     def _accumulate(self, *samples: Tensor) -> Tensor:
         """Sum the gradients of eq. 5 over the micro-batches of one step."""
         self.optimizer.zero_grad()
-        total = torch.zeros(2, device=self.model.device)
-        size, half = self.plan.micro_batch, self.precision.half
+        device, size, half = self.model.device, self.plan.micro_batch, self.precision.half
+        total = torch.zeros(2, device=device)
         keep_casts = not self.unet.is_gradient_checkpointing
+        # On a CPU short of memory: the next sample would lack the fragments that one leaves behind.
+        trims = device.type == "cpu" and not keep_casts
         for first in range(0, self.config.batch_size, size):
             batch = self.samples.batch([one[first : first + size] for one in samples], self.encoder)
             with (
                 cached_offsets(self.unet),
                 # As there: what backward recomputes has to be what forward computed.
                 self.parts.converted(half) if keep_casts and half else nullcontext(),
-                half_precision(
-                    self.model.device, half, keep_casts=keep_casts, cast=self.unet.dtype != half
-                ),
+                half_precision(device, half, keep_casts=keep_casts, cast=self.unet.dtype != half),
             ):
                 losses = training_loss(
-                    self.model,
-                    self.unet,
-                    self.encoder,
-                    batch,
-                    e_domain=self.e_domain,
-                    scale=self.scale,
-                    detach_features=self.detach_features,
-                )
+                    self.model, self.unet, self.encoder, batch, e_domain=self.e_domain,
+                    scale=self.scale, detach_features=self.detach_features,
+                )  # fmt: skip
             share = len(batch.timesteps) / self.config.batch_size
             loss = losses.total(self.config.reg_weight) * share
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             means = torch.stack((losses.diffusion.mean(), losses.regularization.mean()))
             total += share * means.detach()
-            self._trim()
+            if trims:
+                trim_heap()
         return total
 
     def _leave_half_precision(self) -> None:
@@ -244,11 +223,10 @@ class Trainer:
             calls=self.steps if equal else 0, on_trouble=partial(setattr, self, "note"),
         )  # fmt: skip
 
-    def _trim(self) -> None:
-        # On a CPU that is short of memory, the fragments that one sample leaves behind would be
-        # missing for the next, and the moments' 3 GB (of Stable Diffusion) for the sampling.
-        if self.model.device.type == "cpu" and self.unet.is_gradient_checkpointing:
-            trim_heap()
+    def take_note(self) -> str:
+        """Return what the user should know of it, once."""
+        note, self.note = self.note, ""
+        return note
 
     def reduce_memory(self) -> str:
         """Take less memory from now on; returns what was done, "" if nothing is left to do."""
@@ -263,9 +241,9 @@ class Trainer:
             self.unet.enable_gradient_checkpointing()
             self.plan = plan.replace(checkpointing=True)
             note = "memory ran out: gradient checkpointing from now on, a third more work"
-        elif isinstance(self.optimizer, FusedAdamW) and self._can_offload():
+        elif plan.optimizer == "fused" and self._can_offload():
             groups, before = self.parts.groups, self.optimizer
-            self.optimizer = CPUOffloadedAdamW(groups, self._rounded(), after=before)
+            self.optimizer = CPUOffloadedAdamW(groups, self.rounded, after=before)
             self.plan = plan.replace(optimizer="cpu")
             note = "memory ran out: the optimizer moves to main memory"
         else:
@@ -276,13 +254,10 @@ class Trainer:
 
     def _can_offload(self) -> bool:
         """Return whether main memory is separate from the device's, and has enough room."""
-        device = self.model.device
-        needed = CPU_BYTES * sum(weight.numel() for weight in self.optimizer.weights)
-        return device.type not in ("cpu", "mps") and fits_main_memory(device, needed)
-
-    def _rounded(self) -> list[nn.Parameter]:
-        """Return the weights that matrix multiplications round on the device anyway."""
-        return self.parts.rounded if self.precision.matmul == torch.bfloat16 else []
+        count = sum(weight.numel() for weight in self.optimizer.weights)
+        return self.model.device.type not in ("cpu", "mps") and can_offload(
+            self.model.device, count
+        )
 
     @torch.no_grad()
     def finish(self) -> TunedModel:
@@ -290,7 +265,8 @@ class Trainer:
         self.accumulate.forget()
         if self.steps:
             self.optimizer.release()
-            self._trim()
+            if self.model.device.type == "cpu" and self.unet.is_gradient_checkpointing:
+                trim_heap()  # sampling needs the moments' 3 GB (of Stable Diffusion)
         self.unet.disable_gradient_checkpointing()
         kept = self.parts.finish()
         if self.plan.vae_on_cpu:
@@ -300,11 +276,9 @@ class Trainer:
             unet=unet.requires_grad_(False),
             encoder=encoder.requires_grad_(False).for_inference(),
             encoded_image=encoder.encode_image(self.samples.image_features),
-            e_domain=self.e_domain,
-            descriptor_id=self.descriptor_id,
-            scale=self.scale,
+            e_domain=self.e_domain, descriptor_id=self.descriptor_id, scale=self.scale,
             adapters=kept,
-        )
+        )  # fmt: skip
 
 
 LOG_EVERY = 5
@@ -345,17 +319,12 @@ def tune(
     run = Trainer(model, pretrained, prepared, config, seed, image_features, options)
 
     def report(done: int, note: str = "", **values: float) -> None:
-        if on_progress:
+        if on_progress and (note or values):
             on_progress(
                 Progress(stage="tune", done=done, total=config.steps, note=note, values=values)
             )
 
-    def report_note(done: int) -> None:
-        if run.note:
-            report(done, run.note)
-            run.note = ""
-
-    report_note(0)
+    report(0, run.take_note())
     waiting: list[Tensor] = []
     for step in range(run.steps):
         losses = None
@@ -374,23 +343,19 @@ def tune(
                         hint="try --tuning lora, a smaller base, or another device",
                     )
                 report(step, note)
-        report_note(step)
+        report(step, run.take_note())
         norm = run.optimizer.step(config.gradient_clip)
         waiting.append(torch.cat((losses, norm.to(losses.device, losses.dtype).view(1))))
         if model.device.type == "cpu" or len(waiting) == LOG_EVERY or step == run.steps - 1:
             found = torch.stack(waiting).tolist()
             for number, values in enumerate(found, start=step + 2 - len(waiting)):
-                _check_finite(number, values)
+                if not all(map(math.isfinite, values)):
+                    raise DivergedError(
+                        f"tuning diverged at step {number}: a loss or a gradient is not finite",
+                        hint="try a smaller learning rate",
+                    )
                 diffusion, regularization, _ = values
                 loss = diffusion + config.reg_weight * regularization
                 report(number, loss=loss, diffusion=diffusion, penalty=regularization)
             waiting.clear()
     return run.finish()
-
-
-def _check_finite(step: int, values: Sequence[float]) -> None:
-    if not torch.tensor(values).isfinite().all():
-        raise DivergedError(
-            f"tuning diverged at step {step}: a loss or a gradient is not finite",
-            hint="try a smaller learning rate",
-        )
