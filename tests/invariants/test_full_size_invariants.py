@@ -22,7 +22,7 @@ from e4t_cli.nn.unet import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, ImageTower, WordEmbeddingEncoder
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
-from e4t_cli.training.loss import TrainingBatch, cached_offsets, training_loss
+from e4t_cli.training.loss import TrainingBatch, training_loss
 from e4t_cli.training.memory import plan_tuning
 from e4t_cli.training.trainable import METHODS
 from tests.conftest import write_tokenizer
@@ -268,7 +268,7 @@ def prepared_step(model, pack, config):
             ).expand(BATCH, -1),
             tokens=tokens(BATCH),
         )
-        with cached_offsets(parts.unet):
+        with parts.cached():
             losses = training_loss(
                 model, parts.unet, parts.encoder, batch, scale=0.1,
                 e_domain=torch.empty(768, device="meta"), detach_features=parts.detach_features,

@@ -62,7 +62,8 @@ def test_factors_carry_the_same_offsets(model):
 @torch.no_grad()
 def test_fresh_offsets_change_nothing(model):
     plain = model.unet(*inputs()).sample
-    offsets = WeightOffsets.attach(model.unet)
+    offsets = WeightOffsets.for_unet(model.unet)
+    offsets.attach_to(model.unet)
     assert torch.equal(model.unet(*inputs()).sample, plain)
     offsets.detach()
 
@@ -109,7 +110,8 @@ def test_bake_leaves_a_plain_unet_with_the_same_output(model):
 
 def test_bias_keeps_its_place():
     layer = torch.nn.ModuleDict({"to_q": torch.nn.Linear(3, 2, bias=True)})
-    WeightOffsets.attach(layer).detach()
+    with WeightOffsets.for_unet(layer).attached_to(layer):
+        pass
     assert list(layer.state_dict()) == ["to_q.weight", "to_q.bias"]
 
 
@@ -134,7 +136,8 @@ def test_the_product_is_made_in_float32(dtype):
 
 
 def test_attaching_twice_or_elsewhere_is_refused(model):
-    offsets = WeightOffsets.attach(model.unet)
+    offsets = WeightOffsets.for_unet(model.unet)
+    offsets.attach_to(model.unet)
     with pytest.raises(ValueError, match="already"):
         offsets.attach_to(model.unet)
     offsets.detach()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from e4t_cli.errors import UsageError
 from e4t_cli.prompts import Prompt
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,27 +76,44 @@ def tokenize_prompts(
     return Tokens(ids=torch.tensor(ids), placeholder=torch.tensor(places), dropped=tuple(dropped))
 
 
-@contextmanager
-def inject_embeddings(table: nn.Module, placeholder: Tensor, e_c: Tensor | None) -> Iterator[None]:
-    """Let a text encoder's token table answer e_c at every placeholder inside a `with` block.
+class _InjectedTable(nn.Module):
+    """A token table that returns `e_c` at the placeholders."""
 
-    A hook on the table rather than a new row in it: every prompt of a batch has an embedding of
-    its own, gradients reach it, and nothing about the text encoder's inside is assumed, which
-    differs between versions of transformers.
+    def __init__(self, table: nn.Module, placeholder: Tensor, e_c: Tensor) -> None:
+        super().__init__()
+        self.table, self.placeholder, self.e_c = table, placeholder, e_c
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.table(ids)
+        return torch.where(self.placeholder[..., None], self.e_c[:, None].to(found.dtype), found)
+
+
+def with_embedding(text_encoder: CLIPTextModel, placeholder: Tensor, e_c: Tensor) -> CLIPTextModel:
+    """Return a text encoder that shares all layers and returns `e_c` at every placeholder.
+
+    Only the modules between the text encoder and its token table are copied, shallowly: nothing
+    of the shared text encoder changes, so threads can use it at once, each prompt of a batch has
+    an embedding of its own, and gradients reach it. Where the table is in the text encoder differs
+    between versions of transformers and is looked up.
 
     Args:
         placeholder: where (batch, length), bool.
-        e_c: one embedding a prompt (batch, embedding_width); None leaves the descriptor's.
+        e_c: one embedding for each prompt (batch, embedding_width).
     """
-    if e_c is None:
-        yield
-        return
+    table = text_encoder.get_input_embeddings()
+    path = next(path for path, module in text_encoder.named_modules() if module is table)
+    *parents, name = path.split(".")
+    copied = parent = _shallow_copy(text_encoder)
+    for step in parents:
+        parent._modules[step] = _shallow_copy(parent.get_submodule(step))
+        parent = parent.get_submodule(step)
+    parent._modules[name] = _InjectedTable(table, placeholder, e_c)
+    return copied
 
-    def replace(table: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return torch.where(placeholder[..., None], e_c[:, None].to(output.dtype), output)
 
-    handle = table.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _shallow_copy(module: Module) -> Module:
+    """Return a module with the same parameters and submodules, in a dictionary of its own."""
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    copied.__dict__["_modules"] = dict(module._modules)
+    return copied

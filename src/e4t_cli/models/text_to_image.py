@@ -29,7 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from e4t_cli.errors import DivergedError, IntegrityError, UsageError
 from e4t_cli.hub.bases import Base, read_base
 from e4t_cli.models.loading import folder_fingerprint, load_part, load_settings, load_tower
-from e4t_cli.models.prompt_embedding import Tokens, inject_embeddings, tokenize_prompts
+from e4t_cli.models.prompt_embedding import Tokens, tokenize_prompts, with_embedding
 from e4t_cli.nn.precision import PrecisionPolicy, full_precision, math_attention
 from e4t_cli.nn.unet import check_unet, feature_widths
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, ImageTower
@@ -303,9 +303,11 @@ class TextToImageModel(FrozenParts):
         Returns:
             (batch, length, width), differentiable in e_c.
         """
-        table = self.text_encoder.get_input_embeddings()
-        with inject_embeddings(table, tokens.placeholder, e_c):
-            return self.text_encoder(tokens.ids).last_hidden_state
+        text_encoder = self.text_encoder
+        if e_c is not None:
+            text_encoder = with_embedding(text_encoder, tokens.placeholder, e_c)
+        embedded: Tensor = text_encoder(tokens.ids).last_hidden_state
+        return embedded
 
     @cached_property
     def uncond_embeds(self) -> Tensor:

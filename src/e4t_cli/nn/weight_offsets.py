@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Self
 
 import torch
@@ -32,13 +33,13 @@ Factors = tuple[Tensor, Tensor]
 """left (M, 3) and right (3, N), whose product is ΔW."""
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
-"""The modulated projections of an attention layer; W_o is left alone (section 3.2, table 1)."""
+"""The modulated projections of an attention layer; W_o is not modulated (section 3.2, table 1)."""
 
 RANK = 3
 
 
 class Modulation(nn.Module):
-    """Eq. 3 as a parametrization of one weight; children say where `factors()` come from."""
+    """Eq. 3 as a parametrization of one weight; subclasses define `factors()`."""
 
     def factors(self) -> Factors:
         raise NotImplementedError
@@ -49,18 +50,33 @@ class Modulation(nn.Module):
         return left @ right
 
     def forward(self, original: Tensor) -> Tensor:
-        """Return W₀ · (1 + ΔW) in the precision of W₀, computed in float32 or better.
+        """Return W₀ · (1 + ΔW) in the dtype of W₀, computed in float32 or wider.
 
-        A few tuning steps change W₀ by less than one spacing of bfloat16 numbers, and 1 + ΔW is
-        rounded just as hard, so half precision may only come after the product.
+        A few tuning steps change W₀ by less than one spacing of bfloat16, and 1 + ΔW is rounded
+        as coarsely, so the result is rounded to half precision only after the multiplication.
         """
+        cache = _CACHE.get({})
+        if (found := cache.get(self)) is not None:
+            return found
         with full_precision(original.device):
-            precision = torch.promote_types(original.dtype, torch.float32)
-            return (original.to(precision) * (1 + self.delta())).to(original.dtype)
+            dtype = torch.promote_types(original.dtype, torch.float32)
+            weight = (original.to(dtype) * (1 + self.delta())).to(original.dtype)
+        if self in cache:
+            cache[self] = weight
+        return weight
+
+
+# W of each modulation inside a `WeightOffsets.cached()` block of the current thread, None until it
+# is known. `torch.nn.utils.parametrize.cached()` would be one cache for all threads and models.
+_CACHE: ContextVar[dict[Modulation, Tensor | None]] = ContextVar("modulated weights")
 
 
 class WeightOffset(Modulation):
     """ΔW of one M × N projection in the paper's network form (section 3.2).
+
+    Departure: the shipped domain weights were pre-trained with the learning rate of these layers
+    at 1/100 of the encoder's (`PretrainingConfig.offsets_rate = 0.01`, set in
+    mini_world/domains.py). The paper has one rate for both.
 
     Args:
         rows, columns: M and N, the shape of the projection's weight.
@@ -91,10 +107,10 @@ class WeightOffset(Modulation):
 
 
 class FactoredWeightOffset(Modulation):
-    """The same ΔW held as its two factors: what a pack ships and what tuning moves.
+    """The same ΔW as its two factors: the form that domain weights store and tuning trains.
 
-    Departure: section 3.4 tunes the offset network; its product starts here at the same ΔW, keeps
-    the same rank, and has 0.45 M numbers on Stable Diffusion 1.x in place of 143 M.
+    Departure: section 3.4 tunes the offset network. Its factors start at the same ΔW, keep its
+    rank, and have 0.45 M parameters on Stable Diffusion 1.x instead of 143 M.
     """
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
@@ -109,18 +125,19 @@ class FactoredWeightOffset(Modulation):
 class WeightOffsets(nn.Module):
     """Every offset of a U-Net, by the path of the projection it modulates.
 
-    >>> offsets = WeightOffsets.attach(unet)        # fresh: the U-Net's output is unchanged
-    >>> offsets.bake()                              # or detach(): a plain U-Net again
+    >>> offsets = WeightOffsets.for_unet(unet)      # fresh: ΔW = 0
+    >>> offsets.attach_to(unet)
+    >>> offsets.merge()                             # or detach(): a plain U-Net again
 
     While attached, the U-Net's state dict has other keys (`...parametrizations.weight.original`),
-    which `from_pretrained` would answer with random weights: never save an attached U-Net.
+    for which `from_pretrained` would initialize random weights: never save an attached U-Net.
     """
 
     def __init__(self, modulations: Mapping[str, Modulation]) -> None:
         super().__init__()
         self.paths = tuple(modulations)
         self.modulations = nn.ModuleList(modulations.values())
-        # In a list, so that torch does not adopt the U-Net as a part of its own offsets.
+        # In a list, so that torch does not register the U-Net as a submodule of its offsets.
         self._attached: list[nn.Module] = []
 
     @classmethod
@@ -128,35 +145,26 @@ class WeightOffsets(nn.Module):
         cls, unet: nn.Module, make: Callable[[int, int], Modulation] = WeightOffset
     ) -> Self:
         """Return fresh offsets for every attention projection of `unet`, not yet attached."""
-        shapes = {path: projection.weight.shape for path, projection in _projections(unet)}
-        return cls({path: make(*shape) for path, shape in shapes.items()})
-
-    @classmethod
-    def attach(cls, unet: nn.Module) -> Self:
-        """Put fresh offsets on `unet`, with ΔW = 0."""
-        offsets = cls.for_unet(unet).to(next(unet.parameters()).device)
-        offsets.attach_to(unet)
-        return offsets
+        return cls({path: make(*shape) for path, shape in projection_shapes(unet).items()})
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Factors]) -> Self:
         """Rebuild trainable, unattached offsets from `factors()`; the tensors are copied."""
         # Sorted, so that sums over all of them do not depend on where the factors came from.
-        return cls(
-            {
-                path: FactoredWeightOffset(left.detach().clone(), right.detach().clone())
-                for path, (left, right) in sorted(factors.items())
-            }
-        )
+        copies = {
+            path: FactoredWeightOffset(left.detach().clone(), right.detach().clone())
+            for path, (left, right) in sorted(factors.items())
+        }
+        return cls(copies)
 
     @torch.no_grad()
     def factors(self) -> dict[str, Factors]:
         """Return path -> (left, right), detached copies in float32."""
-        found = {}
-        for path, modulation in zip(self.paths, self.modulations, strict=True):
-            left, right = modulation.factors()
-            found[path] = left.float().clone(), right.float().clone()
-        return found
+        found = {path: modulation.factors() for path, modulation in self._items()}
+        return {
+            path: (left.float().clone(), right.float().clone())
+            for path, (left, right) in found.items()
+        }
 
     def attach_to(self, unet: nn.Module) -> None:
         """Make every modulated weight of `unet` read as W₀ · (1 + ΔW).
@@ -168,30 +176,50 @@ class WeightOffsets(nn.Module):
             raise ValueError("these offsets are attached to a U-Net already")
         projections = dict(_projections(unet))
         if projections.keys() != set(self.paths):
-            raise ValueError(
-                f"these offsets modulate {len(self.paths)} projections, "
-                f"this U-Net has {len(projections)}, or they have other names"
-            )
-        for path, modulation in zip(self.paths, self.modulations, strict=True):
+            raise ValueError("these offsets modulate other projections than this U-Net has")
+        for path, modulation in self._items():
             parametrize.register_parametrization(projections[path], "weight", modulation)
         self._attached.append(unet)
 
     def detach(self) -> None:
-        """Take the offsets off and leave W₀ behind, as if they had never been there."""
+        """Remove the offsets; the U-Net's weights are W₀ again."""
         self._remove(merge=False)
 
     def merge(self) -> None:
-        """Take the offsets off and leave W₀ · (1 + ΔW) behind, in a plain U-Net."""
+        """Remove the offsets; the U-Net's weights become W₀ · (1 + ΔW)."""
         self._remove(merge=True)
 
     @contextmanager
     def attached_to(self, unet: nn.Module) -> Iterator[Self]:
-        """Attach for the length of a `with` block."""
+        """Attach inside a `with` block."""
         self.attach_to(unet)
         try:
             yield self
         finally:
             self.detach()
+
+    @contextmanager
+    def cached(self) -> Iterator[None]:
+        """Evaluate each W once for the feature pass and the main pass, inside a `with` block.
+
+        The cache belongs to these offsets, this block and this thread. Weights must not change
+        inside the block. Nothing is cached while the U-Net has gradient checkpointing enabled:
+        the backward pass has to recompute what the forward pass computed.
+        """
+        checkpointing = any(
+            getattr(unet, "is_gradient_checkpointing", False) for unet in self._attached
+        )
+        fresh = {} if checkpointing else {modulation: None for _, modulation in self._items()}
+        token = _CACHE.set({**_CACHE.get({}), **fresh})
+        try:
+            yield
+        finally:
+            _CACHE.reset(token)
+
+    def _items(self) -> Iterator[tuple[str, Modulation]]:
+        for path, modulation in zip(self.paths, self.modulations, strict=True):
+            assert isinstance(modulation, Modulation)
+            yield path, modulation
 
     def _remove(self, *, merge: bool) -> None:
         if not self._attached:
@@ -200,20 +228,20 @@ class WeightOffsets(nn.Module):
         for path in self.paths:
             projection = unet.get_submodule(path)
             parametrize.remove_parametrizations(projection, "weight", leave_parametrized=merge)
-            # torch puts the weight back last; the order of the keys is part of "nothing behind".
+            # torch puts the weight back last; the state dict has the bias after it.
             projection._parameters["bias"] = projection._parameters.pop("bias")
 
 
 def projection_shapes(unet: nn.Module) -> dict[str, tuple[int, int]]:
     """Return path -> (M, N) of every weight that offsets modulate."""
-    return {path: tuple(projection.weight.shape) for path, projection in _projections(unet)}
+    return {path: (layer.out_features, layer.in_features) for path, layer in _projections(unet)}
 
 
 def _projections(unet: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield path and layer of every W_q, W_k, W_v, in the U-Net's own order.
 
     Raises:
-        ValueError: projections were fused, which would bypass the offsets in silence.
+        ValueError: projections were fused, which would silently bypass the offsets.
     """
     for path, module in unet.named_modules():
         name = path.rpartition(".")[2]

@@ -28,7 +28,7 @@ from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.pretraining.encoded_images import TrainingData
 from e4t_cli.prompts import training_prompts
 from e4t_cli.registry.config import PretrainingConfig
-from e4t_cli.training.loss import Losses, TrainingBatch, cached_offsets, training_loss
+from e4t_cli.training.loss import Losses, TrainingBatch, training_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ class Objective(nn.Module):
         )
         half = self.precision.half
         cast = unet.dtype != half
-        with cached_offsets(unet), half_precision(model.device, half, cast=cast):
+        with self.offsets.cached(), half_precision(model.device, half, cast=cast):
             return training_loss(
                 model,
                 unet,

@@ -10,13 +10,11 @@ Both stages train on it: pre-training moves E and the weight offsets, tuning all
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils import parametrize
 
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel
@@ -147,11 +145,3 @@ def training_loss(
         diffusion=diffusion_loss(prediction, target, batch.mask),
         regularization=regularization_loss(offset),
     )
-
-
-def cached_offsets(unet: UNet2DConditionModel) -> AbstractContextManager[None]:
-    """Evaluate each ΔW once for the feature pass and the main pass, inside a `with` block.
-
-    Not under gradient checkpointing: what backward recomputes has to be what forward computed.
-    """
-    return nullcontext() if unet.is_gradient_checkpointing else parametrize.cached()

@@ -111,7 +111,9 @@ class CPUOffloadedAdamW(TuningOptimizer):
         after: TuningOptimizer | None = None,
     ) -> None:
         lower, on_device = {id(weight) for weight in rounded}, _param_groups(groups)
-        weights, states, copies = [], {}, []
+        weights: list[nn.Parameter] = []
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        copies: list[tuple[list[nn.Parameter], float]] = []
         for group in on_device:
             weights += group["params"]
             copies.append(([], group["lr"]))
@@ -120,7 +122,7 @@ class CPUOffloadedAdamW(TuningOptimizer):
                 master = nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True))
                 master.grad = torch.zeros_like(master)
                 # One by one: each leaves the device before the next is copied.
-                states[master] = _state(master, after and after.inner.state.pop(weight))
+                states[master] = _state(master, after.inner.state.pop(weight) if after else None)
                 if id(weight) in lower:
                     weight.data = weight.data.bfloat16()
                 copies[-1][0].append(master)

@@ -50,6 +50,10 @@ class TrainableParts(Protocol):
     rounded: list[nn.Parameter]
     detach_features: bool
 
+    def cached(self) -> AbstractContextManager[None]:
+        """Evaluate weight offsets once for both passes, see `WeightOffsets.cached`."""
+        ...
+
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Convert the small trained weights, once for both passes of a forward.
 
@@ -98,6 +102,9 @@ class FullFineTuning:
         self.rounded: list[nn.Parameter] = list(self.unet.parameters())  # without the offsets
         if self.offsets.paths:
             self.offsets.attach_to(self.unet)
+
+    def cached(self) -> AbstractContextManager[None]:
+        return self.offsets.cached()
 
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         return nullcontext()  # autocast converts the U-Net's weights
@@ -152,11 +159,14 @@ class LoraFineTuning:
             *self.adapters["encoder"].rates(0.0, rate * config.encoder_rate),
         ]
 
+    def cached(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the offsets are merged
+
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         return self.adapters["unet"].converted(dtype)
 
     def finish(self) -> dict[str, Tensor]:
-        kept = {}
+        kept: dict[str, Tensor] = {}
         for name, adapters in self.adapters.items():
             adapters.detach()
             kept |= {f"{name}.{key}": value for key, value in adapters.tensors().items()}

@@ -31,7 +31,6 @@ from e4t_cli.training.cuda_graphs import CudaGraphRunner
 from e4t_cli.training.loss import (
     MIN_MASK_AREA,
     TrainingBatch,
-    cached_offsets,
     latent_mask,
     training_loss,
 )
@@ -181,7 +180,7 @@ class Trainer:
         for first in range(0, self.config.batch_size, size):
             batch = self.samples.batch([one[first : first + size] for one in samples], self.encoder)
             with (
-                cached_offsets(self.unet),
+                self.parts.cached(),
                 # As there: what backward recomputes has to be what forward computed.
                 self.parts.converted(half) if keep_casts and half else nullcontext(),
                 half_precision(device, half, keep_casts=keep_casts, cast=self.unet.dtype != half),
