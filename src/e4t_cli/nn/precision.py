@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -115,10 +116,24 @@ def multiplies_float16(device: torch.device) -> bool:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Disable autocast inside a `with` block, on devices that support it."""
-    if torch.amp.is_autocast_available(device.type):
+    """Disable autocast inside a `with` block, where it is enabled."""
+    # Only there: the end of a thread's outermost block empties the cache of all threads.
+    if _autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def _autocasts(device: torch.device) -> bool:
+    available = torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
+
+
+_CAST_CACHE = threading.RLock()
+"""Held by the thread that uses autocast's cache of converted weights.
+
+torch (2.14) has one cache for the process and empties it at the end of any thread's block. Another
+thread would convert its weights again and round their gradients differently.
+"""
 
 
 @contextmanager
@@ -141,6 +156,8 @@ def half_precision(
     """
     with ExitStack() as stack:
         if dtype is not None and cast:
+            if keep_casts:
+                stack.enter_context(_CAST_CACHE)
             stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=keep_casts))
         if dtype is not None and device.type == "cpu" and keep_casts:
             # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
@@ -177,10 +194,13 @@ def _math_attention(
 ) -> Tensor:  # fmt: skip
     """Call the MATH backend as `scaled_dot_product_attention` does, also under autocast."""
     device = query.device
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _autocasts(device):
         dtype = torch.get_autocast_dtype(device.type)
         query, key, value = (_autocast(one, dtype) for one in (query, key, value))
         attn_mask = None if attn_mask is None else _autocast(attn_mask, dtype)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed, attn_mask = attn_mask, torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask.masked_fill_(allowed.logical_not(), -torch.inf)
     with full_precision(device):
         output: Tensor = torch._scaled_dot_product_attention_math(
             query, key, value, attn_mask, *args, **kwargs

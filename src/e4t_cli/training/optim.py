@@ -130,7 +130,7 @@ class CPUOffloadedAdamW(TuningOptimizer):
         self.inner.state.update(states)
         self.weights = weights
         self._hooks = [
-            weight.register_post_accumulate_grad_hook(_sender(master))
+            weight.register_post_accumulate_grad_hook(_sender(master))  # type: ignore[no-untyped-call]
             for weight, master in zip(weights, self.params, strict=True)
         ]
 
