@@ -34,7 +34,6 @@ class GraphCapture(Protocol):
 
     def warm_up(self, work: Captured) -> Tensor:
         """Run the work once, as a capture requires."""
-        ...
 
     def capture(self, work: Captured) -> tuple[Callable[[], object], Tensor]:
         """Return what replays the work, and the tensor that holds its result each time.

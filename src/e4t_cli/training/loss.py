@@ -4,8 +4,6 @@ z_t   = √ᾱ_t z_0 + √(1−ᾱ_t) ε
 E     = encoder(I_c, pooled features of the U-Net's encoder on z_t, "")        section 3.1
 e_c   = e_domain + s · E                                                       eq. 1
 L     = ‖ε − ε_θ(z_t, t, prompt with e_c at S*)‖² + λ_r ‖E‖²                   eq. 4, 2, 5
-
-Both stages train on it: pre-training moves E and the weight offsets, tuning all of the U-Net too.
 """
 
 from __future__ import annotations
@@ -130,9 +128,8 @@ def training_loss(
     features = None
     if encoder.reads_unet:
         uncond = model.uncond_embeds.to(z_t.dtype).expand(len(z_t), -1, -1)
-        features = pooled_features(down_and_mid(unet, embedded, uncond)).to(
-            batch.encoded_image.dtype
-        )
+        features = pooled_features(down_and_mid(unet, embedded, uncond))
+        features = features.to(batch.encoded_image.dtype)
         if detach_features:
             # Not torch.no_grad around the pass: the main pass shares its cached ΔW.
             features = features.detach()

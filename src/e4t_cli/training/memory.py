@@ -10,12 +10,13 @@ moments), 10 with an 8-bit optimizer, and 2 on the device with a CPU-offloaded o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
 
 from e4t_cli.devices import GB, budget_of, free_bytes, free_ram
 from e4t_cli.models.domain_weights import DomainWeights
@@ -196,13 +197,16 @@ def plan_tuning(
     device = model.device
     budget = int((free_bytes(device) if vram == "auto" else budget_of(vram)) * USABLE)
     sizes = ActivationSizes.of(model.unet, model.latent_shape[1])
-    trained = parameter_count(model.unet) + parameter_count(pretrained.encoder)
+    offloaded = CPU_BYTES * (parameter_count(model.unet) + parameter_count(pretrained.encoder))
+    ram = free_ram() if ram is None else ram
     plan = Plan(micro_batch=config.batch_size)
     for candidate in _candidates(config, device, eight_bit):
         peak = predicted_peak(
             model, pretrained, config, candidate, sizes, consume=consume, half=half
         )
-        if candidate.optimizer == "cpu" and not can_offload(device, trained, peak, ram):
+        # Apple's GPUs have no memory of their own: what is offloaded stays where it was.
+        room = ram - (peak if device.type == "mps" else 0)
+        if candidate.optimizer == "cpu" and offloaded > room * USABLE:
             continue
         plan = candidate.replace(peak=peak, budget=budget)
         if peak <= budget:
@@ -228,15 +232,7 @@ def _candidates(config: TuningConfig, device: torch.device, eight_bit: bool) -> 
                 yield Plan(micro_batch=small, checkpointing=True, optimizer=kind, vae_on_cpu=away)
 
 
-def can_offload(
-    device: torch.device, parameters: int, taken: int = 0, ram: int | None = None
-) -> bool:
-    """Return whether an optimizer of so many parameters fits into main memory.
-
-    Args:
-        taken: bytes that tuning takes on the device. Apple's GPUs have no memory of their own:
-            what is offloaded stays where it was.
-        ram: bytes of main memory it may have; None for what is free.
-    """
-    ram = free_ram() if ram is None else ram
-    return CPU_BYTES * parameters <= (ram - (taken if device.type == "mps" else 0)) * USABLE
+def can_offload(device: torch.device, weights: Iterable[Tensor]) -> bool:
+    """Return whether main memory is separate from the device's, and has room for an optimizer."""
+    needed = CPU_BYTES * sum(weight.numel() for weight in weights)
+    return device.type not in ("cpu", "mps") and needed <= free_ram() * USABLE

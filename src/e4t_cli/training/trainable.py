@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from e4t_cli.models.domain_folder import DomainEncoder
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import (
@@ -28,9 +29,11 @@ from e4t_cli.nn.adapters import (
 from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.nn.randomness import generator
 from e4t_cli.nn.weight_offsets import WeightOffsets
-from e4t_cli.nn.word_embedding_encoder import Encoder
+from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.training.optim import Group
+
+TrainableEncoder = DomainEncoder | FixedEmbedding
 
 
 class TrainableParts(Protocol):
@@ -39,31 +42,24 @@ class TrainableParts(Protocol):
     Args:
         unet, encoder: to run; their output depends on the trained weights.
         groups: the trained weights and their learning rates.
-        rounded: the weights that may be in bfloat16 on the device while a CPU-offloaded optimizer
-            holds them in float32.
+        rounded: the weights that may be in bfloat16 on the device; see `CPUOffloadedAdamW`.
         detach_features: whether the method stops the gradient at the feature pass.
     """
 
     unet: UNet2DConditionModel
-    encoder: Encoder
+    encoder: TrainableEncoder
     groups: list[Group]
     rounded: list[nn.Parameter]
     detach_features: bool
 
     def cached(self) -> AbstractContextManager[None]:
         """Evaluate weight offsets once for both passes, see `WeightOffsets.cached`."""
-        ...
 
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Convert the small trained weights, once for both passes of a forward.
-
-        Inside a `with` block around the forward; the backward pass does not need it.
-        """
-        ...
+        """Convert the small trained weights once for both passes, inside a `with` block."""
 
     def finish(self) -> dict[str, Tensor]:
         """Merge in float32; returns the trained tensors that are small enough to be stored."""
-        ...
 
 
 class FullFineTuning:
@@ -91,7 +87,7 @@ class FullFineTuning:
         self._final = precision.sampled
         unet = model.unet if consume else copy.deepcopy(model.unet)
         self.unet: UNet2DConditionModel = unet.to(precision.trained)
-        self.encoder: Encoder = copy.deepcopy(pretrained.encoder).to(model.device)
+        self.encoder: TrainableEncoder = copy.deepcopy(pretrained.encoder).to(model.device)
         self.offsets = WeightOffsets.from_factors(pretrained.offsets).to(model.device)
         rate = config.learning_rate
         self.groups: list[Group] = [
@@ -138,13 +134,11 @@ class LoraFineTuning:
     ) -> None:
         self._model, self._pretrained, self._final = model, pretrained, precision.sampled
         self._consume = consume  # for the end: while tuning, the base's weights are shared anyway
-        self.unet: UNet2DConditionModel = frozen_copy(
-            model.unet, pretrained.offsets, precision.half
-        )
+        frozen = frozen_copy(model.unet, pretrained.offsets, precision.half)
+        self.unet = cast(UNet2DConditionModel, frozen)
         self.rounded: list[nn.Parameter] = []
-        self.encoder: Encoder = (
-            copy.deepcopy(pretrained.encoder).to(model.device).requires_grad_(False)
-        )
+        self.encoder: TrainableEncoder = copy.deepcopy(pretrained.encoder).to(model.device)
+        self.encoder.requires_grad_(False)
         source, rank = generator(seed, "adapters"), config.lora_rank
         layers, scaled = lora_target_layers(self.unet), set(pretrained.offsets)
         self.adapters = {
@@ -170,10 +164,14 @@ class LoraFineTuning:
         for name, adapters in self.adapters.items():
             adapters.detach()
             kept |= {f"{name}.{key}": value for key, value in adapters.tensors().items()}
-        base, pretrained = self._model.unet, self._pretrained
-        self.unet, self.encoder = merge_lora(
-            base, pretrained.offsets, pretrained.encoder, kept, dtype=self._final
+        base, offsets, encoder = (
+            self._model.unet,
+            self._pretrained.offsets,
+            self._pretrained.encoder,
         )
+        unet, merged = merge_lora(base, offsets, encoder, kept, dtype=self._final)
+        self.unet = cast(UNet2DConditionModel, unet)
+        self.encoder = cast(TrainableEncoder, merged)
         if self._consume:
             self._model.unet = self.unet
         return kept

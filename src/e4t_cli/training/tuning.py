@@ -28,12 +28,7 @@ from e4t_cli.prompts import training_prompts
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
-from e4t_cli.training.loss import (
-    MIN_MASK_AREA,
-    TrainingBatch,
-    latent_mask,
-    training_loss,
-)
+from e4t_cli.training.loss import MIN_MASK_AREA, TrainingBatch, latent_mask, training_loss
 from e4t_cli.training.memory import Plan, can_offload
 from e4t_cli.training.optim import CPUOffloadedAdamW, loss_scaler, make_optimizer, unscale
 from e4t_cli.training.trainable import METHODS, TrainableParts
@@ -44,13 +39,12 @@ class TuningOptions:
     """How a tuning is computed; what it learns does not depend on it, up to rounding.
 
     Args:
-        plan: how to fit into memory; None takes the whole batch at once. Where memory runs out all
-            the same, micro-batches are halved, then come gradient checkpointing and a CPU-offloaded
+        plan: how to fit into memory; None takes the whole batch at once. Where memory runs out,
+            micro-batches are halved, then come gradient checkpointing and a CPU-offloaded
             optimizer, each with a note.
-        autocast: multiply in half precision, with the trained weights in float32; None where the
-            hardware is faster so.
-        consume: the model is not needed any more: its U-Net becomes the tuned one, which saves a
-            copy. Only for whoever loaded it for this one concept.
+        autocast: see `PrecisionPolicy.resolve`.
+        consume: the model's U-Net becomes the tuned one, without a copy: for whoever loaded it
+            for this one concept.
         detach_features: see `training_loss`.
     """
 
@@ -104,13 +98,11 @@ class PhotoSamples:
         count = len(timesteps)
         return TrainingBatch(
             # Paper silent: one encoding of the photo, a sample of its posterior for each element.
-            z_0=self.posterior.sample(posterior),
-            timesteps=timesteps,
-            epsilon=epsilon,
+            z_0=self.posterior.sample(posterior), timesteps=timesteps, epsilon=epsilon,
             encoded_image=encoder.encode_image(self.image_features).expand(count, -1),
             tokens=self.tokens[prompts],
             mask=None if self.mask is None else self.mask.expand(count, -1, -1),
-        )
+        )  # fmt: skip
 
 
 class Trainer:
@@ -156,11 +148,7 @@ class Trainer:
         self.accumulate = self._captured()
 
     def gradients(self, step: int) -> Tensor:
-        """Accumulate the gradient of one step; returns the means of eq. 4 and eq. 2, (2,).
-
-        Raises:
-            DivergedError: float16 overflows for this base, and its weights are in float16.
-        """
+        """Accumulate the gradient of one step; returns the means of eq. 4 and eq. 2, (2,)."""
         samples = self.samples.of(step)
         losses = self.accumulate(*samples)
         while not unscale(self.scaler, self.optimizer):
@@ -217,13 +205,10 @@ class Trainer:
             and not self.unet.is_gradient_checkpointing  # torch reads the device's random state
             and not self.precision.scales_loss  # the factor of the loss changes
         )
-        return CudaGraphRunner(
-            self._accumulate, self.model.device,
-            calls=self.steps if equal else 0, on_trouble=partial(setattr, self, "note"),
-        )  # fmt: skip
+        calls, note = self.steps if equal else 0, partial(setattr, self, "note")
+        return CudaGraphRunner(self._accumulate, self.model.device, calls=calls, on_trouble=note)
 
     def take_note(self) -> str:
-        """Return what the user should know of it, once."""
         note, self.note = self.note, ""
         return note
 
@@ -240,7 +225,7 @@ class Trainer:
             self.unet.enable_gradient_checkpointing()
             self.plan = plan.replace(checkpointing=True)
             note = "memory ran out: gradient checkpointing from now on, a third more work"
-        elif plan.optimizer == "fused" and self._can_offload():
+        elif plan.optimizer == "fused" and can_offload(device, self.optimizer.weights):
             groups, before = self.parts.groups, self.optimizer
             self.optimizer = CPUOffloadedAdamW(groups, self.rounded, after=before)
             self.plan = plan.replace(optimizer="cpu")
@@ -250,13 +235,6 @@ class Trainer:
         free_memory(device)
         self.accumulate = self._captured()
         return note
-
-    def _can_offload(self) -> bool:
-        """Return whether main memory is separate from the device's, and has enough room."""
-        count = sum(weight.numel() for weight in self.optimizer.weights)
-        return self.model.device.type not in ("cpu", "mps") and can_offload(
-            self.model.device, count
-        )
 
     @torch.no_grad()
     def finish(self) -> TunedModel:
@@ -298,7 +276,6 @@ def tune(
     """Learn one concept from one photo; `model` and `pretrained` stay as they are.
 
     Args:
-        model: the base.
         pretrained: encoder, offsets and prompt templates of the domain. Baselines are other
             values of it: a `FixedEmbedding` for an encoder, no offsets, other templates.
         prepared: the photo and, if the config wants one, its mask.
@@ -306,9 +283,7 @@ def tune(
             rate of 0 freezes its group of weights, and `method` selects what is trained.
         seed: of every random number.
         image_features: the photo's, (layers, width), if they were computed before.
-        options: how it is computed.
-        on_progress: called after each step with its losses; on an accelerator, which would have
-            to wait for that, every few steps.
+        on_progress: called after each step with its losses, on an accelerator every few steps.
 
     Raises:
         DivergedError: a loss or a gradient is not finite.
@@ -318,10 +293,9 @@ def tune(
     run = Trainer(model, pretrained, prepared, config, seed, image_features, options)
 
     def report(done: int, note: str = "", **values: float) -> None:
+        event = Progress(stage="tune", done=done, total=config.steps, note=note, values=values)
         if on_progress and (note or values):
-            on_progress(
-                Progress(stage="tune", done=done, total=config.steps, note=note, values=values)
-            )
+            on_progress(event)
 
     report(0, run.take_note())
     waiting: list[Tensor] = []
