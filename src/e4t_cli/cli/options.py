@@ -129,9 +129,7 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(
-        envvar="E4T_DTYPE", rich_help_panel=TUNING, help="auto, fp32 (everywhere), bf16 or fp16."
-    ),
+    typer.Option(envvar="E4T_DTYPE", rich_help_panel=TUNING, help="auto, fp32, bf16 or fp16."),
 ]
 
 

@@ -35,8 +35,7 @@ def diffusion_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
         prediction, target: (batch, channels, height, width).
         mask: soft weights in 0 … 1 (batch, height, width), or None for the whole image.
 
-    Returns:
-        The loss of each sample, (batch,).
+    Returns (batch,).
     """
     squared = (prediction - target).square()  # in the target's dtype, not in bfloat16
     if mask is None:

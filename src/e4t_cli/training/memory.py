@@ -192,7 +192,7 @@ def plan_tuning(
         ram: bytes of main memory that an optimizer may have; None for what is free.
 
     Returns:
-        A plan; the smallest one, though it is predicted not to fit, where none does.
+        A plan; the smallest one where none is predicted to fit.
     """
     device = model.device
     budget = int((free_bytes(device) if vram == "auto" else budget_of(vram)) * USABLE)

@@ -207,7 +207,7 @@ def loss_scaler(device: torch.device, *, enabled: bool) -> torch.amp.GradScaler:
 def unscale(scaler: torch.amp.GradScaler, optimizer: TuningOptimizer) -> bool:
     """Divide the gradients by the loss's factor, in place; returns whether they are finite.
 
-    If not, the factor is smaller from now on, and the caller repeats the step, of which each counts.
+    If not, the factor is smaller from now on; the caller repeats the step, since each counts.
     """
     if not scaler.is_enabled():
         return True  # without a look at the gradients, for which the device would have to wait

@@ -132,7 +132,8 @@ class LoraFineTuning:
         precision: PrecisionPolicy,
         consume: bool = False,
     ) -> None:
-        self._model, self._pretrained, self._final = model, pretrained, precision.sampled
+        self._model, self._final = model, precision.sampled
+        self._start = pretrained.offsets, pretrained.encoder
         self._consume = consume  # for the end: while tuning, the base's weights are shared anyway
         frozen = frozen_copy(model.unet, pretrained.offsets, precision.half)
         self.unet = cast(UNet2DConditionModel, frozen)
