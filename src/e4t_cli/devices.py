@@ -1,10 +1,10 @@
-"""Where the work is done and in which numbers: devices, number formats, and what memory is free.
+"""Selects the device and the base's dtype, and measures, limits and frees memory.
 
 "auto" takes the fastest device there is. Frozen parts are kept in half precision where the
-hardware multiplies it, unless the base is so small that nothing is gained: in float32 a picture is
-the same to the last bit in any company. What is trained is float32 everywhere.
+hardware multiplies it, unless the base is so small that nothing is gained: in float32 an image is
+the same to the last bit in any batch. What is trained is float32 everywhere.
 
-torch is imported where it is used: a command line is checked before it.
+torch is imported in the functions that use it: a command line is checked before that.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device, folder: Path | None = None) -> torch.dtype:
-    """Return the number format of the frozen base; tuned weights are float32 in any case.
+    """Return the dtype of the frozen base; tuned weights are float32 in any case.
 
     Args:
         wanted: a key of `DTYPES`, or "auto".
         device: where it will be.
-        folder: of the base; "auto" asks for the size of its U-Net.
+        folder: of the base; "auto" depends on the size of its U-Net.
     """
     import torch
 
@@ -100,7 +100,7 @@ def budget_of(vram: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what is free on a device: a card's own memory, or the machine's."""
+    """Return what is free on a device: in a GPU's memory, or in the machine's."""
     import torch
 
     if device.type == "cuda":
@@ -129,15 +129,14 @@ def free_ram() -> int:
         try:
             found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
         except (ValueError, OSError, AttributeError):
-            found.append(8 * GB)  # Windows says nothing without ctypes
+            found.append(8 * GB)  # Windows reports it through ctypes only
     return min(found)
 
 
 def read_ahead(folder: Path) -> None:
-    """Ask the system to have a base's weights at hand, while libraries are still importing.
+    """Have the system read a base's weights into its cache, while libraries are still importing.
 
-    It is a wish, answered by the system's own reading; where there is no such call, or too little
-    memory to keep what is read, nothing happens.
+    A hint: where there is no such call, or too little memory for the files, nothing happens.
     """
     if not hasattr(os, "posix_fadvise"):
         return
@@ -150,10 +149,10 @@ def read_ahead(folder: Path) -> None:
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out.
+    """Return whether an error means that memory ran out.
 
-    torch has a class for it, which only CUDA raises: Apple's allocator, the CPU's and the
-    libraries under them raise a RuntimeError and leave it to the words.
+    torch has a class for it, which only CUDA raises: the allocators of MPS and of the CPU and the
+    libraries below raise a RuntimeError, which only its message tells from others.
     """
     import torch
 
@@ -164,7 +163,7 @@ def memory_ran_out(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what the allocator holds without use."""
+    """Release what the allocator holds unused."""
     import torch
 
     gc.collect()
@@ -177,10 +176,10 @@ def free_memory(device: torch.device) -> None:
 
 
 def trim_heap() -> None:
-    """Give back to the system what the C library keeps of freed memory for later.
+    """Release freed memory that the C library keeps for later.
 
-    glibc does so with blocks of less than 32 MB, which many activations and moments are. It is
-    not free of charge: what comes back next is zeroed again by the system.
+    glibc keeps blocks of less than 32 MB, which many activations and moments are. It has a cost:
+    the system zeroes what is allocated next.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -165,12 +165,8 @@ class LoraFineTuning:
         for name, adapters in self.adapters.items():
             adapters.detach()
             kept |= {f"{name}.{key}": value for key, value in adapters.tensors().items()}
-        base, offsets, encoder = (
-            self._model.unet,
-            self._pretrained.offsets,
-            self._pretrained.encoder,
-        )
-        unet, merged = merge_lora(base, offsets, encoder, kept, dtype=self._final)
+        offsets, encoder = self._start
+        unet, merged = merge_lora(self._model.unet, offsets, encoder, kept, dtype=self._final)
         self.unet = cast(UNet2DConditionModel, unet)
         self.encoder = cast(TrainableEncoder, merged)
         if self._consume:
