@@ -11,11 +11,15 @@ from e4t_cli.api.resolve import needs_image_tower, resolve_domain_weights
 from e4t_cli.errors import IntegrityError, WeightsUnavailable
 from e4t_cli.formats.e4t_diffusion.__main__ import read_tensors_of
 from e4t_cli.formats.e4t_diffusion.conversion import write_domain_folder
-from e4t_cli.hub import cache as clearing
-from e4t_cli.hub import cache as housekeeping
-from e4t_cli.hub.bases import PUBLISHED, read_base
-from e4t_cli.hub.inventory import forget
-from e4t_cli.hub.locations import converted_folder, foreign_repository, place_of_converted
+from e4t_cli.hub import cache
+from e4t_cli.hub.bases import (
+    PUBLISHED,
+    converted_weights_folder,
+    converted_weights_path,
+    e4t_diffusion_repository,
+    read_base,
+)
+from e4t_cli.hub.download import forget_repository
 from e4t_cli.hub.paths import HubAccess, user_cache
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.registry.config import TuningConfig
@@ -70,9 +74,9 @@ def conversions(monkeypatch):
 def test_the_face_domain_names_the_public_weights():
     face = find_domain("face")
     assert face.weights["sd14"] == LOCATION
-    assert foreign_repository(LOCATION) == THEIRS
-    assert foreign_repository("hub:a/b@" + "0" * 40) is None
-    assert foreign_repository("e4t-diffusion:../x") is None
+    assert e4t_diffusion_repository(LOCATION) == THEIRS
+    assert e4t_diffusion_repository("hub:a/b@" + "0" * 40) is None
+    assert e4t_diffusion_repository("e4t-diffusion:../x") is None
     with pytest.raises(WeightsUnavailable, match="are on the hub") as caught:
         weights_folder(face, "sd14")
     assert caught.value.hint == "e4t fetch face --base sd14"
@@ -110,7 +114,7 @@ def test_the_licence_first_then_once_and_for_all(
     assert len(questions) == 1
     assert "states no licence" in questions[0]
     assert "non-commercial" in questions[0]
-    assert folder == place_of_converted(THEIRS, published)
+    assert folder == converted_weights_path(THEIRS, published)
     assert user_cache() in folder.parents
     pack = DomainWeights.load(folder)
     assert "non-commercial" in pack.licence
@@ -127,8 +131,8 @@ def test_the_licence_first_then_once_and_for_all(
     hub.faults.append(Fault("hang"))
     assert resolve_domain_weights(domain, sd14, HubAccess(offline=True)) == folder
     assert weights_folder(domain, "sd14") == folder
-    forget(THEIRS)
-    assert converted_folder(LOCATION) == folder
+    forget_repository(THEIRS)
+    assert converted_weights_folder(LOCATION) == folder
     assert len(hub.requests) == asked
     assert len(conversions) == 1
     photo = tmp_path / "photo.png"
@@ -158,14 +162,14 @@ def test_a_damaged_conversion_is_made_again(hub, published, domain, conversions)
     fetch_converted(domain, "sd14", LOCATION, YES, repair=True)
     assert len(conversions) == 2
 
-    names = {(item.kind, item.name) for item in housekeeping.items()}
-    assert names == {("repository", THEIRS), ("converted pack", LOCATION)}
-    gone = clearing.prune()
+    names = {(item.kind, item.name) for item in cache.list_cache()}
+    assert names == {("repository", THEIRS), ("converted weights", LOCATION)}
+    gone = cache.prune()
     assert {item.path.name for item in gone} == {"encoder.pt", "weight_offsets.pt"}
     assert fetch_converted(domain, "sd14", LOCATION, HubAccess(offline=True)) == folder
-    for item in clearing.find_items(LOCATION):
-        clearing.remove(item)
-    assert converted_folder(LOCATION) is None
+    for item in cache.find_items(LOCATION):
+        cache.remove(item)
+    assert converted_weights_folder(LOCATION) is None
 
 
 def test_D14_offline_and_never_fetched(hub, domain, sd14):
@@ -181,7 +185,7 @@ def test_D4_a_corrupt_checkpoint_is_never_read(hub, published, domain, conversio
     with pytest.raises(IntegrityError, match="expected checksum"):
         fetch_converted(domain, "sd14", LOCATION, YES)
     assert conversions == []
-    assert converted_folder(LOCATION) is None
+    assert converted_weights_folder(LOCATION) is None
 
 
 def test_a_repository_that_lacks_a_file(hub, checkpoint, domain):

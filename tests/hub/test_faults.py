@@ -15,12 +15,13 @@ import pytest
 
 from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable
 from e4t_cli.hub.download import fetch_files
-from e4t_cli.hub.paths import hub_cache, user_cache
+from e4t_cli.hub.paths import HubAccess, hub_cache, user_cache
 from tests.hub.fake_hub import Fault
 from tests.hub.repositories import safetensors_of, write_files
 
 WEIGHTS = "weights.safetensors"
 ALL = ["config.json", "*.safetensors"]
+OFFLINE = HubAccess(offline=True)
 
 
 def blobs() -> list[Path]:
@@ -50,7 +51,7 @@ except E4TError as error:
 
 def test_a_plain_fetch(hub, repository):
     events = []
-    folder = fetch_files("owner/tiny", repository, ALL, on_progress=events.append)
+    folder = fetch_files("owner/tiny", repository, ALL, HubAccess(on_progress=events.append))
     assert folder.name == repository and intact(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", WEIGHTS]
     assert not hub.count("GET", "*.py")
@@ -90,7 +91,7 @@ def test_bytes_are_counted_once_however_they_are_sent(reporter):
         with bar(total=1_000_000, unit="B", desc="weights") as progress:
             progress.update(600_000)
             progress.update_transfer(600_000)
-    meter._tell(1e9)
+    meter._report(1e9)
     assert (events[-1].done, events[-1].total) == (600_000, 1_000_000)
 
 
@@ -117,7 +118,10 @@ def test_D4_wrong_bytes_of_the_right_length_once(hub, repository):
     hub.faults.append(Fault("corrupt", "*/weights.safetensors", times=1, method="GET"))
     notes = []
     folder = fetch_files(
-        "owner/tiny", repository, ALL, on_progress=lambda event: notes.append(event.note)
+        "owner/tiny",
+        repository,
+        ALL,
+        HubAccess(on_progress=lambda event: notes.append(event.note)),
     )
     assert intact(folder) and hub.count("GET", "*/weights.safetensors") == 2
     assert any("damaged: fetching it again" in note for note in notes)
@@ -262,11 +266,12 @@ def test_D13_offline_opens_no_socket(hub, repository, monkeypatch, how):
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    assert fetch_files("owner/tiny", repository, ALL, offline=how == "argument") == folder
+    access = HubAccess(offline=how == "argument")
+    assert fetch_files("owner/tiny", repository, ALL, access) == folder
     for pattern in ("*.safetensors", WEIGHTS, "absent.json"):
         begun = time.perf_counter()
         with pytest.raises(WeightsUnavailable, match="offline") as caught:
-            fetch_files("owner/none", repository, [pattern], offline=how == "argument")
+            fetch_files("owner/none", repository, [pattern], access)
         assert time.perf_counter() - begun < 2 and "e4t fetch owner/none" in caught.value.hint
 
 
@@ -274,11 +279,11 @@ def test_D14_offline_and_incomplete_says_what_is_missing(hub, repository):
     folder = fetch_files("owner/tiny", repository, ALL)
     (folder / WEIGHTS).unlink()
     with pytest.raises(WeightsUnavailable, match=f"offline: {WEIGHTS}"):
-        fetch_files("owner/tiny", repository, ALL, offline=True)
+        fetch_files("owner/tiny", repository, ALL, OFFLINE)
     for note in (user_cache() / "hub").rglob("*.json"):
         note.unlink()  # fetched by another program, say
     with pytest.raises(WeightsUnavailable, match=f"offline: {WEIGHTS}"):
-        fetch_files("owner/tiny", repository, ["config.json", WEIGHTS], offline=True)
+        fetch_files("owner/tiny", repository, ["config.json", WEIGHTS], OFFLINE)
 
 
 def test_D15_a_hanging_network_does_not_matter_to_what_is_here(hub, repository, monkeypatch):
@@ -323,7 +328,10 @@ def test_D16_a_short_wait_is_waited(hub, repository):
     hub.faults.append(Fault("status", "/api/*", 1, 429, {"Retry-After": "1"}))
     remarks = []
     folder = fetch_files(
-        "owner/tiny", repository, ALL, on_progress=lambda event: remarks.append(event.remark)
+        "owner/tiny",
+        repository,
+        ALL,
+        HubAccess(on_progress=lambda event: remarks.append(event.remark)),
     )
     assert intact(folder) and any("trying again in 1 s" in remark for remark in remarks)
 
@@ -361,9 +369,9 @@ def test_D17_a_branch_stays_where_it_was_found(hub, repository, tmp_path):
     assert hub.add("owner/tiny", newer) != repository
     assert fetch_files("owner/tiny", None, ALL) == first == fetch_files("owner/tiny", "main", ALL)
 
-    from e4t_cli.hub.inventory import forget
+    from e4t_cli.hub.download import forget_repository
 
-    forget("owner/tiny")
+    forget_repository("owner/tiny")
     assert fetch_files("owner/tiny", None, ALL) != first
 
 
@@ -372,14 +380,17 @@ def test_D18_a_cache_behind_a_link(hub, repository, tmp_path, monkeypatch):
     (tmp_path / "a link").symlink_to(tmp_path / "elsewhere")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "a link"))
     folder = fetch_files("owner/tiny", repository, ALL)
-    assert intact(folder) and folder == fetch_files("owner/tiny", repository, ALL, offline=True)
+    assert intact(folder) and folder == fetch_files("owner/tiny", repository, ALL, OFFLINE)
 
 
 def test_D19_a_token_that_the_hub_does_not_know(hub, repository, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_expired_secret")
     notes = []
     folder = fetch_files(
-        "owner/tiny", repository, ALL, on_progress=lambda event: notes.append(event.note)
+        "owner/tiny",
+        repository,
+        ALL,
+        HubAccess(on_progress=lambda event: notes.append(event.note)),
     )
     assert intact(folder) and "Bearer hf_expired_secret" in hub.authorizations
     said = [note for note in notes if note]
@@ -402,3 +413,58 @@ def test_an_inventory_that_is_damaged_is_asked_for_again(hub, repository):
     json.loads(note.read_text())
     note.write_text("{")
     assert intact(fetch_files("owner/tiny", repository, ALL))
+
+
+def test_runs_in_two_threads_report_each_its_own_retries(hub, repository, tmp_path):
+    """huggingface_hub logs to one logger for all threads; nothing stays attached to it."""
+    import logging
+    import threading
+
+    other = hub.add("owner/other", tmp_path / "tiny")
+    logged = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            logged.append((threading.get_ident(), record.getMessage()))
+
+    logger, collect = logging.getLogger("huggingface_hub"), Collect()
+    logger.addHandler(collect)
+    before = logger.handlers[:]
+    hub.faults.append(Fault("short", "/owner/tiny/*/weights.safetensors", times=1, method="GET"))
+    hub.chunk_gate = threading.Event()
+    events = {"owner/tiny": [], "owner/other": []}
+    threads = [
+        threading.Thread(
+            target=fetch_files,
+            args=(name, commit, ALL, HubAccess(on_progress=events[name].append)),
+        )
+        for name, commit in (("owner/tiny", repository), ("owner/other", other))
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and (
+            hub.count("GET", "/owner/tiny/*/weights.safetensors") < 2
+            or hub.count("GET", "/owner/other/*/weights.safetensors") < 1
+        ):
+            threading.Event().wait(0.02)
+        # Both run, and one has had to try again: a third party's warning is nobody's.
+        logger.getChild("file_download").warning("Retrying in 1s")
+        hub.chunk_gate.set()
+        for thread in threads:
+            thread.join(30)
+    finally:
+        logger.removeHandler(collect)
+    assert not any(thread.is_alive() for thread in threads)
+    retries = {
+        name: [event.remark for event in found if "trying again" in event.remark]
+        for name, found in events.items()
+    }
+    assert len(retries["owner/tiny"]) == 1 and not retries["owner/other"]
+    assert logged == [(threading.get_ident(), "Retrying in 1s")]
+    assert [*logger.handlers, collect] == before
+    assert not any(handler.filters for handler in before)
+    for name, found in events.items():
+        sizes = {event.total for event in found if event.stage == "fetch" and event.total}
+        assert len(sizes) == 1, f"{name} got the progress of another run"

@@ -103,6 +103,18 @@ def test_cache_lists_and_removes(hub, tiny, run, monkeypatch):
     assert run("cache", "ls", "--json")[1] == "[]\n"
 
 
+def test_cache_removes_a_repository_with_a_dead_link(hub, tiny, run):
+    """Which huggingface_hub's own scan of the cache leaves out."""
+    from huggingface_hub import scan_cache_dir
+
+    run("fetch", "owner/tiny")
+    next(hub_cache().rglob("snapshots/*/vae/*.safetensors")).resolve().unlink()
+    assert not scan_cache_dir(hub_cache()).repos
+    assert "owner/tiny" in run("cache", "ls")[1]
+    assert run("cache", "rm", "owner/tiny", "-y")[0] == 0
+    assert not list(hub_cache().glob("models--owner--tiny*"))
+
+
 def test_cache_shows_what_was_derived(hub, run):
     kept = user_cache() / "pretraining" / "abc"
     kept.mkdir(parents=True)
@@ -145,7 +157,7 @@ def test_auto_without_an_accelerator_asks_nobody(monkeypatch):
 
     monkeypatch.setattr(automatic, "likely_accelerator", lambda device: False)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(automatic, "is_here", refuse)
+    monkeypatch.setattr(automatic, "is_cached", refuse)
     name, why = default_base_name(HubAccess(), confirm=refuse, has_weights=refuse)
     assert name == "mini" and "no accelerator here" in why and "--base sd14" in why
 

@@ -7,12 +7,20 @@ from pathlib import Path
 import pytest
 
 from e4t_cli.errors import IntegrityError, ResourceError, UsageError, WeightsUnavailable
+from e4t_cli.hub import download
 from e4t_cli.hub import image_tower as towers
 from e4t_cli.hub import resolve as provision
-from e4t_cli.hub.bases import PUBLISHED, PublishedBase, find_base
-from e4t_cli.hub.locations import domain_weights_location, hub_location, pack_folder
+from e4t_cli.hub.bases import (
+    PUBLISHED,
+    PublishedBase,
+    domain_weights_location,
+    find_base,
+    hub_location,
+    hub_weights_folder,
+)
+from e4t_cli.hub.download import fetch_files, get_repo_info
 from e4t_cli.hub.paths import HubAccess, hub_cache, user_cache
-from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_here, look_up_base
+from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, look_up_base
 from tests.hub.fake_hub import Fault
 from tests.hub.repositories import publish_stable_diffusion, write_files
 
@@ -53,7 +61,7 @@ def test_a_base_by_its_id_is_what_it_needs_and_no_more(hub, tiny, half):
         "image_tower/model.safetensors",
     }
     assert not [name for name in names if name.endswith((".py", ".bin", ".ckpt"))]
-    assert is_here("owner/tiny", half=half) and look_up_base("owner/tiny", half=half)[2]
+    assert is_cached("owner/tiny", half=half) and look_up_base("owner/tiny", half=half)[2]
     asked = len(hub.requests)
     hub.faults.append(Fault("hang"))
     assert fetch_base("owner/tiny", HubAccess(), half=half) == base
@@ -95,6 +103,13 @@ def test_names_of_the_table_are_pinned():
             == hub_location(f"{row.repository}@{row.revision}")
         )
         assert len(row.revision) == 40 and row.licence
+
+
+def test_a_repository_cannot_take_a_name_of_the_table():
+    """Domain weights are chosen by that name."""
+    for repository in ("sd21/base", "SD21/Base", "sd21.base/x"):
+        assert hub_location(repository).name not in PUBLISHED
+    assert hub_location("sd21/base").name == "hub-sd21-base"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +163,38 @@ def test_offline_and_not_here(hub, tiny, monkeypatch):
         fetch_base("sd15", HubAccess())
     assert caught.value.hint == "with a network: e4t fetch sd15"
     assert not hub.requests
+
+
+def test_D13_offline_neither_connects_nor_asks(hub, tiny, made, tmp_path, monkeypatch):
+    """Whatever is half here: no socket, no question about a licence, one error message."""
+    import socket
+
+    restricted = hub.add("owner/restricted", made, licence="cc-by-nc-4.0")
+    fetch_files("owner/restricted", restricted, ["unet/config.json", "*.json"])
+    shutil.rmtree(hub_cache() / "models--owner--restricted")
+    weights = hub.add("owner/weights", write_files(tmp_path / "weights", domain_toml=b"schema = 1"))
+
+    def refuse(*_, **__):
+        raise AssertionError("a socket was opened, or a question asked")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    asked = len(hub.requests)
+    offline = HubAccess(offline=True, accept_license=refuse)
+    for repair in (False, True):
+        for name in ("sd14", "owner/tiny", "owner/restricted", f"owner/restricted@{restricted}"):
+            with pytest.raises(WeightsUnavailable, match="offline"):
+                fetch_base(name, offline, repair=repair)
+        with pytest.raises(WeightsUnavailable, match="offline"):
+            fetch_domain_weights(f"hub:owner/weights@{weights}", offline, repair=repair)
+    with pytest.raises(WeightsUnavailable, match="offline"):
+        towers.fetch_image_tower(offline)
+    with pytest.raises(WeightsUnavailable, match="offline"):
+        fetch_files("owner/restricted", None, ["*.json"], offline, repair=True)
+    assert get_repo_info("owner/tiny", None, offline) is None
+    monkeypatch.setattr(provision, "likely_accelerator", lambda device: True)
+    assert provision.default_base_name(offline)[0] == "mini"
+    assert len(hub.requests) == asked
 
 
 @pytest.fixture
@@ -240,7 +287,7 @@ def test_pickles_are_not_fetched(hub, made, tmp_path):
 def test_shards_are_fetched_with_their_index(hub, made, tmp_path):
     folder = shutil.copytree(made, tmp_path / "other")
     whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    from e4t_cli.hub.layout import is_complete, weight_files
+    from e4t_cli.hub.resolve import is_complete, weight_files
 
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     parts = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -337,7 +384,7 @@ def test_room_for_the_tower_is_counted_before_the_base_is_fetched(hub, made, tmp
     folder = shutil.copytree(made, tmp_path / "plain")
     shutil.rmtree(folder / "image_tower")
     hub.add("owner/plain", folder)
-    monkeypatch.setattr(provision, "free_bytes", lambda _: 1_000_000_000)
+    monkeypatch.setattr(download, "free_bytes", lambda _: 1_000_000_000)
     with pytest.raises(ResourceError, match="3.9 GB for laion"):
         fetch_base("owner/plain", YES)
     assert not hub.count("GET", "*.safetensors")
@@ -352,21 +399,25 @@ def test_a_pack_of_the_hub(hub, tmp_path):
     )
     commit = hub.add("owner/pack", folder, licence="")
     location = f"hub:owner/pack@{commit}"
-    assert pack_folder(location) is None
+    assert hub_weights_folder(location) is None
     with pytest.raises(WeightsUnavailable, match="has not been accepted"):
         fetch_domain_weights(location, HubAccess())
     found = fetch_domain_weights(location, YES)
     assert fetched(found) == {"domain.toml", "encoder.safetensors"}
-    assert pack_folder(location) == found == fetch_domain_weights(location, HubAccess(offline=True))
+    assert (
+        hub_weights_folder(location)
+        == found
+        == fetch_domain_weights(location, HubAccess(offline=True))
+    )
 
 
 @pytest.mark.parametrize(
     "location", ["hub:owner/pack@main", "hub:owner/pack", "hub:../x@" + "a" * 40]
 )
 def test_a_pack_needs_a_commit(location):
-    with pytest.raises(IntegrityError, match="no address of a pack"):
+    with pytest.raises(IntegrityError, match="no location of domain weights"):
         domain_weights_location(location)
-    assert pack_folder(location) is None
+    assert hub_weights_folder(location) is None
 
 
 def test_a_folder_of_that_name_comes_first(hub, tmp_path, monkeypatch):

@@ -108,9 +108,9 @@ def test_nowhere_to_fetch_from():
 def test_what_is_here_is_used_and_what_is_not_is_asked_about(monkeypatch, tmp_path):
     calls, terms, here = [], [], []
 
-    def fetch_files(repository, revision, patterns, *, offline=False, **options):
-        calls.append((repository, revision, tuple(patterns), offline))
-        if offline and not here:
+    def fetch_files(repository, revision, patterns, access, **options):
+        calls.append((repository, revision, tuple(patterns), access.offline))
+        if access.offline and not here:
             raise WeightsUnavailable("not here")
         return tmp_path
 
@@ -120,7 +120,7 @@ def test_what_is_here_is_used_and_what_is_not_is_asked_about(monkeypatch, tmp_pa
             raise WeightsUnavailable("not accepted")
 
     monkeypatch.setattr(segmenters, "fetch_files", fetch_files)
-    monkeypatch.setattr(segmenters, "fetch_inventory", lambda *arguments: None)
+    monkeypatch.setattr(segmenters, "get_repo_info", lambda *arguments: None)
     monkeypatch.setattr(segmenters, "accept", accept)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     parser = "jonathandinu/face-parsing"

@@ -27,15 +27,14 @@ from e4t_cli.formats.e4t_diffusion.checkpoint import (
 )
 from e4t_cli.formats.e4t_diffusion.checkpoint import UNET as TUNED
 from e4t_cli.formats.e4t_diffusion.runner import convert
-from e4t_cli.hub.bases import read_base
-from e4t_cli.hub.download import fetch_files
-from e4t_cli.hub.inventory import fetch_inventory, known_commit, remembered
-from e4t_cli.hub.locations import (
-    converted_folder,
-    foreign_repository,
+from e4t_cli.hub.bases import (
+    converted_weights_folder,
+    converted_weights_path,
+    e4t_diffusion_repository,
     hub_location,
-    place_of_converted,
+    read_base,
 )
+from e4t_cli.hub.download import cached_commit, cached_repo_info, fetch_files, get_repo_info
 from e4t_cli.hub.paths import HubAccess, Terms, accept
 from e4t_cli.images.loading import Picture, center_square, open_picture
 from e4t_cli.progress import Progress, ProgressCallback
@@ -69,19 +68,19 @@ def fetch_converted(
         IntegrityError: what was fetched is not a checkpoint.
         ResourceError: the disk has no room.
     """
-    ready = converted_folder(location)
+    ready = converted_weights_folder(location)
     if ready is not None:
         if not repair or is_whole(ready):
             return ready
         access.note(f"the converted weights of {domain.name} are damaged: making them again")
         shutil.rmtree(ready)
-    repository = foreign_repository(location)
+    repository = e4t_diffusion_repository(location)
     if repository is None:
         raise WeightsUnavailable(f"{printable(location)!r} is no place of weights")
-    inventory = fetch_inventory(repository, None, access)
-    licence = inventory.licence if inventory is not None else ""
-    known = known_commit(repository, None)
-    if inventory is None and known is None:
+    info = get_repo_info(repository, None, access)
+    licence = info.licence if info is not None else ""
+    known = cached_commit(repository, None)
+    if info is None and known is None:
         raise WeightsUnavailable(
             f"the weights of domain {domain.name!r} for {base} are not on this machine, "
             "and e4t is offline",
@@ -92,21 +91,20 @@ def fetch_converted(
         repository,
         None,
         FILES,
-        on_progress=access.on_progress,
-        offline=access.offline,
+        access,
         repair=repair,
-        advice=f"e4t fetch {domain.name} --base {base}",
+        command=f"e4t fetch {domain.name} --base {base}",
     )
     checkpoint = read_checkpoint(folder)
-    declared = remembered(repository, folder.name)
-    digests = {file.path: file.digest for file in declared.files} if declared else {}
+    declared = cached_repo_info(repository, folder.name)
+    digests = declared.digests if declared is not None else {}
     wish = replace(
         conversion_request(checkpoint, domain, domain.name, base),
         licence=licence or UNSTATED,
         sha256={name: digests[name] for name in FILES if len(digests.get(name, "")) == 64},
         notes=f"From {repository} at {folder.name}.",
     )
-    target = place_of_converted(repository, folder.name)
+    target = converted_weights_path(repository, folder.name)
     report = convert(wish, target, access.on_progress)
     access.remark(report.sentence())
     return target

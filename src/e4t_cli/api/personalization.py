@@ -26,7 +26,7 @@ from e4t_cli.api.resolve import (
 )
 from e4t_cli.api.session import Session, resolve_sampling
 from e4t_cli.errors import WeightsUnavailable
-from e4t_cli.hub.locations import foreign_repository
+from e4t_cli.hub.bases import e4t_diffusion_repository
 from e4t_cli.hub.paths import AskLicence, HubAccess
 from e4t_cli.hub.resolve import look_up_base
 from e4t_cli.images.loading import Picture, open_picture
@@ -73,7 +73,7 @@ def plan(
         tuning = user_domain(weights_folder(value, name)).tuning
     except WeightsUnavailable:
         location = value.weights.get(name, "")
-        if not location.startswith("hub:") and not foreign_repository(location):
+        if not location.startswith("hub:") and not e4t_diffusion_repository(location):
             raise
         fetched.append(f"the weights of {value.name}")
     return {

@@ -16,8 +16,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from e4t_cli.api.session import Session
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
-from e4t_cli.hub.bases import Base
-from e4t_cli.hub.locations import converted_folder, foreign_repository, hub_location, pack_folder
+from e4t_cli.hub.bases import (
+    Base,
+    converted_weights_folder,
+    e4t_diffusion_repository,
+    hub_location,
+    hub_weights_folder,
+)
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import (
     default_base_name,
@@ -121,7 +126,7 @@ def needs_image_tower(domain: Domain | None, base: str) -> bool:
     try:
         return not (weights_folder(domain, name) / "tower.safetensors").is_file()
     except E4TError:
-        return foreign_repository(domain.weights.get(name, "")) is None
+        return e4t_diffusion_repository(domain.weights.get(name, "")) is None
 
 
 def resolve_base_name(
@@ -226,12 +231,12 @@ def resolve_domain_weights(
     name = base_name(base)
     location = domain.weights.get(name, "")
     if access is not None and location.startswith("hub:"):
-        if pack_folder(location) is None:
+        if hub_weights_folder(location) is None:
             with contextlib.suppress(WeightsUnavailable):  # the user may have made some
                 return weights_folder(domain, name)
         return fetch_domain_weights(location, access, repair=repair)
-    if access is not None and foreign_repository(location):
-        if converted_folder(location) is None:
+    if access is not None and e4t_diffusion_repository(location):
+        if converted_weights_folder(location) is None:
             with contextlib.suppress(WeightsUnavailable):
                 return weights_folder(domain, name)
         from e4t_cli.api.importing import fetch_converted

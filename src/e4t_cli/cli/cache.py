@@ -49,9 +49,9 @@ def show_folders(json: Json = False) -> None:
 def list_items(json: Json = False) -> None:
     """List what was fetched and derived, with its size."""
     console = consoles.start(json=json)
-    from e4t_cli.hub.cache import items
+    from e4t_cli.hub.cache import list_cache
 
-    found = items()
+    found = list_cache()
     if json:
         return consoles.write_stdout(json_format.dumps([item.as_dict() for item in found]))
     rows = [(item.name, item.kind, shown_size(item.size), str(item.path)) for item in found]
@@ -65,10 +65,10 @@ def list_items(json: Json = False) -> None:
 def verify(json: Json = False, quiet: Quiet = False) -> None:
     """Read every fetched file again, and compare it with the checksum that the hub declared."""
     console = consoles.start(json=json, quiet=quiet)
-    from e4t_cli.hub import cache as housekeeping
+    from e4t_cli.hub import cache
 
     with console.progress() as on_progress:
-        count, damaged = housekeeping.verify(on_progress)
+        count, damaged = cache.verify(on_progress)
     for one in damaged:
         line = f"{one.repository}/{one.file}: expected {one.expected}, got {one.got}"
         record = {"type": "damaged", "repository": one.repository, "file": one.file}
@@ -85,13 +85,13 @@ def verify(json: Json = False, quiet: Quiet = False) -> None:
 def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     """Remove what can go without a loss: partial downloads, and what a slim copy has replaced."""
     console = consoles.start(json=json, quiet=quiet)
-    from e4t_cli.hub import cache as clearing
+    from e4t_cli.hub import cache
 
-    found = clearing.prunable()
+    found = cache.prunable()
     if found:
         size = shown_size(sum(item.size for item in found))
         _make_sure(console, yes, f"remove {len(found)} files, {size}, that nothing needs?")
-    for item in clearing.prune(found):
+    for item in cache.prune(found):
         console.product(str(item.path), {"type": "removed", **item.as_dict()})
     if not found:
         console.note("there is nothing to remove")
@@ -101,14 +101,14 @@ def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
 def remove(names: Names, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     """Remove fetched repositories, also for other programs that share the hub's cache."""
     console = consoles.start(json=json, quiet=quiet)
-    from e4t_cli.hub import cache as clearing
+    from e4t_cli.hub import cache
 
-    found = [item for name in names for item in clearing.find_items(name)]
+    found = [item for name in names for item in cache.find_items(name)]
     size = shown_size(sum(item.size for item in found))
     what = ", ".join(dict.fromkeys(item.name for item in found))
     _make_sure(console, yes, f"remove {what}, {size}?")
     for item in found:
-        clearing.remove(item)
+        cache.remove(item)
         console.product(str(item.path), {"type": "removed", **item.as_dict()})
 
 
@@ -172,7 +172,7 @@ def _fetch(
         resolve_base_name,
         resolve_domain_weights,
     )
-    from e4t_cli.hub.locations import hub_location
+    from e4t_cli.hub.bases import hub_location
     from e4t_cli.hub.resolve import fetch_base
     from e4t_cli.images.preparation import fetcher
     from e4t_cli.registry.discovery import find_domain

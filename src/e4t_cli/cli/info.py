@@ -84,10 +84,10 @@ def doctor(json: Json = False) -> None:
     console = consoles.start(json=json)
     from e4t_cli.files import free_bytes
     from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
+    from e4t_cli.hub.download import has_token
     from e4t_cli.hub.image_tower import has_tower
-    from e4t_cli.hub.inventory import has_token
     from e4t_cli.hub.paths import endpoint, hub_cache, is_offline, user_cache
-    from e4t_cli.hub.resolve import is_here, likely_accelerator
+    from e4t_cli.hub.resolve import is_cached, likely_accelerator
 
     names = [*EMBEDDED, *PUBLISHED]
     about: dict[str, Any] = {
@@ -104,7 +104,7 @@ def doctor(json: Json = False) -> None:
         "free there": free_bytes(hub_cache()),
         "own cache": str(user_cache()),
         "free in own": free_bytes(user_cache()),
-        "bases here": [name for name in names if is_here(name, tower=False)],
+        "bases here": [name for name in names if is_cached(name, tower=False)],
         "image tower": has_tower(),
         "domains": _domains(),
     }

@@ -1,13 +1,16 @@
-"""The bases: text-to-image models that concepts are built on, each a folder in diffusers' layout.
+"""What the name of a base or the location of domain weights stands for: a folder or a repository.
 
-`mini` comes with the package; those of `PUBLISHED` are on the hub, and `hub.provision` brings them.
-Any other base is a folder given by its path:
-model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/, image_tower/ and, if it
-wants a name of its own, base.toml (schema, name, licence, revision, resolution, guidance).
+A base is a text-to-image model in a folder in diffusers' layout: model_index.json, unet/, vae/,
+text_encoder/, tokenizer/, scheduler/, image_tower/ and, for a name of its own, base.toml (schema,
+name, licence, revision, resolution, guidance). `mini` is part of the package, those of `PUBLISHED`
+are on the hub. Domain weights are on the hub under "hub:owner/name@commit", or under
+"e4t-diffusion:owner/name" if another program made them and they have to be converted. Nothing in
+this module uses the network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,10 +20,15 @@ from importlib.resources import files
 from pathlib import Path
 
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
+from e4t_cli.files import write_atomically
+from e4t_cli.hub.download import cached_commit
+from e4t_cli.hub.paths import COMMIT, REPOSITORY, snapshot_folder, user_cache
 from e4t_cli.registry.domain import check_name
 
 EMBEDDED = ("mini",)
-"""Bases that travel inside the package, the default first."""
+"""Bases inside the package, the default first."""
+ACCELERATED = "sd14"
+"""The base that "auto" means where there is an accelerator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +37,11 @@ class Base:
 
     Args:
         name: the key of `Domain.weights`.
-        folder: where it is, in diffusers' layout.
-        licence, revision: as its base.toml states them; "" and "local" when it has none.
-        resolution: side in pixels of the pictures it makes.
-        guidance: weight of classifier-free guidance that suits it when none is asked for.
-        identity: "owner/name@commit" of a base whose content the hub vouches for; "" for others.
+        folder: its files, in diffusers' layout.
+        licence, revision: of its base.toml; "" and "local" without one.
+        resolution: side in pixels of the images it makes.
+        guidance: default weight of classifier-free guidance.
+        identity: "owner/name@commit" of a base from the hub; "" for others.
         tower: the folder of the image tower if it is not the base's own.
         half: whether the float16 files are to be read where there are both.
     """
@@ -50,23 +58,46 @@ class Base:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedBase:
-    """One base of the hub that has a name here.
+class HubLocation:
+    """A base of the hub, and its name here.
 
     Args:
         name: the key of `Domain.weights`.
-        repository, revision: where it is; the revision is a commit, which never changes.
-        licence: as the repository states it.
-        resolution: side in pixels of the pictures it makes.
-        summary: what it is, in a few words.
+        revision: a commit, a branch or a tag; None is the branch "main".
+        licence: None: as the repository states it.
     """
 
     name: str
     repository: str
+    revision: str | None = None
+    licence: str | None = None
+
+    @property
+    def fetch_command(self) -> str:
+        """The command that fetches it."""
+        return f"e4t fetch {self.repository}" + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedBase(HubLocation):
+    """A base of the hub with a name of e4t's own.
+
+    Args:
+        revision: a commit, which never changes.
+        licence: as the repository states it.
+        resolution: side in pixels of the images it makes.
+        summary: what it is, in a few words.
+    """
+
     revision: str
     licence: str
     resolution: int
     summary: str
+
+    @property
+    def fetch_command(self) -> str:
+        """The command that fetches it."""
+        return f"e4t fetch {self.name}"
 
 
 PUBLISHED = {
@@ -106,15 +137,13 @@ PUBLISHED = {
         ),
     )
 }
-"""Name → where on the hub."""
-ACCELERATED = "sd14"
-"""What "auto" is where there is an accelerator."""
+"""The published bases by name."""
 
 
 def installed_bases() -> list[Base]:
     """Return the bases that came with the package."""
-    places = {name: _embedded(name) for name in EMBEDDED}
-    return [read_base(place) for place in places.values() if (place / "base.toml").is_file()]
+    folders = [_embedded(name) for name in EMBEDDED]
+    return [read_base(folder) for folder in folders if (folder / "base.toml").is_file()]
 
 
 def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
@@ -142,38 +171,35 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
         return read_base(Path(wanted))
     if wanted.startswith((".", "/", "~")) or wanted.count("/") > 1 or "\\" in wanted:
         raise UsageError(f"there is no folder {shown}")
-    if name in PUBLISHED:
-        raise WeightsUnavailable(
-            f"the base {shown!r} is not on this machine",
-            hint=f"e4t fetch {name}, or --base {EMBEDDED[0]}",
-        )
     known = ", ".join([*EMBEDDED, *PUBLISHED])
     raise WeightsUnavailable(
         f"the base {shown!r} is not on this machine",
-        hint=f"--base {EMBEDDED[0]}, or one of {known}, OWNER/NAME of the hub, or a folder",
+        hint=f"e4t fetch {name}, or --base {EMBEDDED[0]}"
+        if name in PUBLISHED
+        else f"--base {EMBEDDED[0]}, or one of {known}, OWNER/NAME of the hub, or a folder",
     )
 
 
 def read_base(folder: Path) -> Base:
-    """Return what a folder says about itself.
+    """Return the base in a folder.
 
     Raises:
-        IntegrityError: it lacks a part, or its base.toml is not one.
+        IntegrityError: it lacks a part, or its base.toml is invalid.
     """
     if not (folder / "model_index.json").is_file():
         raise IntegrityError(
             f"{printable(str(folder))} is not a base: it has no model_index.json",
             hint="--base takes a folder in diffusers' layout",
         )
-    card_path = folder / "base.toml"
+    path = folder / "base.toml"
     try:
-        if not card_path.is_file():
-            plain = re.sub(r"[^a-z0-9_-]+", "-", folder.resolve().name.lower()).strip("-_")
-            return Base(name=plain or "base", folder=folder, resolution=_resolution(folder))
-        card = tomllib.loads(card_path.read_text(encoding="utf-8"))
-        if card.pop("schema", None) != 1:
+        if not path.is_file():
+            name = _as_name(folder.resolve().name)
+            return Base(name=name or "base", folder=folder, resolution=_resolution(folder))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        if table.pop("schema", None) != 1:
             raise ValueError("its schema is not 1; a newer e4t may read it")
-        base = Base(folder=folder, **card)
+        base = Base(folder=folder, **table)
         check_name(base.name, "base name")
         if not isinstance(base.resolution, int) or base.resolution < 8:
             raise ValueError(f"resolution is {base.resolution!r}")
@@ -182,7 +208,7 @@ def read_base(folder: Path) -> Base:
         return base
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise IntegrityError(
-            f"{printable(str(card_path))} cannot be used: {printable(str(error))}"
+            f"{printable(str(path))} cannot be used: {printable(str(error))}"
         ) from error
 
 
@@ -191,7 +217,138 @@ def _embedded(name: str) -> Path:
 
 
 def _resolution(folder: Path) -> int:
-    """Return the side of the pictures: latents of the U-Net × the VAE's down-sampling."""
+    """Return the side of the images: latents of the U-Net × the VAE's down-sampling."""
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(unet["sample_size"]) << (len(vae["block_out_channels"]) - 1)
+
+
+def _as_name(text: str) -> str:
+    """Return a valid base name: lower case, other characters as hyphens."""
+    return re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-_")
+
+
+def hub_location(wanted: str) -> HubLocation | None:
+    """Return where on the hub a base is, None for a name that does not mean the hub."""
+    if wanted in PUBLISHED:
+        return PUBLISHED[wanted]
+    if wanted in ("auto", *EMBEDDED) or wanted.startswith((".", "/", "~")) or "\\" in wanted:
+        return None
+    repository, _, revision = wanted.partition("@")
+    if not REPOSITORY.fullmatch(repository):
+        return _remembered_location(wanted)
+    if Path(wanted).is_dir():  # a local folder takes precedence
+        return None
+    for row in PUBLISHED.values():
+        if repository.lower() == row.repository.lower() and revision in ("", row.revision):
+            return row
+    name = _as_name(repository)[:64]
+    if name in PUBLISHED:  # sd21/base must not get the domain weights of sd21-base
+        name = f"hub-{name}"
+    return HubLocation(name=name, repository=repository, revision=revision or None)
+
+
+def remember_location(name: str, location: HubLocation, commit: str) -> None:
+    """Record what a name stands for, so that a saved concept finds its base again."""
+    if name in PUBLISHED:
+        return
+    path = user_cache() / "bases" / f"{name}.json"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"repository": location.repository, "revision": commit})
+        write_atomically(path, text.encode())
+
+
+def _remembered_location(name: str) -> HubLocation | None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+        return None
+    try:
+        table = json.loads((user_cache() / "bases" / f"{name}.json").read_text(encoding="utf-8"))
+        repository, revision = str(table["repository"]), str(table["revision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not REPOSITORY.fullmatch(repository) or not COMMIT.fullmatch(revision):
+        return None
+    return HubLocation(name=name, repository=repository, revision=revision)
+
+
+def domain_weights_location(location: str) -> tuple[str, str]:
+    """Return repository and commit of "hub:owner/name@commit".
+
+    Raises:
+        IntegrityError: it is no such location; a branch would be other weights tomorrow.
+    """
+    repository, _, revision = location.removeprefix("hub:").partition("@")
+    if not REPOSITORY.fullmatch(repository) or not COMMIT.fullmatch(revision):
+        raise IntegrityError(
+            f"{printable(location)!r} is no location of domain weights",
+            hint="hub:OWNER/NAME@COMMIT, with all 40 digits of the commit",
+        )
+    return repository, revision
+
+
+def hub_weights_folder(location: str) -> Path | None:
+    """Return the cached folder of "hub:owner/name@commit", None if it was not fetched."""
+    try:
+        folder = snapshot_folder(*domain_weights_location(location))
+    except IntegrityError:
+        return None
+    return folder if (folder / "domain.toml").is_file() else None
+
+
+PROGRAM = "e4t-diffusion"
+FORMAT = 1
+"""Version of what a conversion writes; weights converted by an older one are converted again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertedWeights:
+    """Domain weights converted from another program's checkpoint, in e4t's cache.
+
+    A location names no commit, as there is no release to rely on: the branch is resolved once.
+    """
+
+    repository: str
+    commit: str
+    folder: Path
+
+    @property
+    def source_files(self) -> list[Path]:
+        """The checkpoint's files that are still in the hub's cache; nothing needs them."""
+        folder = snapshot_folder(self.repository, self.commit)
+        return sorted(path for path in folder.glob("*.pt") if path.is_file())
+
+
+def e4t_diffusion_repository(location: str) -> str | None:
+    """Return "owner/name" of "e4t-diffusion:owner/name", None for other locations."""
+    program, _, repository = location.partition(":")
+    return repository if program == PROGRAM and REPOSITORY.fullmatch(repository) else None
+
+
+def converted_weights_path(repository: str, commit: str) -> Path:
+    """Return the folder for the conversion of one commit, whether it exists or not."""
+    return user_cache() / "converted" / repository.replace("/", "--") / f"{commit}-{FORMAT}"
+
+
+def converted_weights_folder(location: str) -> Path | None:
+    """Return the folder of converted weights, None if a location was not converted yet."""
+    repository = e4t_diffusion_repository(location)
+    commit = cached_commit(repository, None) if repository else None
+    # Without a cached commit any conversion serves: a cleared cache does not cost 4 GB again.
+    kept = [
+        weights.folder
+        for weights in list_converted_weights()
+        if weights.repository == repository and commit in (None, weights.commit)
+    ]
+    return kept[-1] if kept else None
+
+
+def list_converted_weights() -> list[ConvertedWeights]:
+    """Return all domain weights that were converted."""
+    found = []
+    for path in sorted((user_cache() / "converted").glob("*/*/domain.toml")):
+        commit, _, version = path.parent.name.partition("-")
+        repository = path.parent.parent.name.replace("--", "/", 1)
+        if COMMIT.fullmatch(commit) and version == str(FORMAT):
+            found.append(ConvertedWeights(repository=repository, commit=commit, folder=path.parent))
+    return found

@@ -1,14 +1,15 @@
-"""Whatever goes wrong between here and the hub, as one sentence with an exit code.
+"""Maps errors of huggingface_hub, its HTTP library and the disk to E4TError.
 
-The libraries below wrap causes in causes: a full disk arrives as an OSError, a captive portal as
-bad JSON, a refused connection as a missing file. The whole chain is looked at. Addresses and tokens
-are never repeated.
+These libraries nest causes: a full disk arrives as an OSError, a captive portal as invalid JSON,
+a refused connection as a missing file. The whole chain is examined. Error messages never repeat
+request addresses or tokens.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from e4t_cli.errors import E4TError, IntegrityError, ResourceError, WeightsUnavailable, printable
 from e4t_cli.hub.paths import endpoint
@@ -19,10 +20,19 @@ _BROKEN = ("ReadError", "WriteError", "XetDownloadError")
 AGAIN = "the same command goes on: files that are finished are kept"
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What was being fetched, fit for a terminal."""
+
+    repository: str
+    revision: str
+    file: str
+
+
 def as_e4t_error(
     error: BaseException, repository: str, revision: str = "", file: str = ""
 ) -> E4TError:
-    """Return the one sentence for an error of huggingface_hub, its HTTP library, or the disk.
+    """Return the E4TError for an error of huggingface_hub, its HTTP library, or the disk.
 
     Args:
         error: what was raised.
@@ -32,21 +42,22 @@ def as_e4t_error(
     for one in chain:
         if isinstance(one, E4TError):
             return one
-    for test in (_of_the_disk, _of_the_answer, _of_the_content, _of_the_line):
+    what = _Request(*(printable(text) for text in (repository, revision, file)))
+    for test in (_disk_error, _response_error, _content_error, _connection_error):
         for one in chain:
-            if found := test(one, repository, revision, file):
+            if found := test(one, what):
                 return found
     kind = type(chain[-1]).__name__
     return WeightsUnavailable(f"{repository} could not be fetched ({kind})", hint=AGAIN)
 
 
 def is_refused_token(error: BaseException) -> bool:
-    """Whether the hub says 401: a token it does not know closes even what is open to all."""
+    """Whether the hub answered 401: an unknown token bars even public repositories."""
     return any(_status(one) == 401 for one in _causes(error))
 
 
 def retry_after(error: BaseException) -> float | None:
-    """Return how many seconds the hub asks to wait before the next try."""
+    """Return the seconds to wait before the next attempt, as the hub asks for them."""
     for one in _causes(error):
         headers = getattr(getattr(one, "response", None), "headers", None) or {}
         value = str(headers.get("Retry-After", ""))
@@ -55,13 +66,13 @@ def retry_after(error: BaseException) -> float | None:
     return None
 
 
-def is_broken_line(error: BaseException) -> bool:
-    """Whether the connection was cut in the middle, which huggingface_hub does not try again."""
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether the connection was cut in the middle, which huggingface_hub 2.4.0 does not retry."""
     return any(type(one).__name__ in _BROKEN for one in _causes(error))
 
 
-def is_passing(error: BaseException) -> bool:
-    """Whether the same request may well succeed in a moment."""
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed in a moment."""
     for one in _causes(error):
         status = _status(one)
         if status is not None:
@@ -71,71 +82,66 @@ def is_passing(error: BaseException) -> bool:
     return False
 
 
-def _of_the_disk(one: BaseException, repository: str, revision: str, file: str) -> E4TError | None:
+def _disk_error(one: BaseException, what: _Request) -> E4TError | None:
     if not isinstance(one, OSError):
         return None
     if one.errno in _FULL:
         return ResourceError(
-            f"the disk is full: {file or repository} could not be written",
+            f"the disk is full: {what.file or what.repository} could not be written",
             hint=f"make room, or set HF_HOME to a larger disk; {AGAIN}",
         )
     if one.errno in _READ_ONLY:
         return WeightsUnavailable(
-            f"{repository} is not on this machine, and the cache cannot be written to "
+            f"{what.repository} is not on this machine, and the cache cannot be written to "
             f"({printable(str(one.filename or one.strerror))})",
             hint="set HF_HOME and E4T_CACHE_DIR to folders of yours",
         )
     return None
 
 
-def _of_the_answer(
-    one: BaseException, repository: str, revision: str, file: str
-) -> E4TError | None:
-    status, kind = _status(one), type(one).__name__
+def _response_error(one: BaseException, what: _Request) -> E4TError | None:
+    status, repository = _status(one), what.repository
     page = f"{endpoint()}/{repository}"
-    if kind == "GatedRepoError":
-        return WeightsUnavailable(
+    wait = retry_after(one)
+    when = f"wait {wait:.0f} seconds" if wait else "wait a few minutes"
+    explained = {
+        "GatedRepoError": (
             f"{repository} is only for those who have accepted its terms on the hub",
-            hint=f"accept them at {page}, then: hf auth login",
-        )
-    if kind == "RevisionNotFoundError":
-        return WeightsUnavailable(f"{repository} has no revision {printable(revision)!r}")
-    if kind == "RemoteEntryNotFoundError":
-        return WeightsUnavailable(f"{repository} has no file {printable(file)!r}")
-    if kind == "RepositoryNotFoundError":
-        return WeightsUnavailable(
+            f"accept them at {page}, then: hf auth login",
+        ),
+        "RevisionNotFoundError": (f"{repository} has no revision {what.revision!r}", None),
+        "RemoteEntryNotFoundError": (f"{repository} has no file {what.file!r}", None),
+        "RepositoryNotFoundError": (
             f"there is no repository {repository} on the hub, or it is private",
-            hint="check its name; for a private one: hf auth login",
-        )
-    if kind == "HFValidationError":
-        return WeightsUnavailable(f"{printable(repository)!r} is not a name of the hub")
-    if status is None or status < 400:
-        return None
-    if status == 401:
-        hint = "hf auth login again, or unset HF_TOKEN"
-        return WeightsUnavailable(f"the hub refused the token for {repository} (401)", hint=hint)
-    if status == 403:
-        hint = f"look at {page} with your account"
-        return WeightsUnavailable(f"the hub does not give {repository} to you (403)", hint=hint)
-    if status == 429:
-        wait = retry_after(one)
-        when = f"wait {wait:.0f} seconds" if wait else "wait a few minutes"
-        return WeightsUnavailable(
+            "check its name; for a private one: hf auth login",
+        ),
+        "HFValidationError": (f"{repository!r} is not a name of the hub", None),
+        401: (
+            f"the hub refused the token for {repository} (401)",
+            "hf auth login again, or unset HF_TOKEN",
+        ),
+        403: (
+            f"the hub does not give {repository} to you (403)",
+            f"look at {page} with your account",
+        ),
+        429: (
             "the hub has had too many requests from here (429)",
-            hint=f"{when}, or: hf auth login, which is allowed more; {AGAIN}",
-        )
-    said = "is in trouble" if status >= 500 else "did not answer as expected"
-    return WeightsUnavailable(f"the hub {said} ({status}) at {repository}", hint=AGAIN)
+            f"{when}, or: hf auth login, which is allowed more; {AGAIN}",
+        ),
+    }
+    found = explained.get(type(one).__name__) or explained.get(status or 0)
+    if found is None and status is not None and status >= 400:
+        state = "is in trouble" if status >= 500 else "did not answer as expected"
+        found = (f"the hub {state} ({status}) at {repository}", AGAIN)
+    return WeightsUnavailable(found[0], hint=found[1]) if found else None
 
 
-def _of_the_content(
-    one: BaseException, repository: str, revision: str, file: str
-) -> E4TError | None:
+def _content_error(one: BaseException, what: _Request) -> E4TError | None:
     if isinstance(one, OSError) and "Consistency check failed" in str(one):
         sizes = [word for word in str(one).replace(")", " ").split() if word.isdigit()][:2]
         length = f" (expected {sizes[0]} bytes, got {sizes[1]})" if len(sizes) == 2 else ""
         return IntegrityError(
-            f"what arrived as {repository}/{file} is not that file{length}",
+            f"what arrived as {what.repository}/{what.file} is not that file{length}",
             hint=f"does this network ask for a sign-in page? if not, {AGAIN}",
         )
     if type(one).__name__ in ("JSONDecodeError", "FileMetadataError", "UnicodeDecodeError"):
@@ -146,13 +152,13 @@ def _of_the_content(
     return None
 
 
-def _of_the_line(one: BaseException, repository: str, revision: str, file: str) -> E4TError | None:
-    kind = type(one).__name__
+def _connection_error(one: BaseException, what: _Request) -> E4TError | None:
+    kind, repository = type(one).__name__, what.repository
     if kind == "OfflineModeIsEnabled":
         return WeightsUnavailable(f"{repository} is not on this machine, and e4t is offline")
     if kind in ("RemoteProtocolError", *_BROKEN):
-        what = f"{repository}/{file}" if file else repository
-        return WeightsUnavailable(f"the connection broke while fetching {what}", hint=AGAIN)
+        file = f"{repository}/{what.file}" if what.file else repository
+        return WeightsUnavailable(f"the connection broke while fetching {file}", hint=AGAIN)
     if "Timeout" in kind:
         return WeightsUnavailable(f"the hub did not answer in time for {repository}", hint=AGAIN)
     if _is_http(one) or isinstance(one, ConnectionError):

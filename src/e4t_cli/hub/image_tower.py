@@ -1,8 +1,8 @@
-"""The image tower of Stable Diffusion bases: open_clip's ViT-H/14, of which only the eye is needed.
+"""The image tower of Stable Diffusion bases: the visual half of open_clip's ViT-H/14, in float16.
 
-The published file holds both towers in float32, 3.9 GB. What looks at pictures is 1.3 GB of it in
-float16; that part is written once into our own cache, in the layout of a base's `image_tower/`,
-and the published file can then go (`e4t cache prune`).
+The published file holds both towers in float32, 3.9 GB. The visual tower in float16 has 1.3 GB;
+it is written once into e4t's cache, in the layout of a base's `image_tower/`, and the published
+file can then be deleted (`e4t cache prune`).
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ from typing import Any
 
 from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable
 from e4t_cli.files import free_bytes, shown_size
-from e4t_cli.hub.download import fetch_files
-from e4t_cli.hub.inventory import digest_of, remembered
+from e4t_cli.hub.download import cached_repo_info, checksum, fetch_files
 from e4t_cli.hub.paths import HubAccess, Terms, accept, snapshot_folder, user_cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTower:
-    """A CLIP model of the hub, and what its eye looks like.
+    """A CLIP model of the hub, and the architecture of its visual tower.
 
     Args:
         name: of the folder of the slim copy.
-        repository, revision, file, sha256: where it is, and what it must be.
-        size: of the published file, in bytes.
+        repository, revision, file, sha256, size: the published file; the size in bytes.
         config: open_clip_config.json of the slim copy.
     """
 
@@ -44,8 +42,7 @@ class PublishedTower:
     config: dict[str, Any]
 
 
-# The architecture is open_clip's own ViT-H-14.json; mean and deviation are OpenAI's, with which
-# it was trained.
+# open_clip's ViT-H-14.json, and OpenAI's mean and deviation, with which it was trained.
 VIT_H_14 = PublishedTower(
     name="vit-h-14-laion2b-s32b-b79k",
     repository="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
@@ -75,12 +72,12 @@ VIT_H_14 = PublishedTower(
 
 
 def tower_folder(tower: PublishedTower = VIT_H_14) -> Path:
-    """Return where the slim copy is, or will be."""
+    """Return the folder of the slim copy, whether it exists or not."""
     return user_cache() / "towers" / tower.name
 
 
 def has_tower(tower: PublishedTower = VIT_H_14) -> bool:
-    """Whether the slim copy is there; it appears whole or not at all."""
+    """Whether there is a slim copy; it appears whole or not at all."""
     return (tower_folder(tower) / "model.safetensors").is_file()
 
 
@@ -94,49 +91,36 @@ def fetch_image_tower(access: HubAccess, tower: PublishedTower = VIT_H_14) -> Pa
     """Return the folder of the slim copy, made now if it was not.
 
     Raises:
-        WeightsUnavailable: the published file is neither here nor can it be fetched.
+        WeightsUnavailable: the published file is neither cached nor can it be fetched.
         IntegrityError: it is not the file that was published.
         ResourceError: the disk has no room for the copy.
     """
-    folder = tower_folder(tower)
+    folder, repository, revision = tower_folder(tower), tower.repository, tower.revision
     if has_tower(tower):
         return folder
-    if missing_bytes(tower):
-        accept(Terms(repository=tower.repository, licence=tower.licence), access)
-    snapshot = fetch_files(
-        tower.repository,
-        tower.revision,
-        [tower.file],
-        on_progress=access.on_progress,
-        offline=access.offline,
-        advice="e4t fetch sd14",
-    )
-    published = snapshot / tower.file
-    known = remembered(tower.repository, tower.revision)
-    declared = {file.path: file.digest for file in known.files} if known else {}
+    if missing_bytes(tower) and not access.cut_off:
+        accept(Terms(repository=repository, licence=tower.licence), access)
+    snapshot = fetch_files(repository, revision, [tower.file], access, command="e4t fetch sd14")
+    known = cached_repo_info(repository, revision)
+    declared = known.digests.get(tower.file) if known is not None else None
     # What the hub declares today must be what it declared when the revision was pinned.
-    found = declared.get(tower.file) or digest_of(published, tower.sha256)
+    found = declared or checksum(snapshot / tower.file, tower.sha256)
     if found != tower.sha256:
         raise IntegrityError(
-            f"{tower.repository}/{tower.file} is not the file that e4t knows: "
+            f"{repository}/{tower.file} is not the file that e4t knows: "
             f"expected checksum {tower.sha256}, got {found}",
-            hint="e4t cache rm " + tower.repository,
+            hint=f"e4t cache rm {repository}",
         )
     access.remark(f"keeping a slim copy of the image tower in {folder}")
-    slim(published, folder, tower.config)
+    _write_visual_tower(snapshot / tower.file, folder, tower.config)
     return folder
 
 
-def slim(published: Path, folder: Path, config: dict[str, Any]) -> None:
+def _write_visual_tower(published: Path, folder: Path, config: dict[str, Any]) -> None:
     """Write the visual tower of an open_clip file, in float16, as a base's `image_tower/`.
 
-    Args:
-        published: a safetensors file with both towers.
-        folder: where the copy goes; it appears whole.
-        config: the copy's open_clip_config.json.
-
     Raises:
-        IntegrityError: the file has no visual tower, or numbers that float16 cannot hold.
+        IntegrityError: the file has no visual tower, or values that float16 cannot hold.
         ResourceError: the disk has no room.
         WeightsUnavailable: the folder cannot be written to.
     """
@@ -165,21 +149,21 @@ def slim(published: Path, folder: Path, config: dict[str, Any]) -> None:
             f"the image tower needs {shown_size(needed)} and {shown_size(free)} are free",
             hint="make room, or set E4T_CACHE_DIR to a larger disk",
         )
-    making = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}~")
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}~")
     try:
-        making.mkdir(parents=True)
-        (making / "open_clip_config.json").write_text(json.dumps(config, indent=1))
-        save_file(tensors, making / "model.safetensors")
-        with (making / "model.safetensors").open("rb+") as file:
+        temporary.mkdir(parents=True)
+        (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+        save_file(tensors, temporary / "model.safetensors")
+        with (temporary / "model.safetensors").open("rb+") as file:
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):
-            os.rename(making, folder)
+            os.rename(temporary, folder)
     except OSError as error:
         if folder.is_dir():
-            return  # another process was faster, and its copy is as good
+            return  # another process was faster; its copy is the same
         raise WeightsUnavailable(
             f"the image tower cannot be kept in {folder.parent}: {error.strerror}",
             hint="set E4T_CACHE_DIR to a folder of yours",
         ) from error
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

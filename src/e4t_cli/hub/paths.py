@@ -1,15 +1,7 @@
-"""Where things lie: the hub's cache, our own, and whether the network may be used at all.
+"""What a call to the hub may use: cache paths, offline mode, accepted licences.
 
-The environment is read when it is asked for, not at import: what a command line switch or a test
-has set counts.
-
-What a caller allows, and where they want to hear about it: handed down as one value.
-
-Licences of what is fetched: shown, and where they restrict or are not stated, accepted once.
-
-Which licences need no question is a short list; everything else is asked about, so that a new
-name errs on the side of asking. What was accepted is remembered in the user's data folder, per
-repository and licence: a repository that changes its licence asks again.
+The environment is read at every call. huggingface_hub reads it once, at import (2.4.0, module
+`constants`), so that a command line option or a test that sets it later would not count.
 """
 
 from __future__ import annotations
@@ -33,7 +25,7 @@ _TRUE = {"1", "on", "yes", "true"}
 
 
 def hub_cache() -> Path:
-    """Return the folder in which huggingface_hub keeps what it fetched, for every program."""
+    """Return huggingface_hub's cache folder, which all programs share."""
     for name, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
         if folder := os.environ.get(name):
             return Path(folder).expanduser() / below
@@ -42,7 +34,7 @@ def hub_cache() -> Path:
 
 
 def user_cache() -> Path:
-    """Return the folder of what is derived here: deleting it costs time only."""
+    """Return e4t's cache folder; everything in it can be made again."""
     if folder := os.environ.get("E4T_CACHE_DIR"):
         return Path(folder).expanduser()
     from platformdirs import user_cache_path
@@ -51,13 +43,13 @@ def user_cache() -> Path:
 
 
 def is_offline() -> bool:
-    """Whether the user has forbidden the network; whatever spelling they used."""
+    """Whether an environment variable forbids the network."""
     names = ("E4T_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     return any(os.environ.get(name, "").lower() in _TRUE for name in names)
 
 
 def go_offline() -> None:
-    """Forbid the network to this process, and to the libraries below it if not yet imported."""
+    """Forbid the network to this process, and to libraries that it has not imported yet."""
     os.environ["E4T_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -67,17 +59,22 @@ def endpoint() -> str:
 
 
 def repository_folder(repository: str) -> Path:
-    """Return where the hub's cache keeps a model repository, there or not."""
+    """Return the folder of a model repository in the hub's cache, whether it exists or not."""
     return hub_cache() / f"models--{repository.replace('/', '--')}"
 
 
+def repository_of(folder: Path) -> str:
+    """Return "owner/name" of a folder that `repository_folder` returned."""
+    return folder.name.removeprefix("models--").replace("--", "/", 1)
+
+
 def snapshot_folder(repository: str, commit: str) -> Path:
-    """Return where the hub's cache keeps one state of a repository, there or not."""
+    """Return the folder of one commit in the hub's cache, whether it exists or not."""
     return repository_folder(repository) / "snapshots" / commit
 
 
 AskLicence = Callable[[str], bool]
-"""Puts a question to the user and returns whether they said yes."""
+"""Shows a question to the user and returns whether the answer was yes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +82,9 @@ class HubAccess:
     """How the hub may be used.
 
     Args:
-        offline: use what is on this machine, and open no socket; the environment can say so too.
-        accept_license: True accepts the licence of what is fetched; a function is asked.
-        on_progress: called with every event and remark.
+        offline: use cached files only and open no socket; environment variables can forbid it too.
+        accept_license: True accepts the licence of what is fetched; a function is called to ask.
+        on_progress: called with every progress event and remark.
     """
 
     offline: bool = False
@@ -96,16 +93,16 @@ class HubAccess:
 
     @property
     def cut_off(self) -> bool:
-        """Whether the network must not be touched."""
+        """Whether the network must not be used."""
         return self.offline or is_offline()
 
     def remark(self, sentence: str) -> None:
-        """Say something that is good to know."""
+        """Report something that is good to know."""
         if self.on_progress is not None:
             self.on_progress(Progress(stage="fetch", remark=sentence))
 
     def note(self, sentence: str) -> None:
-        """Say something that may not be what the user meant."""
+        """Report something that may not be what the user meant."""
         if self.on_progress is not None:
             self.on_progress(Progress(stage="fetch", note=sentence))
 
@@ -114,16 +111,17 @@ FREE = {
     *("apache-2.0", "mit", "mit-0", "isc", "unlicense", "zlib", "bsl-1.0"),
     *("bsd", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-3.0"),
 }
+"""Licences that need no consent; every other one does, unknown ones included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Under which terms a repository is given away.
+    """The licence of a repository.
 
     Args:
         repository: "owner/name".
-        licence: its name, "" where none is stated.
-        note: what else one should know, in a few words.
+        licence: its identifier, "" where none is stated.
+        note: what else the user should know, in a few words.
     """
 
     repository: str
@@ -132,28 +130,31 @@ class Terms:
 
     @property
     def asks(self) -> bool:
-        """Whether they have to be accepted."""
+        """Whether the licence has to be accepted."""
         return self.licence.lower() not in FREE
 
     @property
     def sentence(self) -> str:
-        """What is shown."""
+        """The sentence that is shown."""
         licence = f"is under {printable(self.licence)}" if self.licence else "states no licence"
         note = f" ({printable(self.note)})" if self.note else ""
         return f"{self.repository} {licence}{note}: {endpoint()}/{self.repository}"
 
 
 def accept(terms: Terms, access: HubAccess) -> None:
-    """Show the terms, and have them accepted if they ask for it and were not.
+    """Show a licence and, unless it is free or was accepted before, obtain consent.
+
+    Consent is remembered in the user's data folder for one repository and licence: a repository
+    that changes its licence needs a new one.
 
     Raises:
-        WeightsUnavailable: nobody accepted them.
+        WeightsUnavailable: there was no consent.
     """
-    if not terms.asks:
-        return access.remark(terms.sentence)
     if is_accepted(terms):
-        return None
+        return
     access.remark(terms.sentence)
+    if not terms.asks:
+        return
     consent = access.accept_license
     if callable(consent):
         consent = consent(f"{terms.sentence}. Do you accept that?")
@@ -162,34 +163,27 @@ def accept(terms: Terms, access: HubAccess) -> None:
             f"the licence of {terms.repository} has not been accepted",
             hint=f"read it at {endpoint()}/{terms.repository}, then add --accept-license, once",
         )
-    _remember(terms)
-    return None
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    accepted = {**_accepted(), terms.repository: {"licence": terms.licence, "accepted": day}}
+    with contextlib.suppress(OSError):  # the question will be asked again
+        _consent_file().parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(_consent_file(), json.dumps(accepted, indent=1).encode())
 
 
 def is_accepted(terms: Terms) -> bool:
-    """Whether the user accepted these terms earlier."""
-    return terms.repository in _accepted() and (
-        _accepted()[terms.repository].get("licence") == terms.licence
-    )
+    """Whether the user accepted this licence earlier."""
+    return _accepted().get(terms.repository, {}).get("licence") == terms.licence
 
 
 def _accepted() -> dict[str, dict[str, str]]:
     try:
-        found = json.loads(_path().read_text(encoding="utf-8"))
+        found = json.loads(_consent_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _remember(terms: Terms) -> None:
-    day = time.strftime("%Y-%m-%d", time.gmtime())
-    accepted = {**_accepted(), terms.repository: {"licence": terms.licence, "accepted": day}}
-    with contextlib.suppress(OSError):  # then it is asked again
-        _path().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_path(), json.dumps(accepted, indent=1).encode())
-
-
-def _path() -> Path:
+def _consent_file() -> Path:
     from platformdirs import user_data_path
 
     return user_data_path("e4t", appauthor=False) / "licences.json"

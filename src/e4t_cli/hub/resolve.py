@@ -1,32 +1,39 @@
-"""What there is of a base on this machine: only names of files and settings are looked at.
+"""Finds a base or domain weights by name: in the cache, or downloaded.
 
-`--base auto`: Stable Diffusion where there is an accelerator for it, the drawn world elsewhere.
-
-The looks are ordered by what they cost. Without an accelerator, which is seen from the machine's
-devices, nothing else is asked: no library is imported, no socket opened.
-
-A base or a pack by whatever name it was asked for: found here, or fetched.
-
-A name of the table in `bases`, "owner/name" or "owner/name@revision" of the hub, or a folder. What
-is on this machine is used without a question to anybody; otherwise the licence is accepted, the
-size said, and the files fetched and checked.
+A name is one of `PUBLISHED`, "owner/name[@revision]" of the hub, or a folder. Cached files are used
+without a request. Otherwise the licence is accepted, room on the disk and the model's configs are
+checked, and only then the weights are fetched: safetensors only, one precision only, about 3 of
+the 45 GB of a Stable Diffusion repository.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable, printable
-from e4t_cli.files import free_bytes, shown_size
-from e4t_cli.hub.bases import ACCELERATED, EMBEDDED, PUBLISHED, Base, find_base, read_base
-from e4t_cli.hub.download import SPARE_BYTES, ProgressMeter, fetch_files
+from e4t_cli.errors import IntegrityError, WeightsUnavailable, printable
+from e4t_cli.hub.bases import (
+    ACCELERATED,
+    EMBEDDED,
+    PUBLISHED,
+    Base,
+    HubLocation,
+    PublishedBase,
+    domain_weights_location,
+    find_base,
+    hub_location,
+    hub_weights_folder,
+    read_base,
+    remember_location,
+)
+from e4t_cli.hub.download import cached_commit, check_room, fetch_files, get_repo_info
 from e4t_cli.hub.image_tower import (
     VIT_H_14,
     fetch_image_tower,
@@ -34,79 +41,211 @@ from e4t_cli.hub.image_tower import (
     missing_bytes,
     tower_folder,
 )
-from e4t_cli.hub.inventory import Inventory, fetch_inventory, is_intact, known_commit, remembered
-from e4t_cli.hub.layout import check_shape, is_complete, names_in, needed_files
-from e4t_cli.hub.locations import (
-    HubLocation,
-    domain_weights_location,
-    hub_location,
-    pack_folder,
-    remember_location,
-)
 from e4t_cli.hub.paths import (
     HubAccess,
     Terms,
     accept,
     endpoint,
-    hub_cache,
     is_accepted,
     repository_folder,
     snapshot_folder,
 )
 
+# ── what a base needs of a folder or repository in diffusers' layout ──
 
-def is_here(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
-    """Whether a base could be used without a network; only names of files are looked at."""
-    address = hub_location(wanted)
-    if address is None:
-        return wanted in EMBEDDED or Path(wanted).is_dir()
-    commit = known_commit(address.repository, address.revision)
-    if commit is None:
+_USABLE = "Stable Diffusion 1 and 2 in diffusers' layout can be used"
+_CONFIGS = (
+    *("model_index.json", "base.toml", "scheduler/scheduler_config.json"),
+    *("unet/config.json", "vae/config.json", "text_encoder/config.json"),
+    *("safety_checker/config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
+    *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json"),
+    *("feature_extractor/preprocessor_config.json", "image_tower/open_clip_config.json"),
+)
+"""Fetched before any weights, to see what the model is."""
+_STEMS = {"text_encoder": "model", "safety_checker": "model", "image_tower": "model"}
+
+
+def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
+    """Return the files with the weights of one part.
+
+    Args:
+        names: of all files of the repository.
+        part: "unet", "vae", "text_encoder", "safety_checker" or "image_tower".
+        half: prefer float16 where it was published.
+
+    Returns:
+        One file, or an index with its shards; none if there are no safetensors.
+    """
+    stem = f"{part}/{_STEMS.get(part, 'diffusion_pytorch_model')}"
+    for variant in (".fp16", "") if half else ("", ".fp16"):
+        if (whole := f"{stem}{variant}.safetensors") in names:
+            return [whole]
+        if (index := f"{stem}.safetensors.index{variant}.json") in names:
+            # diffusers writes stem.fp16-00001-of-00002.safetensors, transformers the same.
+            shards = f"{re.escape(stem + variant)}-.*\\.safetensors"
+            return [index, *(name for name in names if re.fullmatch(shards, name))]
+    return []
+
+
+def needed_files(
+    names: Collection[str], *, half: bool, safety: bool, source: str
+) -> tuple[list[str], list[str]]:
+    """Return the configs and the weights that are needed of a repository.
+
+    Args:
+        safety: also the safety checker, where there is one.
+        source: the repository's name, for the error.
+
+    Raises:
+        IntegrityError: a part has no safetensors, or is missing.
+    """
+    weights = []
+    for part in ("unet", "vae", "text_encoder"):
+        found = weight_files(names, part, half=half)
+        if not found:
+            raise IntegrityError(
+                f"{printable(source)} has no safetensors for its {part}, and pickles are refused",
+                hint=_USABLE,
+            )
+        weights += found
+    for part in ("safety_checker", "image_tower") if safety else ("image_tower",):
+        weights += weight_files(names, part, half=half)
+    return [name for name in names if name in _CONFIGS], weights
+
+
+def is_complete(folder: Path, *, half: bool, safety: bool) -> bool:
+    """Whether everything that is needed of a base is in a folder.
+
+    A float32 copy serves where float16 is preferred: it is not fetched again.
+    """
+    names = _names_in(folder)
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        _, weights = needed_files(names, half=half, safety=False, source="")
+    except (OSError, ValueError, IntegrityError):
         return False
-    folder = snapshot_folder(address.repository, commit)
+    if not half and any(".fp16." in name for name in weights):
+        return False  # float32 was asked for, and there is only float16
+    listed = index.get("safety_checker") if isinstance(index, dict) else None
+    if safety and listed and listed[0] and not weight_files(names, "safety_checker", half=half):
+        return False
+    tokenizer = {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= names
+    configs = {
+        *("unet/config.json", "vae/config.json", "text_encoder/config.json"),
+        "scheduler/scheduler_config.json",
+    }
+    return (
+        configs <= names
+        and (tokenizer or "tokenizer/tokenizer.json" in names)
+        and all(_has_shards(folder / name) for name in weights if name.endswith(".json"))
+    )
+
+
+def _names_in(folder: Path) -> set[str]:
+    paths = [*folder.glob("*"), *folder.glob("*/*")]
+    return {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
+
+
+def _has_shards(index: Path) -> bool:
+    """Whether all files that an index names are beside it."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((index.parent / Path(name).name).is_file() for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def check_architecture(folder: Path) -> None:
+    """Refuse a model that is not built like Stable Diffusion 1 or 2, by its configs alone.
+
+    Raises:
+        IntegrityError: it is of another kind; the error message names it.
+    """
+    shown = printable(str(folder))
+    try:
+        unet, schedule = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("unet/config.json", "scheduler/scheduler_config.json")
+        )
+        channels = unet["in_channels"]
+        kind = unet.get("_class_name", "UNet2DConditionModel")
+        predicts = schedule.get("prediction_type", "epsilon")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(
+            f"{shown} is not a base: it has no U-Net or no noise schedule that can be read",
+            hint=_USABLE,
+        ) from error
+    wrong = (
+        f"its denoiser is a {printable(str(kind))}"
+        if kind != "UNet2DConditionModel"
+        else f"its U-Net takes {channels} channels, as those for inpainting do"
+        if channels != 4
+        else "it is a Stable Diffusion XL"
+        if unet.get("addition_embed_type")
+        else f"it predicts {printable(str(predicts))}"
+        if predicts not in ("epsilon", "v_prediction")
+        else ""
+    )
+    if wrong:
+        raise IntegrityError(
+            f"{shown} cannot be used: {wrong}", hint="Stable Diffusion 1 and 2 can be used"
+        )
+
+
+# ── bases in the cache ──
+
+
+def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
+    """Whether a base could be used without a network, by the names of cached files."""
+    location = hub_location(wanted)
+    if location is None:
+        return wanted in EMBEDDED or Path(wanted).is_dir()
+    commit = cached_commit(location.repository, location.revision)
+    folder = snapshot_folder(location.repository, commit or "")
     own = (folder / "image_tower" / "model.safetensors").is_file()
-    eye = not tower or own or has_tower() or not missing_bytes()
-    return eye and is_complete(folder, half=half, safety=False)
+    has_encoder = not tower or own or has_tower() or not missing_bytes()
+    return commit is not None and has_encoder and is_complete(folder, half=half, safety=False)
 
 
 def look_up_base(wanted: str, *, half: bool = True) -> tuple[str, int, bool]:
-    """Return name, resolution (0: unknown) and whether it is here; nothing is fetched or asked.
+    """Return name, resolution (0: unknown) and whether it is cached; no network.
 
     Raises:
         E4TError: as `find_base`, for what is not of the hub.
     """
-    address = hub_location(wanted)
-    if address is None:
+    location = hub_location(wanted)
+    if location is None:
         base = find_base(wanted)
         return base.name, base.resolution, True
-    row = PUBLISHED.get(address.name)
-    resolution = row.resolution if row is not None else 0
-    if not is_here(wanted, half=half):
-        return address.name, resolution, False
-    commit = known_commit(address.repository, address.revision)
-    base = base_in(snapshot_folder(address.repository, commit or ""), address, half=half)
+    if not is_cached(wanted, half=half):
+        resolution = location.resolution if isinstance(location, PublishedBase) else 0
+        return location.name, resolution, False
+    commit = cached_commit(location.repository, location.revision)
+    base = _base_in(snapshot_folder(location.repository, commit or ""), location, half=half)
     return base.name, base.resolution, True
 
 
-def base_in(folder: Path, address: HubLocation, *, half: bool) -> Base:
+def _base_in(folder: Path, location: HubLocation, *, half: bool) -> Base:
     """Return the base in a snapshot folder, under the name that it has here."""
     base = read_base(folder)
-    row = PUBLISHED.get(address.name)
+    row = location if isinstance(location, PublishedBase) else None
     # A repository may name itself, but not take a name that means something here already.
     named = row is None and (folder / "base.toml").is_file()
     taken = base.name in EMBEDDED or base.name in PUBLISHED
     return replace(
         base,
-        name=base.name if named and not taken else address.name,
-        licence=address.licence or base.licence,
+        name=base.name if named and not taken else location.name,
+        licence=location.licence or base.licence,
         revision=folder.name,
-        identity=f"{address.repository}@{folder.name}",
+        identity=f"{location.repository}@{folder.name}",
         half=half,
         resolution=row.resolution if row is not None else base.resolution,
     )
 
 
-_PATIENCE = 2.0  # seconds that the hub has to answer the door
+# ── the default base ──
+
+_CONNECT_SECONDS = 2.0  # for the hub to accept a connection
 
 
 def default_base_name(
@@ -117,13 +256,16 @@ def default_base_name(
     confirm: Callable[[], bool] = lambda: True,
     what: str = "the domain",
 ) -> tuple[str, str]:
-    """Return the base that "auto" means here and now, and a sentence that says why.
+    """Return the base that "auto" means here, and a sentence with the reason.
+
+    The checks are ordered by cost. Without an accelerator no library is imported and no socket
+    opened.
 
     Args:
         access: whether the network and the licence question are allowed.
         device: as the user wrote it.
         has_weights: whether the domain has weights, here or on the hub, for a base.
-        confirm: asked last whether the accelerator really works; it may import torch.
+        confirm: called last: whether the accelerator works; it may import torch.
         what: the domain, for the sentence.
     """
     mini, large = EMBEDDED[0], ACCELERATED
@@ -133,13 +275,13 @@ def default_base_name(
     if not has_weights(large):
         return mini, f"{drawings}: {what} has no weights for {large} yet (e4t pretrain makes them)"
     row = PUBLISHED[large]
-    if not is_here(large):
+    if not is_cached(large):
         if access.cut_off:
             return mini, f"{drawings}: offline, and {large} is not on this machine"
         terms = Terms(repository=row.repository, licence=row.licence)
         if terms.asks and not access.accept_license and not is_accepted(terms):
             return mini, f"{drawings}: e4t fetch {large} asks about the licence of {large} first"
-        if not _answers():
+        if not _is_reachable():
             return mini, f"{drawings}: {large} is not on this machine and the hub does not answer"
     if not confirm():
         return mini, f"{drawings}: the accelerator of this machine does not work with this torch"
@@ -147,7 +289,7 @@ def default_base_name(
 
 
 def likely_accelerator(device: str = "auto") -> bool:
-    """Whether there is an accelerator by the look of the machine; torch is not asked."""
+    """Whether there seems to be an accelerator, by files of its driver; without torch."""
     if device != "auto":
         return device != "cpu"
     if platform.system() == "Darwin":
@@ -156,21 +298,24 @@ def likely_accelerator(device: str = "auto") -> bool:
         return False
     if platform.system() == "Windows":
         return Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "nvcuda.dll").exists()
-    places = [*Path("/dev").glob("nvidia[0-9]*"), Path("/dev/dxg"), Path("/dev/kfd")]
-    return any(place.exists() for place in places)
+    drivers = [*Path("/dev").glob("nvidia[0-9]*"), Path("/dev/dxg"), Path("/dev/kfd")]
+    return any(path.exists() for path in drivers)
 
 
-def _answers() -> bool:
-    """Whether the hub can be reached."""
-    address = urlsplit(endpoint())
+def _is_reachable() -> bool:
+    """Whether the hub accepts a connection; through a proxy this is not known beforehand."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
-        return True  # the proxy will say
-    port = address.port or (443 if address.scheme == "https" else 80)
+        return True
+    url = urlsplit(endpoint())
+    address = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     try:
-        socket.create_connection((address.hostname or "", port), timeout=_PATIENCE).close()
+        socket.create_connection(address, timeout=_CONNECT_SECONDS).close()
     except OSError:
         return False
     return True
+
+
+# ── fetching ──
 
 
 def fetch_base(
@@ -188,8 +333,8 @@ def fetch_base(
         wanted: a name, "owner/name[@revision]" of the hub, or a folder.
         access: how the hub may be used.
         half: prefer float16 files, which are half as large.
-        safety: also bring the safety checker where the base has one.
-        tower: also bring the image tower: a photo is looked at, and not only drawn.
+        safety: also fetch the safety checker where the base has one.
+        tower: also fetch the image tower, which encodes photos.
         repair: fetch again what is damaged.
 
     Raises:
@@ -197,22 +342,25 @@ def fetch_base(
         IntegrityError: it is of a kind that cannot be used, or damaged.
         ResourceError: the disk has no room.
     """
-    address = hub_location(os.fspath(wanted))
-    if address is None:
+    location = hub_location(os.fspath(wanted))
+    if location is None:
         base = find_base(wanted)
         if base.folder == find_base(EMBEDDED[0]).folder:
             return base
-        check_shape(base.folder)
+        check_architecture(base.folder)
     else:
-        base = _here(address, access, half=half, safety=safety) if not repair else None
+        cached = None if repair else _cached_base(location, access, half=half, safety=safety)
         try:
-            base = base or _fetched(address, access, half=half, safety=safety, repair=repair)
+            base = cached or _download_base(
+                location, access, half=half, safety=safety, repair=repair
+            )
         except WeightsUnavailable as error:
-            # What is nearly complete is better than nothing on a day without a network.
+            # Without a network, a base that is nearly complete is better than none.
             alone = replace(access, offline=True)
-            base = None if repair else _here(address, alone, half=half, safety=safety)
-            if base is None:
+            cached = None if repair else _cached_base(location, alone, half=half, safety=safety)
+            if cached is None:
                 raise
+            base = cached
             access.note(f"{error.message}: going on with what is on this machine")
     if not (base.folder / "image_tower" / "open_clip_config.json").is_file():
         folder = fetch_image_tower(access) if tower else tower_folder()
@@ -221,113 +369,77 @@ def fetch_base(
 
 
 def fetch_domain_weights(location: str, access: HubAccess, *, repair: bool = False) -> Path:
-    """Return the folder of a pack whose location is "hub:owner/name@commit".
+    """Return the folder of domain weights whose location is "hub:owner/name@commit".
 
     Raises:
         WeightsUnavailable, IntegrityError, ResourceError: as `fetch_files`.
     """
     repository, revision = domain_weights_location(location)
-    if pack_folder(location) is None and not access.cut_off:
-        inventory = fetch_inventory(repository, revision, access)
-        accept(Terms(repository=repository, licence=inventory.licence if inventory else ""), access)
-    return fetch_files(
-        repository,
-        revision,
-        ["domain.toml", "*.safetensors"],
-        on_progress=access.on_progress,
-        offline=access.offline,
-        repair=repair,
-    )
+    if hub_weights_folder(location) is None and not access.cut_off:
+        info = get_repo_info(repository, revision, access)
+        accept(Terms(repository=repository, licence=info.licence if info else ""), access)
+    patterns = ["domain.toml", "*.safetensors"]
+    return fetch_files(repository, revision, patterns, access, repair=repair)
 
 
-def _here(address: HubLocation, access: HubAccess, *, half: bool, safety: bool) -> Base | None:
-    """Return the base if it is on this machine, checked; None if something has to be fetched.
+def _cached_base(
+    location: HubLocation, access: HubAccess, *, half: bool, safety: bool
+) -> Base | None:
+    """Return the base, verified, if it is cached; None if something has to be fetched.
 
     Raises:
         IntegrityError: a file has changed, or the model cannot be used.
     """
-    commit = known_commit(address.repository, address.revision)
+    commit = cached_commit(location.repository, location.revision)
     if commit is None:
         return None
-    folder = snapshot_folder(address.repository, commit)
+    folder = snapshot_folder(location.repository, commit)
     # Offline, float16 does for float32, and a base without its safety checker is still one.
     enough = access.cut_off and is_complete(folder, half=True, safety=False)
     if not enough and not is_complete(folder, half=half, safety=safety):
         return None
-    check_shape(folder)
+    check_architecture(folder)
     if safety and not is_complete(folder, half=True, safety=True):
-        access.note(f"the safety checker of {address.name} is not here: no picture is looked at")
-    names = names_in(folder)
-    settings, weights = needed_files(names, half=half, safety=safety, source=address.repository)
-    paths = [folder / name for name in settings + weights]
-    known = remembered(address.repository, commit)
-    declared = {file.path: file.digest for file in known.files} if known is not None else {}
-    meter = ProgressMeter(sum(path.stat().st_size for path in paths), access.on_progress, "verify")
-    for path in paths:
-        name = path.relative_to(folder).as_posix()
-        found = is_intact(path, declared.get(name, ""), meter.add)
-        if found is not None:
-            raise IntegrityError(
-                f"{address.repository}/{printable(name)} is damaged: its checksum is {found}, "
-                "not the one it was fetched with",
-                hint=f"fetch it again: {address.advice}",
-            )
-    meter.settle()
-    return base_in(folder, address, half=half)
+        access.note(f"the safety checker of {location.name} is not here: no image is checked")
+    names, source = _names_in(folder), location.repository
+    configs, weights = needed_files(names, half=half, safety=safety, source=source)
+    _fetch_exactly(configs + weights, commit, location, replace(access, offline=True))
+    return _base_in(folder, location, half=half)
 
 
-def _fetched(
-    address: HubLocation, access: HubAccess, *, half: bool, safety: bool, repair: bool
+def _download_base(
+    location: HubLocation, access: HubAccess, *, half: bool, safety: bool, repair: bool
 ) -> Base:
-    inventory = fetch_inventory(address.repository, address.revision, access)
-    if inventory is None:
-        state = "incomplete" if repository_folder(address.repository).is_dir() else "not"
+    info = get_repo_info(location.repository, location.revision, access)
+    if info is None:
+        state = "incomplete" if repository_folder(location.repository).is_dir() else "not"
         raise WeightsUnavailable(
-            f"the base {address.name!r} is {state} on this machine, and e4t is offline",
-            hint=f"with a network: {address.advice}",
+            f"the base {location.name!r} is {state} on this machine, and e4t is offline",
+            hint=f"with a network: {location.fetch_command}",
         )
-    names = [file.path for file in inventory.files]
-    settings, weights = needed_files(names, half=half, safety=safety, source=address.repository)
-    folder = snapshot_folder(address.repository, inventory.commit)
-
-    def fetch(files: list[str]) -> Path:
-        return fetch_files(
-            address.repository,
-            inventory.commit,
-            # As patterns that match these names and no others.
-            [re.sub(r"([*?[])", r"[\1]", name) for name in files],
-            on_progress=access.on_progress,
-            offline=access.offline,
-            repair=repair,
-            advice=address.advice,
-        )
-
-    # The licence first, then room on the disk and what the model is, and only then the gigabytes.
-    if not all((folder / name).is_file() for name in weights):
-        licence = address.licence if address.licence is not None else inventory.licence
-        accept(Terms(repository=address.repository, licence=licence), access)
-        _check_room_for_all(inventory, weights)
-    check_shape(fetch(settings))
-    base = base_in(fetch(settings + weights), address, half=half)
-    remember_location(base.name, address, inventory.commit)
+    configs, weights = needed_files(
+        [file.path for file in info.files], half=half, safety=safety, source=info.repository
+    )
+    folder = snapshot_folder(info.repository, info.commit)
+    missing = [name for name in weights if not (folder / name).is_file()]
+    if missing and not access.cut_off:
+        licence = location.licence if location.licence is not None else info.licence
+        accept(Terms(repository=info.repository, licence=licence), access)
+        # Room for the base and its image tower together, before the first byte.
+        needed = sum(file.size for file in info.files if file.path in missing)
+        own = any(name.startswith("image_tower/") for name in weights)
+        check_room(info.repository, needed, VIT_H_14.repository, 0 if own else missing_bytes())
+    _fetch_exactly(configs, info.commit, location, access, repair=repair)
+    check_architecture(folder)
+    _fetch_exactly(configs + weights, info.commit, location, access, repair=repair)
+    base = _base_in(folder, location, half=half)
+    remember_location(base.name, location, info.commit)
     return base
 
 
-def _check_room_for_all(inventory: Inventory, weights: list[str]) -> None:
-    """Refuse before the first byte what the base and its image tower will not fit.
-
-    Raises:
-        ResourceError: the disk of the hub's cache is too small.
-    """
-    folder = snapshot_folder(inventory.repository, inventory.commit)
-    sizes = {file.path: file.size for file in inventory.files}
-    needed = sum(sizes[name] for name in weights if not (folder / name).is_file())
-    tower = 0 if any(name.startswith("image_tower/") for name in weights) else missing_bytes()
-    free = free_bytes(hub_cache())
-    if needed + tower + SPARE_BYTES > free:
-        more = f" and {shown_size(tower)} for {VIT_H_14.repository}" if tower else ""
-        raise ResourceError(
-            f"{inventory.repository} needs {shown_size(needed)}{more}, and {shown_size(free)} "
-            f"are free on the disk of {printable(str(hub_cache()))}",
-            hint="make room (e4t cache ls), or set HF_HOME to a larger disk",
-        )
+def _fetch_exactly(
+    names: list[str], commit: str, location: HubLocation, access: HubAccess, *, repair: bool = False
+) -> None:
+    patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
+    command = location.fetch_command
+    fetch_files(location.repository, commit, patterns, access, repair=repair, command=command)

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavailable
-from e4t_cli.hub.download import fetch_files
-from e4t_cli.hub.inventory import fetch_inventory
+from e4t_cli.hub.download import fetch_files, get_repo_info
 from e4t_cli.hub.paths import HubAccess, Terms, accept
 from e4t_cli.images.loading import (
     MIN_COVERAGE,
@@ -72,15 +71,15 @@ def _provide(repository: str, access: HubAccess) -> Path:
     """Return the folder of a network that is here; fetch it, its licence accepted, if it is not."""
     files = (*FILES, "merges.txt") if repository == WORDS_MODEL else FILES
     try:
-        return fetch_files(repository, None, files, offline=True)
+        return fetch_files(repository, None, files, replace(access, offline=True))
     except (WeightsUnavailable, IntegrityError):
         if access.cut_off:
             raise
     # No commit is pinned: the hub's "main" is resolved once, and that commit remembered.
-    inventory = fetch_inventory(repository, None, access)
-    licence, note = inventory.licence if inventory else "", KNOWN_TERMS.get(repository, "")
+    info = get_repo_info(repository, None, access)
+    licence, note = info.licence if info else "", KNOWN_TERMS.get(repository, "")
     accept(Terms(repository=repository, licence=licence, note=note), access)
-    return fetch_files(repository, None, files, on_progress=access.on_progress, repair=True)
+    return fetch_files(repository, None, files, access, repair=True)
 
 
 def mask_by_words(image: Image, words: str, target: PreparationTarget) -> Image:

@@ -127,15 +127,17 @@ def _open_repository(
     repository: str, revision: str, offline: bool, on_progress: ProgressCallback | None
 ) -> Iterator[DomainArchive]:
     from e4t_cli.hub.download import fetch_files
+    from e4t_cli.hub.paths import HubAccess
+
+    access = HubAccess(offline=offline, on_progress=on_progress)
 
     def fetch(commit: str, names: list[str]) -> Path:
         return fetch_files(
             repository,
             commit,
             names,
-            on_progress=on_progress,
-            offline=offline,
-            advice=f"e4t domains add {repository}@{revision}",
+            access,
+            command=f"e4t domains add {repository}@{revision}",
         )
 
     folder = fetch(revision, [CARD])

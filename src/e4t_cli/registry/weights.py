@@ -12,8 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable, printable
-from e4t_cli.hub.bases import PUBLISHED, installed_bases
-from e4t_cli.hub.locations import converted_folder, foreign_repository, pack_folder
+from e4t_cli.hub.bases import (
+    PUBLISHED,
+    converted_weights_folder,
+    e4t_diffusion_repository,
+    hub_weights_folder,
+    installed_bases,
+)
 from e4t_cli.registry.config import PretrainingConfig, shown_hours
 from e4t_cli.registry.discovery import user_domain, user_domains_folder
 from e4t_cli.registry.domain import Domain, is_remote
@@ -49,7 +54,7 @@ def weights_folder(domain: Domain, base: str) -> Path:
             f"domain {domain.name!r} has no weights for the base {printable(base)!r}{nobody}",
             hint=f"make them: {command}{time}",
         )
-    if location.startswith("hub:") or foreign_repository(location):
+    if location.startswith("hub:") or e4t_diffusion_repository(location):
         raise WeightsUnavailable(
             f"the weights of domain {domain.name!r} for {base} are on the hub "
             f"({printable(location.partition(':')[2])}) and not on this machine",
@@ -66,10 +71,10 @@ def _places(location: str) -> list[Path]:
     """Return the folders on this machine that a location can mean; nothing is fetched."""
     kind, _, rest = location.partition(":")
     if kind == "hub":
-        folder = pack_folder(location)
+        folder = hub_weights_folder(location)
         return [folder] if folder is not None else []
-    if foreign_repository(location):
-        folder = converted_folder(location)
+    if e4t_diffusion_repository(location):
+        folder = converted_weights_folder(location)
         return [folder] if folder is not None else []
     if kind != "package":
         return [Path(location)]
@@ -152,8 +157,8 @@ def weights_state(domain: Domain, base: str) -> WeightsState:
 
 def _remembered_size(location: str) -> int:
     """Return the bytes of a hub repository that was looked at before; nothing is asked."""
-    from e4t_cli.hub.inventory import remembered
+    from e4t_cli.hub.download import cached_repo_info
 
     repository, _, commit = location.partition(":")[2].partition("@")
-    inventory = remembered(repository, commit or None)
-    return sum(file.size for file in inventory.files) if inventory else 0
+    info = cached_repo_info(repository, commit or None)
+    return sum(file.size for file in info.files) if info is not None else 0
