@@ -1,18 +1,18 @@
-# e4t: `make` alone explains. Everything happens in .venv, which is made on first use.
+# e4t: `make` lists the targets. Everything is installed into .venv, which is created on first use.
 # Another interpreter:  make demo PYTHON=python3.12      another environment:  VENV=/some/where
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.installed
-# A failure in the middle of a pipe is a failure.
+# A pipeline fails if any of its commands fails.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .PHONY: help demo test lint types dist hooks bench mini
 .DEFAULT_GOAL := help
 
-help: ## what can be made
+help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 8
 
 demo: $(READY) ## one drawn face in eight new scenes: outputs/demo-grid.png
@@ -25,31 +25,31 @@ demo: $(READY) ## one drawn face in eight new scenes: outputs/demo-grid.png
 	@rm outputs/.demo
 	@echo outputs/demo-grid.png
 
-# A test computes on one thread, so each core can run tests of its own.
-test: $(READY) ## the whole suite on the CPU, offline (e.g. make test ARGS="-k images -x")
+# A test uses one thread, so each core can run a test process.
+test: $(READY) ## run the test suite on the CPU, offline (e.g. make test ARGS="-k images -x")
 	$(RUN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-lint: $(VENV)/.linter ## style, formatting and spelling: ruff and typos
+lint: $(VENV)/.linter ## check style, formatting and spelling: ruff and typos
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/typos
 
-types: $(VENV)/.linter ## the types of src and domains: mypy
+types: $(VENV)/.linter ## check the types of src and domains: mypy --strict
 	$(RUN)/mypy
 
-dist: $(VENV)/.linter ## a wheel and a source archive, in dist/
+dist: $(VENV)/.linter ## build a wheel and a source archive in dist/
 	$(RUN)/python -m build --outdir dist
 
 hooks: $(VENV)/.linter ## run lint and types before each commit: pre-commit
 	$(RUN)/pre-commit install
 
-bench: $(READY) ## time and memory, arm against arm (real size on a GPU, a small one on a CPU)
+bench: $(READY) ## measure time and memory (Stable Diffusion's size on a GPU, a small model on a CPU)
 	$(RUN)/python -m benchmarks $(ARGS)
 
-mini: $(READY) ## draw and train the embedded base and its domains from nothing (hours; resumable)
+mini: $(READY) ## draw the images and train the embedded base and its domains (hours; resumable)
 	$(RUN)/python -m mini_world $(ARGS)
 
-# The stamp is newer than pyproject.toml once everything is installed, so this runs once.
+# The stamp file makes this run once, until pyproject.toml changes.
 $(READY): pyproject.toml
 	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing e4t and what it needs into $(VENV) (once; torch is large) …" >&2

@@ -1,1 +1,1 @@
-"""Speed and memory, arm against arm, in one process: `make bench`."""
+"""Measures speed and memory of tuning and sampling against baselines: `make bench`."""

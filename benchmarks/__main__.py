@@ -1,10 +1,11 @@
-"""Measure: arms interleaved in one process, warm-ups, medians and spread, and the ceiling beside.
+"""Measures variants of tuning, interleaved in one process, with warm-up, medians and spread.
 
-    python -m benchmarks                 on a GPU the real Stable Diffusion 1.4, else a small one
-    python -m benchmarks --size small    the small one anywhere
-    python -m benchmarks cold            photo → first picture in a fresh process, on mini
+    python -m benchmarks                 Stable Diffusion 1.4 on a GPU, else a small model
+    python -m benchmarks --size small    the small model on any device
+    python -m benchmarks cold            photo → first image in a fresh process, on mini
 
-Times of an arm are of its steps alone: a run of one step is taken off a run of several.
+The time of a step excludes the setup: the time of a run of one step is subtracted from that of a
+run of several.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arms import ARMS
-from benchmarks.worlds import World, make_world
+from benchmarks.variants import VARIANTS
+from benchmarks.workload import Workload, make_workload
 from e4t_cli.devices import GB, choose_device
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.nn.precision import PrecisionPolicy
@@ -42,12 +43,12 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return a work's seconds; on a CPU the processor's own, which other programs hardly touch."""
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a call; on a CPU its CPU time, which other programs hardly change."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     wait(device)
     begun = clock()
-    work()
+    call()
     wait(device)
     return clock() - begun
 
@@ -56,33 +57,33 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):9.4f} s  ({min(values):.4f} … {max(values):.4f})"
 
 
-def ceiling(device: torch.device) -> float:
-    """Return TFLOP/s of a matrix product in the precision that tuning multiplies in."""
+def peak_tflops(device: torch.device) -> float:
+    """Return the TFLOP/s of a large matrix multiplication in the dtype of tuning."""
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     times = [seconds(lambda: a @ b, device) for _ in range(8)][3:]
     return 2 * side**3 / statistics.median(times) / 1e12
 
 
-def measure_arms(world: World, names: list[str], steps: int, rounds: int) -> None:
-    names, device = list(names), world.model.device
+def measure_variants(workload: Workload, names: list[str], steps: int, rounds: int) -> None:
+    names, device = list(names), workload.model.device
     found: dict[str, list[float]] = {name: [] for name in names}
     for name in list(names):
         try:
-            ARMS[name](world, 1)  # warm-up
+            VARIANTS[name](workload, 1)  # warm-up
         except torch.OutOfMemoryError:
-            print(f"  {name} does not fit into the memory of this card")
+            print(f"  {name} does not fit into the memory of this GPU")
             names.remove(name)
             del found[name]
         if device.type == "cuda":
             torch.cuda.empty_cache()
     for number in range(rounds):
-        # A B C, then C B A: what drifts meets all of them alike.
+        # A B C, then C B A, so that drift affects all of them equally.
         for name in names if number % 2 == 0 else reversed(names):
-            short = seconds(lambda name=name: ARMS[name](world, 1), device)
-            long = seconds(lambda name=name: ARMS[name](world, 1 + steps), device)
+            short = seconds(lambda name=name: VARIANTS[name](workload, 1), device)
+            long = seconds(lambda name=name: VARIANTS[name](workload, 1 + steps), device)
             found[name].append((long - short) / steps)
-    print(f"\none step, median of {rounds} (least … most):")
+    print(f"\none step, median of {rounds} (min … max):")
     reference = statistics.median(found[names[0]])
     for name, values in found.items():
         ratio = statistics.median(values) / reference
@@ -91,66 +92,67 @@ def measure_arms(world: World, names: list[str], steps: int, rounds: int) -> Non
 
 
 @contextmanager
-def recording(wanted: bool) -> Iterator[None]:
-    """Have steps recorded and played back, or not, whatever the environment says."""
+def cuda_graphs(enabled: bool) -> Iterator[None]:
+    """Enable or disable CUDA graphs in a `with` block, whatever E4T_CUDA_GRAPHS is."""
     before = os.environ.get("E4T_CUDA_GRAPHS", "")
-    os.environ["E4T_CUDA_GRAPHS"] = "1" if wanted else "0"
+    os.environ["E4T_CUDA_GRAPHS"] = "1" if enabled else "0"
     try:
         yield
     finally:
         os.environ["E4T_CUDA_GRAPHS"] = before
 
 
-def measure_whole(world: World, rounds: int) -> None:
-    """Time what people wait for: all steps of a tuning, pictures, and a photo's first picture."""
-    model, device = world.model, world.model.device
-    config = world.pack.tuning
-    untuned = tune(model, world.pack, world.photo, config.replace(steps=0))
+def measure_whole(workload: Workload, rounds: int) -> None:
+    """Time end to end: all steps of tuning, sampling, and from a photo to its first image."""
+    model, device = workload.model, workload.model.device
+    config = workload.pack.tuning
+    untuned = tune(model, workload.pack, workload.photo, config.replace(steps=0))
     prompt = parse_prompt("a photo of S*")
 
-    def learn(method: str) -> TunedModel:
-        return tune(model, world.pack, world.photo, config.replace(method=method))
+    def tuned_by(method: str) -> TunedModel:
+        return tune(model, workload.pack, workload.photo, config.replace(method=method))
 
-    def show(tuned: TunedModel, count: int) -> None:
+    def generate(tuned: TunedModel, count: int) -> None:
         seeds = list(range(count))
         list(sample(model, tuned, [prompt] * count, seeds, SamplingConfig(steps=20)))
 
     rows: dict[str, Callable[[], object]] = {
-        f"{config.steps} exact steps": lambda: learn("full"),
-        f"{config.steps} steps, adapters": lambda: learn("lora"),
-        "1 picture, 20 steps": lambda: show(untuned, 1),
-        "8 pictures, 20 steps": lambda: show(untuned, 8),
-        "photo → first picture, warm": lambda: show(learn("full"), 1),
+        f"{config.steps} steps, full": lambda: tuned_by("full"),
+        f"{config.steps} steps, lora": lambda: tuned_by("lora"),
+        "1 image, 20 steps": lambda: generate(untuned, 1),
+        "8 images, 20 steps": lambda: generate(untuned, 8),
+        "photo → first image, warm": lambda: generate(tuned_by("full"), 1),
     }
-    ways = {"": False, ", recorded": True} if device.type == "cuda" else {"": False}
-    print(f"\nfrom beginning to end, median of {rounds}:")
+    modes = {"": False, ", CUDA graphs": True} if device.type == "cuda" else {"": False}
+    print(f"\nend to end, median of {rounds}:")
     for row, work in rows.items():
-        found: dict[str, list[float]] = {way: [] for way in ways}
+        found: dict[str, list[float]] = {mode: [] for mode in modes}
         for number in range(1 + rounds):  # the first is a warm-up
-            for way, wanted in ways.items():
-                with recording(wanted):
+            for mode, enabled in modes.items():
+                with cuda_graphs(enabled):
                     took = seconds(work, device)
                 if number:
-                    found[way].append(took)
-        for way, times in found.items():
-            print(f"  {row + way:38} {spread(times)}", flush=True)
+                    found[mode].append(took)
+        for mode, times in found.items():
+            print(f"  {row + mode:38} {spread(times)}", flush=True)
 
 
-def measure_memory(world: World) -> None:
-    """Tune one step within each `--vram`, and say what was predicted and what was taken."""
-    model, device = world.model, world.model.device
+def measure_memory(workload: Workload) -> None:
+    """Tune one step within each `--vram`; print the predicted and the measured memory."""
+    model, device = workload.model, workload.model.device
     print("\npeak memory of one tuning step:")
     for method in ("full", "lora"):
-        config = world.pack.tuning.replace(steps=1, method=method)
+        config = workload.pack.tuning.replace(steps=1, method=method)
         for vram in ("6", "8", "12", "16", "24"):
             plan = plan_tuning(
-                model, world.pack, config, vram=vram, half=PrecisionPolicy.resolve(device).half
+                model, workload.pack, config, vram=vram, half=PrecisionPolicy.resolve(device).half
             )
             line = f"  {method:9} --vram {vram:3} {plan.summary()}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-                tune(model, world.pack, world.photo, config, options=TuningOptions(plan=plan))
+                options = TuningOptions(plan=plan)
+                tune(model, workload.pack, workload.photo, config, options=options)
                 line += f"; measured {torch.cuda.max_memory_reserved() / GB:.1f} GB"
             print(line, flush=True)
 
@@ -169,7 +171,7 @@ def measure_cold(rounds: int) -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             times.append(time.perf_counter() - begun)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"photo → first picture, fresh process, mini: {spread(times)}, {peak:.0f} MB")
+    print(f"photo → first image, fresh process, mini: {spread(times)}, {peak:.0f} MB")
 
 
 def main() -> None:
@@ -177,7 +179,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("all", "cold"), default="all")
     parser.add_argument("--size", choices=("sd14", "small"))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
@@ -191,13 +193,13 @@ def main() -> None:
         f"{size} with random weights on {named}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    print(f"a matrix product reaches {ceiling(device):.2f} TFLOP/s here")
+    print(f"a matrix multiplication reaches {peak_tflops(device):.2f} TFLOP/s here")
     with tempfile.TemporaryDirectory() as folder:
-        world = make_world(size, device, Path(folder))
-        measure_arms(world, given.arms, given.steps, given.rounds)
-        measure_whole(world, given.rounds)
-        measure_memory(world)
-    print(f"\na matrix product reached {ceiling(device):.2f} TFLOP/s at the end")
+        workload = make_workload(size, device, Path(folder))
+        measure_variants(workload, given.variants, given.steps, given.rounds)
+        measure_whole(workload, given.rounds)
+        measure_memory(workload)
+    print(f"\na matrix multiplication reached {peak_tflops(device):.2f} TFLOP/s at the end")
 
 
 if __name__ == "__main__":

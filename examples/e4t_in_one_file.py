@@ -1,12 +1,12 @@
-"""E4T in one file: a few tuning steps on one photo, then one picture of its subject.
+"""E4T in one file: a few tuning steps on one photo, then one image of its subject.
 
     python examples/e4t_in_one_file.py examples/tiger.png "S* on the beach"
 
 "Encoder-based Domain Tuning for Fast Personalization of Text-to-Image Models" (Gal et al., 2023) on
 plain torch, diffusers, transformers and open_clip, on the CPU in float32. The base `mini` is a
 small Stable Diffusion; encoder and weight offsets come pre-trained (section 3.3). Random numbers
-are drawn as the package e4t draws them, so that its `tune(autocast=False)` has the same losses.
-`Paper silent:` marks what the paper leaves open, `Departure:` what it does otherwise.
+are those of the package e4t, so that its `tune(autocast=False)` has the same losses.
+`Paper silent:` marks a choice where the paper is silent, `Departure:` a deviation from it.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def draw(seed: int, step: int, batch: int, levels: int, shape: list[int]) -> tup
     digest = hashlib.blake2b(f"{seed}/draw/{step}".encode(), digest_size=8).digest()
     source = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     uniform = torch.rand(batch, 3, generator=source, dtype=torch.float64)
-    # Paper silent: how t is drawn. Here sample k of n draws from the k-th of n equal ranges.
+    # Paper silent: how t is drawn. Here sample k of n takes t from the k-th of n equal ranges.
     t = ((torch.arange(batch) + uniform[:, 0]) / batch * levels).long()
     epsilon, posterior_noise = torch.randn(2, batch, *shape, generator=source)
     return t, epsilon, posterior_noise, uniform[:, 1]
@@ -129,7 +129,7 @@ def draw(seed: int, step: int, batch: int, levels: int, shape: list[int]) -> tup
 class E4T:
     """The base, and what pre-training on a domain gave for it (section 3.3)."""
 
-    def __init__(self, base: Path, pack: Path) -> None:
+    def __init__(self, base: Path, weights: Path) -> None:
         self.unet = UNet2DConditionModel.from_pretrained(base / "unet")
         self.vae = AutoencoderKL.from_pretrained(base / "vae").requires_grad_(False)
         self.schedule = DDPMScheduler.from_pretrained(base / "scheduler")
@@ -138,17 +138,17 @@ class E4T:
         self.text_encoder.requires_grad_(False)
         self.tower = VisionTransformer(**TOWER, output_dim=128).eval().requires_grad_(False)
         self.tower.load_state_dict(load_file(base / "image_tower/model.safetensors"))
-        self.card = tomllib.loads((pack / "domain.toml").read_text(encoding="utf-8"))
-        self.encoder = Encoder(self.card["encoder"])
-        self.encoder.load_state_dict(load_file(pack / "encoder.safetensors"))
-        factors = load_file(pack / "offsets.safetensors")
+        self.info = tomllib.loads((weights / "domain.toml").read_text(encoding="utf-8"))
+        self.encoder = Encoder(self.info["encoder"])
+        self.encoder.load_state_dict(load_file(weights / "encoder.safetensors"))
+        factors = load_file(weights / "offsets.safetensors")
         for path in sorted({name.rpartition(".")[0] for name in factors}):  # such as …attn1.to_q
             offset = WeightOffset(factors[f"{path}.left"], factors[f"{path}.right"])
             parametrize.register_parametrization(self.unet.get_submodule(path), "weight", offset)
         self.images = VaeImageProcessor()  # to -1 … 1 and back; masks: to 0 … 1
         self.masks = VaeImageProcessor(do_normalize=False, do_convert_grayscale=True)
         self.shape = [self.unet.config.in_channels, *[self.unet.config.sample_size] * 2]
-        (self.word,) = self.tokenizer(self.card["descriptor"], add_special_tokens=False).input_ids
+        (self.word,) = self.tokenizer(self.info["descriptor"], add_special_tokens=False).input_ids
         self.e_domain = self.text_encoder.get_input_embeddings().weight[self.word]
         self.empty_text = self.encode_text(self.tokenize([""]), self.e_domain[None])
 
@@ -175,21 +175,21 @@ class E4T:
 
     def tune(self, photo: Image.Image, mask: Image.Image | None, seed: int) -> list[list[float]]:
         """Tune encoder, offsets and U-Net on one photo; return eq. 5, 4 and 2 of each step."""
-        # Departure: the pack's numbers, which suit `mini`. The paper's for faces are 15 steps and
-        # lambda_r 0.1, for cats 5 and 1e-4; base learning rate 3e-6, times the batch (section 3.5).
-        # Paper silent: the prompts (the pack's), AdamW with torch's defaults, gradient clipping.
-        recipe, history = self.card["tuning"], []
-        batch, lambda_r = recipe["batch_size"], recipe["embedding_penalty"]  # "crucial": 16 or more
+        # Departure: the config saved with these weights, for `mini`. The paper's: faces 15 steps,
+        # lambda_r 0.1, cats 5 and 1e-4; base learning rate 3e-6, times the batch (section 3.5).
+        # Paper silent: prompt templates (the domain's), AdamW with torch's defaults, clipping.
+        config, history = self.info["tuning"], []
+        batch, lambda_r = config["batch_size"], config["embedding_penalty"]  # "crucial": 16 or more
         I_c = self.images.preprocess(photo)
         self.cls_tokens = image_features(self.tower, I_c)
         posterior = self.vae.encode(I_c).latent_dist
         m = self.masks.preprocess(mask or Image.new("L", photo.size, "white"))
         # Paper silent: the mask is scaled by area, so that what lies on its border counts in part.
         m = functional.adaptive_avg_pool2d(m, self.shape[1:])
-        prompts = self.tokenize([text.replace("{}", "S*") for text in self.card["templates"]])
+        prompts = self.tokenize([text.replace("{}", "S*") for text in self.info["templates"]])
         trained = [*self.encoder.parameters(), *self.unet.parameters()]  # offsets are in the U-Net
-        optimizer = torch.optim.AdamW(trained, recipe["base_learning_rate"] * batch)
-        for step in range(recipe["steps"]):
+        optimizer = torch.optim.AdamW(trained, config["base_learning_rate"] * batch)
+        for step in range(config["steps"]):
             t, epsilon, noise, chosen = draw(seed, step, batch, len(self.schedule), self.shape)
             z_0 = (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
             z_t = self.schedule.add_noise(z_0, epsilon, t)
@@ -204,7 +204,7 @@ class E4T:
             L = L_diffusion + lambda_r * L_reg  # eq. 5
             optimizer.zero_grad()
             L.backward()
-            nn.utils.clip_grad_norm_(trained, recipe["gradient_clip"])
+            nn.utils.clip_grad_norm_(trained, config["gradient_clip"])
             optimizer.step()
             history.append([L.item(), L_diffusion.item(), L_reg.item()])
             print(f"L {L:.5f} = {L_diffusion:.5f} + {lambda_r:g} · {L_reg:.3f}", file=sys.stderr)
@@ -213,7 +213,7 @@ class E4T:
     @torch.no_grad()
     @parametrize.cached()  # W is not computed again at every step
     def sample(self, prompt: str, seed: int) -> Image.Image:
-        """Draw a picture from noise; the embedding is predicted anew at every step (fig. 2)."""
+        """Generate an image from noise; the embedding is predicted again at every step (fig. 2)."""
         scheduler = DPMSolverMultistepScheduler.from_config(self.schedule.config)
         scheduler.set_timesteps(SAMPLING_STEPS)
         ids = self.tokenize([prompt])

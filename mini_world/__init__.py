@@ -1,4 +1,4 @@
-"""The drawn world of `mini`, and the trainings that make its weights: `python -m mini_world --help`.
+"""Draws the training images of `mini` and trains its weights: `python -m mini_world --help`.
 
-A user of the library, never imported by it.
+This package uses the library; the library never imports it.
 """

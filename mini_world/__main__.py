@@ -1,8 +1,8 @@
-"""`python -m mini_world`: draw and train everything of `mini` from nothing, one stage after the other.
+"""`python -m mini_world`: draw the training images and train all parts of `mini`, stage by stage.
 
-Every stage resumes where it was stopped, and is passed over where its result is there already; states and drawings lie in
-the folder `.mini`, results go to the packages. `python -m mini_world STAGE` runs one stage alone; the two long ones,
-`vae` and `unet`, are data-parallel under torchrun, which is how `all` starts them on a CPU.
+A stage resumes after an interruption and is skipped if its result exists. Training states and drawings are in `.mini`, results
+in the packages. `python -m mini_world STAGE` runs one stage. The two long stages, `vae` and `unet`, are data-parallel under
+torchrun; on a CPU `all` starts them with it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ STAGES = (
     "report",
 )
 SHARED = ("vae", "unet")
-# glibc gives large tensors back to the system and asks for them again at every step; keeping them
-# trains the U-Net 1.18 times faster on a CPU.
+# glibc returns large tensors to the system and allocates them again at every step. With these settings it keeps them, and the
+# U-Net trains 1.18 times faster on a CPU.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
@@ -43,7 +43,7 @@ KEEP_MEMORY = {
 
 
 def main() -> None:
-    """Run the stages that were asked for."""
+    """Run all stages, or the one given on the command line."""
     parser = argparse.ArgumentParser(prog="python -m mini_world", description=__doc__)
     parser.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES))
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="for vae and unet on a CPU")

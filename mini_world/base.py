@@ -1,4 +1,4 @@
-"""The denoiser of `mini`: diffusers' U-Net trained on the drawn world, and the folder that makes all parts one base."""
+"""Trains the U-Net of `mini` and writes all parts as one folder in diffusers' layout."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mini_world.captions import Caption
 from mini_world.data import SUBJECTS, Drawings
-from mini_world.loop import draw_rows, pick_device, train
-from mini_world.text import WIDTH, Captioner, CaptionTokenizer, Wordings, word_drawings
+from mini_world.loop import default_device, random_rows, train
+from mini_world.text import WIDTH, CaptionEncoder, CaptionTokenizer, TokenizedCaptions, tokenize_drawings
 from mini_world.world import SUBJECT_LABELS
 
 UNET_CONFIG = {
@@ -41,7 +41,7 @@ SCHEDULE = {
     "prediction_type": "epsilon",
     "clip_sample": False,
 }
-# Of min-SNR weighting: without it the steps of little noise, which are easy, take most of the gradient.
+# γ of min-SNR weighting. Without it, the easy timesteps with little noise dominate the gradient.
 SNR_CAP = 5.0
 
 
@@ -51,14 +51,14 @@ def subject_weights(labels: numpy.ndarray) -> Tensor:
     return 1 + F.avg_pool2d(mask[:, None].float(), 4)[:, 0].half()
 
 
-def shown_rows(drawings: Drawings, twice: tuple[str, ...]) -> Tensor:
-    """Row numbers to draw from: every drawing once, those of the subjects in `twice` again."""
-    again = numpy.isin(drawings.facts[:, 0], [SUBJECTS.index(subject) for subject in twice])
+def oversampled_rows(drawings: Drawings, oversampled: tuple[str, ...]) -> Tensor:
+    """Row numbers to sample from: every drawing once, those of the `oversampled` subjects twice."""
+    again = numpy.isin(drawings.facts[:, 0], [SUBJECTS.index(subject) for subject in oversampled])
     return torch.cat([torch.arange(len(drawings)), torch.from_numpy(numpy.flatnonzero(again))])
 
 
-def _start_simple(unet: UNet2DConditionModel) -> None:
-    """Every residual branch and the output start at zero, as in the network that Stable Diffusion's U-Net comes from."""
+def _zero_init_residuals(unet: UNet2DConditionModel) -> None:
+    """Initialize the last layer of every residual branch and the output layer with zeros, as guided-diffusion does."""
     last = [unet.conv_out]
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
@@ -71,10 +71,10 @@ def _start_simple(unet: UNet2DConditionModel) -> None:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """The denoiser before its first step."""
+    """The untrained U-Net."""
     torch.manual_seed(3)
     unet = UNet2DConditionModel(**UNET_CONFIG)
-    _start_simple(unet)
+    _zero_init_residuals(unet)
     return unet
 
 
@@ -90,42 +90,43 @@ def train_unet(
     name: str,
     steps: int,
     learning_rate: float,
-    words_rate: float = 0.0,
+    text_encoder_lr: float = 0.0,
     seed: int,
     batch: int,
-    wordings: int,
-    twice: tuple[str, ...] = (),
+    captions_per_image: int,
+    oversampled: tuple[str, ...] = (),
 ) -> None:
-    """Train the U-Net on encoded drawings (N, 8, 16, 16: mean and log-variance) under the text encoder.
+    """Train the U-Net on encoded drawings (N, 8, 16, 16: mean and log-variance), conditioned on the text encoder.
 
-    `words_rate`: the learning rate of the text encoder's layers; 0 leaves them as they are. Its table of words stays in any
-    case: it is what personalization writes in. `wordings`: of each picture; one caption in ten is empty, for guidance.
-    `twice`: subjects whose drawings are shown twice as often.
+    `text_encoder_lr`: the learning rate of the text encoder's layers; 0 freezes them. Its token embeddings are always frozen,
+    because personalization replaces one of them. `captions_per_image`: variants; one caption in ten is empty, for
+    classifier-free guidance. `oversampled`: subjects whose drawings are used twice as often.
     """
-    device = pick_device()
-    captioner = Captioner(text_encoder.to(device).eval().requires_grad_(False))
+    device = default_device()
+    caption_encoder = CaptionEncoder(text_encoder.to(device).eval().requires_grad_(False))
     layers = [p for name, p in text_encoder.named_parameters() if "embedding" not in name]
     for parameter in layers:
-        parameter.requires_grad_(words_rate > 0)
+        parameter.requires_grad_(text_encoder_lr > 0)
     schedule = DDPMScheduler(**SCHEDULE)
     snr = compute_snr(schedule, torch.arange(1000))
     weights_of_t = (snr.clamp(max=SNR_CAP) / snr).to(device)
     weights = subject_weights(drawings.labels[: len(encoded)]).to(device)
     encoded = encoded.to(device)
-    shown = shown_rows(drawings.pick(slice(len(encoded))), twice).to(device)
-    nothing = CaptionTokenizer(tokenizer)([Caption("", "")])
-    captions = Wordings.join([word_drawings(drawings.pick(slice(len(encoded))), tokenizer, wordings), nothing]).to(device)
+    available = oversampled_rows(drawings.select(slice(len(encoded))), oversampled).to(device)
+    empty = CaptionTokenizer(tokenizer)([Caption("", "")])
+    captions = tokenize_drawings(drawings.select(slice(len(encoded))), tokenizer, captions_per_image)
+    captions = TokenizedCaptions.concatenate([captions, empty]).to(device)
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = shown[draw_rows(len(shown), batch, generator)]
-        spoken = rows * wordings + draw_rows(wordings, batch, generator)
-        silent = torch.rand(batch, generator=generator, device=device) < 0.1
-        with torch.set_grad_enabled(words_rate > 0):
-            hidden, _ = captioner(captions[spoken.where(~silent, len(captions) - 1)])
+        rows = available[random_rows(len(available), batch, generator)]
+        caption_rows = rows * captions_per_image + random_rows(captions_per_image, batch, generator)
+        dropped = torch.rand(batch, generator=generator, device=device) < 0.1
+        with torch.set_grad_enabled(text_encoder_lr > 0):
+            hidden, _ = caption_encoder(captions[caption_rows.where(~dropped, len(captions) - 1)])
         mean, logvar = encoded[rows].float().chunk(2, 1)
         noise = torch.randn(2, *mean.shape, generator=generator, device=device)
         z_0, epsilon = (mean + (0.5 * logvar).exp() * noise[0]) * scaling_factor, noise[1]
-        t = draw_rows(1000, batch, generator)
+        t = random_rows(1000, batch, generator)
         z_t = schedule.add_noise(z_0, epsilon, t)
         predicted = unet(z_t, t, hidden).sample.float()
         error = (predicted - epsilon).pow(2).mean(1)
@@ -134,9 +135,9 @@ def train_unet(
 
     modules: dict[str, nn.Module] = {"unet": unet}
     groups = [{"params": list(unet.parameters()), "lr": learning_rate}]
-    if words_rate:
+    if text_encoder_lr:
         modules["words"] = text_encoder
-        groups.append({"params": layers, "lr": words_rate})
+        groups.append({"params": layers, "lr": text_encoder_lr})
     options = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "groups": groups}
     warm_up, average = (200, 0.999) if steps > 1000 else (steps // 5, 1 - 5 / steps)
     train(name, folder, modules, loss_of_step, warm_up=warm_up, average=average, **options)

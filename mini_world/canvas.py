@@ -1,6 +1,6 @@
-"""A picture and its label map, drawn together at three times the size and reduced once.
+"""Draws an image and its label map together, at three times the size, and downsamples both once.
 
-Coordinates are in pixels of the finished 64-pixel picture; `Canvas.at` gives a pen in the local units of one subject.
+Coordinates are in pixels of the final 64-pixel image; `Canvas.at` returns a pen in the local units of one subject.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 SIZE = 64
 SUPERSAMPLING = 3
 
-# What a pixel shows. The face parser learns these names; everything from "skin" to "glasses" is the head.
+# The classes of the label map, which the face parser is trained on; "skin" to "glasses" are the head.
 LABELS = (
     "background",
     "skin",
@@ -35,7 +35,7 @@ Point = tuple[float, float]
 
 
 class Canvas:
-    """A 64-pixel picture in the making; every shape writes its colour and its label."""
+    """A 64-pixel image and its label map; every shape writes its colour and its label."""
 
     def __init__(self, background: Colour = (128, 128, 128)) -> None:
         side = SIZE * SUPERSAMPLING
@@ -54,15 +54,15 @@ class Canvas:
         return Pen(self, 0.0, 0.0, 1.0)
 
     def gradient(self, top: Colour, bottom: Colour) -> None:
-        """Fill the whole picture with a vertical gradient."""
+        """Fill the whole image with a vertical gradient."""
         side = self.image.height
         ramp = numpy.linspace(0.0, 1.0, side)[:, None, None]
         rows = numpy.array(top) * (1 - ramp) + numpy.array(bottom) * ramp
         pixels = numpy.broadcast_to(rows, (side, side, 3)).round().astype(numpy.uint8)
         self.image.paste(Image.fromarray(numpy.ascontiguousarray(pixels)))
 
-    def picture(self) -> Image.Image:
-        """The finished picture, 64 by 64, anti-aliased."""
+    def rendered(self) -> Image.Image:
+        """The anti-aliased image, 64 by 64."""
         return self.image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
     def label_map(self) -> numpy.ndarray:
@@ -86,7 +86,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Pen:
-    """Draws in the units of one subject: a head is one unit wide on either side of its centre."""
+    """Draws in the local units of one subject: a head extends one unit to each side of its centre."""
 
     canvas: Canvas
     x: float
@@ -116,7 +116,7 @@ class Pen:
         self.canvas.shape("line", self._to_page(points), colour, label, width * self.unit)
 
     def cap(self, rx: float, ry: float, below: float, colour: Colour, label: str, centre: float = 0.0) -> None:
-        """The part of an ellipse that lies above the height `below`: hair on a head, the dome of a hat."""
+        """The part of an ellipse above the height `below`: hair on a head, the dome of a hat."""
         edge = math.asin(max(-1.0, min(1.0, (below - centre) / ry)))
         angles = [math.pi - edge + (math.pi + 2 * edge) * k / 24 for k in range(25)]
         self.polygon([(rx * math.cos(a), centre + ry * math.sin(a)) for a in angles], colour, label)

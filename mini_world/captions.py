@@ -1,9 +1,9 @@
-"""What is said of a picture: the subject word, most of its attributes in varied wording, and always the context.
+"""Captions of drawings: the subject word, most of its attributes in varied wording, and always the context.
 
-Attributes are said in one of three ways, so that looks have directions in the text space as they have in a large one:
-in phrases ("with curly pink hair and round glasses"), as adjectives ("a curly pink face"), or folded into the subject's
-own word, whose input embedding is then the sum of the subject's and the attributes' words. The last is the drawn world's
-stand-in for what a large text encoder knows already (Textual Inversion works on it): that one vector can hold a look.
+Attributes are expressed in one of three ways: in phrases ("with curly pink hair and round glasses"), as adjectives ("a curly
+pink face"), or folded into the subject's word, whose input embedding is then the sum of the word embeddings of the subject and
+the attributes. Folding trains what a large text encoder can do already and Textual Inversion relies on: that a single embedding
+can represent an appearance.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mini_world.identities import ATTRIBUTES, Identity
 
 SUBJECT_WORDS = ("face", "cat", "dog", "art", "tree", "house", "mountain", "boat", "flower")
-# One word for each absence, because an attribute that is absent is a look as well.
+# One word for each absent attribute, because absence is part of the appearance too.
 ABSENT = {"glasses": "barefaced", "beard": "shaven", "marks": "clear", "collar": "collarless"}
 PLACE_PHRASES = {
     "plain": ("",),
@@ -49,7 +49,7 @@ MEDIUM_PHRASES = {
     "oil": ("an oil painting of",),
 }
 ARTICLES = ("a", "a", "a", "the", "my", "one", "")
-# Words that prompts may hold and captions seldom do; they only have to be whole tokens.
+# Words that prompts may contain and captions seldom do; each has to be one token.
 FURTHER_WORDS = (
     "portrait",
     "drawing",
@@ -116,11 +116,11 @@ class Caption:
 
 
 def word_of(attribute: str, value: str) -> str:
-    """The single word that says this attribute's value."""
+    """The single word for this attribute's value."""
     return ABSENT[attribute] if value == "none" else value
 
 
-def _phrases(who: Identity, named: list[str], chooser: random.Random) -> list[str]:
+def _phrases(who: Identity, named: list[str], rng: random.Random) -> list[str]:
     said = []
     if "hair_colour" in named and "hair_style" in named:
         said.append(f"{who['hair_style']} {who['hair_colour']} hair")
@@ -148,18 +148,18 @@ def _phrases(who: Identity, named: list[str], chooser: random.Random) -> list[st
             said.append("no collar" if value == "none" else f"a {value} collar")
         else:
             said.append(f"{value} coat" if name == "pattern" else value)
-    chooser.shuffle(said)
+    rng.shuffle(said)
     return said
 
 
-def _pick_attributes(who: Identity, chooser: random.Random) -> list[str]:
-    kind = chooser.random()
+def _pick_attributes(who: Identity, rng: random.Random) -> list[str]:
+    kind = rng.random()
     names = list(ATTRIBUTES[who.kind])
     if kind < 0.12:
         return []
     if kind > 0.55:
         return names
-    return [name for name in names if chooser.random() < 0.6]
+    return [name for name in names if rng.random() < 0.6]
 
 
 def write_caption(
@@ -169,31 +169,31 @@ def write_caption(
     role: str,
     medium: str,
     framing: str,
-    chooser: random.Random,
+    rng: random.Random,
 ) -> Caption:
-    """Say what is in a picture, in a wording drawn from `chooser`; every call may say it otherwise."""
+    """Describe a drawing in a random wording from `rng`."""
     style = who is not None and who.kind == "art"
-    named = _pick_attributes(who, chooser) if who is not None else []
-    way = chooser.random()
+    named = _pick_attributes(who, rng) if who is not None else []
+    way = rng.random()
     folded: tuple[str, ...] = ()
     adjectives, tail = "", ""
     if named and who is not None:
         words = [word_of(name, who[name]) for name in named]
-        chooser.shuffle(words)
+        rng.shuffle(words)
         if way < 0.35:
             folded = tuple(words)
         elif way < 0.65 or style:
             adjectives = " ".join(words)
         else:
-            tail = "with " + " and ".join(_phrases(who, named, chooser))
-    parts = [chooser.choice(MEDIUM_PHRASES[medium])]
+            tail = "with " + " and ".join(_phrases(who, named, rng))
+    parts = [rng.choice(MEDIUM_PHRASES[medium])]
     if framing == "close":
         parts.append("a close-up of")
     if style:
-        parts += [chooser.choice(ARTICLES), subject, "in the style of", adjectives, "art"]
+        parts += [rng.choice(ARTICLES), subject, "in the style of", adjectives, "art"]
     else:
-        parts += [chooser.choice(ARTICLES), adjectives, subject, tail]
-    context = [chooser.choice(ROLE_PHRASES[role]), chooser.choice(PLACE_PHRASES[place])]
+        parts += [rng.choice(ARTICLES), adjectives, subject, tail]
+    context = [rng.choice(ROLE_PHRASES[role]), rng.choice(PLACE_PHRASES[place])]
     if framing == "afar":
         context.append("from afar")
     parts += context
@@ -201,7 +201,7 @@ def write_caption(
 
 
 def all_words() -> list[str]:
-    """Every word of every caption, and the further ones: the tokenizer makes each a token of its own."""
+    """Every word of every caption, and `FURTHER_WORDS`: each is one token of the tokenizer."""
     texts = list(FURTHER_WORDS) + list(SUBJECT_WORDS) + list(ABSENT.values()) + list(ARTICLES)
     for table in (PLACE_PHRASES, ROLE_PHRASES, MEDIUM_PHRASES):
         texts += [phrase for phrases in table.values() for phrase in phrases]

@@ -1,7 +1,7 @@
-"""The image tower and the text encoder of `mini`, trained together as CLIP was, with a term for identity.
+"""Trains the image tower and the text encoder of `mini` together, as CLIP, with a loss for identity.
 
-Besides the contrast of pictures with captions, pictures of one identity in two scenes attract each other, and linear
-heads on the tower's [CLS] tokens read the attributes: they stand in for what 2 billion captioned pictures teach.
+Besides the contrastive loss of images and captions there are a contrastive loss of two images of one identity, and a
+classification of the attributes by linear heads on the tower's [CLS] tokens. They replace two billion captioned images.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import Tensor, nn
 
 from mini_world.data import WHO_KINDS, Drawings
 from mini_world.identities import ATTRIBUTES
-from mini_world.loop import draw_rows, pick_device, train
+from mini_world.loop import default_device, random_rows, train
 from mini_world.scenes import FRAMINGS, MEDIA
-from mini_world.text import WIDTH, Captioner, build_text_encoder, build_tokenizer, word_drawings
+from mini_world.text import WIDTH, CaptionEncoder, build_text_encoder, build_tokenizer, tokenize_drawings
 from mini_world.vae import to_pixels
 
 TOWER_CONFIG = {"image_size": 64, "patch_size": 8, "width": 128, "layers": 8, "heads": 4, "mlp_ratio": 4.0, "output_dim": 128}
 MEAN, STD = 0.5, 0.5
 SKETCH, AFAR = MEDIA.index("sketch"), FRAMINGS.index("afar")
-# Attribute heads of every kind, one after the other in one linear layer.
+# The attribute heads of all kinds, concatenated in one linear layer.
 HEADS = [(kind, name, len(choices)) for kind in WHO_KINDS for name, choices in ATTRIBUTES[kind].items()]
 HEAD_SIZES = [size for _, _, size in HEADS]
-ABSENT = -100  # what cross_entropy passes over
+ABSENT = -100  # the ignore_index of cross_entropy
 
 
 def build_tower() -> VisionTransformer:
-    """open_clip's vision transformer in its small configuration, not trained."""
+    """open_clip's vision transformer in a small configuration, untrained."""
     return VisionTransformer(**TOWER_CONFIG)
 
 
 def build_heads() -> nn.ModuleDict:
-    """What reads the tower and the text in training; none of it ships."""
+    """The heads on tower and text encoder that are used in training only."""
     return nn.ModuleDict(
         {
             "image": nn.Linear(128, 128, bias=False),
@@ -73,49 +73,49 @@ def attribute_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != ABSENT).sum()
 
 
-def join(*sets: Drawings) -> Drawings:
-    """Several sets of drawings as one."""
+def concatenate(*sets: Drawings) -> Drawings:
+    """Concatenate several sets of drawings."""
     return Drawings(*(numpy.concatenate([getattr(s, key) for s in sets]) for key in ("images", "labels", "facts", "values")))
 
 
 def _pairs(count: int, pairs: int, generator: torch.Generator) -> Tensor:
-    """Rows of pictures 2k and 2k + 1, which show one identity, side by side (2 · pairs,)."""
-    first = draw_rows(count // 2, pairs, generator) * 2
+    """Row numbers of random pairs 2k, 2k + 1, which show one identity, (2 · pairs,)."""
+    first = random_rows(count // 2, pairs, generator) * 2
     return torch.stack([first, first + 1], 1).flatten()
 
 
 def _identity_loss(token: Tensor, heads: nn.ModuleDict) -> Tensor:
-    """Contrast of a batch of pairs: each picture with the other one of its identity."""
+    """Contrastive loss of a batch of pairs: the positive of each image is the other one of its identity."""
     who = F.normalize(heads["who"](token).float(), dim=1)
     rows = torch.arange(len(who), device=who.device)
-    alike = (who @ who.T / 0.1).masked_fill(torch.eye(len(who), dtype=torch.bool, device=who.device), -1e4)
-    return F.cross_entropy(alike, rows ^ 1)
+    similarity = (who @ who.T / 0.1).masked_fill(torch.eye(len(who), dtype=torch.bool, device=who.device), -1e4)
+    return F.cross_entropy(similarity, rows ^ 1)
 
 
-def train_clip(folder: Path, drawings: Drawings, *, steps: int, pairs: int, wordings: int):
-    """Train tokenizer, text encoder and tower on pictures that come in pairs (2k, 2k + 1) of one identity.
+def train_clip(folder: Path, drawings: Drawings, *, steps: int, pairs: int, captions_per_image: int):
+    """Train text encoder and tower on drawings in pairs (2k, 2k + 1) of one identity; returns the tokenizer too.
 
-    `wordings`: of each picture.
+    `captions_per_image`: variants of each drawing's caption.
     """
-    device = pick_device()
+    device = default_device()
     torch.manual_seed(2)
     tokenizer = build_tokenizer(folder / "base" / "tokenizer")
     text_encoder, tower = build_text_encoder(tokenizer), build_tower()
-    captioner = Captioner(text_encoder)
+    caption_encoder = CaptionEncoder(text_encoder)
     heads = build_heads()
     images = torch.from_numpy(drawings.images).to(device)
-    captions = word_drawings(drawings, tokenizer, wordings).to(device)
-    # Nobody can tell the colours of a sketch, nor the eyes of somebody far away.
+    captions = tokenize_drawings(drawings, tokenizer, captions_per_image).to(device)
+    # A sketch has no colours, and a subject far away no visible eyes.
     unclear = (drawings.facts[:, 3] == SKETCH) | (drawings.facts[:, 4] == AFAR)
     targets = attribute_targets(drawings).masked_fill(torch.from_numpy(unclear)[:, None], ABSENT).to(device)
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = _pairs(len(images), pairs, generator)
         tokens = class_tokens(tower, to_pixels(images[rows]))
-        _, ends = captioner(captions[rows * wordings + draw_rows(wordings, len(rows), generator)])
-        seen = F.normalize(heads["image"](tokens[-1]).float(), dim=1)
-        said = F.normalize(heads["text"](ends).float(), dim=1)
-        logits = seen @ said.T / 0.06
+        _, ends = caption_encoder(captions[rows * captions_per_image + random_rows(captions_per_image, len(rows), generator)])
+        image_embeds = F.normalize(heads["image"](tokens[-1]).float(), dim=1)
+        text_embeds = F.normalize(heads["text"](ends).float(), dim=1)
+        logits = image_embeds @ text_embeds.T / 0.06
         same = torch.arange(len(rows), device=device)
         contrast = 0.5 * (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same))
         identity = _identity_loss(tokens[-1], heads)
@@ -128,8 +128,8 @@ def train_clip(folder: Path, drawings: Drawings, *, steps: int, pairs: int, word
 
 
 def train_tower(folder: Path, drawings: Drawings, tower: VisionTransformer, heads: nn.ModuleDict, *, steps: int, pairs: int):
-    """Go on with the tower alone once the text encoder is fixed: shapes are what a small transformer learns last."""
-    device = pick_device()
+    """Train the tower further with a fixed text encoder: a small transformer learns shapes last."""
+    device = default_device()
     images = torch.from_numpy(drawings.images).to(device)
     targets = attribute_targets(drawings).to(device)
 
@@ -145,7 +145,7 @@ def train_tower(folder: Path, drawings: Drawings, tower: VisionTransformer, head
 
 @torch.no_grad()
 def probe(tower: VisionTransformer, heads: nn.ModuleDict, drawings: Drawings) -> dict[str, float]:
-    """Accuracy of the attribute heads on the last [CLS] token, by attribute, and retrieval of the pair's other picture."""
+    """Accuracy of each attribute head on the last [CLS] token, and of retrieving the pair's other image."""
     tokens = torch.cat([class_tokens(tower, to_pixels(part))[-1] for part in torch.from_numpy(drawings.images).split(128)])
     logits = heads["attributes"][3](tokens).split(HEAD_SIZES, 1)
     result = {}
@@ -154,6 +154,6 @@ def probe(tower: VisionTransformer, heads: nn.ModuleDict, drawings: Drawings) ->
         if some.any():
             result[f"{kind}.{name}"] = round(float((part.argmax(1) == target)[some].float().mean()), 3)
     who = F.normalize(heads["who"](tokens), dim=1)
-    alike = (who[0::2] @ who[1::2].T).argmax(1)
-    result["retrieval"] = round(float((alike == torch.arange(len(alike))).float().mean()), 3)
+    similarity = (who[0::2] @ who[1::2].T).argmax(1)
+    result["retrieval"] = round(float((similarity == torch.arange(len(similarity))).float().mean()), 3)
     return result

@@ -1,4 +1,4 @@
-"""Drawn once, kept in an ignored folder: pictures as bytes, and everything they show as small integers."""
+"""Sets of drawings, cached in `.mini`: images as bytes, and what they show as small integers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHUNK = 2000
 
 @dataclass
 class Drawings:
-    """A set of drawings held in memory; row i of every array is picture i.
+    """A set of drawings in memory; row i of every array is drawing i.
 
     images (N, 64, 64, 3) uint8; labels (N, 64, 64) uint8; facts (N, 6) int8: subject, place, role, medium, framing and
     the identity's kind (-1: none); values (N, 7) int8: attribute values as positions in ATTRIBUTES, -1 where there is none.
@@ -36,12 +36,12 @@ class Drawings:
     def __len__(self) -> int:
         return len(self.images)
 
-    def pick(self, rows) -> Drawings:
-        """Some of them: a slice, or an array of row numbers."""
+    def select(self, rows) -> Drawings:
+        """A subset: a slice, or an array of row numbers."""
         return Drawings(self.images[rows], self.labels[rows], self.facts[rows], self.values[rows])
 
     def identity(self, row: int) -> Identity | None:
-        """Who picture `row` shows (without the shift of its colours, which no caption speaks of)."""
+        """The identity in drawing `row`, without its colour shift, which captions do not mention."""
         kind = int(self.facts[row, 5])
         if kind < 0:
             return None
@@ -49,11 +49,11 @@ class Drawings:
         values = {a: ATTRIBUTES[name][a][int(v)] for a, v in zip(ATTRIBUTES[name], self.values[row], strict=False)}
         return Identity(name, values, 0)
 
-    def caption(self, row: int, chooser: random.Random) -> Caption:
-        """One wording of what picture `row` shows."""
+    def caption(self, row: int, rng: random.Random) -> Caption:
+        """A random caption of drawing `row`."""
         subject, place, role, medium, framing, _ = (int(v) for v in self.facts[row])
         scene = (PLACES[place], ROLES[role], MEDIA[medium], FRAMINGS[framing])
-        return write_caption(SUBJECTS[subject], self.identity(row), *scene, chooser)
+        return write_caption(SUBJECTS[subject], self.identity(row), *scene, rng)
 
 
 def _draw_chunk(arguments: tuple) -> Drawings:
@@ -66,12 +66,12 @@ def _draw_chunk(arguments: tuple) -> Drawings:
         numpy.full((count, MAXIMUM_ATTRIBUTES), -1, numpy.int8),
     )
     for row, index in enumerate(range(start, stop)):
-        picture = sample(index, **options)
-        drawn.images[row] = numpy.asarray(picture.image)
-        drawn.labels[row] = picture.labels
-        scene, who = picture.scene, picture.who
+        drawing = sample(index, **options)
+        drawn.images[row] = numpy.asarray(drawing.image)
+        drawn.labels[row] = drawing.labels
+        scene, who = drawing.scene, drawing.who
         drawn.facts[row] = (
-            SUBJECTS.index(picture.subject),
+            SUBJECTS.index(drawing.subject),
             PLACES.index(scene.place),
             ROLES.index(scene.role),
             MEDIA.index(scene.medium),
@@ -85,7 +85,7 @@ def _draw_chunk(arguments: tuple) -> Drawings:
 
 
 def load_drawings(folder: Path, name: str, count: int, **options) -> Drawings:
-    """Draw `count` pictures, or read them back where they were drawn before; `options` go to `world.sample`."""
+    """Draw `count` images, or load them if they were drawn before; `options` go to `world.sample`."""
     path = folder / "drawings" / f"{name}-{count}.npz"
     if path.exists():
         with numpy.load(path) as stored:

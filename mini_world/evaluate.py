@@ -1,4 +1,4 @@
-"""What every method keeps of a held-out identity and of the prompt, read by the judge: the tables of docs/mini.md."""
+"""Measures how much of a held-out identity and of the prompt each method keeps: the tables of docs/mini.md."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from e4t_cli.training.tuning import tune
 from mini_world.clip import HEADS
 from mini_world.data import SUBJECTS
 from mini_world.identities import ATTRIBUTES, Identity, draw_identity
-from mini_world.judge import CONTEXT_NAMES, Judge, read
+from mini_world.judge import CONTEXT_NAMES, Judge, classify
 from mini_world.scenes import FRAMINGS, MEDIA, PLACES, ROLES
-from mini_world.world import Picture, Scene, draw
+from mini_world.world import Drawing, Scene, draw
 
 VALUES = {"subject": SUBJECTS, "place": PLACES, "role": ROLES, "medium": MEDIA, "framing": FRAMINGS}
-# Each prompt with the scene that it asks for; only what differs from a plain photograph is asked of the judge.
+# Each prompt with its scene; the judge classifies only what differs from a plain photo.
 SUBJECT_PROMPTS: tuple[tuple[str, Scene], ...] = (
     ("a photo of S* on the beach", Scene(place="beach")),
     ("S* in the city", Scene(place="city")),
@@ -48,7 +48,7 @@ ART_PROMPTS: tuple[tuple[str, Scene, str], ...] = tuple(
 
 @dataclass(frozen=True)
 class Task:
-    """One prompt, the scene it asks for, and for styles the thing it names."""
+    """One prompt, its scene, and for styles the thing it names."""
 
     prompt: str
     scene: Scene
@@ -56,19 +56,19 @@ class Task:
 
 
 def tasks_of(kind: str) -> list[Task]:
-    """The prompts that a domain is judged on."""
+    """The prompts that a domain is evaluated on."""
     return [Task(*row) for row in (ART_PROMPTS if kind == "art" else SUBJECT_PROMPTS)]
 
 
 @dataclass
 class Scores:
-    """Shares of right answers, one row an identity and one column a task."""
+    """Shares of correct classifications, one row per identity and one column per task."""
 
     identity: numpy.ndarray
     prompt: numpy.ndarray
 
     def summary(self) -> dict[str, float]:
-        """Means, and half of the 95 % interval of each over identities."""
+        """Means over identities, and half of their 95 % intervals."""
         result = {}
         for name in ("identity", "prompt"):
             rows = getattr(self, name).mean(1)
@@ -77,30 +77,30 @@ class Scores:
         return result
 
 
-def held_out_photos(kind: str, count: int, seed: int) -> list[Picture]:
-    """One plain photograph each of `count` held-out identities."""
+def held_out_photos(kind: str, count: int, seed: int) -> list[Drawing]:
+    """One plain photo each of `count` held-out identities."""
     photos = []
     for number in range(count):
-        chooser = random.Random(f"photo {kind} {seed} {number}")
-        photos.append(draw(draw_identity(kind, chooser, held_out=True), Scene(), chooser))
+        rng = random.Random(f"photo {kind} {seed} {number}")
+        photos.append(draw(draw_identity(kind, rng, held_out=True), Scene(), rng))
     return photos
 
 
-def prepared_photo(photo: Picture) -> PreparedImage:
-    """A held-out photograph as the domain would prepare it, with its mask where the subject has one."""
+def prepared_photo(photo: Drawing) -> PreparedImage:
+    """A held-out photo as the domain would prepare it, with the mask of its subject; styles have none."""
     mask = Image.fromarray((photo.mask() * 255).astype("uint8")) if photo.who and photo.who.kind != "art" else None
     return PreparedImage(image=photo.image, mask=mask)
 
 
 def pixels_of(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures as the judge takes them, (B, 3, 64, 64) in [-1, 1]."""
+    """Images as a tensor (B, 3, 64, 64) in [-1, 1]."""
     arrays = numpy.stack([numpy.asarray(image) for image in images])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def score(judge: Judge, who: Identity, tasks: Sequence[Task], images: Sequence[Image.Image]) -> tuple[list[float], list[float]]:
-    """Share of the identity's attributes, and of the prompt's context words, that the judge reads in each picture."""
-    values, scenes = read(judge, pixels_of(images))
+    """Shares of the identity's attributes and of the prompt's context words that the judge finds in each image."""
+    values, scenes = classify(judge, pixels_of(images))
     heads = [(k, name) for k, (kind, name, _) in enumerate(HEADS) if kind == who.kind]
     identity, prompt = [], []
     for row, task in enumerate(tasks):
@@ -115,30 +115,30 @@ def score(judge: Judge, who: Identity, tasks: Sequence[Task], images: Sequence[I
 
 
 def generate(model, tuned: TunedModel, tasks: Sequence[Task], seed: int, sampling: SamplingConfig) -> list[Image.Image]:
-    """One picture a task."""
+    """One image per task."""
     prompts = [parse_prompt(task.prompt) for task in tasks]
     return list(sample(model, tuned, prompts, [seed + k for k in range(len(tasks))], sampling, batch=len(tasks)))
 
 
-def draw_answers(who: Identity, tasks: Sequence[Task], seed: int) -> list[Image.Image]:
-    """What a perfect method would make: the identity itself, drawn in each scene."""
-    chooser = random.Random(f"answers {seed}")
-    return [draw(who, task.scene, chooser, thing=task.thing).image for task in tasks]
+def draw_references(who: Identity, tasks: Sequence[Task], seed: int) -> list[Image.Image]:
+    """The result of a perfect method: the identity, drawn in each scene."""
+    rng = random.Random(f"answers {seed}")
+    return [draw(who, task.scene, rng, thing=task.thing).image for task in tasks]
 
 
-def dreambooth_pack(model, pack: DomainWeights, word: str = "sks") -> DomainWeights:
-    """DreamBooth's setting in the same loop: a rare word in front of the descriptor, no offsets, the U-Net alone learns."""
+def dreambooth_weights(model, pretrained: DomainWeights, word: str = "sks") -> DomainWeights:
+    """DreamBooth in the same loop: a rare word before the descriptor, no offsets; only the U-Net is trained."""
     import dataclasses
 
     rare = model.word_embedding(model.descriptor_id(word))
-    own = model.word_embedding(model.descriptor_id(pack.descriptor))
-    templates = tuple(template.replace("{}", "{} " + pack.descriptor) for template in pack.templates)
-    encoder = FixedEmbedding((rare - own) / pack.embedding_scale)
-    return dataclasses.replace(pack, encoder=encoder, offsets={}, templates=templates)
+    own = model.word_embedding(model.descriptor_id(pretrained.descriptor))
+    templates = tuple(template.replace("{}", "{} " + pretrained.descriptor) for template in pretrained.templates)
+    encoder = FixedEmbedding((rare - own) / pretrained.embedding_scale)
+    return dataclasses.replace(pretrained, encoder=encoder, offsets={}, templates=templates)
 
 
-def dreambooth_recipe(config: TuningConfig, steps: int, rate: float) -> TuningConfig:
-    """The same loop, mask and batch, with only the U-Net in training."""
+def dreambooth_config(config: TuningConfig, steps: int, rate: float) -> TuningConfig:
+    """The same loop, mask and batch; only the U-Net is trained."""
     return config.replace(
         steps=steps, base_learning_rate=rate / config.batch_size, encoder_rate=0.0, offsets_rate=0.0, unet_rate=1.0
     )
@@ -151,14 +151,14 @@ def run_method(
     model,
     judge: Judge,
     kind: str,
-    photos: Sequence[Picture],
+    photos: Sequence[Drawing],
     method: Method,
     sampling: SamplingConfig,
     *,
     rare: bool = False,
     seed: int = 0,
 ) -> Scores:
-    """Score one method on every photo; `rare`: its placeholder stands before the descriptor, as in DreamBooth."""
+    """Score one method on every photo; `rare`: the placeholder is followed by the descriptor, as in DreamBooth."""
     tasks = tasks_of(kind)
     identity, prompt = [], []
     for number, photo in enumerate(photos):
@@ -174,26 +174,26 @@ def run_method(
     return Scores(numpy.array(identity), numpy.array(prompt))
 
 
-def tuned_method(model, pack: DomainWeights, config: TuningConfig, *, autocast: bool = False) -> Method:
-    """The method itself, or any baseline that is a pack and a recipe."""
-    return lambda prepared, seed: tune(model, pack, prepared, config, seed=seed, autocast=autocast)
+def tuned_method(model, pretrained: DomainWeights, config: TuningConfig, *, autocast: bool = False) -> Method:
+    """Tuning with the given domain weights and config: the method, or a baseline."""
+    return lambda prepared, seed: tune(model, pretrained, prepared, config, seed=seed, autocast=autocast)
 
 
 def plain_method(model, descriptor: str) -> Method:
-    """The base with the plain word."""
+    """The base with the plain word, without personalization."""
     plain = TunedModel.plain(model, descriptor)
     return lambda prepared, seed: plain
 
 
-def drawn_scores(judge: Judge, kind: str, photos: Sequence[Picture], *, other: bool = False) -> Scores:
-    """The ceiling: drawings of the identity itself; with `other`, of the next photo's identity instead."""
+def drawn_scores(judge: Judge, kind: str, photos: Sequence[Drawing], *, other: bool = False) -> Scores:
+    """The maximum: drawings of the identity; with `other`, of the next photo's identity instead."""
     tasks = tasks_of(kind)
     identity, prompt = [], []
     for number, photo in enumerate(photos):
         assert photo.who is not None
-        shown = photos[(number + 1) % len(photos)].who if other else photo.who
-        assert shown is not None
-        a, b = score(judge, photo.who, tasks, draw_answers(shown, tasks, number))
+        drawn = photos[(number + 1) % len(photos)].who if other else photo.who
+        assert drawn is not None
+        a, b = score(judge, photo.who, tasks, draw_references(drawn, tasks, number))
         identity.append(a)
         prompt.append(b)
     return Scores(numpy.array(identity), numpy.array(prompt))

@@ -1,4 +1,4 @@
-"""The pictures in examples/: held-out identities, enlarged so that they can be looked at."""
+"""Writes the images in examples/: held-out identities, enlarged."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ EXAMPLES = (
 )  # fmt: skip
 
 DOGS = 200
-"""Drawings in examples/dogs, of dogs that are not held out: a domain to pre-train at home."""
+"""Number of drawings in examples/dogs, of dogs that are not held out, for `e4t pretrain`."""
 
 
 def write_examples(folder: Path = Path("examples")) -> None:
-    """Draw them again; the same pictures every time."""
+    """Write all example images; the result is the same every time."""
     folder.mkdir(exist_ok=True)
     for name, kind, number in EXAMPLES:
         photo = held_out_photos(kind, number + 1, seed=123)[number]
@@ -28,6 +28,6 @@ def write_examples(folder: Path = Path("examples")) -> None:
     dogs = folder / "dogs"
     dogs.mkdir(exist_ok=True)
     for number in range(DOGS):
-        # Pictures 2k and 2k + 1 show the same dog: one of each.
-        picture = sample(2 * number, seed=77, kind="dog", portrait=True)
-        picture.image.save(dogs / f"dog-{number:03d}.png", optimize=True)
+        # Drawings 2k and 2k + 1 show the same dog: use one of them.
+        drawing = sample(2 * number, seed=77, kind="dog", portrait=True)
+        drawing.image.save(dogs / f"dog-{number:03d}.png", optimize=True)

@@ -1,7 +1,7 @@
-"""Who is drawn: identities as tuples of attributes, the words for them, and the split into train and held out.
+"""Identities as combinations of attributes, and the split into training and held-out identities.
 
-An identity is a combination of attribute values plus a small shift of its colours. Held-out combinations are chosen by
-a hash of the values, so that no training, of any part, ever draws one.
+An identity is a combination of attribute values plus a small colour shift. Held-out combinations are selected by a hash of the
+values; they are in no training set.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ LIGHT: dict[str, Colour] = {
     "peach": (255, 196, 140),
 }
 
-# Every attribute of every kind of subject, with its values. The order is part of the split: never change it.
+# Every attribute of every kind of subject, with its values. The split depends on the order: never change it.
 ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     "face": {
         "skin": tuple(SKIN),
@@ -97,7 +97,7 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Identity:
-    """One subject: its kind ("face", …), its attribute values, and a seed for the shift of its colours."""
+    """One subject: its kind ("face", …), its attribute values, and a seed for its colour shift."""
 
     kind: str
     values: Mapping[str, str]
@@ -107,23 +107,23 @@ class Identity:
         return self.values[attribute]
 
     def tint(self, colour: Colour, what: str, amount: int = 10) -> Colour:
-        """The named colour as this one has it: shifted by at most `amount` of 255 a channel."""
-        chooser = random.Random(f"{self.shift} {what}")
-        return tuple(max(0, min(255, c + chooser.randint(-amount, amount))) for c in colour)  # type: ignore[return-value]
+        """The colour with this identity's shift of at most `amount` of 255 per channel."""
+        rng = random.Random(f"{self.shift} {what}")
+        return tuple(max(0, min(255, c + rng.randint(-amount, amount))) for c in colour)  # type: ignore[return-value]
 
 
 def is_held_out(kind: str, values: Mapping[str, str]) -> bool:
-    """Whether this combination belongs to the one in eight that no training ever draws."""
+    """Whether this combination is held out of all training sets; one in eight is."""
     text = kind + "|" + "|".join(values[name] for name in ATTRIBUTES[kind])
     return hashlib.sha256(text.encode()).digest()[0] < 32
 
 
-def draw_identity(kind: str, chooser: random.Random, *, held_out: bool) -> Identity:
-    """A random identity from one side of the split; absences ("none") are half of their attribute's draws."""
+def draw_identity(kind: str, rng: random.Random, *, held_out: bool) -> Identity:
+    """A random identity of one side of the split; "none" is about half of the draws where it is possible."""
     while True:
         values = {}
         for name, choices in ATTRIBUTES[kind].items():
-            absent = choices[0] == "none" and chooser.random() < 0.4
-            values[name] = "none" if absent else chooser.choice(choices)
+            absent = choices[0] == "none" and rng.random() < 0.4
+            values[name] = "none" if absent else rng.choice(choices)
         if is_held_out(kind, values) == held_out:
-            return Identity(kind, values, chooser.getrandbits(32))
+            return Identity(kind, values, rng.getrandbits(32))

@@ -1,8 +1,7 @@
-"""The judge: a convolutional network that reads from a picture who is in it and what is around.
+"""The judge: a convolutional network that classifies the identity's attributes and the context in an image.
 
-It is trained on drawings only, shares nothing with the encoder's tower, and answers per attribute and per context word.
-Drawings are blurred, noised and passed through the autoencoder in training, so that a generated picture is judged for
-what it shows and not for how it was made.
+It is trained on drawings only and shares nothing with the encoder's image tower. In training, drawings are blurred, noised and
+passed through the VAE, so that the typical artifacts of generated images do not change the classification.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from mini_world.clip import ABSENT, HEAD_SIZES, HEADS, attribute_loss, attribute_targets
 from mini_world.data import SUBJECTS, Drawings
-from mini_world.loop import draw_rows, pick_device, train
+from mini_world.loop import default_device, random_rows, train
 from mini_world.scenes import FRAMINGS, MEDIA, PLACES, ROLES
 from mini_world.vae import to_pixels
 
@@ -45,8 +44,8 @@ class Judge(nn.Module):
         return self.attributes(hidden), self.context(hidden)
 
 
-def _worsen(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur, noise, contrast and a small shift, each sample by its own amount."""
+def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Augmentation: blur, contrast and noise of a random amount per sample, and a small shift of the batch."""
     batch = len(pixels)
     device = generator.device
     amount = torch.rand(batch, 4, generator=generator, device=device)[..., None, None, None]
@@ -55,13 +54,13 @@ def _worsen(pixels: Tensor, generator: torch.Generator) -> Tensor:
     mixed = torch.lerp(pixels, soft, (amount[:, 0] * 1.6 - 0.6).clamp(0, 1))
     noise = torch.randn(pixels.shape, generator=generator, device=device)
     mixed = mixed * (0.85 + 0.3 * amount[:, 1]) + 0.08 * amount[:, 2] * noise
-    dx, dy = (draw_rows(5, 2, generator) - 2).tolist()
+    dx, dy = (random_rows(5, 2, generator) - 2).tolist()
     return torch.roll(mixed, (dy, dx), (2, 3))
 
 
 def train_judge(folder: Path, drawings: Drawings, vae: AutoencoderKL | None, *, steps: int, batch: int = 64) -> Judge:
-    """Train on drawings that no network of `mini` is judged with."""
-    device = pick_device()
+    """Train on drawings (a separate set); one image in 16 goes through the VAE."""
+    device = default_device()
     torch.manual_seed(5)
     judge = Judge()
     images = torch.from_numpy(drawings.images).to(device)
@@ -69,24 +68,24 @@ def train_judge(folder: Path, drawings: Drawings, vae: AutoencoderKL | None, *, 
     facts = torch.from_numpy(drawings.facts[:, :5].astype(numpy.int64)).to(device)
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = draw_rows(len(images), batch, generator)
+        rows = random_rows(len(images), batch, generator)
         pixels = to_pixels(images[rows])
         if vae is not None:
             with torch.no_grad():
                 some = batch // 16
                 pixels[:some] = vae.decode(vae.encode(pixels[:some]).latent_dist.mean).sample.float()
-        attributes, context = judge(_worsen(pixels, generator))
+        attributes, context = judge(_augment(pixels, generator))
         parts = context.float().split(CONTEXT_SIZES, 1)
-        seen = sum(F.cross_entropy(part, facts[rows, k]) for k, part in enumerate(parts))
-        return {"attributes": attribute_loss(attributes, targets[rows]), "context": 0.2 * seen}
+        context_loss = sum(F.cross_entropy(part, facts[rows, k]) for k, part in enumerate(parts))
+        return {"attributes": attribute_loss(attributes, targets[rows]), "context": 0.2 * context_loss}
 
     train("judge", folder, {"judge": judge}, loss_of_step, steps=steps, learning_rate=2e-3, average=None)
     return judge
 
 
 @torch.no_grad()
-def read(judge: Judge, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """What the judge sees: attribute values (B, heads) and context values (B, 5), as positions."""
+def classify(judge: Judge, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The predicted attribute values (B, heads) and context values (B, 5), as indices."""
     parts = [judge(part.to(next(judge.parameters()).device)) for part in pixels.split(128)]
     attributes = torch.cat([part[0] for part in parts]).cpu()
     context = torch.cat([part[1] for part in parts]).cpu()
@@ -96,8 +95,8 @@ def read(judge: Judge, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(judge: Judge, drawings: Drawings) -> dict[str, float]:
-    """Share of right answers on held-out drawings, per attribute and per part of the context."""
-    values, scene = read(judge, to_pixels(torch.from_numpy(drawings.images)))
+    """Accuracy on held-out drawings, per attribute and per part of the context."""
+    values, scene = classify(judge, to_pixels(torch.from_numpy(drawings.images)))
     result = {}
     for k, ((kind, name, _), target) in enumerate(zip(HEADS, attribute_targets(drawings).unbind(1), strict=True)):
         some = target != ABSENT

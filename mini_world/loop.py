@@ -1,4 +1,4 @@
-"""One training loop for every network of `mini`: resumable at any moment, the same batches whether stopped or not."""
+"""The training loop for every network of `mini`, with resume: the batches do not depend on interruptions."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from e4t_cli.nn.precision import PrecisionPolicy, half_precision
 
 
-def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
+def default_device() -> torch.device:
+    """CUDA if available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def draw_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """`size` row numbers below `count`, on the generator's device."""
+def random_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """`size` random row numbers below `count`, on the generator's device."""
     return torch.randint(count, (size,), generator=generator, device=generator.device)
 
 
 def process_rank() -> tuple[int, int]:
-    """This process's number and how many train together: under torchrun each takes a share of every batch."""
+    """Rank and world size under torchrun, else (0, 1); every process computes its part of each batch."""
     if "RANK" not in os.environ:
         return 0, 1
     if not torch.distributed.is_initialized():
@@ -51,14 +51,14 @@ def train(
     groups: Iterable[dict] | None = None,
     save_every_seconds: float = 90.0,
 ) -> dict[str, nn.Module]:
-    """Train `modules` for `steps` steps of AdamW under a cosine schedule, in bf16 where the device multiplies it.
+    """Train `modules` for `steps` steps of AdamW with a cosine schedule, with bf16 autocast where the device has it.
 
-    `loss_of_step(step, generator)` gives the parts of the loss, their sum is minimised; all its randomness must come from the
-    generator, which is on the device and seeded by `seed`, step and process. `average`: the decay of an exponential moving
-    average that is returned in place of the last weights. Progress goes to `<folder>/<name>.jsonl`, state to
-    `<folder>/<name>.pt`.
+    `loss_of_step(step, generator)` returns the terms of the loss, whose sum is minimized. All its random numbers must come from
+    the generator, which is on the device and seeded by `seed`, step and process. `average`: the decay of an exponential moving
+    average, which is returned in place of the last weights. Progress is logged to `<folder>/<name>.jsonl`, the training state
+    is saved in `<folder>/<name>.pt`.
     """
-    device = pick_device()
+    device = default_device()
     bundle = nn.ModuleDict(modules).to(device)
     if device.type == "cuda":
         bundle.to(memory_format=torch.channels_last)
@@ -108,7 +108,7 @@ def train(
         factor = min(1.0, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group, rate in zip(optimiser.param_groups, peak, strict=True):
             group["lr"] = rate * factor
-        # On the CPU the fused attention kernels are slow backwards: plain matrix products train the tower 1.5x faster.
+        # On the CPU the fused attention kernels have a slow backward pass: unfused attention trains the tower 1.5x faster.
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
             with half_precision(device, PrecisionPolicy.resolve(device, loss_scaling=False).half):
                 parts = loss_of_step(step, generator)
@@ -125,7 +125,7 @@ def train(
             decay = min(average or 0.0, (step + 1) / (step + 10))
             torch._foreach_lerp_(shadow, [p.detach() for p in parameters], 1 - decay)
         for key, value in parts.items():
-            sums[key] = sums.get(key, 0.0) + value.detach()  # read every 50 steps: a GPU has to stop for it
+            sums[key] = sums.get(key, 0.0) + value.detach()  # read every 50 steps, because reading synchronizes the GPU
         if (step + 1) % 50 == 0:
             means = {key: round(value.item() / 50, 5) for key, value in sums.items()}
             spent += time.monotonic() - started
@@ -144,6 +144,6 @@ def train(
         with torch.no_grad():
             for parameter, smooth in zip(parameters, shadow, strict=True):
                 parameter.copy_(smooth)
-    # Files take no other order of a weight's numbers.
+    # safetensors stores contiguous tensors only.
     bundle.to(memory_format=torch.contiguous_format).eval()
     return modules

@@ -1,4 +1,4 @@
-"""The face parser of `mini`: transformers' SegFormer, taught on exact label maps."""
+"""Trains the face parser of `mini`, transformers' SegFormer, on exact label maps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from mini_world.canvas import LABELS
 from mini_world.data import Drawings
-from mini_world.loop import draw_rows, pick_device, train
+from mini_world.loop import default_device, random_rows, train
 from mini_world.vae import to_pixels
 
 
 def train_parser(folder: Path, drawings: Drawings, *, steps: int, batch: int = 16) -> SegformerForSemanticSegmentation:
-    """Train on drawings with their label maps; logits come at a quarter of the picture's size."""
-    device = pick_device()
+    """Train on drawings with their label maps; logits have a quarter of the image's side."""
+    device = default_device()
     torch.manual_seed(4)
     config = SegformerConfig(
         num_encoder_blocks=3,
@@ -38,7 +38,7 @@ def train_parser(folder: Path, drawings: Drawings, *, steps: int, batch: int = 1
     images, labels = (torch.from_numpy(part).to(device) for part in (drawings.images, drawings.labels))
 
     def loss_of_step(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = draw_rows(len(images), batch, generator)
+        rows = random_rows(len(images), batch, generator)
         logits = parser(pixel_values=to_pixels(images[rows])).logits.float()
         logits = F.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False)
         return {"loss": F.cross_entropy(logits, labels[rows].long())}
@@ -48,8 +48,8 @@ def train_parser(folder: Path, drawings: Drawings, *, steps: int, batch: int = 1
 
 
 @torch.no_grad()
-def overlap(parser: SegformerForSemanticSegmentation, drawings: Drawings) -> float:
-    """Intersection over union of the head (skin to glasses and beard) on held-out drawings."""
+def head_iou(parser: SegformerForSemanticSegmentation, drawings: Drawings) -> float:
+    """Intersection over union of the head (skin, hair, eyes, mouth, glasses, beard) on held-out drawings."""
     heads = torch.tensor([LABELS.index(name) for name in ("skin", "hair", "eyes", "mouth", "glasses", "beard")])
     inter = union = 0
     for images, labels in zip(

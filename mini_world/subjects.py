@@ -1,4 +1,4 @@
-"""How faces, cats and dogs look: each drawn around its head in local units (the head is 1 wide on either side)."""
+"""Draws faces, cats, dogs and things, in local units around the head (which extends 1 to each side)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ COLLAR: dict[str, Colour] = {"red": (220, 30, 40), "blue": (40, 80, 220)}
 
 
 def draw_body(pen: Pen, colour: Colour, skin: Colour) -> None:
-    """Neck and shoulders; the body goes on to the lower edge of the picture."""
+    """Neck and shoulders; the body continues to the lower edge of the image."""
     pen.rectangle(-1.05, 2.4, 1.05, 8.0, colour, "cloth")
     pen.ellipse(0, 2.5, 1.6, 1.1, colour, "cloth")
     pen.rectangle(-0.36, 0.8, 0.36, 1.55, shade(skin, 0.86), "skin")
 
 
 def draw_face(pen: Pen, who: Identity, garment: Colour) -> None:
-    """A face with everything that makes its identity; garments and hats are the context's."""
+    """A face with all attributes of its identity; garments and hats belong to the context."""
     skin = who.tint(SKIN[who["skin"]], "skin")
     hair = who.tint(HAIR[who["hair_colour"]], "hair")
     style = who["hair_style"]
@@ -114,7 +114,7 @@ def _draw_glasses(pen: Pen, kind: str) -> None:
 
 
 def _fur(who: Identity) -> tuple[Colour, Colour]:
-    """The coat and the colour of its markings, which stand out on it."""
+    """The colours of the coat and of its markings."""
     coat = who.tint(FUR[who["fur"]], "fur")
     light = sum(coat) > 330
     return coat, (shade(coat, 0.45) if light else (236, 226, 206))
@@ -170,7 +170,7 @@ def draw_cat(pen: Pen, who: Identity) -> None:
 
 
 def draw_dog(pen: Pen, who: Identity) -> None:
-    """A dog from the front: a muzzle and a big nose where the cat has whiskers."""
+    """A dog from the front, with a muzzle and a big nose."""
     coat, marking = _fur(who)
     pen.ellipse(0, 2.7, 1.25, 1.6, coat, "animal")
     pen.rectangle(-1.25, 2.7, 1.25, 8.0, coat, "animal")
@@ -213,12 +213,12 @@ def _draw_collar(pen: Pen, kind: str, y: float) -> None:
     pen.ellipse(0, y + 0.34, 0.17, 0.17, (255, 216, 60), "animal")
 
 
-def draw_thing(pen: Pen, thing: str, chooser: random.Random) -> None:
+def draw_thing(pen: Pen, thing: str, rng: random.Random) -> None:
     """A simple subject for styles: tree, house, mountain, boat or flower, about two units high."""
     if thing == "tree":
         pen.rectangle(-0.22, 0.5, 0.22, 1.7, (98, 64, 36))
         for x, y, r in ((-0.55, 0.1, 0.7), (0.55, 0.1, 0.7), (0, -0.6, 0.85)):
-            pen.ellipse(x, y, r, r, (40 + chooser.randint(0, 30), 140, 50))
+            pen.ellipse(x, y, r, r, (40 + rng.randint(0, 30), 140, 50))
     elif thing == "house":
         pen.rectangle(-1.1, -0.1, 1.1, 1.5, (226, 204, 164))
         pen.polygon([(-1.4, -0.1), (0, -1.3), (1.4, -0.1)], (188, 56, 44))

@@ -1,4 +1,4 @@
-"""The tokenizer and the text encoder of `mini`, and captions whose attributes are folded into the subject's word."""
+"""The tokenizer and the text encoder of `mini`, and tokenized captions with folded attributes (see captions.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ END_OF_WORD = "</w>"
 
 
 def _byte_letters() -> list[str]:
-    """The 256 printable letters that byte-level BPE writes bytes with (the convention of GPT-2 and CLIP)."""
+    """The 256 printable characters that stand for bytes in byte-level BPE (the convention of GPT-2 and CLIP)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in plain]
     letters += [chr(256 + k) for k in range(256 - len(plain))]
@@ -42,10 +42,10 @@ def _merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write and load a byte-pair tokenizer in which every word of the drawn world is one token.
+    """Write and load a byte-pair tokenizer in which every word of the captions is one token.
 
-    Words are added one by one; each adds, at the end of the ranks, just the merges that it still needs, so that no later
-    word changes how an earlier one is split. Any other word falls apart into shorter pieces.
+    Words are added one by one. Each appends only the merges that it still needs, so that no later word changes how an earlier
+    one is split. Any other word is split into shorter tokens.
     """
     letters = _byte_letters()
     ranks: dict[tuple[str, str], int] = {}
@@ -74,7 +74,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text encoder of four layers, not trained."""
+    """A CLIP text encoder of four layers, untrained."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -92,11 +92,11 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 @dataclass(frozen=True)
-class Wordings:
-    """Captions as numbers; row i of every tensor is caption i.
+class TokenizedCaptions:
+    """Tokenized captions; row i of every tensor is caption i.
 
-    ids (N, LENGTH): tokens; ends (N,): where the end token stands; subjects (N,): where the subject's word stands; folded
-    (N, MAXIMUM_ATTRIBUTES): the words whose embeddings are added to it, NO_WORD where there is none.
+    ids (N, LENGTH): token ids; ends (N,): position of the end token; subjects (N,): position of the subject's word; folded
+    (N, MAXIMUM_ATTRIBUTES): token ids of the words whose embeddings are added to it, NO_WORD where there is none.
     """
 
     ids: Tensor
@@ -107,20 +107,20 @@ class Wordings:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, rows) -> Wordings:
-        return Wordings(*(column[rows] for column in vars(self).values()))
+    def __getitem__(self, rows) -> TokenizedCaptions:
+        return TokenizedCaptions(*(column[rows] for column in vars(self).values()))
 
-    def to(self, device: torch.device) -> Wordings:
-        return Wordings(*(column.to(device) for column in vars(self).values()))
+    def to(self, device: torch.device) -> TokenizedCaptions:
+        return TokenizedCaptions(*(column.to(device) for column in vars(self).values()))
 
     @staticmethod
-    def join(parts: Sequence[Wordings]) -> Wordings:
-        """Several as one."""
-        return Wordings(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
+    def concatenate(parts: Sequence[TokenizedCaptions]) -> TokenizedCaptions:
+        """Concatenate several."""
+        return TokenizedCaptions(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 class CaptionTokenizer:
-    """Turns captions into numbers; a word is looked up once."""
+    """Tokenizes captions, with a cache of the words."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -132,11 +132,11 @@ class CaptionTokenizer:
             self._ids[word] = self._tokenizer(word, add_special_tokens=False).input_ids
         return self._ids[word]
 
-    def __call__(self, captions: Sequence[Caption]) -> Wordings:
-        return Wordings(*map(torch.from_numpy, self.columns(captions)))
+    def __call__(self, captions: Sequence[Caption]) -> TokenizedCaptions:
+        return TokenizedCaptions(*map(torch.from_numpy, self.columns(captions)))
 
     def columns(self, captions: Sequence[Caption]) -> tuple[numpy.ndarray, ...]:
-        """The same as arrays of few bytes, which travel between processes."""
+        """The same as small arrays, which are cheap to send between processes."""
         ids, ends, subjects, folded = [], [], [], []
         for caption in captions:
             tokens = [t for word in caption.text.split() for t in self._word_ids(word)][: LENGTH - 2]
@@ -148,29 +148,29 @@ class CaptionTokenizer:
         return tuple(numpy.array(column, numpy.int16) for column in (ids, ends, subjects, folded))
 
 
-def word_drawings(drawings: Drawings, tokenizer: CLIPTokenizer, variants: int) -> Wordings:
-    """Several wordings of every drawing; those of drawing i are the rows i · variants … (i + 1) · variants − 1."""
+def tokenize_drawings(drawings: Drawings, tokenizer: CLIPTokenizer, variants: int) -> TokenizedCaptions:
+    """Several captions of every drawing; drawing i has the rows i · variants … (i + 1) · variants − 1."""
     starts = range(0, len(drawings), 4000)
-    # Without the pictures, which would have to travel to the other processes.
+    # Without the images, which would have to be sent to the other processes.
     facts = [Drawings(part.facts[:, :0], part.facts[:, :0], part.facts, part.values) for part in
-             (drawings.pick(slice(start, start + 4000)) for start in starts)]  # fmt: skip
+             (drawings.select(slice(start, start + 4000)) for start in starts)]  # fmt: skip
     with ProcessPoolExecutor() as pool:
         parts = list(pool.map(_word_chunk, facts, [tokenizer] * len(facts), [variants] * len(facts), starts))
-    return Wordings(*(torch.from_numpy(numpy.concatenate(columns)) for columns in zip(*parts, strict=True)))
+    return TokenizedCaptions(*(torch.from_numpy(numpy.concatenate(columns)) for columns in zip(*parts, strict=True)))
 
 
 def _word_chunk(drawings: Drawings, tokenizer: CLIPTokenizer, variants: int, start: int) -> tuple[numpy.ndarray, ...]:
-    chooser = random.Random(f"wordings {start}")
-    captions = [drawings.caption(row, chooser) for row in range(len(drawings.facts)) for _ in range(variants)]
+    rng = random.Random(f"wordings {start}")
+    captions = [drawings.caption(row, rng) for row in range(len(drawings.facts)) for _ in range(variants)]
     return CaptionTokenizer(tokenizer).columns(captions)
 
 
-class Captioner:
-    """Turns wordings into hidden states, folded words as sums of input embeddings."""
+class CaptionEncoder:
+    """Encodes captions; the input embedding of a subject's word is its sum with those of the folded words."""
 
     def __init__(self, text_encoder: CLIPTextModel) -> None:
         self.text_encoder = text_encoder
-        self._wordings: Wordings | None = None
+        self._wordings: TokenizedCaptions | None = None
         text_encoder.get_input_embeddings().register_forward_hook(self._add_folded_words)
 
     def _add_folded_words(self, module: torch.nn.Module, arguments: tuple, output: Tensor) -> Tensor:
@@ -181,9 +181,9 @@ class Captioner:
         places = (torch.arange(len(words), device=words.device), self._wordings.subjects.long())
         return output + torch.zeros_like(output).index_put(places, extra)
 
-    def __call__(self, wordings: Wordings) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, LENGTH, WIDTH) after the final norm, and each caption's state at its end token (B, WIDTH)."""
-        self._wordings = wordings
-        hidden = self.text_encoder(input_ids=wordings.ids.long()).last_hidden_state
+    def __call__(self, captions_per_image: TokenizedCaptions) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, LENGTH, WIDTH) after the final norm, and those at the end tokens (B, WIDTH)."""
+        self._wordings = captions_per_image
+        hidden = self.text_encoder(input_ids=captions_per_image.ids.long()).last_hidden_state
         self._wordings = None
-        return hidden, hidden[torch.arange(len(wordings), device=hidden.device), wordings.ends.long()]
+        return hidden, hidden[torch.arange(len(captions_per_image), device=hidden.device), captions_per_image.ends.long()]

@@ -1,4 +1,4 @@
-"""What every stage of `make mini` took and reached, from the logs that training leaves."""
+"""The table of training stages in docs/mini.md, from the training logs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 import json
 from pathlib import Path
 
-from mini_world.lengths import PORTRAITS
 from mini_world.stages import JUDGE, PACKAGED, PACKS
+from mini_world.training_plans import PORTRAITS
 
 
-def report_of_training(folder: Path) -> str:
-    """What every stage took and reached, as Markdown; the hashes of what is shipped."""
+def training_table(folder: Path) -> str:
+    """Steps, time, losses and metrics of every stage, and the hashes of the shipped files, as Markdown."""
     lines = ["| stage | steps | minutes | last losses | measured on held-out drawings |", "|---|---|---|---|---|"]
     decoder, unet = (sorted(path.stem for path in folder.glob(f"{name}*.jsonl")) for name in ("decoder", "unet-"))
     for stage in ("vae", *decoder, "clip", "tower", *unet, "parser", "judge"):
@@ -40,7 +40,7 @@ def report_of_training(folder: Path) -> str:
 
 
 def _seconds(lines: list[dict]) -> float:
-    """The time of a training whose clock began anew whenever it was resumed."""
+    """The seconds of a training whose log restarts its clock at every resume."""
     clocks = [line["seconds"] for line in lines]
     return sum(clock for clock, after in zip(clocks, [*clocks[1:], 0.0], strict=True) if after < clock)
 

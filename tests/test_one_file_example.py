@@ -61,7 +61,7 @@ def both(request, example):
     (picture,) = sample(model, tuned, [parse_prompt(PROMPT)], [SEED])
 
     e4t = example.E4T(example.BASE, pack)
-    e4t.card["tuning"] |= {"steps": config.steps, "gradient_clip": config.gradient_clip}
+    e4t.info["tuning"] |= {"steps": config.steps, "gradient_clip": config.gradient_clip}
     history = e4t.tune(image, mask, SEED)
     return SimpleNamespace(
         rate=config.learning_rate, tuned=tuned, picture=picture,

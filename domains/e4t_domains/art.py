@@ -1,11 +1,11 @@
-"""Art: the concept is a style, so the sentences of training speak of how, not of what."""
+"""The domain of art: the concept is a style, so the training prompts describe how, not what."""
 
 from e4t_cli import Domain, PretrainingConfig, TuningConfig
 
 art = Domain(
     name="art",
     descriptor="art",  # section 3.1
-    summary="one style, from one picture",
+    summary="one style, from one image",
     tuning=TuningConfig(
         steps=5,  # section 3.5
         base_learning_rate=3e-6,  # section 3.5
@@ -17,7 +17,7 @@ art = Domain(
         reg_weight=0.01,  # section 3.3
     ),
     weights={"mini": "package:e4t_domains/packs/art/mini"},
-    # Paper silent: the sentences. Those for things ("a photo of {}") do not fit a style.
+    # Paper silent: the prompts. Those for things ("a photo of {}") do not fit a style.
     prompt_templates=(
         "{}",
         "a picture in the style of {}",

@@ -1,4 +1,4 @@
-"""Cats: the whole picture counts, five steps suffice."""
+"""The domain of cats: no mask in tuning, and five steps."""
 
 from e4t_cli import SUBJECT_TEMPLATES, Domain, PretrainingConfig, TuningConfig
 

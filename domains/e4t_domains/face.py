@@ -1,8 +1,8 @@
-"""Faces: fifteen steps, and only the person's head counts in the loss.
+"""The domain of faces: aligned and masked with a face segmentation network.
 
-The mask is "an off-the-shelf face segmentation network" (section 3.4): a small SegFormer that came
-with this package for the base `mini`, the public one for photographs. The same labels say where
-eyes and mouth are, and so how to turn and crop the photo as the training pictures were.
+The mask is that of "an off-the-shelf face segmentation network" (section 3.4): a small SegFormer of
+this package for the base `mini`, the public one for photographs. Its labels also locate eyes and
+mouth, by which the photo is rotated and cropped as the training images were.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ WORDS = "a face"
 
 
 def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
-    """Turn and crop the photo around the face, and mask the head.
+    """Rotate and crop the photo around the face, and mask the head.
 
     Raises:
-        InputError: a face is required and there is none, or not the one that was asked for.
+        InputError: a face is required and there is none, or fewer than requested.
     """
-    # Only here: whoever lists the domains looks for no face.
-    from e4t_domains.face_alignment import settle, style_of
-    from e4t_domains.face_search import MIN_SURE, FaceDetector, choose
+    # Imported here: listing the domains detects no face.
+    from e4t_domains.face_alignment import settle, spec_of
+    from e4t_domains.face_detection import MIN_CONFIDENCE, FaceDetector, choose
 
     centred = Frame.centered(image.size)
     if target.mask is None and not target.align and not target.required:
@@ -47,54 +47,54 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
         if target.required:
             raise
         return _by_words(image, target, error)
-    style = style_of(target.base)
-    search = FaceDetector(image, parser, style, target.size)
-    faces = search.faces()
+    spec = spec_of(target.base)
+    detector = FaceDetector(image, parser, spec, target.size)
+    faces = detector.detect()
     if not faces:
         if target.required:
-            raise InputError("there is no face in the picture", hint="take another photo")
-        note = "no face was found: the whole picture counts in tuning"
-        picture = centred.apply(image, target.size)
-        return PreparedImage(image=picture, notes=(note,), frame=centred)
-    chosen = search.nearer(choose(faces, target.which))
-    frame, notes, said = centred, [], [_counted(len(faces), target.which)]
+            raise InputError("there is no face in the image", hint="take another photo")
+        note = "no face was found: the whole image counts in tuning"
+        cropped = centred.apply(image, target.size)
+        return PreparedImage(image=cropped, notes=(note,), frame=centred)
+    chosen = detector.refine(choose(faces, target.which))
+    frame, notes, remarks = centred, [], [_counted(len(faces), target.which)]
     if target.align:
-        if search.is_clear(chosen):
-            frame = settle(chosen.frame, style)
-            said.append(f"turned {abs(chosen.frame.turn):.0f}°")
-        elif len(chosen.face.eyes) == 1 and chosen.face.sure >= MIN_SURE:
-            frame = settle(chosen.frame, style)
-            notes.append("one eye is seen, as in a profile: cropped around the head, not turned")
+        if detector.is_reliable(chosen):
+            frame = settle(chosen.frame, spec)
+            remarks.append(f"turned {abs(chosen.frame.turn):.0f}°")
+        elif len(chosen.face.eyes) == 1 and chosen.face.confidence >= MIN_CONFIDENCE:
+            frame = settle(chosen.frame, spec)
+            notes.append("one eye is visible, as in a profile: cropped around the head, not turned")
         else:
-            notes.append("eyes and mouth are not seen clearly: the face is not aligned")
+            notes.append("eyes and mouth are not clearly visible: the face is not aligned")
     mask = None
     if target.mask is not None:
-        mask = search.head(frame, chosen.middle, alone=len(faces) == 1)
-        said.append(f"mask {_covered(mask):.0%}".replace("%", " %"))
+        mask = detector.head_mask(frame, chosen.center, only_face=len(faces) == 1)
+        remarks.append(f"mask {_covered(mask):.0%}".replace("%", " %"))
     return PreparedImage(
         image=frame.apply(image, target.size),
         mask=mask,
         notes=tuple(notes),
-        remarks=(", ".join(said),),
+        remarks=(", ".join(remarks),),
         frame=frame,
     )
 
 
 def _by_words(image: Image, target: PreparationTarget, reason: WeightsUnavailable) -> PreparedImage:
-    """Prepare without a face parser: a mask by words if that can be had, and no alignment."""
+    """Prepare without a face parser: a mask by text if CLIPSeg is available, and no alignment."""
     from e4t_cli import mask_by_words
 
     frame = Frame.centered(image.size)
-    picture = frame.apply(image, target.size)
-    said, mask = "the face is not aligned", None
+    cropped = frame.apply(image, target.size)
+    about, mask = "the face is not aligned", None
     if target.mask is not None:
         try:
-            mask = mask_by_words(picture, WORDS, target)
-            said += f", and its mask is what {WORDS!r} finds"
+            mask = mask_by_words(cropped, WORDS, target)
+            about += f", and its mask is what {WORDS!r} finds"
         except WeightsUnavailable:
-            said += " and the whole picture counts in tuning"
-    note = f"{said}: {reason.message}"
-    return PreparedImage(image=picture, mask=mask, notes=(note,), frame=frame)
+            about += " and the whole image counts in tuning"
+    note = f"{about}: {reason.message}"
+    return PreparedImage(image=cropped, mask=mask, notes=(note,), frame=frame)
 
 
 def _counted(count: int, which: str) -> str:
@@ -128,7 +128,7 @@ face = Domain(
     ),
     weights={
         "mini": "package:e4t_domains/packs/face/mini",
-        # The only public weights of the method: of another program, converted when first used.
+        # The only public weights of the method, of another program: converted when first used.
         "sd14": "e4t-diffusion:mkshing/e4t-diffusion-ffhq-celebahq-v1",
     },
     prepare=prepare,

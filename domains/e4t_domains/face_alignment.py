@@ -1,9 +1,9 @@
-"""From eyes and mouth to the square that shows a face as the training pictures do.
+"""Computes the square around a face, by eyes and mouth, as in the training images.
 
-The rule is that of FFHQ, by which the paper's face data were cut: with e the vector between the
+The rule is that of FFHQ, by which the paper's face data were cropped: with e the vector between the
 eyes and m the one from their middle to the mouth, the square's half-edge x points along
 e - rot90(m), its length is max(2.0·|e|, 1.8·|m|), and its centre lies 0.1·m below the eyes. Here
-eyes and mouth are the parser's own regions, so no other network is needed.
+eyes and mouth are regions of the parser, so that no landmark network is needed.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import math
 from dataclasses import dataclass
 
 from e4t_cli import Frame
-from e4t_domains.face_regions import Face, Point
+from e4t_domains.face_regions import Face
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentSpec:
-    """How a base's training pictures show faces, and what is near enough to be left alone.
+    """How a base's training images show faces, and which deviations are not corrected.
 
     Args:
         eyes, mouth: factors on |e| and |m| for half the square's edge.
         down: factor on m from between the eyes to the square's centre.
         head: factor on the head's height for a square around a profile.
-        turn: degrees that are left alone.
-        shift: of the centre, as a part of the edge, that is left alone.
-        zoom: edge of the found square over that of the centred one: a smaller one is cut out.
-        wider: whether a found square larger than the centred one is taken, the rest mirrored.
-        sure: mean certainty of the parser about a head that makes further looks needless.
-        turns, zooms: degrees, and parts of the photo, to look again at where nothing was clear. The
-            public parser knows faces of every size; the drawn world's parser only its own two.
+        turn: rotation in degrees that is not corrected.
+        shift: offset of the centre, as a part of the edge, that is not corrected.
+        zoom: ratio of the found square's edge to the centred one's below which it is cropped.
+        wider: whether a found square larger than the centred one is used, the rest mirrored.
+        confidence: mean confidence of the parser over a head that needs no rotated views.
+        turns, zooms: degrees and parts of the photo of the rotated views. The public parser
+            detects faces of every size; the one of `mini` only the two of its drawings.
     """
 
     eyes: float
@@ -40,7 +40,7 @@ class AlignmentSpec:
     shift: float
     zoom: float
     wider: bool
-    sure: float
+    confidence: float
     turns: tuple[float, ...]
     zooms: tuple[float, ...]
 
@@ -54,12 +54,12 @@ FFHQ = AlignmentSpec(
     shift=0.02,
     zoom=0.96,
     wider=True,
-    sure=0.7,
+    confidence=0.7,
     turns=(90, -90, 180),
     zooms=(1.0,),
 )
-# The drawn world shows heads upright and near the middle, in two sizes; its packs have seen nothing
-# else. Its usual framing is this rule, and what it varies by itself is left alone.
+# The drawings of `mini` show heads upright and near the middle, in two sizes, and its weights were
+# trained on nothing else. This is their usual framing; their own variation is not corrected.
 DRAWN = AlignmentSpec(
     eyes=2.68,
     mouth=3.13,
@@ -69,80 +69,80 @@ DRAWN = AlignmentSpec(
     shift=0.12,
     zoom=0.75,
     wider=False,
-    sure=0.75,
+    confidence=0.75,
     turns=(0, 15, -15, 30, -30, 90, -90, 180),
     zooms=(1.0, 0.8, 0.6),
 )
-STYLES = {"mini": DRAWN}
+SPECS = {"mini": DRAWN}
 
-# Between the eyes to the mouth over between the eyes, for a mouth that is hidden.
+# Distance of the mouth from the eyes over that between the eyes, where the mouth is hidden.
 _USUAL_MOUTH = 1.1
 
 
-def style_of(base: str) -> AlignmentSpec:
+def spec_of(base: str) -> AlignmentSpec:
     """Return how faces are framed for a base."""
-    return STYLES.get(base, FFHQ)
+    return SPECS.get(base, FFHQ)
 
 
-def align(face: Face, size: tuple[int, int], style: AlignmentSpec) -> Frame:
+def align(face: Face, size: tuple[int, int], spec: AlignmentSpec) -> Frame:
     """Return the square for a face with two eyes.
 
     Args:
-        face: in pixels of a picture.
-        size: width and height of that picture.
-        style: how far around the face it reaches.
+        face: in pixels of an image.
+        size: width and height of that image.
+        spec: how far around the face the square reaches.
     """
     (ax, ay), (bx, by) = face.eyes
     between = bx - ax, by - ay
-    middle = (ax + bx) / 2, (ay + by) / 2
+    center_of_eyes = (ax + bx) / 2, (ay + by) / 2
     if face.mouth is not None:
-        below = face.mouth[0] - middle[0], face.mouth[1] - middle[1]
+        below = face.mouth[0] - center_of_eyes[0], face.mouth[1] - center_of_eyes[1]
     else:
         below = -_USUAL_MOUTH * between[1], _USUAL_MOUTH * between[0]
     x = between[0] + below[1], between[1] - below[0]
-    reach = max(style.eyes * math.hypot(*between), style.mouth * math.hypot(*below))
+    reach = max(spec.eyes * math.hypot(*between), spec.mouth * math.hypot(*below))
     scale = reach / math.hypot(*x)
     x = x[0] * scale, x[1] * scale
-    center = middle[0] + style.down * below[0], middle[1] + style.down * below[1]
+    center = center_of_eyes[0] + spec.down * below[0], center_of_eyes[1] + spec.down * below[1]
     # corner = c - x - y with y = rot90(x) = (-x₁, x₀)
     corner = center[0] - x[0] + x[1], center[1] - x[1] - x[0]
     return Frame(size=size, corner=corner, edge=(2 * x[0], 2 * x[1]))
 
 
-def frame_of(face: Face, size: tuple[int, int], style: AlignmentSpec) -> Frame:
-    """Return the square for a face, turned if both eyes are seen."""
-    return align(face, size, style) if len(face.eyes) == 2 else surround(face, size, style)
+def square_of(face: Face, size: tuple[int, int], spec: AlignmentSpec) -> Frame:
+    """Return the square for a face, rotated if both eyes are detected."""
+    return align(face, size, spec) if len(face.eyes) == 2 else surround(face, size, spec)
 
 
-def surround(face: Face, size: tuple[int, int], style: AlignmentSpec) -> Frame:
-    """Return the upright square around a head of which only one side is seen."""
+def surround(face: Face, size: tuple[int, int], spec: AlignmentSpec) -> Frame:
+    """Return the upright square around a head of which at most one eye is detected."""
     left, top, right, bottom = face.box
-    side = style.head * max(right - left, bottom - top)
+    side = spec.head * max(right - left, bottom - top)
     return Frame.around(size, ((left + right) / 2, (top + bottom) / 2), side)
 
 
-def settle(frame: Frame, style: AlignmentSpec) -> Frame:
-    """Return the centred square if it is near enough, or what of the found one makes sense.
+def settle(frame: Frame, spec: AlignmentSpec) -> Frame:
+    """Return the centred square if it is close enough to the found one, otherwise the found one.
 
-    A picture that is framed well already is not resampled: it loses nothing.
+    A photo that is framed well already is not resampled and so loses nothing.
     """
     centred = Frame.centered(frame.size)
     zoom = frame.side / centred.side
     shift = math.dist(frame.center, centred.center) / max(centred.side, frame.side)
-    turned = abs(frame.turn) > style.turn
-    moved = shift > style.shift
-    closer = zoom < style.zoom
-    farther = style.wider and zoom * style.zoom > 1
+    turned = abs(frame.turn) > spec.turn
+    moved = shift > spec.shift
+    closer = zoom < spec.zoom
+    farther = spec.wider and zoom * spec.zoom > 1
     if not (turned or moved or closer or farther):
         return centred
-    if zoom > 1 and not style.wider:
+    if zoom > 1 and not spec.wider:
         return _shrunk(frame, centred.side / frame.side)
     return frame
 
 
 def _shrunk(frame: Frame, factor: float) -> Frame:
-    """Return the frame with its centre and direction, and a shorter edge."""
-    center: Point = frame.center
+    """Return the frame scaled around its centre."""
+    center = frame.center
     u, v = frame.edge[0] * factor, frame.edge[1] * factor
     corner = center[0] - (u - v) / 2, center[1] - (v + u) / 2
     return Frame(size=frame.size, corner=corner, edge=(u, v))

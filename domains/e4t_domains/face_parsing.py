@@ -1,7 +1,7 @@
-"""What a face parser sees: a label for every pixel of a picture, and the labels' names.
+"""Segments faces: a label for every pixel of an image, and the names of the labels.
 
-A SegFormer through transformers, from a folder as `save_pretrained` writes it. Labels are known by
-name only: revisions of the public parser number them differently, and some end in ".png".
+A SegFormer through transformers, from a folder as `save_pretrained` writes it. Labels are matched
+by name: revisions of the public parser number them differently, and some names end in ".png".
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from e4t_cli import IntegrityError, PreparationTarget, WeightsUnavailable
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from torch import Tensor
+    from transformers import SegformerForSemanticSegmentation
 
 PACKAGED = {"mini": Path(__file__).parent / "packs" / "face" / "parser-mini"}
-"""Base name → the parser that came with this package."""
+"""Base name → the parser that is part of this package."""
 
 PUBLIC = "jonathandinu/face-parsing"
 """For photographs: 19 labels of CelebAMask-HQ. It states no licence; its data are for research."""
@@ -32,22 +34,22 @@ SKIN = frozenset({"skin", "nose", "beard"})
 HEAD = (
     EYES | GLASSES | MOUTH | SKIN | {"hair", "brows", "l_brow", "r_brow", "ears", "l_ear", "r_ear"}
 )
-"""Labels that are the person rather than clothes, jewellery or place."""
+"""Labels of the person rather than of clothes, jewellery or background."""
 
 
 @dataclass(frozen=True, eq=False)
 class LabelMap:
-    """A square picture, label by label.
+    """The labels of a square image.
 
     Args:
         labels: (side, side) int.
-        names: of each label, as the model's configuration has them.
-        certainty: (side, side) probability of the label.
+        names: label → name, from the model's configuration.
+        confidence: (side, side) probability of the label.
     """
 
     labels: np.ndarray
     names: dict[int, str]
-    certainty: np.ndarray
+    confidence: np.ndarray
 
     def where(self, names: frozenset[str]) -> np.ndarray:
         """Return which pixels have one of these labels: (side, side) bool."""
@@ -59,36 +61,36 @@ class LabelMap:
 
 @dataclass(frozen=True, eq=False)
 class Parser:
-    """A network that labels faces.
+    """A network that segments faces.
 
     Args:
         model: SegformerForSemanticSegmentation, on its device.
         names: label → name.
-        side: of the pictures it was trained on; None takes pictures as they are.
-        mean, deviation: of its training pictures, per channel, in 0 to 1.
+        side: of its training images in pixels; None takes images as they are.
+        mean, deviation: of its training images, per channel, in 0 to 1.
     """
 
-    model: Any
+    model: SegformerForSemanticSegmentation
     names: dict[int, str]
     side: int | None
-    mean: Any
-    deviation: Any
+    mean: np.ndarray
+    deviation: np.ndarray
 
     def parse(self, images: Sequence[Image]) -> list[LabelMap]:
-        """Label square pictures of one size, pixel by pixel of `side`, or of their own."""
+        """Segment square images of one size, at `side` × `side` or at their own resolution."""
         import torch
 
         batch = torch.stack([self._tensor(image) for image in images]).to(self.model.device)
-        with torch.inference_mode():  # batch: (pictures, 3, side, side)
-            logits = self.model(pixel_values=batch).logits  # (pictures, labels, side/4, side/4)
+        with torch.inference_mode():  # batch: (images, 3, side, side)
+            logits = self.model(pixel_values=batch).logits  # (images, labels, side/4, side/4)
             logits = torch.nn.functional.interpolate(
                 logits, size=batch.shape[-2:], mode="bilinear", align_corners=False
             )
-            certainty, labels = logits.softmax(dim=1).max(dim=1)  # (pictures, side, side)
-        pairs = zip(labels.cpu().numpy(), certainty.cpu().numpy(), strict=True)
-        return [LabelMap(one, self.names, sure) for one, sure in pairs]
+            confidence, labels = logits.softmax(dim=1).max(dim=1)  # (images, side, side)
+        pairs = zip(labels.cpu().numpy(), confidence.cpu().numpy(), strict=True)
+        return [LabelMap(of_image, self.names, likely) for of_image, likely in pairs]
 
-    def _tensor(self, image: Image) -> Any:
+    def _tensor(self, image: Image) -> Tensor:
         import numpy as np
         import torch
         from PIL import Image as PILImage
@@ -117,10 +119,10 @@ def find_parser(target: PreparationTarget) -> Parser:
 
 @lru_cache(maxsize=2)
 def load_parser(folder: Path, device: str = "cpu") -> Parser:
-    """Load a parser and keep it.
+    """Load a parser; it is cached.
 
     Raises:
-        IntegrityError: its weights do not fit, or it names no part of a head.
+        IntegrityError: its weights do not fit, or none of its labels is part of a head.
     """
     import numpy as np
     from transformers import SegformerForSemanticSegmentation
@@ -131,17 +133,17 @@ def load_parser(folder: Path, device: str = "cpu") -> Parser:
     model = load_segmenter(SegformerForSemanticSegmentation, folder, what)
     names = {int(index): name.removesuffix(".png") for index, name in model.config.id2label.items()}
     if not HEAD.intersection(names.values()):
-        raise IntegrityError(f"the face parser in {folder.name} names no part of a head")
-    plan = _plan(folder)
-    size = plan.get("size")
+        raise IntegrityError(f"the face parser in {folder.name} has no label for a part of a head")
+    config = _preprocessor_config(folder)
+    size = config.get("size")
     side = size.get("height") if isinstance(size, dict) else size
-    mean = np.array(plan.get("image_mean", [0.5] * 3), np.float32)
-    deviation = np.array(plan.get("image_std", [0.5] * 3), np.float32)
+    mean = np.array(config.get("image_mean", [0.5] * 3), np.float32)
+    deviation = np.array(config.get("image_std", [0.5] * 3), np.float32)
     return Parser(model.eval().to(device), names, side, mean, deviation)
 
 
-def _plan(folder: Path) -> dict[str, Any]:
-    """Return how pictures are brought before it; the packaged parsers have no such file."""
+def _preprocessor_config(folder: Path) -> dict[str, Any]:
+    """Return how images are normalized; the packaged parsers have no such file."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""Faces in a label map: connected regions of heads, each with its eyes and its mouth."""
+"""Finds faces in a label map: connected regions of heads, each with its eyes and mouth."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 Point = tuple[float, float]
-MIN_OF_PICTURE = 0.002
+MIN_OF_IMAGE = 0.002
 MIN_OF_LARGEST = 0.04
 MIN_OF_EYE = 0.3
 MIN_SKIN = 0.2
-"""Regions smaller than these parts of the picture, of the largest head and of the larger eye are
+"""Regions smaller than these parts of the image, of the largest head and of the larger eye are
 noise; a head without eyes and mouth needs that part of skin."""
 LONG_EYES, LONG_GLASSES = 8.0, 2.5
-"""Variance along over variance across, above which one region of eyes or glasses is really two."""
+"""Ratio of variances along and across a region of eyes or glasses above which it is two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,20 +27,20 @@ class Face:
     """One head. Points are in pixels of the label map; pixel i covers i to i + 1.
 
     Args:
-        head: which pixels are this person's (side, side) bool.
-        eyes: centres, from left to right as one looks at an upright picture: two, one or none.
+        head: (side, side) bool, the pixels of this person.
+        eyes: centres, from left to right in an upright image: two, one or none.
         mouth: centre of the lips, None if it is hidden.
-        sure: mean certainty of the parser about the head's pixels, 0 to 1.
+        confidence: mean confidence of the parser over the head's pixels, 0 to 1.
     """
 
     head: np.ndarray
     eyes: tuple[Point, ...]
     mouth: Point | None
-    sure: float = 1.0
+    confidence: float = 1.0
 
     @property
-    def plausible(self) -> bool:
-        """Whether eyes and mouth lie to each other as in a face seen from the front."""
+    def is_plausible(self) -> bool:
+        """Whether eyes and mouth are arranged as in a frontal face."""
         if len(self.eyes) < 2 or self.mouth is None:
             return False
         (ax, ay), (bx, by) = self.eyes
@@ -69,29 +69,29 @@ class Face:
         return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def find_faces(found: LabelMap) -> list[Face]:
+def find_faces(label_map: LabelMap) -> list[Face]:
     """Return the faces in a label map, from left to right.
 
-    A head without eyes, glasses and mouth is a face if there is skin enough: otherwise it is hair
-    seen from behind.
+    A head without eyes, glasses and mouth is a face if it has enough skin; otherwise it is the back
+    of a head.
     """
-    heads = found.where(HEAD)
+    heads = label_map.where(HEAD)
     parts = {
-        "eyes": found.where(EYES),
-        "glasses": found.where(GLASSES),
-        "mouth": found.where(MOUTH),
+        "eyes": label_map.where(EYES),
+        "glasses": label_map.where(GLASSES),
+        "mouth": label_map.where(MOUTH),
     }
-    skin = found.where(SKIN)
+    skin = label_map.where(SKIN)
     largest = heads.sum()
     regions = split_regions(heads)
     if regions:
         largest = max(region.sum() for region in regions)
     faces: list[Face] = []
     for region in regions:
-        if region.sum() < max(MIN_OF_PICTURE * heads.size, MIN_OF_LARGEST * largest):
+        if region.sum() < max(MIN_OF_IMAGE * heads.size, MIN_OF_LARGEST * largest):
             continue
         for head in _separated(region, parts["mouth"], parts["eyes"]):
-            face = _face(head, found, **{name: part & head for name, part in parts.items()})
+            face = _face(head, label_map, **{name: part & head for name, part in parts.items()})
             if face.eyes or face.mouth or (skin & head).sum() >= MIN_SKIN * face.area:
                 faces.append(face)
     return sorted(faces, key=lambda face: face.center)
@@ -130,7 +130,7 @@ def split_regions(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def centroid(mask: np.ndarray) -> Point:
-    """Return the mean place of a mask's pixels."""
+    """Return the centroid of a mask's pixels."""
     import numpy as np
 
     rows, columns = np.nonzero(mask)
@@ -138,7 +138,7 @@ def centroid(mask: np.ndarray) -> Point:
 
 
 def _separated(region: np.ndarray, mouths: np.ndarray, eyes: np.ndarray) -> list[np.ndarray]:
-    """Part heads that touch: as many as there are mouths with eyes of their own."""
+    """Split heads that touch into as many as there are mouths with two eyes each."""
     import numpy as np
 
     lips = _without_noise(split_regions(mouths & region))
@@ -156,24 +156,24 @@ def _separated(region: np.ndarray, mouths: np.ndarray, eyes: np.ndarray) -> list
 
 
 def _face(
-    head: np.ndarray, found: LabelMap, eyes: np.ndarray, glasses: np.ndarray, mouth: np.ndarray
+    head: np.ndarray, label_map: LabelMap, eyes: np.ndarray, glasses: np.ndarray, mouth: np.ndarray
 ) -> Face:
     import numpy as np
 
-    seen = [centroid(eye) for eye in _without_noise(split_regions(eyes))[:2]]
-    if len(seen) < 2:  # run together, or behind glasses
-        seen = _halves(eyes, LONG_EYES) or seen
-        if len(seen) < 2 and glasses.sum() > MIN_OF_EYE * eyes.sum():
-            seen = _halves(glasses | eyes, LONG_GLASSES) or seen
+    centres = [centroid(eye) for eye in _without_noise(split_regions(eyes))[:2]]
+    if len(centres) < 2:  # run together, or behind glasses
+        centres = _halves(eyes, LONG_EYES) or centres
+        if len(centres) < 2 and glasses.sum() > MIN_OF_EYE * eyes.sum():
+            centres = _halves(glasses | eyes, LONG_GLASSES) or centres
     lips = _without_noise(split_regions(mouth))
     lip = centroid(np.logical_or.reduce(lips)) if lips else None
-    seen.sort()
-    if len(seen) == 2 and lip is not None:
-        (ax, ay), (bx, by) = seen
+    centres.sort()
+    if len(centres) == 2 and lip is not None:
+        (ax, ay), (bx, by) = centres
         down = (lip[0] - (ax + bx) / 2, lip[1] - (ay + by) / 2)
         if (bx - ax) * down[1] - (by - ay) * down[0] < 0:
-            seen.reverse()  # the head stands on its head: the mouth is below the eyes in any case
-    return Face(head, tuple(seen), lip, float(found.certainty[head].mean()))
+            centres.reverse()  # the head is upside down: the mouth is always below the eyes
+    return Face(head, tuple(centres), lip, float(label_map.confidence[head].mean()))
 
 
 def _without_noise(regions: list[np.ndarray]) -> list[np.ndarray]:
@@ -181,7 +181,7 @@ def _without_noise(regions: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _halves(region: np.ndarray, long: float) -> list[Point]:
-    """Return the centres of a region's halves; nothing if it is not much longer than wide."""
+    """Return the centres of a region's halves; none if it is not much longer than wide."""
     import numpy as np
 
     rows, columns = np.nonzero(region)

@@ -1,14 +1,14 @@
-"""Every way this program says no: one sentence, the next command, and an exit code.
+"""Errors with a one-sentence message, a hint with the next command, and an exit code.
 
-The codes are promised: 0 done, 1 anything unforeseen, then one per cause as below,
-130 and 143 for an interrupt and a termination. They are never renumbered.
+The codes are stable: 0 done, 1 anything unforeseen, then one per cause as below, 130 and 143 for an
+interrupt and a termination.
 """
 
 from __future__ import annotations
 
 
 class E4TError(Exception):
-    """The base of every error that is explained to the user rather than traced.
+    """The base of all errors that are shown to the user as a message instead of a traceback.
 
     Args:
         message: one sentence fit for a terminal.
@@ -17,7 +17,7 @@ class E4TError(Exception):
 
     exit_code: int = 1
     code: str = "error"
-    """A word for machines: the `code` of `--json` errors."""
+    """The `code` of `--json` errors."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -25,8 +25,7 @@ class E4TError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions are rebuilt from `args`, which would lose the keyword-only hint
-        # on the way out of a worker process.
+        # Unpickling rebuilds exceptions from `args`, which do not hold the keyword-only hint.
         return (_rebuild, (type(self), self.message, self.hint))
 
 
@@ -35,14 +34,14 @@ def _rebuild(kind: type[E4TError], message: str, hint: str | None) -> E4TError:
 
 
 class UsageError(E4TError):
-    """The request itself makes no sense: a wrong option, a prompt without its placeholder."""
+    """The request is invalid: a wrong option, a prompt without its placeholder."""
 
     exit_code = 2
     code = "usage"
 
 
 class InputError(E4TError):
-    """What was handed in cannot be used: an unreadable picture, an empty folder."""
+    """The input cannot be used: an unreadable image, an empty folder."""
 
     exit_code = 3
     code = "input"
@@ -56,7 +55,7 @@ class WeightsUnavailable(E4TError):
 
 
 class IntegrityError(E4TError):
-    """A file is not what it claims to be, or does not fit the base it is used with."""
+    """A file is damaged, of another format, or does not fit the base it is used with."""
 
     exit_code = 5
     code = "integrity"
@@ -70,24 +69,24 @@ class ResourceError(E4TError):
 
 
 class DivergedError(E4TError):
-    """A number that is not finite came out of training or drawing; nothing of it was saved."""
+    """Training or sampling produced a value that is not finite; nothing of it was saved."""
 
     exit_code = 7
     code = "diverged"
 
 
 class PartialResult(E4TError):
-    """Fewer pictures came out than were asked for."""
+    """Fewer images were generated than requested."""
 
     exit_code = 8
     code = "partial"
 
 
 def printable(text: str, *, limit: int = 400) -> str:
-    """Return `text` on one line, with control characters spelled out and a bounded length.
+    """Return `text` on one line, with control characters escaped and a bounded length.
 
-    Text from other people's packages and files reaches the terminal through this, so that
-    an escape sequence in a name is shown instead of obeyed.
+    Text from foreign packages and files is printed through this, so that terminals do not execute
+    an escape sequence in a name.
     """
     shown = "".join(
         character

@@ -1,8 +1,6 @@
-"""Writing files so that nothing is ever torn: the old content, the new content, or no file.
+"""Writes files and folders atomically: the old content, the complete new content, or nothing.
 
-Standard library only; every file that this program leaves behind is written through here.
-
-Where a model is put together before it gets its name: beside it, and gone afterwards.
+Every file that this program leaves behind is written through here.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from typing import BinaryIO
 
 from e4t_cli.errors import ResourceError, UsageError, printable
 
+SPARE_BYTES = 50_000_000
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 
 
@@ -71,16 +70,16 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def sync_tree(folder: str | os.PathLike[str]) -> None:
-    """Have everything below a folder on the disk, whoever wrote it: before it gets its name."""
-    for place, _, names in os.walk(folder):
+    """Flush every file and folder below a folder to the disk, before it gets its final name."""
+    for parent, _, names in os.walk(folder):
         for name in names:
-            with open(Path(place, name), "rb+") as file:
+            with open(Path(parent, name), "rb+") as file:
                 os.fsync(file.fileno())
-        _sync_folder(Path(place))
+        _sync_folder(Path(parent))
 
 
 def rename_to_free_name(temporary: Path, path: Path) -> None:
-    """Give a file that is complete its name.
+    """Rename a complete file, but never over another one.
 
     Raises:
         FileExistsError: the name is taken; that file stays as it is.
@@ -108,15 +107,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-SPARE_BYTES = 50_000_000
-
-
-def check_free(path: Path) -> None:
-    """Refuse a name that is taken.
-
-    Raises:
-        UsageError: it is.
-    """
+def check_absent(path: Path) -> None:
+    """Raise UsageError if a path exists."""
     if path.exists():
         raise UsageError(
             f"{printable(str(path))} exists already", hint="choose a name that is free"
@@ -124,12 +116,12 @@ def check_free(path: Path) -> None:
 
 
 @contextmanager
-def making(path: Path, needed: int) -> Iterator[Path]:
-    """Yield an empty folder on the disk of `path`; whatever is left in it goes at the end.
+def staging_directory(path: Path, needed: int) -> Iterator[Path]:
+    """Yield a new empty folder beside `path`, removed at the end with whatever is left in it.
 
     Args:
-        path: what is to be made.
-        needed: how many bytes it will have.
+        path: the file or folder that is put together there, and renamed when it is complete.
+        needed: its expected size in bytes.
 
     Raises:
         ResourceError: the disk has no room, or something could not be written.
@@ -143,28 +135,28 @@ def making(path: Path, needed: int) -> Iterator[Path]:
             f"{printable(str(path.parent))}",
             hint="make room, or choose a place on another disk",
         )
-    place = path.parent / f".{path.name[:48]}.{secrets.token_hex(8)}~"
+    staging = path.parent / f".{path.name[:48]}.{secrets.token_hex(8)}~"
     try:
-        place.mkdir(parents=True)
-        yield place
+        staging.mkdir(parents=True)
+        yield staging
     except (OSError, SafetensorError) as error:
         raise ResourceError(
             f"{printable(str(path))} could not be written: {printable(str(error))}",
             hint="choose a place on another disk",
         ) from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the room on the disk that a folder is on, or will be."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def shown_size(count: float) -> str:
-    """Return a number of bytes as people say it, in steps of a thousand."""
+    """Return a number of bytes in decimal units for display: "1 kB", "2.5 GB"."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"

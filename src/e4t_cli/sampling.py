@@ -1,6 +1,6 @@
-"""How pictures are drawn: steps, guidance, and any scheduler of diffusers.
+"""Samples images of a concept, with any scheduler of diffusers (section 3.1).
 
-Drawing a concept: a denoising loop, a fresh word embedding at every time step (section 3.1).
+The denoising loop is diffusers'; the concept's embedding is predicted anew at every time step.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-"""Short name -> class of diffusers and what it is to be told beyond the base's own schedule."""
+"""Short name -> class of diffusers, and options beyond the base's noise schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How pictures are drawn.
+    """How images are sampled.
 
     Args:
         steps: denoising steps.
-        guidance: weight of classifier-free guidance, 1 for none; None takes the base's own.
+        guidance: scale of classifier-free guidance, 1 for none; None takes the base's default.
         scheduler: a key of `SCHEDULERS`, or the name of any scheduler class of diffusers.
-        negative_prompt: what to steer away from. Anything but "" costs a separate feature pass.
-        concept_scale: how much of what was learned is drawn; see `TunedModel.at_concept_scale`.
+        negative_prompt: in place of "" in the unconditional pass; costs a separate feature pass.
+        concept_scale: see `TunedModel.at_concept_scale`.
     """
 
     steps: int = 20
@@ -71,7 +71,7 @@ class SamplingConfig:
             )
 
     def resolved(self, model: TextToImageModel) -> SamplingConfig:
-        """Return what will really be done with this base."""
+        """Return the config with the base's guidance where none is given."""
         if self.guidance is not None:
             return self
         return replace(self, guidance=model.base.guidance)
@@ -82,10 +82,10 @@ class SamplingConfig:
 
 
 def make_scheduler(model: TextToImageModel, sampling: SamplingConfig) -> Any:
-    """Return a diffusers scheduler on the base's own noise schedule, its time steps set.
+    """Return a diffusers scheduler on the base's noise schedule, its time steps set.
 
-    They are on the CPU, where its tables are: looked up with a number from a card, each step
-    would wait for everything before it.
+    They are on the CPU, as its tables are: a lookup with a value on a GPU would synchronize in
+    each step.
     """
     name, options = SCHEDULERS.get(sampling.scheduler, (sampling.scheduler, {}))
     scheduler = getattr(diffusers, name).from_config(model.noise_schedule.config, **options)
@@ -98,12 +98,8 @@ def _is_scheduler(name: str) -> bool:
     return inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)
 
 
-def draws_noise(scheduler: Any) -> bool:
-    return "generator" in inspect.signature(scheduler.step).parameters
-
-
 BATCH = 8
-"""Pictures drawn together on an accelerator."""
+"""Images sampled together on an accelerator."""
 
 
 def sample(
@@ -116,33 +112,32 @@ def sample(
     batch: int | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Iterator[Image]:
-    """Draw one picture for each prompt and its seed, in order, each as soon as it is done.
+    """Sample one image for each prompt and its seed, in order, each as soon as it is done.
 
-    A picture depends on its own prompt and seed only. On the CPU in float32 it is the same to the
-    last bit alone and in any company, because pictures are drawn one by one: the products of
-    matrices of other heights round differently. On accelerators `batch` pictures are drawn
-    together, and company may change a picture by what rounding does.
+    An image depends on its prompt and seed only. On the CPU in float32 it is the same to the last
+    bit in any batch, because images are sampled one by one: matrix multiplications of other shapes
+    round differently. On accelerators `batch` images are sampled together, and the batch may
+    change an image within rounding.
 
     Args:
-        model: the base that `tuned` was made from; for another concept scale than 1 with its U-Net
-            as it was.
-        tuned: from `tune`, or `TunedModel.plain(model, "face")` for the base's own idea of a face.
+        model: the base that `tuned` was made from; for a concept scale other than 1 with its
+            U-Net before tuning.
+        tuned: from `tune`, or `TunedModel.plain(model, "face")` for the base without a concept.
         prompts, seeds: of equal length.
-        sampling: how.
-        batch: pictures at a time; None is 1 on the CPU and 8 elsewhere.
-        on_progress: called after each denoising step; done and total count steps of all pictures.
+        batch: images at a time; None is 1 on the CPU and 8 elsewhere.
+        on_progress: called after each denoising step; done and total count steps of all images.
     """
     sampling = (sampling or SamplingConfig()).resolved(model)
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds")
     tuned = tuned.at_concept_scale(model.unet, sampling.concept_scale)
     size = batch or (1 if model.device.type == "cpu" else BATCH)
-    # All at once, so that a prompt that cannot be read stops the first picture, not the last.
+    # All at once, so that a prompt that is too long raises before the first image.
     tokens = model.tokenize(prompts, tuned.descriptor_id)
-    return _pictures(model, tuned, tokens, list(seeds), sampling, size, on_progress)
+    return _images(model, tuned, tokens, list(seeds), sampling, size, on_progress)
 
 
-def _pictures(
+def _images(
     model: TextToImageModel,
     tuned: TunedModel,
     tokens: Tokens,
@@ -151,41 +146,33 @@ def _pictures(
     size: int,
     on_progress: ProgressCallback | None,
 ) -> Iterator[Image]:
-    # Some schedulers look twice in a step.
+    # Some schedulers evaluate the U-Net twice in a step.
     steps = len(make_scheduler(model, sampling).timesteps)
     first = 0
     while first < len(seeds):
         some = slice(first, first + size)
         together = len(seeds[some])
 
-        def report(
-            done: int, note: str = "", before: int = first, together: int = together
-        ) -> None:
+        def report(done: int, note: str = "", first: int = first, together: int = together) -> None:
             if on_progress:
-                on_progress(
-                    Progress(
-                        stage="generate",
-                        done=before * steps + together * done,
-                        total=len(seeds) * steps,
-                        note=note,
-                    )
-                )
+                done, total = first * steps + together * done, len(seeds) * steps
+                on_progress(Progress(stage="generate", done=done, total=total, note=note))
 
-        pictures = None
+        images = None
         try:
             latents = denoise(model, tuned, tokens[some], seeds[some], sampling, report)
-            pictures = model.decode(latents)
+            images = model.decode(latents)
         except (MemoryError, RuntimeError) as error:
             if size == 1 or not memory_ran_out(error):
                 raise
-        if pictures is None:  # only here: the error would keep all that was computed
+        if images is None:  # not in the handler: the error's traceback keeps all tensors
             size = (size + 1) // 2
             free_memory(model.device)
             if on_progress:
-                note = f"memory ran out: {size} pictures at a time from now on"
+                note = f"out of memory: {size} images at a time from now on"
                 on_progress(Progress(stage="generate", note=note))
             continue
-        yield from pictures
+        yield from images
         first += together
 
 
@@ -196,7 +183,7 @@ def generate_latents(
     seeds: Sequence[int],
     sampling: SamplingConfig | None = None,
 ) -> Tensor:
-    """Return z_0 of pictures drawn as one batch, (batch, channels, height, width), in float32."""
+    """Return z_0 of images sampled as one batch, (batch, channels, height, width), in float32."""
     sampling = (sampling or SamplingConfig()).resolved(model)
     tuned = tuned.at_concept_scale(model.unet, sampling.concept_scale)
     tokens = model.tokenize(prompts, tuned.descriptor_id)
@@ -213,11 +200,12 @@ def denoise(
     report: Callable[..., None] | None = None,
 ) -> Tensor:
     scheduler = make_scheduler(model, sampling)
-    # On the CPU and one for each picture, so that a seed means the same everywhere.
+    # On the CPU and one for each image, so that a seed gives the same noise everywhere.
     sources = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = [torch.randn(model.latent_shape, generator=source) for source in sources]
-    z_t = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma
-    random = {"generator": sources} if draws_noise(scheduler) else {}
+    z_t: Tensor = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma
+    samples = "generator" in inspect.signature(scheduler.step).parameters
+    random = {"generator": sources} if samples else {}
     assert sampling.guidance is not None, "resolve the sampling config first"
     denoiser = CFGDenoiser(
         model, tuned, tokens, guidance=sampling.guidance, negative_prompt=sampling.negative_prompt
@@ -227,11 +215,11 @@ def denoise(
         on_trouble=partial(report, 0) if report else None,
     )  # fmt: skip
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else it looks for t in its list, and a device has to stop
-    there = scheduler.timesteps.to(model.device)  # all at once: each copy would be a wait
+        scheduler.set_begin_index(0)  # else it searches t in its list, which synchronizes
+    on_device = scheduler.timesteps.to(model.device)  # at once: each copy would synchronize
     for done, t in enumerate(scheduler.timesteps, start=1):
         noisy = scheduler.scale_model_input(z_t, t).to(tuned.unet.dtype)
-        prediction = predict(noisy, there[done - 1])
+        prediction = predict(noisy, on_device[done - 1])
         z_t = scheduler.step(prediction.float(), t, z_t, **random).prev_sample
         if report:
             report(done)

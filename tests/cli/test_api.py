@@ -9,7 +9,7 @@ from PIL import Image
 
 import e4t_cli
 from e4t_cli.errors import E4TError, InputError, UsageError
-from e4t_cli.images.loading import open_picture
+from e4t_cli.images.loading import open_image
 from e4t_cli.images.preparation import with_mask
 from e4t_cli.images.results import contact_sheet
 from e4t_cli.models.text_to_image import TextToImageModel
@@ -83,7 +83,7 @@ def test_the_record_says_what_a_picture_depends_on(draw, world):
     assert record.photo_sha256 == hashlib.sha256(world.photo.read_bytes()).hexdigest()
     assert record.tuning["steps"] == 1 and record.tuning["seed"] == 5
     assert record.guidance > 0 and record.scheduler == "dpm++"
-    assert record.base_fingerprint and record.pack_fingerprint
+    assert record.base_fingerprint and record.weights_fingerprint
     assert record.parameters().startswith("S* on the beach\nSteps: 2, Sampler: dpm++")
 
 
@@ -104,7 +104,7 @@ def test_the_record_says_what_a_picture_depends_on(draw, world):
         ({"face": "middle"}, UsageError, "1 is the leftmost"),
         ({"require_face": True}, UsageError, "looks for no face"),
         ({"mask": Image.new("L", (96, 64), 255)}, InputError, "same proportions"),
-        ({"image": b"nothing"}, InputError, "not a picture"),
+        ({"image": b"nothing"}, InputError, "not an image"),
         ({"prompts": "S*" + " beach" * 30, "image": None}, None, "left out"),
         ({"prompts": "beach " * 30 + "S*"}, UsageError, "the placeholder comes after"),
     ],
@@ -131,11 +131,11 @@ def test_a_mask_lies_on_the_pixels_it_was_drawn_for():
 
 def test_pil_images_are_treated_as_files_are():
     see_through = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
-    assert open_picture(see_through).image.getpixel((9, 9)) == (255, 255, 255)
+    assert open_image(see_through).image.getpixel((9, 9)) == (255, 255, 255)
     turned = Image.new("RGB", (64, 128))
     turned.getexif()[0x0112] = 6  # lies on its side
-    assert open_picture(turned).image.size == (128, 64)
-    assert open_picture(Image.new("CMYK", (64, 64))).image.mode == "RGB"
+    assert open_image(turned).image.size == (128, 64)
+    assert open_image(Image.new("CMYK", (64, 64))).image.mode == "RGB"
 
 
 def test_small_pictures_are_scaled_by_a_whole_number():

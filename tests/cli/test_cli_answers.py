@@ -80,7 +80,7 @@ def test_help_fills_its_lines(run, monkeypatch, columns):
         (["personalize", "fase", "p.png", "S* x"], 2, "did you mean 'face'?"),
         (["personalize", "face", "none.png", "S* x"], 2, "there is no file none.png"),
         (["personalize", "face", "https://x.org/me.jpg", "S* x"], 2, "curl"),
-        (["personalize", "face", "notes.txt", "S* x"], 3, "not a picture"),
+        (["personalize", "face", "notes.txt", "S* x"], 3, "not an image"),
         (["personalize", "face", "p.png", "S* x", "--base", "./none"], 2, "there is no folder"),
         (["personalize", "face", "p.png", "S* x", "--base", "sd14"], 4, "'sd14'"),
         (["personalize", "face", "p.png", "S* x", "--keep-weights"], 2, "--save"),

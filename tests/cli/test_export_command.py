@@ -1,4 +1,4 @@
-"""`e4t export`: what other programs draw from the folder is what this one draws."""
+"""`e4t export`: other programs generate from the files what this one generates."""
 
 import errno
 import json
@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import e4t_cli
-from e4t_cli import files as making
-from e4t_cli.formats import diffusers_folder as folder
+from e4t_cli import files
+from e4t_cli.formats import stable_diffusion
 from e4t_cli.formats.concept import Concept
-from e4t_cli.formats.diffusers_folder import write_folder
+from e4t_cli.formats.stable_diffusion import write_folder
 from e4t_cli.formats.textual_inversion import mean_concept_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
@@ -27,7 +27,7 @@ SAMPLING = SamplingConfig(steps=4, guidance=3.0)
 
 @pytest.fixture
 def installed(world):
-    """The tiny pack among this user's own domains."""
+    """The tiny domain weights among the user domains."""
     shutil.copytree(world.pack, user_domains_folder() / "my_faces")
 
 
@@ -56,10 +56,10 @@ def tuned(model, pack, face):
 
 
 @pytest.mark.parametrize("prompt", ["{} on the beach", "a photo of {}", "{} and {} with hat"])
-def test_another_program_draws_what_this_one_draws(model, tuned, face, tmp_path, prompt):
-    word = mean_concept_embedding(model, tuned, face)
+def test_another_program_generates_the_same(model, tuned, face, tmp_path, prompt):
+    mean = mean_concept_embedding(model, tuned, face)
     write_folder(
-        model, tuned, word.embedding, tmp_path / "me", token="S*", readme="", dtype=torch.float32
+        model, tuned, mean.embedding, tmp_path / "me", token="S*", readme="", dtype=torch.float32
     )
     pipeline = pipeline_of(tmp_path / "me")
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
@@ -67,18 +67,18 @@ def test_another_program_draws_what_this_one_draws(model, tuned, face, tmp_path,
         prompt.replace("{}", "S*"), latents=noise, num_inference_steps=SAMPLING.steps,
         guidance_scale=SAMPLING.guidance, output_type="latent",
     ).images  # fmt: skip
-    without_time = tuned.with_fixed_embedding(word.embedding)
+    without_time = tuned.with_fixed_embedding(mean.embedding)
     parsed = parse_prompt(prompt.replace("{}", "S*"))
     own = generate_latents(model, without_time, [parsed], [1], SAMPLING)
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
     plain = generate_latents(model, TunedModel.plain(model, "face"), [parsed], [1], SAMPLING)
-    assert (own - plain).abs().max() > 1e-2  # and that is not what the base draws anyway
+    assert (own - plain).abs().max() > 1e-2  # and that is not what the base generates anyway
 
 
-def test_the_word_is_the_mean_over_noise_levels(model, tuned, face):
-    word = mean_concept_embedding(model, tuned, face)
-    assert word.embedding.shape == tuned.e_domain.shape
-    assert 0 < word.variation < 10
+def test_the_embedding_is_the_mean_over_noise_levels(model, tuned, face):
+    mean = mean_concept_embedding(model, tuned, face)
+    assert mean.embedding.shape == tuned.e_domain.shape
+    assert 0 < mean.variation < 10
     blind = TunedModel.plain(model, "face")
     assert torch.equal(mean_concept_embedding(model, blind, face).embedding, blind.e_domain)
     assert mean_concept_embedding(model, blind, face).variation == 0
@@ -121,9 +121,9 @@ def test_the_command(run, world, installed, tmp_path, method):
 def test_json_and_float32(run, world, saved):
     base = str(world.base)
     ended = run("export", str(saved), "me", "--base", base, "--json", "--dtype", "fp32")
-    told = json.loads(ended.out)
-    assert told["type"] == "model" and told["path"] == "me" and told["token"] == "S*"
-    assert 0 <= told["variation"] < 10
+    record = json.loads(ended.out)
+    assert record["type"] == "model" and record["path"] == "me" and record["token"] == "S*"
+    assert 0 <= record["variation"] < 10
     stored = load_file("me/unet/diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float32}
 
@@ -136,13 +136,13 @@ def test_a_folder_that_exists_is_left_alone(run, world, saved, tmp_path):
     assert run("export", "nothing.e4t", "x").code == 2
 
 
-def test_a_word_that_is_taken_is_found_out_before_tuning(run, world, saved):
+def test_a_known_token_is_refused_before_tuning(run, world, saved):
     ended = run("export", str(saved), "me", "--base", str(world.base), "--placeholder", "face")
     assert ended.code == 2 and "a word of its own" in ended.err
     assert "tune" not in ended.err
 
 
-def test_a_word_that_the_base_knows_is_refused(model, tuned, tmp_path):
+def test_a_token_that_the_base_knows_is_refused(model, tuned, tmp_path):
     from e4t_cli.errors import UsageError
 
     known = model.tokenizer.convert_ids_to_tokens([5])[0]
@@ -159,14 +159,14 @@ def test_it_appears_whole_or_not_at_all(run, world, saved, tmp_path, monkeypatch
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(folder, "_tidy", fails)
+    monkeypatch.setattr(stable_diffusion, "_normalise", fails)
     ended = run("export", str(saved), "models/me", "--base", str(world.base))
     assert ended.code == code
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_a_full_disk_is_told_beforehand(run, world, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(making, "free_bytes", lambda place: 1000)
+def test_a_full_disk_is_found_beforehand(run, world, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "free_bytes", lambda place: 1000)
     ended = run("export", str(saved), "me", "--base", str(world.base))
     assert ended.code == 6 and "1 kB are free" in ended.err
     assert not Path("me").exists()
@@ -204,17 +204,17 @@ def test_a_single_file_is_for_stable_diffusion_1(run, world, saved, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_single_file_and_its_word(run, world, saved, tmp_path, monkeypatch):
-    from e4t_cli.formats import single_file
-
-    monkeypatch.setattr(single_file, "SHAPE", {})  # the tiny base's blocks have other names, too
+def test_a_single_file_and_its_embedding(run, world, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        single_file, "stable_diffusion_names", lambda *parts: parts[0].state_dict().items()
+        stable_diffusion, "SINGLE_FILE_CONFIG", {}
+    )  # the tiny base's blocks have other names, too
+    monkeypatch.setattr(
+        stable_diffusion, "compvis_state_dict", lambda *parts: parts[0].state_dict().items()
     )
     ended = run("export", str(saved), "models/me.safetensors", "--base", str(world.base), "--json")
     assert ended.code == 0, ended.err
-    told = json.loads(ended.out)
-    assert told["path"] == "models/me.safetensors" and told["token"] == "me-word"
+    record = json.loads(ended.out)
+    assert record["path"] == "models/me.safetensors" and record["token"] == "me-word"
     names = {path.name for path in (tmp_path / "models").iterdir()}
     assert names == {"me.safetensors", "me-word.safetensors"}
 
@@ -230,8 +230,12 @@ def test_a_lora_by_the_command(run, world, saved, tmp_path):
     assert ended.lines == ["me.safetensors"]
     assert "rank 4 holds" in ended.err and "in prompts it is me-word" in ended.err
     ended = run("export", "me.e4t", "other.safetensors", "--lora", "4", "--json", *base)
-    told = json.loads(ended.out)
-    assert told["type"] == "lora" and 0 < told["kept"] < 1 and told["token"] == "other-word"
+    record = json.loads(ended.out)
+    assert (
+        record["type"] == "lora"
+        and 0 < record["retained_energy"] < 1
+        and record["token"] == "other-word"
+    )
     first, again = load_file("me.safetensors"), load_file("other.safetensors")
     assert first.keys() == again.keys() and len(first) > 30
     # Neither what exists, nor a folder, nor a rank that is none.
@@ -248,5 +252,5 @@ def test_a_lora_by_the_command(run, world, saved, tmp_path):
 def test_the_base_is_still_there_to_be_compared_with(world, saved, tmp_path):
     """A base that was loaded for this alone is used up by tuning, but not here."""
     found = e4t_cli.export(saved, tmp_path / "me.safetensors", lora=4, base=world.base)
-    assert found.kept < 1  # compared with itself, nothing would be missing
+    assert found.retained_energy < 1  # compared with itself, nothing would be missing
     assert load_file(found.path)

@@ -50,7 +50,7 @@ def test_what_was_saved_can_be_handed_back_as_a_mask(run, tmp_path):
 def test_I11_a_face_can_be_required(run):
     command = ["personalize", "face", CAT, "--base", "mini", "--save-prepared", "x"]
     ended = run(*command, "--require-face")
-    assert ended.code == 3 and "no face in the picture" in ended.err
+    assert ended.code == 3 and "no face in the image" in ended.err
     ended = run(*command)
     assert ended.code == 0 and "no face was found" in ended.err
     assert len(ended.out.split()) == 1  # no mask, no second file
@@ -59,7 +59,7 @@ def test_I11_a_face_can_be_required(run):
     )
     assert ended.code == 2 and "looks for no face" in ended.err
     ended = run("personalize", "face", ME, "--base", "mini", "--save-prepared", "x", "--face", "2")
-    assert ended.code == 3 and "is 1 face in the picture, not 2" in ended.err
+    assert ended.code == 3 and "is 1 face in the image, not 2" in ended.err
 
 
 @pytest.mark.parametrize("arguments", [["--mask", "words:a face"], ["--mask", "words"]])

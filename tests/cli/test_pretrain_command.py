@@ -129,7 +129,7 @@ def test_R5_bad_pictures_are_named_in_a_log_that_stays(pretrain, dogs):
     (dogs / "05.txt").write_text("a dog")
     ended = pretrain()
     assert ended.code == 0, ended.err
-    assert "2 pictures were left out" in ended.err
+    assert "2 images were left out" in ended.err
     log = (made() / "training" / "left-out.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in log] == ["05.png", "06.png"]
     assert f"left out are named in {made()}/training/left-out.tsv" in ended.err
@@ -151,10 +151,10 @@ def test_R5_all_bad_and_R6_empty(pretrain, tmp_path, cache):
         (tmp_path / "bad" / f"{index}.png").write_bytes(b"no picture")
     ended = pretrain("--cache", cache, data="bad")
     assert ended.code == 3, ended.err
-    assert "no picture can be used; the first: " in ended.err
+    assert "no image can be used; the first: " in ended.err
     (tmp_path / "empty").mkdir()
     ended = pretrain("--cache", cache, data="empty")
-    assert ended.code == 3 and "there is no picture in" in ended.err
+    assert ended.code == 3 and "there is no image in" in ended.err
 
 
 def test_R6_one_picture_and_R7_duplicates_are_warned_about(pretrain, dogs, tmp_path):
@@ -162,10 +162,10 @@ def test_R6_one_picture_and_R7_duplicates_are_warned_about(pretrain, dogs, tmp_p
     shutil.copy(dogs / "03.png", tmp_path / "one")
     ended = pretrain(data="one", name="one_dog")
     assert ended.code == 0, ended.err
-    assert "1 picture are few" not in ended.err and "1 picture is few" in ended.err
+    assert "1 image are few" not in ended.err and "1 image is few" in ended.err
     shutil.copy(dogs / "03.png", dogs / "99.png")
     ended = pretrain("--cache", "on")
-    assert ended.code == 0 and "1 picture is there twice, as 99.png and 03.png" in ended.err
+    assert ended.code == 0 and "1 image is there twice, as 99.png and 03.png" in ended.err
 
 
 def test_what_is_no_source(pretrain, dogs):
@@ -220,7 +220,7 @@ def test_the_run_leaves_its_losses_and_no_checkpoints(pretrain):
     ended = pretrain("--steps", "3")
     assert ended.code == 0, ended.err
     names = left(made())
-    assert "domain.toml" in names and "losses.jsonl" in names and "losses.png" in names
+    assert "domain.toml" in names and "losses.jsonl" in names
     assert [path.name for path in user_domains_folder().iterdir()] == ["my_dogs"]
     again = pretrain()
     assert again.code == 2 and "has weights for tiny already" in again.err
@@ -245,7 +245,7 @@ def test_an_interrupted_run_goes_on(pretrain, monkeypatch):
     other = pretrain("--steps", "4", "--batch", "2")
     assert other.code == 2 and "another run" in other.err
     ended = pretrain("--steps", "4")
-    assert ended.code == 0 and "going on from step 4" in ended.err
+    assert ended.code == 0 and "resuming from step 4" in ended.err
 
 
 def test_fresh_begins_anew(pretrain, monkeypatch):
@@ -256,7 +256,7 @@ def test_fresh_begins_anew(pretrain, monkeypatch):
     assert pretrain("--checkpoint-every", "1").code == 1
     monkeypatch.setattr(DomainWeights, "save", save)
     ended = pretrain("--batch", "2", "--fresh")
-    assert ended.code == 0 and "going on" not in ended.err
+    assert ended.code == 0 and "resuming" not in ended.err
 
 
 def test_json_is_one_object(pretrain):
@@ -289,7 +289,7 @@ def test_a_dry_run_says_what_it_would_cost_and_leaves_nothing(pretrain, dogs, tm
     assert told["passes"] == "307.69"
     assert told["cache"].endswith("kB") and told["memory"].endswith("B")
     assert told["time"].startswith("about ")
-    assert "there twice" in ended.err and "12 pictures are few" in ended.err
+    assert "there twice" in ended.err and "12 images are few" in ended.err
     assert not user_domains_folder().exists()
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -311,7 +311,7 @@ def test_a_dry_run_opens_a_sample_of_many(pretrain, monkeypatch):
     ended = pretrain("--dry-run", "--json")
     told = json.loads(ended.out)
     assert (told["pictures"], told["opened"]) == (12, 5)
-    assert "few" not in ended.err or "12 pictures" in ended.err
+    assert "few" not in ended.err or "12 images" in ended.err
 
 
 def test_a_dry_run_fails_as_the_run_would(pretrain, tmp_path):

@@ -16,7 +16,7 @@ from e4t_cli.images.loading import center_square, prepare_image
 from e4t_cli.registry.discovery import find_domain
 from e4t_cli.registry.domain import PreparationTarget
 from e4t_domains import face as module
-from e4t_domains import face_parsing, face_search
+from e4t_domains import face_detection, face_parsing
 
 TARGET = PreparationTarget(size=64, base="mini")
 NAMES = {0: "background", 1: "shirt", 2: "skin.png"}
@@ -62,7 +62,7 @@ def test_I11_labels_are_read_by_name(tmp_path, monkeypatch, label, covered):
         assert "not aligned" in prepared.notes[0]
     else:
         assert prepared.mask is None
-        assert prepared.notes == ("no face was found: the whole picture counts in tuning",)
+        assert prepared.notes == ("no face was found: the whole image counts in tuning",)
         strict = PreparationTarget(size=64, base="mini", required=True)
         with pytest.raises(InputError, match="no face") as caught:
             prepare_image(find_domain("face"), photo, strict)
@@ -117,7 +117,7 @@ def test_without_either_there_is_one_sentence(tmp_path):
         prepared = module.prepare(Image.new("RGB", (90, 70)), target)
         assert prepared.mask is None
         (note,) = prepared.notes
-        assert "whole picture" in note and "not aligned" in note
+        assert "whole image" in note and "not aligned" in note
         required = PreparationTarget(size=64, base="sd14", fetch=fetch, required=True)
         with pytest.raises(WeightsUnavailable):  # whether there is one, nobody can tell
             module.prepare(Image.new("RGB", (90, 70)), required)
@@ -127,7 +127,7 @@ def test_without_either_there_is_one_sentence(tmp_path):
 
 def test_a_parser_that_does_not_fit_is_refused(tmp_path):
     other = parser(tmp_path / "other", names={0: "sky", 1: "sea"})
-    with pytest.raises(IntegrityError, match="no part of a head"):
+    with pytest.raises(IntegrityError, match="no label for a part of a head"):
         face_parsing.load_parser(other)
     lame = parser(tmp_path / "lame")
     from safetensors.torch import load_file, save_file
@@ -209,7 +209,7 @@ def test_a_photograph_is_turned_and_cropped(painted, turn):
     assert words[2] == f"mask {round(100 * covered)} %" and 0.2 < covered < 0.6
     # Upright now, with the eyes at one height and the mouth below them.
     seen = Painted()._one(prepared.image)
-    (face,) = face_search.find_faces(seen)
+    (face,) = face_detection.find_faces(seen)
     (ax, ay), (bx, by) = face.eyes
     assert abs(ay - by) < 2.5 and ax < 128 < bx and face.mouth[1] > ay + 20
 
@@ -230,7 +230,7 @@ def test_I11_several_faces(painted):
         other = back[0] if where == 560 else back[1]
         if all(0.02 < place < 0.98 for place in other):
             assert prepared.mask.getpixel(tuple(int(128 * place) for place in other)) == 0
-    with pytest.raises(InputError, match="2 faces in the picture, not 3"):
+    with pytest.raises(InputError, match="2 faces in the image, not 3"):
         module.prepare(painted, PreparationTarget(size=128, base="sd14", which="3"))
 
 

@@ -56,4 +56,4 @@ def test_I11_what_is_no_face_is_left_as_it_is(name):
     prepared = prepare_image(find_domain("face"), photo, TARGET)
     assert prepared.image.tobytes() == center_square(photo, 64).tobytes()
     assert prepared.mask is None
-    assert prepared.notes == ("no face was found: the whole picture counts in tuning",)
+    assert prepared.notes == ("no face was found: the whole image counts in tuning",)

@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw
 
 from e4t_cli.errors import InputError
 from e4t_cli.images.framing import Frame
-from e4t_domains.face_alignment import FFHQ, align, frame_of, settle, surround
+from e4t_domains.face_alignment import FFHQ, align, settle, square_of, surround
+from e4t_domains.face_detection import Detection, choose
 from e4t_domains.face_parsing import LabelMap
 from e4t_domains.face_regions import find_faces, split_regions
-from e4t_domains.face_search import Detection, choose
 
 # As the public parser orders them, and as an older revision of it does.
 NAMES = dict(
@@ -112,7 +112,7 @@ def ffhq_quad(left, right, mouth):
 def test_the_quad_of_ffhq_to_a_pixel(turn, names):
     found, (points,) = label_map(((250, 260), 90, turn), names=names)
     (face,) = find_faces(found)
-    assert face.plausible
+    assert face.is_plausible
     frame = align(face, (SIDE, SIDE), FFHQ)
     # The lips' centroid is a little off the point between them: the formula gets what was measured.
     assert math.dist(face.mouth, points[2]) < 2
@@ -129,13 +129,13 @@ def test_two_faces_from_left_to_right_and_which():
     faces = find_faces(found)
     assert [round(face.center[0]) for face in faces] == pytest.approx([120, 370], abs=8)
     view = Frame.centered((SIDE, SIDE))
-    seen = [Detection(face, view, frame_of(face, (SIDE, SIDE), FFHQ)) for face in faces]
+    seen = [Detection(face, view, square_of(face, (SIDE, SIDE), FFHQ)) for face in faces]
     assert choose(seen, "largest").face is faces[0]
     assert choose(seen, "left").face is choose(seen, "1").face is faces[0]
     assert choose(seen, "right").face is choose(seen, "2").face is faces[1]
     assert choose(seen, "left").frame.turn == pytest.approx(12, abs=0.7)
     assert choose(seen, "right").frame.turn == pytest.approx(-8, abs=0.7)
-    with pytest.raises(InputError, match="are 2 faces in the picture, not 3"):
+    with pytest.raises(InputError, match="are 2 faces in the image, not 3"):
         choose(seen, "3")
 
 
@@ -153,8 +153,8 @@ def test_cheek_to_cheek_is_two_faces():
 def test_a_profile_is_cropped_around_the_head_and_not_turned():
     found, _ = label_map(((250, 260), 90, 10), eyes=1)
     (face,) = find_faces(found)
-    assert len(face.eyes) == 1 and not face.plausible
-    frame = frame_of(face, (SIDE, SIDE), FFHQ)
+    assert len(face.eyes) == 1 and not face.is_plausible
+    frame = square_of(face, (SIDE, SIDE), FFHQ)
     assert frame == surround(face, (SIDE, SIDE), FFHQ)
     assert frame.turn == 0
     left, top, right, bottom = face.box

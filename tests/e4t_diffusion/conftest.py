@@ -30,7 +30,7 @@ def offsets(sizes):
 
 @pytest.fixture
 def checkpoint(tmp_path, encoder, offsets, monkeypatch):
-    """A folder with a whole checkpoint, whose tower open_clip seems to know."""
+    """A folder with a whole checkpoint, whose tower is among the patched configs of open_clip."""
     configs = checkpoints.write_open_clip_config(tmp_path / "model_configs")
     monkeypatch.setattr("e4t_cli.formats.e4t_diffusion.checkpoint.configs_folder", lambda: configs)
     return checkpoints.write_checkpoint(tmp_path / "theirs", encoder, offsets)
@@ -38,9 +38,9 @@ def checkpoint(tmp_path, encoder, offsets, monkeypatch):
 
 @pytest.fixture
 def converted(checkpoint, tmp_path):
-    """The pack made of it in this process, with the reader that the other process uses."""
+    """Domain weights made of it in this process, with the reader of the child process."""
     from e4t_cli.api.importing import conversion_request
-    from e4t_cli.formats.e4t_diffusion.__main__ import read_tensors_of
+    from e4t_cli.formats.e4t_diffusion.__main__ import read_pickled_tensors
     from e4t_cli.formats.e4t_diffusion.checkpoint import read_checkpoint
     from e4t_cli.formats.e4t_diffusion.conversion import write_domain_folder
     from e4t_cli.models.domain_weights import DomainWeights
@@ -48,10 +48,10 @@ def converted(checkpoint, tmp_path):
     from e4t_cli.registry.domain import Domain
 
     config = TuningConfig(steps=2, base_learning_rate=1e-5, reg_weight=0.1, batch_size=4, mask=True)
-    sentences = ("{}", "a photo of {}")  # short: the tiny base reads 14 tokens
-    domain = Domain(name="face", descriptor="face", tuning=config, prompt_templates=sentences)
-    wish = conversion_request(read_checkpoint(checkpoint), domain, "face", "tiny")
+    templates = ("{}", "a photo of {}")  # short: the tiny base reads 14 tokens
+    domain = Domain(name="face", descriptor="face", tuning=config, prompt_templates=templates)
+    request = conversion_request(read_checkpoint(checkpoint), domain, "face", "tiny")
     folder = tmp_path / "ours"
     folder.mkdir()
-    report = write_domain_folder(wish, folder, read_tensors_of)
-    return DomainWeights.load(folder), report, folder
+    result = write_domain_folder(request, folder, read_pickled_tensors)
+    return DomainWeights.load(folder), result, folder

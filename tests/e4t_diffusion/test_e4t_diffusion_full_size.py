@@ -17,7 +17,7 @@ def test_the_published_size(tmp_path):
     made = import_checkpoint(folder, name="people")
     print(made.summary)
     assert made.base == "sd14"
-    assert made.summary.startswith("143,226,592 numbers")
+    assert made.summary.startswith("143,226,592 parameters")
     bytes_of = {path.name: path.stat().st_size for path in made.folder.iterdir()}
     print(bytes_of)
     assert bytes_of["offsets.safetensors"] < 2e6

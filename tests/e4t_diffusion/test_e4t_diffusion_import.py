@@ -1,4 +1,4 @@
-"""A checkpoint of e4t-diffusion, from its folder to pictures, and what it may not do on the way."""
+"""A checkpoint of e4t-diffusion, from its folder to images, and what it must not do on the way."""
 
 import dataclasses
 import json
@@ -19,11 +19,15 @@ from e4t_cli.cli.app import run
 from e4t_cli.errors import E4TError, IntegrityError, ResourceError, UsageError
 from e4t_cli.files import sha256_of
 from e4t_cli.formats.concept import Concept
-from e4t_cli.formats.e4t_diffusion import runner as converting
-from e4t_cli.formats.e4t_diffusion.__main__ import read_tensors_of
-from e4t_cli.formats.e4t_diffusion.checkpoint import ConversionRequest, read_checkpoint
+from e4t_cli.formats.e4t_diffusion import checkpoint as checkpoint_module
+from e4t_cli.formats.e4t_diffusion.__main__ import read_pickled_tensors
+from e4t_cli.formats.e4t_diffusion.checkpoint import (
+    ConversionRequest,
+    clean_environment,
+    convert,
+    read_checkpoint,
+)
 from e4t_cli.formats.e4t_diffusion.conversion import split_networks, write_domain_folder
-from e4t_cli.formats.e4t_diffusion.runner import clean_environment
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.registry.discovery import user_domains_folder
 from tests.conftest import drawn_face
@@ -43,7 +47,7 @@ class Evil:
 
 
 @pytest.fixture
-def wish(checkpoint):
+def conversion(checkpoint):
     from e4t_cli.api.importing import conversion_request
 
     return conversion_request(read_checkpoint(checkpoint), None, "face", "tiny")
@@ -51,16 +55,16 @@ def wish(checkpoint):
 
 def refused(path, match, sha256=""):
     with pytest.raises(IntegrityError, match=match) as caught:
-        read_tensors_of(path, sha256)
+        read_pickled_tensors(path, sha256)
     assert caught.value.exit_code == 5
     assert "weights_only" not in str(caught.value)  # torch's own advice is the wrong one
     return caught.value
 
 
-# ── the one place that touches a pickle ──
+# ── the one place that reads a pickle ──
 
 
-def test_pickles_are_touched_in_one_place():
+def test_pickles_are_read_in_one_place():
     loads = ("torch.load(", "pickle.load", "Unpickler", "import pickle", "joblib", "numpy.load")
     found = {
         path.relative_to(SOURCE).as_posix()
@@ -78,7 +82,7 @@ def test_nothing_imports_the_process_that_reads():
         path.relative_to(SOURCE).as_posix()
         for path in SOURCE.rglob("*.py")
         if any(
-            re.match(r"\s*(from|import) .*(__main__|read_tensors_of)", line)
+            re.match(r"\s*(from|import) .*(__main__|read_pickled_tensors)", line)
             for line in path.read_text(encoding="utf-8").splitlines()
         )
     }
@@ -134,7 +138,7 @@ def test_only_tables_of_tensors(tmp_path, content, match):
 def test_the_hash_comes_before_the_pickle(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
     right = sha256_of(tmp_path / "a.pt")
-    tensors, found = read_tensors_of(tmp_path / "a.pt", right)
+    tensors, found = read_pickled_tensors(tmp_path / "a.pt", right)
     assert found == right
     assert torch.equal(tensors["a"], torch.ones(3))
     refused(tmp_path / "a.pt", f"is {right}, not {'0' * 64}", "0" * 64)
@@ -143,11 +147,11 @@ def test_the_hash_comes_before_the_pickle(tmp_path):
 # ── what a checkpoint has to be ──
 
 
-def spoilt(wish, tmp_path, encoder=None, weights=None):
+def spoilt(conversion, tmp_path, encoder=None, weights=None):
     """Convert with some tensors replaced; None removes one."""
 
     def read(path, sha256):
-        tensors, digest = read_tensors_of(path, sha256)
+        tensors, digest = read_pickled_tensors(path, sha256)
         changes = (encoder if path.name == "encoder.pt" else weights) or {}
         merged = {**tensors, **changes}
         return {key: value for key, value in merged.items() if value is not None}, digest
@@ -155,35 +159,37 @@ def spoilt(wish, tmp_path, encoder=None, weights=None):
     target = tmp_path / "target"
     target.mkdir(exist_ok=True)
     with pytest.raises(IntegrityError) as caught:
-        write_domain_folder(wish, target, read)
+        write_domain_folder(conversion, target, read)
     assert not (target / "domain.toml").exists()
     return str(caught.value)
 
 
-def test_F4_F5_F6_wrong_encoders(wish, tmp_path, encoder):
+def test_F4_F5_F6_wrong_encoders(conversion, tmp_path, encoder):
     first = "first_linears.3.weight"
-    assert f"lacks the tensor {first}" in spoilt(wish, tmp_path, {first: None})
-    assert "unexpected tensor more" in spoilt(wish, tmp_path, {"more": torch.ones(1)})
-    assert "has shape (2, 2), not (32, 32)" in spoilt(wish, tmp_path, {first: torch.ones(2, 2)})
+    assert f"lacks the tensor {first}" in spoilt(conversion, tmp_path, {first: None})
+    assert "unexpected tensor more" in spoilt(conversion, tmp_path, {"more": torch.ones(1)})
+    assert "has shape (2, 2), not (32, 32)" in spoilt(
+        conversion, tmp_path, {first: torch.ones(2, 2)}
+    )
     for key in (first, "clip_vision.conv1.weight", "final_linear.bias"):
         nan = encoder[key].clone()
         nan.flatten()[0] = float("nan")
         assert f"{key.removeprefix('clip_vision.')} has numbers that" in spoilt(
-            wish, tmp_path, {key: nan}
+            conversion, tmp_path, {key: nan}
         )
     towerless = {key: None for key in encoder if key.startswith("clip_vision.")}
-    assert "no image tower" in spoilt(wish, tmp_path, towerless)
+    assert "no image tower" in spoilt(conversion, tmp_path, towerless)
     assert "lacks the tensor feature_linear" in spoilt(
-        wish, tmp_path, {"feature_linear.weight": None}
+        conversion, tmp_path, {"feature_linear.weight": None}
     )
-    assert "no usable size" in spoilt(wish, tmp_path, {"final_linear.weight": torch.ones(())})
+    assert "no usable size" in spoilt(conversion, tmp_path, {"final_linear.weight": torch.ones(())})
 
 
 def test_F4_F5_F6_wrong_offsets(offsets):
     key = next(key for key in offsets if key.endswith("linear_row.weight"))
     nan = torch.full_like(offsets[key], float("inf"))
     for changes, match in (
-        ({key: None}, r"lacks linear_row\.weight"),
+        ({key: None}, r"lacks the tensor linear_row\.weight"),
         ({"unet.conv.weight": torch.ones(1)}, "unexpected tensor"),
         ({key: torch.ones(3, 3)}, r"has shape \(3, 3\)"),
         ({key: nan}, "not finite"),
@@ -253,18 +259,18 @@ def test_gone_repositories_lead_to_their_mirrors(checkpoint):
     assert _base_name(gone, None) == "sd15"
 
 
-# ── the other process ──
+# ── the child process ──
 
 
-def test_the_other_process_has_no_network_and_no_programs(monkeypatch):
+def test_the_child_process_has_no_network_and_no_programs(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     code = """
 import json, os, sys
-from e4t_cli.formats.e4t_diffusion.runner import forbid, leave_the_network
-leave_the_network()
+from e4t_cli.formats.e4t_diffusion.__main__ import forbid_network_and_processes, leave_network
+leave_network()
 import torch, socket, subprocess, urllib.request
-forbid()
+forbid_network_and_processes()
 import _socket
 def works(call):
     try:
@@ -306,7 +312,7 @@ def test_a_hostile_checkpoint_through_the_command(checkpoint, base_folder, tmp_p
     assert list(user_domains_folder().iterdir()) == []  # nothing half-made stays
 
 
-def test_a_process_that_dies_is_explained(wish, tmp_path, monkeypatch):
+def test_a_process_that_dies_is_explained(conversion, tmp_path, monkeypatch):
     for command, kind, match in (
         ("import os; os.kill(os.getpid(), 9)", ResourceError, "memory"),
         ("import os; os.abort()", IntegrityError, "ended with code -6"),
@@ -316,28 +322,28 @@ def test_a_process_that_dies_is_explained(wish, tmp_path, monkeypatch):
         fake.write_text(f"#!{sys.executable}\nimport sys\n{command}\n")
         fake.chmod(0o755)
         with monkeypatch.context() as patch:
-            patch.setattr(converting.sys, "executable", str(fake))
+            patch.setattr(checkpoint_module.sys, "executable", str(fake))
             with pytest.raises(kind, match=match):
-                converting.convert(wish, tmp_path / "out" / "face")
+                convert(conversion, tmp_path / "out" / "face")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_D9_no_room(wish, tmp_path, monkeypatch):
+def test_D9_no_room(conversion, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(converting.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(ResourceError, match="are free on the disk"):
-        converting.convert(wish, tmp_path / "out" / "face")
+        convert(conversion, tmp_path / "out" / "face")
 
 
-def test_wishes_survive_the_trip(wish):
-    assert ConversionRequest.from_json(wish.to_json()) == wish
+def test_requests_survive_serialization(conversion):
+    assert ConversionRequest.from_json(conversion.to_json()) == conversion
 
 
 # ── from the folder to pictures ──
 
 
 def test_import_and_personalize(checkpoint, base_folder, tmp_path, capfd):
-    """The whole road: the command, another process, a pack, tuning, pictures, a saved concept."""
+    """From end to end: the command, the child process, domain weights, tuning, a saved concept."""
     sha256 = sha256_of(checkpoint / "encoder.pt")
     code = run(["import", "e4t-diffusion", str(checkpoint), "--base", str(base_folder), "--name",
                 "people"])  # fmt: skip
@@ -354,7 +360,7 @@ def test_import_and_personalize(checkpoint, base_folder, tmp_path, capfd):
     assert sha256 in pack.notes
     assert pack.base_name == "tiny"
     assert pack.embedding_scale == 0.1
-    assert pack.tuning.mask  # the recipe of the installed domain with its descriptor
+    assert pack.tuning.mask  # the config of the installed domain with its descriptor
 
     # The tiny base reads 14 tokens, fewer than some training sentences have.
     card = (folder / "domain.toml").read_text()
@@ -438,8 +444,8 @@ def test_a_tuned_unet_of_another_model_is_refused(checkpoint, encoder, offsets, 
         )
         from e4t_cli.api.importing import conversion_request
 
-        wish = dataclasses.replace(
+        conversion = dataclasses.replace(
             conversion_request(read_checkpoint(folder), None, "face", "tiny"), keep_unet=True
         )
         with pytest.raises(E4TError, match=match):
-            write_domain_folder(wish, tmp_path, read_tensors_of)
+            write_domain_folder(conversion, tmp_path, read_pickled_tensors)

@@ -1,4 +1,4 @@
-"""Laws of the public encoder and offsets: what runs is what is described, computed densely."""
+"""Invariants of the public encoder and offsets: they compute what dense formulas do."""
 
 import dataclasses
 import re
@@ -40,7 +40,7 @@ def test_the_encoder_is_the_one_described(converted, encoder, model, sizes):
     pack, _, _ = converted
     means = torch.randn(2, sizes["unet"], generator=torch.Generator().manual_seed(4))
     expected = checkpoints.dense_encoder(encoder, pixels().double(), means.double())
-    features = pack.tower.look(pixels(), torch.float32)
+    features = pack.tower.encode(pixels(), torch.float32)
     assert features.shape == (2, checkpoints.VECTORS, checkpoints.TOWER["width"])
     found = pack.encoder(features, means)
     assert expected.abs().max() > 0.5
@@ -96,7 +96,7 @@ def test_factored_offsets_are_the_dense_ones(offsets, sizes):
 
 def test_the_modulated_unet_is_the_one_described(converted, offsets, model):
     """W = W₀ · (1 + ΔW) on every projection, from the pack's files."""
-    pack, report, _ = converted
+    pack, result, _ = converted
     unet_offsets = WeightOffsets.from_factors(pack.offsets)
     with unet_offsets.attached_to(model.unet):
         for path in unet_offsets.paths:
@@ -106,8 +106,8 @@ def test_the_modulated_unet_is_the_one_described(converted, offsets, model):
             torch.testing.assert_close(
                 layer.weight.double(), original * (1 + dense), rtol=1e-5, atol=1e-6
             )
-    assert 0 < report.offset_error < 1e-6 < report.offset_size
-    assert report.offset_parameters == sum(value.numel() for value in offsets.values())
+    assert 0 < result.offset_error < 1e-6 < result.offset_size
+    assert result.offset_parameters == sum(value.numel() for value in offsets.values())
 
 
 def test_a_pack_of_theirs_is_tuned_and_drawn(converted, model, face):
@@ -149,9 +149,9 @@ def test_adapters_change_their_encoder_as_merged_ones_do(converted, model, face)
     )  # the picture's own layers learned, too
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
-        pack_digest=pack.digest, prepared=face, config=config, seed=5,
+        weights_digest=pack.digest, prepared=face, config=config, seed=5,
         image_features=pack.image_features(model, model.pixels([face.image]))[0],
-        weights=Concept.kept(tuned),
+        weights=Concept.weights_of(tuned),
     )  # fmt: skip
     again = concept.tuned(model, pack)
     means = torch.randn(1, pack.encoder.config.unet_width)
@@ -166,7 +166,7 @@ def test_a_concept_of_theirs_is_small_and_comes_back(converted, model, face, tmp
         descriptor="face",
         base_name="tiny",
         base_fingerprint=model.fingerprint,
-        pack_digest=pack.digest,
+        weights_digest=pack.digest,
         prepared=face,
         image_features=features,
         config=pack.tuning,
@@ -180,7 +180,7 @@ def test_a_concept_of_theirs_is_small_and_comes_back(converted, model, face, tmp
     one = tune(model, pack, face, seed=5, image_features=features)
     other = tune(model, pack, again.prepared, seed=5, image_features=again.image_features)
     assert draw(model, one) == draw(model, other)
-    kept = dataclasses.replace(concept, weights=Concept.kept(one))
+    kept = dataclasses.replace(concept, weights=Concept.weights_of(one))
     kept.save(tmp_path / "kept.e4t")
     assert draw(model, Concept.load(tmp_path / "kept.e4t").tuned(model, pack)) == draw(model, one)
 

@@ -9,7 +9,7 @@ from e4t_cli.api import importing as public_weights
 from e4t_cli.api.importing import fetch_converted
 from e4t_cli.api.resolve import needs_image_tower, resolve_domain_weights
 from e4t_cli.errors import IntegrityError, WeightsUnavailable
-from e4t_cli.formats.e4t_diffusion.__main__ import read_tensors_of
+from e4t_cli.formats.e4t_diffusion.__main__ import read_pickled_tensors
 from e4t_cli.formats.e4t_diffusion.conversion import write_domain_folder
 from e4t_cli.hub import cache
 from e4t_cli.hub.bases import (
@@ -62,10 +62,10 @@ def conversions(monkeypatch):
     """Count them, and convert in this process: starting another takes seconds (see _import)."""
     calls = []
 
-    def convert(wish, target, on_progress=None):
-        calls.append(wish)
+    def convert(request, target, on_progress=None):
+        calls.append(request)
         target.mkdir(parents=True)
-        return write_domain_folder(wish, target, read_tensors_of)
+        return write_domain_folder(request, target, read_pickled_tensors)
 
     monkeypatch.setattr(public_weights, "convert", convert)
     return calls

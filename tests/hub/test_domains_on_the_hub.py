@@ -3,6 +3,7 @@
 import tomllib
 
 import pytest
+from huggingface_hub import ModelCard
 
 from e4t_cli.cli import app
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
@@ -12,7 +13,7 @@ from e4t_cli.registry.domain import Domain
 from e4t_cli.registry.publish import publish_domain
 from e4t_cli.registry.store import add_domain
 from e4t_cli.registry.weights import weights_state
-from tests.store.conftest import FILES, card, write_domain_folder
+from tests.store.conftest import FILES, manifest_text, write_domain_folder
 
 
 @pytest.fixture
@@ -64,9 +65,11 @@ def test_what_the_hub_does_not_have(hub, folder, tmp_path):
     assert not list(user_domains_folder().iterdir())
 
 
-def test_a_repository_whose_card_lies(hub, folder):
+def test_a_repository_with_a_wrong_manifest(hub, folder):
     """The hub vouches for its files, not for what their author wrote about them."""
-    text = card(files={**FILES, "encoder.safetensors": FILES["encoder.safetensors"][:-1] + b"!"})
+    text = manifest_text(
+        files={**FILES, "encoder.safetensors": FILES["encoder.safetensors"][:-1] + b"!"}
+    )
     (folder / "domain.toml").write_text(text)
     commit = hub.add("someone/dogs", folder)
     with pytest.raises(IntegrityError, match=r"encoder\.safetensors .* is damaged"):
@@ -102,16 +105,16 @@ def test_the_list_says_what_is_to_be_fetched(hub, folder):
 # ── to the hub ──
 
 
-def test_a_pack_is_published_privately(hub, token, dogs):
+def test_weights_are_published_privately(hub, token, dogs):
     done = publish_domain(dogs, "me/e4t-dogs")
     sent = hub.uploads["me/e4t-dogs"]
     assert sent["private"] == b"true" and done.private
     assert {name: sent[name] for name in FILES} == FILES
-    assert tomllib.loads(sent["domain.toml"].decode()) == tomllib.loads(card())
+    assert tomllib.loads(sent["domain.toml"].decode()) == tomllib.loads(manifest_text())
     page = sent["README.md"].decode()
-    assert 'license: "cc0-1.0"' in page.partition("---\n\n")[0]
+    assert ModelCard(page).data.license == "cc0-1.0"
     assert "e4t domains add me/e4t-dogs@main" in page
-    assert "dogs only" in page and "1,234 pictures" in page
+    assert "dogs only" in page and "1,234 images" in page
     repository, _, commit = done.location.partition("@")
     assert repository == "me/e4t-dogs" and len(commit) == 40
     # What was published can be named in a plug-in.
@@ -128,7 +131,8 @@ def test_what_was_published_can_be_added(hub, token, dogs, tmp_path):
     sent = hub.uploads["me/e4t-dogs"]
     assert sent["private"] == b"false"
     page = sent["README.md"].decode()
-    assert 'license: "other"' in page and 'license_name: "My own licence"' in page
+    data = ModelCard(page).data
+    assert (data.license, data.license_name) == ("other", "My own licence")
     remove_domain("my_dogs")
     again = tmp_path / "again"
     again.mkdir()
@@ -147,14 +151,14 @@ def test_an_open_repository_is_not_used_by_mistake(hub, token, dogs, folder):
 
 
 def test_no_licence_no_publication(hub, token, folder):
-    (folder / "domain.toml").write_text(card(licence=""))
+    (folder / "domain.toml").write_text(manifest_text(licence=""))
     dogs = add_domain(folder).domain
     with pytest.raises(UsageError, match="has no licence") as caught:
         publish_domain(dogs, "me/e4t-dogs")
     assert "--licence" in caught.value.hint
     assert hub.requests == [] and hub.uploads == {}
-    assert publish_domain(dogs, "me/e4t-dogs", licence="MIT").card.licence == "MIT"
-    # The shelf's own card is not written to.
+    assert publish_domain(dogs, "me/e4t-dogs", licence="MIT").manifest.licence == "MIT"
+    # The manifest in the store is unchanged.
     assert find_domain("my_dogs").licence == ""
 
 
@@ -180,27 +184,29 @@ def test_names_that_are_none(hub, token, dogs, repository):
     assert hub.uploads == {}
 
 
-def test_which_pack(hub, token, dogs):
+def test_weights_for_several_bases(hub, token, dogs):
     with pytest.raises(WeightsUnavailable, match="no weights on this machine for sd14"):
         publish_domain(dogs, "me/e4t-dogs", base="sd14")
-    assert publish_domain(dogs, "me/e4t-dogs", base="toy").card.base == "toy"
+    assert publish_domain(dogs, "me/e4t-dogs", base="toy").manifest.base == "toy"
     both = Domain(
         name="my_dogs", descriptor="dog", tuning=dogs.tuning,
         weights={**dogs.weights, "other": dogs.weights["toy"]},
     )  # fmt: skip
-    with pytest.raises(UsageError, match="several packs") as caught:
+    with pytest.raises(UsageError, match="weights for several bases") as caught:
         publish_domain(both, "me/e4t-dogs")
-    assert caught.value.hint == "say which: --base toy or other"
+    assert caught.value.hint == "name one: --base toy or other"
 
 
 def test_the_page_repeats_no_markup(dogs, folder):
     from e4t_cli.registry.manifest import parse_manifest
     from e4t_cli.registry.publish import model_card
 
-    text = card(limits="<script>x</script> | a\n# b `c`", notes="[x](http://evil)", licence='M"\nT')
+    text = manifest_text(
+        limits="<script>x</script> | a\n# b `c`", notes="[x](http://evil)", licence='M"\nT'
+    )
     page = model_card(parse_manifest(text.encode(), "it"), dogs, "me/e4t-dogs")
     assert "<script>" not in page and "[x](http" not in page
-    assert '\nlicense_name: "M\\"\\nT"\n' in page
+    assert ModelCard(page).data.license_name == 'M"\nT'
     assert "\n# b" not in page
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -38,8 +38,17 @@ def loud(adapters, seed=0):
     return adapters
 
 
-def fresh(layers, gains=()):
-    return LoraAdapters.for_layers(layers, 2, gains=gains, source=torch.Generator())
+@contextmanager
+def attach(adapters, root):
+    adapters.attach_to(root)
+    try:
+        yield
+    finally:
+        adapters.detach()
+
+
+def fresh(layers, scaled=()):
+    return LoraAdapters.for_layers(layers, 2, scaled=scaled, source=torch.Generator())
 
 
 def run(unet):
@@ -51,10 +60,10 @@ def run(unet):
 
 def test_a_fresh_adapter_changes_nothing(model):
     before = run(model.unet)
-    adapters = fresh(attention_layers(model.unet), gains=attention_layers(model.unet))
-    with adapters.attached_to(model.unet):
+    adapters = fresh(attention_layers(model.unet), scaled=attention_layers(model.unet))
+    with attach(adapters, model.unet):
         assert torch.equal(run(model.unet), before)
-    with loud(adapters).attached_to(model.unet):
+    with attach(loud(adapters), model.unet):
         assert not torch.allclose(run(model.unet), before)
     assert torch.equal(run(model.unet), before)
 
@@ -62,42 +71,42 @@ def test_a_fresh_adapter_changes_nothing(model):
 def test_merged_is_attached(model):
     """In float64, so that nothing but the formula is compared."""
     unet = copy.deepcopy(model.unet).double()
-    adapters = loud(fresh(attention_layers(unet), gains=set(attention_layers(unet)))).double()
+    adapters = loud(fresh(attention_layers(unet), scaled=set(attention_layers(unet)))).double()
     source = torch.Generator().manual_seed(1)
     z_t = torch.randn(2, 4, 8, 8, generator=source).double()
     text = torch.randn(2, 5, 24, generator=source).double()
     with torch.no_grad():
-        with adapters.attached_to(unet):
+        with attach(adapters, unet):
             attached = unet(z_t, 7, text).sample
         for path, adapter in zip(adapters.paths, adapters.adapters, strict=True):
             weight = unet.get_submodule(path).weight
-            dense = weight * (1 + adapter.row_gains[:, None]) + adapter.up @ adapter.down
-            weight.copy_(dense * (1 + adapter.column_gains))
+            dense = weight * (1 + adapter.row_scale[:, None]) + adapter.up @ adapter.down
+            weight.copy_(dense * (1 + adapter.column_scale))
         merged = unet(z_t, 7, text).sample
     torch.testing.assert_close(attached, merged, rtol=1e-10, atol=1e-10)
 
 
 def test_the_layer_with_a_bias_by_hand():
     layer = torch.nn.Linear(3, 4)
-    adapters = loud(LoraAdapters({"0": LoraLayer(4, 3, 2, gains=True, source=torch.Generator())}))
+    adapters = loud(LoraAdapters({"0": LoraLayer(4, 3, 2, scales=True, source=torch.Generator())}))
     adapter, x = adapters.adapters[0], torch.randn(5, 3)
-    with adapters.attached_to(torch.nn.Sequential(layer)):
+    with attach(adapters, torch.nn.Sequential(layer)):
         found = layer(x)
     expected = functional.linear(x, adapter.merged(layer.weight), layer.bias)
     torch.testing.assert_close(found, expected)
 
 
-def test_gains_have_the_gradient_of_the_dense_weight():
+def test_scales_have_the_gradient_of_the_dense_weight():
     """The rows and columns of 1 + ΔW learn without a gradient of W, and learn the same."""
     weight, x = torch.randn(4, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
     layer = torch.nn.Linear(3, 4, bias=False, dtype=torch.float64)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    adapters = LoraAdapters({"0": LoraLayer(4, 3, 2, gains=True, source=torch.Generator())})
+    adapters = LoraAdapters({"0": LoraLayer(4, 3, 2, scales=True, source=torch.Generator())})
     loud(adapters).double()
     adapter = adapters.adapters[0]
-    with adapters.attached_to(torch.nn.Sequential(layer)):
+    with attach(adapters, torch.nn.Sequential(layer)):
         cheap = torch.autograd.grad(layer(x).square().sum(), list(adapter.parameters()))
-    rows, columns = adapter.row_gains[:, None], adapter.column_gains
+    rows, columns = adapter.row_scale[:, None], adapter.column_scale
     dense = (weight * (1 + rows) + adapter.up @ adapter.down) * (1 + columns)
     full = torch.autograd.grad((x @ dense.T).square().sum(), list(adapter.parameters()))
     for one, other in zip(cheap, full, strict=True):
@@ -180,7 +189,7 @@ def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, c
     tuned = tune(model, pack, face, config, seed=5)
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
-        pack_digest="", prepared=face, config=config, seed=5, weights=Concept.kept(tuned),
+        weights_digest="", prepared=face, config=config, seed=5, weights=Concept.weights_of(tuned),
         image_features=model.image_features(model.pixels([face.image]))[0],
     )  # fmt: skip
     concept.save(tmp_path / "me.e4t")
@@ -190,7 +199,7 @@ def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, c
         for one in (tuned, again.tuned(model, pack))
     ]
     assert drawn[0].tobytes() == drawn[1].tobytes()
-    exact = sum(value.nbytes for value in Concept.kept(tune(model, pack, face)).values())
+    exact = sum(value.nbytes for value in Concept.weights_of(tune(model, pack, face)).values())
     assert (tmp_path / "me.e4t").stat().st_size < exact / 20
     assert all(value.dtype == torch.float16 for value in again.weights.values())
     for change in (
@@ -223,7 +232,7 @@ def test_a_delta_that_bfloat16_would_lose_survives_the_merge(model):
     layers = attention_layers(model.unet)
     path = min(layers)
     weight = layers[path].weight
-    adapter = LoraLayer(*weight.shape, 2, gains=True, source=torch.Generator())
+    adapter = LoraLayer(*weight.shape, 2, scales=True, source=torch.Generator())
     with torch.no_grad():
         adapter.up.copy_(torch.randn_like(adapter.up) * 1e-4)
     delta = adapter.up @ adapter.down
@@ -255,7 +264,7 @@ def test_weights_converted_at_once_are_as_good_as_converted_one_by_one(model, pa
             run.parts.converted = lambda dtype: nullcontext()
         run.gradients(0)
         for adapter in run.parts.adapters["unet"].adapters:
-            assert adapter._converted == {}
+            assert adapter.converted == {}
         return torch.cat([weight.grad.flatten() for weight in run.optimizer.weights])
 
     exact = gradient(False, False)

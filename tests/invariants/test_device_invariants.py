@@ -25,13 +25,13 @@ from e4t_cli.nn.randomness import draw
 from e4t_cli.nn.unet import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import ImageTower
-from e4t_cli.pretraining.batches import Batches, Objective
+from e4t_cli.pretraining.batches import Batches, PretrainingLoss
 from e4t_cli.pretraining.encoded_images import EncodedImages
-from e4t_cli.pretraining.loop import pretrain_domain
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents, sample
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, TuningOptions, tune
+from tests.pretraining.conftest import pretrain_domain_with
 
 THERE = torch.device("meta")
 PROMPTS = [parse_prompt("S* on the beach"), parse_prompt("a photo of S*")]
@@ -149,10 +149,9 @@ def test_a_pretraining_step_stays_on_its_device(elsewhere, pack):
     offsets = WeightOffsets.for_unet(unet).to(THERE)
     descriptor = elsewhere.descriptor_id("face")
     offsets.attach_to(unet)
-    objective = Objective(
+    objective = PretrainingLoss(
         elsewhere, unet, encoder, offsets,
         e_domain=elsewhere.word_embedding(descriptor), scale=1.0,
-        precision=PrecisionPolicy.resolve(THERE, autocast=False),
     )  # fmt: skip
     with NoFloat64():
         batches = Batches(elsewhere, data, config, pack.templates, descriptor, 0)
@@ -248,7 +247,7 @@ def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consu
         return
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=coarse.fingerprint,
-        pack_digest="", prepared=face, config=config, seed=3, weights=Concept.kept(tuned),
+        weights_digest="", prepared=face, config=config, seed=3, weights=Concept.weights_of(tuned),
         image_features=coarse.image_features(coarse.pixels([face.image]))[0],
     )  # fmt: skip
     again = concept.tuned(coarse, pack)
@@ -363,8 +362,8 @@ def test_a_base_in_bfloat16_is_pretrained_on_as_its_float32_copy_would_be(base_f
             getattr(whole, name).load_state_dict(copied)
 
     def pretrained(base):
-        return pretrain_domain(
-            base, data, name="face", descriptor="face", templates=pack.templates, autocast=True,
+        return pretrain_domain_with(
+            base, data, templates=pack.templates, autocast=True,
             config=pack.pretraining.replace(steps=3, base_learning_rate=1e-4), tuning=pack.tuning,
         ).offsets  # fmt: skip
 

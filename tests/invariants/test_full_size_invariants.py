@@ -185,7 +185,7 @@ def planned(text):
 
 def table_of_plans():
     page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    table = page.partition("| `--vram` | exact | adapters |")[2].partition("\n\n")[0]
+    table = page.partition("| `--vram` | full | lora |")[2].partition("\n\n")[0]
     for vram, exact, adapters in re.findall(r"^\| (\d+) \| (.*) \| (.*) \|$", table, re.M):
         exact, _, eight = exact.partition("; with `e4t[8bit]` ")
         yield pytest.param(vram, "full", False, exact, id=f"exact {vram}")

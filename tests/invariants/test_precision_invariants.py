@@ -17,7 +17,6 @@ from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn import precision
 from e4t_cli.nn.precision import PrecisionPolicy, math_attention, requested_autocast
 from e4t_cli.pretraining.batches import Objective
-from e4t_cli.registry.domain import Domain
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, TuningOptions
 
@@ -59,7 +58,7 @@ def test_a_policy_follows_from_device_dtype_and_autocast(
     assert (found.half or FP32) == matmul
 
 
-def test_pretraining_emulates_no_bfloat16_on_a_gpu_without_it(multiplies, pack):
+def test_pretraining_emulates_no_bfloat16_on_a_gpu_without_it(multiplies):
     """It does not scale its loss, so that float16 will not do either."""
     multiplies(bfloat16=False, float16=True)
 
@@ -69,9 +68,7 @@ def test_pretraining_emulates_no_bfloat16_on_a_gpu_without_it(multiplies, pack):
         session.model = model
         run = object.__new__(PretrainingRun)
         run.session = session
-        run.domain = Domain(name="face", descriptor="face", tuning=pack.tuning)
-        run.plan = SimpleNamespace(config=None, tuning=None)
-        return run.settings()["autocast"]
+        return run.options().autocast
 
     assert settings(CUDA, "auto") is settings(CUDA, "bf16") is None
     assert settings(CUDA, "fp32") is settings(CPU, "auto") is False
@@ -126,7 +123,6 @@ def test_an_objective_is_a_module(model, pack):
     """`half` is torch's: what a module of its own calls its dtype has another name."""
     objective = Objective(
         model, model.unet, pack.encoder, pack.encoder, e_domain=torch.zeros(24), scale=1.0,
-        precision=PrecisionPolicy.resolve(CPU),
     )  # fmt: skip
     assert objective.half.__func__ is torch.nn.Module.half
 

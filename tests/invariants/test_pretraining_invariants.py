@@ -8,11 +8,11 @@ import torch
 from e4t_cli.errors import DivergedError, InputError, IntegrityError, UsageError
 from e4t_cli.pretraining.batches import Batches
 from e4t_cli.pretraining.encoded_images import EncodedImages, encode_images, epoch_indices
-from e4t_cli.pretraining.loop import pretrain_domain
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import PreparedImage
 from e4t_cli.training.tuning import tune
 from tests.conftest import drawn_face
+from tests.pretraining.conftest import pretrain_domain_with
 
 TUNING = TuningConfig(steps=2, base_learning_rate=1e-5, reg_weight=0.1, batch_size=4)
 RECIPE = PretrainingConfig(steps=7, base_learning_rate=1e-4, batch_size=4)
@@ -30,14 +30,7 @@ def data(model):
 @pytest.fixture
 def pretrain(model, data):
     def run(config=RECIPE, **options):
-        options = {
-            "name": "face",
-            "descriptor": "face",
-            "templates": ("{}", "a photo of {}"),
-            "seed": 3,
-            **options,
-        }
-        return pretrain_domain(model, data, config=config, tuning=TUNING, **options)
+        return pretrain_domain_with(model, data, config=config, **{"seed": 3, **options})
 
     return run
 
@@ -162,10 +155,7 @@ def test_a_number_that_is_not_finite_stops_the_run(model, data, tmp_path):
         data, image_features=torch.full_like(data.image_features, torch.nan)
     )
     with pytest.raises(DivergedError):
-        pretrain_domain(
-            model, broken, name="face", descriptor="face", config=RECIPE, tuning=TUNING,
-            templates=("{}",), checkpoints=tmp_path, checkpoint_every=2,
-        )  # fmt: skip
+        pretrain_domain_with(model, broken, config=RECIPE, checkpoints=tmp_path, checkpoint_every=2)
     assert not list(tmp_path.iterdir())
 
 

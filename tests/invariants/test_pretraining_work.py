@@ -4,7 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from e4t_cli.nn.weight_offsets import WeightOffsets
-from e4t_cli.pretraining.batches import Objective, Samples
+from e4t_cli.pretraining.batches import PretrainingLoss, SampleBatch
 from tests.invariants.test_full_size_invariants import (  # noqa: F401
     encoder,
     stable_diffusion,
@@ -23,12 +23,12 @@ def test_one_pretraining_step(stable_diffusion, encoder):  # noqa: F811
     unet.requires_grad_(False)
     with torch.device("meta"):
         offsets = WeightOffsets.for_unet(unet)
-    objective = Objective(
+    objective = PretrainingLoss(
         model, unet, encoder, offsets,
         e_domain=torch.empty(768, device="meta"), scale=0.1,
     )  # fmt: skip
     latents = torch.empty(BATCH, 4, 64, 64, device="meta")
-    samples = Samples(
+    samples = SampleBatch(
         z_0=latents,
         timesteps=torch.zeros(BATCH, dtype=torch.long, device="meta"),
         epsilon=latents,
@@ -43,12 +43,12 @@ def test_one_pretraining_step(stable_diffusion, encoder):  # noqa: F811
         for weight in module.parameters():
             assert id(weight) in trained or weight.grad is None
     pixels = torch.empty(1, 3, 512, 512, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as looking:
+    with torch.no_grad(), FlopCounterMode(display=False) as encoding:
         model.posterior(pixels)
         model.image_features(pixels)
-    cached, look = step.get_total_flops() / BATCH, looking.get_total_flops()
+    cached, encoded = step.get_total_flops() / BATCH, encoding.get_total_flops()
     assert 2.0e12 < cached <= 2.4e12
-    assert 3.4e12 < cached + look <= 3.9e12
+    assert 3.4e12 < cached + encoded <= 3.9e12
     # What is kept of a picture, in half precision: 107 kB.
     kept = 2 * (2 * latents[0].numel() + samples.image_features[0].numel())
     assert kept == 106_496

@@ -17,7 +17,8 @@ from e4t_cli.models.safety_checker import SafetyChecker
 def test_the_checker_says_what_diffusers_checker_says(checked_base):
     checker = SafetyChecker.of_base(checked_base, torch.device("cpu"), torch.float32)
     pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "white")]
-    assert checker.size == 32
+    pixels = checker.processor(pictures, return_tensors="pt").pixel_values
+    assert pixels.shape == (2, 3, 32, 32)
     assert checker.flags(pictures) == [False, False]
     checker.checker.concept_embeds_weights.fill_(-2.0)
     assert checker.flags(pictures) == [True, True]

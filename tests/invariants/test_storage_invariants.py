@@ -26,7 +26,7 @@ def concept(model, pack, face):
         descriptor="face",
         base_name="tiny",
         base_fingerprint=model.fingerprint,
-        pack_digest="",
+        weights_digest="",
         prepared=face,
         image_features=model.image_features(model.pixels([face.image]))[0],
         config=pack.tuning,
@@ -187,7 +187,7 @@ def test_a_concept_comes_back_and_is_tuned_to_the_same_bits(model, pack, concept
 
 def test_kept_weights_draw_the_same_pictures(model, pack, concept, face, tmp_path):
     tuned = tune(model, pack, face, concept.config, seed=concept.seed)
-    kept = dataclasses.replace(concept, weights=Concept.kept(tuned))
+    kept = dataclasses.replace(concept, weights=Concept.weights_of(tuned))
     kept.save(tmp_path / "me.e4t")
     again = Concept.load(tmp_path / "me.e4t").tuned(model, pack)
     assert draw(model, again) == draw(model, tuned)
@@ -208,7 +208,7 @@ def test_another_base_or_pack_is_refused(model, pack, concept):
     with pytest.raises(IntegrityError, match="lives on the base"):
         dataclasses.replace(concept, base_fingerprint="0" * 32).check(model, pack)
     with pytest.raises(IntegrityError, match="another version of the face pack"):
-        dataclasses.replace(concept, pack_digest="0" * 64).check(model, pack)
+        dataclasses.replace(concept, weights_digest="0" * 64).check(model, pack)
     wrong = dataclasses.replace(concept, weights={"unet.conv_in.bias": torch.ones(1)})
     with pytest.raises(IntegrityError, match="do not fit"):
         wrong.tuned(model, pack)

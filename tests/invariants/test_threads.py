@@ -113,6 +113,18 @@ def test_concepts_are_sampled_at_once(models, which, pack):
         assert_same_at_once(*(lambda parts=parts: work(*parts) for parts in concepts))
 
 
+def test_models_are_loaded_at_once(base_folder):
+    def work(dtype):
+        model = TextToImageModel.load(base_folder, dtype=dtype)
+        parts = (model.unet, model.vae, model.text_encoder)
+        return [weight for part in parts for weight in part.parameters()]
+
+    assert_same_at_once(*(lambda d=d: work(d) for d in (torch.float16, torch.float32) * 2))
+    # What diffusers and transformers change while they load is as it was.
+    assert torch.get_default_dtype() == torch.float32
+    assert nn.Linear(2, 2).weight.device.type == "cpu"
+
+
 def trained(unet, offsets, seed):
     """Train offsets for some steps: two passes in each, of which the first fills the cache."""
     optimizer = torch.optim.SGD(offsets.parameters(), lr=0.1)

@@ -56,17 +56,17 @@ def scene_of(text):
 
 
 def test_captions_name_the_subject_and_all_of_the_context(pictures):
-    chooser = random.Random(1)
+    rng = random.Random(1)
     for picture in pictures:
         for _ in range(4):
-            caption = picture.caption(chooser)
+            caption = picture.caption(rng)
             assert says(caption.text, picture.subject)
             assert says(caption.text, caption.subject)
             assert scene_of(caption.text) == picture.scene
 
 
 def test_captions_name_no_attribute_that_is_not_there(pictures):
-    chooser = random.Random(2)
+    rng = random.Random(2)
     named = folded = 0
     for picture in pictures:
         # A red hat is context; so is no beard where "beard" could be read.
@@ -75,7 +75,7 @@ def test_captions_name_no_attribute_that_is_not_there(pictures):
         who = picture.who
         own = {word_of(name, value) for name, value in who.values.items()}
         for _ in range(4):
-            caption = picture.caption(chooser)
+            caption = picture.caption(rng)
             text = caption.text.replace("no beard", "")
             said = set(text.split()) & ATTRIBUTE_WORDS[who.kind]
             assert said <= own, (caption.text, own)
@@ -87,11 +87,11 @@ def test_captions_name_no_attribute_that_is_not_there(pictures):
 
 
 def test_every_word_of_every_caption_is_known(pictures):
-    known, chooser = set(all_words()), random.Random(3)
+    known, rng = set(all_words()), random.Random(3)
     for picture in pictures:
-        caption = picture.caption(chooser)
-        spoken = {*caption.text.replace("-", " ").split(), *caption.folded}
-        assert spoken <= known, spoken - known
+        caption = picture.caption(rng)
+        words = {*caption.text.replace("-", " ").split(), *caption.folded}
+        assert words <= known, words - known
 
 
 def test_wordings_vary_and_repeat_with_their_chooser(pictures):

@@ -4,7 +4,7 @@ import torch
 
 from mini_world.clip import ABSENT, HEAD_SIZES, HEADS, attribute_targets
 from mini_world.data import load_drawings
-from mini_world.judge import CONTEXT_NAMES, CONTEXT_SIZES, Judge, _worsen, accuracy, read
+from mini_world.judge import CONTEXT_NAMES, CONTEXT_SIZES, Judge, _augment, accuracy, classify
 from mini_world.vae import to_pixels
 
 
@@ -15,7 +15,7 @@ def test_shapes():
     attributes, context = judge(pixels)
     assert attributes.shape == (3, sum(HEAD_SIZES))
     assert context.shape == (3, sum(CONTEXT_SIZES))
-    values, scene = read(judge, pixels)
+    values, scene = classify(judge, pixels)
     assert values.shape == (3, len(HEADS))
     assert scene.shape == (3, len(CONTEXT_NAMES))
     assert (values < torch.tensor(HEAD_SIZES)).all()
@@ -31,7 +31,7 @@ def test_worsened_pictures_are_still_pictures(pictures):
 
     pixels = pixels_of([picture.image for picture in pictures[:32]])
     kept = pixels.clone()
-    worse = _worsen(pixels, torch.Generator().manual_seed(1))
+    worse = _augment(pixels, torch.Generator().manual_seed(1))
     assert torch.equal(pixels, kept)
     assert worse.shape == pixels.shape
     assert worse.dtype == pixels.dtype
@@ -46,16 +46,16 @@ def test_worsened_pictures_are_still_pictures(pictures):
         for dx in range(-2, 3)
     ]
     assert min(apart) < 0.12
-    again = _worsen(pixels, torch.Generator().manual_seed(1))
+    again = _augment(pixels, torch.Generator().manual_seed(1))
     assert torch.equal(again, worse)
-    assert not torch.equal(_worsen(pixels, torch.Generator().manual_seed(2)), worse)
+    assert not torch.equal(_augment(pixels, torch.Generator().manual_seed(2)), worse)
 
 
 def test_the_shipped_judge_reads_drawings_it_has_never_seen(judge, tmp_path):
     assert not any(weight.requires_grad for weight in judge.parameters())
     assert not judge.training
     fresh = load_drawings(tmp_path, "fresh", 200, seed=20_261, held_out=True)
-    values, _ = read(judge, to_pixels(torch.from_numpy(fresh.images)))
+    values, _ = classify(judge, to_pixels(torch.from_numpy(fresh.images)))
     targets = attribute_targets(fresh)
     right = int((values == targets).sum())
     found = accuracy(judge, fresh)

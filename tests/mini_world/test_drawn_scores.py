@@ -11,7 +11,7 @@ from mini_world.evaluate import (
     VALUES,
     Scores,
     Task,
-    draw_answers,
+    draw_references,
     drawn_scores,
     held_out_photos,
     pixels_of,
@@ -59,7 +59,7 @@ def test_a_drawing_of_the_identity_itself_is_all_right(kind):
     tasks, oracle = tasks_of(kind), Oracle()
     drawn = {}
     for who in (own, other):
-        drawn[who.shift] = draw_answers(who, tasks, 0)
+        drawn[who.shift] = draw_references(who, tasks, 0)
         for image, task in zip(drawn[who.shift], tasks, strict=True):
             oracle.tell(image, who, task)
     assert score(oracle, own, tasks, drawn[own.shift]) == ([1.0] * len(tasks), [1.0] * len(tasks))
@@ -73,7 +73,7 @@ def test_a_drawing_of_the_identity_itself_is_all_right(kind):
 def test_only_what_the_prompt_asks_for_counts():
     who = held_out_photos("face", 1, seed=4)[0].who
     shown = Task("", Scene(place="snow", role="hat", framing="close"))
-    (image,) = draw_answers(who, [shown], 0)
+    (image,) = draw_references(who, [shown], 0)
     oracle = Oracle()
     oracle.tell(image, who, shown)
 

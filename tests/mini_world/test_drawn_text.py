@@ -12,11 +12,11 @@ from mini_world.scenes import PLACES
 from mini_world.text import (
     LENGTH,
     WIDTH,
-    Captioner,
+    CaptionEncoder,
     CaptionTokenizer,
     build_text_encoder,
     build_tokenizer,
-    word_drawings,
+    tokenize_drawings,
 )
 
 
@@ -33,8 +33,8 @@ def tokenizer(folder):
 
 
 @pytest.fixture(scope="module")
-def captioner(tokenizer, text_encoder):
-    hidden_states, read = Captioner(text_encoder), CaptionTokenizer(tokenizer)
+def caption_encoder(tokenizer, text_encoder):
+    hidden_states, read = CaptionEncoder(text_encoder), CaptionTokenizer(tokenizer)
     return lambda captions: hidden_states(read(captions))
 
 
@@ -68,9 +68,9 @@ def test_every_word_is_one_token_before_and_after_the_disk(folder, tokenizer, tm
 
 
 def test_a_sentence_is_its_words(tokenizer, pictures):
-    chooser = random.Random(1)
+    rng = random.Random(1)
     for picture in pictures[:60]:
-        text = picture.caption(chooser).text
+        text = picture.caption(rng).text
         apart = [token for word in text.split() for token in ids(tokenizer, word)]
         assert ids(tokenizer, text) == apart
         assert len(apart) <= LENGTH - 2
@@ -88,44 +88,44 @@ FOLDED = Caption("a photo of my face in the snow", "face", ("curly", "pink", "ro
 PLAIN = [Caption("a cat on the beach", "cat"), Caption("", ""), Caption(FOLDED.text, "face")]
 
 
-def test_folding_is_a_sum_of_word_embeddings(captioner, tokenizer, text_encoder):
-    (hidden, ends) = captioner([FOLDED])
+def test_folding_is_a_sum_of_word_embeddings(caption_encoder, tokenizer, text_encoder):
+    (hidden, ends) = caption_encoder([FOLDED])
     table = text_encoder.get_input_embeddings().weight
     face, *others = (ids(tokenizer, word)[0] for word in ("face", *FOLDED.folded))
     own = table[face].clone()
     try:
         table[face] = own + table[others].sum(0)
-        expected, expected_ends = captioner([Caption(FOLDED.text, "face")])
+        expected, expected_ends = caption_encoder([Caption(FOLDED.text, "face")])
     finally:
         table[face] = own
     torch.testing.assert_close(hidden, expected)
     torch.testing.assert_close(ends, expected_ends)
-    plain, _ = captioner([Caption(FOLDED.text, "face")])
+    plain, _ = caption_encoder([Caption(FOLDED.text, "face")])
     place = 1 + ids(tokenizer, FOLDED.text).index(face)
     # The encoder reads forwards: nothing before the word can know.
     assert torch.equal(hidden[:, :place], plain[:, :place])
     assert (hidden[:, place:] - plain[:, place:]).abs().amax(-1).min() > 1e-3
 
 
-def test_the_other_rows_of_a_batch_do_not_notice(captioner):
-    among, _ = captioner([PLAIN[0], FOLDED, *PLAIN[1:]])
-    without, _ = captioner([PLAIN[0], PLAIN[2], *PLAIN[1:]])
+def test_the_other_rows_of_a_batch_do_not_notice(caption_encoder):
+    among, _ = caption_encoder([PLAIN[0], FOLDED, *PLAIN[1:]])
+    without, _ = caption_encoder([PLAIN[0], PLAIN[2], *PLAIN[1:]])
     assert torch.equal(among[[0, 2, 3]], without[[0, 2, 3]])
     assert not torch.equal(among[1], without[1])
     # Nothing stays behind.
-    again, _ = captioner([PLAIN[0], PLAIN[2], *PLAIN[1:]])
+    again, _ = caption_encoder([PLAIN[0], PLAIN[2], *PLAIN[1:]])
     assert torch.equal(again, without)
 
 
-def test_the_order_of_folded_words_means_nothing(captioner):
+def test_the_order_of_folded_words_means_nothing(caption_encoder):
     turned = Caption(FOLDED.text, "face", FOLDED.folded[::-1])
-    torch.testing.assert_close(captioner([FOLDED])[0], captioner([turned])[0])
+    torch.testing.assert_close(caption_encoder([FOLDED])[0], caption_encoder([turned])[0])
 
 
 def test_states_are_those_of_the_encoder_and_ends_stand_at_the_end(
-    captioner, tokenizer, text_encoder
+    caption_encoder, tokenizer, text_encoder
 ):
-    hidden, ends = captioner(PLAIN)
+    hidden, ends = caption_encoder(PLAIN)
     assert hidden.shape == (3, LENGTH, WIDTH)
     for row, caption in enumerate(PLAIN):
         padded = tokenizer(
@@ -136,28 +136,28 @@ def test_states_are_those_of_the_encoder_and_ends_stand_at_the_end(
         assert torch.equal(ends[row], hidden[row, 1 + len(ids(tokenizer, caption.text))])
 
 
-def test_every_picture_can_be_folded(captioner, pictures):
+def test_every_picture_can_be_folded(caption_encoder, pictures):
     """The subject's word is found in the text, and it is the first that reads like it."""
-    chooser = random.Random(6)
-    captions = [picture.caption(chooser) for picture in pictures]
+    rng = random.Random(6)
+    captions = [picture.caption(rng) for picture in pictures]
     assert any(caption.folded for caption in captions)
-    hidden, _ = captioner(captions)
+    hidden, _ = caption_encoder(captions)
     assert hidden.isfinite().all()
 
 
 def test_drawings_are_worded_in_their_order(tokenizer, tmp_path):
     """Row i · variants + k is a wording of drawing i, and says where it is."""
     drawings = load_drawings(tmp_path, "some", 40, seed=3)
-    wordings = word_drawings(drawings, tokenizer, 3)
-    assert len(wordings) == 120
+    captions_per_image = tokenize_drawings(drawings, tokenizer, 3)
+    assert len(captions_per_image) == 120
     for row, place in enumerate(PLACES[int(number)] for number in drawings.facts[:, 1]):
         texts = {
-            tokenizer.decode(wordings.ids[3 * row + k].long(), skip_special_tokens=True)
+            tokenizer.decode(captions_per_image.ids[3 * row + k].long(), skip_special_tokens=True)
             for k in range(3)
         }
         for text in texts:
             said = [name for name in PLACES if name != "plain" and f" {name}" in f" {text}"]
             assert said == ([] if place == "plain" else [place])
-    again = word_drawings(drawings, tokenizer, 3)
-    assert torch.equal(again.ids, wordings.ids)
-    assert torch.equal(again.folded, wordings.folded)
+    again = tokenize_drawings(drawings, tokenizer, 3)
+    assert torch.equal(again.ids, captions_per_image.ids)
+    assert torch.equal(again.folded, captions_per_image.folded)

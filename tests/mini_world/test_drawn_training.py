@@ -18,7 +18,7 @@ class Stopped(Exception):
 @pytest.fixture(autouse=True)
 def on_one_cpu(monkeypatch):
     for module in (base, loop, vae):
-        monkeypatch.setattr(module, "pick_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(module, "default_device", lambda: torch.device("cpu"))
     monkeypatch.delenv("RANK", raising=False)
 
 
@@ -128,8 +128,8 @@ def test_every_stage_can_be_run():
     }
 
 
-@pytest.mark.parametrize("words_rate", [0.0, 1e-3])
-def test_the_words_learn_with_the_denoiser_where_they_are_asked_to(tmp_path, words_rate):
+@pytest.mark.parametrize("text_encoder_lr", [0.0, 1e-3])
+def test_the_words_learn_with_the_denoiser_where_they_are_asked_to(tmp_path, text_encoder_lr):
     """Their table never does: it is what personalization writes in."""
     drawings = load_drawings(tmp_path, "some", 6, seed=4)
     tokenizer = build_tokenizer(tmp_path / "tokenizer")
@@ -144,16 +144,16 @@ def test_the_words_learn_with_the_denoiser_where_they_are_asked_to(tmp_path, wor
     first = unet.conv_in.weight.detach().clone()
     base.train_unet(
         tmp_path, unet, drawings, torch.zeros(6, 8, 16, 16), 1.0, tokenizer, text_encoder,
-        name="few", seed=0, steps=10, learning_rate=1e-3, words_rate=words_rate,
-        batch=2, wordings=2,
+        name="few", seed=0, steps=10, learning_rate=1e-3, text_encoder_lr=text_encoder_lr,
+        batch=2, captions_per_image=2,
     )  # fmt: skip
     assert not torch.equal(unet.conv_in.weight, first)
     moved = {n for n, w in text_encoder.named_parameters() if not torch.equal(w, before[n])}
     layers = {name for name in before if "embedding" not in name}
     assert moved <= layers
     # A key's bias changes no softmax, so it may be left where it was.
-    assert {name for name in layers if "k_proj.bias" not in name} <= moved or not words_rate
-    assert bool(moved) == bool(words_rate)
+    assert {name for name in layers if "k_proj.bias" not in name} <= moved or not text_encoder_lr
+    assert bool(moved) == bool(text_encoder_lr)
 
 
 def test_the_decoder_goes_on_alone(tmp_path):
@@ -161,7 +161,7 @@ def test_the_decoder_goes_on_alone(tmp_path):
     drawings = load_drawings(tmp_path, "some", 4, seed=4)
     torch.manual_seed(0)
     whole = vae.AutoencoderKL(**vae.CONFIG)
-    encoded = vae.encode_all(whole, torch.from_numpy(drawings.images))
+    encoded = vae.encode_images_to_latents(whole, torch.from_numpy(drawings.images))
     before = {name: weight.detach().clone() for name, weight in whole.named_parameters()}
     vae.train_decoder(tmp_path, whole, drawings, encoded, steps=2, batch=2)
     moved = {
@@ -169,15 +169,17 @@ def test_the_decoder_goes_on_alone(tmp_path):
     }
     assert moved
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
-    assert torch.equal(vae.encode_all(whole, torch.from_numpy(drawings.images)), encoded)
+    assert torch.equal(
+        vae.encode_images_to_latents(whole, torch.from_numpy(drawings.images)), encoded
+    )
 
 
 def test_some_subjects_are_shown_twice(tmp_path):
     drawings = load_drawings(tmp_path, "shown", 40, seed=5)
     dogs = [row for row, fact in enumerate(drawings.facts[:, 0]) if SUBJECTS[fact] == "dog"]
     assert dogs
-    assert base.shown_rows(drawings, ()).tolist() == list(range(40))
-    assert base.shown_rows(drawings, ("dog",)).tolist() == [*range(40), *dogs]
+    assert base.oversampled_rows(drawings, ()).tolist() == list(range(40))
+    assert base.oversampled_rows(drawings, ("dog",)).tolist() == [*range(40), *dogs]
 
 
 def test_a_fault_counts_where_the_weights_are():
@@ -185,13 +187,13 @@ def test_a_fault_counts_where_the_weights_are():
     pixels, decoded = torch.rand(2, 2, 3, 16, 16, generator=generator)
     ones, half = torch.ones(2, 1, 16, 16), torch.ones(2, 1, 16, 16)
     half[..., 8:] = 0
-    plain = vae._faults(decoded, pixels)
-    for name, fault in vae._faults(decoded, pixels, ones).items():
+    plain = vae._reconstruction_losses(decoded, pixels)
+    for name, fault in vae._reconstruction_losses(decoded, pixels, ones).items():
         torch.testing.assert_close(fault, plain[name])
     decoded[..., :9] = pixels[..., :9]  # and the edge on the border is right on its left
-    left = vae._faults(decoded, pixels, half)
+    left = vae._reconstruction_losses(decoded, pixels, half)
     assert left["l1"] == left["mse"] == left["edges"] == 0
-    assert vae._faults(decoded, pixels, 1 - half)["l1"] > 0
+    assert vae._reconstruction_losses(decoded, pixels, 1 - half)["l1"] > 0
 
 
 def test_what_is_lost_on_subjects_is_told_apart(tmp_path):

@@ -59,11 +59,10 @@ def test_it_is_the_same_in_another_process():
 
 @pytest.mark.parametrize("kind", ATTRIBUTES)
 def test_no_identity_is_on_both_sides(kind):
-    chooser = random.Random(5)
+    rng = random.Random(5)
     sides = {
         held_out: {
-            tuple(draw_identity(kind, chooser, held_out=held_out).values.items())
-            for _ in range(1500)
+            tuple(draw_identity(kind, rng, held_out=held_out).values.items()) for _ in range(1500)
         }
         for held_out in (False, True)
     }
@@ -76,10 +75,10 @@ def test_no_identity_is_on_both_sides(kind):
 
 
 def test_about_one_combination_in_eight_is_held_out():
-    chooser = random.Random(6)
+    rng = random.Random(6)
     found = []
     for _ in range(3000):
-        values = {name: chooser.choice(choices) for name, choices in ATTRIBUTES["face"].items()}
+        values = {name: rng.choice(choices) for name, choices in ATTRIBUTES["face"].items()}
         found.append(is_held_out("face", values))
     assert 0.1 < sum(found) / len(found) < 0.15
 

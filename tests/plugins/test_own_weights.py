@@ -9,7 +9,7 @@ from e4t_cli.errors import UsageError
 from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
 from e4t_cli.registry.weights import weights_folder
 
-CARD = """
+MANIFEST = """
 schema = 1
 name = "{name}"
 descriptor = "dog"
@@ -50,13 +50,13 @@ def own(monkeypatch):
 
 
 def write_card(folder: Path, monkeypatch):
-    """A card whose reading is not what is tested here."""
+    """A manifest whose reading is not what is tested here."""
     from e4t_cli.registry import discovery as finding
     from e4t_cli.registry import weights
     from e4t_cli.registry.config import PretrainingConfig, TuningConfig
     from e4t_cli.registry.domain import Domain
 
-    (folder / "domain.toml").write_text(CARD.format(name=folder.name))
+    (folder / "domain.toml").write_text(MANIFEST.format(name=folder.name))
     value = Domain(
         name=folder.name,
         descriptor="dog",

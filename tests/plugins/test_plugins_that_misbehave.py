@@ -10,7 +10,7 @@ import pytest
 
 from e4t_cli.api.resolve import find_concept_domain, resolve_domain
 from e4t_cli.errors import UsageError
-from e4t_cli.registry.discovery import claimed_names, find_domain, find_listing, installed_domains
+from e4t_cli.registry.discovery import domain_names, find_domain, find_listing, installed_domains
 from tests.store.conftest import write_domain_folder
 
 FOREVER = "import time\ntime.sleep(600)"
@@ -126,7 +126,7 @@ def test_G5_it_says_what_to_install(install, site, good):
     assert package == "e4t-dogs"
     assert find_concept_domain("dog", package) is dog
     (site / "e4t_dogs-1.0.dist-info" / "entry_points.txt").unlink()  # as an uninstaller does
-    assert "dog" not in claimed_names()
+    assert "dog" not in domain_names()
     with pytest.raises(UsageError, match="this concept needs the domain 'dog'") as caught:
         find_concept_domain("dog", package)
     assert caught.value.hint == "it came with the package e4t-dogs: pip install e4t-dogs"
@@ -163,7 +163,7 @@ def test_G5_the_package_is_kept_in_the_file(model, pack, face, tmp_path):
         descriptor="dog",
         base_name="tiny",
         base_fingerprint=model.fingerprint,
-        pack_digest="",
+        weights_digest="",
         prepared=face,
         image_features=model.image_features(model.pixels([face.image]))[0],
         config=pack.tuning,

@@ -69,7 +69,7 @@ BROKEN = {
     "hollow": ("pass", "AttributeError"),
     "wrong": ("wrong = {'name': 'wrong'}", "TypeError: it is of type dict, not Domain"),
     "kind": ("from e4t_cli import Domain as kind", "TypeError: it is of type type, not Domain"),
-    "other": ("{good}\nother = dog", "ValueError: it calls itself 'dog'"),
+    "other": ("{good}\nother = dog", "ValueError: its own name is 'dog'"),
     "future": (
         "from e4t_cli import Domain\n"
         "future = Domain(name='future', descriptor='x', tuning=None, contract=2)",
@@ -123,7 +123,7 @@ def test_two_of_one_name_are_both_refused(install, good):
     install("more.dogs", dog="1 / 0")
     with pytest.raises(UsageError, match=r"claimed by e4t-dogs and more\.dogs") as caught:
         find_domain("dog")
-    assert caught.value.hint == "say which: e4t-dogs:dog"
+    assert caught.value.hint == "name one: e4t-dogs:dog"
     assert find_domain("e4t-dogs:dog").name == find_domain("E4T_Dogs:dog").name == "dog"
     with pytest.raises(E4TError, match="did not load"):
         find_domain("more.dogs:dog")

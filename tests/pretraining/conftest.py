@@ -7,14 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from e4t_cli.pretraining.checkpoints import CheckpointOptions
 from e4t_cli.pretraining.encoded_images import encode_images
-from e4t_cli.pretraining.loop import pretrain_domain
+from e4t_cli.pretraining.loop import (
+    DomainInfo,
+    TrainingCallbacks,
+    TrainingOptions,
+    pretrain_domain,
+)
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import PreparedImage
 from tests.conftest import drawn_face
@@ -24,6 +31,24 @@ RECIPE = PretrainingConfig(steps=7, base_learning_rate=1e-4, batch_size=4)
 PICTURES = 6  # with batches of 4, epochs end in the middle of a step and between steps
 ROOT = Path(__file__).parents[2]
 RUN = Path(__file__).with_name("run.py")
+
+
+def pretrain_domain_with(model, data, *, config, tuning=TUNING, **options):
+    """`pretrain_domain` with plain keywords, sorted into its groups of options."""
+
+    def taken(group, **renamed):
+        names = {one.name: one.name for one in fields(group)} | renamed
+        return {name: options.pop(key) for name, key in names.items() if key in options}
+
+    info = {"name": "face", "descriptor": "face", "templates": ("{}", "a photo of {}")}
+    domain = DomainInfo(tuning=tuning, **{**info, **taken(DomainInfo)})
+    names = {"folder": "checkpoints", "every": "checkpoint_every"}
+    groups = {
+        "checkpoints": CheckpointOptions(**taken(CheckpointOptions, **names)),
+        "options": TrainingOptions(**taken(TrainingOptions)),
+        "callbacks": TrainingCallbacks(**taken(TrainingCallbacks)),
+    }
+    return pretrain_domain(model, data, domain=domain, config=config, **groups, **options)
 
 
 @pytest.fixture
@@ -37,14 +62,7 @@ def data(model):
 @pytest.fixture
 def pretrain(model, data):
     def run(config=RECIPE, *, pictures=data, **options):
-        options = {
-            "name": "face",
-            "descriptor": "face",
-            "templates": ("{}", "a photo of {}"),
-            "seed": 3,
-            **options,
-        }
-        return pretrain_domain(model, pictures, config=config, tuning=TUNING, **options)
+        return pretrain_domain_with(model, pictures, config=config, **{"seed": 3, **options})
 
     return run
 
@@ -88,7 +106,8 @@ def environment(home):
         for name, value in os.environ.items()
         if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
     }
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "src", "domains"))
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     return {**inherited, **own, "HOME": str(home)}
 
 

@@ -30,8 +30,14 @@ from e4t_cli.api import pretraining as pretraining_run
 from e4t_cli.cli import app, console
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.pretraining.batches import init_distributed
+from e4t_cli.pretraining.checkpoints import CheckpointOptions
 from e4t_cli.pretraining.encoded_images import EncodedImages
-from e4t_cli.pretraining.loop import pretrain_domain
+from e4t_cli.pretraining.loop import (
+    DomainInfo,
+    TrainingCallbacks,
+    TrainingOptions,
+    pretrain_domain,
+)
 from e4t_cli.progress import StopRequest
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 
@@ -70,24 +76,31 @@ def work(base, encoded, checkpoints, result, options):
         domain = pretrain_domain(
             model,
             Slow(data, numbers.get("slow", 0.0), int(numbers.get("dies", -1)), processes),
-            name="face",
-            descriptor="face",
+            domain=DomainInfo(
+                name="face",
+                descriptor="face",
+                templates=("{}", "a photo of {}"),
+                tuning=TuningConfig(steps=2, base_learning_rate=1e-5, reg_weight=0.1),
+            ),
             config=PretrainingConfig(
                 steps=int(numbers.get("steps", 12)),
                 batch_size=int(numbers.get("batch", 4)),
                 base_learning_rate=1e-4,
             ),
-            tuning=TuningConfig(steps=2, base_learning_rate=1e-5, reg_weight=0.1),
-            templates=("{}", "a photo of {}"),
-            seed=3,
-            autocast=False,
-            micro_batch=int(numbers["micro"]) if "micro" in numbers else None,
+            options=TrainingOptions(
+                seed=3,
+                autocast=False,
+                micro_batch=int(numbers["micro"]) if "micro" in numbers else None,
+            ),
+            checkpoints=CheckpointOptions(
+                folder=Path(checkpoints), every=int(numbers.get("every", 3))
+            ),
+            callbacks=TrainingCallbacks(
+                stop=stop,
+                on_progress=show,
+                on_step=lambda step: print(f"done {step.step}", flush=True),
+            ),
             processes=processes,
-            checkpoints=checkpoints,
-            checkpoint_every=int(numbers.get("every", 3)),
-            stop=stop,
-            on_progress=show,
-            on_step=lambda step: print(f"done {step.step}", flush=True),
         )
         if processes.first:
             domain.save(Path(result))

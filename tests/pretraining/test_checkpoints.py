@@ -104,7 +104,7 @@ def test_R4_forced_it_goes_on_and_says_with_what(pretrain, tmp_path):
         on_step=lambda at: seen.append(at.step),
     )  # fmt: skip
     assert seen == [8]
-    assert "going on with other settings: recipe.embedding_penalty 0.01 → 0.5, seed 3 → 4" in said
+    assert "continuing with other settings: recipe.embedding_penalty 0.01 → 0.5, seed 3 → 4" in said
 
 
 def test_R4_another_shape_cannot_be_forced(pretrain, tmp_path):

@@ -8,13 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from e4t_cli.pretraining.batches import DistributedContext, init_distributed, is_launched
+from e4t_cli.pretraining.batches import DistributedContext, init_distributed
 from tests.conftest import drawn_face
 
 
 def test_alone_nothing_is_met(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert not is_launched()
     with init_distributed() as processes:
         assert processes == DistributedContext()
     assert processes.first

@@ -77,7 +77,7 @@ def test_R3_a_signal_saves_and_says_how_to_go_on(start, world, tmp_path, number,
     again = start(*world("cut", every=100))
     assert again.wait() == 0
     assert f"done {done + 1}\n" in again.said()
-    assert f"going on from step {done}" in again.said()
+    assert f"resuming from step {done}" in again.said()
     whole = start(*world("whole", every=100))
     assert whole.wait() == 0
     for name in ("encoder.safetensors", "offsets.safetensors"):
@@ -146,7 +146,7 @@ def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
     assert latest(tmp_path / "cut")
     last = command("cut")
     assert last.wait() == 0, last.said()
-    assert "going on from step" in last.said()
+    assert "resuming from step" in last.said()
     for name in ("encoder.safetensors", "offsets.safetensors"):
         assert (pack("cut") / name).read_bytes() == (pack("whole") / name).read_bytes()
     assert not list((tmp_path / "cut" / "e4t" / "domains").glob(".*"))

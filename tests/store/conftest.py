@@ -1,4 +1,4 @@
-"""Packs that look right from outside: a card, and two small files that agree with it."""
+"""Domain folders with a valid manifest and two small files that match it."""
 
 import hashlib
 import zipfile
@@ -16,8 +16,8 @@ FILES = {
 }
 
 
-def card(name="my_dogs", files=None, **changes):
-    """Return a card, of files that need not be those beside it."""
+def manifest_text(name="my_dogs", files=None, **changes):
+    """Return a manifest, of files that need not be those beside it."""
     files = FILES if files is None else files
     table = {
         "schema": 1,
@@ -38,12 +38,12 @@ def card(name="my_dogs", files=None, **changes):
 
 
 def write_domain_folder(folder: Path, files=None, **changes) -> Path:
-    """Write a sound pack into a new folder."""
+    """Write a valid domain into a new folder."""
     files = FILES if files is None else files
     folder.mkdir(parents=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    (folder / "domain.toml").write_text(card(files=files, **changes))
+    (folder / "domain.toml").write_text(manifest_text(files=files, **changes))
     return folder
 
 
@@ -57,7 +57,7 @@ def write_zip(path: Path, folder: Path, prefix: str = "") -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A sound pack, somewhere."""
+    """A valid domain folder."""
     return write_domain_folder(tmp_path / "somewhere")
 
 

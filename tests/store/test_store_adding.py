@@ -13,10 +13,10 @@ from e4t_cli.errors import InputError, IntegrityError, ResourceError, UsageError
 from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
 from e4t_cli.registry.store import add_domain
 from e4t_cli.registry.weights import weights_state
-from tests.store.conftest import FILES, card, write_domain_folder, write_zip
+from tests.store.conftest import FILES, manifest_text, write_domain_folder, write_zip
 
 
-def shelf():
+def stored():
     """What is in the user's folder: names, hidden ones too."""
     folder = user_domains_folder()
     return sorted(os.listdir(folder)) if folder.is_dir() else []
@@ -25,12 +25,12 @@ def shelf():
 def test_a_folder_is_added(folder):
     added = add_domain(folder)
     assert added.folder == user_domains_folder() / "my_dogs"
-    assert added.card.limits == "dogs only"
+    assert added.manifest.limits == "dogs only"
     dogs = find_domain("my_dogs")
     assert dogs == added.domain
     state = weights_state(dogs, "toy")
     assert (state.state, state.size) == ("ready", sum(map(len, FILES.values())))
-    assert shelf() == ["my_dogs"]
+    assert stored() == ["my_dogs"]
 
 
 @pytest.mark.parametrize("prefix", ["", "my dogs (1)/"])
@@ -38,10 +38,10 @@ def test_a_zip_is_added(folder, tmp_path, prefix):
     add_domain(write_zip(tmp_path / "dogs.zip", folder, prefix))
     for name, data in FILES.items():
         assert (user_domains_folder() / "my_dogs" / name).read_bytes() == data
-    assert shelf() == ["my_dogs"]
+    assert stored() == ["my_dogs"]
 
 
-def test_only_what_the_card_lists_comes_along(folder):
+def test_only_what_the_manifest_lists_comes_along(folder):
     (folder / "run.py").write_text("print('no')")
     (folder / "weights.pkl").write_bytes(b"\x80\x04.")
     added = add_domain(folder)
@@ -49,7 +49,7 @@ def test_only_what_the_card_lists_comes_along(folder):
 
 
 def test_the_bytes_that_are_kept_are_those_that_were_checked(folder):
-    """D11: the folder changes under our hands; what is kept agrees with its card or is not kept."""
+    """D11: the folder changes while it is copied; the copy matches its manifest or is dropped."""
     path = folder / "encoder.safetensors"
 
     def change(progress):
@@ -59,7 +59,7 @@ def test_the_bytes_that_are_kept_are_those_that_were_checked(folder):
     with pytest.raises(IntegrityError, match=r"offsets\.safetensors .* is damaged: its SHA-256 is"):
         add_domain(folder, on_progress=change)
     assert path.is_file()
-    assert shelf() == []
+    assert stored() == []
 
 
 def test_what_is_there_stays(folder, tmp_path):
@@ -69,7 +69,7 @@ def test_what_is_there_stays(folder, tmp_path):
         add_domain(other)
     assert caught.value.hint == "e4t domains rm my_dogs removes it"
     assert "images = 1234" in (user_domains_folder() / "my_dogs" / "domain.toml").read_text()
-    assert shelf() == ["my_dogs"]
+    assert stored() == ["my_dogs"]
 
 
 def test_of_two_at_once_one_wins(folder):
@@ -82,12 +82,12 @@ def test_of_two_at_once_one_wins(folder):
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(attempt, range(4)))
     assert sum("already" in result for result in results) == 3
-    assert shelf() == ["my_dogs"]
+    assert stored() == ["my_dogs"]
     find_domain("my_dogs")
 
 
 def test_the_name_of_an_installed_domain_serves_it(tmp_path):
-    """A pack for `cat` on a base of the user's own is weights for the installed domain."""
+    """A domain folder for `cat` on a base of the user is weights for the installed domain."""
     add_domain(write_domain_folder(tmp_path / "x", name="cat"))
     cat = find_domain("cat")
     assert cat.descriptor == "cat" and "toy" not in cat.weights
@@ -98,10 +98,10 @@ def test_the_name_of_an_installed_domain_serves_it(tmp_path):
 
 
 def refused(source, kind, says):
-    before = shelf()
+    before = stored()
     with pytest.raises(kind, match=says):
         add_domain(source)
-    assert shelf() == before
+    assert stored() == before
     assert [row.name for row in installed_domains() if row.package == "user"] == []
 
 
@@ -120,7 +120,7 @@ def test_what_is_not_there(source, says):
     refused(source, UsageError, says)
 
 
-def test_a_folder_without_a_card(tmp_path):
+def test_a_folder_without_a_manifest(tmp_path):
     refused(tmp_path, UsageError, r"no domain\.toml")
 
 
@@ -128,13 +128,13 @@ def test_a_folder_without_a_card(tmp_path):
     ("change", "says"),
     [
         (lambda path: path.unlink(), "has no file encoder"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, its card says"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, its manifest says"),
         (lambda path: path.write_bytes(b"x" * path.stat().st_size), "SHA-256"),
         (lambda path: (path.unlink(), path.mkdir()), "not a plain file|bytes"),
     ],
     ids=["gone", "short", "other", "folder"],
 )
-def test_files_that_are_not_as_the_card_says(folder, change, says):
+def test_files_that_differ_from_the_manifest(folder, change, says):
     change(folder / "encoder.safetensors")
     refused(folder, IntegrityError, says)
 
@@ -171,7 +171,7 @@ def test_a_link_inside_is_a_file(folder):
      "x", "x.safetensors.exe", "ünïcode.safetensors", "x/y.safetensors"],
 )  # fmt: skip
 def test_F9_F1_file_names(folder, name):
-    text = card().replace("encoder.safetensors", name)
+    text = manifest_text().replace("encoder.safetensors", name)
     (folder / "domain.toml").write_text(text)
     refused(folder, IntegrityError, "cannot be used: files|cannot be used: .*safetensors")
 
@@ -180,28 +180,28 @@ def test_F9_F1_file_names(folder, name):
     "name", ["../evil", "/evil", "C:evil", "a b", "", "con", ".", "..", "~", "Dogs", "a" * 65, "é"]
 )
 def test_F9_domain_names(folder, name):
-    (folder / "domain.toml").write_text(card(name=name))
+    (folder / "domain.toml").write_text(manifest_text(name=name))
     refused(folder, IntegrityError, "cannot be used: name")
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (card().replace("schema = 1", "schema = 2"), "newer e4t"),
-        (card().replace("schema = 1\n", ""), "schema"),
-        (card(trust="me"), "trust"),
-        (card(images="many"), "images"),
-        (card(files={}), "lists no files"),
-        (card() + "[sizes2]\n", "sizes2"),
+        (manifest_text().replace("schema = 1", "schema = 2"), "newer e4t"),
+        (manifest_text().replace("schema = 1\n", ""), "schema"),
+        (manifest_text(trust="me"), "trust"),
+        (manifest_text(images="many"), "images"),
+        (manifest_text(files={}), "lists no files"),
+        (manifest_text() + "[sizes2]\n", "sizes2"),
         ("not toml at all", "not TOML"),
     ],
 )
-def test_F8_cards(folder, text, says):
+def test_F8_manifests(folder, text, says):
     (folder / "domain.toml").write_text(text)
     refused(folder, IntegrityError, says)
 
 
-def test_F8_a_card_of_100_MB_is_not_read(folder):
+def test_F8_a_manifest_of_100_MB_is_not_read(folder):
     with (folder / "domain.toml").open("wb") as file:
         file.truncate(100_000_000)
     started = time.process_time()
@@ -235,11 +235,11 @@ def test_D9_the_disk_fills_up(folder, monkeypatch):
     def full(path, data, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("e4t_cli.registry.archives.write_atomically", full)
+    monkeypatch.setattr("e4t_cli.registry.store.write_atomically", full)
     refused(folder, ResourceError, "disk is full")
 
 
-def test_a_shelf_that_cannot_be_written_to(folder, monkeypatch):
+def test_a_store_that_cannot_be_written_to(folder, monkeypatch):
     def closed(self, *arguments, **options):
         raise PermissionError(13, "Permission denied", str(self))
 
@@ -255,10 +255,10 @@ def test_a_text_file_is_no_zip(tmp_path):
 def test_leftovers_of_a_crash_go_and_running_ones_stay(folder):
     root = user_domains_folder()
     for name in (".adding-old", ".adding-new", ".removing-old"):
-        (root / name / "pack").mkdir(parents=True)
-        (root / name / "pack" / "domain.toml").touch()
+        (root / name / "domain").mkdir(parents=True)
+        (root / name / "domain" / "domain.toml").touch()
     for name in (".adding-old", ".removing-old"):
         os.utime(root / name, (0, 0))
     assert [row.name for row in installed_domains() if row.package == "user"] == []
     add_domain(folder)
-    assert shelf() == [".adding-new", "my_dogs"]
+    assert stored() == [".adding-new", "my_dogs"]

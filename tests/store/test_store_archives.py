@@ -73,11 +73,11 @@ def test_F9_many_members(archive):
     with zipfile.ZipFile(archive, "a") as added:
         for index in range(1001):
             added.writestr(f"{index}.txt", b"")
-    refused(archive, "members: that is no pack")
+    refused(archive, "members: that is no domain folder")
 
 
 def test_F9_sizes_that_lie(archive):
-    """The directory says 60 bytes for a card that is longer: what is read ends there."""
+    """The directory says 60 bytes for a manifest that is longer: what is read ends there."""
     with zipfile.ZipFile(archive) as found:
         length = found.getinfo("domain.toml").file_size
     data = archive.read_bytes()
@@ -109,12 +109,12 @@ def test_a_cut_archive(archive):
     refused(archive, "is not a zip", InputError)
 
 
-def test_no_pack_and_two(tmp_path, folder):
+def test_no_domain_and_two(tmp_path, folder):
     empty = tmp_path / "empty.zip"
     with zipfile.ZipFile(empty, "w") as archive:
         archive.writestr("readme.txt", "hello")
         archive.writestr("a/b/domain.toml", "too deep")
-    refused(empty, r"no pack: it has no domain\.toml at its top")
+    refused(empty, r"no domain: it has no domain\.toml at its top")
     two = tmp_path / "two.zip"
     other = write_domain_folder(tmp_path / "other", name="cats")
     with zipfile.ZipFile(two, "w") as archive:

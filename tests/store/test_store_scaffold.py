@@ -65,9 +65,9 @@ def test_names_that_are_no_identifiers(tmp_path, name):
     compile((made / "tests" / "test_domain.py").read_text(), "test", "exec")
 
 
-def test_a_pack_travels_in_the_package(tmp_path):
+def test_weights_are_shipped_in_the_package(tmp_path):
     pack = write_domain_folder(tmp_path / "pack")
-    made = new_domain("my_dogs", tmp_path / "new", pack=pack)
+    made = new_domain("my_dogs", tmp_path / "new", weights=pack)
     packed = made / "e4t_domain_my_dogs" / "packs" / "toy"
     assert {path.name for path in packed.iterdir()} == {"domain.toml", *FILES}
     dogs = load(made, "e4t_domain_my_dogs")
@@ -96,11 +96,11 @@ def test_what_is_refused(tmp_path, monkeypatch, arguments, says):
     assert os.listdir(tmp_path) == ["full"]
 
 
-def test_a_damaged_pack_leaves_no_package(tmp_path):
+def test_damaged_weights_leave_no_package(tmp_path):
     pack = write_domain_folder(tmp_path / "pack")
     (pack / "encoder.safetensors").write_bytes(b"x" * (pack / "encoder.safetensors").stat().st_size)
     with pytest.raises(Exception, match="SHA-256"):
-        new_domain("my_dogs", tmp_path / "new", pack=pack)
+        new_domain("my_dogs", tmp_path / "new", weights=pack)
     assert sorted(os.listdir(tmp_path)) == ["pack"]
 
 

@@ -1,10 +1,10 @@
-"""The arms that `make bench` compares do the same work in other ways."""
+"""The variants that `make bench` compares run, and leave the base unchanged."""
 
 import pytest
 import torch
 
-from benchmarks.arms import ARMS, DenseOffset
-from benchmarks.worlds import make_world
+from benchmarks.variants import VARIANTS, DenseOffset
+from benchmarks.workload import make_workload
 
 
 def test_the_naive_offset_is_the_factored_one():
@@ -17,14 +17,14 @@ def test_the_naive_offset_is_the_factored_one():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world("small", torch.device("cpu"), tmp_path_factory.mktemp("small"))
+def workload(tmp_path_factory):
+    return make_workload("small", torch.device("cpu"), tmp_path_factory.mktemp("small"))
 
 
-@pytest.mark.parametrize("name", ARMS)
-def test_an_arm_runs_and_leaves_the_base_alone(world, name):
-    before = {key: value.clone() for key, value in world.model.unet.state_dict().items()}
-    ARMS[name](world, 1)
-    after = world.model.unet.state_dict()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_runs_and_leaves_the_base_alone(workload, name):
+    before = {key: value.clone() for key, value in workload.model.unet.state_dict().items()}
+    VARIANTS[name](workload, 1)
+    after = workload.model.unet.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[key], after[key]) for key in before)

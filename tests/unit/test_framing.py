@@ -116,5 +116,5 @@ def test_no_square_no_frame(numbers):
     with pytest.raises(ValueError, match="a frame must be"):
         Frame(size=size, corner=corner, edge=edge)
     beside = Frame.around((100, 100), (900.0, 50.0), 50.0, 5.0)
-    with pytest.raises(ValueError, match="beside the photo"):
+    with pytest.raises(ValueError, match="does not overlap the photo"):
         beside.apply(noise((100, 100)), 32)

@@ -58,7 +58,7 @@ def test_I9_things_that_are_no_picture_file(tmp_path):
     os.mkfifo(fifo)
     for name, says in {
         "empty.png": "is empty",
-        "text.png": "not a picture",
+        "text.png": "not an image",
         ".": "is a folder",
         "fifo": "not a plain file",
     }.items():
@@ -73,7 +73,7 @@ def test_I9_things_that_are_no_picture_file(tmp_path):
 
 
 def test_formats_that_run_programs_are_not_opened():
-    with pytest.raises(InputError, match="not a picture"):
+    with pytest.raises(InputError, match="not an image"):
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n")
 
 

@@ -1,4 +1,4 @@
-"""A LoRA of what tuning changed: as close as its rank allows, and read by diffusers."""
+"""A LoRA of the change by tuning: as close as its rank allows, and read by diffusers."""
 
 import copy
 import json
@@ -13,15 +13,15 @@ from torch import nn
 
 from e4t_cli.errors import UsageError
 from e4t_cli.formats import lora
-from e4t_cli.formats.diffusers_folder import write_folder
 from e4t_cli.formats.lora import lora_of, write_lora
-from e4t_cli.formats.textual_inversion import mean_concept_embedding, word_path
+from e4t_cli.formats.stable_diffusion import write_folder
+from e4t_cli.formats.textual_inversion import embedding_path, mean_concept_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SamplingConfig, generate_latents
 from e4t_cli.training.tuning import TuningOptions, tune
 
-WHOLE = 1024
+FULL_RANK = 1024
 """More directions than any layer of the tiny base has."""
 
 
@@ -32,7 +32,7 @@ def tuned(model, pack, face):
 
 
 def added(base, weights):
-    """The base with the change that is in a file."""
+    """Return the base with the change of a file added."""
     unet = copy.deepcopy(base)
     for path, layer in unet.named_modules():
         name = "lora_unet_" + path.replace(".", "_")
@@ -53,9 +53,9 @@ def matrices(unet):
 
 
 def test_with_every_direction_it_is_the_tuned_unet(model, tuned):
-    found = lora_of(model.unet, tuned.unet, WHOLE)
-    assert found.rank < WHOLE  # no layer has so many: nothing is padded for nothing
-    assert found.kept == pytest.approx(1, abs=1e-6)
+    found = lora_of(model.unet, tuned.unet, FULL_RANK)
+    assert found.rank < FULL_RANK  # no layer has so many: nothing is padded for nothing
+    assert found.retained_energy == pytest.approx(1, abs=1e-6)
     unet = added(model.unet, found.weights)
     for path, weight in matrices(tuned.unet).items():
         torch.testing.assert_close(unet.get_submodule(path).weight, weight, rtol=1e-4, atol=1e-5)
@@ -63,16 +63,18 @@ def test_with_every_direction_it_is_the_tuned_unet(model, tuned):
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_with_few_it_is_as_close_as_they_can_be(model, tuned, rank):
-    """The theorem of Eckart and Young: what is missing is the other singular values."""
+    """The theorem of Eckart and Young: the loss is the other singular values."""
     found = lora_of(model.unet, tuned.unet, rank)
     whole = missing = 0.0
     for path, weight in matrices(tuned.unet).items():
         change = (weight - model.unet.get_submodule(path).weight).flatten(1)
         sizes = torch.linalg.svdvals(change).square()
         whole, missing = whole + sizes.sum().item(), missing + sizes[rank:].sum().item()
-    assert 0.1 < found.kept < 0.99
-    assert found.kept == pytest.approx(1 - missing / whole, abs=2e-3)
-    assert lora_of(model.unet, tuned.unet, rank).kept == found.kept  # the same each time
+    assert 0.1 < found.retained_energy < 0.99
+    assert found.retained_energy == pytest.approx(1 - missing / whole, abs=2e-3)
+    assert (
+        lora_of(model.unet, tuned.unet, rank).retained_energy == found.retained_energy
+    )  # the same each time
 
 
 def test_every_layer_has_the_same_rank(model, tuned):
@@ -124,16 +126,16 @@ def test_diffusers_knows_every_layer_of_stable_diffusion_by_its_name():
     assert tidy == set(layers) and len(alphas) == len(layers)
 
 
-def test_diffusers_draws_with_it_what_this_program_draws(model, tuned, face, tmp_path):
-    """Base and LoRA and word, each from its file, against the whole tuned model."""
+def test_diffusers_generates_the_same_from_it(model, tuned, face, tmp_path):
+    """Base, LoRA and embedding, each from its file, against the tuned model."""
     # Not installed for tests: diffusers imports it wherever it is, for 0.7 s of every command.
     pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline
 
-    word = mean_concept_embedding(model, tuned, face).embedding
+    embedding = mean_concept_embedding(model, tuned, face).embedding
     path = tmp_path / "me.safetensors"
-    kept = write_lora(model, tuned, word, path, rank=WHOLE, dtype=torch.float32)
-    assert kept == pytest.approx(1, abs=1e-6)
+    retained_energy = write_lora(model, tuned, embedding, path, rank=FULL_RANK, dtype=torch.float32)
+    assert retained_energy == pytest.approx(1, abs=1e-6)
     plain = TunedModel.plain(model, "face")
     write_folder(
         model, plain, plain.e_domain, tmp_path / "base", token="<other>", readme="",
@@ -142,9 +144,9 @@ def test_diffusers_draws_with_it_what_this_program_draws(model, tuned, face, tmp
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(path)
-    pipeline.load_textual_inversion(word_path(path), token="S*")
+    pipeline.load_textual_inversion(embedding_path(path), token="S*")
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
-    drawn = pipeline(
+    theirs_generated = pipeline(
         "S* on the beach", latents=noise, num_inference_steps=4, guidance_scale=3.0,
         output_type="latent",
     ).images  # fmt: skip
@@ -156,23 +158,23 @@ def test_diffusers_draws_with_it_what_this_program_draws(model, tuned, face, tmp
             for name, value in tuned.unet.state_dict().items()
         }
     )
-    without = TunedModel(**{**vars(tuned.with_fixed_embedding(word)), "unet": biases})
+    without = TunedModel(**{**vars(tuned.with_fixed_embedding(embedding)), "unet": biases})
     own = generate_latents(model, without, prompt, [1], few)
-    torch.testing.assert_close(drawn, own, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(theirs_generated, own, rtol=1e-3, atol=1e-3)
     base = generate_latents(model, plain, prompt, [1], few)
     assert (own - base).abs().max() > 1e-2
 
 
-def test_what_the_file_says_of_itself(model, tuned, tmp_path):
+def test_metadata_of_the_file(model, tuned, tmp_path):
     path = tmp_path / "me.safetensors"
     write_lora(model, tuned, tuned.e_domain, path, rank=2)
     assert {value.dtype for value in load_file(path).values()} == {torch.float16}
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        about = json.loads(file.read(length))["__metadata__"]
-    assert about["ss_network_dim"] == "2" and about["ss_v2"] == "False"
-    assert about["ss_network_module"] == "networks.lora"
-    assert load_file(word_path(path))["emb_params"].shape == (1, len(tuned.e_domain))
+        metadata = json.loads(file.read(length))["__metadata__"]
+    assert metadata["ss_network_dim"] == "2" and metadata["ss_v2"] == "False"
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert load_file(embedding_path(path))["emb_params"].shape == (1, len(tuned.e_domain))
 
 
 @pytest.mark.parametrize("rank", [0, -1, lora.MAX_RANK + 1])

@@ -1,4 +1,4 @@
-"""A photo, a domain and a wish about the mask: what counts in tuning, and what the user hears."""
+"""Preparing a photo with a requested mask: what counts in tuning, and the notes for the user."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ from PIL import Image, ImageDraw
 
 from e4t_cli.errors import UsageError, WeightsUnavailable
 from e4t_cli.images import preparation
+from e4t_cli.images.decoding import OpenedImage
 from e4t_cli.images.framing import Frame
-from e4t_cli.images.loading import OpenedImage, center_square
+from e4t_cli.images.loading import center_square
 from e4t_cli.images.preparation import MaskSource, prepare_photo
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
@@ -49,10 +50,10 @@ def off(prepared):
 
 @pytest.mark.parametrize("prepare", [None, turned])
 @pytest.mark.parametrize("scale", [1, 3])
-def test_a_mask_of_ones_own_is_cut_as_the_photo_is(prepare, scale):
+def test_the_users_mask_is_cropped_as_the_photo_is(prepare, scale):
     opened, mask = photo()
     mask = mask.resize((200 * scale, 120 * scale))
-    choice = MaskSource(kind="own", picture=mask)
+    choice = MaskSource(kind="image", image=mask)
     prepared = prepare_photo(domain(prepare), opened, choice, TARGET, masked=True)
     assert off(prepared) < 0.02
     assert 0.05 < np.asarray(prepared.mask).mean() / 255 < 0.6
@@ -60,39 +61,39 @@ def test_a_mask_of_ones_own_is_cut_as_the_photo_is(prepare, scale):
     assert bool(prepared.remarks) == (prepare is not None)
 
 
-def test_transparency_is_the_mask_and_is_said():
+def test_transparency_is_the_mask_and_is_reported():
     opened, _ = photo(alpha=True)
     prepared = prepare_photo(domain(turned), opened, AUTO, TARGET, masked=False)
     assert off(prepared) < 0.02
     assert "transparent" in prepared.remarks[-1]
-    for kind in ("none", "own"):
-        choice = MaskSource(kind=kind, picture=Image.new("L", (200, 120), 255))
+    for kind in ("none", "image"):
+        choice = MaskSource(kind=kind, image=Image.new("L", (200, 120), 255))
         other = prepare_photo(domain(turned), opened, choice, TARGET, masked=True)
         assert not any("transparent" in remark for remark in other.remarks)
         assert (other.mask is None) == (kind == "none")
 
 
 @pytest.mark.parametrize("value", [0, 2])
-def test_I12_a_black_mask_falls_back_to_the_whole_picture(value):
-    choice = MaskSource(kind="own", picture=Image.new("L", (200, 120), value))
+def test_I12_a_black_mask_falls_back_to_the_whole_image(value):
+    choice = MaskSource(kind="image", image=Image.new("L", (200, 120), value))
     prepared = prepare_photo(domain(), photo()[0], choice, TARGET, masked=True)
     assert prepared.mask is None
-    assert "less than 1 %" in prepared.notes[-1] and "whole picture" in prepared.notes[-1]
+    assert "less than 1 %" in prepared.notes[-1] and "whole image" in prepared.notes[-1]
 
 
 def test_I12_a_mask_beside_the_crop_falls_back_too():
     mask = Image.new("L", (200, 120))
     mask.paste(255, (0, 0, 30, 120))
-    choice = MaskSource(kind="own", picture=mask)
+    choice = MaskSource(kind="image", image=mask)
     assert prepare_photo(domain(), photo()[0], choice, TARGET, masked=True).mask is None
 
 
-def test_a_preparation_that_does_not_say_what_it_cut():
+def test_a_preparation_that_returns_no_frame():
     def silent(image, target):
         return PreparedImage(image=image.crop((0, 0, 64, 64)))
 
     opened, mask = photo()
-    choice = MaskSource(kind="own", picture=mask)
+    choice = MaskSource(kind="image", image=mask)
     prepared = prepare_photo(domain(silent), opened, choice, TARGET, masked=True)
     assert prepared.image.tobytes() == center_square(opened.image, 64).tobytes()
     assert off(prepared) < 0.02

@@ -18,7 +18,7 @@ from tests.conftest import write_tokenizer
 @pytest.fixture
 def clipseg(tmp_path):
     """A tiny CLIPSeg in a folder as the hub has it."""
-    segmenters._load.cache_clear()
+    segmenters._load_clipseg.cache_clear()
     folder = tmp_path / "clipseg"
     size = write_tokenizer(folder)
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_a_mask_of_the_pictures_size_that_depends_on_picture_and_words(clipseg, 
         assert mask.tobytes() == segmenters.mask_by_words(noise, words, target(clipseg)).tobytes()
         masks[words] = mask.tobytes()
     # With random numbers a mask can be all or nothing; the probabilities behind it cannot agree.
-    model, tokenizer, side, mean, deviation = segmenters._load(clipseg, "cpu")
+    model, tokenizer, side, mean, deviation = segmenters._load_clipseg(clipseg, "cpu")
     assert (side, mean[0], deviation[0]) == (48, 0.5, 0.25)
     pixels = torch.zeros(1, 3, side, side)
     logits = [model(pixel_values=pixels, **tokenizer([words], return_tensors="pt")).logits
@@ -83,7 +83,7 @@ def test_loaded_once(clipseg):
     segmenters.mask_by_words(picture, "a cat", target(clipseg))
     (clipseg / "config.json").unlink()
     segmenters.mask_by_words(picture, "a dog", target(clipseg))
-    assert segmenters._load.cache_info().misses == 1
+    assert segmenters._load_clipseg.cache_info().misses == 1
 
 
 def test_files_that_do_not_fit(clipseg):
@@ -124,18 +124,18 @@ def test_what_is_here_is_used_and_what_is_not_is_asked_about(monkeypatch, tmp_pa
     monkeypatch.setattr(segmenters, "accept", accept)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     parser = "jonathandinu/face-parsing"
-    unasked = segmenters.fetcher(HubAccess())
+    unasked = segmenters.snapshot_downloader(HubAccess())
     for _ in range(3):
         with pytest.raises(WeightsUnavailable, match="not accepted"):
             unasked(parser)
     assert len(terms) == 1  # the failure is remembered, for ten thousand pictures
     assert "research" in terms[0].note and terms[0].asks
-    assert segmenters.fetcher(HubAccess(accept_license=True))(parser) == tmp_path
+    assert segmenters.snapshot_downloader(HubAccess(accept_license=True))(parser) == tmp_path
     assert calls[-1] == (parser, None, ("*.json", "*.safetensors"), False)
     with pytest.raises(WeightsUnavailable, match="not here"):
-        segmenters.fetcher(HubAccess(offline=True, accept_license=True))(parser)
+        segmenters.snapshot_downloader(HubAccess(offline=True, accept_license=True))(parser)
     here.append(True)
-    assert segmenters.fetcher(HubAccess(offline=True))(segmenters.WORDS_MODEL) == tmp_path
+    assert segmenters.snapshot_downloader(HubAccess(offline=True))(segmenters.CLIPSEG) == tmp_path
     assert "merges.txt" in calls[-1][2] and len(terms) == 2
 
 
@@ -145,4 +145,4 @@ def test_errors_of_another_kind_are_not_swallowed(monkeypatch):
 
     monkeypatch.setattr(segmenters, "fetch_files", fetch_files)
     with pytest.raises(InputError):
-        segmenters.fetcher(HubAccess())("a/b")
+        segmenters.snapshot_downloader(HubAccess())("a/b")

@@ -11,16 +11,15 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from e4t_cli.errors import ResourceError, UsageError
-from e4t_cli.formats import single_file
-from e4t_cli.formats import textual_inversion as pair
-from e4t_cli.formats.single_file import stable_diffusion_names, write_single_file
-from e4t_cli.formats.textual_inversion import word_path
+from e4t_cli.formats import stable_diffusion, textual_inversion
+from e4t_cli.formats.stable_diffusion import compvis_state_dict, write_single_file
+from e4t_cli.formats.textual_inversion import embedding_path
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
 
 
 def parts(*, real):
-    """U-Net, VAE and text encoder of Stable Diffusion's shape, or of its sizes without numbers."""
+    """U-Net, VAE and text encoder of Stable Diffusion's shape; if `real`, of its sizes on meta."""
     wide = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
     small = {
         "block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 12, "norm_num_groups": 4,
@@ -48,7 +47,7 @@ def parts(*, real):
 @pytest.mark.parametrize("real", [False, True])
 def test_diffusers_reads_it_back(real):
     unet, vae, text_encoder = parts(real=real)
-    written = dict(stable_diffusion_names(unet, vae, text_encoder))
+    written = dict(compvis_state_dict(unet, vae, text_encoder))
     found = theirs.convert_ldm_unet_checkpoint(written, unet.config)
     again = {
         "unet": (found, unet),
@@ -70,7 +69,7 @@ def test_diffusers_reads_it_back(real):
 
 def test_names_that_everybody_knows():
     """Written down by hand from the published checkpoint of Stable Diffusion 1.4."""
-    written = dict(stable_diffusion_names(*parts(real=True)))
+    written = dict(compvis_state_dict(*parts(real=True)))
     for name, shape in {
         "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
         "model.diffusion_model.input_blocks.3.0.op.weight": (320, 320, 3, 3),
@@ -92,21 +91,23 @@ def test_names_that_everybody_knows():
 
 @pytest.fixture
 def small(model, monkeypatch):
-    """The tiny base with parts of the right number, and their sizes taken for the right ones."""
+    """The tiny base with as many blocks as Stable Diffusion, and their sizes accepted."""
     unet, vae, text_encoder = parts(real=False)
-    monkeypatch.setattr(single_file, "SHAPE", {"block_out_channels": (8, 16, 16, 16)})
+    monkeypatch.setattr(
+        stable_diffusion, "SINGLE_FILE_CONFIG", {"block_out_channels": (8, 16, 16, 16)}
+    )
     return TextToImageModel(
         base=model.base, unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=model.tokenizer,
         noise_schedule=model.noise_schedule,
     )  # fmt: skip
 
 
-def test_the_file_and_its_word(small, tmp_path):
-    tuned, word = TunedModel.plain(small, "face"), torch.arange(12.0)
+def test_the_file_and_its_embedding(small, tmp_path):
+    tuned, embedding = TunedModel.plain(small, "face"), torch.arange(12.0)
     path = tmp_path / "deep" / "me.safetensors"
-    write_single_file(small, tuned, word, path)
+    write_single_file(small, tuned, embedding, path)
     assert {one.name for one in path.parent.iterdir()} == {"me.safetensors", "me-word.safetensors"}
-    assert torch.equal(load_file(word_path(path))["emb_params"], word[None])
+    assert torch.equal(load_file(embedding_path(path))["emb_params"], embedding[None])
     stored = load_file(path)
     floating = {value.dtype for value in stored.values() if value.is_floating_point()}
     assert floating == {torch.float16}
@@ -116,20 +117,20 @@ def test_the_file_and_its_word(small, tmp_path):
     for name in ("me", "me-word"):
         (path.parent / f"{name}.safetensors").unlink()
         with pytest.raises(UsageError, match="exists already"):
-            write_single_file(small, tuned, word, path)
+            write_single_file(small, tuned, embedding, path)
         (path.parent / f"{name}.safetensors").write_bytes(b"mine")
-    assert word_path(path).read_bytes() == b"mine"
+    assert embedding_path(path).read_bytes() == b"mine"
 
 
 def test_both_or_none(small, tmp_path, monkeypatch):
-    rename, tuned = pair.rename_to_free_name, TunedModel.plain(small, "face")
+    rename, tuned = textual_inversion.rename_to_free_name, TunedModel.plain(small, "face")
 
     def beaten_to_it(source, target):
         if source.name == "weights":
             raise FileExistsError(f"{target} exists")
         rename(source, target)
 
-    monkeypatch.setattr(pair, "rename_to_free_name", beaten_to_it)
+    monkeypatch.setattr(textual_inversion, "rename_to_free_name", beaten_to_it)
     with pytest.raises(ResourceError, match="exists"):
         write_single_file(small, tuned, torch.ones(12), tmp_path / "me.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -152,6 +153,6 @@ def test_which_stable_diffusion_it_is(linear, kind):
     model = SimpleNamespace(unet=unet, base=SimpleNamespace(name=f"sd{kind}"))
     if linear:
         with pytest.raises(UsageError, match="sd2.1 is another kind"):
-            single_file.check_single_file(model, Path("free.safetensors"))
+            stable_diffusion.check_single_file(model, Path("free.safetensors"))
     else:
-        single_file.check_single_file(model, Path("free.safetensors"))
+        stable_diffusion.check_single_file(model, Path("free.safetensors"))

@@ -52,10 +52,10 @@ def test_a_pattern_a_star_a_list_and_one_shard(shards, monkeypatch):
         source = find_source(pattern)
         assert names(source) == ALL
         assert names(source) == ALL  # from the beginning again
-        assert source.about == 12
+        assert source.approximate_len == 12
     one = find_source(shards / "dogs-1.tar")
     assert names(one) == ALL[4:8]
-    assert next(iter(one)).picture == png(4)
+    assert next(iter(one)).image == png(4)
 
 
 def test_an_epoch_is_dealt_out_whole_and_in_an_order_of_its_own(shards):
@@ -85,7 +85,7 @@ def test_samples_without_a_picture_and_shards_that_break_off(shards):
     *found, broken = source
     assert names(found)[-4:] == ALL[8:]
     assert 1 <= len(found) - 4 < 6
-    assert source.beside == 1
+    assert source.other_files == 1
     assert broken.name == str(shards / "bad.tar")
     with pytest.raises(InputError, match="breaks off: unexpected end"):
         broken.digest()
@@ -133,13 +133,13 @@ def test_a_dataset_in_a_folder_or_a_file(rows, tmp_path, monkeypatch):
         assert len(source) == 3
         assert names(source) == ["row 0", "row 1", "row 2"]
         # Undecoded: our own code opens them, and a bad one is a bad picture like any other.
-        assert [item.picture for item in source] == [png(0), b"", b"no picture"]
+        assert [item.image for item in source] == [png(0), b"", b"no picture"]
         assert source.fingerprint
 
 
 def test_a_dataset_without_pictures(rows, tmp_path):
     rows.remove_columns("image").save_to_disk(str(tmp_path / "words"))
-    with pytest.raises(InputError, match="no column of pictures, only 'caption'"):
+    with pytest.raises(InputError, match="no column of images, only 'caption'"):
         find_source(tmp_path / "words")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "state.json").write_text("{")

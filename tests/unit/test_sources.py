@@ -6,9 +6,8 @@ import os
 import pytest
 from PIL import Image, ImageFilter
 
-from e4t_cli.datasets.folder import Folder, ImageItem
-from e4t_cli.datasets.reader import SIGNATURE, NearDuplicateFilter, Preparation, signature
-from e4t_cli.datasets.sources import find_source, hold_out
+from e4t_cli.datasets.reader import SIGNATURE, ImageReader, NearDuplicateFilter, signature
+from e4t_cli.datasets.sources import FolderSource, ImageItem, find_source, hold_out
 from e4t_cli.errors import InputError, UsageError
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
@@ -40,8 +39,8 @@ def test_R6_a_folder_is_read_in_order_without_what_is_hidden(tmp_path):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     source = find_source(tmp_path)
     assert names(source) == ["a/1.png", "a/2.png", "a/x", "b.png"]
-    assert source[1].picture == tmp_path / "a" / "2.png"
-    assert source.beside == 3  # the caption, the FIFO and the dangling link
+    assert source[1].image == tmp_path / "a" / "2.png"
+    assert source.other_files == 3  # the caption, the FIFO and the dangling link
 
 
 def test_R6_links_to_folders_are_followed_and_loops_are_none(tmp_path):
@@ -57,7 +56,7 @@ def test_R6_links_to_folders_are_followed_and_loops_are_none(tmp_path):
 
 
 def test_R6_empty_and_unreadable_folders(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no picture"):
+    with pytest.raises(InputError, match="no image"):
         find_source(tmp_path)
     (tmp_path / "shut").mkdir()
     (tmp_path / "1.png").touch()
@@ -103,7 +102,7 @@ def test_R6_a_million_files_are_listed_once_and_not_opened(tmp_path, monkeypatch
             pass
 
     monkeypatch.setattr(os, "scandir", lambda path: Million())
-    source = Folder(tmp_path)
+    source = FolderSource(tmp_path)
     items = iter(source)
     assert next(items).name == "0.png" and next(items).name == "1.png"
     assert len(source) == 1_000_000
@@ -137,40 +136,34 @@ def test_content_has_the_same_digest_wherever_it_is(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "b.png").write_bytes(data)
     found = {
-        ImageItem(name="x", picture=picture).digest()
+        ImageItem(name="x", image=picture).digest()
         for picture in (tmp_path / "a.png", str(tmp_path / "b.png"), data, io.BytesIO(data))
     }
     assert len(found) == 1
     picture = Image.open(io.BytesIO(data))
     assert (
-        ImageItem(name="x", picture=picture).digest()
-        == ImageItem(name="y", picture=picture).digest()
+        ImageItem(name="x", image=picture).digest() == ImageItem(name="y", image=picture).digest()
     )
     turned = picture.copy()
     turned.getexif()[0x0112] = 6
-    assert (
-        ImageItem(name="x", picture=turned).digest()
-        != ImageItem(name="x", picture=picture).digest()
-    )
+    assert ImageItem(name="x", image=turned).digest() != ImageItem(name="x", image=picture).digest()
     masked = PreparedImage(image=drawn_face()[0], mask=drawn_face()[1])
     plain = PreparedImage(image=drawn_face()[0])
-    assert (
-        ImageItem(name="x", picture=masked).digest() != ImageItem(name="x", picture=plain).digest()
-    )
+    assert ImageItem(name="x", image=masked).digest() != ImageItem(name="x", image=plain).digest()
 
 
 def test_a_stamp_changes_with_the_file(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png(0))
-    before = ImageItem(name="a", picture=path).stamp()
-    assert before == ImageItem(name="b", picture=str(path)).stamp()
+    before = ImageItem(name="a", image=path).stamp()
+    assert before == ImageItem(name="b", image=str(path)).stamp()
     changed = bytearray(png(0))
     changed[-1] ^= 1
     path.write_bytes(changed)
     os.utime(path, ns=(0, int(before.split("\0")[2])))  # as if nothing had happened
-    assert ImageItem(name="a", picture=path).stamp() != before
-    assert ImageItem(name="a", picture=tmp_path / "gone").stamp() is None
-    assert ImageItem(name="a", picture=png()).stamp() is None
+    assert ImageItem(name="a", image=path).stamp() != before
+    assert ImageItem(name="a", image=tmp_path / "gone").stamp() is None
+    assert ImageItem(name="a", image=png()).stamp() is None
 
 
 def test_what_cannot_be_read_is_a_sentence(tmp_path):
@@ -181,7 +174,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path):
         (tmp_path, "cannot be read"),
     ):
         with pytest.raises(InputError, match=words):
-            ImageItem(name="x", picture=picture).digest()
+            ImageItem(name="x", image=picture).digest()
 
 
 # ── preparing them (R5) ──
@@ -189,44 +182,44 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path):
 
 def test_R5_bad_pictures_are_counted_and_named(tmp_path):
     bad = [b"", b"no picture", png()[:200]]
-    preparation = Preparation(DOGS, TARGET, log=tmp_path / "work" / "left-out.tsv")
-    items = [ImageItem(name=f"{i}.png", picture=one) for i, one in enumerate([png(), *bad, png(1)])]
-    found = list(preparation.prepare_all(items))
+    reader = ImageReader(DOGS, TARGET, log=tmp_path / "work" / "left-out.tsv")
+    items = [ImageItem(name=f"{i}.png", image=one) for i, one in enumerate([png(), *bad, png(1)])]
+    found = list(reader.prepare_all(items))
     assert [isinstance(one, PreparedImage) for one in found] == [True, False, False, False, True]
-    assert list(preparation.left_out) == ["1.png", "2.png", "3.png"]
-    preparation.write_log()
+    assert list(reader.left_out) == ["1.png", "2.png", "3.png"]
+    reader.write_log()
     lines = (tmp_path / "work" / "left-out.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["1.png", "2.png", "3.png"]
-    assert "empty" in lines[0] and "not a picture" in lines[1] and "damaged" in lines[2]
-    (note,) = preparation.notes(100)
-    assert "3 pictures were left out; the first: 1.png" in note and "left-out.tsv" in note
+    assert "empty" in lines[0] and "not an image" in lines[1] and "damaged" in lines[2]
+    (note,) = reader.notes(100)
+    assert "3 images were left out; the first: 1.png" in note and "left-out.tsv" in note
 
 
 def test_R5_strict_stops_at_the_first():
-    preparation = Preparation(DOGS, TARGET, strict=True)
-    with pytest.raises(InputError, match=r"2\.png: .* not a picture") as caught:
-        list(preparation.prepare_all([ImageItem(name="2.png", picture=b"no picture")]))
+    reader = ImageReader(DOGS, TARGET, strict=True)
+    with pytest.raises(InputError, match=r"2\.png: .* not an image") as caught:
+        list(reader.prepare_all([ImageItem(name="2.png", image=b"no picture")]))
     assert caught.value.exit_code == 3
     assert "without --strict" in caught.value.hint
 
 
 def test_few_pictures_are_warned_about():
-    preparation = Preparation(DOGS, TARGET)
-    assert "99 pictures are few" in preparation.notes(99)[0]
-    assert preparation.notes(100) == preparation.notes(None) == []
+    reader = ImageReader(DOGS, TARGET)
+    assert "99 images are few" in reader.notes(99)[0]
+    assert reader.notes(100) == reader.notes(None) == []
 
 
 def test_masks_are_there_if_wanted_and_only_then():
     image, mask = drawn_face()
     items = [
-        ImageItem(name="a", picture=PreparedImage(image=image, mask=mask)),
-        ImageItem(name="b", picture=PreparedImage(image=image)),
+        ImageItem(name="a", image=PreparedImage(image=image, mask=mask)),
+        ImageItem(name="b", image=PreparedImage(image=image)),
     ]
     wanted = PreparationTarget(size=32, base="tiny")
-    own, white = Preparation(DOGS, wanted).prepare_all(items)
+    own, white = ImageReader(DOGS, wanted).prepare_all(items)
     assert own.mask == mask
     assert white.mask.getextrema() == (255, 255)
-    assert [one.mask for one in Preparation(DOGS, TARGET).prepare_all(items)] == [None, None]
+    assert [one.mask for one in ImageReader(DOGS, TARGET).prepare_all(items)] == [None, None]
 
 
 def prepared_otherwise(image, target):
@@ -237,21 +230,21 @@ def test_the_key_tells_preparations_apart(monkeypatch):
     import importlib.util
     from dataclasses import replace
 
-    from e4t_cli.datasets import reader as preparation
+    from e4t_cli.datasets import reader
 
     own = replace(DOGS, prepare=prepared_otherwise)
     keys = [
-        Preparation(DOGS, TARGET).key,
-        Preparation(DOGS, replace(TARGET, size=64)).key,
-        Preparation(DOGS, replace(TARGET, mask="auto")).key,
-        Preparation(own, TARGET).key,
+        ImageReader(DOGS, TARGET).key,
+        ImageReader(DOGS, replace(TARGET, size=64)).key,
+        ImageReader(DOGS, replace(TARGET, mask="auto")).key,
+        ImageReader(own, TARGET).key,
     ]
     assert len(set(keys)) == 4
-    assert Preparation(own, TARGET).key == Preparation(own, TARGET).key
-    assert Preparation(replace(DOGS, name="cats"), TARGET).key == keys[0]
+    assert ImageReader(own, TARGET).key == ImageReader(own, TARGET).key
+    assert ImageReader(replace(DOGS, name="cats"), TARGET).key == keys[0]
     installed = importlib.util.find_spec("pi_heif") is not None
-    monkeypatch.setattr(preparation, "find_spec", lambda name: None if installed else name)
-    assert Preparation(DOGS, TARGET).key != keys[0]  # HEIC files are good or bad from now on
+    monkeypatch.setattr(reader, "find_spec", lambda name: None if installed else name)
+    assert ImageReader(DOGS, TARGET).key != keys[0]  # HEIC files are good or bad from now on
 
 
 # ── duplicates (R7) ──
@@ -272,11 +265,11 @@ def test_R7_duplicates_and_near_duplicates_are_found():
         seen.add(f"{index}", hashlib.sha256(face.tobytes()).digest(), signature(face))
     assert seen.notes() == []
     seen.add("again", hashlib.sha256(faces[2].tobytes()).digest(), signature(faces[2]))
-    assert seen.notes() == ["1 picture is there twice, as again and 2"]
+    assert seen.notes() == ["1 image is there twice, as again and 2"]
     for index in (1, 4):
         other = compressed(faces[index], 60, 96)
         seen.add(f"{index}.jpg", hashlib.sha256(other.tobytes()).digest(), signature(other))
-    assert seen.notes()[1] == "2 pictures look almost like another one, as 1.jpg and 1"
+    assert seen.notes()[1] == "2 images are near duplicates, as 1.jpg and 1"
     assert (seen.same, seen.near) == (1, 2)
 
 
@@ -298,12 +291,12 @@ def test_R7_one_outline_in_other_colours_is_another_picture():
 
 def test_held_out_pictures_are_the_same_ones_and_not_trained_on():
     pictures = [png(index) for index in range(45)]
-    rest, held_out = hold_out(find_source(pictures), Preparation(DOGS, TARGET))
-    again, _ = hold_out(find_source(pictures), Preparation(DOGS, TARGET))
+    rest, held_out = hold_out(find_source(pictures), ImageReader(DOGS, TARGET))
+    again, _ = hold_out(find_source(pictures), ImageReader(DOGS, TARGET))
     assert len(held_out) == 4
     assert len(rest) == 41
-    kept = [f"picture {i}" for i in range(45) if i not in (0, 11, 22, 33)]
+    kept = [f"image {i}" for i in range(45) if i not in (0, 11, 22, 33)]
     assert names(rest) == names(again) == kept
     assert rest.fingerprint == again.fingerprint != find_source(pictures).fingerprint
-    few, none = hold_out(find_source(pictures[:9]), Preparation(DOGS, TARGET))
+    few, none = hold_out(find_source(pictures[:9]), ImageReader(DOGS, TARGET))
     assert len(few) == 9 and none == []

@@ -1,4 +1,4 @@
-"""check_domain says yes to domains that keep the contract and one sentence to the others."""
+"""`check_domain` passes domains that keep the contract and names the first problem of others."""
 
 from pathlib import Path
 
@@ -36,13 +36,13 @@ def test_weights_on_the_hub_are_left_there():
 def test_a_report_goes_on_after_a_problem():
     wrong = domain(prepare=lambda image, target: image, prompt_templates=("S* and {}",))
     found = {one.subject: one.problem for one in examine_domain(wrong)}
-    assert "more than once" in found["training sentences"]
+    assert "more than once" in found["prompt templates"]
     assert "must return a PreparedImage" in found["preparation for some-other-base"]
     assert found["domain"] == found["licence"] == ""
 
 
-def test_a_pack_in_a_folder(pack, tmp_path):
-    """Every number of it is read; a base that is not here is said, not guessed."""
+def test_weights_in_a_folder(pack, tmp_path):
+    """All of it is read; a base that is not installed is reported."""
     pack.save(tmp_path / "face")
     check_domain(tmp_path / "face")
     found = {one.subject: one for one in examine_domain(tmp_path / "face")}
@@ -53,8 +53,8 @@ def test_a_pack_in_a_folder(pack, tmp_path):
         check_domain(tmp_path / "face")
 
 
-def test_a_pack_that_does_not_fit_its_base(pack, tmp_path):
-    """The tiny pack, said to be for mini: other weights, and without a fingerprint other shapes."""
+def test_weights_that_do_not_fit_their_base(pack, tmp_path):
+    """Weights for `tiny` that claim to be for mini: another base, or no fingerprint but shapes."""
     import dataclasses
 
     for fingerprint, says in (
@@ -96,7 +96,7 @@ def indecisive(image, target):
         (domain(prepare=lambda image, target: image), "must return a PreparedImage"),
         (domain(prepare=lambda image, target: 1 / 0), "ZeroDivisionError"),
         (domain(prepare=moody), "two results"),
-        (domain(prepare=vandal), "changed the picture"),
+        (domain(prepare=vandal), "changed the image"),
         (domain(prepare=indecisive), "crops differently"),
         (domain(prompt_templates=("S* and {}",)), "more than once"),
     ],

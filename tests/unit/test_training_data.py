@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from e4t_cli.api.pretraining_setup import choose_cache, training_data
-from e4t_cli.datasets.reader import SIGNATURE, Preparation
-from e4t_cli.datasets.sources import find_source
+from e4t_cli.datasets.reader import SIGNATURE, ImageReader
+from e4t_cli.datasets.sources import IterableSource, find_source
 from e4t_cli.errors import InputError, ResourceError, UsageError
 from e4t_cli.pretraining import cache as cached_images
 from e4t_cli.pretraining import cache as caching
@@ -22,11 +22,11 @@ from e4t_cli.pretraining.cache import EncodingCache, write_chunk
 from e4t_cli.pretraining.encoded_images import (
     EncodedImages,
     EncodedRows,
-    bytes_per_picture,
+    bytes_per_image,
     encode_images,
     epoch_indices,
 )
-from e4t_cli.pretraining.streaming import OnTheFlyImages, OnTheFlyStream
+from e4t_cli.pretraining.streaming import OnTheFlyDataset, StreamingDataset
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 from tests.conftest import RESOLUTION, drawn_face
@@ -51,13 +51,13 @@ def png(index=0, size=64):
     return buffer.getvalue()
 
 
-def preparation(mask=None, **options):
+def reader(mask=None, **options):
     target = PreparationTarget(size=RESOLUTION, base="tiny", mask=mask)
-    return Preparation(options.pop("domain", FACES), target, **options)
+    return ImageReader(options.pop("domain", FACES), target, **options)
 
 
 def encode(model, pictures, **options):
-    cache = EncodingCache(model, preparation(**options))
+    cache = EncodingCache(model, reader(**options))
     data = cache.encode(find_source(pictures))
     return data, cache
 
@@ -95,8 +95,8 @@ def folder(tmp_path):
 
 def test_kept_live_and_in_memory_are_the_same_data(model, folder):
     kept, _ = encode(model, folder)
-    live = OnTheFlyImages(model, find_source(folder), preparation())
-    squares = [preparation().prepare(item) for item in find_source(folder)]
+    live = OnTheFlyDataset(model, find_source(folder), reader())
+    squares = [reader().prepare(item) for item in find_source(folder)]
     memory = encode_images(model, squares)
     assert len(kept) == len(live) == len(memory) == 10
     for step in range(6):  # more than two epochs
@@ -109,7 +109,7 @@ def test_kept_live_and_in_memory_are_the_same_data(model, folder):
 
 def test_rows_are_a_function_of_their_place(model, folder):
     kept, _ = encode(model, folder)
-    live = OnTheFlyImages(model, find_source(folder), preparation())
+    live = OnTheFlyDataset(model, find_source(folder), reader())
     for data in (kept, live):
         first = [rows(data, step=step) for step in (0, 1, 2)]
         for step in (2, 0, 1):
@@ -139,9 +139,9 @@ def test_R5_a_bad_picture_changes_only_the_samples_that_it_would_be(model, folde
     before, _ = encode(model, folder)
     (folder / f"{bad}.png").write_bytes(b"no picture")
     after, cache = encode(model, folder)
-    live = OnTheFlyImages(model, find_source(folder), preparation())
+    live = OnTheFlyDataset(model, find_source(folder), reader())
     assert (len(before), len(after)) == (10, 9)
-    assert list(cache.preparation.left_out) == [f"{bad}.png"]
+    assert list(cache.reader.left_out) == [f"{bad}.png"]
     touched = 0
     for step in range(8):
         index = epoch_indices(3, step, range(4), 4, 10)
@@ -166,8 +166,8 @@ def test_R5_nothing_usable_is_an_input_error(model, data):
 
 
 def test_R5_live_data_without_anything_usable(model):
-    live = OnTheFlyImages(model, find_source([b"no", b""]), preparation())
-    with pytest.raises(InputError, match="no picture can be used; the first: "):
+    live = OnTheFlyDataset(model, find_source([b"no", b""]), reader())
+    with pytest.raises(InputError, match="no image can be used; the first: "):
         rows(live)
     live.close()
 
@@ -199,7 +199,7 @@ def test_nothing_is_looked_at_twice(model, folder, monkeypatch):
 
 
 def test_files_that_did_not_change_are_not_read_again(model, folder, monkeypatch):
-    from e4t_cli.datasets.folder import ImageItem
+    from e4t_cli.datasets.sources import ImageItem
 
     encode(model, folder)
     monkeypatch.setattr(ImageItem, "digest", lambda self: pytest.fail("read again"))
@@ -219,7 +219,7 @@ def test_changed_pictures_and_settings_are_looked_at_again(model, folder):
 
 
 def test_a_picture_that_could_not_be_read_once_is_read_again(model, folder, monkeypatch):
-    from e4t_cli.datasets import folder as items
+    from e4t_cli.datasets import sources as items
 
     read = items._file_digest
 
@@ -260,7 +260,7 @@ def test_a_damaged_file_is_made_again(model, folder, damage):
     broken = {"cut": data[:-100], "empty": b"", "other": paths[0].read_bytes()}
     paths[-1].write_bytes(broken.get(damage, data))
     again, cache = encode(model, folder)
-    assert (cache.encoded, cache.mended) == (CHUNK, 1)
+    assert (cache.encoded, cache.repaired) == (CHUNK, 1)
     assert again.fingerprint == first.fingerprint
     assert same(rows(again), rows(first))
 
@@ -277,8 +277,8 @@ def test_two_processes_share_the_work_and_find_the_same(model, folder):
         def any(self, flag):
             raise InterruptedError  # its own share is what is looked at
 
-    partner = EncodingCache(model, preparation())
-    cache = EncodingCache(model, preparation())
+    partner = EncodingCache(model, reader())
+    cache = EncodingCache(model, reader())
     with pytest.raises(InterruptedError):
         cache.encode(find_source(folder), processes=Rank(rank=0, count=2))
     assert (cache.encoded, partner.encoded) == (6, 4)  # chunks 0 and 2, and chunk 1
@@ -292,7 +292,9 @@ def race(path, barrier, results):
     try:
         one, two, three = torch.zeros(3, 1, 2).unbind()
         nothing = EncodedRows(means=one.clone(), logvars=two.clone(), image_features=three.clone())
-        write_chunk(path, nothing, bad={0: "no"}, digests=[b"0" * 32], looks=[b"0" * SIGNATURE])
+        write_chunk(
+            path, nothing, bad={0: "no"}, digests=[b"0" * 32], signatures=[b"0" * SIGNATURE]
+        )
         results.put("")
     except BaseException as error:
         results.put(repr(error))
@@ -327,7 +329,7 @@ def test_what_a_picture_takes_is_known_before(model, folder):
     for mask in (None, "auto"):
         _, cache = encode(model, folder, mask=mask)
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
-        told = 10 * bytes_per_picture(model, mask=mask is not None)
+        told = 10 * bytes_per_image(model, mask=mask is not None)
         assert 0 <= size - told < 3 * 1500  # three headers
 
 
@@ -355,7 +357,7 @@ def test_R12_pictures_and_rows_pass_through_and_do_not_stay(model, monkeypatch):
     def peak(count):
         most.clear()
         tracemalloc.start()
-        data = EncodingCache(model, preparation()).encode(find_source(pictures(count)))
+        data = EncodingCache(model, reader()).encode(find_source(pictures(count)))
         for step in range(4):
             rows(data, step=step)
         held = tracemalloc.get_traced_memory()[0]
@@ -381,16 +383,17 @@ def test_R12_no_more_chunks_are_open_than_allowed(model, monkeypatch):
 # ── streams ──
 
 
-class Stream:
+class Stream(IterableSource):
     """A streamed source in memory, with the order of `Shards`."""
 
-    title, notes, beside, fingerprint = "a stream", [], 0, "stream"
+    fingerprint = "stream"
 
     def __init__(self, pictures):
+        super().__init__("a stream")
         self.pictures, self.opened = pictures, 0
 
     @property
-    def about(self):
+    def approximate_len(self):
         return len(self.pictures)
 
     def __iter__(self):
@@ -404,7 +407,7 @@ class Stream:
 
 
 def stream(model, pictures, processes=None):
-    return OnTheFlyStream(model, Stream(pictures), preparation(), processes)
+    return StreamingDataset(model, Stream(pictures), reader(), processes)
 
 
 def test_a_stream_goes_on_where_a_stopped_run_was(model):
@@ -444,13 +447,13 @@ def test_R5_a_bad_picture_in_a_stream_is_replaced_by_the_next(model):
             for a, b in zip(one.means, other.means, strict=True)
         )
     assert changed == 2  # once in each of the two epochs
-    assert list(after._preparation.left_out) == ["picture 2"]
+    assert list(after.reader.left_out) == ["image 2"]
     for data in (before, after):
         data.close()
 
 
 def test_an_empty_stream_ends(model):
-    for pictures, words in (([], "there is no picture in a stream"), ([b"no"], "can be used")):
+    for pictures, words in (([], "there is no image in a stream"), ([b"no"], "can be used")):
         data = stream(model, pictures)
         with pytest.raises(InputError, match=words):
             rows(data)
@@ -469,7 +472,7 @@ def test_auto_keeps_what_is_needed_twice(model, monkeypatch):
     assert used == {5: False, 10: False, 11: True, 1000: True}
     assert choose_cache("on", source, model, 5, mask=False).used
     off = choose_cache("off", source, model, 1000, mask=False)
-    assert not off.used and off.size == 10 * bytes_per_picture(model, mask=False)
+    assert not off.used and off.size == 10 * bytes_per_image(model, mask=False)
     once = find_source(iter([png()]))
     assert choose_cache("auto", once, model, 1, mask=False).used
     with pytest.raises(UsageError, match="read once"):
@@ -494,15 +497,15 @@ def test_training_data_tells_what_was_left_out(model, folder, tmp_path, wanted):
     told = []
     source = find_source(folder)
     choice = choose_cache(wanted, source, model, 100, mask=False)
-    opens = preparation(log=tmp_path / "left-out.tsv")
+    opens = reader(log=tmp_path / "left-out.tsv")
     with training_data(
         model, source, opens, choice, processes=DistributedContext(), on_progress=told.append
     ) as data:
         for step in range(3):
             rows(data, step=step)
     notes = [event.note for event in told if event.note]
-    assert any("1 picture was left out; the first: " in note and "7.png" in note for note in notes)
+    assert any("1 image was left out; the first: " in note and "7.png" in note for note in notes)
     assert any("are few" in note for note in notes)
     assert (tmp_path / "left-out.tsv").read_text().startswith("7.png\t")
-    assert isinstance(data, OnTheFlyImages) == (wanted == "off")
+    assert isinstance(data, OnTheFlyDataset) == (wanted == "off")
     assert not isinstance(data, EncodedImages)

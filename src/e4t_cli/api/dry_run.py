@@ -18,9 +18,8 @@ from e4t_cli.api.pretraining_setup import (
 )
 from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
-from e4t_cli.datasets.folder import ImageItem
 from e4t_cli.datasets.reader import signature
-from e4t_cli.datasets.sources import Listed, Source, find_source
+from e4t_cli.datasets.sources import ImageItem, ImageSource, MapStyleSource, find_source
 from e4t_cli.hub.paths import AskLicence, HubAccess
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -71,7 +70,7 @@ def plan_pretraining(
     """
     check_new_name(name)
     check_cache(cache)
-    source = find_source(data)
+    source = find_source(data, offline=HubAccess(offline=offline).cut_off)
     from e4t_cli.pretraining.batches import init_distributed
 
     with init_distributed(device) as processes:
@@ -88,17 +87,17 @@ def plan_pretraining(
         with session.running():
             session.load(place, None)
             run = PretrainingRun(session, plan, source, access, processes, strict=strict)
-            run.preparation.log = None
+            run.reader.log = None
             samples = plan.config.steps * plan.config.batch_size * processes.count
             choice = choose_cache(cache, source, session.model, samples, mask=plan.config.mask)
             opened, some, opening = _open(run, plan.config.batch_size)
             if not some:
-                raise run.preparation.nothing()
+                raise run.reader.empty_error()
             looking, stepping, memory = _measure(run, some, micro_batch)
     usable = choice.pictures
     if opened == choice.pictures:
-        usable = opened - len(run.preparation.left_out)
-    for note in (*source.notes, *run.preparation.notes(usable or None)):
+        usable = opened - len(run.reader.left_out)
+    for note in (*source.notes, *run.reader.notes(usable or None)):
         session.note("encode", note)
     return {
         "type": "plan",
@@ -108,8 +107,8 @@ def plan_pretraining(
         "data": source.title,
         "pictures": choice.pictures,
         "opened": opened,
-        "left_out": len(run.preparation.left_out),
-        "no_pictures": source.beside,
+        "left_out": len(run.reader.left_out),
+        "no_pictures": source.other_files,
         "steps": plan.config.steps,
         "batch": plan.config.batch_size,
         "processes": processes.count,
@@ -131,17 +130,17 @@ def _open(run: PretrainingRun, wanted: int) -> tuple[int, list[PreparedImage], f
     opened, begun = 0, time.perf_counter()
     for item in items:
         opened += 1
-        prepared = run.preparation.prepare(item)
+        prepared = run.reader.prepare(item)
         if not isinstance(prepared, str):
-            run.preparation.lookalikes.add(item.name, item.digest(), signature(prepared.image))
+            run.reader.duplicates.add(item.name, item.digest(), signature(prepared.image))
             if len(some) < wanted:
                 some.append(prepared)
         run.session.report(Progress(stage="open", done=opened, total=total))
     return opened, some, (time.perf_counter() - begun) / max(opened, 1)
 
 
-def _spread(source: Source) -> tuple[list[ImageItem] | Any, int]:
-    if isinstance(source, Listed):
+def _spread(source: ImageSource) -> tuple[list[ImageItem] | Any, int]:
+    if isinstance(source, MapStyleSource):
         count = min(len(source), OPENED)
         return (source[place * len(source) // count] for place in range(count)), count
     return islice(source, OPENED), 0
@@ -152,7 +151,7 @@ def _measure(
 ) -> tuple[float, float, int]:
     """Return seconds to look at a picture, seconds of a step, and bytes of memory at most."""
     from e4t_cli.pretraining.encoded_images import EncodedImages, encode_images
-    from e4t_cli.pretraining.loop import pretrain_domain
+    from e4t_cli.pretraining.loop import TrainingCallbacks, pretrain_domain
 
     model, times = run.session.model, []
     begun = time.perf_counter()
@@ -164,10 +163,15 @@ def _measure(
         times.append(time.perf_counter())
         run.session.report(Progress(stage="measure", done=len(times), total=MEASURED_STEPS))
 
-    settings = run.settings()
-    settings["config"] = settings["config"].replace(steps=MEASURED_STEPS)
-    pretrain_domain(model, encoded, micro_batch=micro_batch, processes=run.processes,
-                    on_step=clock, **settings)  # fmt: skip
+    pretrain_domain(
+        model,
+        encoded,
+        domain=run.info(),
+        config=run.plan.config.replace(steps=MEASURED_STEPS),
+        options=run.options(micro_batch=micro_batch),
+        callbacks=TrainingCallbacks(on_step=clock),
+        processes=run.processes,
+    )
     gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
     return looking, sorted(gaps)[len(gaps) // 2] if gaps else 0.0, _most_memory(model.device)
 

@@ -33,14 +33,14 @@ class Exported:
         token: what prompts call the concept there; beside a file, the name of the word's.
         variation: how much of the word depends on the noise level, which the folder leaves out.
         licence: of the base; "" if its files do not state one.
-        kept: share of what tuning changed that is in it: 1 but for a LoRA.
+        retained_energy: share of what tuning changed that is in it: 1 but for a LoRA.
     """
 
     path: Path
     token: str
     variation: float
     licence: str
-    kept: float = 1.0
+    retained_energy: float = 1.0
 
 
 def export(
@@ -60,7 +60,7 @@ def export(
     """Write a concept as a model that other programs read.
 
     The U-Net is the tuned one; the word is one new token with a fixed embedding, where this
-    program predicts it anew at every step (`textual_inversion.fixed_word`).
+    program predicts it anew at every step (`textual_inversion.mean_concept_embedding`).
 
     Args:
         concept: from `personalize`, or the file it was saved to.
@@ -68,7 +68,7 @@ def export(
             `StableDiffusionPipeline.from_pretrained` reads, or, if it ends in .safetensors, a
             single file with the word beside it, for programs that read those.
         lora: write the change of the base alone, as a LoRA of this rank, into such a file. It is
-            small, and loses something: `Exported.kept` says how much of the change it holds.
+            small, and loses something: `Exported.retained_energy` is the share that it holds.
         placeholder: a folder's token; the concept's own by default.
         base: where the base is; "auto" finds the one the concept was made on by its name.
         dtype: "fp32" writes float32; anything else float16, half as large.
@@ -100,43 +100,46 @@ def export(
             opened, session, access, base=base, device=device, dtype=dtype, safety=True
         )
         model, pretrained = session.model, session.pretrained
-        from e4t_cli.formats import diffusers_folder, single_file, textual_inversion
         from e4t_cli.formats import lora as lora_file
+        from e4t_cli.formats import stable_diffusion, textual_inversion
 
         # What can be wrong is found out before the tuning.
         if lora is not None:
             lora_file.check_rank(lora)
-            textual_inversion.check_pair(target)
+            textual_inversion.check_both_absent(target)
         elif alone:
-            single_file.check_single_file(model, target)
+            stable_diffusion.check_single_file(model, target)
         else:
-            diffusers_folder.check_token(model, token)
+            stable_diffusion.check_token(model, token)
         tuned = opened.tuned(model, pretrained)
         tuned = tuned or session.tune(opened, keep_base=lora is not None)
         with session.stage("export", counted=lora is not None):
             import torch
 
-            word = textual_inversion.mean_concept_embedding(
+            found = textual_inversion.mean_concept_embedding(
                 model, tuned, opened.prepared, seed=opened.seed
             )
-            kind, kept = torch.float32 if dtype == "fp32" else torch.float16, 1.0
+            stored = torch.float32 if dtype == "fp32" else torch.float16
+            retained_energy = 1.0
             if alone:
-                token = textual_inversion.word_path(target).stem
+                token = textual_inversion.embedding_path(target).stem
             if lora is not None:
-                kept = lora_file.write_lora(
-                    model, tuned, word.embedding, target,
-                    rank=lora, dtype=kind, on_progress=session.report,
+                retained_energy = lora_file.write_lora(
+                    model, tuned, found.embedding, target,
+                    rank=lora, dtype=stored, on_progress=session.report,
                 )  # fmt: skip
             elif alone:
-                single_file.write_single_file(model, tuned, word.embedding, target, dtype=kind)
+                stable_diffusion.write_single_file(
+                    model, tuned, found.embedding, target, dtype=stored
+                )
             else:
-                diffusers_folder.write_folder(
-                    model, tuned, word.embedding, target,
-                    token=token, readme=_readme(opened, token, model.base), dtype=kind,
+                stable_diffusion.write_folder(
+                    model, tuned, found.embedding, target,
+                    token=token, readme=_readme(opened, token, model.base), dtype=stored,
                 )  # fmt: skip
         return Exported(
-            path=target, token=token, variation=word.variation, licence=model.base.licence,
-            kept=kept,
+            path=target, token=token, variation=found.variation, licence=model.base.licence,
+            retained_energy=retained_energy,
         )  # fmt: skip
 
 

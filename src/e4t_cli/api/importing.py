@@ -19,14 +19,14 @@ from e4t_cli.api.session import Session
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
 from e4t_cli.files import sha256_of
 from e4t_cli.formats.e4t_diffusion.checkpoint import (
-    MERGED,
+    MERGED_UNET,
     Checkpoint,
     ConversionRequest,
+    convert,
     read_checkpoint,
     tower_sizes,
 )
 from e4t_cli.formats.e4t_diffusion.checkpoint import UNET as TUNED
-from e4t_cli.formats.e4t_diffusion.runner import convert
 from e4t_cli.hub.bases import (
     converted_weights_folder,
     converted_weights_path,
@@ -36,7 +36,7 @@ from e4t_cli.hub.bases import (
 )
 from e4t_cli.hub.download import cached_commit, cached_repo_info, fetch_files, get_repo_info
 from e4t_cli.hub.paths import HubAccess, Terms, accept
-from e4t_cli.images.loading import Picture, center_square, open_picture
+from e4t_cli.images.loading import ImageInput, center_square, open_image
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -98,15 +98,15 @@ def fetch_converted(
     checkpoint = read_checkpoint(folder)
     declared = cached_repo_info(repository, folder.name)
     digests = declared.digests if declared is not None else {}
-    wish = replace(
+    request = replace(
         conversion_request(checkpoint, domain, domain.name, base),
         licence=licence or UNSTATED,
         sha256={name: digests[name] for name in FILES if len(digests.get(name, "")) == 64},
         notes=f"From {repository} at {folder.name}.",
     )
     target = converted_weights_path(repository, folder.name)
-    report = convert(wish, target, access.on_progress)
-    access.remark(report.sentence())
+    result = convert(request, target, access.on_progress)
+    access.remark(result.summary())
     return target
 
 
@@ -185,7 +185,7 @@ def import_checkpoint(
             f"there is a domain in {printable(str(target))} already",
             hint="choose another name with --name",
         )
-    wish = replace(
+    request = replace(
         conversion_request(
             checkpoint, alike, chosen, _base_name(checkpoint, base), normalised_patches
         ),
@@ -195,13 +195,13 @@ def import_checkpoint(
     if on_progress and checkpoint.tuned and not keep_unet:
         note = "this checkpoint was tuned on one picture: it knows one subject better than others"
         on_progress(Progress(stage="convert", note=note))
-    report = convert(wish, target, on_progress)
+    result = convert(request, target, on_progress)
     return Imported(
         name=chosen,
-        base=wish.base,
+        base=request.base,
         folder=target,
         checkpoint=checkpoint,
-        summary=report.sentence(),
+        summary=result.summary(),
     )
 
 
@@ -271,7 +271,7 @@ def import_concept(
     folder: str | os.PathLike[str],
     save: str | os.PathLike[str],
     *,
-    image: Picture | None = None,
+    image: ImageInput | None = None,
     name: str | None = None,
     base: str | os.PathLike[str] | None = None,
     licence: str = "",
@@ -308,7 +308,7 @@ def import_concept(
         raise UsageError(
             "the picture it was tuned on is not in the folder", hint="give it with --image FILE"
         )
-    opened = open_picture(image if image is not None else str(checkpoint.photo))
+    opened = open_image(image if image is not None else str(checkpoint.photo))
     session = Session(device, dtype, on_progress)
     access = access or HubAccess(on_progress=session.report)
     place = resolve_base(
@@ -331,7 +331,7 @@ def import_concept(
         shutil.rmtree(imported.folder, ignore_errors=True)  # both, or nothing
         raise
     with contextlib.suppress(OSError):
-        (imported.folder / MERGED).unlink()  # the concept has them now
+        (imported.folder / MERGED_UNET).unlink()  # the concept has them now
     return imported
 
 
@@ -347,7 +347,7 @@ def _save(session: Session, imported: Imported, photo: object, sha256: str, path
     features = pretrained.image_features(model, model.pixels([prepared.image]))
     with torch.no_grad():
         encoded_image = pretrained.encoder.to(features.device).encode_image(features)
-    unet = read_tensors(imported.folder / MERGED)
+    unet = read_tensors(imported.folder / MERGED_UNET)
     weights = {f"unet.{key}": value.half() for key, value in unet.items()}
     for_inference = pretrained.encoder.for_inference().state_dict()
     weights |= {f"encoder.{key}": value.cpu() for key, value in for_inference.items()}
@@ -356,7 +356,7 @@ def _save(session: Session, imported: Imported, photo: object, sha256: str, path
         descriptor=pretrained.descriptor,
         base_name=model.base.name,
         base_fingerprint=model.fingerprint,
-        pack_digest=pretrained.digest,
+        weights_digest=pretrained.digest,
         prepared=prepared,
         image_features=features[0].cpu(),
         config=pretrained.tuning.replace(steps=0),  # nothing was tuned by this program

@@ -29,7 +29,7 @@ from e4t_cli.errors import WeightsUnavailable
 from e4t_cli.hub.bases import e4t_diffusion_repository
 from e4t_cli.hub.paths import AskLicence, HubAccess
 from e4t_cli.hub.resolve import look_up_base
-from e4t_cli.images.loading import Picture, open_picture
+from e4t_cli.images.loading import ImageInput, open_image
 from e4t_cli.images.preparation import prepare_photo
 from e4t_cli.images.results import GeneratedImage, Personalization
 from e4t_cli.progress import ProgressCallback
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 def plan(
     domain: str | os.PathLike[str] | Domain,
-    image: Picture,
+    image: ImageInput,
     prompts: str | Sequence[str] = (),
     *,
     num_images_per_prompt: int = 1,
@@ -63,7 +63,7 @@ def plan(
     """
     parsed = parse_prompts(prompts, placeholder)
     value, _ = resolve_domain(domain)
-    photo = open_picture(image).image
+    photo = open_image(image).image
     wanted = resolve_base_name(
         base, HubAccess(offline=offline), domain=value, device=device, confirm=False
     )
@@ -94,7 +94,7 @@ ImageCallback = Callable[[GeneratedImage], None]
 
 def personalize(
     domain: str | os.PathLike[str] | Domain,
-    image: Picture,
+    image: ImageInput,
     prompts: str | Sequence[str] = (),
     *,
     num_images_per_prompt: int = 1,
@@ -103,7 +103,7 @@ def personalize(
     tuning: str | None = None,
     tune_steps: int | None = None,
     sampling: SamplingConfig | Mapping[str, Any] | None = None,
-    mask: Picture = "auto",
+    mask: ImageInput = "auto",
     align: bool = True,
     face: str | int = "largest",
     require_face: bool = False,
@@ -157,7 +157,7 @@ def personalize(
     parsed = parse_prompts(prompts, placeholder)
     start = resolve_seed(seed, num_images_per_prompt)
     value, package = resolve_domain(domain)
-    opened = open_picture(image)
+    opened = open_image(image)
     choice = resolve_mask(mask, opened)
     session = Session(device, dtype, on_progress, vram=vram, safety=safety_checker)
     access = HubAccess(offline=offline, accept_license=accept_license, on_progress=session.report)
@@ -204,7 +204,7 @@ def personalize(
             descriptor=pretrained.descriptor,
             base_name=model.base.name,
             base_fingerprint=model.fingerprint,
-            pack_digest=pretrained.digest,
+            weights_digest=pretrained.digest,
             prepared=prepared,
             image_features=features,
             config=config,
@@ -216,7 +216,7 @@ def personalize(
         )
         tuned = session.tune(concept, keep_base=drawing.concept_scale != 1)
         if keep_weights:
-            concept = replace(concept, weights=Concept.kept(tuned))
+            concept = replace(concept, weights=Concept.weights_of(tuned))
         return session.draw(
             concept,
             tuned,

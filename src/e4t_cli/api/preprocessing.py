@@ -10,8 +10,9 @@ from e4t_cli.api.resolve import prefers_half, resolve_base_name, resolve_domain
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.paths import AskLicence, HubAccess
 from e4t_cli.hub.resolve import look_up_base
-from e4t_cli.images.loading import OpenedImage, Picture, open_own_mask, open_picture
-from e4t_cli.images.preparation import MaskSource, fetcher, prepare_photo
+from e4t_cli.images.decoding import OpenedImage
+from e4t_cli.images.loading import ImageInput, open_image, open_mask
+from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downloader
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage, check_which
 
@@ -19,7 +20,7 @@ PreparedCallback = Callable[[PreparedImage], None]
 WORDS = "words"
 
 
-def resolve_mask(mask: Picture, photo: OpenedImage) -> MaskSource:
+def resolve_mask(mask: ImageInput, photo: OpenedImage) -> MaskSource:
     """Return what was asked for as a mask.
 
     Args:
@@ -37,7 +38,7 @@ def resolve_mask(mask: Picture, photo: OpenedImage) -> MaskSource:
         if not words:
             raise UsageError("--mask words: needs words", hint='--mask "words:a cat"')
         return MaskSource(kind="words", words=words)
-    return MaskSource(kind="own", picture=open_own_mask(mask, photo.image))
+    return MaskSource(kind="image", image=open_mask(mask, photo.image))
 
 
 def preparation_target(
@@ -71,16 +72,16 @@ def preparation_target(
         which=which,
         required=require_face,
         device=device,
-        fetch=fetcher(access),
+        fetch=snapshot_downloader(access),
     )
 
 
 def prepare(
     domain: str | os.PathLike[str] | Domain,
-    image: Picture,
+    image: ImageInput,
     *,
     base: str | os.PathLike[str] = "auto",
-    mask: Picture = "auto",
+    mask: ImageInput = "auto",
     align: bool = True,
     face: str | int = "largest",
     require_face: bool = False,
@@ -97,7 +98,7 @@ def prepare(
         E4TError: as `personalize`.
     """
     value, _ = resolve_domain(domain)
-    photo = open_picture(image)
+    photo = open_image(image)
     access = HubAccess(offline=offline, accept_license=accept_license, on_progress=on_progress)
     wanted = resolve_base_name(base, access, domain=value, device=device, confirm=False)
     name, size, _ = look_up_base(wanted, half=prefers_half(device, "auto"))

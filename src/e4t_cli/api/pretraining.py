@@ -23,11 +23,10 @@ from e4t_cli.api.pretraining_setup import (
 )
 from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
-from e4t_cli.datasets.reader import Preparation
-from e4t_cli.datasets.sources import Source, find_source, hold_out
+from e4t_cli.datasets.reader import ImageReader
+from e4t_cli.datasets.sources import ImageSource, find_source, hold_out
 from e4t_cli.hub.paths import AskLicence, HubAccess
-from e4t_cli.images.loading import Picture
-from e4t_cli.images.preparation import fetcher
+from e4t_cli.images.preparation import snapshot_downloader
 from e4t_cli.progress import Progress, ProgressCallback, StopRequest
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -36,6 +35,7 @@ from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 if TYPE_CHECKING:
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.pretraining.batches import DistributedContext
+    from e4t_cli.pretraining.loop import DomainInfo, TrainingCallbacks, TrainingOptions
 
 
 @dataclass
@@ -49,7 +49,7 @@ class PretrainingRun:
 
     session: Session
     plan: NewDomain
-    source: Source
+    source: ImageSource
     access: HubAccess
     processes: DistributedContext
     strict: bool = False
@@ -69,71 +69,85 @@ class PretrainingRun:
             base=model.base.name,
             mask="auto" if self.plan.config.mask else None,
             device=str(model.device),
-            fetch=fetcher(self.access),
+            fetch=snapshot_downloader(self.access),
         )
         log = self.plan.work / "left-out.tsv" if self.processes.first else None
-        self.preparation = Preparation(self.domain, target, strict=self.strict, log=log)
+        self.reader = ImageReader(self.domain, target, strict=self.strict, log=log)
 
     def hold_out(self) -> list[PreparedImage]:
         """Take a few pictures out of training, for contact sheets."""
-        self.source, held_out = hold_out(self.source, self.preparation)
+        self.source, held_out = hold_out(self.source, self.reader)
         if not held_out:
             self.session.note("encode", "too few pictures to hold some out: no contact sheets")
         return held_out
 
-    def settings(self) -> dict[str, Any]:
-        """Return what `pretrain_domain` is told in any case."""
+    def info(self) -> DomainInfo:
+        """Return what the domain weights will contain beside parameters."""
+        from e4t_cli.pretraining.loop import DomainInfo
+
+        return DomainInfo(
+            name=self.domain.name,
+            descriptor=self.domain.descriptor,
+            templates=tuple(training_templates(self.domain)),
+            tuning=self.plan.tuning,
+            licence=self.domain.licence,
+        )
+
+    def options(self, *, seed: int = 0, micro_batch: int | None = None) -> TrainingOptions:
+        """Return how training computes on this run's device."""
+        from e4t_cli.pretraining.loop import TrainingOptions
+
+        # None: where the GPU multiplies bfloat16. A CPU pre-trains small bases, in float32.
         cuda = self.session.model.device.type == "cuda"
-        return {
-            "name": self.domain.name,
-            "descriptor": self.domain.descriptor,
-            "config": self.plan.config,
-            "tuning": self.plan.tuning,
-            "templates": training_templates(self.domain),
-            # None: where the GPU multiplies bfloat16; a CPU pre-trains small bases, in float32.
-            "autocast": self.session.autocast if cuda else False,
-        }
+        autocast = self.session.autocast if cuda else False
+        return TrainingOptions(seed=seed, autocast=autocast, micro_batch=micro_batch)
 
     @contextlib.contextmanager
-    def watched(
-        self, held_out: list[PreparedImage], sample_every: int, trackers: Sequence[Any]
-    ) -> Iterator[dict[str, Any]]:
-        """Hand out the callbacks that write down the losses and draw on the way."""
+    def callbacks(
+        self,
+        held_out: list[PreparedImage],
+        sample_every: int,
+        trackers: Sequence[Any],
+        stop: StopRequest | None,
+    ) -> Iterator[TrainingCallbacks]:
+        """Yield callbacks that report progress, and record losses and contact sheets."""
         from e4t_cli.pretraining.logging import LoggerConfig, TrainingLogger
+        from e4t_cli.pretraining.loop import TrainingCallbacks
 
-        report = self.session.report
+        report, stop = self.session.report, stop or StopRequest()
         if not self.processes.first:
-            yield {"on_progress": report}
+            yield TrainingCallbacks(stop=stop)
             return
-        watching = LoggerConfig(
+        config = LoggerConfig(
             folder=self.plan.work / "training",
             sample_every=sample_every,
             images=held_out,
             trackers=tuple(trackers),
+            offline=self.access.cut_off,
         )
-        watch = TrainingLogger(
-            watching, self.session.model, name=self.domain.name,
+        logger = TrainingLogger(
+            config, self.session.model, name=self.domain.name,
             settings=self.plan.config.as_dict(), on_progress=report,
         )  # fmt: skip
 
         def both(event: Progress) -> None:
-            watch.report(event)
+            logger.on_progress(event)
             report(event)
 
-        with watch:
-            yield {"on_progress": both, "on_step": watch.look}
+        with logger:
+            yield TrainingCallbacks(stop=stop, on_progress=both, on_step=logger.on_step)
 
-    def keep_story(self) -> None:
-        """Move what tells of the run to the pack; the checkpoints led to it and go."""
-        work, story = self.plan.work, self.plan.folder / "training"
+    def keep_record(self) -> None:
+        """Move the run's log and sheets to the domain's folder, and remove the checkpoints."""
+        work, record = self.plan.work, self.plan.folder / "training"
         log = work / "left-out.tsv"
         with contextlib.suppress(OSError):  # the pack is whole; the rest is worth no error
-            story.mkdir(exist_ok=True)
+            record.mkdir(exist_ok=True)
             for path in (log, *(work / "training").glob("*")):
                 if path.exists():
-                    os.replace(path, story / path.name)
-            if (story / log.name).exists():
-                sentence = f"the pictures left out are named in {story / log.name}"
+                    os.replace(path, record / path.name)
+            if (record / log.name).exists():
+                sentence = f"the images left out are named in {record / log.name}"
                 self.session.report(Progress(stage="pretrain", remark=sentence))
         shutil.rmtree(work, ignore_errors=True)
 
@@ -143,7 +157,7 @@ def own_device(device: str, processes: DistributedContext) -> str:
     return device if processes.device is None else str(processes.device)
 
 
-Data = str | os.PathLike[str] | Iterable[Picture | PreparedImage]
+Data = str | os.PathLike[str] | Iterable[ImageSource | PreparedImage]
 
 
 def pretrain(
@@ -195,7 +209,7 @@ def pretrain(
         strict: stop at the first picture that cannot be used; otherwise they are left out,
             counted and named in a log.
         sample_every: steps between two contact sheets of a few held-out pictures; 0: none.
-        trackers: names that accelerate knows, such as "tensorboard".
+        trackers: names that accelerate knows, such as "tensorboard"; offline that, or "wandb".
         checkpoint_every: steps between two checkpoints.
         resume: go on from the last checkpoint of an interrupted run that was called alike.
         force: go on also if settings differ.
@@ -205,7 +219,7 @@ def pretrain(
 
     Returns:
         The folder, which `e4t domains list` shows and `personalize` accepts. Inside, `training/`
-        has the losses, their curve, the sheets, and the names of pictures that were left out.
+        has the losses, the sheets, and the names of images that were left out.
 
     Raises:
         UsageError: the name or the word cannot be used, or there is such a pack already.
@@ -214,10 +228,15 @@ def pretrain(
     """
     check_new_name(name)
     check_cache(cache)
-    source = find_source(data)
+    cut_off = HubAccess(offline=offline).cut_off
+    source = find_source(data, offline=cut_off)
     from e4t_cli.pretraining.batches import init_distributed
+    from e4t_cli.pretraining.checkpoints import CheckpointOptions
+    from e4t_cli.pretraining.logging import check_trackers
     from e4t_cli.pretraining.loop import pretrain_domain
 
+    check_trackers(trackers, offline=cut_off)
+    checkpoint_options = {"every": checkpoint_every} if checkpoint_every else {}
     with init_distributed(device) as processes:
         listener = on_progress if processes.first else None
         session = Session(own_device(device, processes), dtype, listener)
@@ -238,27 +257,24 @@ def pretrain(
             choice = choose_cache(cache, run.source, session.model, samples, mask=plan.config.mask)
             with (
                 training_data(
-                    session.model, run.source, run.preparation, choice,
+                    session.model, run.source, run.reader, choice,
                     processes=processes, on_progress=session.report,
                 ) as encoded,
-                run.watched(held_out, sample_every, trackers) as callbacks,
+                run.callbacks(held_out, sample_every, trackers, stop) as callbacks,
             ):  # fmt: skip
                 pack = pretrain_domain(
                     session.model,
                     encoded,
-                    seed=seed,
-                    licence=run.domain.licence,
-                    micro_batch=micro_batch,
+                    domain=run.info(),
+                    config=plan.config,
+                    options=run.options(seed=seed, micro_batch=micro_batch),
+                    checkpoints=CheckpointOptions(
+                        folder=plan.work, resume=resume, force=force, **checkpoint_options
+                    ),
+                    callbacks=callbacks,
                     processes=processes,
-                    checkpoints=plan.work,
-                    resume=resume,
-                    force=force,
-                    stop=stop,
-                    **run.settings(),
-                    **callbacks,
-                    **({"checkpoint_every": checkpoint_every} if checkpoint_every else {}),
                 )
             if processes.first:
                 pack.save(plan.folder)
-                run.keep_story()
+                run.keep_record()
     return plan.folder

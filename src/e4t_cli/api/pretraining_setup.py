@@ -16,8 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli.datasets.reader import Preparation
-from e4t_cli.datasets.sources import Generated, Listed, Source, Streamed
+from e4t_cli.datasets.reader import ImageReader
+from e4t_cli.datasets.sources import (
+    ImageSource,
+    IterableSource,
+    MapStyleSource,
+    SinglePassSource,
+)
 from e4t_cli.errors import E4TError, ResourceError, UsageError, WeightsUnavailable, printable
 from e4t_cli.files import free_bytes, shown_size
 from e4t_cli.hub.paths import user_cache
@@ -271,15 +276,15 @@ def check_cache(wanted: str) -> None:
         )
 
 
-def how_many(source: Source) -> int:
+def how_many(source: ImageSource) -> int:
     """Return the number of a source's pictures, 0 if nobody knows."""
-    if isinstance(source, Listed):
+    if isinstance(source, MapStyleSource):
         return len(source)
-    return source.about if isinstance(source, Streamed) else 0
+    return source.approximate_len if isinstance(source, IterableSource) else 0
 
 
 def choose_cache(
-    wanted: str, source: Source, model: TextToImageModel, samples: int, *, mask: bool
+    wanted: str, source: ImageSource, model: TextToImageModel, samples: int, *, mask: bool
 ) -> CacheChoice:
     """Decide whether looking once pays: it does from the second pass over the pictures on.
 
@@ -292,11 +297,11 @@ def choose_cache(
         UsageError: pictures that can be read once only, and no cache.
         ResourceError: it was asked for, and the disk is too small.
     """
-    from e4t_cli.pretraining.encoded_images import bytes_per_picture
+    from e4t_cli.pretraining.encoded_images import bytes_per_image
 
     pictures = how_many(source)
-    size = pictures * bytes_per_picture(model, mask=mask)
-    once = isinstance(source, Generated)
+    size = pictures * bytes_per_image(model, mask=mask)
+    once = isinstance(source, SinglePassSource)
     if wanted == "off" and once:
         raise UsageError(
             "an iterable can be read once, so its pictures have to be kept",
@@ -320,8 +325,8 @@ def choose_cache(
 @contextlib.contextmanager
 def training_data(
     model: TextToImageModel,
-    source: Source,
-    preparation: Preparation,
+    source: ImageSource,
+    reader: ImageReader,
     choice: CacheChoice,
     *,
     processes: DistributedContext,
@@ -330,28 +335,28 @@ def training_data(
     """Hand out a run's pictures in the form that training reads.
 
     Raises:
-        InputError: no picture can be used, or one cannot and the preparation is strict.
+        InputError: no image can be used, or one cannot and the reader is strict.
     """
     from e4t_cli.pretraining.cache import EncodingCache
-    from e4t_cli.pretraining.streaming import OnTheFlyImages, OnTheFlyStream
+    from e4t_cli.pretraining.streaming import OnTheFlyDataset, StreamingDataset
 
     for note in (*source.notes, *([choice.why] if choice.why else [])):
         on_progress(Progress(stage="encode", note=note))
     if choice.used:
-        yield EncodingCache(model, preparation).encode(
+        yield EncodingCache(model, reader).encode(
             source, total=choice.pictures, processes=processes, on_progress=on_progress
         )
         return
-    for note in preparation.notes(choice.pictures or None):
+    for note in reader.notes(choice.pictures or None):
         on_progress(Progress(stage="encode", note=note))
-    if isinstance(source, Listed):
-        live: OnTheFlyImages | OnTheFlyStream = OnTheFlyImages(model, source, preparation)
+    if isinstance(source, MapStyleSource):
+        live: OnTheFlyDataset | StreamingDataset = OnTheFlyDataset(model, source, reader)
     else:
-        assert isinstance(source, Streamed)
-        live = OnTheFlyStream(model, source, preparation, processes)
+        assert isinstance(source, IterableSource)
+        live = StreamingDataset(model, source, reader, processes)
     try:
         yield live
     finally:
         live.close()
-        for note in preparation.notes(None):
+        for note in reader.notes(None):
             on_progress(Progress(stage="encode", note=note))

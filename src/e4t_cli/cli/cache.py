@@ -174,7 +174,7 @@ def _fetch(
     )
     from e4t_cli.hub.bases import hub_location
     from e4t_cli.hub.resolve import fetch_base
-    from e4t_cli.images.preparation import fetcher
+    from e4t_cli.images.preparation import snapshot_downloader
     from e4t_cli.registry.discovery import find_domain
 
     domain = None
@@ -192,7 +192,7 @@ def _fetch(
         folder = resolve_domain_weights(domain, found, access, repair=True)
         record = {"type": "domain", "name": domain.name, "base": found.name, "path": str(folder)}
         console.product(str(folder), record)
-        bring = fetcher(access)
+        bring = snapshot_downloader(access)
         for repository in domain.networks if found.name not in EMBEDDED else ():
             place = str(bring(repository))
             console.product(place, {"type": "network", "name": repository, "path": place})

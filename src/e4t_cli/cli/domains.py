@@ -142,7 +142,7 @@ def recipe_text(config: TuningConfig) -> str:
 def _about_weights(state: WeightsState) -> dict[str, Any]:
     plain = {key: getattr(state, key) for key in ("size", "location", "reason", "hint")}
     record = {"state": state.state, **{key: value for key, value in plain.items() if value}}
-    return record | (_about_card(state.card, state) if state.card else {})
+    return record | (_about_card(state.manifest, state) if state.manifest else {})
 
 
 def _about_card(card: Manifest, state: WeightsState) -> dict[str, Any]:
@@ -207,18 +207,20 @@ def add(source: Source, offline: Offline = False, json: Json = False, quiet: Qui
     name, path = added.domain.name, str(added.folder)
     console.product(
         path,
-        {"type": "domain", "name": name, "base": added.card.base, "path": path,
-         "licence": added.card.licence},
+        {"type": "domain", "name": name, "base": added.manifest.base, "path": path,
+         "licence": added.manifest.licence},
     )  # fmt: skip
-    console.note(f"licence: {added.card.licence or 'none stated'}")
-    console.note(f'try it: e4t personalize {name} PHOTO "S* on the beach" --base {added.card.base}')
+    console.note(f"licence: {added.manifest.licence or 'none stated'}")
+    console.note(
+        f'try it: e4t personalize {name} PHOTO "S* on the beach" --base {added.manifest.base}'
+    )
 
 
 def complete_own(incomplete: str) -> list[str]:
     """Names of the user's own domains, for the shell's completion."""
-    from e4t_cli.registry.discovery import own_names
+    from e4t_cli.registry.discovery import user_domain_names
 
-    return [name for name in own_names() if name.startswith(incomplete)]
+    return [name for name in user_domain_names() if name.startswith(incomplete)]
 
 
 OwnName = Annotated[
@@ -228,10 +230,10 @@ OwnName = Annotated[
 
 def rm(name: OwnName, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     """Remove a domain of your own; what a package brought, its package manager removes."""
-    from e4t_cli.registry.store import find_own_folder, remove_domain
+    from e4t_cli.registry.store import find_user_folder, remove_domain
 
     console = consoles.start(json=json, quiet=quiet)
-    folder = find_own_folder(name)
+    folder = find_user_folder(name)
     if not yes and not console.ask(f"remove {folder} with its weights?"):
         raise UsageError("nothing was removed", hint="-y removes without asking")
     path = str(remove_domain(name))
@@ -308,7 +310,7 @@ def new(
     from e4t_cli.registry.scaffold import new_domain  # pydantic: --help does not wait for it
 
     console = consoles.start(json=json, quiet=quiet)
-    folder = new_domain(name, directory, descriptor=descriptor, licence=licence, pack=pack)
+    folder = new_domain(name, directory, descriptor=descriptor, licence=licence, weights=pack)
     console.product(str(folder), {"type": "package", "name": name, "path": str(folder)})
     console.note(f"install it: pip install -e {folder}")
 
@@ -364,7 +366,7 @@ def push(
         )
     console.product(
         done.location,
-        {"type": "repository", "name": domain.name, "base": done.card.base,
+        {"type": "repository", "name": domain.name, "base": done.manifest.base,
          "location": done.location, "private": done.private, "bytes": done.size},
     )  # fmt: skip
     console.note(f"others: e4t domains add {done.location}")

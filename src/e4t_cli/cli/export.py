@@ -158,11 +158,11 @@ def export(
         )  # fmt: skip
     record: dict[str, str | float] = {
         "type": "model" if lora is None else "lora", "path": str(made.path), "token": made.token,
-        "variation": round(made.variation, 4), "kept": round(made.kept, 4),
+        "variation": round(made.variation, 4), "retained_energy": round(made.retained_energy, 4),
     }  # fmt: skip
     console.product(str(made.path), record)
     if lora is not None:
-        console.note(f"rank {lora} holds {made.kept:.0%} of what tuning changed")
+        console.note(f"rank {lora} holds {made.retained_energy:.0%} of what tuning changed")
     console.note(
         f"in prompts it is {printable(made.token)}; {made.variation:.0%} of the word changes with "
         "the noise level, and is left out"

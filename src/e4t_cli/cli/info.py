@@ -63,7 +63,7 @@ def _concept(file: Path) -> dict[str, Any]:
         "placeholder": concept.placeholder,
         "base": concept.base_name,
         "base_fingerprint": concept.base_fingerprint,
-        "pack": concept.pack_digest,
+        "pack": concept.weights_digest,
         "photo_sha256": concept.image_sha256,
         "picture": f"{width}×{height}{', masked' if concept.prepared.mask else ''}",
         "photo": concept.photo,

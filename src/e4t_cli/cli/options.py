@@ -13,9 +13,9 @@ import typer
 
 def complete_domain(incomplete: str) -> list[str]:
     """Names for the shell's completion; imports no domain, however slow or broken."""
-    from e4t_cli.registry.discovery import claimed_names
+    from e4t_cli.registry.discovery import domain_names
 
-    return [name for name in claimed_names() if name.startswith(incomplete)]
+    return [name for name in domain_names() if name.startswith(incomplete)]
 
 
 PICTURES, DRAWING, TUNING, OUTPUT = "Pictures", "SamplingConfig", "Trainer", "Output"

@@ -1,1 +1,1 @@
-"""Sources of training images: folders, tar shards, tables, Python iterables."""
+"""Sources of training images, and their preparation."""

@@ -1,10 +1,8 @@
-"""Tar shards, here or elsewhere, read from front to back through webdataset.
-
-A dataset of the `datasets` library: from the hub, saved to a folder, or one parquet file.
-"""
+"""Image sources behind optional packages: tar shards (webdataset) and Arrow tables (datasets)."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -13,128 +11,137 @@ import random
 import re
 import tarfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from e4t_cli.datasets.folder import ImageItem
+from e4t_cli.datasets.sources import ImageItem, IterableSource, MapStyleSource
 from e4t_cli.errors import E4TError, InputError, UsageError, WeightsUnavailable, printable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "tif", "tiff", "bmp", "ppm", "heic")
-SHUFFLED = 1000
-"""Samples that wait together, of which the next one is drawn: the memory that order costs."""
+LISTS = (".txt", ".list", ".urls")
+_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "gif", "tif", "tiff", "bmp", "ppm", "heic")
+SHUFFLE_BUFFER = 1000
+"""Samples among which the next one is chosen: the memory that shuffling a stream costs."""
 _REMOTE = re.compile(r"(https?|gs)://[\w.~:/?#\[\]@!&=+,%-]+", re.ASCII)
 
 
-class Shards:
-    """Pictures in tar files, as webdataset writes them: files of one name are one sample.
+class ShardSource(IterableSource):
+    """Images in tar files, as webdataset writes them: files of one name are one sample.
 
     Args:
-        places: paths and addresses of the shards, in order.
+        shards: paths and URLs, in order.
         title: what the user called them.
+        offline: open no connection.
 
     Raises:
-        UsageError: webdataset is not installed, or an address is of a kind that is not read.
-        InputError: a file is not there.
+        UsageError: webdataset is not installed, or a URL is of a kind that is not read.
+        InputError: a file does not exist.
+        WeightsUnavailable: a shard is remote, and `offline` is set.
     """
 
-    def __init__(self, places: list[str], title: str) -> None:
-        _webdataset()
-        self.places, self.title = places, title
-        self.beside = 0
-        self.notes: list[str] = []
-        for place in places:
-            if "://" in place or place.startswith("pipe:"):
-                if not _REMOTE.fullmatch(place):
+    def __init__(self, shards: list[str], title: str, *, offline: bool = False) -> None:
+        _package("webdataset", "shards")
+        super().__init__(title)
+        self.shards = shards
+        self.remote = [shard for shard in shards if "://" in shard]
+        for shard in shards:
+            if "://" in shard or shard.startswith("pipe:"):
+                if not _REMOTE.fullmatch(shard):
                     # webdataset would run `pipe:` as a command of this machine's shell.
                     raise UsageError(
-                        f"shards are read from files, https and gs, not {printable(place)!r}"
+                        f"shards are read from files, https and gs, not {printable(shard)!r}"
                     )
-            elif not Path(place).is_file():
-                raise InputError(f"there is no shard {printable(place)}")
+            elif not Path(shard).is_file():
+                raise InputError(f"there is no shard {printable(shard)}")
+        if offline and self.remote:
+            raise WeightsUnavailable(
+                f"{printable(self.remote[0])} is not on this machine, and e4t is offline",
+                hint="download the shards and give --data their paths",
+            )
 
     @property
     def fingerprint(self) -> str:
-        """Identify the shards by name, and by size where they are on this machine."""
-        about = [f"{place} {os.path.getsize(place) if _is_local(place) else ''}"
-                 for place in self.places]  # fmt: skip
+        """Identifies the shards by name, and by size where they are on this machine."""
+        about = [
+            f"{shard} {'' if '://' in shard else os.path.getsize(shard)}" for shard in self.shards
+        ]
         return hashlib.sha256("\n".join(about).encode()).hexdigest()[:32]
 
     @property
-    def about(self) -> int:
-        """About how many pictures there are, from the first shard's; 0 if nobody knows."""
-        local = [place for place in self.places if _is_local(place)]
-        if len(local) < len(self.places):
+    def approximate_len(self) -> int:
+        """Extrapolated from the first shard by size; 0 with remote shards."""
+        if self.remote:
             return 0
         try:
-            with tarfile.open(local[0]) as shard:  # headers alone
-                count = sum(1 for member in shard if _is_picture(member.name))
+            with tarfile.open(self.shards[0]) as shard:  # headers alone
+                count = sum(
+                    member.name.rpartition(".")[2].lower() in _EXTENSIONS for member in shard
+                )
         except (OSError, tarfile.TarError):
             return 0
-        sizes = [os.path.getsize(place) for place in local]
+        sizes = [os.path.getsize(shard) for shard in self.shards]
         return count if len(sizes) == 1 else round(count * sum(sizes) / sizes[0])
 
     def __iter__(self) -> Iterator[ImageItem]:
-        return self._read(self.places)
+        return self._read(self.shards)
 
     def shuffled(self, seed: int, epoch: int, rank: int, ranks: int) -> Iterator[ImageItem]:
-        """Return one process's share of an epoch, in an order that these four numbers decide.
+        """Return one process's share of an epoch (see `IterableSource`).
 
-        Whole shards are dealt out where there are enough of them; else every process reads all
-        and takes every `ranks`-th picture.
+        Whole shards are distributed where there are enough of them; else every process reads all
+        and takes every `ranks`-th image.
         """
-        places = list(self.places)
-        random.Random(f"{seed}/shards/{epoch}").shuffle(places)
-        if len(places) >= ranks:
+        shards = list(self.shards)
+        random.Random(f"{seed}/shards/{epoch}").shuffle(shards)
+        if len(shards) >= ranks:
             order = random.Random(f"{seed}/pictures/{epoch}/{rank}")
-            return self._read(places[rank::ranks], order)
+            return self._read(shards[rank::ranks], order)
         order = random.Random(f"{seed}/pictures/{epoch}")
-        return itertools.islice(self._read(places, order), rank, None, ranks)
+        return itertools.islice(self._read(shards, order), rank, None, ranks)
 
-    def _read(self, places: list[str], order: random.Random | None = None) -> Iterator[ImageItem]:
-        wds = _webdataset()
+    def _read(self, shards: list[str], order: random.Random | None = None) -> Iterator[ImageItem]:
+        wds = _package("webdataset", "shards")
         broken: dict[str, str] = {}
 
-        def note(error: Exception) -> bool:
-            told = " ".join(map(str, error.args))  # webdataset says twice what broke, and where
-            place = next((place for place in places if place in told), "?")
-            broken.setdefault(place, told.partition(" @ ")[0])
+        def handler(error: Exception) -> bool:
+            text = " ".join(map(str, error.args))  # webdataset repeats what broke, and where
+            shard = next((shard for shard in shards if shard in text), "?")
+            broken.setdefault(shard, text.partition(" @ ")[0])
             return True  # what was read of the shard counts, and the next one follows
 
         data = wds.WebDataset(
-            places,
+            shards,
             shardshuffle=False,
-            nodesplitter=None,  # dealt out above, in a way that a resumed run can repeat
+            nodesplitter=None,  # split in `shuffled`, in a way that a resumed run can repeat
             workersplitter=None,
             empty_check=False,
-            handler=note,
+            handler=handler,
         )
         if order is not None:
-            data = data.shuffle(SHUFFLED, rng=order)
+            data = data.shuffle(SHUFFLE_BUFFER, rng=order)
         for sample in data:
-            found = next((key for key in sample if key.lower() in _PICTURES), None)
+            found = next((key for key in sample if key.lower() in _EXTENSIONS), None)
             if found is None:
-                self.beside += 1
+                self.other_files += 1
                 continue
             shard = str(sample.get("__url__", "")).rpartition("/")[2]
-            yield ImageItem(name=f"{shard}/{sample['__key__']}.{found}", picture=sample[found])
-        for place, why in broken.items():
-            yield ImageItem(
-                name=place, picture=b"", fault=f"this shard breaks off: {printable(why)}"
-            )
+            yield ImageItem(name=f"{shard}/{sample['__key__']}.{found}", image=sample[found])
+        for shard, why in broken.items():
+            yield ImageItem(name=shard, image=b"", fault=f"this shard breaks off: {printable(why)}")
 
 
-def shard_places(pattern: str) -> list[str]:
-    """Return the shards that a pattern means: `{0000..0099}`, `*`, or a list of addresses.
+def shard_paths(pattern: str) -> list[str]:
+    """Return the shards that a pattern names: `{0000..0099}`, `*`, or a file that lists them.
 
     Raises:
         UsageError: no file matches.
     """
-    if pattern.endswith((".txt", ".list", ".urls")) and Path(pattern).is_file():
-        lines = Path(pattern).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        entries = [line.strip() for line in lines]
+    if pattern.endswith(LISTS) and Path(pattern).is_file():
+        text = Path(pattern).read_text(encoding="utf-8", errors="surrogateescape")
+        entries = [line.strip() for line in text.splitlines()]
         listed = [entry for entry in entries if entry and not entry.startswith("#")]
-        return list(itertools.chain.from_iterable(_expanded(entry) for entry in listed))
+        return [shard for entry in listed for shard in _expanded(entry)]
     return _expanded(pattern)
 
 
@@ -142,7 +149,7 @@ def _expanded(pattern: str) -> list[str]:
     if Path(pattern).is_file():
         return [pattern]
     if "{" in pattern:
-        _webdataset()
+        _package("webdataset", "shards")
         import braceexpand  # comes with webdataset
 
         return list(braceexpand.braceexpand(pattern))
@@ -154,32 +161,14 @@ def _expanded(pattern: str) -> list[str]:
     return [pattern]
 
 
-def _is_local(place: str) -> bool:
-    return "://" not in place
-
-
-def _is_picture(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in _PICTURES
-
-
-def _webdataset() -> Any:
-    try:
-        import webdataset
-    except ImportError as error:
-        raise UsageError(
-            "tar shards need one more package", hint="pip install 'e4t[shards]'"
-        ) from error
-    return webdataset
-
-
 _HUB = re.compile(r"hf://(?:datasets/)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
                   r"(?::(?P<split>[\w\[\]%:+-]+))?")  # fmt: skip
 _SAVED = ("dataset_dict.json", "state.json")
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
-def is_table(data: str) -> bool:
-    """Whether `data` is something that `datasets` opens."""
+def is_arrow(data: str) -> bool:
+    """Whether `data` is something that the `datasets` library opens."""
     path = Path(data)
     return (
         data.startswith("hf://")
@@ -188,35 +177,37 @@ def is_table(data: str) -> bool:
     )
 
 
-class Table:
-    """The column of pictures of a dataset; any of its rows at any time, straight from the disk.
+class ArrowSource(MapStyleSource):
+    """The image column of a dataset of the `datasets` library, read from its memory-mapped table.
 
     Args:
         data: "hf://owner/name@revision:split" (revision and split may be left out), a folder
             that `save_to_disk` wrote, or a parquet or arrow file.
+        offline: open no connection.
 
     Raises:
-        UsageError: `datasets` is not installed, or the reference cannot be read.
-        InputError: it cannot be opened, or has no column of pictures.
+        UsageError: `datasets` is not installed, or the reference cannot be parsed.
+        WeightsUnavailable: it is not on this machine, and could not or must not be fetched.
+        InputError: it cannot be opened, or has no column of images.
     """
 
-    def __init__(self, data: str) -> None:
-        self.title = data
-        self.beside = 0
-        self.notes: list[str] = []
-        table = _open(data)
+    def __init__(self, data: str, *, offline: bool = False) -> None:
+        super().__init__(data)
+        with _hub_offline() if offline else contextlib.nullcontext():
+            table = _open(data)
         from datasets import Image
 
         columns = [name for name, kind in table.features.items() if isinstance(kind, Image)]
         if not columns:
             names = ", ".join(map(repr, table.features))
-            raise InputError(f"{printable(data)} has no column of pictures, only {names}")
+            raise InputError(f"{printable(data)} has no column of images, only {names}")
         if len(columns) > 1:
-            self.notes.append(f"{printable(data)} has {len(columns)} columns of pictures; "
-                              f"{columns[0]!r} is used")  # fmt: skip
+            self.notes.append(
+                f"{printable(data)} has {len(columns)} columns of images; {columns[0]!r} is used"
+            )
         if not len(table):
-            raise InputError(f"there is no picture in {printable(data)}")
-        # Undecoded: pictures are opened by the same code as any other.
+            raise InputError(f"there is no image in {printable(data)}")
+        # Undecoded: images are opened by the same code as any other.
         self._column = columns[0]
         self._table = table.select_columns(columns[:1]).cast_column(
             self._column, Image(decode=False)
@@ -229,25 +220,46 @@ class Table:
         found = self._table[index][self._column] or {}
         name = f"row {index}"
         if found.get("bytes") is not None:
-            return ImageItem(name=name, picture=found["bytes"])
-        # An empty row is a bad picture like any other.
-        return ImageItem(name=name, picture=found["path"] if found.get("path") else b"")
-
-    def __iter__(self) -> Iterator[ImageItem]:
-        return (self[index] for index in range(len(self)))
+            return ImageItem(name=name, image=found["bytes"])
+        # An empty row is a bad image like any other.
+        return ImageItem(name=name, image=found["path"] if found.get("path") else b"")
 
     @property
     def fingerprint(self) -> str:
         return str(self._table._fingerprint)
 
 
-def _open(data: str) -> Any:
+@contextlib.contextmanager
+def _hub_offline() -> Iterator[None]:
+    """Set the offline switches of huggingface_hub and datasets, which are read at import."""
+    from huggingface_hub import constants
+
+    config = _package("datasets", "datasets").config
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
-        import datasets
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+
+
+def _package(name: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return import_module(name)
     except ImportError as error:
         raise UsageError(
-            "datasets need one more package", hint="pip install 'e4t[datasets]'"
+            f"{extra} need one more package", hint=f"pip install 'e4t[{extra}]'"
         ) from error
+
+
+def _open(data: str) -> Any:
+    datasets = _package("datasets", "datasets")
     datasets.disable_progress_bars()
     path = Path(data)
     try:

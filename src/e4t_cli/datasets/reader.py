@@ -1,12 +1,4 @@
-"""Finding pictures that a data set has twice, exactly or nearly, in bounded memory.
-
-A picture's signature is its difference hash (64 bits: where brightness rises from left to right
-by more than noise) and its colours on a 4 × 4 grid. Two pictures look alike if at most three bits
-differ and no colour by much: the first finds copies that were scaled or compressed again, the
-second keeps apart what merely has the same outline.
-
-Opening the pictures of a source one by one; those that cannot be used are counted and named.
-"""
+"""Opens and prepares the images of a source; counts those that are unusable or duplicates."""
 
 from __future__ import annotations
 
@@ -16,19 +8,18 @@ import os
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy
 import PIL
 from PIL import Image
 
-from e4t_cli.datasets.folder import ImageItem
+from e4t_cli.datasets.sources import ImageItem
 from e4t_cli.errors import InputError, UsageError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
@@ -36,15 +27,15 @@ from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 SIGNATURE = 8 + 4 * 4 * 3
 """Bytes of a signature."""
 COMPARED = 50_000
-"""Pictures among which near-duplicates are looked for."""
+"""Images among which near duplicates are searched."""
 REMEMBERED = 2_000_000
-"""Pictures among which exact duplicates are looked for."""
+"""Images among which exact duplicates are searched."""
 _BITS, _COLOUR, _NOISE = 3, 12, 4
-_SIDE_BY_SIDE = 32  # of pictures that agree in a band, the first ones stand for all
+_BUCKET = 32  # of images that agree in a band, the first ones stand for all
 
 
 def signature(image: Image.Image) -> bytes:
-    """Return what `Lookalikes` compares, SIGNATURE bytes."""
+    """Return a difference hash (64 bits) and the colours on a 4 × 4 grid, SIGNATURE bytes."""
     box = Image.Resampling.BOX
     grey = numpy.asarray(image.convert("L").resize((9, 8), box), dtype=numpy.int16)
     rises = grey[:, 1:] > grey[:, :-1] + _NOISE  # flat parts stay 0 whatever compression did
@@ -53,19 +44,23 @@ def signature(image: Image.Image) -> bytes:
 
 
 class NearDuplicateFilter:
-    """Counts duplicates while pictures go by."""
+    """Counts exact and near duplicates in one pass, in bounded memory.
+
+    Near duplicates differ in at most three bits of the hash, which finds copies that were scaled
+    or compressed again, and in no colour by much, which keeps apart images of the same outline.
+    """
 
     def __init__(self) -> None:
         self.same = self.near = 0
         self.first_same: tuple[str, str] | None = None
         self.first_near: tuple[str, str] | None = None
         self._digests: dict[int, str | None] = {}
-        self._seen: list[tuple[str, bytes]] = []
+        self._compared: list[tuple[str, bytes]] = []
         # Of four bands of 16 bits, one is equal when at most three bits differ.
         self._bands: dict[tuple[int, bytes], list[int]] = defaultdict(list)
 
-    def add(self, name: str, digest: bytes, looks: bytes) -> None:
-        """Take one more picture into account."""
+    def add(self, name: str, digest: bytes, signature: bytes) -> None:
+        """Compare one more image with those before it."""
         key = int.from_bytes(digest[:8], "big")
         if key in self._digests:
             self.same += 1
@@ -74,36 +69,37 @@ class NearDuplicateFilter:
         if len(self._digests) < REMEMBERED:
             # Names are for the first example only.
             self._digests[key] = name if len(self._digests) < COMPARED else None
-        if len(self._seen) >= COMPARED:
+        if len(self._compared) >= COMPARED:
             return
-        other = self._alike(looks)
+        other = self._near(signature)
         if other is not None:
             self.near += 1
             self.first_near = self.first_near or (name, other)
-        index = len(self._seen)
-        self._seen.append((name, looks))
+        index = len(self._compared)
+        self._compared.append((name, signature))
         for band in range(4):
-            bucket = self._bands[band, looks[2 * band : 2 * band + 2]]
-            if len(bucket) < _SIDE_BY_SIDE:
+            bucket = self._bands[band, signature[2 * band : 2 * band + 2]]
+            if len(bucket) < _BUCKET:
                 bucket.append(index)
 
     def notes(self) -> list[str]:
-        """Return sentences for the user; none if every picture is its own."""
+        """Return warnings for the user; none without duplicates."""
         found = []
         if self.first_same:
-            count = "1 picture is" if self.same == 1 else f"{self.same:,} pictures are"
-            found.append(f"{count} there twice, as {_pair(self.first_same)}")
+            names = " and ".join(self.first_same)
+            found.append(f"{_images(self.same, 'is', 'are')} there twice, as {names}")
         if self.first_near:
-            count = "1 picture looks" if self.near == 1 else f"{self.near:,} pictures look"
-            found.append(f"{count} almost like another one, as {_pair(self.first_near)}")
+            names = " and ".join(self.first_near)
+            verb = _images(self.near, "is a near duplicate", "are near duplicates")
+            found.append(f"{verb}, as {names}")
         return found
 
-    def _alike(self, looks: bytes) -> str | None:
-        bits = int.from_bytes(looks[:8], "big")
-        colours = numpy.frombuffer(looks, numpy.uint8, offset=8).astype(numpy.int16)
+    def _near(self, signature: bytes) -> str | None:
+        bits = int.from_bytes(signature[:8], "big")
+        colours = numpy.frombuffer(signature, numpy.uint8, offset=8).astype(numpy.int16)
         for band in range(4):
-            for index in self._bands.get((band, looks[2 * band : 2 * band + 2]), ()):
-                name, other = self._seen[index]
+            for index in self._bands.get((band, signature[2 * band : 2 * band + 2]), ()):
+                name, other = self._compared[index]
                 if (bits ^ int.from_bytes(other[:8], "big")).bit_count() > _BITS:
                     continue
                 theirs = numpy.frombuffer(other, numpy.uint8, offset=8)
@@ -112,24 +108,23 @@ class NearDuplicateFilter:
         return None
 
 
-def _pair(names: tuple[str, str]) -> str:
-    return f"{names[0]} and {names[1]}"
+def _images(count: int, one: str, many: str) -> str:
+    return f"1 image {one}" if count == 1 else f"{count:,} images {many}"
 
 
 FEW = 100
-"""Below so many pictures a domain tends to learn these very pictures."""
-_NAMED = 10_000  # of the pictures left out; more are only counted
-_T = TypeVar("_T")
+"""With fewer images a domain tends to overfit to them."""
+_NAMED = 10_000  # of the images left out; more are only counted
 
 
-class Preparation:
-    """What one run does with its pictures before the base sees them.
+class ImageReader:
+    """Opens images and runs a domain's preparation on them.
 
     Args:
         domain: whose preparation it is.
         target: size, and whether a mask is wanted.
-        strict: stop at the first picture that cannot be used.
-        log: where those that were left out are named; None keeps them in memory.
+        strict: stop at the first image that cannot be used.
+        log: file that names those left out; None keeps them in memory.
     """
 
     def __init__(
@@ -142,26 +137,26 @@ class Preparation:
     ) -> None:
         self.domain, self.target, self.strict, self.log = domain, target, strict, log
         self.left_out: dict[str, str] = {}
-        self.lookalikes = NearDuplicateFilter()
+        self.duplicates = NearDuplicateFilter()
         self._lock = threading.Lock()
-        # Only our own preparation is known to bear several threads.
+        # Only the default preparation is known to be thread-safe.
         self.threads = min(8, os.cpu_count() or 1) if domain.prepare is None else 1
 
     @property
     def key(self) -> str:
-        """Identify what preparation does to a picture, also when a domain's author changes it.
+        """Identifies what preparation does to an image, also when a domain's author changes it.
 
-        What decodes pictures is part of it: a HEIC file is bad until its package is installed.
+        What decodes images is part of it: a HEIC file is bad until its package is installed.
         """
         heic = "heic" if find_spec("pi_heif") else ""
         target = f"{self.target.size} {self.target.mask} {self.target.align}"
-        return f"{_written(self.domain)} {target} Pillow {PIL.__version__} {heic}"
+        return f"{_function_key(self.domain)} {target} Pillow {PIL.__version__} {heic}"
 
     def prepare(self, item: ImageItem) -> PreparedImage | str:
-        """Return the prepared picture, or why it cannot be used.
+        """Return the prepared image, or why it cannot be used.
 
         Raises:
-            InputError: it cannot be used, and the run is strict.
+            InputError: it cannot be used, and `strict` is set.
         """
         try:
             found = item.prepare(self.domain, self.target)
@@ -171,31 +166,45 @@ class Preparation:
             return reason
         if self.target.mask is None:
             return found if found.mask is None else replace(found, mask=None)
-        if found.mask is None:  # which means all of it, and has to be said where others have one
+        if found.mask is None:  # which means all of it, explicit where others have a mask
             return replace(found, mask=Image.new("L", found.image.size, 255))
         return found
 
     def blank(self) -> PreparedImage:
-        """Return a picture of nothing, such as preparation returns."""
+        """Return a black image with an all-white mask, such as preparation returns."""
         size = (self.target.size, self.target.size)
         mask = None if self.target.mask is None else Image.new("L", size, 255)
         return PreparedImage(image=Image.new("RGB", size), mask=mask)
 
     def prepare_all(self, items: Iterable[ImageItem]) -> Iterator[PreparedImage | str]:
-        """Prepare pictures in order, some at once where that is safe; a few wait, never all."""
-        return _mapped(self.prepare, items, self.threads)
+        """Prepare images in order, several at once where that is safe; few results wait."""
+        if self.threads <= 1:
+            yield from map(self.prepare, items)
+            return
+        source = iter(items)
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="e4t-images") as pool:
+            try:
+                waiting = [
+                    pool.submit(self.prepare, item) for item in islice(source, 2 * self.threads)
+                ]
+                while waiting:
+                    found = waiting.pop(0).result()
+                    waiting += [pool.submit(self.prepare, item) for item in islice(source, 1)]
+                    yield found
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Count and name a picture that cannot be used.
+        """Count and name an image that cannot be used.
 
         Raises:
-            InputError: the run is strict.
+            InputError: `strict` is set.
         """
         reason = printable(reason)
         if self.strict:
-            # Some reasons name the file; a name is said once.
+            # Some reasons name the file already.
             named = reason if name in reason else f"{printable(name)}: {reason}"
-            raise InputError(named, hint="without --strict such pictures are left out")
+            raise InputError(named, hint="without --strict such images are left out")
         with self._lock:
             fresh = name not in self.left_out
             if len(self.left_out) < _NAMED:
@@ -205,7 +214,7 @@ class Preparation:
             self.write_log()
 
     def write_log(self) -> None:
-        """Write the names of the pictures left out, if there are any."""
+        """Write the names of the images left out, if there are any."""
         if self.log is None or not self.left_out:
             return
         with self._lock:
@@ -213,60 +222,37 @@ class Preparation:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.log, "".join(f"{line}\n" for line in lines).encode())
 
-    def nothing(self) -> InputError:
-        """Return the error for a source of which nothing can be used."""
+    def empty_error(self) -> InputError:
+        """Return the error for a source without a usable image."""
         if self.left_out:
-            return InputError(f"no picture can be used; the first: {self._first()}")
-        return InputError("there are no pictures to train on")
+            return InputError(f"no image can be used; the first: {self._first()}")
+        return InputError("there are no images to train on")
 
     def notes(self, usable: int | None) -> list[str]:
-        """Return what the user should know about the pictures.
+        """Return warnings for the user: images left out, too few images, duplicates.
 
         Args:
-            usable: how many can be used; None if nobody knows yet.
+            usable: how many can be used; None if that is not known yet.
         """
         found = []
         if self.left_out:
             count = len(self.left_out)
-            many = f"{count:,}" if count < _NAMED else f"more than {_NAMED:,}"
-            were = "1 picture was" if count == 1 else f"{many} pictures were"
+            were = _images(count, "was", "were")
+            were = were if count < _NAMED else f"more than {were}"
             named = f"; all are named in {printable(str(self.log))}" if self.log else ""
             found.append(f"{were} left out; the first: {self._first()}{named}")
         if usable is not None and usable < FEW:
-            pictures = "1 picture is" if usable == 1 else f"{usable} pictures are"
-            found.append(
-                f"{pictures} few: the domain may learn these very pictures (overfitting); "
-                f"{FEW} or more are better"
-            )
-        return found + self.lookalikes.notes()
+            images = _images(usable, "is", "are")
+            found.append(f"{images} few: the domain may overfit to them; {FEW} or more are better")
+        return found + self.duplicates.notes()
 
     def _first(self) -> str:
-        """Return the first picture left out and why; many reasons name the file themselves."""
         name, why = min(self.left_out.items())
         return why if name in why else f"{printable(name)}: {why}"
 
 
-def _mapped(
-    function: Callable[[ImageItem], _T], items: Iterable[ImageItem], threads: int
-) -> Iterator[_T]:
-    """Apply a function to items in order, with at most a few results waiting."""
-    if threads <= 1:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="e4t-pictures")
-    try:
-        source = iter(items)
-        waiting = [pool.submit(function, item) for item in islice(source, 2 * threads)]
-        while waiting:
-            found = waiting.pop(0).result()
-            waiting += [pool.submit(function, item) for item in islice(source, 1)]
-            yield found
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _written(domain: Domain) -> str:
-    """Return what tells one preparation from another: where it is written, and what is there."""
+def _function_key(domain: Domain) -> str:
+    """Return name and source hash of a domain's preparation."""
     if domain.prepare is None:
         return "centre"
     function = inspect.unwrap(domain.prepare)
@@ -274,5 +260,5 @@ def _written(domain: Domain) -> str:
     try:
         source = Path(inspect.getsourcefile(function) or "")
         return f"{name} {hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
-    except (TypeError, OSError):  # typed into an interpreter: the same name says nothing
+    except (TypeError, OSError):  # typed into an interpreter: the name identifies nothing
         return f"{name} {secrets.token_hex(8)}"

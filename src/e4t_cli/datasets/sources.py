@@ -1,85 +1,254 @@
-"""From what the user wrote after ``--data`` to a source.
-
-A few pictures that training never sees, to be drawn from while it goes on.
-"""
+"""Image sources: what ``--data`` names, as items that are opened only when they are encoded."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
-from e4t_cli.datasets.archives import SUFFIXES, Shards, Table, is_table, shard_places
-from e4t_cli.datasets.folder import Folder, ImageItem
-from e4t_cli.datasets.reader import Preparation
+from PIL import Image
+
 from e4t_cli.errors import InputError, UsageError, printable
-from e4t_cli.registry.domain import PreparedImage
+from e4t_cli.images.loading import MAX_BYTES, ImageInput, image_sha256, open_image, prepare_image
+from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
+
+if TYPE_CHECKING:
+    from e4t_cli.datasets.reader import ImageReader
+
+MAX_HELD_OUT = 4
+"""Images of a contact sheet."""
 
 
-class Source(Protocol):
-    """Pictures in an order of their own.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageItem:
+    """One image of a source, not opened yet.
 
-    `title` names it for the user, `notes` are sentences for them, `beside` counts files that are
-    no pictures, `fingerprint` tells it from other sources.
+    Args:
+        name: unique in its source; for a file its path below the source's folder.
+        image: a path, bytes, a PIL image, or an image that is prepared already.
+        fault: why there is none, if that is known already.
     """
 
-    title: str
-    notes: list[str]
-    beside: int
+    name: str
+    image: ImageInput | PreparedImage
+    fault: str = ""
+
+    def digest(self) -> bytes:
+        """Return a hash of the content, whatever its name: 32 bytes.
+
+        Raises:
+            InputError: it cannot be read. Caches hash these messages in place of the content, so
+                their wording is part of the format.
+        """
+        image = self.image
+        if self.fault:
+            raise InputError(self.fault)
+        if isinstance(image, PreparedImage):
+            parts = [image_sha256(one) for one in (image.image, image.mask) if one is not None]
+            return hashlib.sha256(" ".join(parts).encode()).digest()
+        try:
+            if isinstance(image, Image.Image):
+                exif = image.getexif().tobytes()
+                return hashlib.sha256(image_sha256(image).encode() + exif).digest()
+            if isinstance(image, bytes):
+                return hashlib.sha256(image).digest()
+            if isinstance(image, str | os.PathLike):
+                return _file_digest(Path(image))
+            image.seek(0)
+            found = hashlib.sha256(image.read(MAX_BYTES + 1)).digest()
+            image.seek(0)
+            return found
+        except InputError:
+            raise
+        except OSError as error:
+            raise InputError(f"it cannot be read: {error.strerror or error}") from error
+        except Exception as error:  # a lazily opened PIL image decodes here, hostile bytes and all
+            raise InputError(f"it is damaged: {error}") from error
+
+    def stamp(self) -> str | None:
+        """Return path, size and times of a file, without reading it; None for anything else."""
+        if not isinstance(self.image, str | os.PathLike):
+            return None
+        path = os.path.abspath(self.image)
+        try:
+            about = os.stat(path)
+        except OSError:
+            return None
+        return f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}"
+
+    def prepare(self, domain: Domain, target: PreparationTarget) -> PreparedImage:
+        """Open the image as `personalize` opens a photo, and run the domain's preparation.
+
+        Raises:
+            InputError, UsageError: it cannot be used as an image.
+            E4TError: the domain's function failed.
+        """
+        if self.fault:
+            raise InputError(self.fault)
+        if isinstance(self.image, PreparedImage):
+            return self.image
+        return prepare_image(domain, open_image(self.image).image, target)
+
+
+def _file_digest(path: Path) -> bytes:
+    # Without O_NONBLOCK, opening a FIFO that nobody writes to would wait for ever.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise InputError("it is not a plain file")
+        if about.st_size > MAX_BYTES:
+            raise InputError(f"it is larger than {MAX_BYTES >> 20} MiB")
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+class ImageSource(ABC):
+    """Unopened images in a fixed order.
+
+    Args:
+        title: its name in messages.
+        notes: warnings for the user.
+        other_files: how many of its files are no images.
+    """
+
+    def __init__(self, title: str, notes: Iterable[str] = (), other_files: int = 0) -> None:
+        self.title, self.notes, self.other_files = title, list(notes), other_files
 
     @property
-    def fingerprint(self) -> str: ...
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies the source among others."""
 
+    @abstractmethod
     def __iter__(self) -> Iterator[ImageItem]: ...
 
 
-@runtime_checkable
-class Listed(Source, Protocol):
-    """A source that gives any of its pictures at any time."""
+class MapStyleSource(ImageSource):
+    """A source with random access, as torch's map-style datasets have it."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> ImageItem: ...
 
+    def __iter__(self) -> Iterator[ImageItem]:
+        return (self[index] for index in range(len(self)))
 
-@runtime_checkable
-class Streamed(Source, Protocol):
-    """A source that is read from front to back, and can deal itself out to processes."""
+
+class IterableSource(ImageSource):
+    """A source that is read from front to back, and can be split among processes."""
 
     @property
-    def about(self) -> int:
-        """About how many pictures there are, 0 if nobody knows."""
-        ...
+    @abstractmethod
+    def approximate_len(self) -> int:
+        """About how many images there are, 0 if unknown."""
 
-    def shuffled(self, seed: int, epoch: int, rank: int, ranks: int) -> Iterator[ImageItem]: ...
+    @abstractmethod
+    def shuffled(self, seed: int, epoch: int, rank: int, ranks: int) -> Iterator[ImageItem]:
+        """Return one process's share of an epoch, in an order that the four numbers decide."""
 
 
-class Pictures:
-    """A Python sequence of pictures.
+_ANNOTATIONS = {
+    *(".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml"),
+    *(".md", ".html", ".npy", ".npz", ".safetensors", ".parquet", ".db", ".ini", ".log", ".py"),
+}
+"""What data sets keep beside their images; counted, and never reported as damaged."""
+
+
+class FolderSource(MapStyleSource):
+    """The files of a folder and its sub-folders, sorted; hidden ones are left out.
+
+    Links to folders are followed, each real folder once, so a loop of links ends. One pass over
+    the disk; after that only the names are kept, about a hundred bytes an image.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        InputError: it cannot be read, or there is no file in it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(str(root))
+        self.root = root
+        self._unreadable: list[str] = []
+        self._visited: set[tuple[int, int]] = set()
+        self._names: list[str] = list(self._walk(str(root), ""))
+        if self._unreadable:
+            count = len(self._unreadable)
+            folders = "1 folder" if count == 1 else f"{count} folders"
+            self.notes.append(f"{folders} could not be read, as {printable(self._unreadable[0])}")
+        if not self._names:
+            raise InputError(f"there is no image in {printable(str(root))}")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        name = self._names[index]
+        return ImageItem(name=name, image=self.root / name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the list of names; the content is not read here."""
+        digest = hashlib.sha256()
+        for name in self._names:
+            digest.update(os.fsencode(name) + b"\0")
+        return digest.hexdigest()[:32]
+
+    def _walk(self, folder: str, inside: str) -> Iterator[str]:
+        try:
+            about = os.stat(folder)
+            inode = about.st_dev, about.st_ino
+            if inode in self._visited:
+                return
+            self._visited.add(inode)
+            with os.scandir(folder) as entries:
+                found = sorted(
+                    (entry for entry in entries if not entry.name.startswith(".")),
+                    key=lambda entry: entry.name,
+                )
+        except OSError as error:
+            if not inside:
+                raise InputError(f"{printable(folder)} cannot be read: {error.strerror}") from error
+            self._unreadable.append(inside)
+            return
+        for entry in found:
+            name = f"{inside}{entry.name}"
+            if entry.is_dir():
+                yield from self._walk(entry.path, f"{name}/")
+            elif not entry.is_file() or os.path.splitext(name)[1].lower() in _ANNOTATIONS:
+                self.other_files += 1  # also a dangling link, a FIFO, a socket
+            else:
+                yield name
+
+
+class SequenceSource(MapStyleSource):
+    """A Python sequence of images.
 
     Raises:
         InputError: it is empty.
     """
 
-    def __init__(self, pictures: Sequence[Any]) -> None:
-        if not len(pictures):
-            raise InputError("there are no pictures to train on")
-        self._pictures = pictures
-        self.title, self.beside = f"{len(pictures)} pictures", 0
-        self.notes: list[str] = []
+    def __init__(self, images: Sequence[Any]) -> None:
+        if not len(images):
+            raise InputError("there are no images to train on")
+        super().__init__(f"{len(images)} images")
+        self._images = images
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> ImageItem:
-        picture = self._pictures[index]
-        name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else None
-        return ImageItem(name=f"picture {index}" if name is None else str(name), picture=picture)
-
-    def __iter__(self) -> Iterator[ImageItem]:
-        return (self[index] for index in range(len(self)))
+        image = self._images[index]
+        name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+        return ImageItem(name=f"image {index}" if name is None else str(name), image=image)
 
     @property
     def fingerprint(self) -> str:
@@ -92,47 +261,53 @@ class Pictures:
         return digest.hexdigest()[:32]
 
 
-class Generated:
+class SinglePassSource(ImageSource):
     """A Python iterable that can be read once."""
 
-    def __init__(self, pictures: Iterable[Any]) -> None:
-        self._pictures = pictures
-        self.title, self.beside = "an iterable of pictures", 0
-        self.notes: list[str] = []
-        self.fingerprint = ""
+    fingerprint = ""
+
+    def __init__(self, images: Iterable[Any]) -> None:
+        super().__init__("an iterable of images")
+        self._images = images
 
     def __iter__(self) -> Iterator[ImageItem]:
-        for index, picture in enumerate(self._pictures):
-            yield ImageItem(name=f"picture {index}", picture=picture)
+        for index, image in enumerate(self._images):
+            yield ImageItem(name=f"image {index}", image=image)
 
 
-def find_source(data: str | os.PathLike[str] | Iterable[Any]) -> Source:
-    """Return the pictures that `data` means.
+def find_source(
+    data: str | os.PathLike[str] | Iterable[Any], *, offline: bool = False
+) -> ImageSource:
+    """Return the images that `data` names.
 
     Args:
         data: a folder (sub-folders count); a tar shard, a pattern such as "dogs-{0000..0099}.tar",
             or a text file with one shard a line (`e4t[shards]`); a dataset on the hub
             "hf://owner/name@revision:split", saved in a folder, or a parquet file
-            (`e4t[datasets]`); in Python also any iterable of pictures.
+            (`e4t[datasets]`); in Python also any iterable of images.
+        offline: open no connection.
 
     Raises:
         UsageError: there is no such thing, or a package that reads it is missing.
         InputError: there is, and it cannot be used.
+        WeightsUnavailable: it is not on this machine, and could not or must not be fetched.
     """
+    # These classes extend those of this module.
+    from e4t_cli.datasets import archives
+
     if not isinstance(data, str | os.PathLike):
-        return Pictures(data) if isinstance(data, Sequence) else Generated(data)
+        return SequenceSource(data) if isinstance(data, Sequence) else SinglePassSource(data)
     place = os.fspath(data)
     shown = printable(place)
     if "\0" in place:
         raise UsageError(f"{shown} cannot be the name of a folder")
-    if is_table(place):
-        return Table(place)
+    if archives.is_arrow(place):
+        return archives.ArrowSource(place, offline=offline)
     path = Path(place)
     if path.is_dir():
-        return Folder(path)
-    lists = (".txt", ".list", ".urls")
-    if place.endswith(SUFFIXES) or (path.is_file() and place.endswith(lists)):
-        return Shards(shard_places(place), place)
+        return FolderSource(path)
+    if place.endswith(archives.SUFFIXES) or (path.is_file() and place.endswith(archives.LISTS)):
+        return archives.ShardSource(archives.shard_paths(place), place, offline=offline)
     if path.is_file():
         raise UsageError(
             f"{shown} is one file", hint="--data takes a folder, shards (.tar) or a dataset"
@@ -145,63 +320,52 @@ def find_source(data: str | os.PathLike[str] | Iterable[Any]) -> Source:
     raise UsageError(f"there is no folder {shown}")
 
 
-MOST = 4
-"""Pictures of a contact sheet."""
+def hold_out(source: ImageSource, reader: ImageReader) -> tuple[ImageSource, list[PreparedImage]]:
+    """Return the source without a few of its images, and these, prepared.
 
-
-def hold_out(source: Source, preparation: Preparation) -> tuple[Source, list[PreparedImage]]:
-    """Return the source without a few of its pictures, and these, prepared.
-
-    At most one in ten is held out, evenly spread over a listed source, the first ones of a
-    stream: the same ones whenever the same source is given.
+    At most one in ten is held out, evenly spread over a map-style source, the first ones of an
+    iterable one: the same ones whenever the same source is given.
     """
-    if isinstance(source, Listed):
-        count = min(MOST, len(source) // 10)
-        places = [place * len(source) // count for place in range(count)]
-        items = [source[place] for place in places]
-        rest: Source = _Rest(source, places)
-    elif isinstance(source, Streamed):
-        items = [item for item, _ in zip(source, range(MOST), strict=False)]
-        rest = _RestOfStream(source, {item.name for item in items})
+    if isinstance(source, MapStyleSource):
+        count = min(MAX_HELD_OUT, len(source) // 10)
+        indices = [number * len(source) // count for number in range(count)]
+        items = [source[index] for index in indices]
+        rest: ImageSource = _WithoutIndices(source, indices)
+    elif isinstance(source, IterableSource):
+        items = [item for item, _ in zip(source, range(MAX_HELD_OUT), strict=False)]
+        rest = _WithoutNames(source, {item.name for item in items})
     else:
         return source, []  # it can be read once only
-    prepared = [preparation.prepare(item) for item in items]
+    prepared = [reader.prepare(item) for item in items]
     return rest, [one for one in prepared if not isinstance(one, str)]
 
 
-class _Rest:
-    """A listed source without some places."""
-
-    def __init__(self, source: Listed, without: list[int]) -> None:
+class _WithoutIndices(MapStyleSource):
+    def __init__(self, source: MapStyleSource, without: list[int]) -> None:
+        super().__init__(source.title, source.notes, source.other_files)
         self._source, self._without = source, without
-        self.title, self.notes, self.beside = source.title, source.notes, source.beside
 
     def __len__(self) -> int:
         return len(self._source) - len(self._without)
 
     def __getitem__(self, index: int) -> ImageItem:
-        for place in self._without:  # sorted, and very few
-            index += place <= index
+        for left_out in self._without:  # sorted, and very few
+            index += left_out <= index
         return self._source[index]
-
-    def __iter__(self) -> Iterator[ImageItem]:
-        return (self[index] for index in range(len(self)))
 
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self._source.fingerprint} {self._without}".encode()).hexdigest()
 
 
-class _RestOfStream:
-    """A stream without some names."""
-
-    def __init__(self, source: Streamed, without: set[str]) -> None:
+class _WithoutNames(IterableSource):
+    def __init__(self, source: IterableSource, without: set[str]) -> None:
+        super().__init__(source.title, source.notes, source.other_files)
         self._source, self._without = source, without
-        self.title, self.notes, self.beside = source.title, source.notes, source.beside
 
     @property
-    def about(self) -> int:
-        return max(self._source.about - len(self._without), 0)
+    def approximate_len(self) -> int:
+        return max(self._source.approximate_len - len(self._without), 0)
 
     @property
     def fingerprint(self) -> str:

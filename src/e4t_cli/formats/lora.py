@@ -1,15 +1,14 @@
-"""What tuning changed, as a LoRA: a small file that other programs add to the base they have.
+"""The change that tuning made to a U-Net, as a LoRA file with kohya-ss's names.
 
     W ≈ W₀ + up · down                     up (M × r), down (r × N)
 
-W is what the tuned U-Net has become, offsets merged. It loses something: ΔW of eq. 3 multiplies W₀
-element by element and tuning moves every weight, so W - W₀ has every direction a matrix can have,
-and a file of rank r keeps the r that matter most (its truncated singular value decomposition).
-Biases and normalisations stay the base's. The folder and the single file lose nothing.
+W is a weight of the tuned U-Net, offsets merged. ΔW of eq. 3 multiplies W₀ element by element and
+tuning moves every weight, so W - W₀ has full rank: a file of rank r holds its truncated singular
+value decomposition, and loses the rest. Biases and normalisations stay the base's. The diffusers
+folder and the single file lose nothing.
 
-The names are those of kohya-ss, which every program reads; a convolution's `down` has its kernel.
-Every layer has the same rank, with zeros where it has fewer directions, and alpha says so: programs
-disagree about files of several ranks (diffusers 0.42 scales some layers of them wrongly).
+Every layer has the same rank, padded with zeros where it has fewer directions, and alpha = rank:
+diffusers 0.42 scales some layers of files with several ranks wrongly.
 """
 
 from __future__ import annotations
@@ -22,38 +21,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e4t_cli.errors import UsageError
-from e4t_cli.formats.textual_inversion import write_pair
+from e4t_cli.formats.textual_inversion import write_with_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.randomness import generator
 from e4t_cli.progress import Progress, ProgressCallback
 
 MAX_RANK = 1024
-SPARE_DIRECTIONS, ROUNDS = 16, 4
-"""Of the search for the largest singular values (Halko et al., 2011), which finds them closely."""
+OVERSAMPLING, POWER_ITERATIONS = 16, 4
+"""Of the randomized singular value decomposition (Halko et al., 2011)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lora:
-    """The change of a U-Net in few numbers.
+    """The change of a U-Net at low rank.
 
     Args:
         weights: by kohya-ss's names.
-        rank: of every layer; less than was asked for where no layer has so many directions.
-        kept: share of the change that they hold, of the sum of its squares.
+        rank: of every layer; less than requested where no layer has so many directions.
+        retained_energy: share of the squared Frobenius norm of all W - W₀, 0 to 1.
     """
 
     weights: dict[str, Tensor]
     rank: int
-    kept: float
+    retained_energy: float
 
 
 def check_rank(rank: int) -> None:
-    """Refuse a rank that means nothing.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """Raise UsageError unless a rank is 1 to `MAX_RANK`."""
     if not 1 <= rank <= MAX_RANK:
         raise UsageError(
             f"the rank of a LoRA must be 1 to {MAX_RANK}, not {rank}",
@@ -64,42 +59,40 @@ def check_rank(rank: int) -> None:
 def write_lora(
     model: TextToImageModel,
     tuned: TunedModel,
-    word: Tensor,
+    embedding: Tensor,
     path: Path,
     *,
     rank: int,
     dtype: torch.dtype = torch.float16,
     on_progress: ProgressCallback | None = None,
 ) -> float:
-    """Write the change as one file, and the word beside it; both, or none.
+    """Write the change as one file and the concept's embedding beside it: both, or none.
 
     Args:
-        model: the base that `tuned` was made from, its U-Net as it was.
-        word: the embedding of the concept (embedding_width,).
-        path: must not exist, nor what `pair.word_path` says.
+        model: the base that `tuned` was made from, its U-Net unchanged.
         rank: r; a layer that has fewer directions keeps them all.
-        dtype: of the stored weights.
         on_progress: called after each layer: Stable Diffusion has 280, and takes a minute on a CPU.
 
+    The other arguments are those of `write_with_embedding`, and so are the errors.
+
     Returns:
-        The share of the change that the file holds.
+        The retained energy (see `Lora`).
 
     Raises:
-        UsageError: a file exists, or the rank is none.
-        ResourceError: the disk has no room, or cannot be written to.
+        UsageError: the rank is out of range.
     """
     check_rank(rank)
     found = lora_of(model.unet, tuned.unet, rank, on_progress)
-    second = bool(model.unet.config.use_linear_projection)
-    about = {
+    metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(found.rank),
         "ss_network_alpha": str(found.rank),
-        "ss_v2": str(second),  # what programs tell Stable Diffusion 2 by
+        # By this, programs know Stable Diffusion 2.
+        "ss_v2": str(bool(model.unet.config.use_linear_projection)),
         "ss_sd_model_name": model.base.name,
     }
-    write_pair(path, found.weights, word, dtype=dtype, about=about)
-    return found.kept
+    write_with_embedding(path, found.weights, embedding, dtype=dtype, metadata=metadata)
+    return found.retained_energy
 
 
 @torch.no_grad()
@@ -109,36 +102,33 @@ def lora_of(
     rank: int,
     on_progress: ProgressCallback | None = None,
 ) -> Lora:
-    """Return what made one U-Net of the other, in so many directions a layer.
+    """Return the best approximation of `tuned` - `base` in `rank` directions a layer.
 
     Args:
         base, tuned: of the same layers; neither has offsets attached.
     """
-    weights, whole, missing = {}, 0.0, 0.0
+    weights, total, lost = {}, 0.0, 0.0
     layers, before = _matrices(tuned), _matrices(base)
     rank = min(rank, max(min(weight.flatten(1).shape) for weight in layers.values()))
     for done, (path, weight) in enumerate(layers.items(), start=1):
-        change = _change(before[path], weight)
+        # The decomposition runs in float32, on a CUDA device or the CPU.
+        device = weight.device if weight.device.type == "cuda" else torch.device("cpu")
+        change = weight.to(device, torch.float32) - before[path].to(device, torch.float32)
         if on_progress:
             on_progress(Progress(stage="export", done=done, total=len(layers)))
         if not change.any():
             continue
         flat = change.flatten(1)  # (M, N), a convolution's N with its kernel
         up, down = _factors(flat, rank)  # (M, r), (r, N)
-        whole += flat.square().sum().item()
-        missing += (flat - up @ down).square().sum().item()
+        total += flat.square().sum().item()
+        lost += (flat - up @ down).square().sum().item()
+        # Not diffusers' convert_state_dict_to_kohya: in 0.42.1 it writes alpha as int64 whatever
+        # the weights' dtype, raises on a U-Net without changes, and replaces these three lines.
         name = "lora_unet_" + path.replace(".", "_")
-        kernel = change.shape[2:]
-        weights[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *(1 for _ in kernel)).cpu()
+        weights[f"{name}.lora_up.weight"] = up.view(*up.shape, *[1] * (change.dim() - 2)).cpu()
         weights[f"{name}.lora_down.weight"] = down.reshape(-1, *change.shape[1:]).cpu()
-        weights[f"{name}.alpha"] = torch.tensor(float(rank))  # so that readers scale by 1
-    return Lora(weights=weights, rank=rank, kept=1 - missing / whole if whole else 1.0)
-
-
-def _change(before: Tensor, weight: Tensor) -> Tensor:
-    """Return W - W₀ in float32, where singular values are found."""
-    where = weight.device if weight.device.type == "cuda" else torch.device("cpu")
-    return weight.to(where, torch.float32) - before.to(where, torch.float32)
+        weights[f"{name}.alpha"] = torch.tensor(float(rank))
+    return Lora(weights=weights, rank=rank, retained_energy=1 - lost / total if total else 1.0)
 
 
 def _matrices(unet: nn.Module) -> dict[str, Tensor]:
@@ -150,17 +140,15 @@ def _matrices(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def _factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return up (M, r) and down (r, N), the closest to a matrix that r directions can be."""
-    least = min(change.shape)
-    if rank + SPARE_DIRECTIONS >= least:
-        u, sizes, v = torch.linalg.svd(change, full_matrices=False)
+    """Return up (M, r) and down (r, N), whose product is the closest of rank r to `change`."""
+    if rank + OVERSAMPLING >= min(change.shape):
+        u, s, vh = torch.linalg.svd(change, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[] if change.device.type == "cpu" else None):
             torch.manual_seed(generator(0, "lora").initial_seed())
-            count = rank + SPARE_DIRECTIONS
-            u, sizes, v = torch.svd_lowrank(change, q=count, niter=ROUNDS)
-        v = v.T
-    root = sizes[:rank].sqrt()  # to both, so that neither is too small for half precision
-    up, down = u[:, :rank] * root, root[:, None] * v[:rank]
-    fewer = rank - len(root)
-    return functional.pad(up, (0, fewer)), functional.pad(down, (0, 0, 0, fewer))
+            u, s, v = torch.svd_lowrank(change, q=rank + OVERSAMPLING, niter=POWER_ITERATIONS)
+        vh = v.T
+    root = s[:rank].sqrt()  # in both factors, so that neither is too small for half precision
+    missing = rank - len(root)
+    up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
+    return functional.pad(up, (0, missing)), functional.pad(down, (0, 0, 0, missing))

@@ -1,13 +1,11 @@
-"""One word embedding for all time steps, for programs that cannot predict it anew at each.
+"""A concept's word embedding, averaged over noise levels, in the file format of textual inversion.
 
-Departure: section 3.1 refines e_c at every step of drawing. Here it is the mean over the noise
-levels that training sees, each of its own noisy view of the photo: what is left out is what the
-refinement adds, and docs/mini.md has its size.
+Departure: section 3.1 predicts e_c anew at every denoising step, which other programs cannot do.
+Here it is the mean over the noise levels of training, each of its own noisy latent of the photo;
+docs/mini.md has what the refinement adds.
 
-A file of weights with the concept's word beside it: both, or none.
-
-Programs that read such files keep new words in a folder of their own and call them by the names of
-their files, so the word is a second file that can go there.
+Programs that read single-file weights keep word embeddings in a folder of their own and use their
+file names as tokens, so the embedding is a second file beside the weights.
 """
 
 from __future__ import annotations
@@ -17,28 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from e4t_cli.files import check_free, making, rename_to_free_name, sync_tree
+from e4t_cli.files import check_absent, rename_to_free_name, staging_directory, sync_tree
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.randomness import draw
 from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features
 from e4t_cli.registry.domain import PreparedImage
 
-LEVELS = 16
-"""Noise levels looked at, each in its own range of time steps, as in a step of tuning."""
+NOISE_LEVELS = 16
+"""Each in its own range of time steps, as in a step of tuning."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConceptEmbedding:
-    """e_c without its time.
+    """The mean of e_c over noise levels (embedding_width,), in float32.
 
-    Args:
-        embedding: (embedding_width,), float32.
-        variation: how far e_c strays from it over the noise levels, as a share of how far it is
-            itself from the descriptor's embedding.
+    `variation` is the mean distance of e_c from it, relative to its distance from e_domain.
     """
 
     embedding: Tensor
@@ -49,84 +45,79 @@ class ConceptEmbedding:
 def mean_concept_embedding(
     model: TextToImageModel, tuned: TunedModel, prepared: PreparedImage, *, seed: int = 0
 ) -> ConceptEmbedding:
-    """Return the mean of e_c over noise levels of the photo.
-
-    Args:
-        model: the base that `tuned` was made from.
-        prepared: the photo it was tuned on.
-        seed: of the noise.
-    """
+    """Return the mean of e_c over noise levels of the photo that `tuned` was tuned on."""
     if not tuned.encoder.reads_unet:
         return ConceptEmbedding(embedding=tuned.embedding(None)[0], variation=0.0)
+    unet = tuned.unet
+    assert isinstance(unet, UNet2DConditionModel)
     draws = draw(
-        seed, 0, range(LEVELS), batch_size=LEVELS, train_timesteps=model.train_timesteps,
-        shape=model.latent_shape,
+        seed, 0, range(NOISE_LEVELS), batch_size=NOISE_LEVELS,
+        train_timesteps=model.train_timesteps, shape=model.latent_shape,
     ).to(model.device)  # fmt: skip
     z_0 = model.posterior(model.pixels([prepared.image])).sample(draws.posterior)
-    z_t = model.add_noise(z_0, draws.epsilon, draws.timesteps).to(tuned.unet.dtype)
-    nothing, seen = model.uncond_embeds.to(z_t.dtype), []
-    for level in range(LEVELS):  # one by one: it is done once, and large pictures fill a card
+    z_t = model.add_noise(z_0, draws.epsilon, draws.timesteps).to(unet.dtype)
+    empty_prompt = model.uncond_embeds.to(z_t.dtype)
+    features = []
+    for level in range(NOISE_LEVELS):  # not as one batch: large images would fill a GPU's memory
         one = slice(level, level + 1)
-        start = embed_latents(tuned.unet, z_t[one], draws.timesteps[one])
-        seen.append(pooled_features(down_and_mid(tuned.unet, start, nothing)).float())
-    e_c = tuned.embedding(torch.cat(seen))
+        start = embed_latents(unet, z_t[one], draws.timesteps[one])
+        features.append(pooled_features(down_and_mid(unet, start, empty_prompt)).float())
+    e_c = tuned.embedding(torch.cat(features))
     mean = e_c.mean(dim=0)
-    strayed = (e_c - mean).norm(dim=1).mean() / (mean - tuned.e_domain).norm().clamp(min=1e-12)
-    return ConceptEmbedding(embedding=mean, variation=float(strayed))
+    distance = (e_c - mean).norm(dim=1).mean() / (mean - tuned.e_domain).norm().clamp(min=1e-12)
+    return ConceptEmbedding(embedding=mean, variation=float(distance))
 
 
-def word_path(path: Path) -> Path:
-    """Return where the word of a file of weights is: its name there is what prompts call it."""
+def embedding_path(path: Path) -> Path:
+    """Return the path of the embedding of a file of weights; its stem is the concept's token."""
     return path.with_name(f"{path.stem}-word{path.suffix}")
 
 
-def check_pair(path: Path) -> None:
-    """Refuse names that are taken.
-
-    Raises:
-        UsageError: one of the two files exists.
-    """
-    check_free(path)
-    check_free(word_path(path))
+def check_both_absent(path: Path) -> None:
+    """Raise UsageError if the file of weights or that of its embedding exists."""
+    check_absent(path)
+    check_absent(embedding_path(path))
 
 
-def write_pair(
+def write_with_embedding(
     path: Path,
     weights: Mapping[str, Tensor],
-    word: Tensor,
+    embedding: Tensor,
     *,
     dtype: torch.dtype,
-    about: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write weights and, beside them, the word.
+    """Write a file of weights and the concept's embedding beside it: both, or none.
 
     Args:
-        path: must not exist, nor what `word_path` says.
+        path: must not exist, nor its `embedding_path`.
         weights: on any device.
-        word: the embedding of the concept (embedding_width,).
+        embedding: of the concept (embedding_width,).
         dtype: of the stored weights.
-        about: what the file says of itself, to programs that ask.
+        metadata: for the header of the file of weights.
 
     Raises:
         UsageError: a file exists.
         ResourceError: the disk has no room, or cannot be written to.
     """
-    check_pair(path)
-    with making(path, sum(value.numel() for value in weights.values()) * dtype.itemsize) as place:
-        whole = {name: _stored(value, dtype) for name, value in weights.items()}
-        save_file(whole, place / "weights", {"format": "pt", **(about or {})})
-        save_file({"emb_params": word.detach().cpu().float()[None]}, place / "word")
-        for name in ("weights", "word"):
-            (place / name).chmod(place.stat().st_mode & 0o666)  # it writes for the owner alone
-        sync_tree(place)
-        rename_to_free_name(place / "word", word_path(path))
+    check_both_absent(path)
+    size = sum(value.numel() for value in weights.values()) * dtype.itemsize
+    with staging_directory(path, size) as staging:
+        stored = {name: _stored(value, dtype) for name, value in weights.items()}
+        save_file(stored, staging / "weights", {"format": "pt", **(metadata or {})})
+        save_file({"emb_params": embedding.detach().cpu().float()[None]}, staging / "embedding")
+        for name in ("weights", "embedding"):
+            # safetensors makes files that only their owner may read.
+            (staging / name).chmod(staging.stat().st_mode & 0o666)
+        sync_tree(staging)
+        rename_to_free_name(staging / "embedding", embedding_path(path))
         try:
-            rename_to_free_name(place / "weights", path)
+            rename_to_free_name(staging / "weights", path)
         except BaseException:
-            word_path(path).unlink()  # alone it is nothing
+            embedding_path(path).unlink()
             raise
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    kind = dtype if value.is_floating_point() else value.dtype
-    return value.detach().to("cpu", kind).contiguous()
+    kept = dtype if value.is_floating_point() else value.dtype
+    return value.detach().to("cpu", kept).contiguous()

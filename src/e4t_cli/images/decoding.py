@@ -1,14 +1,15 @@
-"""From a picture file's bytes to what the eye would see: upright, 8-bit, sRGB.
+"""Decodes an image file to upright 8-bit sRGB pixels without metadata.
 
-Orientation, transparency, 16-bit greys and colour profiles are turned into plain pixels; what
-cannot be used is refused in one sentence. Metadata stays behind.
+Orientation, transparency, 16-bit greys and colour profiles are applied; what cannot be decoded is
+refused in one sentence.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
@@ -16,137 +17,146 @@ from e4t_cli.errors import InputError, printable
 
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 64
-# Formats of pictures that people have. Left out on purpose: those whose decoders run other
-# programs (EPS) or that nobody photographs in.
+# Formats of photos. Left out on purpose: those whose decoders run other programs (EPS).
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "HEIF")
 _HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 
 
-class Decoded(NamedTuple):
-    """RGB, sentences about what was done to it, and the transparency if there is any."""
-
-    image: Image.Image
-    notes: list[str]
-    alpha: Image.Image | None
-
-
-def decode(data: bytes, name: str) -> Decoded:
-    """Turn a file's bytes into an upright 8-bit sRGB picture without metadata.
+@dataclass(frozen=True)
+class OpenedImage:
+    """A decoded image.
 
     Args:
-        data: of the file.
-        name: what messages call it.
+        image: RGB, upright, sRGB, without metadata.
+        notes: sentences for the user about how it was decoded.
+        sha256: of the file's bytes, as `sha256sum` prints it.
+        alpha: mode L, of the image's size, if it has transparent pixels: 255 is opaque.
+    """
+
+    image: Image.Image
+    notes: tuple[str, ...]
+    sha256: str
+    alpha: Image.Image | None = None
+
+
+def decode(data: bytes, name: str) -> OpenedImage:
+    """Decode a file to an upright 8-bit sRGB image without metadata.
+
+    Args:
+        data: the file's bytes.
+        name: its name in messages.
 
     Raises:
-        InputError: it is not a picture, or damaged, or too large, or too small.
+        InputError: it is not an image, or damaged, or too large, or too small.
     """
     if not data:
         raise InputError(f"{name} is empty")
     if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
-        _learn_heic(name)
+        _register_heic(name)
     Image.init()
     formats = [known for known in _FORMATS if known in Image.OPEN]
     notes: list[str] = []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata concerns nobody
+            warnings.simplefilter("ignore")  # of odd metadata
             # Pillow only warns between 89 and 179 megapixels.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=formats)
-            width, height = picture.size
+            image = Image.open(io.BytesIO(data), formats=formats)
+            width, height = image.size
             if width * height > MAX_PIXELS:  # known from the header; nothing is decoded yet
                 raise Image.DecompressionBombError
             if min(width, height) < MIN_SIDE:
                 raise InputError(
-                    f"{name} is {width}×{height}: {MIN_SIDE} pixels a side are the least"
+                    f"{name} is {width}×{height}: {MIN_SIDE} pixels a side are the minimum"
                 )
-            frames = getattr(picture, "n_frames", 1)
-            # A photo in MPO brings depth or brightness maps as further frames: not worth a note.
-            if frames > 1 and picture.format != "MPO":
+            frames = getattr(image, "n_frames", 1)
+            # The further frames of a photo in MPO are depth or brightness maps: not worth a note.
+            if frames > 1 and image.format != "MPO":
                 notes.append(f"{name} has {frames} frames; the first is used")
-            picture.seek(0)
-            picture.load()  # `verify` would not notice a truncated JPEG
-            return _upright_rgb(picture, name, notes)
+            image.seek(0)
+            image.load()  # `verify` does not detect a truncated JPEG
+            upright, alpha = _upright_rgb(image, name, notes)
+        return OpenedImage(upright, tuple(notes), hashlib.sha256(data).hexdigest(), alpha)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise InputError(
             f"{name} has more than {MAX_PIXELS // 10**6} megapixels", hint="make it smaller first"
         ) from None
     except UnidentifiedImageError:
         raise InputError(
-            f"{name} is not a picture in a format known here",
+            f"{name} is not an image in a known format",
             hint="JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM are",
         ) from None
     except InputError:
         raise
-    except Exception as error:  # decoders meet hostile bytes with every kind of exception
+    except Exception as error:  # hostile bytes make decoders raise any exception
         raise InputError(f"{name} is damaged: {printable(str(error), limit=120)}") from error
 
 
-def _learn_heic(name: str) -> None:
+def _register_heic(name: str) -> None:
     try:
         import pi_heif
     except ImportError:
         raise InputError(
-            f"{name} is a HEIC picture, which needs one more package",
+            f"{name} is a HEIC image, which needs one more package",
             hint="pip install 'e4t[heic]'",
         ) from None
     pi_heif.register_heif_opener()
 
 
-def _upright_rgb(picture: Image.Image, name: str, notes: list[str]) -> Decoded:
-    profile = picture.info.get("icc_profile")
+def _upright_rgb(
+    image: Image.Image, name: str, notes: list[str]
+) -> tuple[Image.Image, Image.Image | None]:
+    profile = image.info.get("icc_profile")
     try:
-        picture = ImageOps.exif_transpose(picture)
-    except Exception:  # malformed EXIF is no reason to refuse a good picture
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # malformed EXIF is no reason to refuse a good image
         notes.append(f"the orientation written in {name} could not be read")
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        picture = _eight_bit_grey(picture, name)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bit_grey(image, name)
     alpha = None
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        alpha = picture.getchannel("A")
-        picture = picture.convert("RGB")  # the colours alone: the profile speaks of them only
-    elif picture.mode not in ("RGB", "L", "CMYK", "LAB"):
-        picture = picture.convert("RGB")
-    picture = _to_srgb(picture, profile, name, notes)
-    # Onto a fresh white sheet: hidden colours do not show through, and metadata stays behind.
-    sheet = Image.new("RGB", picture.size, "white")
-    sheet.paste(picture, mask=alpha)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("RGB")  # colours only: the profile does not cover alpha
+    elif image.mode not in ("RGB", "L", "CMYK", "LAB"):
+        image = image.convert("RGB")
+    image = _to_srgb(image, profile, name, notes)
+    # Onto white: hidden colours do not show through, and metadata is dropped.
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image, mask=alpha)
     if alpha is not None and alpha.getextrema()[0] == 255:
-        alpha = None  # a channel that says nothing
-    return Decoded(sheet, notes, alpha)
+        alpha = None  # opaque everywhere
+    return canvas, alpha
 
 
-def _eight_bit_grey(picture: Image.Image, name: str) -> Image.Image:
+def _eight_bit_grey(image: Image.Image, name: str) -> Image.Image:
     """Scale 16-bit, 32-bit and floating greys to 8 bits; Pillow's own conversion would clip."""
     import numpy as np
 
-    values = np.asarray(picture, dtype=np.float32)  # 64 megapixels stay under 0.3 GB
+    values = np.asarray(image, dtype=np.float32)  # 64 megapixels stay under 0.3 GB
     if not np.isfinite(values).all():
-        raise InputError(f"{name} contains numbers that are not finite")
+        raise InputError(f"{name} contains values that are not finite")
     low, high = float(values.min()), float(values.max())
-    if picture.mode.startswith("I;16"):
+    if image.mode.startswith("I;16"):
         low, high = 0.0, 65535.0
     elif low >= 0 and high <= 65535:
-        # The file does not say its range: the smallest usual one that holds all values.
-        ranges = (1.0, 255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0)
+        # The file does not state its range: the smallest usual one that holds all values.
+        ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         low, high = 0.0, next(top for top in ranges if high <= top)
     scaled = (values - low) * (255.0 / max(high - low, 1e-12))
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
-def _to_srgb(
-    picture: Image.Image, profile: bytes | None, name: str, notes: list[str]
-) -> Image.Image:
+def _to_srgb(image: Image.Image, profile: bytes | None, name: str, notes: list[str]) -> Image.Image:
     srgb = ImageCms.createProfile("sRGB")
     try:
         if profile:
-            meant = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(meant):
-                return ImageCms.profileToProfile(picture, meant, srgb, outputMode="RGB") or picture
-        elif picture.mode == "LAB":
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" not in ImageCms.getProfileDescription(source):
+                return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB") or image
+        elif image.mode == "LAB":
             lab = ImageCms.createProfile("LAB")
-            return ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB") or picture
+            return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
     except (ImageCms.PyCMSError, OSError, ValueError):
         notes.append(f"the colour profile in {name} could not be read and is left out")
-    return picture.convert("RGB")
+    return image.convert("RGB")

@@ -1,9 +1,8 @@
-"""Which square of a photo becomes the prepared picture, as a value that anything can be cut with.
+"""The square of a photo that becomes the prepared image, as a value that crops anything alike.
 
-A `Frame` is a square in the photo's pixels, upright or turned: its upper left corner and the vector
-along its upper edge. The picture, a mask drawn for it and its transparency all go through the same
-frame, so they lie on each other whatever was looked for in the photo. Coordinates are continuous:
-pixel i covers i to i + 1.
+A `Frame` is a square in the photo's pixels, upright or rotated: its upper left corner and the
+vector along its upper edge. The image, its mask and its alpha channel are cropped with the same
+frame, so that they stay aligned. Coordinates are continuous: pixel i covers i to i + 1.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ class Frame:
 
     Args:
         size: width and height of the photo, in pixels.
-        corner: where the square's upper left corner lies; it may lie outside the photo.
-        edge: from that corner to the upper right one.
+        corner: the square's upper left corner; it may lie outside the photo.
+        edge: the vector from that corner to the upper right one.
     """
 
     size: tuple[int, int]
@@ -34,9 +33,9 @@ class Frame:
     edge: Point
 
     def __post_init__(self) -> None:
-        numbers = (*self.size, *self.corner, *self.edge)
-        if not all(map(math.isfinite, numbers)) or min(self.size) < 1 or self.side <= 0:
-            raise ValueError(f"a frame must be a square of some size in a photo, not {numbers}")
+        values = (*self.size, *self.corner, *self.edge)
+        if not all(map(math.isfinite, values)) or min(self.size) < 1 or self.side <= 0:
+            raise ValueError(f"a frame must be a square of some size in a photo, not {values}")
 
     @classmethod
     def centered(cls, size: tuple[int, int]) -> Self:
@@ -52,7 +51,7 @@ class Frame:
 
     @classmethod
     def around(cls, size: tuple[int, int], center: Point, side: float, turn: float = 0.0) -> Self:
-        """Return the square of that side around a point, turned clockwise by that many degrees."""
+        """Return the square of that side around a point, rotated clockwise by `turn` degrees."""
         u = side * math.cos(math.radians(turn))
         v = side * math.sin(math.radians(turn)) if turn else 0.0
         corner = (center[0] - (u - v) / 2, center[1] - (v + u) / 2)
@@ -65,19 +64,19 @@ class Frame:
 
     @property
     def turn(self) -> float:
-        """Degrees by which the square is turned clockwise, from -180 to 180."""
+        """Clockwise rotation in degrees, from -180 to 180."""
         return math.degrees(math.atan2(self.edge[1], self.edge[0]))
 
     @property
     def center(self) -> Point:
-        """Its middle, in pixels of the photo."""
+        """Its centre, in pixels of the photo."""
         return self.to_photo(0.5, 0.5)
 
     @property
     def quad(self) -> tuple[Point, Point, Point, Point]:
         """Its corners: upper left, lower left, lower right, upper right."""
-        corners = ((0, 0), (0, 1), (1, 1), (1, 0))
-        return tuple(self.to_photo(*place) for place in corners)  # type: ignore[return-value]
+        at = self.to_photo
+        return at(0, 0), at(0, 1), at(1, 1), at(1, 0)
 
     def to_photo(self, across: float, down: float) -> Point:
         """Return the point of the photo at fractions (0 to 1) of the square."""
@@ -91,19 +90,19 @@ class Frame:
         return (x * u + y * v) / area, (y * u - x * v) / area
 
     def within(self, inner: Self) -> Self:
-        """Return in this frame's photo what `inner` is in the picture cut with this frame."""
+        """Return the frame in this photo of `inner`, a frame in the image cropped with this one."""
         corner = self.to_photo(inner.corner[0] / inner.size[0], inner.corner[1] / inner.size[1])
         u, v = inner.edge[0] / inner.size[0], inner.edge[1] / inner.size[1]
         a, b = self.edge
         return type(self)(size=self.size, corner=corner, edge=(u * a - v * b, u * b + v * a))
 
     def apply(self, image: Image, size: int, *, outside: Outside = "mirror") -> Image:
-        """Cut the square out of a picture and scale it to `size` × `size`.
+        """Crop an image to the square and scale it to `size` × `size`.
 
         Args:
-            image: the photo, or anything of its proportions in any number of pixels.
+            image: the photo, or anything of its proportions at any resolution.
             size: in pixels.
-            outside: what lies beyond the photo's border: "mirror" for its reflection, or a colour.
+            outside: the fill beyond the photo's border: "mirror" for its reflection, or a colour.
         """
         from PIL.Image import Resampling
 
@@ -119,67 +118,55 @@ class Frame:
         return _resampled(image, self, ratio, size, outside)
 
     def apply_to_mask(self, mask: Image, size: int) -> Image:
-        """Cut the square out of a mask of mode L; beyond its border nothing is the concept."""
+        """Crop a mask of mode L to the square; beyond its border it is 0."""
         return self.apply(mask, size, outside=0)
 
 
 def _resampled(
     image: Image, frame: Frame, ratio: tuple[float, float], size: int, outside: Outside
 ) -> Image:
-    """Sample a turned or overhanging square, with as many samples as keep it from flickering."""
+    """Resample a rotated or overhanging square, supersampled against aliasing."""
     from PIL.Image import Resampling, Transform
 
     corners = [(x * ratio[0], y * ratio[1]) for x, y in frame.quad]
-    margin = 3.0  # what a bicubic sample reaches over the edge
+    margin = 3.0  # radius of the bicubic kernel, and one more
     low = [math.floor(min(c[n] for c in corners) - margin) for n in (0, 1)]
     high = [math.ceil(max(c[n] for c in corners) + margin) for n in (0, 1)]
-    kept = (
-        max(low[0], 0),
-        max(low[1], 0),
-        min(high[0], image.width),
-        min(high[1], image.height),
-    )
+    kept = max(0, low[0]), max(0, low[1]), min(high[0], image.width), min(high[1], image.height)
     if kept[0] >= kept[2] or kept[1] >= kept[3]:
-        raise ValueError("the frame lies beside the photo")
+        raise ValueError("the frame does not overlap the photo")
     part = image.crop(kept)
     side = frame.side * max(ratio)
     factor = max(1, int(side / (2 * size)))
     if factor > 1:
         part = part.reduce(factor)
-    pads = [
-        math.ceil(max(0, inner - outer) / factor) for inner, outer in zip(kept, low, strict=False)
-    ]
-    pads += [math.ceil(max(0, outer - kept[n + 2]) / factor) for n, outer in enumerate(high)]
+    overhang = [kept[0] - low[0], kept[1] - low[1], high[0] - kept[2], high[1] - kept[3]]
+    pads = [math.ceil(max(0, pixels) / factor) for pixels in overhang]
     part = _padded(part, pads, outside)
 
-    def place(point: Point) -> Point:
+    def to_part(point: Point) -> Point:
         return (point[0] - kept[0]) / factor + pads[0], (point[1] - kept[1]) / factor + pads[1]
 
-    origin, lower, _, upper = (place(corner) for corner in corners)
+    origin, lower, _, upper = (to_part(corner) for corner in corners)
     samples = max(1, math.ceil(side / factor / size))
     fine = size * samples
     across = [(upper[n] - origin[n]) / fine for n in (0, 1)]
     down = [(lower[n] - origin[n]) / fine for n in (0, 1)]
-    numbers = (across[0], down[0], origin[0], across[1], down[1], origin[1])
-    turned = part.transform((fine, fine), Transform.AFFINE, numbers, Resampling.BICUBIC)
+    matrix = (across[0], down[0], origin[0], across[1], down[1], origin[1])
+    turned = part.transform((fine, fine), Transform.AFFINE, matrix, Resampling.BICUBIC)
     return turned.reduce(samples) if samples > 1 else turned
 
 
 def _padded(part: Image, pads: list[int], outside: Outside) -> Image:
-    """Widen a picture by `pads` pixels on the left, top, right and bottom."""
+    """Widen an image by `pads` pixels on the left, top, right and bottom."""
     if not any(pads):
         return part
-    from PIL import Image
+    import numpy as np
+    from PIL import Image, ImageOps
 
     left, top, right, bottom = pads
     if outside != "mirror":
-        sheet = Image.new(
-            part.mode, (part.width + left + right, part.height + top + bottom), outside
-        )
-        sheet.paste(part, (left, top))
-        return sheet
-    import numpy as np
-
+        return ImageOps.expand(part, (left, top, right, bottom), outside)
     pixels = np.asarray(part)
     widths = ((top, bottom), (left, right), (0, 0))[: pixels.ndim]
     return Image.fromarray(np.pad(pixels, widths, mode="symmetric"))

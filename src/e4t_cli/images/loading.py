@@ -1,9 +1,7 @@
-"""From whatever the user has to an upright sRGB picture, and from there to a prepared square.
+"""Opens photos and masks, and runs a domain's preparation on them.
 
-`open_image` answers for every kind of file: what it cannot use it refuses in one sentence, what
-it can becomes 8-bit RGB (`decoding`). Nothing of the file's metadata survives.
-
-Pictures as people hand them in: a file, bytes, a PIL image, a mask of their own.
+A photo is a path, bytes, an open file or a PIL image; it becomes an upright 8-bit sRGB image
+without metadata (`decoding`), and what cannot be used is refused in one sentence.
 """
 
 from __future__ import annotations
@@ -14,82 +12,60 @@ import os
 import re
 import stat
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
 
 from e4t_cli.errors import E4TError, InputError, UsageError, printable
-from e4t_cli.images.decoding import decode
+from e4t_cli.images.decoding import OpenedImage, decode
 from e4t_cli.images.framing import Frame
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 MAX_BYTES = 256 * 1024 * 1024
 MIN_COVERAGE = 0.01
-"""A mask over a smaller part of the picture is left out: too little to learn from."""
+"""A mask over a smaller part of the image is left out: the loss divides by its area."""
 
-Source = str | os.PathLike[str] | bytes | BinaryIO
-
-
-@dataclass(frozen=True)
-class OpenedImage:
-    """A picture as the rest of the program sees it.
-
-    Args:
-        image: RGB, upright, sRGB, without metadata.
-        notes: sentences for the user about what was done to it.
-        sha256: of the file's bytes, as `sha256sum` prints it.
-        alpha: mode L, of the picture's size, where some of it is transparent: 255 is opaque.
-    """
-
-    image: Image.Image
-    notes: tuple[str, ...]
-    sha256: str
-    alpha: Image.Image | None = None
+ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 
 
-def open_image(source: Source) -> OpenedImage:
-    """Read a picture from a path, bytes, an open binary file, or "-" (standard input).
+def open_image(source: ImageInput) -> OpenedImage:
+    """Open an image from a path, bytes, an open binary file, "-" (standard input), or Pillow.
 
     Raises:
         UsageError: there is no such file, or it is a URL.
-        InputError: it is not a picture, or damaged, or too large, or too small.
+        InputError: it is not an image, or damaged, or too large, or too small.
     """
-    data, name = _read(source)
-    decoded = decode(data, name)
-    digest = hashlib.sha256(data).hexdigest()
-    return OpenedImage(decoded.image, tuple(decoded.notes), digest, decoded.alpha)
+    return decode(*_read(source))
 
 
-def open_mask(source: Source, image: Image.Image) -> Image.Image:
-    """Read a mask drawn for `image`; returns mode L in its own size.
+def open_mask(source: ImageInput, image: Image.Image) -> Image.Image:
+    """Open a mask drawn for `image`; returns mode L in its own size.
 
-    White is the concept; in a picture that is transparent in places, what is opaque is.
+    White is the concept; in a file with transparent pixels, the opaque ones are.
 
     Raises:
-        InputError: as `open_image`, or its proportions are not those of the picture.
+        InputError: as `open_image`, or its proportions are not those of the image.
     """
-    opened = open_image(source)
+    opened = open_image(source.convert("L") if isinstance(source, Image.Image) else source)
     mask = opened.image if opened.alpha is None else opened.alpha
-    if (
-        abs(mask.width * image.height - mask.height * image.width)
-        > 0.01 * mask.width * image.height
-    ):
+    difference = mask.width * image.height - mask.height * image.width
+    if abs(difference) > 0.01 * mask.width * image.height:
         raise InputError(
-            f"the mask is {mask.width}×{mask.height} and the picture {image.width}×{image.height}: "
+            f"the mask is {mask.width}×{mask.height} and the image {image.width}×{image.height}: "
             "they must have the same proportions"
         )
     return mask.convert("L")
 
 
 def center_square(image: Image.Image, size: int) -> Image.Image:
-    """Return the largest centred square of a picture or mask, scaled to `size` × `size`."""
+    """Return the largest centred square of an image or mask, scaled to `size` × `size`."""
     return Frame.centered(image.size).apply(image, size)
 
 
 def image_sha256(image: Image.Image) -> str:
-    """Return a hash of the pixels alone, the same whatever file they came from."""
+    """Return a hash of the pixels alone, the same for every file format."""
     head = f"{image.mode} {image.width}x{image.height}\n".encode()
     return hashlib.sha256(head + image.tobytes()).hexdigest()
 
@@ -97,81 +73,81 @@ def image_sha256(image: Image.Image) -> str:
 def prepare_image(domain: Domain, image: Image.Image, target: PreparationTarget) -> PreparedImage:
     """Run the domain's preparation and check what it returns.
 
-    A mask that covers under 1 % of the picture is left out with a note: too little to learn from.
+    A mask that covers under 1 % of the image is left out with a note.
 
     Raises:
         E4TError: the domain's function failed or returned something else than promised.
     """
+    frame = Frame.centered(image.size)
     if domain.prepare is None:
-        prepared = PreparedImage(
-            image=center_square(image, target.size), frame=Frame.centered(image.size)
-        )
+        prepared = PreparedImage(image=frame.apply(image, target.size), frame=frame)
     else:
-        author = getattr(domain.prepare, "__module__", "?")
+        about = f"the preparation of domain {domain.name!r} ({domain.prepare.__module__})"
         try:
             prepared = domain.prepare(image, target)
         except E4TError:
             raise
         except Exception as error:
             raise E4TError(
-                f"the preparation of domain {domain.name!r} ({author}) failed: "
-                + printable(f"{type(error).__name__}: {error}"),
+                f"{about} failed: " + printable(f"{type(error).__name__}: {error}"),
                 hint="E4T_DEBUG=1 shows the traceback",
             ) from error
         size = getattr(getattr(prepared, "image", None), "size", None)
         if not isinstance(prepared, PreparedImage) or size != (target.size, target.size):
             raise E4TError(
-                f"the preparation of domain {domain.name!r} ({author}) must return a PreparedImage "
-                f"of {target.size}×{target.size}, not {type(prepared).__name__} of {size}"
+                f"{about} must return a PreparedImage of {target.size}×{target.size}, "
+                f"not {type(prepared).__name__} of {size}"
             )
-    notes = _too_small(prepared.frame or Frame.centered(image.size), image, target)
+    notes = _resolution_notes(prepared.frame or frame, image, target)
     mask = prepared.mask if target.mask else None
     if mask is not None and mask_coverage(mask) < MIN_COVERAGE:
         mask = None
-        notes.append("the mask covers less than 1 % of the picture and is left out")
+        notes.append("the mask covers less than 1 % of the image and is left out")
     return replace(prepared, mask=mask, notes=(*notes, *prepared.notes))
 
 
 def mask_coverage(mask: Image.Image) -> float:
-    """Return which part of a picture a mask of mode L covers, from 0 to 1."""
+    """Return the part of an image that a mask of mode L covers, from 0 to 1."""
     histogram = mask.histogram()
     return sum(value * count for value, count in enumerate(histogram)) / (255 * sum(histogram))
 
 
-def _too_small(frame: Frame, image: Image.Image, target: PreparationTarget) -> list[str]:
+def _resolution_notes(frame: Frame, image: Image.Image, target: PreparationTarget) -> list[str]:
     wanted = f"smaller than the {target.size} pixels that {target.base} works with: it is scaled up"
     if min(image.size) < target.size:
-        return [f"the picture is {image.width}×{image.height}, {wanted}"]
+        return [f"the image is {image.width}×{image.height}, {wanted}"]
     if frame.side < target.size * 0.75:  # a little is not worth a warning
         side = round(frame.side)
-        return [f"what is used of the picture is {side}×{side}, {wanted}"]
+        return [f"the used part of the image is {side}×{side}, {wanted}"]
     return []
 
 
-def _read(source: Source) -> tuple[bytes, str]:
-    """Return the bytes and a name for messages, refusing what is no plain file."""
+def _read(source: ImageInput) -> tuple[bytes, str]:
+    """Return the bytes and a name for messages; only regular files are read."""
+    if isinstance(source, Image.Image):
+        return _encoded(source), "the image"
     if isinstance(source, bytes):
-        return source, "the picture"
+        return source, "the image"
     if isinstance(source, str) and source == "-":
         if sys.stdin.isatty():
             raise UsageError(
-                "'-' reads the picture from standard input, which is the keyboard",
+                "'-' reads the image from standard input, which is the keyboard",
                 hint="for example: cat me.jpg | e4t personalize face - 'S* on the beach'",
             )
         return _bounded(sys.stdin.buffer, "standard input"), "standard input"
     if not isinstance(source, str | os.PathLike):
-        return _bounded(source, "the picture"), "the picture"
+        return _bounded(source, "the image"), "the image"
     path = os.fspath(source)
     shown = printable(path)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path):
         raise UsageError(
-            "pictures are not fetched from the web", hint=f"curl -L -o photo.jpg '{shown}'"
+            "images are not fetched from the web", hint=f"curl -L -o photo.jpg '{shown}'"
         )
-    # Without O_NONBLOCK, opening a FIFO that nobody writes to would wait for ever.
+    # Without O_NONBLOCK, opening a FIFO that nobody writes to would wait forever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         if Path(path).is_dir():
-            raise InputError(f"{shown} is a folder, not a picture")
+            raise InputError(f"{shown} is a folder, not an image")
         with open(os.open(path, flags), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise InputError(f"{shown} is not a plain file", hint="pipe it in and name it '-'")
@@ -191,35 +167,11 @@ def _bounded(file: BinaryIO, name: str) -> bytes:
     return data
 
 
-Picture = Source | Image.Image
-
-
-def open_picture(picture: Picture) -> OpenedImage:
-    """Open whatever is a picture.
-
-    Raises:
-        UsageError: there is no such file, or it is a URL.
-        InputError: it cannot be used as a picture.
-    """
-    if not isinstance(picture, Image.Image):
-        return open_image(picture)
-    # The road of files, so that alpha, palettes and 16 bits are treated as anywhere else.
+def _encoded(image: Image.Image) -> bytes:
+    """Return a PIL image as a file, so that alpha, palettes and 16 bits are decoded as usual."""
+    deep = image.mode in ("I", "F", "CMYK", "LAB") or image.mode.startswith("I;16")
+    known = deep or image.mode in ("RGB", "RGBA", "L", "LA", "P", "1")
     buffer = io.BytesIO()
-    deep = picture.mode in ("I", "F", "CMYK", "LAB") or picture.mode.startswith("I;16")
-    known = deep or picture.mode in ("RGB", "RGBA", "L", "LA", "P", "1")
-    plain = picture if known else picture.convert("RGB")
-    plain.save(buffer, "TIFF" if deep else "PNG", exif=picture.getexif())
-    return open_image(buffer.getvalue())
-
-
-def open_own_mask(mask: Picture, photo: Image.Image) -> Image.Image:
-    """Open a mask that the user drew for `photo`; returns mode L.
-
-    Raises:
-        InputError: it has other proportions than the photo.
-    """
-    if isinstance(mask, Image.Image):
-        buffer = io.BytesIO()
-        mask.convert("L").save(buffer, "PNG")
-        mask = buffer.getvalue()
-    return open_mask(mask, photo)
+    plain = image if known else image.convert("RGB")
+    plain.save(buffer, "TIFF" if deep else "PNG", exif=image.getexif())
+    return buffer.getvalue()

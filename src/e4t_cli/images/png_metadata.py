@@ -1,8 +1,8 @@
-"""Pictures that say how they were made, in three dialects inside one PNG.
+"""Writes and reads how an image was generated, as metadata of its PNG.
 
-`parameters` is the text that AUTOMATIC1111's web UI began and many programs read; `e4t` is our
-own JSON, enough to make the picture again; the XMP packet carries IPTC's mark of generated
-pictures, which is always written. Neither the photo nor any path or user name is in them.
+`parameters` is the text of AUTOMATIC1111's web UI, which many programs read; `e4t` is our own JSON,
+enough to generate the image again; the XMP packet holds IPTC's mark of generated images, which is
+always written. Neither the photo nor any path or user name is stored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from e4t_cli import __version__
 from e4t_cli.errors import InputError
@@ -34,10 +34,12 @@ _XMP = (
     f' Iptc4xmpExt:DigitalSourceType="{AI_MARK}"/>'
     '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
+# Keys of the JSON since version 0.1, which stay as they are.
+_KEYS_IN_FILES = {"concept_scale": "strength", "weights_fingerprint": "pack_fingerprint"}
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions that a picture's pixels depend on."""
+    """Return the versions of the packages that an image's pixels depend on."""
     versions = {"e4t": __version__}
     for package in ("torch", "diffusers", "transformers", "open_clip_torch"):
         try:
@@ -49,16 +51,15 @@ def package_versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRecord:
-    """How one picture was made.
+    """How one image was generated.
 
     Args:
-        prompt, negative_prompt, seed, steps, guidance, scheduler, strength: what was sampled,
-            and how.
+        prompt, negative_prompt, seed, steps, guidance, scheduler, concept_scale: of sampling.
         width, height: in pixels.
-        domain, base, base_fingerprint, pack_fingerprint: on what it stands.
-        placeholder: how the concept was spelled in the prompt.
-        photo_sha256: of the photo's bytes; the photo itself is not in here.
-        tuning: the recipe really used, as `TuningConfig.as_dict()`, and its seed.
+        domain, base, base_fingerprint, weights_fingerprint: the models.
+        placeholder: the spelling of the concept in the prompt.
+        photo_sha256: of the photo's bytes; the photo itself is not stored.
+        tuning: the configuration that was used, as `TuningConfig.as_dict()`, and its seed.
         versions: of the packages, see `package_versions`.
     """
 
@@ -70,26 +71,25 @@ class GenerationRecord:
     width: int
     height: int
     negative_prompt: str = ""
-    strength: float = 1.0
+    concept_scale: float = 1.0
     placeholder: str = "S*"
     domain: str = ""
     base: str = ""
     base_fingerprint: str = ""
-    pack_fingerprint: str = ""
+    weights_fingerprint: str = ""
     photo_sha256: str = ""
     tuning: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=package_versions)
 
     def as_dict(self, *, include_prompts: bool = True) -> dict[str, Any]:
-        """Return plain values; without prompts, for people who share pictures only."""
-        values = {"schema": SCHEMA, **asdict(self)}
+        """Return plain values under the keys of the file, with or without the prompts."""
+        values = {_KEYS_IN_FILES.get(name, name): value for name, value in asdict(self).items()}
         if not include_prompts:
             del values["prompt"], values["negative_prompt"]
-        return values
+        return {"schema": SCHEMA, **values}
 
     def parameters(self) -> str:
         """Return the web UI's text."""
-        model = "+".join(part for part in (self.base, self.domain) if part)
         pairs = {
             "Steps": self.steps,
             "Sampler": self.scheduler,
@@ -97,8 +97,8 @@ class GenerationRecord:
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
             "Model hash": self.base_fingerprint[:10],
-            "Model": model,
-            "Concept strength": f"{self.strength:g}" if self.strength != 1 else "",
+            "Model": "+".join(part for part in (self.base, self.domain) if part),
+            "Concept strength": f"{self.concept_scale:g}" if self.concept_scale != 1 else "",
             "Version": f"e4t {__version__}",
         }
         lines = [self.prompt]
@@ -110,12 +110,12 @@ class GenerationRecord:
 
 @dataclass(frozen=True)
 class ImageMetadata:
-    """What a PNG says about itself.
+    """The metadata of a PNG.
 
     Args:
         parameters: the web UI's text, None without one.
         details: our JSON (a contact sheet's has the list `pictures`), None without one.
-        ai_generated: whether the mark of generated pictures is there.
+        ai_generated: whether the mark of generated images is there.
     """
 
     parameters: str | None
@@ -129,17 +129,17 @@ def png_bytes(
     *,
     include_prompts: bool = True,
 ) -> bytes:
-    """Encode a picture, or a contact sheet with a record for each of its pictures."""
+    """Encode an image, or a contact sheet with a record for each of its images."""
     info = PngInfo()
     if isinstance(record, GenerationRecord):
         details = record.as_dict(include_prompts=include_prompts)
         if include_prompts:
             info.add_text("parameters", record.parameters())
     else:
-        pictures = [one.as_dict(include_prompts=include_prompts) for one in record]
-        details = {"schema": SCHEMA, "pictures": pictures}
+        records = [one.as_dict(include_prompts=include_prompts) for one in record]
+        details = {"schema": SCHEMA, "pictures": records}
     info.add_text("e4t", json.dumps(details, sort_keys=True))
-    # Pillow silently ignores `xmp=` for PNG; readers look for exactly this keyword, uncompressed.
+    # Pillow ignores `xmp=` for PNG; readers look for exactly this keyword, uncompressed.
     info.add_itxt(_XMP_KEYWORD, _XMP, zip=False)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
@@ -147,16 +147,17 @@ def png_bytes(
 
 
 def read_metadata(png: bytes) -> ImageMetadata:
-    """Read back what `png_bytes` wrote.
+    """Read what `png_bytes` wrote.
 
     Raises:
-        InputError: it is not a PNG, or its JSON is not JSON.
+        InputError: it is not a PNG, or its JSON is invalid.
     """
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            image.load()  # text may stand behind the pixels
-            text = dict(image.text)
-    except Exception as error:  # hostile bytes raise every kind of exception
+            assert isinstance(image, PngImageFile)
+            image.load()  # text may follow the pixels
+            text: dict[str, str] = dict(image.text)
+    except Exception as error:  # hostile bytes make the decoder raise any exception
         raise InputError("this is not a readable PNG") from error
     details = None
     if "e4t" in text:

@@ -1,23 +1,19 @@
-"""Files under names that nobody has: no existing one is ever touched.
-
-Contact sheets: many pictures in one, each above its caption.
-
-Generated pictures, each with its story: prompt, seed, and everything it depends on.
-"""
+"""Results: generated images with their records, contact sheets, and files under free names."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from e4t_cli.errors import InputError, ResourceError, UsageError, printable
+from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.images.png_metadata import GenerationRecord, png_bytes
 from e4t_cli.prompts import slug
@@ -29,7 +25,7 @@ _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows h
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
-    """Make the folder for results, before the work rather than after it.
+    """Make the folder for results; called before the work rather than after it.
 
     Raises:
         UsageError: it cannot be made, or may not be written to.
@@ -39,82 +35,84 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise _explained(error, path) from error
+        raise _as_e4t_error(error, path) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"the folder {printable(str(path))} cannot be written to")
     return path
 
 
-def write_new(folder: str | os.PathLike[str], stem: str, data: bytes, suffix: str = ".png") -> Path:
-    """Write a file under the first free name of `stem.png`, `stem-2.png`, …
+def write_new(folder: str | os.PathLike[str], name: str, data: bytes, suffix: str = ".png") -> Path:
+    """Write a file under the first free name of `name.png`, `name-2.png`, …
 
-    Names are claimed by the file system, so that many processes can share a folder.
+    The file system reserves the name, so that many processes can share a folder; no existing file
+    is changed.
     """
     path = check_folder(folder)
-    number = 1
-    while True:
-        target = path / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
+    for number in itertools.count(1):
+        target = path / f"{name}{'' if number == 1 else f'-{number}'}{suffix}"
         try:
             write_atomically(target, data, overwrite=False)
-            return target
+            break
         except FileExistsError:
-            number += 1
+            continue
         except OSError as error:
-            raise _explained(error, target) from error
+            raise _as_e4t_error(error, target) from error
+    return target
 
 
-def _explained(error: OSError | ValueError, path: Path) -> UsageError | ResourceError | InputError:
-    shown = printable(str(path))
+def _as_e4t_error(error: OSError | ValueError, path: Path) -> UsageError | ResourceError:
+    shown, hint = printable(str(path)), "choose another one with -o"
     if isinstance(error, FileExistsError | NotADirectoryError):
-        return UsageError(f"{shown} is not a folder", hint="choose another one with -o")
+        return UsageError(f"{shown} is not a folder", hint=hint)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return ResourceError(f"the disk is full: {shown} was not written")
     reason = error.strerror if isinstance(error, OSError) else "that cannot be a name"
-    return UsageError(f"{shown} cannot be written: {reason}", hint="choose another one with -o")
+    return UsageError(f"{shown} cannot be written: {reason}", hint=hint)
 
 
 CELL = 256
-"""Side in pixels that a picture of a contact sheet should have at least, about."""
+"""Side in pixels that an image of a contact sheet is scaled to, at least, about."""
 
 CAPTION_SIZE, CAPTION_LINES, MARGIN = 17, 3, 12
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def contact_sheet(
-    pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int | None = None
+    images: Sequence[Image.Image], captions: Sequence[str], *, columns: int | None = None
 ) -> Image.Image:
-    """Return one picture of many, each above its caption.
+    """Return a grid of images, each above its caption.
 
-    Small pictures are scaled up by a whole factor to about 256 pixels, so that the 64-pixel
-    world of `mini` can be looked at without guessing.
+    Small images are enlarged by an integer factor to about 256 pixels, so that the 64-pixel images
+    of `mini` are easy to see. diffusers' `make_image_grid` has neither captions nor margins, and
+    needs complete rows.
 
     Args:
-        pictures: all scaled alike to the size of the last one.
-        captions: one each.
-        columns: pictures a row; by default as square as possible.
+        images: all are scaled to one size, that of the last one times the factor.
+        captions: one for each image.
+        columns: images per row; by default as square as possible.
     """
-    width, height = pictures[-1].size
+    width, height = images[-1].size
     factor = max(1, round(CELL / width))
     cell = (width * factor, height * factor)
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     font = ImageFont.load_default(CAPTION_SIZE)
     texts = [_wrapped(caption, font, cell[0]) for caption in captions]
     line = CAPTION_SIZE + 4
     below = line * max(text.count("\n") + 1 for text in texts) + 4
-    rows = math.ceil(len(pictures) / columns)
+    rows = math.ceil(len(images) / columns)
     step = (cell[0] + MARGIN, cell[1] + below + MARGIN)
     sheet = Image.new("RGB", (columns * step[0] + MARGIN, rows * step[1] + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for index, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+    for index, (image, text) in enumerate(zip(images, texts, strict=True)):
         left = MARGIN + index % columns * step[0]
         top = MARGIN + index // columns * step[1]
-        sheet.paste(picture.convert("RGB").resize(cell, Image.Resampling.LANCZOS), (left, top))
+        sheet.paste(image.convert("RGB").resize(cell, Image.Resampling.LANCZOS), (left, top))
         draw.multiline_text((left, top + cell[1] + 4), text, fill=INK, font=font, spacing=4)
     return sheet
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Break a caption into lines of at most `width` pixels, the last one cut short if need be."""
+    """Break a caption into lines of at most `width` pixels; what exceeds the last one is cut."""
     lines = [""]
     for word in printable(text, limit=1000).split():
         longer = f"{lines[-1]} {word}".lstrip()
@@ -150,18 +148,18 @@ class Timings:
         return sum(self.as_dict().values())
 
     def as_dict(self) -> dict[str, float]:
-        """Return plain numbers, in the order of the work."""
+        """Return plain values, in the order of the work."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedImage:
-    """One picture and its story.
+    """A generated image and its record.
 
     Args:
         image: PIL, mode RGB.
         prompt: as it was given.
-        seed: this picture's own; the same seed gives the same picture, alone or among others.
+        seed: of this image; the same seed gives the same image, alone or in a batch.
         record: everything it depends on.
     """
 
@@ -177,15 +175,15 @@ class GeneratedImage:
         name: str | None = None,
         include_prompts: bool = True,
     ) -> Path:
-        """Write `<name>-<prompt>-<seed>.png`, with a number behind it if that name is taken.
+        """Write `<name>-<prompt>-<seed>.png`, with a number appended if that name is taken.
 
         Args:
-            folder: made if it is not there.
+            folder: made if it does not exist.
             name: the beginning of the file's name; the domain's by default.
             include_prompts: False leaves prompts out of the file; the AI mark is always in it.
 
         Returns:
-            The path written. No existing file is ever touched, whoever else writes there.
+            The path written. No existing file is changed.
 
         Raises:
             UsageError: the folder cannot be one, or may not be written to.
@@ -201,23 +199,23 @@ class Personalization:
     """What `personalize` and `generate` return.
 
     Args:
-        concept: to keep (`concept.save("me.e4t")`) and to draw from again.
+        concept: to keep (`concept.save("me.e4t")`) and to generate from again.
         images: in the order of the prompts, those of one prompt together.
-        seed: the first picture's; a random one if none was asked for.
-        timings: where the time went.
+        seed: of the first image; a random one if none was given.
+        timings: of the parts of the work.
         notes: sentences for the user, such as "no face was found".
-        withheld: the records of pictures that the base's safety checker kept back.
+        withheld: the records of images that the base's safety checker rejected.
     """
 
     concept: Concept
     images: list[GeneratedImage]
     seed: int
     timings: Timings
-    notes: tuple[str, ...] = field(default=())
-    withheld: tuple[GenerationRecord, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    withheld: tuple[GenerationRecord, ...] = ()
 
     def save(self, folder: str | os.PathLike[str] = "outputs", **options: Any) -> list[Path]:
-        """Save every picture; see `GeneratedImage.save`."""
+        """Save every image; see `GeneratedImage.save`."""
         return [image.save(folder, **options) for image in self.images]
 
     def save_grid(
@@ -227,13 +225,12 @@ class Personalization:
         name: str | None = None,
         include_prompts: bool = True,
     ) -> Path:
-        """Write `<name>-grid.png`: the photo first, then every picture under its prompt."""
-        photo = self.concept.prepared.image
+        """Write `<name>-grid.png`: the photo first, then every image above its prompt."""
         captions = [image.prompt for image in self.images]
         if len(set(captions)) < len(captions):
             captions = [f"{image.prompt} (seed {image.seed})" for image in self.images]
-        pictures = [photo, *(image.image for image in self.images)]
-        sheet = contact_sheet(pictures, ["the photo", *captions])
+        images = [self.concept.prepared.image, *(image.image for image in self.images)]
+        sheet = contact_sheet(images, ["the photo", *captions])
         records = [image.record for image in self.images]
         data = png_bytes(sheet, records, include_prompts=include_prompts)
         return write_new(folder, f"{slug(name or self.concept.domain, limit=40)}-grid", data)

@@ -1,13 +1,13 @@
-"""What tuning leaves: a base that knows one concept.
+"""A base tuned to one concept, and its ε_θ under classifier-free guidance (section 3.1).
 
-ε_θ under guidance, the concept's word predicted anew from every noisy picture (section 3.1).
+The concept's embedding is predicted anew from every noisy latent:
 
     z_t ─ U-Net encoder, "" ─> pooled features ─> E ─> e_c ─ text encoder ─> prompt ─> ε_θ
 
-Under classifier-free guidance with an empty negative prompt the first arrow is half of the
-unconditional branch, so the refinement costs 1 % of plain Stable Diffusion's work, not 33 %:
-unconditional way down -> features -> embedding -> text -> conditional way down -> both ways up
-in one batch. Everything about the picture and ΔW was folded into constants before the loop.
+The unconditional pass already computes the U-Net features where the negative prompt is empty, so
+refinement costs 1 % of plain Stable Diffusion's work, not 33 %: unconditional down blocks ->
+features -> embedding -> text -> conditional down blocks -> all up blocks in one batch. The image's
+part of E and ΔW are constants, computed before the loop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
 
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel
@@ -28,19 +29,19 @@ from e4t_cli.nn.word_embedding_encoder import Encoder, FixedEmbedding
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TunedModel:
-    """A base that knows one concept: everything that drawing it needs.
+    """A base tuned to one concept: everything that sampling it needs.
 
     Args:
         unet: a plain diffusers U-Net, offsets merged.
         encoder: E of eq. 1, tuned.
-        folded: the picture's contribution to E (1, hidden), from `encoder.fold`.
+        encoded_image: the image's contribution to E (1, hidden), from `encoder.encode_image`.
         e_domain: embedding of the descriptor (embedding_width,).
         descriptor_id: its token.
         scale: s of eq. 1.
-        adapters: what was tuned, if it was adapters; merged into both already.
+        adapters: the LoRA adapters, if these were trained; already merged into both.
     """
 
-    unet: nn.Module
+    unet: UNet2DConditionModel
     encoder: Encoder
     encoded_image: Tensor
     e_domain: Tensor
@@ -53,7 +54,7 @@ class TunedModel:
 
         Args:
             unet_features: pooled features of the current z_t (batch, …); None for an encoder that
-                does not read them, which then gives one embedding.
+                does not read them, which gives one embedding.
         """
         batch = 1 if unet_features is None else len(unet_features)
         offset = self.encoder.predict_offset(self.encoded_image.expand(batch, -1), unet_features)
@@ -65,14 +66,14 @@ class TunedModel:
         return replace(self, encoder=encoder, encoded_image=self.encoded_image.new_zeros(1, 0))
 
     @torch.no_grad()
-    def at_concept_scale(self, base: nn.Module, concept_scale: float) -> Self:
-        """Return the same model with so much of what it learned: W₀ + k (W - W₀), and k E.
+    def at_concept_scale(self, base: UNet2DConditionModel, concept_scale: float) -> Self:
+        """Return the model at a scale of what it learned: W₀ + k (W - W₀), and k E.
 
-        Departure: the paper has no such control. Less than 1 leaves a prompt more room, more than
-        1 insists on the photo; 0 is the base, which draws any face.
+        Departure: the paper has no such control. Less than 1 gives the prompt more weight, more
+        than 1 the photo; 0 is the base, with the descriptor in the concept's place.
 
         Args:
-            base: the U-Net that was tuned, as it was.
+            base: the U-Net before tuning.
             concept_scale: k.
         """
         if concept_scale == 1:
@@ -85,7 +86,7 @@ class TunedModel:
 
     @classmethod
     def plain(cls, model: TextToImageModel, descriptor: str) -> Self:
-        """Return the base as it is, with a plain word in the concept's place."""
+        """Return the base as it is, with the descriptor in the concept's place."""
         token = model.descriptor_id(descriptor)
         e_domain = model.word_embedding(token)
         return cls(
@@ -114,17 +115,15 @@ class CFGDenoiser:
         self.guidance = guidance
         self.count = len(tokens.ids)
         self.empty = self._repeated(model.uncond_embeds)
+        self.negative = self.empty
         if negative_prompt.strip():
             negative = model.tokenize([negative_prompt], tuned.descriptor_id)
             self.negative = self._repeated(model.embed_prompts(negative))
-        else:
-            self.negative = self.empty
         self.text = None if tuned.encoder.reads_unet else self._text(None)
 
     def __call__(self, z_t: Tensor, t: Tensor) -> Tensor:
         unet = self.tuned.unet
-        # The stem sees no text: every pass below begins with it.
-        start = embed_latents(unet, z_t, t)
+        start = embed_latents(unet, z_t, t)  # shared by all passes: no text is read here
         unconditional = None
         if self.guidance != 1:
             unconditional = down_and_mid(unet, start, self.negative)
@@ -133,19 +132,17 @@ class CFGDenoiser:
         if unconditional is None:
             return up_and_out(unet, conditional, text)
         both = up_and_out(
-            unet,
-            UNetState.cat((unconditional, conditional)),
-            torch.cat((self.negative, text)),
+            unet, UNetState.cat((unconditional, conditional)), torch.cat((self.negative, text))
         )
         without, with_text = both.chunk(2)
         return without + self.guidance * (with_text - without)
 
     def _refined(self, start: UNetState, unconditional: UNetState | None) -> Tensor:
-        """Look at z_t, predict e_c (eq. 1), and read the prompts with it."""
-        looked = unconditional if self.negative is self.empty else None
-        if looked is None:
-            looked = down_and_mid(self.tuned.unet, start, self.empty)
-        return self._text(pooled_features(looked).float())
+        """Predict e_c from z_t (eq. 1) and embed the prompts with it."""
+        state = unconditional if self.negative is self.empty else None
+        if state is None:
+            state = down_and_mid(self.tuned.unet, start, self.empty)
+        return self._text(pooled_features(state).float())
 
     def _text(self, features: Tensor | None) -> Tensor:
         e_c = self.tuned.embedding(features).expand(self.count, -1)

@@ -1,7 +1,7 @@
-"""A domain pre-trained for one base: encoder, offsets, and what is known about them.
+"""A domain pre-trained for one base: encoder, offsets, configs and metadata.
 
-The recipes of a pack are those that work on *this* domain and *this* base; a `Domain` value holds
-the paper's. How it lies in a folder is `pack_folder`'s.
+Its configs are those that work for this domain on this base; a `Domain` value has the paper's.
+Files are read and written in `domain_folder`.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 
 FEW_IMAGES = 100
-"""Below it, a domain's card warns of over-fitting."""
+"""Below it, the manifest warns of over-fitting."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DomainWeights:
-    """What domain pre-training yields (section 3.3), and what tuning starts from.
+    """The result of domain pre-training (section 3.3), from which tuning starts.
 
     Args:
         name, descriptor: of the domain.
-        base_name, base_fingerprint: the base it was made for, and its exact weights; "" where
-            nobody wrote them down, as in checkpoints of other programs.
-        encoder: E of eq. 1; a `FixedEmbedding` makes a baseline, which cannot be saved.
+        base_name, base_fingerprint: the base it was trained for, and its exact weights; "" where
+            they are unknown, as in checkpoints of other programs.
+        encoder: E of eq. 1; with a `FixedEmbedding` it is a baseline, which cannot be saved.
         offsets: path of a projection -> the factors of its ΔW (eq. 3).
-        tuning: the recipe of personalization with this pack.
-        pretraining: the recipe it was made by; its `embedding_scale` is s of eq. 1.
-        templates: training sentences with "{}" in the concept's place.
-        images: how many pictures it was trained on.
-        tower: the encoder's own image tower; None for encoders that look through the base's.
-        licence, notes: of the weights and the data; for people.
-        limits: what it cannot do; for people.
+        tuning: the config of tuning with these weights.
+        pretraining: the config they were trained with; its `embedding_scale` is s of eq. 1.
+        templates: prompt templates with "{}" in the concept's place.
+        images: the number of training images.
+        tower: the encoder's own visual tower; None for encoders that use the base's.
+        licence, notes: of the weights and the data, as text.
+        limits: what it cannot do, as text.
         base_revision, base_config_hash, image_tower: more about the base; see `facts_about`.
     """
 
@@ -71,14 +71,14 @@ class DomainWeights:
     base_config_hash: str = ""
     image_tower: str = ""
     digest: str = ""
-    """SHA-256 of its card when it was loaded from a folder: a concept remembers it."""
+    """SHA-256 of its manifest if it was loaded from a folder; recorded in concepts."""
 
     @property
     def embedding_scale(self) -> float:
         return self.pretraining.embedding_scale
 
     def check_base(self, model: TextToImageModel) -> None:
-        """Refuse a base that this pack was not made for.
+        """Refuse a base that these weights were not trained for.
 
         Raises:
             IntegrityError: the weights of the base differ.
@@ -89,41 +89,35 @@ class DomainWeights:
             known = self.base_config_hash
             alike = known and known == config_hash(model.base.folder, model.base.tower)
             raise IntegrityError(
-                f"the {self.name} pack was made for the base {self.base_name} "
+                f"the domain {self.name} was made for the base {self.base_name} "
                 f"({self.base_fingerprint[:12]}), not for this {model.base.name} "
                 f"({model.fingerprint[:12]})"
                 + (", which is the same model with other weights" if alike else ""),
-                hint=f"e4t pretrain --domain {self.name} --data FOLDER makes a pack for it",
+                hint=f"e4t pretrain --domain {self.name} --data FOLDER trains it for this base",
             )
         return None
 
     def _check_shapes(self, model: TextToImageModel) -> None:
-        """What can be checked of a pack that does not know its base's weights: every shape."""
+        """Compare all shapes: what can be checked where the base's weights are unknown."""
         found = {path: (len(left), right.shape[1]) for path, (left, right) in self.offsets.items()}
-        width = model.text_encoder.get_input_embeddings().embedding_dim
-        sizes = (sum(feature_widths(model.unet)), width)
+        sizes = (sum(feature_widths(model.unet)), model.embedding_width)
         if isinstance(self.encoder, FixedEmbedding) or (
             found == projection_shapes(model.unet) and widths_read(self.encoder) == sizes
         ):
             return
         raise IntegrityError(
-            f"the {self.name} pack was made for a model of other sizes than {model.base.name}",
+            f"the domain {self.name} was made for a model of other sizes than {model.base.name}",
             hint=f"it was made for {self.base_name}: --base {self.base_name}",
         )
 
     def image_features(self, model: TextToImageModel, pixels: Tensor) -> Tensor:
-        """Return what this pack's encoder sees of pictures, (batch, vectors, width), float32.
-
-        Args:
-            model: the base.
-            pixels: (batch, 3, height, width) in −1 … 1.
-        """
+        """Return the features of images in −1 … 1, (batch, vectors, width), float32."""
         if self.tower is None:
             return model.image_features(pixels)
-        seen = self.tower.look(pixels, model.dtype)
-        # In half precision a concept keeps them in a third of a megabyte, and exactly.
-        rounded = seen.half().float()
-        return rounded if rounded.isfinite().all() else seen
+        features = self.tower.encode(pixels, model.dtype)
+        # Rounded, so that a concept stores the same values in float16, a third of a megabyte.
+        rounded = features.half().float()
+        return rounded if rounded.isfinite().all() else features
 
     def save(
         self,
@@ -132,29 +126,29 @@ class DomainWeights:
         dtype: torch.dtype = torch.float32,
         offsets_dtype: torch.dtype | None = None,
     ) -> None:
-        """Write the pack into a folder, the card last.
+        """Write a domain folder, the manifest last.
 
         Args:
-            folder: made if it does not exist; an older pack in it is replaced.
-            dtype: of the stored numbers; float16 halves the files and moves ΔW by 5e-4 of itself.
-            offsets_dtype: of the offsets, if theirs is another.
+            folder: created if needed; older weights in it are replaced.
+            dtype: of the files; float16 halves them and changes ΔW by 5e-4 of itself.
+            offsets_dtype: of the offsets, if that is another.
         """
         assert not isinstance(self.encoder, FixedEmbedding)
         write_domain_folder(vars(self), folder, dtype=dtype, offsets_dtype=offsets_dtype)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read a pack, in float32 on the CPU.
+        """Read a domain folder, in float32 on the CPU.
 
         Raises:
-            WeightsUnavailable: there is no pack in the folder.
-            IntegrityError: anything about it is not as its card says.
+            WeightsUnavailable: it is no domain folder, or a file is missing.
+            IntegrityError: a file is damaged or does not match the manifest.
         """
         return cls(**read_domain_folder(folder))
 
 
 def facts_about(model: TextToImageModel) -> dict[str, str]:
-    """Return what a card says about the base a pack was made for, as fields of the pack."""
+    """Return the fields of `DomainWeights` that describe the base."""
     folder, tower = model.base.folder, model.base.tower
     return {
         "base_name": model.base.name,
@@ -166,9 +160,9 @@ def facts_about(model: TextToImageModel) -> dict[str, str]:
 
 
 def usual_limits(descriptor: str, base: str, images: int) -> str:
-    """Return what any domain of its kind cannot do, for the card."""
-    few = "; so few pictures may have been learned by heart" if images < FEW_IMAGES else ""
+    """Return what any domain of this size cannot do, for the manifest."""
+    few = "; so few images may have been learned by heart" if images < FEW_IMAGES else ""
     return (
-        f"Knows {descriptor} as {images:,} pictures show it, and draws as well as the base {base} "
-        f"does. Anything else in the photo comes out as {descriptor}{few}."
+        f"Trained on {images:,} images of {descriptor}; the image quality is that of the base "
+        f"{base}. Anything else in the photo is generated as {descriptor}{few}."
     )

@@ -1,16 +1,15 @@
-"""What kind of model a base is, whatever its weights: read from its configs, without torch.
+"""Loads the parts of a base from its folder, strictly and offline, and hashes its configs.
 
-A pack needs the very weights it was made for. When a base has others, equal configs tell another
-training of the same model from another model; unequal ones may also be the same model, saved again
-by another version of its library.
-
-Reading a base from its folder: strictly, and without a look at the network.
+Domain weights need the very base they were trained for. When a base has other weights, equal
+configs tell another training of the same model from another model; configs that differ may also
+be the same model, saved by another version of its library.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,16 @@ from e4t_cli.nn.word_embedding_encoder import ImageTower
 
 CONFIGS = ("unet/config.json", "text_encoder/config.json")
 TOWER_CONFIGS = ("open_clip_config.json", "config.json")
-# Who wrote the file and how it was stored, which says nothing about the model.
+# Who wrote the file and how it was stored: not part of the model.
 _INCIDENTAL = {"architectures", "dtype", "torch_dtype", "transformers_version", "preprocess_cfg"}
 
 
 def config_hash(folder: Path, tower: Path | None = None) -> str:
-    """Return a SHA-256 of the configs of U-Net, text encoder and image tower.
+    """Return a SHA-256 of the configs of a base, "" if none can be read.
 
     Args:
-        folder: a base in diffusers' layout.
-        tower: the folder of its image tower, if it is not the base's own.
-
-    Returns:
-        64 hexadecimal digits, or "" if there is no config that can be read.
+        folder: in diffusers' layout.
+        tower: the folder of the visual tower, if that is outside the base.
     """
     found = {name: _essence(table) for name in CONFIGS if (table := _read(folder / name))}
     if about := _tower_config(tower or folder / "image_tower"):
@@ -88,10 +84,10 @@ def _essence(table: Any) -> Any:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return a short name for the content of a base's folder.
+    """Return a hash of the content of a base's folder, 32 hexadecimal digits.
 
-    Files of up to 64 MiB are read whole; of larger ones the length, the header and 64 blocks are,
-    which tells one training from another in no time (integrity is checked elsewhere).
+    Files of up to 64 MiB are read whole; of larger ones the size, the header and 64 blocks, which
+    is fast and tells one training from another (integrity is checked elsewhere).
     """
     digest = hashlib.sha256()
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_tower")
@@ -100,7 +96,7 @@ def folder_fingerprint(folder: Path) -> str:
         if path.suffix not in (".safetensors", ".json", ".txt"):
             continue
         if path.with_name(path.name.replace(".fp16.", ".")) in paths and ".fp16." in path.name:
-            continue  # a second copy of the same numbers makes no other base
+            continue  # a second copy of the same weights makes no other base
         size, block = path.stat().st_size, 1 << 20
         digest.update(f"{path.parent.name}/{path.name}:{size}\n".encode())
         starts = range(0, size, block)
@@ -113,18 +109,18 @@ def folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+# While diffusers and transformers load, torch's default dtype and `register_parameter` are changed
+# for the whole process; two loads at once would leave them changed for good.
+_LOADING = threading.Lock()
+
+
 def load_part(
-    kind: Any,
-    folder: Path,
-    device: str | torch.device,
-    dtype: torch.dtype,
-    *,
-    half: bool = False,
+    kind: Any, folder: Path, device: str | torch.device, dtype: torch.dtype, *, half: bool = False
 ) -> Any:
     """Read a part that has weights: diffusers' U-Net and VAE, transformers' text encoder.
 
     Args:
-        dtype: of the numbers in memory, whatever the file holds.
+        dtype: in memory, whatever the file has.
         half: read the float16 file where there are both.
     """
     if not (folder / "config.json").is_file():
@@ -132,23 +128,24 @@ def load_part(
     names = [path.name for path in folder.glob("*.safetensors")]
     coarse = {name for name in names if ".fp16." in name or ".fp16-" in name}
     variant = "fp16" if coarse and (half or coarse == set(names)) else None
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        part, report = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    # Both libraries answer a missing weight with a random one and a line in a log.
+    with _LOADING:
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            part, report = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    # Both libraries initialize missing weights at random and only log it.
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:
         raise IntegrityError(f"the base's {folder.name} lacks {len(wrong)} weights, as {wrong[0]}")
@@ -161,19 +158,19 @@ def load_settings(kind: Any, folder: Path) -> Any:
         raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}")
     try:
         return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # each library has its own idea of what a damaged file raises
+    except Exception as error:  # what a damaged file raises differs between the libraries
         raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
 
 
 def load_tower(folder: Path) -> ImageTower:
-    """Read open_clip_config.json and model.safetensors, of the visual tower alone."""
-    from open_clip.transformer import QuickGELU, VisionTransformer  # only who looks pays for it
+    """Read a visual tower from open_clip_config.json and model.safetensors."""
+    from open_clip.transformer import QuickGELU, VisionTransformer  # slow to import
 
     config_path, weights_path = folder / "open_clip_config.json", folder / "model.safetensors"
     if not config_path.is_file() or not weights_path.is_file():
         raise WeightsUnavailable(
             f"the base has no image tower: {folder} is incomplete",
-            hint="e4t fetch sd14 brings the one of Stable Diffusion bases",
+            hint="e4t fetch sd14 downloads the one of Stable Diffusion bases",
         )
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Prompts in which one word's embedding is given from outside (section 3.1)."""
+"""Tokenizes prompts and injects the concept's embedding at their placeholders (section 3.1)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokens:
-    """Tokenised prompts.
+    """Tokenized prompts.
 
     Args:
         ids: token ids, padded (batch, length); the descriptor's id stands for the concept.
@@ -35,45 +35,50 @@ class Tokens:
 
 
 def tokenize_prompts(
-    tokenizer: CLIPTokenizer, prompts: Sequence[Prompt | str], descriptor_id: int, length: int
-) -> Tokens:
-    """Tokenise prompts around their placeholders, whose positions are thereby known.
+    tokenizer: CLIPTokenizer, prompts: Sequence[Prompt | str], descriptor_id: int,
+    *, length: int, device: torch.device,
+) -> Tokens:  # fmt: skip
+    """Tokenize prompts segment by segment, so that the placeholders' positions are known.
 
     Args:
         prompts: parsed prompts, or plain text without a placeholder.
-        descriptor_id: the token to stand where the concept does.
-        length: of every row, the first and the last token among them.
+        descriptor_id: the token at the placeholders; its embedding is e_domain.
+        length: of every row, including the first and the last token.
 
     Raises:
         UsageError: a prompt is so long that its placeholder is never read.
     """
     room = length - 2
-    ids, places, dropped = [], [], []
+    ids, placeholders, dropped = [], [], []
     for prompt in prompts:
-        words: list[int] = []
+        tokens: list[int] = []
         concept: list[bool] = []
         for segment in (prompt,) if isinstance(prompt, str) else prompt.segments:
             if segment is None:
                 found = [descriptor_id]
             else:
-                found = tokenizer(segment, add_special_tokens=False, verbose=False).input_ids
-            words += found
+                found = tokenizer.encode(segment, add_special_tokens=False, verbose=False)
+            tokens += found
             concept += [segment is None] * len(found)
         if any(concept) and not any(concept[:room]):
             raise UsageError(
-                f"the prompt is {len(words)} tokens long, this base reads {room}, and the "
+                f"the prompt is {len(tokens)} tokens long, this base reads {room}, and the "
                 "placeholder comes after them",
                 hint="shorten the prompt, or name the concept earlier",
             )
-        dropped.append(tokenizer.decode(words[room:]).strip())
-        words, concept = words[:room], concept[:room]
-        padding = room - len(words)
+        dropped.append(str(tokenizer.decode(tokens[room:])).strip())
+        tokens, concept = tokens[:room], concept[:room]
+        padding = room - len(tokens)
         ids.append(
-            [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
+            [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
             + [tokenizer.pad_token_id] * padding
         )
-        places.append([False, *concept, False] + [False] * padding)
-    return Tokens(ids=torch.tensor(ids), placeholder=torch.tensor(places), dropped=tuple(dropped))
+        placeholders.append([False, *concept, False] + [False] * padding)
+    return Tokens(
+        ids=torch.tensor(ids, device=device),
+        placeholder=torch.tensor(placeholders, device=device),
+        dropped=tuple(dropped),
+    )
 
 
 class _InjectedTable(nn.Module):
@@ -103,7 +108,8 @@ def with_embedding(text_encoder: CLIPTextModel, placeholder: Tensor, e_c: Tensor
     table = text_encoder.get_input_embeddings()
     path = next(path for path, module in text_encoder.named_modules() if module is table)
     *parents, name = path.split(".")
-    copied = parent = _shallow_copy(text_encoder)
+    copied = _shallow_copy(text_encoder)
+    parent: nn.Module = copied
     for step in parents:
         parent._modules[step] = _shallow_copy(parent.get_submodule(step))
         parent = parent.get_submodule(step)

@@ -1,27 +1,25 @@
-"""Pictures as numbers, and what the VAE says about them.
+"""The base text-to-image model (section 3.5), `mini` or Stable Diffusion, behind one interface.
 
-The parts of a base: loaded, frozen, and what follows from them alone.
-
-The base text-to-image model (section 3.5) behind one interface: `mini` or Stable Diffusion.
-
-`TextToImageModel` wraps what others wrote (diffusers' U-Net and VAE, transformers' text encoder,
-open_clip's image tower) and adds the three things that E4T needs of them: prompts in which one
-word's embedding is given from outside, latents, and [CLS] features. All sizes come from the
-folder's configs. Every weight is frozen; whoever trains one works on a copy.
+It wraps diffusers' U-Net and VAE, transformers' text encoder and open_clip's visual tower, and
+adds what E4T needs: prompts in which one word's embedding is given from outside, latents, and
+[CLS] features. All sizes come from the folder's configs. Every weight is frozen: training works
+on copies, and threads may share a model.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -38,7 +36,7 @@ from e4t_cli.prompts import Prompt
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Posterior:
-    """What the VAE says about a picture: a Gaussian over its latents, in the U-Net's units."""
+    """The VAE's Gaussian over the latents of an image, in the U-Net's units."""
 
     mean: Tensor  # (batch, channels, height, width)
     logvar: Tensor  # the same
@@ -49,7 +47,7 @@ class Posterior:
 
 
 def to_uint8(images: Sequence[Image.Image], side: int, mode: str) -> Tensor:
-    """Return pictures as bytes: (batch, side, side, 3) for RGB, without the 3 for L."""
+    """Return images as bytes: (batch, side, side, 3) for RGB, without the 3 for L."""
     arrays = []
     for image in images:
         image = image.convert(mode)
@@ -60,28 +58,32 @@ def to_uint8(images: Sequence[Image.Image], side: int, mode: str) -> Tensor:
 
 
 def to_pil(decoded: Tensor) -> list[Image.Image]:
-    """Return the pictures of (batch, 3, height, width) in −1 … 1, and beyond as it is clipped.
+    """Return the images of (batch, 3, height, width), clipped to −1 … 1.
 
     Raises:
-        DivergedError: a number is not finite; the picture would be black.
+        DivergedError: a value is not finite; the image would be black.
     """
     if not decoded.isfinite().all():
         raise DivergedError(
-            "a picture came out of numbers that are not finite: too large for this number format",
-            hint="draw it again with --dtype fp32",
+            "an image has values that are not finite: they are too large for this dtype",
+            hint="generate it again with --dtype fp32",
         )
     colours = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(one) for one in colours.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-class FrozenParts:
-    """What `TextToImageModel` is made of; it adds what they do together.
+DECODED_PIXELS = 512 * 512
+"""Pixels that the VAE decodes at once, at least one image."""
+
+
+class TextToImageModel:
+    """A frozen base.
 
     Args:
         base: name, folder, resolution.
-        unet, vae, text_encoder, tokenizer: parts of a Stable-Diffusion-shaped model.
+        unet, vae, text_encoder, tokenizer: parts of a model with Stable Diffusion's architecture.
         noise_schedule: the schedule it was trained with.
-        image_tower: the CLIP tower, or None to load it from the folder when first needed.
+        image_tower: the visual tower, or None to load it from the folder when first needed.
     """
 
     def __init__(
@@ -99,13 +101,14 @@ class FrozenParts:
             check_unet(unet)
         except ValueError as error:
             raise IntegrityError(f"the base {base.name} cannot be used: {error}") from error
-        if (kind := noise_schedule.config.prediction_type) not in ("epsilon", "v_prediction"):
+        if (kind := noise_schedule.config["prediction_type"]) not in ("epsilon", "v_prediction"):
             raise IntegrityError(f"the base {base.name} predicts {kind!r}, which is not supported")
         self.base = base
-        self.device, self.dtype = unet.device, unet.dtype
+        self.device: torch.device = unet.device
+        self.dtype: torch.dtype = unet.dtype
         self.unet = unet.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
-        self.text_encoder = text_encoder.eval().requires_grad_(False)
+        self.text_encoder = text_encoder.train(False).requires_grad_(False)
         self.tokenizer = tokenizer
         self.noise_schedule = noise_schedule
         self._given_tower = image_tower is not None
@@ -120,7 +123,7 @@ class FrozenParts:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Load a base from a folder in diffusers' layout; nothing is fetched.
+        """Load a base from a folder in diffusers' layout, without network access.
 
         Args:
             folder: the folder, or a `Base` that names it.
@@ -128,7 +131,7 @@ class FrozenParts:
 
         Raises:
             WeightsUnavailable: a part is missing.
-            IntegrityError: a part is damaged, or the model is of a kind that cannot be used.
+            IntegrityError: a part is damaged, or its architecture is not supported.
         """
         base = folder if isinstance(folder, Base) else read_base(Path(folder))
         device = torch.device(device)
@@ -137,7 +140,7 @@ class FrozenParts:
             return load_part(kind, base.folder / name, device, dtype, half=base.half)
 
         def convolutional(kind: Any, name: str) -> Any:
-            # Tensor cores read convolutions in this order, and would reorder them at each call.
+            # Tensor cores need this memory format, and would convert to it at each call.
             found, fast = part(kind, name), device.type == "cuda" and dtype.itemsize == 2
             return found.to(memory_format=torch.channels_last) if fast else found
 
@@ -152,12 +155,12 @@ class FrozenParts:
 
     @cached_property
     def image_tower(self) -> ImageTower:
-        # On demand: drawing a saved concept needs no tower, and ViT-H is a third of all weights.
+        # On demand: sampling a saved concept does not need it, and ViT-H is a third of all weights.
         folder = self.base.tower or self.base.folder / "image_tower"
         return load_tower(folder).to(self.device, self.dtype)
 
     def release_tower(self) -> None:
-        """Let go of the image tower, once the picture has been looked at; it loads again."""
+        """Free the image tower once the image is encoded; it is loaded again when needed."""
         if not self._given_tower:
             self.__dict__.pop("image_tower", None)
 
@@ -168,18 +171,18 @@ class FrozenParts:
 
     @property
     def resolution(self) -> int:
-        """Side of the pictures, in pixels."""
+        """Side of the images, in pixels."""
         return self.base.resolution
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of z."""
-        side = self.resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.unet.config.in_channels, side, side
+        side = self.resolution // 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.unet.config["in_channels"], side, side
 
     @property
     def train_timesteps(self) -> int:
-        return self.noise_schedule.config.num_train_timesteps
+        return int(self.noise_schedule.config["num_train_timesteps"])
 
     def encoder_config(self, hidden_width: int | None = None) -> EncoderConfig:
         """Return the sizes of a word-embedding encoder for this base.
@@ -193,33 +196,25 @@ class FrozenParts:
             image_width=tower.width,
             unet_widths=feature_widths(self.unet),
             hidden_width=hidden_width or tower.width,
-            embedding_width=self.text_encoder.get_input_embeddings().embedding_dim,
+            embedding_width=self.embedding_width,
         )
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the token table."""
+        return int(self.text_encoder.config.hidden_size)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identify the weights, so that a pack is not used with a base it was not made for."""
+        """Identify the weights, so that domain weights are used with the base they belong to."""
         if self.base.identity:
-            # A commit of the hub names its content, in float32 and float16 alike, and each file
-            # was compared with it.
+            # A commit of the hub identifies its content, in float32 and float16 alike, and each
+            # file was verified against it.
             return hashlib.sha256(self.base.identity.encode()).hexdigest()[:32]
         return folder_fingerprint(self.base.folder)
 
-
-DECODED_PIXELS = 512 * 512
-"""Pixels that the VAE decodes at once, at least one picture."""
-
-
-class TextToImageModel(FrozenParts):
-    """A frozen base, ready to be looked at, tuned in copies, and drawn with.
-
-    Its parts and how to load them are `FrozenParts`'.
-    """
-
-    # ── pictures ──
-
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return pictures as (batch, 3, resolution, resolution) in −1 … 1."""
+        """Return images as (batch, 3, resolution, resolution) in −1 … 1."""
         planes = to_uint8(images, self.resolution, "RGB").to(self.device).float()
         return planes.permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -230,37 +225,36 @@ class TextToImageModel(FrozenParts):
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
         """Return [CLS] of every second layer of the tower, (batch, layers, width), float32."""
-        return self.image_tower(pixels)
+        features: Tensor = self.image_tower(pixels)
+        return features
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> Posterior:
-        """Return the VAE's Gaussian over the latents of pictures in −1 … 1."""
+        """Return the VAE's Gaussian over the latents of images in −1 … 1."""
         found = self.vae.encode(pixels.to(self.dtype)).latent_dist
-        scale = torch.tensor(self.vae.config.scaling_factor, device=self.device)
+        scale = torch.tensor(self.vae.config["scaling_factor"], device=self.device)
         return Posterior(
             mean=found.mean.float() * scale, logvar=found.logvar.float() + 2 * torch.log(scale)
         )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Return the pictures of latents in the U-Net's units."""
-        latents = (latents / self.vae.config.scaling_factor).to(self.dtype)
-        # Large pictures one by one: each fills the device, and eight would fill its memory.
-        some = max(1, DECODED_PIXELS // self.resolution**2)
-        pictures = []
-        for part in latents.split(some):
-            pictures += to_pil(self.vae.decode(part).sample)
-        return pictures
-
-    # ── words ──
+        """Return the images of latents in the U-Net's units."""
+        latents = (latents / self.vae.config["scaling_factor"]).to(self.dtype)
+        # Large images one by one: one uses the whole device, and eight might not fit its memory.
+        count = max(1, DECODED_PIXELS // self.resolution**2)
+        images = []
+        for part in torch.split(latents, count):
+            images += to_pil(self.vae.decode(part).sample)
+        return images
 
     def descriptor_id(self, descriptor: str) -> int:
-        """Return the token of a domain's coarse word.
+        """Return the token of a domain's descriptor.
 
         Raises:
-            UsageError: this base does not know it as one word.
+            UsageError: it is not one token of this base.
         """
-        ids = self.tokenizer(descriptor, add_special_tokens=False).input_ids
+        ids: list[int] = self.tokenizer(descriptor, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise UsageError(
                 f"the descriptor {descriptor!r} is {len(ids)} tokens to the base "
@@ -271,27 +265,16 @@ class TextToImageModel(FrozenParts):
 
     def word_embedding(self, token_id: int) -> Tensor:
         """Return a row of the token table, (embedding_width,): e_domain for a descriptor's id."""
-        return self.text_encoder.get_input_embeddings().weight[token_id].detach().float()
+        table: Tensor = self.text_encoder.get_input_embeddings().weight
+        return table[token_id].detach().float()
 
     def tokenize(self, prompts: Sequence[Prompt | str], descriptor_id: int) -> Tokens:
-        """Tokenise prompts around their placeholders, whose positions are thereby known.
-
-        Args:
-            prompts: parsed prompts, or plain text without a placeholder.
-            descriptor_id: the token to stand where the concept does; its embedding is e_domain.
-
-        Raises:
-            UsageError: a prompt is so long that its placeholder is never read.
-        """
-        length = min(
-            self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings
-        )
-        tokens = tokenize_prompts(self.tokenizer, prompts, descriptor_id, length)
-        return replace(
-            tokens,
-            ids=tokens.ids.to(self.device),
-            placeholder=tokens.placeholder.to(self.device),
-        )
+        """Tokenize prompts for this base, see `tokenize_prompts`."""
+        longest = self.text_encoder.config.max_position_embeddings
+        return tokenize_prompts(
+            self.tokenizer, prompts, descriptor_id,
+            length=min(self.tokenizer.model_max_length, longest), device=self.device,
+        )  # fmt: skip
 
     def embed_prompts(self, tokens: Tokens, e_c: Tensor | None = None) -> Tensor:
         """Run the text encoder, with e_c as the word embedding at every placeholder.
@@ -311,25 +294,26 @@ class TextToImageModel(FrozenParts):
 
     @cached_property
     def uncond_embeds(self) -> Tensor:
-        """The text encoder's view of "", (1, length, width): what the feature pass reads.
+        """The text encoder's output for "", (1, length, width): what the feature pass reads.
 
-        Paper silent: the prompt of the feature pass. The empty one makes it the unconditional
-        branch of classifier-free guidance, so that generation gets it for nothing.
+        Paper silent: the prompt of the feature pass. With the empty one it is the unconditional
+        pass of classifier-free guidance, which sampling computes anyway.
         """
-        # Evaluated once, by whoever asks first, and it must not show who that was: training asks
-        # under an autocast and with the plain attention kernel, generation with neither, and the
-        # last bits of a fused kernel's result are others. One kernel, then, whoever asks.
+        # Cached, so its bits must not depend on the first caller: training is under autocast and
+        # MATH attention, sampling under neither, and a fused kernel gives other last bits.
         with torch.no_grad(), full_precision(self.device), math_attention():
             return self.embed_prompts(self.tokenize([""], self.tokenizer.eos_token_id))
 
-    # ── diffusion ──
-
     def add_noise(self, z_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
         """Return z_t."""
-        return self.noise_schedule.add_noise(z_0, epsilon, t)
+        # diffusers' annotation of t excludes int64, which it accepts.
+        z_t: Tensor = self.noise_schedule.add_noise(z_0, epsilon, cast(torch.IntTensor, t))
+        return z_t
 
     def target(self, z_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
-        """Return what the U-Net is to predict: ε of eq. 4, or v for models trained so."""
-        if self.noise_schedule.config.prediction_type == "v_prediction":
-            return self.noise_schedule.get_velocity(z_0, epsilon, t)
-        return epsilon
+        """Return what the U-Net predicts: ε of eq. 4, or v for models trained with it."""
+        if self.noise_schedule.config["prediction_type"] != "v_prediction":
+            return epsilon
+        t = cast(torch.IntTensor, t)
+        velocity: Tensor = self.noise_schedule.get_velocity(z_0, epsilon, t)
+        return velocity

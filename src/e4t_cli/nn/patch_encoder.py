@@ -1,9 +1,8 @@
-"""What the encoder of e4t-diffusion sees of a picture: [CLS] and patches of the last layer.
+"""The encoder of e4t-diffusion: another E than the paper's, the one that public weights exist for.
 
-The encoder of e4t-diffusion: another E than the paper's, and the one public weights exist for.
-
-Departure: for the first layers of the image tower it takes patches of its last one. With x_0 the
-[CLS] vector of the picture, x_1 … every second of its patches, and v the pooled U-Net features,
+Departure: in place of [CLS] from every second layer it reads [CLS] and patches of the last layer.
+With x_0 the [CLS] vector of the image, x_1 … every second of its patches, and v the pooled U-Net
+features,
 
     u = embed(v)                                        Linear · LeakyReLU · Linear
     E = final( LeakyReLU( mean_i  F_i · (J [x_i ; u] + j) + f_i ) )
@@ -12,15 +11,15 @@ Everything between x_i, u and the last LeakyReLU is linear. Split J = [J_x J_u],
 
     mean_i ( F_i (J_x x_i + j) + f_i )   +   (mean_i F_i) J_u · u
 
-a vector that only the picture changes (`fold`) and one matrix that nothing changes. Drawing needs
-the vector, and of the 231 M numbers on Stable Diffusion 1.x the 17 M of `settled()`.
+a vector that depends on the image only (`encode_image`) and a constant matrix. Sampling needs the
+vector, and 17 M of the 231 M parameters on Stable Diffusion 1.x (`for_inference`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +29,25 @@ from e4t_cli.nn.word_embedding_encoder import MAX_SIZE
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's normalisation of pixels in 0 … 1, for towers of every size."""
+"""CLIP's normalization of pixels in 0 … 1, for visual towers of every size."""
+
+SLOPE = 0.01
+"""Of both LeakyReLUs: torch's default."""
+
+MAX_VECTORS = 1 << 14
 
 
 class PatchTower(nn.Module):
-    """An open_clip vision transformer that returns [CLS] and every second patch.
+    """An open_clip visual tower that returns [CLS] and every second patch.
 
     Args:
-        visual: `open_clip.transformer.VisionTransformer` without its projection.
-        size: side of the pictures it reads.
+        visual: `open_clip.transformer.VisionTransformer` without its projection, untyped.
+        size: side of the images it reads.
         normalised_patches: whether patches pass its last LayerNorm. open_clip returned them
-            without when e4t-diffusion's weights were trained, and has since changed its mind.
+            without when e4t-diffusion's weights were trained; later versions return them with it.
     """
 
-    def __init__(self, visual: nn.Module, size: int, *, normalised_patches: bool = False) -> None:
+    def __init__(self, visual: Any, size: int, *, normalised_patches: bool = False) -> None:
         super().__init__()
         self.visual = visual.requires_grad_(False)
         self.size = size
@@ -54,7 +58,7 @@ class PatchTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (batch, vectors, width) in float32 for pixels in −1 … 1."""
         side = (self.size, self.size)
-        # Without smoothing and corner on corner, as those weights were trained; no clamping.
+        # Without antialiasing, with aligned corners and unclamped, as those weights were trained.
         sized = functional.interpolate(
             pixels.float(), size=side, mode="bicubic", align_corners=True, antialias=False
         )
@@ -73,24 +77,19 @@ class PatchTower(nn.Module):
         return torch.cat((summary, patches[:, 1::2]), dim=1).float()
 
 
-SLOPE = 0.01
-"""Of both LeakyReLUs: torch's default."""
-MAX_VECTORS = 1 << 14
-
-
 @dataclass(frozen=True, kw_only=True)
 class PatchEncoderConfig:
-    """Sizes of a `PatchEncoder` and of the image tower that belongs to it.
+    """Sizes of a `PatchEncoder` and of the visual tower that belongs to it.
 
     Args:
-        unet_width: pooled U-Net features, all blocks side by side.
+        unet_width: pooled U-Net features of all blocks, concatenated.
         hidden_width: of everything between the features and the embedding.
         embedding_width: width of the base's token table.
-        tower_width, tower_layers, tower_heads: the vision transformer; the width is that of its
-            vectors, too.
-        tower_mlp_ratio: width of its MLPs in units of its own.
-        tower_image_size, tower_patch_size: pixels on a side of its pictures and of a patch.
-        tower_quick_gelu: whether its activation is x·sigmoid(1.702 x), as OpenAI's towers have it.
+        tower_width, tower_layers, tower_heads: the visual tower; the width is also that of its
+            vectors.
+        tower_mlp_ratio: width of its MLPs in units of its width.
+        tower_image_size, tower_patch_size: pixels on a side of its images and of a patch.
+        tower_quick_gelu: whether its activation is x·sigmoid(1.702 x), as in OpenAI's models.
         normalised_patches: whether patches pass the tower's last LayerNorm, as [CLS] always does.
     """
 
@@ -108,11 +107,11 @@ class PatchEncoderConfig:
 
     @property
     def vectors(self) -> int:
-        """Vectors of a picture: [CLS] and the patches 1, 3, 5 …"""
+        """Vectors of an image: [CLS] and the patches 1, 3, 5 …"""
         return 1 + (self.tower_image_size // self.tower_patch_size) ** 2 // 2
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers, ready for TOML or JSON."""
+        """Return plain values, ready for TOML or JSON."""
         return asdict(self)
 
     @classmethod
@@ -137,15 +136,15 @@ class PatchEncoderConfig:
         if config.tower_width % config.tower_heads:
             raise ValueError(f"{config.tower_heads} heads do not share a width evenly")
         if config.vectors > MAX_VECTORS:
-            raise ValueError(f"{config.vectors} vectors of one picture are too many")
+            raise ValueError(f"{config.vectors} vectors of one image are too many")
         return config
 
 
 class PatchEncoder(nn.Module):
     """E of e4t-diffusion, in the form it is trained in.
 
-    The linear layers of the hierarchy are held in one tensor: they are summed as one product, and
-    an optimiser has 2 tensors to walk over instead of 258.
+    The linear layers of the hierarchy are one tensor: they are summed in one matrix
+    multiplication, and an optimizer has 2 tensors instead of 258.
     """
 
     reads_unet = True
@@ -162,7 +161,7 @@ class PatchEncoder(nn.Module):
         self.first_weights = nn.Parameter(torch.empty(count, hidden, hidden))  # F_i
         self.first_biases = nn.Parameter(torch.empty(count, hidden))  # f_i
         self.final = nn.Linear(hidden, config.embedding_width)
-        bound = hidden**-0.5  # as nn.Linear draws them
+        bound = hidden**-0.5  # as nn.Linear initializes them
         nn.init.uniform_(self.first_weights, -bound, bound)
         nn.init.uniform_(self.first_biases, -bound, bound)
 
@@ -171,38 +170,40 @@ class PatchEncoder(nn.Module):
 
         Args:
             image_features: [CLS] and patches (batch, vectors, tower_width).
-            unet_features: pooled features side by side (batch, unet_width).
+            unet_features: pooled features, concatenated (batch, unet_width).
         """
         return self.predict_offset(self.encode_image(image_features), unet_features)
 
     def encode_image(self, image_features: Tensor) -> Tensor:
-        """Return the picture's whole contribution to the average, (batch, hidden_width)."""
+        """Return the image's contribution to the average, (batch, hidden_width)."""
         joined = self.join_picture(image_features)
-        # One product for each F_i, then their sum: never a second copy of all F_i.
+        # One multiplication for each F_i, then their sum: never a second copy of all F_i.
         terms = torch.bmm(self.first_weights, joined.permute(1, 2, 0))  # (vectors, hidden, batch)
         return terms.mean(dim=0).T + self.first_biases.mean(dim=0)
 
     def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None) -> Tensor:
-        """Return E from a folded picture and the current U-Net features."""
+        """Return E for an encoded image and the current U-Net features."""
         assert unet_features is not None
         embedded = self.join_unet(self.embed_unet(unet_features))
         average = encoded_image + functional.linear(embedded, self.first_weights.mean(dim=0))
-        return self.final(functional.leaky_relu(average, SLOPE))
+        offset: Tensor = self.final(functional.leaky_relu(average, SLOPE))
+        return offset
 
     @torch.no_grad()
     def for_inference(self) -> InferencePatchEncoder:
-        """Return what is left to do when nothing is trained any more, with tensors of its own."""
+        """Return an encoder with the same `predict_offset` and weights of its own, far fewer."""
         small = InferencePatchEncoder(self.config).to(self.first_weights.device)
         matrix = self.first_weights.mean(dim=0) @ self.join_unet.weight  # (mean_i F_i) J_u
+        last = cast(nn.Linear, self.embed_unet[2])
         small.embed_unet.load_state_dict(self.embed_unet[0].state_dict())
-        small.mix.weight.copy_(matrix @ self.embed_unet[2].weight)
-        small.mix.bias.copy_(matrix @ self.embed_unet[2].bias)
+        small.mix.weight.copy_(matrix @ last.weight)
+        small.mix.bias.copy_(matrix @ last.bias)
         small.final.load_state_dict(self.final.state_dict())
         return small
 
 
 class InferencePatchEncoder(nn.Module):
-    """The part of a `PatchEncoder` that depends on z_t; the picture's part is a folded vector."""
+    """The part of a `PatchEncoder` that depends on z_t; the image's part is a constant vector."""
 
     reads_unet = True
 
@@ -214,18 +215,16 @@ class InferencePatchEncoder(nn.Module):
         self.final = nn.Linear(hidden, config.embedding_width)
 
     def encode_image(self, image_features: Tensor) -> Tensor:
-        """Refuse: a settled encoder has no layers left that look at a picture.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("a settled encoder reads no pictures: fold with the one it came from")
+        """Raise TypeError: the layers that read an image are not there."""
+        raise TypeError("use encode_image of the PatchEncoder that this one was made from")
 
     def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None) -> Tensor:
-        """Return E from a folded picture and the current U-Net features."""
+        """Return E for an encoded image and the current U-Net features."""
         assert unet_features is not None
         embedded = functional.leaky_relu(self.embed_unet(unet_features), SLOPE)
-        return self.final(functional.leaky_relu(encoded_image + self.mix(embedded), SLOPE))
+        mixed = functional.leaky_relu(encoded_image + self.mix(embedded), SLOPE)
+        offset: Tensor = self.final(mixed)
+        return offset
 
     def for_inference(self) -> InferencePatchEncoder:
         """Return itself."""

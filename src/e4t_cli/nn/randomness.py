@@ -1,8 +1,7 @@
-"""Counter-based randomness: every draw is a function of a seed and of where it is used.
+"""Counter-based randomness: every sample is a function of a seed and of its purpose.
 
-Nothing depends on how many numbers were drawn before, on the global generator, or on how a batch
-was split. So a resumed run repeats an uninterrupted one exactly, micro-batches see the noise that
-the whole batch would have seen, and a picture is the same alone and in company.
+Nothing depends on the global generator, on earlier samples, or on the split of a batch. So a
+resumed run repeats an uninterrupted one exactly, and micro-batches have the whole batch's noise.
 """
 
 from __future__ import annotations
@@ -16,13 +15,10 @@ from torch import Tensor
 
 
 def generator(seed: int, *counters: int | str) -> torch.Generator:
-    """Return a CPU generator for one purpose, e.g. `generator(seed, "draw", step)`.
-
-    On the CPU whatever the device, so that a seed means the same everywhere.
-    """
+    """Return a generator for one purpose, on the CPU so that a seed is the same on every device."""
     label = "/".join(str(counter) for counter in (seed, *counters))
     digest = hashlib.blake2b(label.encode(), digest_size=8).digest()
-    # manual_seed reads 64 bits; the highest is left out because it takes a signed number.
+    # manual_seed takes a signed 64-bit integer, so the highest bit is dropped.
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
@@ -32,10 +28,10 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def uniforms(seed: int, step: int, batch_size: int) -> Tensor:
-    """Return three numbers in 0 … 1 for each sample of a step's whole batch, (batch, 3).
+    """Return three values in 0 … 1 for each sample of a step's whole batch, (batch, 3).
 
-    The first decides its noise level within its range; the others are `Draws.uniform`, without
-    the cost of drawing noise.
+    The first is its noise level within its range; the others are `Draws.uniform`, without the
+    cost of sampling noise.
     """
     source = generator(seed, "draw", step)
     return torch.rand(batch_size, 3, generator=source, dtype=torch.float64)
@@ -43,14 +39,13 @@ def uniforms(seed: int, step: int, batch_size: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draws:
-    """Everything random about some samples of one optimiser step.
+    """Everything random about some samples of one optimizer step.
 
     Args:
-        timesteps: (batch,), whole numbers.
+        timesteps: (batch,), int64.
         epsilon: the noise to predict (batch, *shape).
         posterior: the noise that samples the VAE's posterior (batch, *shape).
-        uniform: numbers in 0 … 1 for discrete choices (batch, 2). Always on the CPU: they are
-            float64, which not every device has, and choose from what is there before it moves.
+        uniform: values in 0 … 1 for discrete choices (batch, 2), float64, always on the CPU.
     """
 
     timesteps: Tensor
@@ -59,7 +54,7 @@ class Draws:
     uniform: Tensor
 
     def to(self, device: torch.device) -> Draws:
-        """Move what a device computes with."""
+        """Move all but `uniform`."""
         return replace(
             self,
             timesteps=sent(self.timesteps, device),
@@ -68,7 +63,7 @@ class Draws:
         )
 
     def sentences(self, count: int) -> Tensor:
-        """Choose one of `count` sentences for each sample: (batch,), where the noise is."""
+        """Choose one of `count` prompt templates for each sample: (batch,), on epsilon's device."""
         return sent(choose(self.uniform[:, 0], count), self.epsilon.device)
 
     def __getitem__(self, positions: range) -> Draws:
@@ -77,9 +72,8 @@ class Draws:
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor from the CPU to a device, without waiting for it where that can be had."""
+    """Move a tensor from the CPU to a device, asynchronously on CUDA."""
     if device.type == "cuda":
-        # From pinned memory the copy waits for nothing, and nothing waits for the copy.
         return value.pin_memory().to(device, non_blocking=True)
     return value.to(device)
 
@@ -93,27 +87,27 @@ def draw(
     train_timesteps: int,
     shape: Sequence[int],
 ) -> Draws:
-    """Draw for the samples at `positions` of the batch of a step: a micro-batch, or all of it.
+    """Sample for the `positions` of a step's batch: a micro-batch, or all of it.
 
-    The whole batch is drawn each time, so that no split of it changes a number.
+    The whole batch is sampled each time, so that its split changes no value.
 
-    Paper silent: how the noise levels are drawn. Section 3.4 calls it crucial that each element
-    of a batch has a different one, so position k of n draws from the k-th of n equal ranges of
-    time steps: each level is as likely as any other, and no batch leaves a range out.
+    Paper silent: how the noise levels are sampled. Section 3.4 calls it crucial that each element
+    of a batch has a different one, so element k of n has one from the k-th of n equal ranges of
+    time steps: each level is equally likely, and no batch omits a range.
     """
     source = generator(seed, "draw", step)
-    numbers = torch.rand(batch_size, 3, generator=source, dtype=torch.float64)
-    level = (torch.arange(batch_size) + numbers[:, 0]) / batch_size
+    values = torch.rand(batch_size, 3, generator=source, dtype=torch.float64)
+    level = (torch.arange(batch_size) + values[:, 0]) / batch_size
     noise = torch.randn(2, batch_size, *shape, generator=source)
     whole = Draws(
         timesteps=choose(level, train_timesteps),
         epsilon=noise[0],
         posterior=noise[1],
-        uniform=numbers[:, 1:],
+        uniform=values[:, 1:],
     )
     return whole[positions]
 
 
 def choose(uniform: Tensor, count: int) -> Tensor:
-    """Turn numbers in 0 … 1 into indices below `count`."""
+    """Convert values in 0 … 1 to indices below `count`."""
     return (uniform * count).long().clamp_(max=count - 1)

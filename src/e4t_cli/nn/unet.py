@@ -1,32 +1,49 @@
-"""What the denoiser's own encoder sees in z_t: the iterative refinement of section 3.1.
+"""The U-Net's forward pass in three parts, and the features of z_t for section 3.1's refinement.
 
-The U-Net is run in three pieces whose composition is `unet(z_t, t, text)` bit for bit:
+Their composition is `unet(z_t, t, text)` bit for bit:
 
-    stem          conv_in and the leading blocks that never look at the text
-    encoder_half  the remaining down blocks and the mid block     ─> pooled features of each block
-    decoder_half  the up blocks and conv_out                      ─> the predicted noise
+    embed_latents   conv_in and the leading blocks without cross-attention
+    down_and_mid    the remaining down blocks and the mid block    ─> pooled features of each block
+    up_and_out      the up blocks and conv_out                     ─> the predicted noise
 
-The feature pass of the encoder reads the prompt "", and so does the unconditional branch of
-classifier-free guidance: one `encoder_half` serves both, and one `stem` serves every prompt.
+The encoder's feature pass reads the prompt "", as the unconditional pass of classifier-free
+guidance does: one `down_and_mid` computes both, and one `embed_latents` serves every prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+
+OTHER_INPUTS = (
+    "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+)  # fmt: skip
+"""Options of diffusers for inputs that Stable Diffusion's U-Net does not have."""
+
+
+class _Block(Protocol):
+    """What every down, mid and up block of diffusers has; the U-Net's lists hold plain modules."""
+
+    resnets: Sequence[ResnetBlock2D]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UNetState:
-    """A U-Net forward, stopped somewhere on its way down or at the bottom.
+    """A U-Net's forward pass, stopped after some of the down blocks or the mid block.
 
     Args:
         hidden: the current feature map (batch, channels, height, width).
-        skips: the outputs kept for the way up.
+        skips: the outputs kept for the up blocks.
         time: the embedding of t (batch, time_width).
         blocks_done: down blocks already run.
     """
@@ -38,26 +55,25 @@ class UNetState:
 
     @classmethod
     def cat(cls, states: Sequence[Self]) -> Self:
-        """Stack states of the same stage along the batch."""
+        """Concatenate states of the same stage along the batch."""
+        skips = zip(*(state.skips for state in states), strict=True)
         return cls(
             hidden=torch.cat([state.hidden for state in states]),
-            skips=tuple(
-                torch.cat(same) for same in zip(*(state.skips for state in states), strict=True)
-            ),
+            skips=tuple(torch.cat(same) for same in skips),
             time=torch.cat([state.time for state in states]),
             blocks_done=states[0].blocks_done,
         )
 
 
-def embed_latents(unet: nn.Module, z_t: Tensor, t: Tensor) -> UNetState:
+def embed_latents(unet: UNet2DConditionModel, z_t: Tensor, t: Tensor) -> UNetState:
     """Run what does not depend on the text.
 
     Args:
-        unet: a diffusers UNet2DConditionModel of Stable Diffusion's shape (see `check_unet`).
+        unet: of Stable Diffusion's architecture (see `check_unet`).
         z_t: noisy latents (batch, channels, height, width).
         t: time steps, a scalar or (batch,).
     """
-    if unet.config.center_input_sample:
+    if unet.config["center_input_sample"]:
         z_t = 2 * z_t - 1.0
     time = unet.time_embedding(unet.get_time_embed(sample=z_t, timestep=t), None)
     if unet.time_embed_act is not None:
@@ -74,100 +90,80 @@ def embed_latents(unet: nn.Module, z_t: Tensor, t: Tensor) -> UNetState:
     return UNetState(hidden=hidden, skips=skips, time=time, blocks_done=done)
 
 
-def down_and_mid(unet: nn.Module, state: UNetState, text: Tensor) -> UNetState:
-    """Run the rest of the way down and the mid block, from a `stem`.
+def down_and_mid(unet: UNet2DConditionModel, state: UNetState, text: Tensor) -> UNetState:
+    """Run the remaining down blocks and the mid block, after `embed_latents`.
 
     Args:
         text: text encoder output (batch, tokens, width).
     """
-    hidden, skips = state.hidden, state.skips
-    for block in unet.down_blocks[state.blocks_done :]:
-        if _reads_text(block):
-            hidden, outputs = block(
-                hidden_states=hidden, temb=state.time, encoder_hidden_states=text
-            )
-        else:
-            hidden, outputs = block(hidden_states=hidden, temb=state.time)
+    hidden, skips, time = state.hidden, state.skips, state.time
+    for block in list(unet.down_blocks)[state.blocks_done :]:
+        hidden, outputs = block(hidden_states=hidden, temb=time, **_text(block, text))
         skips += outputs
-    if unet.mid_block is not None:
-        if _reads_text(unet.mid_block):
-            hidden = unet.mid_block(hidden, state.time, encoder_hidden_states=text)
-        else:
-            hidden = unet.mid_block(hidden, state.time)
-    return UNetState(hidden=hidden, skips=skips, time=state.time, blocks_done=len(unet.down_blocks))
+    if (middle := unet.mid_block) is not None:
+        hidden = middle(hidden, time, **_text(middle, text))
+    return UNetState(hidden=hidden, skips=skips, time=time, blocks_done=len(unet.down_blocks))
 
 
-def up_and_out(unet: nn.Module, state: UNetState, text: Tensor) -> Tensor:
-    """Run the way up, from an `encoder_half`; returns the prediction, shaped like z_t."""
+def up_and_out(unet: UNet2DConditionModel, state: UNetState, text: Tensor) -> Tensor:
+    """Run the up blocks, after `down_and_mid`; returns the prediction, shaped like z_t."""
     hidden, skips = state.hidden, state.skips
-    whole_pixels = 2**unet.num_upsamplers
-    sized = any(side % whole_pixels for side in skips[0].shape[-2:])
-    for index, block in enumerate(unet.up_blocks):
-        count = len(block.resnets)
+    scale: int = 2**unet.num_upsamplers
+    sized = any(side % scale for side in skips[0].shape[-2:])
+    for block in unet.up_blocks:
+        count = len(cast(_Block, block).resnets)
         outputs, skips = skips[-count:], skips[:-count]
-        last = index == len(unet.up_blocks) - 1
-        size = skips[-1].shape[2:] if sized and not last else None
-        if _reads_text(block):
-            hidden = block(
-                hidden_states=hidden,
-                temb=state.time,
-                res_hidden_states_tuple=outputs,
-                encoder_hidden_states=text,
-                upsample_size=size,
-            )
-        else:
-            hidden = block(
-                hidden_states=hidden,
-                temb=state.time,
-                res_hidden_states_tuple=outputs,
-                upsample_size=size,
-            )
+        hidden = block(
+            hidden_states=hidden,
+            temb=state.time,
+            res_hidden_states_tuple=outputs,
+            upsample_size=skips[-1].shape[2:] if sized and skips else None,
+            **_text(block, text),
+        )
     if unet.conv_norm_out is not None:
         hidden = unet.conv_act(unet.conv_norm_out(hidden))
-    return unet.conv_out(hidden)
+    prediction: Tensor = unet.conv_out(hidden)
+    return prediction
 
 
 def pooled_features(state: UNetState) -> Tensor:
-    """Return the spatial means of every block's output, side by side: (batch, sum of widths).
+    """Return the spatial mean of every block's output, concatenated: (batch, sum of widths).
 
-    Paper silent: a "block" is every output that the encoder half keeps for the way up, and the
-    mid block; 13 vectors and 10,880 numbers on Stable Diffusion 1.x.
+    Paper silent: a "block" is every output kept for the up blocks, and the mid block: 13 vectors,
+    10,880 values on Stable Diffusion 1.x.
     """
     maps = (*state.skips, state.hidden)
     return torch.cat([feature_map.mean(dim=(2, 3)) for feature_map in maps], dim=1)
 
 
-def feature_widths(unet: nn.Module) -> tuple[int, ...]:
+def feature_widths(unet: UNet2DConditionModel) -> tuple[int, ...]:
     """Return the width of each vector in `pooled_features`."""
     widths = [unet.conv_in.out_channels]
     for block in unet.down_blocks:
-        widths += [resnet.out_channels for resnet in block.resnets]
-        widths += [sampler.out_channels for sampler in block.downsamplers or ()]
+        widths += [resnet.out_channels for resnet in cast(_Block, block).resnets]
+        widths += [layer.out_channels for layer in getattr(block, "downsamplers", None) or ()]
     bottom = unet.mid_block if unet.mid_block is not None else unet.down_blocks[-1]
-    return (*widths, bottom.resnets[-1].out_channels)
+    return (*widths, cast(_Block, bottom).resnets[-1].out_channels)
 
 
-def check_unet(unet: nn.Module) -> None:
+def check_unet(unet: UNet2DConditionModel) -> None:
     """Refuse a U-Net that needs more than latents, time and text.
 
     Raises:
         ValueError: it has a class, image, size or guidance input, as SDXL and others do.
     """
-    for option in (
-        "class_embed_type",
-        "num_class_embeds",
-        "addition_embed_type",
-        "encoder_hid_dim_type",
-        "time_cond_proj_dim",
-    ):
+    for option in OTHER_INPUTS:
         if unet.config.get(option) is not None:
             raise ValueError(f"its U-Net has an input that Stable Diffusion has not ({option})")
-    if unet.config.in_channels != unet.config.out_channels:
-        raise ValueError(
-            f"its U-Net reads {unet.config.in_channels} channels and writes "
-            f"{unet.config.out_channels}: inpainting models are not supported"
-        )
+    read, written = unet.config["in_channels"], unet.config["out_channels"]
+    if read != written:
+        reason = "inpainting models are not supported"
+        raise ValueError(f"its U-Net reads {read} channels and writes {written}: {reason}")
 
 
 def _reads_text(block: nn.Module) -> bool:
     return bool(getattr(block, "has_cross_attention", False))
+
+
+def _text(block: nn.Module, text: Tensor) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": text} if _reads_text(block) else {}

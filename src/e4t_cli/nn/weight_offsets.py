@@ -2,7 +2,7 @@
 
     W = W₀ · (1 + ΔW)          element-wise, for W_q, W_k, W_v of every attention layer
 
-ΔW (M × N) depends on no input. It is the output of a small network that serves as a prior:
+ΔW (M × N) depends on no input. It is the output of a small network, which acts as a prior:
 
     v₀ ─ linear ─> v_y (M)  ┐
                             ├─ v_y v_xᵀ ─ linear over the rows ─ linear over the columns ─> ΔW
@@ -18,10 +18,10 @@ which is exact, has rank 3 at most, and costs a few matrix-vector products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,7 @@ class Modulation(nn.Module):
 
     def delta(self) -> Tensor:
         """Return ΔW, (M, N)."""
-        left, right = self.factors()
-        return left @ right
+        return torch.matmul(*self.factors())
 
     def forward(self, original: Tensor) -> Tensor:
         """Return W₀ · (1 + ΔW) in the dtype of W₀, computed in float32 or wider.
@@ -74,9 +73,8 @@ _CACHE: ContextVar[dict[Modulation, Tensor | None]] = ContextVar("modulated weig
 class WeightOffset(Modulation):
     """ΔW of one M × N projection in the paper's network form (section 3.2).
 
-    Departure: the shipped domain weights were pre-trained with the learning rate of these layers
-    at 1/100 of the encoder's (`PretrainingConfig.offsets_rate = 0.01`, set in
-    mini_world/domains.py). The paper has one rate for both.
+    Departure: in the shipped weights these layers learned at 1/100 of the encoder's rate
+    (`PretrainingConfig.offsets_rate`, set in mini_world/domains.py); the paper has one rate.
 
     Args:
         rows, columns: M and N, the shape of the projection's weight.
@@ -99,11 +97,9 @@ class WeightOffset(Modulation):
         v_y, v_x = self.to_rows(self.initial), self.to_columns(self.initial)  # (M,), (N,)
         mixing, shift = self.over_columns.weight, self.over_columns.bias  # R (N, N), d (N,)
         column_bias = self.over_rows.bias  # c (M,)
-        left = torch.stack(
-            (self.over_rows.weight @ v_y, column_bias, torch.ones_like(column_bias)), dim=1
-        )
-        right = torch.stack((mixing @ v_x, mixing.sum(dim=1), shift))
-        return left, right
+        columns = (self.over_rows.weight @ v_y, column_bias, torch.ones_like(column_bias))
+        rows = (mixing @ v_x, mixing.sum(dim=1), shift)
+        return torch.stack(columns, dim=1), torch.stack(rows)
 
 
 class FactoredWeightOffset(Modulation):
@@ -151,19 +147,19 @@ class WeightOffsets(nn.Module):
     def from_factors(cls, factors: Mapping[str, Factors]) -> Self:
         """Rebuild trainable, unattached offsets from `factors()`; the tensors are copied."""
         # Sorted, so that sums over all of them do not depend on where the factors came from.
-        copies = {
+        copied = {
             path: FactoredWeightOffset(left.detach().clone(), right.detach().clone())
             for path, (left, right) in sorted(factors.items())
         }
-        return cls(copies)
+        return cls(copied)
 
     @torch.no_grad()
     def factors(self) -> dict[str, Factors]:
         """Return path -> (left, right), detached copies in float32."""
-        found = {path: modulation.factors() for path, modulation in self._items()}
         return {
             path: (left.float().clone(), right.float().clone())
-            for path, (left, right) in found.items()
+            for path, modulation in self._items()
+            for left, right in (modulation.factors(),)
         }
 
     def attach_to(self, unet: nn.Module) -> None:
@@ -181,13 +177,20 @@ class WeightOffsets(nn.Module):
             parametrize.register_parametrization(projections[path], "weight", modulation)
         self._attached.append(unet)
 
-    def detach(self) -> None:
-        """Remove the offsets; the U-Net's weights are W₀ again."""
-        self._remove(merge=False)
+    def detach(self, *, merge: bool = False) -> None:
+        """Remove the offsets; the U-Net's weights are W₀ again, or W₀ · (1 + ΔW) with `merge`."""
+        if not self._attached:
+            raise ValueError("these offsets are not attached to a U-Net")
+        unet = self._attached.pop()
+        for path in self.paths:
+            projection = unet.get_submodule(path)
+            parametrize.remove_parametrizations(projection, "weight", leave_parametrized=merge)
+            # torch puts the weight back last; the state dict has the bias after it.
+            projection._parameters["bias"] = projection._parameters.pop("bias")
 
     def merge(self) -> None:
         """Remove the offsets; the U-Net's weights become W₀ · (1 + ΔW)."""
-        self._remove(merge=True)
+        self.detach(merge=True)
 
     @contextmanager
     def attached_to(self, unet: nn.Module) -> Iterator[Self]:
@@ -203,33 +206,20 @@ class WeightOffsets(nn.Module):
         """Evaluate each W once for the feature pass and the main pass, inside a `with` block.
 
         The cache belongs to these offsets, this block and this thread. Weights must not change
-        inside the block. Nothing is cached while the U-Net has gradient checkpointing enabled:
-        the backward pass has to recompute what the forward pass computed.
+        inside the block. Nothing is cached under gradient checkpointing, where the backward pass
+        has to recompute what the forward pass computed.
         """
-        checkpointing = any(
-            getattr(unet, "is_gradient_checkpointing", False) for unet in self._attached
-        )
-        fresh = {} if checkpointing else {modulation: None for _, modulation in self._items()}
-        token = _CACHE.set({**_CACHE.get({}), **fresh})
+        if any(getattr(unet, "is_gradient_checkpointing", False) for unet in self._attached):
+            yield
+            return
+        token = _CACHE.set({**_CACHE.get({}), **{part: None for _, part in self._items()}})
         try:
             yield
         finally:
             _CACHE.reset(token)
 
-    def _items(self) -> Iterator[tuple[str, Modulation]]:
-        for path, modulation in zip(self.paths, self.modulations, strict=True):
-            assert isinstance(modulation, Modulation)
-            yield path, modulation
-
-    def _remove(self, *, merge: bool) -> None:
-        if not self._attached:
-            raise ValueError("these offsets are not attached to a U-Net")
-        unet = self._attached.pop()
-        for path in self.paths:
-            projection = unet.get_submodule(path)
-            parametrize.remove_parametrizations(projection, "weight", leave_parametrized=merge)
-            # torch puts the weight back last; the state dict has the bias after it.
-            projection._parameters["bias"] = projection._parameters.pop("bias")
+    def _items(self) -> Iterable[tuple[str, Modulation]]:
+        return zip(self.paths, cast(Iterable[Modulation], self.modulations), strict=True)
 
 
 def projection_shapes(unet: nn.Module) -> dict[str, tuple[int, int]]:

@@ -1,19 +1,15 @@
-"""The hierarchy of [CLS] tokens that the encoder starts from (section 3.1).
-
-"We extract the features of the [CLS] token of each 2nd CLIP layer as an hierarchical feature
-representation": 16 vectors of 1280 numbers from OpenCLIP's ViT-H/14.
-
-The word-embedding encoder E: from a picture and a noisy latent to one word (section 3.1).
+"""The word-embedding encoder E: from an image and a noisy latent to one embedding (section 3.1).
 
     e_c = e_domain + s · E(I_c)                                                          (eq. 1)
 
-The hierarchy that E averages holds one vector per second layer of the image tower ([CLS]) and one
-per block of the U-Net's encoder (pooled), each through a linear layer of its own:
+E averages a hierarchy of features, each through a linear layer of its own: the [CLS] token of
+"each 2nd CLIP layer" (16 vectors of 1280 values from OpenCLIP's ViT-H/14), and the pooled output
+of each block of the U-Net's encoder.
 
     E = final( LeakyReLU( mean over the hierarchy of linear_i(feature_i) ) )
 
-The picture never changes while its concept is tuned or drawn, and nothing before the average is
-nonlinear, so its part of the sum folds to one vector: `fold` once, `refine` at every time step.
+The image is the same in all steps of tuning and sampling, and nothing before the average is
+nonlinear, so its part of the sum is one vector: `encode_image` once, `predict_offset` at every t.
 """
 
 from __future__ import annotations
@@ -28,25 +24,23 @@ from torch.nn import functional
 
 
 class ImageTower(nn.Module):
-    """An open_clip vision transformer that returns its hierarchy of [CLS] tokens (section 3.1).
+    """An open_clip visual tower that returns its hierarchy of [CLS] tokens (section 3.1).
 
     Args:
-        visual: `open_clip.transformer.VisionTransformer`.
-        mean, std: normalisation of pixels in 0 … 1.
-        size: side of the pictures it reads.
+        visual: `open_clip.transformer.VisionTransformer`, untyped.
+        mean, std: normalization of pixels in 0 … 1.
+        size: side of the images it reads.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, visual: nn.Module, mean: Sequence[float], std: Sequence[float], size: int
-    ) -> None:
+    def __init__(self, visual: Any, mean: Sequence[float], std: Sequence[float], size: int) -> None:
         super().__init__()
-        # Paper silent: the backbone stays as CLIP training left it, so one look is enough.
+        # Paper silent: the backbone stays as CLIP training left it, so an image is encoded once.
         self.visual = visual.requires_grad_(False)
         self.size = size
-        self.width = visual.class_embedding.shape[0]
+        self.width: int = visual.class_embedding.shape[0]
         self.indices = list(range(1, len(visual.transformer.resblocks), 2))  # every 2nd layer
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -59,9 +53,8 @@ class ImageTower(nn.Module):
             colours = functional.interpolate(
                 colours, size=(self.size, self.size), mode="bicubic", antialias=True
             ).clamp(0, 1)
-        weights = self.visual.conv1.weight
         found = self.visual.forward_intermediates(
-            ((colours - self.mean.float()) / self.std.float()).to(weights.dtype),
+            ((colours - self.mean.float()) / self.std.float()).to(self.visual.conv1.weight.dtype),
             indices=self.indices,
             stop_early=True,
             intermediates_only=True,
@@ -69,27 +62,26 @@ class ImageTower(nn.Module):
             output_extra_tokens=True,
         )["image_intermediates_prefix"]
         # Paper silent: through the tower's final LayerNorm, since raw [CLS] grows with depth.
-        return self.visual.ln_post(torch.cat(found, dim=1)).float()
+        features: Tensor = self.visual.ln_post(torch.cat(found, dim=1))
+        return features.float()
 
 
 MAX_SIZE = 1 << 16
-"""No width comes near it; a card that states a larger one is damaged."""
+"""Above every real width; a manifest with a larger one is damaged."""
 
 
 class Encoder(Protocol):
-    """What tuning and generation ask of an encoder; `FixedEmbedding` is one without a picture."""
+    """What tuning and sampling need of an encoder; `FixedEmbedding` is one without an image."""
 
     @property
-    def reads_unet(self) -> bool:
-        """Whether `refine` looks at U-Net features; if not, no feature pass is run."""
-        ...
+    def reads_unet(self) -> bool: ...  # whether a feature pass is needed
 
     def encode_image(self, image_features: Tensor) -> Tensor: ...
 
     def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None) -> Tensor: ...
 
     def for_inference(self) -> Encoder:
-        """Return what `refine` needs once nothing is trained any more; it may be itself."""
+        """Return an encoder with the same `predict_offset`, without what only training needs."""
         ...
 
 
@@ -97,23 +89,18 @@ class Encoder(Protocol):
 class EncoderConfig:
     """Sizes of a `WordEmbeddingEncoder`; all follow from the base.
 
-    Args:
-        image_layers: [CLS] vectors per picture, one per second layer of the tower.
-        image_width: width of the tower.
-        unet_widths: width of each pooled U-Net feature; empty for an encoder that sees the
-            picture only (the paper's ablation without iterative refinement).
-        hidden_width: common width of the hierarchy.
-        embedding_width: width of the base's token table.
+    `unet_widths` is empty for an encoder that reads the image only, the paper's ablation without
+    iterative refinement.
     """
 
-    image_layers: int
-    image_width: int
-    unet_widths: tuple[int, ...]
-    hidden_width: int
-    embedding_width: int
+    image_layers: int  # [CLS] vectors per image, one per second layer of the visual tower
+    image_width: int  # of the visual tower
+    unet_widths: tuple[int, ...]  # of each pooled U-Net feature
+    hidden_width: int  # of every entry of the hierarchy
+    embedding_width: int  # of the base's token table
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers and lists, ready for TOML or JSON."""
+        """Return plain values and lists, ready for TOML or JSON."""
         return {**asdict(self), "unet_widths": list(self.unet_widths)}
 
     @classmethod
@@ -150,7 +137,7 @@ class WordEmbeddingEncoder(nn.Module):
         self.unet_linears = nn.ModuleList(nn.Linear(width, hidden) for width in config.unet_widths)
         self.activation = nn.LeakyReLU()  # Paper silent: slope 0.01, torch's default
         self.final = nn.Linear(hidden, config.embedding_width)
-        # Paper silent: E = 0 at birth, so a fresh encoder says the descriptor itself.
+        # Paper silent: E = 0 initially, so a fresh encoder gives the descriptor's embedding.
         nn.init.zeros_(self.final.weight)
         nn.init.zeros_(self.final.bias)
 
@@ -163,47 +150,44 @@ class WordEmbeddingEncoder(nn.Module):
 
         Args:
             image_features: [CLS] of each second layer (batch, image_layers, image_width).
-            unet_features: pooled features side by side (batch, sum of unet_widths).
+            unet_features: pooled features, concatenated (batch, sum of unet_widths).
         """
         return self.predict_offset(self.encode_image(image_features), unet_features)
 
     def encode_image(self, image_features: Tensor) -> Tensor:
-        """Return the picture's whole contribution to the average, (batch, hidden_width)."""
-        return self._sum(self.image_linears, image_features.unbind(dim=1)) / self._entries
+        """Return the image's contribution to the average, (batch, hidden_width)."""
+        return self._share(self.image_linears, image_features.unbind(dim=1))
 
     def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None) -> Tensor:
-        """Return E from a folded picture and the current U-Net features."""
+        """Return E for an encoded image and the current U-Net features."""
         average = encoded_image
         if self.reads_unet:
             assert unet_features is not None
             # Paper silent: the spatial means range over two orders of magnitude between blocks
-            # and noise levels, while [CLS] has passed a LayerNorm; so do these, one by one.
+            # and noise levels, while [CLS] has passed a LayerNorm; so each is normalized, too.
             parts = [
                 functional.layer_norm(part, part.shape[-1:])
-                for part in unet_features.split(self.config.unet_widths, dim=1)
+                for part in torch.split(unet_features, list(self.config.unet_widths), dim=1)
             ]
-            average = average + self._sum(self.unet_linears, parts) / self._entries
-        return self.final(self.activation(average))
+            average = average + self._share(self.unet_linears, parts)
+        offset: Tensor = self.final(self.activation(average))
+        return offset
 
     def for_inference(self) -> WordEmbeddingEncoder:
-        """Return itself: there is little here that drawing does not need."""
+        """Return itself: nearly all of it is needed to sample."""
         return self
 
-    @property
-    def _entries(self) -> int:
-        return len(self.image_linears) + len(self.unet_linears)
-
-    @staticmethod
-    def _sum(linears: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
+    def _share(self, linears: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
+        """Return what these features contribute to the average over the whole hierarchy."""
         terms = [linear(feature) for linear, feature in zip(linears, features, strict=True)]
-        return torch.stack(terms).sum(dim=0)
+        return torch.stack(terms).sum(dim=0) / (len(self.image_linears) + len(self.unet_linears))
 
 
 class FixedEmbedding(nn.Module):
-    """An `Encoder` that looks at nothing: the same offset for every picture and time step.
+    """An `Encoder` that reads nothing: the same offset for every image and time step.
 
-    With zeros it is the descriptor's own word; with a rare word's difference from the descriptor,
-    divided by s, it is DreamBooth's identifier; made trainable, it is Textual Inversion's vector.
+    With zeros it gives the descriptor's embedding; with a rare word's difference from it, divided
+    by s, DreamBooth's identifier; trained, Textual Inversion's vector.
 
     Args:
         offset: E, (embedding_width,).
@@ -215,11 +199,8 @@ class FixedEmbedding(nn.Module):
         super().__init__()
         self.offset = nn.Parameter(offset.detach().clone())
 
-    def forward(self, image_features: Tensor, unet_features: Tensor | None = None) -> Tensor:
-        return self.predict_offset(self.encode_image(image_features), unet_features)
-
     def encode_image(self, image_features: Tensor) -> Tensor:
-        """Return nothing but the batch size, (batch, 0)."""
+        """Return the batch size only, (batch, 0)."""
         return image_features.new_zeros(len(image_features), 0)
 
     def predict_offset(self, encoded_image: Tensor, unet_features: Tensor | None = None) -> Tensor:

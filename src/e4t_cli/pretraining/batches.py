@@ -1,10 +1,7 @@
-"""One process or many: who this one is, and the few things that processes tell each other.
+"""Samples and loss of a pre-training step, in one process or several (torchrun, accelerate).
 
-`accelerate launch` and torchrun start the same program several times and say so in the
-environment. Every process then holds the whole model, takes its own positions of the global batch
-and exchanges gradients, so that all of them hold the same weights after each step.
-
-Which pictures, in which sentences, under which noise: a function of seed, step and position.
+Images, prompts and noise of a step are functions of seed, step and position in the global batch,
+so two processes with batches of 8 take the steps of one with a batch of 16.
 """
 
 from __future__ import annotations
@@ -12,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from e4t_cli.errors import UsageError
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import Posterior, TextToImageModel
-from e4t_cli.nn.precision import PrecisionPolicy, full_precision, half_precision
+from e4t_cli.nn.precision import full_precision, half_precision
 from e4t_cli.nn.randomness import Draws, draw, sent
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.pretraining.encoded_images import TrainingData
@@ -33,12 +30,15 @@ from e4t_cli.training.loss import Losses, TrainingBatch, training_loss
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedContext:
-    """This process among all that train together; by default it is alone.
+    """This process among those that train together, from `init_distributed`; alone by default.
+
+    Every process holds the whole model, takes its positions of the global batch, and averages
+    gradients with the others after each step.
 
     Args:
-        rank: which one it is, 0 … count - 1. The first one reports and saves.
-        count: how many there are.
-        device: what this one works on; None leaves the choice to whoever loads the model.
+        rank: 0 … count - 1. Rank 0 reports and saves.
+        count: number of processes.
+        device: of this process; None leaves the choice to whoever loads the model.
     """
 
     rank: int = 0
@@ -50,13 +50,15 @@ class DistributedContext:
         return self.rank == 0
 
     def positions(self, batch_size: int) -> range:
-        """Return this process's places in the global batch of `count * batch_size` samples."""
+        """Return this process's positions in the global batch of `count * batch_size` samples."""
         return range(self.rank * batch_size, (self.rank + 1) * batch_size)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return a module whose backward pass averages gradients over all processes."""
         if self.count == 1:
             return module
+        # Not `Accelerator.prepare` (accelerate 1.15.0): on GPUs it follows a launcher's FSDP or
+        # DeepSpeed settings, which shard the parameters that checkpoints hold as a whole.
         cuda = self.device is not None and self.device.type == "cuda"
         return DistributedDataParallel(
             module, device_ids=[self.device] if cuda else None, broadcast_buffers=False
@@ -64,54 +66,59 @@ class DistributedContext:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over all processes."""
-        if self.count > 1:
-            distributed.all_reduce(values)
-            values = values / self.count
-        return values
+        return self._reduce(values, "mean")
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds in any process; all of them have to ask."""
-        if self.count == 1:
-            return flag
-        found = torch.tensor(float(flag), device=self.device)
-        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
-        return bool(found.item())
+        """Return whether it holds in any process; all of them have to call this."""
+        return bool(self._reduce(torch.tensor(float(flag), device=self.device), "sum"))
 
-    def check_same(self, number: int, what: str) -> None:
-        """Make sure that all processes hold the same number.
+    def check_same(self, value: int, what: str) -> None:
+        """Make sure that all processes hold the same value.
 
         Raises:
             UsageError: they do not.
         """
-        if self.count == 1:
-            return
-        ends = torch.tensor([number, -number], device=self.device)
-        distributed.all_reduce(ends, op=distributed.ReduceOp.MAX)
-        if ends[0] != -ends[1]:
+        values = [value]
+        if self.count > 1:
+            from accelerate.utils import gather
+
+            values = gather(torch.tensor([value], device=self.device)).tolist()
+        if min(values) != max(values):
             raise UsageError(
-                f"the processes differ in {what}: {-int(ends[1])} and {int(ends[0])}",
+                f"the processes differ in {what}: {min(values)} and {max(values)}",
                 hint="give all of them the same folder, on a disk that they share",
             )
 
+    def _reduce(self, values: Tensor, reduction: str) -> Tensor:
+        if self.count == 1:
+            return values
+        from accelerate.utils import reduce
 
-def is_launched() -> bool:
-    """Whether a launcher has started this program as one of several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+        reduced: Tensor = reduce(values, reduction)
+        return reduced
+
+
+def no_sync(trained: nn.Module) -> AbstractContextManager[None]:
+    """Accumulate gradients without averaging them over processes, inside a `with` block."""
+    if isinstance(trained, DistributedDataParallel):
+        return trained.no_sync()
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def init_distributed(device: str = "auto") -> Iterator[DistributedContext]:
-    """Meet the other processes that a launcher has started, if it has.
+    """Join the other processes that torchrun or `accelerate launch` has started, if any.
 
     Args:
-        device: "cpu" for the CPU, anything else for the graphics card of this process where the
-            machine has them. Processes meet through NCCL on cards and gloo on CPUs.
+        device: "cpu" for the CPU, anything else for the GPU of this process where there are some.
+            Processes communicate through NCCL on GPUs and gloo on CPUs.
     """
-    if not is_launched():
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield DistributedContext()
         return
     from accelerate import PartialState
 
+    # Without `cpu=True`, accelerate 1.15.0 finds no other process on a machine without GPUs.
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     try:
         yield DistributedContext(
@@ -122,24 +129,15 @@ def init_distributed(device: str = "auto") -> Iterator[DistributedContext]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Samples:
-    """What one forward pass is given, on the model's device.
+class SampleBatch:
+    """The input of one forward pass, on the model's device."""
 
-    Args:
-        z_0: latents (batch, channels, height, width).
-        timesteps: t of each sample (batch,).
-        epsilon: the noise, shaped like z_0.
-        image_features: what the encoder is shown (batch, layers, width).
-        tokens: a training prompt for each sample.
-        mask: soft weights of the diffusion loss (batch, height, width), or None.
-    """
-
-    z_0: Tensor
-    timesteps: Tensor
-    epsilon: Tensor
-    image_features: Tensor
-    tokens: Tokens
-    mask: Tensor | None = None
+    z_0: Tensor  # latents (batch, channels, height, width)
+    timesteps: Tensor  # (batch,)
+    epsilon: Tensor  # the noise, shaped like z_0
+    image_features: Tensor  # input of the encoder (batch, layers, width)
+    tokens: Tokens  # a training prompt for each sample
+    mask: Tensor | None = None  # weights of the diffusion loss (batch, height, width)
 
 
 class Batches:
@@ -162,9 +160,9 @@ class Batches:
         self.model, self.data, self.config, self.seed = model, data, config, seed
         self.batch_size = batch_size or config.batch_size
         self.tokens: Tokens = model.tokenize(training_prompts(tuple(templates)), descriptor_id)
-        self._drawn: tuple[int, Draws] | None = None
+        self._last: tuple[int, Draws] | None = None
 
-    def of(self, step: int, positions: range | None = None) -> Samples:
+    def of(self, step: int, positions: range | None = None) -> SampleBatch:
         """Return the samples at `positions` of a step's batch; None is all of it."""
         positions = range(self.batch_size) if positions is None else positions
         device = self.model.device
@@ -178,7 +176,7 @@ class Batches:
         masks = None
         if self.config.mask and rows.masks is not None:
             masks = sent(rows.masks, device).float()
-        return Samples(
+        return SampleBatch(
             z_0=posterior.sample(draws.posterior),
             timesteps=draws.timesteps,
             epsilon=draws.epsilon,
@@ -188,30 +186,25 @@ class Batches:
         )
 
     def _draws(self, step: int) -> Draws:
-        """Draw for the whole batch, once for all micro-batches of a step."""
-        if self._drawn is None or self._drawn[0] != step:
-            size, model = self.batch_size, self.model
+        """Return the noise of the whole batch, generated once for all micro-batches of a step."""
+        if self._last is None or self._last[0] != step:
             draws = draw(
-                self.seed,
-                step,
-                range(size),
-                batch_size=size,
-                train_timesteps=model.train_timesteps,
-                shape=model.latent_shape,
-            )
-            self._drawn = (step, draws)
-        return self._drawn[1]
+                self.seed, step, range(self.batch_size), batch_size=self.batch_size,
+                train_timesteps=self.model.train_timesteps, shape=self.model.latent_shape,
+            )  # fmt: skip
+            self._last = (step, draws)
+        return self._last[1]
 
 
-class Objective(nn.Module):
-    """Eq. 5 as one module with one forward pass, whose parameters are those that learn.
+class PretrainingLoss(nn.Module):
+    """Eq. 5 as a module with one forward pass, whose parameters are those in training.
 
-    Both passes through the U-Net are inside, so that an engine that exchanges gradients between
-    processes sees each of them used once a step. The frozen base is out of its sight: it is
-    neither sent to the other processes nor given gradients.
+    Both passes through the U-Net are inside, so that DistributedDataParallel sees each parameter
+    used once a step. The frozen base is not registered as a submodule: it is neither sent to the
+    other processes nor given gradients.
 
     Args:
-        precision: the dtypes of the run.
+        autocast_dtype: of matrix multiplications; None for the weights' dtype.
     """
 
     def __init__(
@@ -223,35 +216,26 @@ class Objective(nn.Module):
         *,
         e_domain: Tensor,
         scale: float,
-        precision: PrecisionPolicy,
+        autocast_dtype: torch.dtype | None = None,
         detach_features: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.offsets = encoder, offsets
-        self._frozen = (model, unet, e_domain)  # a tuple hides modules from nn.Module
-        self.scale, self.precision, self.detach_features = scale, precision, detach_features
+        self._frozen = (model, unet, e_domain)  # nn.Module registers no modules in a tuple
+        self.scale, self.detach_features = scale, detach_features
+        self.autocast_dtype = autocast_dtype
 
-    def forward(self, samples: Samples) -> Losses:
+    def forward(self, samples: SampleBatch) -> Losses:
         model, unet, e_domain = self._frozen
         with full_precision(model.device):
             encoded_image = self.encoder.encode_image(samples.image_features)
         batch = TrainingBatch(
-            z_0=samples.z_0,
-            timesteps=samples.timesteps,
-            epsilon=samples.epsilon,
-            encoded_image=encoded_image,
-            tokens=samples.tokens,
-            mask=samples.mask,
-        )
-        half = self.precision.half
-        cast = unet.dtype != half
-        with self.offsets.cached(), half_precision(model.device, half, cast=cast):
+            z_0=samples.z_0, timesteps=samples.timesteps, epsilon=samples.epsilon,
+            encoded_image=encoded_image, tokens=samples.tokens, mask=samples.mask,
+        )  # fmt: skip
+        cast = unet.dtype != self.autocast_dtype
+        with self.offsets.cached(), half_precision(model.device, self.autocast_dtype, cast=cast):
             return training_loss(
-                model,
-                unet,
-                self.encoder,
-                batch,
-                e_domain=e_domain,
-                scale=self.scale,
-                detach_features=self.detach_features,
-            )
+                model, unet, self.encoder, batch,
+                e_domain=e_domain, scale=self.scale, detach_features=self.detach_features,
+            )  # fmt: skip

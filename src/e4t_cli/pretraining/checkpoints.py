@@ -1,4 +1,4 @@
-"""Resumable training state: everything that the next step depends on, in one safe file."""
+"""Resumable training state: everything that the next step depends on, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,41 @@ from e4t_cli.errors import DivergedError, IntegrityError, ResourceError, UsageEr
 from e4t_cli.files import write_atomically
 
 LATEST = "latest"
-"""Names the checkpoint to go on from; written when that one is safe on the disk."""
+"""File that names the checkpoint to resume from; written when that one is safe on the disk."""
 
 LAYOUT = ("processes", "micro_batch", "steps")
-"""Settings of a run that may change without it becoming another run."""
+"""Settings that may change when a run is resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Where and how often `pretrain_domain` saves its state."""
+
+    folder: Path | None = None  # of the last two checkpoints; None keeps none
+    every: int = 500  # steps
+    resume: bool = True  # from the latest checkpoint in the folder, if there is one
+    force: bool = False  # also from that of a run with other settings
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingState:
+    """What a checkpoint holds."""
+
+    encoder: nn.Module
+    offsets: nn.Module
+    optimizer: torch.optim.Optimizer
 
 
 class Checkpoints:
-    """Resumable state in a folder: step-N.safetensors, whole or absent, the last two kept.
+    """The files step-N.safetensors in a folder, each whole or absent.
 
     A checkpoint is written under another name, synced and renamed; then `latest` is made to point
     to it in the same way; only then is the oldest one removed. So at every moment, also after a
     power cut, `latest` names a whole checkpoint.
 
     Args:
-        folder: made if it is not there.
-        run: the settings that decide every number of the run. `processes` and `recipe.batch_size`
+        folder: created if it does not exist.
+        run: the settings that decide every value of the run. `processes` and `recipe.batch_size`
             count as their product, the global batch.
     """
 
@@ -46,22 +66,15 @@ class Checkpoints:
         except OSError as error:
             raise self._unwritable(error, "the folder of checkpoints") from error
 
-    def write(
-        self,
-        step: int,
-        *,
-        encoder: nn.Module,
-        offsets: nn.Module,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
+    def write(self, step: int, state: TrainingState) -> None:
         """Save the state after `step`.
 
         Raises:
             ResourceError: the disk is full; the checkpoints before are intact.
         """
-        tensors = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
-        tensors |= {f"offsets.{key}": value for key, value in offsets.state_dict().items()}
-        for index, moments in optimizer.state_dict()["state"].items():
+        tensors = {f"encoder.{key}": value for key, value in state.encoder.state_dict().items()}
+        tensors |= {f"offsets.{key}": value for key, value in state.offsets.state_dict().items()}
+        for index, moments in state.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
         path = self.folder / f"step-{step:08d}.safetensors"
         metadata = {"step": str(step), "run": json.dumps(self.run)}
@@ -76,15 +89,8 @@ class Checkpoints:
             if old not in self.kept:
                 old.unlink(missing_ok=True)
 
-    def restore(
-        self,
-        *,
-        encoder: nn.Module,
-        offsets: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        force: bool = False,
-    ) -> int:
-        """Load the latest checkpoint into all three; returns the steps done, 0 without one.
+    def restore(self, state: TrainingState, *, force: bool = False) -> int:
+        """Load the latest checkpoint into `state`; return the steps done, 0 without one.
 
         Args:
             force: also one of a run with other settings, as far as its tensors fit.
@@ -93,7 +99,8 @@ class Checkpoints:
             IntegrityError: it cannot be read.
             UsageError: it is of another run.
         """
-        self._clean()
+        for torn in [*self.folder.glob(".step-*~"), *self.folder.glob(f".{LATEST}.*~")]:
+            torn.unlink(missing_ok=True)  # a killed process was writing it
         path = self.latest()
         if path is None:
             return 0
@@ -105,7 +112,7 @@ class Checkpoints:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise IntegrityError(
                 f"the checkpoint {path.name} cannot be read: {error}",
-                hint="remove it to go on from the one before",
+                hint="remove it to resume from the one before",
             ) from error
         self._compare(run, force)
         parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "offsets": {}, "optimizer": {}}
@@ -116,14 +123,14 @@ class Checkpoints:
         for key, value in parts["optimizer"].items():
             index, _, moment = key.partition(".")
             moments.setdefault(int(index), {})[moment] = value
-        groups = optimizer.state_dict()["param_groups"]
+        groups = state.optimizer.state_dict()["param_groups"]
         try:
-            encoder.load_state_dict(parts["encoder"])
-            offsets.load_state_dict(parts["offsets"])
-            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            state.encoder.load_state_dict(parts["encoder"])
+            state.offsets.load_state_dict(parts["offsets"])
+            state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         except (RuntimeError, ValueError) as error:
             raise UsageError(
-                f"the checkpoint {path.name} has other shapes than this run: nothing can force it",
+                f"the checkpoint {path.name} has other shapes than this run: it cannot be forced",
                 hint="start anew, or in another folder",
             ) from error
         found = self._all()
@@ -131,7 +138,7 @@ class Checkpoints:
         return step
 
     def latest(self) -> Path | None:
-        """Return the checkpoint to go on from: that of the pointer, else the newest."""
+        """Return the checkpoint to resume from: that of the pointer, else the newest."""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             name = (self.folder / LATEST).read_text(encoding="utf-8").strip()
             found = [path for path in self._all() if path.name == name]
@@ -140,10 +147,10 @@ class Checkpoints:
         return max(self._all(), default=None)
 
     def _compare(self, saved: Mapping[str, Any], force: bool) -> None:
-        """Refuse the state of another run, and remark on what may differ.
+        """Refuse the state of another run, and add remarks on what may differ.
 
         Raises:
-            UsageError: it says what was, and what is.
+            UsageError: with the old and the new settings.
         """
         old, new = _flat(saved), _flat(self.run)
         changed = [
@@ -155,17 +162,15 @@ class Checkpoints:
             raise UsageError(
                 f"the checkpoints in {printable(str(self.folder))} are of another run:"
                 f" {', '.join(changed)}",
-                hint="give the settings of before, or --force to go on with the new ones",
+                hint="give the settings of before, or --force to continue with the new ones",
             )
         if changed:
-            self.remarks.append(f"going on with other settings: {', '.join(changed)}")
+            self.remarks.append(f"continuing with other settings: {', '.join(changed)}")
+        same = ": the samples of each step stay the same, their sums are rounded in another order"
         for key, word in (("processes", "processes"), ("micro_batch", "samples at a time")):
             if key in old and old[key] != new[key]:
                 self.remarks.append(
-                    f"{old[key]} {word} before, {new[key]} now: the samples of each step stay the"
-                    " same, their sums are rounded in another order"
-                    if not changed
-                    else f"{old[key]} {word} before, {new[key]} now"
+                    f"{old[key]} {word} before, {new[key]} now{'' if changed else same}"
                 )
 
     def _all(self) -> list[Path]:
@@ -173,26 +178,18 @@ class Checkpoints:
         names = [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
         return sorted(names, key=lambda path: int(path.stem.partition("-")[2]))
 
-    def _clean(self) -> None:
-        """Remove what a killed process was writing."""
-        for torn in [*self.folder.glob(".step-*~"), *self.folder.glob(f".{LATEST}.*~")]:
-            torn.unlink(missing_ok=True)
-
     def _unwritable(self, error: OSError, what: str) -> ResourceError:
         intact = self.latest() if self.folder.is_dir() else None
         kept = f"; {intact.name} before it is intact" if intact is not None else ""
         return ResourceError(
             f"{what} could not be written in {printable(str(self.folder))}:"
             f" {error.strerror or error}{kept}",
-            hint="make room; the same command then goes on from there",
+            hint="make room; the same command then resumes from there",
         )
 
 
 def check_weights(step: int, *modules: nn.Module, kept: int) -> None:
-    """Look at all weights at once before they are saved: one number a module comes back.
-
-    Args:
-        kept: steps of the last checkpoint, 0 for none.
+    """Make sure that all weights are finite, with one transfer from the device for each module.
 
     Raises:
         DivergedError: some weight is not finite.
@@ -204,11 +201,10 @@ def check_weights(step: int, *modules: nn.Module, kept: int) -> None:
 
 
 def diverged(step: int, reason: str, *, good: int, kept: int) -> DivergedError:
-    """Return the error of a run whose numbers have left the range.
+    """Return the error of a run with a value that is not finite, the first one at `step`.
 
     Args:
-        step: where it was seen.
-        good: the last step before it whose numbers were finite.
+        good: the last step before it whose values were finite.
         kept: steps of the last checkpoint, 0 for none.
     """
     saved = f"the checkpoint of step {kept} is kept" if kept else "nothing was saved"

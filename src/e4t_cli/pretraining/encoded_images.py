@@ -1,7 +1,4 @@
-"""A domain's pictures, looked at once: latents and [CLS] features never change in training.
-
-How pre-training looks at pictures, kept or not: what it keeps of one, and how many at a time.
-"""
+"""Encodes training images: VAE latents and [CLS] features, which never change in training."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -29,40 +27,31 @@ from e4t_cli.training.loss import latent_mask
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedRows:
-    """What training sees of some pictures, one row a sample; on any device, in any precision.
+    """Encoded images, one row a sample; on any device, in any dtype."""
 
-    Args:
-        means, logvars: the VAE's posterior (rows, channels, height, width).
-        image_features: [CLS] of every second layer (rows, layers, width), of the picture that the
-            encoder is shown.
-        masks: soft weights at latent size (rows, height, width), or None.
-    """
-
-    means: Tensor
+    means: Tensor  # of the VAE's posterior (rows, channels, height, width)
     logvars: Tensor
-    image_features: Tensor
-    masks: Tensor | None = None
+    image_features: Tensor  # [CLS] of every second layer (rows, layers, width)
+    masks: Tensor | None = None  # soft weights at latent size (rows, height, width)
 
     def __len__(self) -> int:
         return len(self.means)
 
 
 class TrainingData(Protocol):
-    """Where a training run's samples come from: `EncodedImages`, or pictures that are read as
-    they are needed.
+    """The samples of a training run: `EncodedImages`, or images that are encoded on the fly.
 
-    `rows` is a pure function: asked again for the same place it gives the same rows, whatever was
-    asked before, by whichever process and in whichever order. All that resuming needs follows
-    from that. A run asks for its steps in order, and within a step for its micro-batches in order.
+    `rows` is a pure function of its arguments, which makes resumed runs exact. A run reads its
+    steps in order, and within a step its micro-batches in order.
     """
 
     @property
     def fingerprint(self) -> str:
-        """Identify content and settings, so that a run is not resumed on other pictures."""
+        """Identifies content and settings, so that a run is not resumed on other images."""
         ...
 
     def __len__(self) -> int:
-        """How many pictures there are; they go onto the domain's card."""
+        """How many images there are, for the domain's manifest."""
         ...
 
     def rows(self, *, seed: int, step: int, positions: range, batch_size: int) -> EncodedRows:
@@ -78,29 +67,19 @@ class TrainingData(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EncodedImages:
-    """A domain's pictures as training sees them.
+class EncodedImages(EncodedRows):
+    """A domain's encoded images in memory.
 
     Args:
-        means, logvars: the VAE's posterior of each picture (count, channels, height, width).
-        image_features: [CLS] of every second layer (count, layers, width).
-        masks: soft weights at latent size (count, height, width), or None.
-        encoder_index: for each picture the indices of pictures of the same concept (count, k), one
-            of which the encoder is shown in its place. Departure: None, the paper's way, shows it
-            the very picture it has to reproduce, background and all.
+        encoder_index: for each image the indices of images of the same concept (count, k), one
+            of which is the encoder's input in its place. Departure: None, the paper's way, gives
+            it the very image that it has to reproduce, background and all.
     """
 
-    means: Tensor
-    logvars: Tensor
-    image_features: Tensor
-    masks: Tensor | None = None
     encoder_index: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.means)
-
     def rows(self, *, seed: int, step: int, positions: range, batch_size: int) -> EncodedRows:
-        """Walk through a new order of all pictures in each epoch (see `TrainingData`)."""
+        """Visit all images once an epoch, in a new order (see `TrainingData`)."""
         index = epoch_indices(seed, step, positions, batch_size, len(self))
         shown = index
         if self.encoder_index is not None:
@@ -128,7 +107,7 @@ class EncodedImages:
 
     @property
     def fingerprint(self) -> str:
-        """Identify the content, so that a run is not resumed on other pictures."""
+        """Identifies the content (see `TrainingData`)."""
         digest = hashlib.sha256()
         for key, value in vars(self).items():
             if value is not None:
@@ -138,13 +117,13 @@ class EncodedImages:
 
 
 def epoch_indices(seed: int, step: int, positions: range, batch_size: int, count: int) -> Tensor:
-    """Return which of `count` pictures stand at some positions of one step's batch, (positions,).
+    """Return which of `count` images are at some positions of one step's batch, (positions,).
 
-    Each epoch visits every picture once, in an order of its own; a batch may span two epochs.
+    Each epoch visits every image once, in an order of its own; a batch may span two epochs.
     """
-    places = [step * batch_size + position for position in positions]
-    orders = {epoch: _order(seed, epoch, count) for epoch in {place // count for place in places}}
-    return torch.stack([orders[place // count][place % count] for place in places])
+    samples = [step * batch_size + position for position in positions]
+    orders = {epoch: _order(seed, epoch, count) for epoch in {one // count for one in samples}}
+    return torch.stack([orders[one // count][one % count] for one in samples])
 
 
 @lru_cache(maxsize=4)
@@ -156,81 +135,56 @@ def encode_images(
     model: TextToImageModel,
     images: Iterable[PreparedImage],
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     total: int = 0,
     autocast: bool | None = False,
     on_progress: ProgressCallback | None = None,
 ) -> EncodedImages:
-    """Look at every picture once: latents, [CLS] features, masks; in float16 on the CPU.
+    """Encode every image once: latents, [CLS] features, masks; in float16 on the CPU.
 
     Args:
-        images: prepared pictures; masks are kept if every picture has one.
+        images: prepared images; masks are kept if every image has one.
+        batch_size: None for as many as a small GPU holds.
         total: how many there are, for progress reports.
-        autocast: look in bfloat16, which is less exact than what is stored; None where the
-            hardware has such products.
+        autocast: encode in bfloat16, which is less exact than what is stored; None where the
+            hardware multiplies bfloat16.
 
     Raises:
         InputError: there are none.
     """
     precision = PrecisionPolicy.resolve(model.device, model.dtype, autocast, loss_scaling=False)
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-    batch: list[PreparedImage] = []
-    count = 0
-
-    def encode() -> None:
+    # The VAE's first layers are the largest tensors of all: about eight images of 512 pixels.
+    batch_size = batch_size or max(1, min(32, 8 * 512**2 // model.resolution**2))
+    parts: list[EncodedRows] = []
+    source, count = iter(images), 0
+    while batch := list(islice(source, batch_size)):
+        count += len(batch)
         pixels = model.pixels([one.image for one in batch])
         with half_precision(model.device, precision.half):
             posterior, features = model.posterior(pixels), model.image_features(pixels)
+        found = [one.mask for one in batch if one.mask is not None]
         masks = None
-        if all(one.mask is not None for one in batch):
-            whole = model.masks([one.mask for one in batch if one.mask is not None])
-            masks = latent_mask(whole, model.latent_shape[1:]).half().cpu()
-        parts.append(
-            (*(x.half().cpu() for x in (posterior.mean, posterior.logvar, features)), masks)
-        )
-        batch.clear()
+        if len(found) == len(batch):
+            masks = latent_mask(model.masks(found), model.latent_shape[1:]).half().cpu()
+        means, logvars = posterior.mean.half().cpu(), posterior.logvar.half().cpu()
+        rows = features.half().cpu()
+        parts.append(EncodedRows(means=means, logvars=logvars, image_features=rows, masks=masks))
         if on_progress:
             on_progress(Progress(stage="encode", done=count, total=total))
-
-    for prepared in images:
-        batch.append(prepared)
-        count += 1
-        if len(batch) == batch_size:
-            encode()
-    if batch:
-        encode()
     if not parts:
-        raise InputError("there are no pictures to train on")
-    means, logvars, features = (torch.cat([part[i] for part in parts]) for i in range(3))
-    masks = [part[3] for part in parts if part[3] is not None]
+        raise InputError("there are no images to train on")
+    masked = [part.masks for part in parts if part.masks is not None]
     return EncodedImages(
-        means=means,
-        logvars=logvars,
-        image_features=features,
-        masks=torch.cat(masks) if len(masks) == len(parts) else None,
+        means=torch.cat([part.means for part in parts]),
+        logvars=torch.cat([part.logvars for part in parts]),
+        image_features=torch.cat([part.image_features for part in parts]),
+        masks=torch.cat(masked) if len(masked) == len(parts) else None,
     )
 
 
-def bytes_per_picture(model: TextToImageModel, *, mask: bool) -> int:
-    """Return what a picture takes in the cache."""
+def bytes_per_image(model: TextToImageModel, *, mask: bool) -> int:
+    """Return the size of an encoded image in the cache."""
     channels, height, width = model.latent_shape
     tower = model.image_tower
-    numbers = 2 * channels * height * width + len(tower.indices) * tower.width
-    return 2 * (numbers + (height * width if mask else 0)) + 33 + SIGNATURE
-
-
-def look(
-    model: TextToImageModel,
-    pictures: Iterable[PreparedImage],
-    on_progress: ProgressCallback | None = None,
-) -> EncodedRows:
-    """Return what training sees of prepared pictures, in their order."""
-    # The VAE's first layers are the largest tensors of all: about eight pictures of 512 pixels.
-    batch = max(1, min(32, 8 * 512**2 // model.resolution**2))
-    found = encode_images(model, pictures, batch_size=batch, on_progress=on_progress)
-    return EncodedRows(
-        means=found.means,
-        logvars=found.logvars,
-        image_features=found.image_features,
-        masks=found.masks,
-    )
+    values = 2 * channels * height * width + len(tower.indices) * int(tower.width)
+    return 2 * (values + (height * width if mask else 0)) + 33 + SIGNATURE

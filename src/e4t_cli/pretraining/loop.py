@@ -1,23 +1,17 @@
-"""What stands at any moment of pre-training, as a pack, and what whoever watches is shown.
-
-The losses between two reports: kept on the device until they are checked and smoothed.
-
-The loop of domain pre-training (section 3.3).
-"""
+"""The loop of domain pre-training (section 3.3)."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from e4t_cli.models.domain_weights import DomainWeights, facts_about, usual_limits
 from e4t_cli.models.text_to_image import TextToImageModel
@@ -26,70 +20,91 @@ from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.nn.randomness import generator
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
-from e4t_cli.pretraining.batches import Batches, DistributedContext, Objective
-from e4t_cli.pretraining.checkpoints import Checkpoints, check_weights, diverged
+from e4t_cli.pretraining.batches import Batches, DistributedContext, PretrainingLoss, no_sync
+from e4t_cli.pretraining.checkpoints import (
+    CheckpointOptions,
+    Checkpoints,
+    TrainingState,
+    check_weights,
+    diverged,
+)
 from e4t_cli.pretraining.encoded_images import TrainingData
 from e4t_cli.progress import Progress, ProgressCallback, StopRequest
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.training.loss import Losses
 from e4t_cli.training.optim import adamw
 
+REPORT_EVERY = 10
+"""Steps between two progress reports; a report waits for the device."""
+SMOOTHING = 0.9
+"""Share of the past in the smoothed loss, from one report to the next."""
+MAX_STOP_DELAY = 2.0
+"""Seconds after which all processes have noticed that one of them was asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainInfo:
+    """What domain weights contain beside parameters; licence and notes are for the manifest."""
+
+    name: str
+    descriptor: str
+    templates: tuple[str, ...]  # training prompts with "{}" in the concept's place
+    tuning: TuningConfig  # of inference-time tuning
+    licence: str = ""
+    notes: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How `pretrain_domain` computes.
+
+    Args:
+        seed: of the initial weights and of all noise.
+        autocast: run the U-Net in bfloat16, with the trained weights in float32; None where the
+            hardware multiplies bfloat16.
+        detach_features: see `training_loss`.
+        hidden_width: of the encoder; None for the image encoder's width.
+        micro_batch: samples in one forward pass; gradients are accumulated over the batch, so
+            that it changes memory and rounding, nothing else. None is all.
+    """
+
+    seed: int = 0
+    autocast: bool | None = None
+    detach_features: bool = False
+    hidden_width: int | None = None
+    micro_batch: int | None = None
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PretrainingStep:
-    """What `on_step` sees after each optimiser step.
+    """Argument of `on_step`, after each optimizer step; encoder and offsets are read only."""
 
-    Args:
-        step: steps done, 1 …
-        encoder, offsets: in training; look, do not touch.
-        diffusion, penalty: eq. 4 and eq. 2 of this step's samples (batch,), detached; with several
-            processes, of this one's.
-        snapshot: call it for a copy of the domain as it is now, ready for `tune`.
-    """
-
-    step: int
+    step: int  # steps done, 1 …
     encoder: WordEmbeddingEncoder
     offsets: WeightOffsets
-    diffusion: Tensor
-    penalty: Tensor
-    snapshot: Callable[[], DomainWeights]
+    diffusion: Tensor  # eq. 4 of this process's samples (batch,), detached
+    penalty: Tensor  # eq. 2, likewise
+    snapshot: Callable[[], DomainWeights]  # copies the domain as it is now, ready for `tune`
 
 
-def packed(
-    model: TextToImageModel,
-    encoder: WordEmbeddingEncoder,
-    offsets: WeightOffsets,
-    *,
-    descriptor: str,
-    images: int,
-    **stated: Any,
-) -> DomainWeights:
-    """Return copies of what is in training, in main memory, as a pack for the base.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingCallbacks:
+    """What `pretrain_domain` calls, the functions in the first process only.
 
     Args:
-        images: how many pictures it has learned from.
-        stated: other fields of `DomainWeights`.
+        stop: when it is set, the step is finished and saved, and KeyboardInterrupt raised.
+        on_progress: called every few steps with the mean losses since the last report, the
+            smoothed loss and the speed.
+        on_step: called after each step.
     """
-    return DomainWeights(
-        encoder=copy.deepcopy(encoder).cpu(),
-        offsets={path: (a.cpu(), b.cpu()) for path, (a, b) in offsets.factors().items()},
-        descriptor=descriptor,
-        images=images,
-        limits=usual_limits(descriptor, model.base.name, images),
-        **facts_about(model),
-        **stated,
-    )
 
-
-REPORT_EVERY = 10
-"""Steps between two progress reports; a report waits for the device."""
-
-SMOOTHING = 0.9
-"""Share of the past in the smoothed loss, from one report to the next."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    on_progress: ProgressCallback | None = None
+    on_step: Callable[[PretrainingStep], None] | None = None
 
 
 class RunningLosses:
-    """The losses since the last report, kept on the device until then, and what became of them."""
+    """The losses since the last report, kept on the device until then."""
 
     def __init__(self, config: PretrainingConfig, done: int) -> None:
         self.config, self.reported = config, done
@@ -104,7 +119,7 @@ class RunningLosses:
     def report(self, step: int, kept: int, processes: DistributedContext) -> Progress:
         """Return the means since the last report.
 
-        Paper silent: no gradient clipping here, so a bad number shows in the loss.
+        Paper silent: no gradient clipping here, so a bad value shows in the loss.
 
         Raises:
             DivergedError: one of them is not finite.
@@ -133,206 +148,168 @@ class RunningLosses:
             done=step,
             total=self.config.steps,
             values={
-                "loss": loss,
-                "diffusion": diffusion,
-                "penalty": penalty,
-                "smoothed": self.smooth / self.weight,
-                "it/s": 1 / max(self.seconds, 1e-9),
+                "loss": loss, "diffusion": diffusion, "penalty": penalty,
+                "smoothed": self.smooth / self.weight, "it/s": 1 / max(self.seconds, 1e-9),
             },
-        )
+        )  # fmt: skip
 
     def steps_in(self, seconds: float) -> int:
         """Return how many steps fit into some seconds, 1 … REPORT_EVERY, alike in all processes."""
         return max(1, min(REPORT_EVERY, int(seconds / max(self.seconds, 1e-9))))
 
 
-MAX_NONFINITE = 2.0
-"""Seconds after which several processes have noticed that one of them was asked to stop."""
-
-
 def pretrain_domain(
     model: TextToImageModel,
     data: TrainingData,
     *,
-    name: str,
-    descriptor: str,
+    domain: DomainInfo,
     config: PretrainingConfig,
-    tuning: TuningConfig,
-    templates: Sequence[str],
-    seed: int = 0,
-    licence: str = "",
-    notes: str = "",
-    autocast: bool | None = None,
-    detach_features: bool = False,
-    hidden_width: int | None = None,
-    micro_batch: int | None = None,
+    options: TrainingOptions | None = None,
+    checkpoints: CheckpointOptions | None = None,
+    callbacks: TrainingCallbacks | None = None,
     processes: DistributedContext | None = None,
-    checkpoints: str | Path | None = None,
-    checkpoint_every: int = 500,
-    resume: bool = True,
-    force: bool = False,
-    stop: StopRequest | None = None,
-    on_progress: ProgressCallback | None = None,
-    on_step: Callable[[PretrainingStep], None] | None = None,
 ) -> DomainWeights:
     """Train a domain's encoder and offsets on a frozen base.
 
     Args:
         data: from `encode_images` with this model, or any other `TrainingData`.
-        name, descriptor: of the domain.
-        recipe: the numbers of training; its batch is one process's share of a step.
-        tuning: the recipe that the pack will carry for personalization.
-        templates: training sentences with "{}" in the concept's place.
-        seed: of the first weights and of every draw.
-        licence, notes: for the pack's card.
-        autocast: run the U-Net in bfloat16, with the trained weights in float32; None where the
-            hardware has bfloat16.
-        detach_features: see `training_loss`.
-        hidden_width: of the encoder; None takes the image tower's width.
-        micro_batch: samples that go through the model together; gradients are summed until the
-            batch is whole, so that it changes memory and rounding, nothing else. None is all.
-        processes: from `join_processes`. Each takes its share of the global batch, and the
+        config: its batch is one process's share of a step.
+        processes: from `init_distributed`. Each takes its share of the global batch, and the
             learning rate is base × batch × processes (section 3.5). All of them call this
-            function alike; the first one reports and saves.
-        checkpoints: a folder for resumable state; the last two are kept. None keeps none.
-        checkpoint_every: steps between checkpoints.
-        resume: go on from the latest checkpoint in the folder, if there is one.
-        force: go on also if it is that of a run with other settings.
-        stop: when it asks, the step is finished and saved, and KeyboardInterrupt raised.
-        on_progress: called every few steps with the mean losses since the last report, the
-            smoothed loss and the speed.
-        on_step: called after each step. Both are called in the first process only.
+            function with the same arguments.
 
     Returns:
-        The domain. Its recipe's batch is the global one, so that it says what was done.
+        The domain. The batch in its config is the global one.
 
     Raises:
-        UsageError: the checkpoints are those of another run; the message says in what.
+        UsageError: the checkpoints are those of another run, with the differences.
         DivergedError: a loss or a weight is not finite.
         ResourceError: the disk is full; the checkpoint before is intact.
-        KeyboardInterrupt: `stop` has asked, and everything is saved.
+        KeyboardInterrupt: `callbacks.stop` was set, and everything is saved.
     """
-    processes = processes or DistributedContext()
+    options, checkpoints = options or TrainingOptions(), checkpoints or CheckpointOptions()
+    callbacks, processes = callbacks or TrainingCallbacks(), processes or DistributedContext()
+    seed, stop = options.seed, callbacks.stop
     total_batch = config.batch_size * processes.count
-    own = processes.positions(config.batch_size)
-    size = min(micro_batch or config.batch_size, config.batch_size)
-    parts = [own[first : first + size] for first in range(0, len(own), size)]
+    positions = processes.positions(config.batch_size)
+    size = min(options.micro_batch or config.batch_size, config.batch_size)
+    micro_batches = [positions[first : first + size] for first in range(0, len(positions), size)]
     rate = config.learning_rate * processes.count
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "initial").initial_seed())
-        encoder = WordEmbeddingEncoder(model.encoder_config(hidden_width)).to(model.device)
+        encoder_config = model.encoder_config(options.hidden_width)
+        encoder = WordEmbeddingEncoder(encoder_config).to(model.device)
         offsets = WeightOffsets.for_unet(model.unet).to(model.device)
-    # Another one, so that the model stays usable, also for what `on_step` draws.
-    precision = PrecisionPolicy.resolve(model.device, model.dtype, autocast, loss_scaling=False)
+    # A copy, so that the model stays usable, also for the images of `on_step`.
+    precision = PrecisionPolicy.resolve(
+        model.device, model.dtype, options.autocast, loss_scaling=False
+    )
     unet = frozen_copy(model.unet, {}, precision.half)
     optimizer = adamw(
         (list(encoder.parameters()), rate * config.encoder_rate),
         (list(offsets.parameters()), rate * config.offsets_rate),
     )
-    descriptor_id = model.descriptor_id(descriptor)
-    batches = Batches(model, data, config, templates, descriptor_id, seed, total_batch)
-    state = {"encoder": encoder, "offsets": offsets, "optimizer": optimizer}
+    descriptor_id = model.descriptor_id(domain.descriptor)
+    batches = Batches(model, data, config, domain.templates, descriptor_id, seed, total_batch)
+    state = TrainingState(encoder=encoder, offsets=offsets, optimizer=optimizer)
     run = {
-        "name": name,
-        "descriptor": descriptor,
+        "name": domain.name,
+        "descriptor": domain.descriptor,
         "base": model.fingerprint,
         "data": data.fingerprint,
         "seed": seed,
-        "templates": list(templates),
+        "templates": list(domain.templates),
         "autocast": precision.half is not None,
-        "detach_features": detach_features,
+        "detach_features": options.detach_features,
         "encoder": encoder.config.as_dict(),
         "recipe": {key: value for key, value in config.as_dict().items() if key != "steps"},
         "processes": processes.count,
         "micro_batch": size,
     }
-    folder = Path(checkpoints) if checkpoints is not None else None
-    history = Checkpoints(folder, run) if folder is not None else None
-    done = history.restore(**state, force=force) if history is not None and resume else 0
-    processes.check_same(done, "how far their checkpoints are")
+    history = Checkpoints(checkpoints.folder, run) if checkpoints.folder is not None else None
+    done = 0
+    if history is not None and checkpoints.resume:
+        done = history.restore(state, force=checkpoints.force)
+    processes.check_same(done, "the step of their last checkpoint")
     offsets.attach_to(unet)
-    objective = Objective(
+    loss = PretrainingLoss(
         model, unet, encoder, offsets,
         e_domain=model.word_embedding(descriptor_id), scale=config.embedding_scale,
-        precision=precision, detach_features=detach_features,
+        autocast_dtype=precision.half, detach_features=options.detach_features,
     )  # fmt: skip
-    trained = processes.wrap(objective)
+    trained = processes.wrap(loss)
+    on_progress = callbacks.on_progress if processes.first else None
+    on_step = callbacks.on_step if processes.first else None
 
     def snapshot() -> DomainWeights:
-        return packed(
-            model,
-            encoder,
-            offsets,
-            name=name,
-            descriptor=descriptor,
-            tuning=tuning,
+        facts: dict[str, Any] = facts_about(model)
+        return DomainWeights(
+            encoder=copy.deepcopy(encoder).cpu(),
+            offsets={path: (a.cpu(), b.cpu()) for path, (a, b) in offsets.factors().items()},
             pretraining=config.replace(batch_size=total_batch),
-            templates=tuple(templates),
             images=len(data),
-            licence=licence,
-            notes=notes,
+            limits=usual_limits(domain.descriptor, model.base.name, len(data)),
+            **vars(domain),
+            **facts,
         )
 
     def remark(sentence: str) -> None:
-        if on_progress and processes.first:
+        if on_progress:
             on_progress(Progress(stage="pretrain", remark=sentence))
 
-    if history is not None:
-        for sentence in history.remarks:
-            remark(sentence)
+    def train_step(step: int) -> tuple[Tensor, Tensor]:
+        """Take an optimizer step; return both losses of this process's samples (batch,)."""
+        losses = []
+        for micro_batch in micro_batches:
+            samples = batches.of(step, micro_batch)
+            synchronized = micro_batch is micro_batches[-1]
+            with contextlib.nullcontext() if synchronized else no_sync(trained):
+                found: Losses = trained(samples)
+                # A share of the mean over this process's samples; gradients are averaged over
+                # processes. No layer mixes samples, so the gradient is that of the whole batch.
+                share = len(micro_batch) / len(positions)
+                torch.autograd.backward(found.total(config.reg_weight) * share)
+            losses.append((found.diffusion.detach(), found.regularization.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+        diffusion, penalty = (torch.cat(both) for both in zip(*losses, strict=True))
+        return diffusion, penalty
+
+    for sentence in history.remarks if history is not None else []:
+        remark(sentence)
     remark(
         f"learning rate {rate:.3g} = {config.base_learning_rate:.3g} × batch {config.batch_size}"
         f" × {processes.count} process{'es' if processes.count > 1 else ''}"
-        + (f"; going on from step {done}" if done else "")
+        + (f"; resuming from step {done}" if done else "")
     )
-    stop = stop or StopRequest()
-    running = RunningLosses(config, done)
-    kept = done
+    running, kept = RunningLosses(config, done), done
     with stop.listening():
-        for step in range(done, config.steps):
-            losses = []
-            for index, positions in enumerate(parts):
-                last = index == len(parts) - 1
-                samples = batches.of(step, positions)
-                with nullcontext() if last else _unsynchronized(trained):
-                    found: Losses = trained(samples)
-                    # A share of the mean over this process's samples; the engine takes the mean
-                    # over processes. No layer mixes samples, so the gradient is that of the whole.
-                    share = len(positions) / len(own)
-                    (found.total(config.reg_weight) * share).backward()
-                losses.append((found.diffusion.detach(), found.regularization.detach()))
-            optimizer.step()
-            optimizer.zero_grad()
-            diffusion, penalty = (torch.cat(both) for both in zip(*losses, strict=True))
+        for finished in range(done + 1, config.steps + 1):
+            diffusion, penalty = train_step(finished - 1)
             running.add(diffusion, penalty)
-            finished = step + 1
-            reporting = finished % REPORT_EVERY == 0 or finished == config.steps
-            # Processes have to agree on where to stop; asking each other costs a wait.
-            looking = processes.count == 1 or finished % running.steps_in(MAX_NONFINITE) == 0
-            stopping = looking and finished < config.steps and processes.any(stop.asked)
+            ended = finished == config.steps
+            # Processes have to agree on where to stop, and agreeing costs a synchronization.
+            agreeing = processes.count == 1 or finished % running.steps_in(MAX_STOP_DELAY) == 0
+            stopping = agreeing and not ended and processes.any(stop.asked)
             saving = history is not None and (
-                stopping or finished % checkpoint_every == 0 or finished == config.steps
+                stopping or ended or finished % checkpoints.every == 0
             )
-            if saving or reporting:
+            if saving or ended or finished % REPORT_EVERY == 0:
                 progress = running.report(finished, kept, processes)
-                if on_progress and processes.first:
+                if on_progress:
                     on_progress(progress)
             if saving and history is not None:
                 check_weights(finished, encoder, offsets, kept=kept)
                 if processes.first:
-                    history.write(finished, **state)
+                    history.write(finished, state)
                 kept = finished
-            if on_step and processes.first:
+            if on_step:
                 on_step(
                     PretrainingStep(
-                        step=finished,
-                        encoder=encoder,
-                        offsets=offsets,
-                        diffusion=diffusion,
-                        penalty=penalty,
-                        snapshot=snapshot,
+                        step=finished, encoder=encoder, offsets=offsets,
+                        diffusion=diffusion, penalty=penalty, snapshot=snapshot,
                     )
-                )
+                )  # fmt: skip
             if stopping:
                 saved = "saved" if saving else "not saved: there is no folder for checkpoints"
                 remark(f"stopped after step {finished} of {config.steps}, {saved}")
@@ -340,9 +317,3 @@ def pretrain_domain(
     if history is None:
         check_weights(config.steps, encoder, offsets, kept=kept)
     return snapshot()
-
-
-def _unsynchronized(trained: nn.Module) -> AbstractContextManager[None]:
-    """Let gradients pile up without exchanging them, where they are exchanged at all."""
-    no_sync = getattr(trained, "no_sync", None)
-    return no_sync() if no_sync is not None else nullcontext()

@@ -1,7 +1,7 @@
-"""Domains: the contract, discovery by entry points, and the store of the user's own domains.
+"""Domains: the contract, discovery by entry points, and the store of the user's domains.
 
-The names below are what `e4t domains add`, `rm`, `new` and `push` do, for Python, each imported at
-its first use.
+The names below are what `e4t domains add`, `rm`, `new` and `push` do, for Python. Each is imported
+at its first use: a module that needs only `registry.domain` does not pay for pydantic.
 """
 
 from __future__ import annotations
@@ -10,43 +10,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .publish import Published, publish_domain
-    from .scaffold import new_domain
-    from .store import Added, add_domain, find_own_folder, remove_domain
-    from .weights import WeightsState, weights_state, weights_states
+    from .publish import PublishedDomain as PublishedDomain
+    from .publish import publish_domain as publish_domain
+    from .scaffold import new_domain as new_domain
+    from .store import AddedDomain as AddedDomain
+    from .store import add_domain as add_domain
+    from .store import find_user_folder as find_user_folder
+    from .store import remove_domain as remove_domain
+    from .weights import WeightsState as WeightsState
+    from .weights import weights_state as weights_state
+    from .weights import weights_states as weights_states
 
-_HOME = {
-    "Added": "store",
-    "Published": "publish",
-    "WeightsState": "weights",
-    "add_domain": "store",
-    "find_own_folder": "store",
-    "new_domain": "scaffold",
-    "publish_domain": "publish",
-    "remove_domain": "store",
-    "weights_state": "weights",
-    "weights_states": "weights",
+_MODULES = {
+    "publish": ("PublishedDomain", "publish_domain"),
+    "scaffold": ("new_domain",),
+    "store": ("AddedDomain", "add_domain", "find_user_folder", "remove_domain"),
+    "weights": ("WeightsState", "weights_state", "weights_states"),
 }
-
-__all__ = [
-    "Added",
-    "Published",
-    "WeightsState",
-    "add_domain",
-    "find_own_folder",
-    "new_domain",
-    "publish_domain",
-    "remove_domain",
-    "weights_state",
-    "weights_states",
-]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

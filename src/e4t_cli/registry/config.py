@@ -1,8 +1,7 @@
-"""The numbers of the method as values: how a concept is tuned, how a domain is pre-trained.
+"""The hyperparameters of tuning and of domain pre-training, as validated values.
 
-Part of the contract with a domain's author (`domain`), who states them; a pack brings its own.
-
-How long pre-training takes before anybody has started it: counted work over assumed speed.
+Part of the contract with the author of a domain (`registry.domain`), who states them; domain
+weights bring the ones that they were made with.
 """
 
 from __future__ import annotations
@@ -10,40 +9,53 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance as _Dataclass
+else:
+    _Dataclass = object
 
 
 def check_number(
-    owner: object, name: str, *, above: float = -math.inf, least: float = -math.inf
+    owner: object, name: str, *, above: float = -math.inf, minimum: float = -math.inf
 ) -> None:
-    """Hold a number of a value to its range; ValueError says what is wrong with it."""
+    """Check that an attribute is a finite number in its range, or raise ValueError."""
     value = getattr(owner, name)
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not math.isfinite(value) or value <= above or value < least:
-        bound = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
+    if not known or not math.isfinite(value) or value <= above or value < minimum:
+        bound = f"above {above:g}" if above > -math.inf else f"{minimum:g} or more"
         raise ValueError(f"{type(owner).__name__}.{name} must be {bound}, not {value!r}")
 
 
-def check_whole(owner: object, name: str, *, least: int) -> None:
-    """Hold a whole number of a value to its least; ValueError says what is wrong with it."""
+def check_integer(owner: object, name: str, *, minimum: int) -> None:
+    """Check that an attribute is an integer of at least `minimum`, or raise ValueError."""
     value = getattr(owner, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(
-            f"{type(owner).__name__}.{name} must be a whole number, {least} or more, not {value!r}"
+            f"{type(owner).__name__}.{name} must be a whole number, {minimum} or more, "
+            f"not {value!r}"
         )
 
 
+def check_bool(owner: object, name: str) -> None:
+    """Check that an attribute is a bool, or raise ValueError."""
+    value = getattr(owner, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"{type(owner).__name__}.{name} must be True or False, not {value!r}")
+
+
+# Keys and values of files since version 0.1, which stay as they are.
 _KEYS_IN_FILES = {
     "reg_weight": "embedding_penalty",
     "lora_rank": "adapter_rank",
     "lora_rate": "adapters_rate",
 }
 _METHODS_IN_FILES = {"full": "exact", "lora": "adapters"}
-"""Keys and values of version 0.1 files, which stay as they are."""
 
 
-class _Config:
-    """What both recipes can do; the numbers are in the children."""
+class _Config(_Dataclass):
+    """What both configurations can do."""
 
     base_learning_rate: float
     batch_size: int
@@ -55,58 +67,58 @@ class _Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values under the keys that files use, ready for TOML or JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         if "method" in values:
             values["method"] = _METHODS_IN_FILES[values["method"]]
         return {_KEYS_IN_FILES.get(name, name): value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, numbers: Mapping[str, Any]) -> Self:
-        """Rebuild a recipe from `as_dict()`.
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild a configuration from `as_dict()`.
 
         Raises:
-            ValueError: a key is unknown or missing, or a number is out of range.
+            ValueError: a key is unknown or missing, or a value is out of range.
         """
-        names = {_KEYS_IN_FILES.get(f.name, f.name): f.name for f in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(numbers) - names.keys())
+        names = {_KEYS_IN_FILES.get(field.name, field.name): field.name for field in fields(cls)}
+        unknown = sorted(set(values) - names.keys())
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}")
-        values = {names[key]: value for key, value in numbers.items()}
+        arguments = {names[key]: value for key, value in values.items()}
         methods = {stored: method for method, stored in _METHODS_IN_FILES.items()}
-        if "method" in values:
-            values["method"] = methods.get(values["method"], values["method"])
+        if "method" in arguments:
+            arguments["method"] = methods.get(arguments["method"], arguments["method"])
         try:
-            return cls(**values)
+            return cls(**arguments)
         except TypeError as error:
             raise ValueError(f"{cls.__name__}: {error}") from error
 
-    def replace(self, **overrides: Any) -> Self:
-        """Return a copy with some numbers changed; unknown names are refused."""
-        return replace(self, **overrides)  # type: ignore[type-var]
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed; unknown names raise TypeError."""
+        return replace(self, **changes)
 
 
 TUNING_METHODS = ("full", "lora")
-"""How a concept may be tuned, the paper's way first."""
+"""The methods of tuning, the paper's first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig(_Config):
-    """The numbers of inference-time personalization (section 3.4 and 3.5).
+    """Hyperparameters of inference-time tuning (sections 3.4 and 3.5).
 
     Args:
-        steps: optimiser steps on the one image; 0 keeps the encoder's guess as it is.
+        steps: optimizer steps on the one image; 0 keeps the encoder's prediction as it is.
         base_learning_rate: before scaling by the batch, as the paper states it.
         reg_weight: λ_r of eq. 5.
-        batch_size: time steps seen at once; the paper calls 16 or more crucial (section 3.4).
-        gradient_clip: largest norm of the gradient.
+        batch_size: time steps per optimizer step; the paper calls 16 or more crucial (section 3.4).
+        gradient_clip: maximum norm of the gradient.
         mask: whether the domain's mask restricts the diffusion loss.
-        encoder_rate, offsets_rate, unet_rate: factors on the learning rate of each group of
-            weights; 0 freezes the group. 1 is the paper; anything else is a pack's departure.
-        method: "full" tunes every weight, as the paper does; "lora" leaves the base as it is
-            and tunes low-rank changes of its attention layers and of the encoder.
-        lora_rank: of those changes.
-        lora_rate: a further factor on the learning rate of adapters, which start at nothing
-            and have to go further than weights do. Paper silent: measured on `mini`
+        encoder_rate, offsets_rate, unet_rate: factors on the learning rate of each parameter
+            group; 0 freezes the group, 1 is the paper.
+        method: "full" tunes all weights, as the paper does; "lora" freezes the base and tunes
+            LoRA adapters of its attention layers and of the encoder.
+        lora_rank: rank of the adapters.
+        lora_rate: a further factor on the learning rate of the adapters, which start at zero and
+            need larger steps than weights do. Paper silent: measured on `mini`
             (`python -m mini_world.methods face --rates 18 36 60`), where 60 keeps most of a face.
     """
 
@@ -124,34 +136,34 @@ class TuningConfig(_Config):
     lora_rate: float = 60.0
 
     def __post_init__(self) -> None:
-        check_whole(self, "steps", least=0)
-        check_whole(self, "batch_size", least=1)
-        check_whole(self, "lora_rank", least=1)
-        check_number(self, "base_learning_rate", above=0)
-        check_number(self, "gradient_clip", above=0)
-        for name in (
-            "reg_weight", "encoder_rate", "offsets_rate", "unet_rate", "lora_rate"
-        ):  # fmt: skip
-            check_number(self, name, least=0)
+        check_integer(self, "steps", minimum=0)
+        for name in ("batch_size", "lora_rank"):
+            check_integer(self, name, minimum=1)
+        for name in ("base_learning_rate", "gradient_clip"):
+            check_number(self, name, above=0)
+        for name in ("reg_weight", "encoder_rate", "offsets_rate", "unet_rate", "lora_rate"):
+            check_number(self, name, minimum=0)
+        check_bool(self, "mask")
         if self.method not in TUNING_METHODS:
             methods = " or ".join(map(repr, TUNING_METHODS))
             raise ValueError(f"TuningConfig.method must be {methods}, not {self.method!r}")
-        if not isinstance(self.mask, bool):
-            raise ValueError(f"TuningConfig.mask must be True or False, not {self.mask!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig(_Config):
-    """The numbers of domain pre-training (section 3.3 and 3.5).
+    """Hyperparameters of domain pre-training (sections 3.3 and 3.5).
 
     Args:
-        steps: optimiser steps over the domain's images.
+        steps: optimizer steps over the domain's images.
         base_learning_rate: before scaling by the batch.
         reg_weight: λ_r of eq. 5.
         batch_size: different images per step.
         embedding_scale: s of eq. 1; tuning and generation use the same one.
         mask: whether the domain's mask restricts the diffusion loss (the paper: only in tuning).
-        encoder_rate, offsets_rate: factors on the learning rate of each group of weights.
+        encoder_rate, offsets_rate: factors on the learning rate of each parameter group; 1 is the
+            paper. Departure: the shipped weights for `mini` have offsets_rate = 0.01, because their
+            encoder learns at 1e-3, and 1/100 of it keeps the offsets near the paper's 1.6e-5 (no
+            comparison of rates is recorded; mini_world/domains.py).
     """
 
     steps: int
@@ -164,41 +176,42 @@ class PretrainingConfig(_Config):
     offsets_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        check_whole(self, "steps", least=1)
-        check_whole(self, "batch_size", least=1)
+        for name in ("steps", "batch_size"):
+            check_integer(self, name, minimum=1)
         for name in ("base_learning_rate", "embedding_scale"):
             check_number(self, name, above=0)
         for name in ("reg_weight", "encoder_rate", "offsets_rate"):
-            check_number(self, name, least=0)
-        if not isinstance(self.mask, bool):
-            raise ValueError(f"PretrainingConfig.mask must be True or False, not {self.mask!r}")
+            check_number(self, name, minimum=0)
+        check_bool(self, "mask")
 
 
-# Forward and backward of one 512-pixel picture with only W_q, W_k, W_v and offsets in training,
-# counted on Stable Diffusion 1.4's configs; the pictures were looked at beforehand (pretraining/):
+# Forward and backward of one 512-pixel image with W_q, W_k, W_v and the offsets trainable, counted
+# on the configs of Stable Diffusion 1.4; images are encoded beforehand (pretraining/):
 #   U-Net 1.768 + feature pass 0.576 + text encoder 0.027 = 2.371 TFLOP
-TFLOP_PER_PICTURE = 1.768 + 0.576 + 0.027
+TFLOP_PER_IMAGE = 1.768 + 0.576 + 0.027
 COUNTED_AT = 512
-# bfloat16 matrix products, TFLOP per second: the H200's measured, the A100's from published runs.
+# bfloat16 matrix multiplications, TFLOP per second: H200 measured, A100 from published runs.
 SPEEDS = {"A100": 250.0, "H200": 790.0}
-SHARE = 0.5  # of that speed which a training loop reaches
+UTILIZATION = 0.5  # of that speed, in a training loop
 
 
 def pretraining_hours(config: PretrainingConfig, gpu: str, resolution: int = COUNTED_AT) -> float:
-    """Return the hours of one GPU that a recipe takes on a Stable Diffusion, an estimate.
+    """Return an estimate of the hours of one GPU that pre-training takes on a Stable Diffusion.
 
     face: 30,000 steps × 16 × 2.371 TFLOP = 1.14e6 TFLOP; ÷ (0.5 × 250) = 9,100 s = 2.5 A100 hours.
 
     Args:
-        resolution: side of the pictures; work is taken to grow with their area, though attention
-            grows faster.
+        config: its steps and batch size count.
+        gpu: a key of `SPEEDS`.
+        resolution: side of the images in pixels; the work is taken to grow with their area, though
+            attention grows faster.
     """
     area = (resolution / COUNTED_AT) ** 2
-    work = config.steps * config.batch_size * TFLOP_PER_PICTURE * area
-    return work / (SHARE * SPEEDS[gpu]) / 3600
+    work = config.steps * config.batch_size * TFLOP_PER_IMAGE * area
+    return work / (UTILIZATION * SPEEDS[gpu]) / 3600
 
 
-def shown_hours(config: PretrainingConfig, resolution: int = COUNTED_AT) -> str:
+def format_hours(config: PretrainingConfig, resolution: int = COUNTED_AT) -> str:
     """Return the estimate as a phrase: "about 5.1 hours of an A100, 1.6 of an H200"."""
     first, *others = (
         f"{pretraining_hours(config, gpu, resolution):.1f} of an {gpu}" for gpu in SPEEDS

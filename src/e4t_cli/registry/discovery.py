@@ -1,12 +1,10 @@
-"""The user's own domains: folders that `e4t pretrain` and `e4t domains add` put on the shelf.
+"""Finds domains: entry points of installed packages and folders of the user.
 
-Finding domains: entry points and folders in, `Domain` values or reasons out.
+Candidates are listed from metadata alone; only the requested domain is imported. A domain that is
+broken, of the wrong type, or whose name two packages claim affects only who asks for it, and the
+list shows the reason. The domains of this distribution cannot be shadowed.
 
-Two steps: candidates are found by metadata alone; only what was asked for is imported. A domain
-that is broken, of the wrong type, or whose name is claimed twice hurts only those who ask for it,
-and is explained in the list. The domains of this very distribution are never shadowed.
-
-`E4T_DOMAINS=face,cat` narrows what is considered (empty: nothing), for tests and for rescue.
+`E4T_DOMAINS=face,cat` restricts what is considered (empty: nothing), for tests and for recovery.
 """
 
 from __future__ import annotations
@@ -17,13 +15,17 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from e4t_cli.errors import E4TError, UsageError, printable
 from e4t_cli.registry.domain import Domain, check_name
 
+GROUP = "e4t.domains"
+OURS = "e4t"
+"""The distribution whose domains cannot be shadowed."""
 USER = "user"
 """The package name shown for domains that are folders of the user."""
 
@@ -36,22 +38,20 @@ def user_domains_folder() -> Path:
 
 
 def user_domain(folder: Path) -> Domain:
-    """Return the domain that a folder made by `e4t pretrain` is.
+    """Return the domain of a folder that `e4t pretrain` made.
 
     Raises:
         UsageError: there is no domain.toml in it.
-        IntegrityError: its domain.toml is not one.
+        IntegrityError: its domain.toml is invalid.
     """
-    path = folder / "domain.toml"
+    from e4t_cli.registry.manifest import MANIFEST_NAME, read_manifest  # pydantic takes 0.1 s
+
+    path = folder / MANIFEST_NAME
     if not path.is_file():
         raise UsageError(
-            f"{printable(str(folder))} is no domain: it has no domain.toml",
+            f"{printable(str(folder))} is no domain: it has no {MANIFEST_NAME}",
             hint="e4t domains list shows what is installed",
         )
-    from e4t_cli.registry.manifest import (
-        read_manifest,  # pydantic takes a tenth of a second to import
-    )
-
     manifest = read_manifest(path)
     return Domain(
         name=manifest.name,
@@ -61,13 +61,8 @@ def user_domain(folder: Path) -> Domain:
         weights={manifest.base: str(folder.resolve())},
         prompt_templates=tuple(manifest.templates),
         licence=manifest.licence,
-        summary=f"pre-trained on {manifest.images:,} pictures" if manifest.images else "",
+        summary=f"pre-trained on {manifest.images:,} images" if manifest.images else "",
     )
-
-
-GROUP = "e4t.domains"
-OURS = "e4t"
-"""The distribution whose domains cannot be shadowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +72,7 @@ class Listing:
     Args:
         name: the claimed name.
         package, version: the distribution it comes from; "user" and "" for the user's folders.
+        load: returns the value, if it is one.
         domain: the value, or None if it did not load.
         reason: why the bare name does not give this domain; None if it does.
     """
@@ -84,64 +80,42 @@ class Listing:
     name: str
     package: str
     version: str = ""
+    load: Callable[[], object] = field(repr=False, compare=False)
     domain: Domain | None = None
     reason: str | None = None
-
-    @property
-    def reference(self) -> str:
-        """The spelling that means this row even if another claims its name."""
-        return f"{self.package}:{self.name}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    name: str
-    package: str
-    version: str
-    load: Callable[[], object]
 
 
 def installed_domains() -> list[Listing]:
     """Return every domain on this machine, loaded or with the reason why not."""
     found = _candidates()
     rows = []
-    for candidate in found:
-        domain: Domain | None = None
-        reason: str | None = None
+    for row in found:
         try:
-            domain = _load(candidate)
+            row = replace(row, domain=_load(row))
         except E4TError as error:
-            reason = f"did not load: {error.message.partition(' did not load: ')[2]}"
-        claims = [c for c in found if c.name == candidate.name]
-        rivals = [c for c in _claimants(claims) if c is not candidate]
-        if rivals and reason is None and candidate.package != OURS:
-            others = ", ".join(sorted(rival.package for rival in rivals))
+            cause = error.message.partition(" did not load: ")[2]
+            row = replace(row, reason=f"did not load: {cause}")
+        claims = _claimants([one for one in found if one.name == row.name])
+        others = ", ".join(sorted(one.package for one in claims if one.package != row.package))
+        if others and row.domain is not None and row.package != OURS:
             reason = f"its name is also claimed by {others}"
-            if candidate.package == USER:
+            if row.package == USER:
                 reason = f"its weights serve the domain of {others}"
-            reason += f"; ask for it as {candidate.package}:{candidate.name}"
-        rows.append(
-            Listing(
-                name=candidate.name,
-                package=candidate.package,
-                version=candidate.version,
-                domain=domain,
-                reason=reason,
-            )
-        )
+            row = replace(row, reason=f"{reason}; ask for it as {row.package}:{row.name}")
+        rows.append(row)
     return rows
 
 
 def find_domain(name: str) -> Domain:
-    """Return the domain of that name; nothing else is imported.
+    """Return the domain of that name; no other one is imported.
 
     Args:
         name: "face", or "package:face" where two packages claim the name, or the path of a
             folder with a domain.toml.
 
     Raises:
-        UsageError: there is none of that name, or there are two.
-        E4TError: there is, but it did not load; the cause is chained.
+        UsageError: no domain or more than one has that name.
+        E4TError: it did not load; the cause is chained.
     """
     domain = find_listing(name).domain
     assert domain is not None
@@ -158,13 +132,14 @@ def find_listing(name: str) -> Listing:
     if "/" in name or os.sep in name:
         if not Path(name).is_dir():
             raise UsageError(f"there is no folder {shown}")
-        domain = user_domain(Path(name))
-        return Listing(name=domain.name, package=USER, domain=domain)
+        load = partial(user_domain, Path(name))
+        domain = load()
+        return Listing(name=domain.name, package=USER, load=load, domain=domain)
     package, _, bare = name.rpartition(":")
     found = _candidates()
     claims = [c for c in found if c.name == bare and package in ("", c.package)]
     if package and not claims:
-        claims = [c for c in found if c.name == bare and _plain(c.package) == _plain(package)]
+        claims = [c for c in found if c.name == bare and _normal(c.package) == _normal(package)]
     claims = _claimants(claims)
     if not claims:
         near = difflib.get_close_matches(bare, [c.name for c in found], n=1)
@@ -176,30 +151,28 @@ def find_listing(name: str) -> Listing:
         packages = " and ".join(sorted(c.package for c in claims))
         raise UsageError(
             f"domain {shown!r} is claimed by {packages}",
-            hint=f"say which: {claims[0].package}:{bare}",
+            hint=f"name one: {claims[0].package}:{bare}",
         )
-    chosen = claims[0]
-    domain = _load(chosen)
-    return Listing(name=bare, package=chosen.package, version=chosen.version, domain=domain)
+    return replace(claims[0], domain=_load(claims[0]))
 
 
-def _claimants(claims: list[_Candidate]) -> list[_Candidate]:
-    """Return those of one name that the bare name can mean.
+def _claimants(claims: list[Listing]) -> list[Listing]:
+    """Return the candidates of one name that the bare name can mean.
 
-    Ours are never shadowed. A folder of the user's is no rival of an installed domain but serves
-    it with weights (`weights_folder`): it is what `e4t pretrain` made for a base of their own.
+    Ours cannot be shadowed. A folder of the user does not compete with an installed domain but
+    provides weights for it (`weights_folder`): `e4t pretrain` made it for another base.
     """
     ours = [c for c in claims if c.package == OURS]
     return ours or [c for c in claims if c.package != USER] or claims
 
 
-def claimed_names() -> list[str]:
-    """Return the names of all domains, sound or broken; nothing is imported."""
+def domain_names() -> list[str]:
+    """Return the names of all domains, whether they load or not; nothing is imported."""
     return sorted({candidate.name for candidate in _candidates()})
 
 
-def own_names() -> list[str]:
-    """Return the names of the user's own domains; nothing is read."""
+def user_domain_names() -> list[str]:
+    """Return the names of the user's domains; nothing is read."""
     return [candidate.name for candidate in _candidates() if candidate.package == USER]
 
 
@@ -208,22 +181,16 @@ def installed_packages(name: str) -> list[str]:
     return [c.package for c in _candidates() if c.name == name and c.package != USER]
 
 
-def _candidates() -> list[_Candidate]:
-    """Find everything that claims to be a domain, importing nothing of it."""
-    found = [
-        _Candidate(
-            name=point.name,
-            package=point.dist.name if point.dist else "unknown",
-            version=point.dist.version if point.dist else "",
-            load=point.load,
-        )
-        for point in entry_points(group=GROUP)
-    ]
-    with contextlib.suppress(OSError):  # no such folder yet, or no right to look into it
-        found += [
-            _Candidate(name=path.parent.name, package=USER, version="", load=_loader(path.parent))
-            for path in user_domains_folder().glob("*/domain.toml")
-        ]
+def _candidates() -> list[Listing]:
+    """Return everything that claims to be a domain, importing nothing of it."""
+    found = []
+    for point in entry_points(group=GROUP):
+        package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
+        found.append(Listing(name=point.name, package=package, version=version, load=point.load))
+    with contextlib.suppress(OSError):  # no such folder yet, or no permission
+        for path in user_domains_folder().glob("*/domain.toml"):
+            load = partial(user_domain, path.parent)
+            found.append(Listing(name=path.parent.name, package=USER, load=load))
     chosen = os.environ.get("E4T_DOMAINS")
     if chosen is not None:
         names = {name.strip() for name in chosen.split(",")}
@@ -231,15 +198,11 @@ def _candidates() -> list[_Candidate]:
     return sorted(found, key=lambda c: (c.package != OURS, c.name, c.package))
 
 
-def _loader(folder: Path) -> Callable[[], object]:
-    return lambda: user_domain(folder)
-
-
-def _load(candidate: _Candidate) -> Domain:
+def _load(candidate: Listing) -> Domain:
     """Import one domain and check it.
 
     Raises:
-        E4TError: whatever happened, in one sentence that names the package.
+        E4TError: loading failed in any way; the message names the package.
     """
     try:
         check_name(candidate.name)
@@ -249,7 +212,7 @@ def _load(candidate: _Candidate) -> Domain:
         if not isinstance(value, Domain):
             raise TypeError(f"it is of type {type(value).__name__}, not Domain")
         if value.name != candidate.name:
-            raise ValueError(f"it calls itself {value.name!r}")
+            raise ValueError(f"its own name is {value.name!r}")
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin that calls sys.exit() must not end this program
@@ -262,6 +225,6 @@ def _load(candidate: _Candidate) -> Domain:
     return value
 
 
-def _plain(package: str) -> str:
+def _normal(package: str) -> str:
     """Return a distribution name as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", package).lower()

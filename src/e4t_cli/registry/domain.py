@@ -1,14 +1,9 @@
-"""What may be a name: of a domain, of a file in a pack, of a place of weights.
+"""The contract with the author of a domain: `Domain`, and what its `prepare` takes and returns.
 
-Names come from plugins, cards and command lines, and become folders and addresses; here is decided
-which are safe to. Every check returns what it was given.
-
-What a domain is: the whole contract between this program and a domain's author.
-
-A `Domain` is a value: a descriptor word, two recipes, where its weights are, and at most one
-function, `prepare`. It is written in a few lines and found through the entry-point group
-`e4t.domains` (domains/README.md). Only the standard library is imported here, so a domain file
-costs nothing to import. The contract grows only by keyword-only fields with defaults.
+A `Domain` is a value: a descriptor word, two configurations, where its weights are, and at most
+one function, `prepare`. It is found through the entry-point group `e4t.domains`
+(domains/README.md). Only the standard library is imported here, so a domain's module costs nothing
+to import. The contract grows only by keyword-only fields with defaults.
 """
 
 from __future__ import annotations
@@ -19,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from e4t_cli.registry.config import PretrainingConfig, TuningConfig, check_whole
+from e4t_cli.registry.config import PretrainingConfig, TuningConfig, check_integer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,11 +22,11 @@ if TYPE_CHECKING:
     from e4t_cli.images.framing import Frame
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-# Device names that Windows keeps for itself, whatever the folder.
+# Device names that Windows reserves in every folder.
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.(safetensors|json)")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-"""Of the hub: owner/name."""
+"""A repository of the hub: owner/name."""
 _HUB_LOCATION = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
@@ -50,11 +45,11 @@ def check_name(name: object, what: str = "domain name") -> str:
 
 
 def check_file_name(name: object) -> str:
-    """Return `name` if a pack may have a file of that name.
+    """Return `name` if a domain folder may have a file of that name.
 
     Raises:
-        ValueError: it could leave the pack's folder, or is of a kind that can hold code: packs
-            are safetensors and JSON, never pickles.
+        ValueError: it could leave the folder, or is of a kind that can hold code: only safetensors
+            and JSON are allowed, never pickles.
     """
     plain = isinstance(name, str) and _FILE_NAME.fullmatch(name)
     if not plain or str(name).partition(".")[0].lower() in _RESERVED:
@@ -65,7 +60,7 @@ def check_file_name(name: object) -> str:
 
 
 def check_which(which: object) -> str:
-    """Return `which` if it says which of several subjects is meant.
+    """Return `which` if it selects one of several subjects.
 
     Raises:
         ValueError: it is none of "largest", "left", "right", or a whole number from 1 on.
@@ -76,13 +71,13 @@ def check_which(which: object) -> str:
 
 
 def check_location(location: object) -> str:
-    """Return `location` if it is a well-formed place of weights (see `Domain.weights`).
+    """Return `location` if it is a well-formed location of weights (see `Domain.weights`).
 
     Raises:
         ValueError: it is empty, climbs out of its package, or names no exact hub commit.
     """
     if not isinstance(location, str) or not location.strip() or "\0" in location:
-        raise ValueError(f"a place of weights must be text, not {location!r}")
+        raise ValueError(f"a location of weights must be text, not {location!r}")
     kind, _, rest = location.partition(":")
     if kind == "package":
         package, *parts = rest.split("/")
@@ -96,28 +91,35 @@ def check_location(location: object) -> str:
     return location
 
 
+def check_template(template: object) -> str:
+    """Return `template` if it is a prompt with "{}" exactly once, or raise ValueError."""
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise ValueError(f"prompt template {template!r} must contain '{{}}' exactly once")
+    return template
+
+
 def is_remote(location: str) -> bool:
-    """Whether a well-formed place of weights is on the hub."""
+    """Whether a well-formed location of weights is on the hub."""
     return location.partition(":")[0] in ("hub", "e4t-diffusion")
 
 
 CONTRACT_VERSION = 1
-"""The version of this contract; a domain built for another one is explained, not run."""
+"""The version of this contract; a domain written for another one is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationTarget:
-    """What the base needs from a prepared picture.
+    """What the base needs from a prepared image.
 
     Args:
         size: side in pixels of the square the base works on (64 for `mini`, 512 for SD 1.x).
         base: name of the base, for preparations that have a part per base.
-        mask: "auto" lets the domain find its mask, None asks for none.
+        mask: "auto" lets the domain compute its mask, None asks for none.
         align: whether the domain may turn and crop; False is the centred square.
-        which: of several subjects, "largest", "left", "right", or which from the left: "1", "2", …
-        required: without the subject the picture is refused (`InputError`).
-        device: where a network that helps may run.
-        fetch: a hub repository's name in, the folder with its configs and safetensors out; raises
+        which: of several subjects, "largest", "left", "right", or its number from the left: "1", …
+        required: an image without the subject is refused (`InputError`).
+        device: where a segmentation network may run.
+        fetch: returns the folder with a hub repository's configs and safetensors; raises
             `WeightsUnavailable`. None where nothing may be fetched.
     """
 
@@ -131,7 +133,7 @@ class PreparationTarget:
     fetch: Callable[[str], Path] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_whole(self, "size", least=1)
+        check_integer(self, "size", minimum=1)
         check_which(self.which)
         if self.mask not in ("auto", None):
             raise ValueError(f"PreparationTarget.mask must be 'auto' or None, not {self.mask!r}")
@@ -139,14 +141,14 @@ class PreparationTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedImage:
-    """What `prepare` returns: a square picture and, if the domain has one, its mask.
+    """What `prepare` returns: a square image and, if the domain has one, its mask.
 
     Args:
         image: PIL, mode RGB, square.
         mask: PIL, mode L, of the same size; white is the concept. None means all of it.
         notes: warnings for the user, such as "no face was found".
-        remarks: sentences that are good to know, such as "1 face, turned 4°".
-        frame: which square of the photo the picture is; a mask that the user drew is cut with it.
+        remarks: further information for the user, such as "1 face, turned 4°".
+        frame: the square of the photo that the image shows; the user's mask is cut with it.
     """
 
     image: Image
@@ -158,7 +160,7 @@ class PreparedImage:
     def __post_init__(self) -> None:
         size, mode = getattr(self.image, "size", None), getattr(self.image, "mode", None)
         if size is None or mode != "RGB" or size[0] != size[1]:
-            raise ValueError(f"PreparedImage.image must be a square RGB picture, not {mode} {size}")
+            raise ValueError(f"PreparedImage.image must be a square RGB image, not {mode} {size}")
         if self.mask is not None:
             found = getattr(self.mask, "mode", None), getattr(self.mask, "size", None)
             if found != ("L", size):
@@ -167,9 +169,7 @@ class PreparedImage:
                 )
         for name in ("notes", "remarks"):
             if isinstance(getattr(self, name), str):
-                raise ValueError(
-                    f"PreparedImage.{name} must be a tuple of sentences, not one string"
-                )
+                raise ValueError(f"PreparedImage.{name} must be a tuple of strings, not a string")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.frame is not None and not hasattr(self.frame, "apply_to_mask"):
             raise ValueError(f"PreparedImage.frame must be a Frame, not {self.frame!r}")
@@ -180,26 +180,26 @@ Prepare = Callable[["Image", PreparationTarget], PreparedImage]
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """A family of concepts that one encoder knows: faces, cats, paintings, your dogs.
+    """A family of concepts that one encoder serves: faces, cats, paintings, your dogs.
 
     Args:
         name: how users ask for it; lower-case, fit for a file name.
         descriptor: the coarse word whose embedding anchors the concept (e_domain of eq. 1).
-        tuning: the numbers of personalization. A pack made for a base may bring its own.
-        pretraining: the numbers of pre-training, None for the paper's usual ones.
-        weights: base name → where its pack is: "package:my_package/folder" inside an installed
-            package, "hub:owner/repo@<40-hex commit>", a folder, or "e4t-diffusion:owner/repo" for
-            a checkpoint of that program, which is converted when it is first used.
-        prepare: upright RGB picture and target in, `PreparedImage` out; None = centre square.
-        prompt_templates: training sentences with "{}" in the concept's place; none = the
+        tuning: hyperparameters of tuning. Weights made for a base may bring their own.
+        pretraining: hyperparameters of pre-training, None for the paper's usual ones.
+        weights: base name → location: "package:my_package/folder" inside an installed package,
+            "hub:owner/repo@<40-hex commit>", a folder, or "e4t-diffusion:owner/repo" for a
+            checkpoint of that program, which is converted when it is first used.
+        prepare: takes an upright RGB image and a target; None is the centred square.
+        prompt_templates: prompts of training with "{}" in the place of the concept; none is the
             generic `SUBJECT_TEMPLATES`.
         licence: of the weights and the data they were made from.
         summary: one line for `e4t domains list`.
-        download_sizes: base name → bytes to fetch, for weights that are on the hub; for the list.
-        mask_words: what a network that finds things by words looks for where a mask is wanted
-            and `prepare` has none: "a cat".
-        networks: repositories of the hub that `prepare` asks `PreparationTarget.fetch` for, on
-            bases of the hub; `e4t fetch` brings them beforehand.
+        download_sizes: base name → bytes to fetch, for weights on the hub; shown in the list.
+        mask_words: the text prompt of the segmentation network, such as "a cat", where a mask is
+            needed and `prepare` returns none.
+        networks: hub repositories that `prepare` passes to `PreparationTarget.fetch` on bases of
+            the hub; `e4t fetch` fetches them beforehand.
         contract: the contract version it was written for.
     """
 
@@ -224,41 +224,38 @@ class Domain:
                 f"this e4t has version {CONTRACT_VERSION}"
             )
         check_name(self.name)
-        if not isinstance(self.descriptor, str) or not self.descriptor.strip():
-            raise ValueError(f"Domain.descriptor must be a word, not {self.descriptor!r}")
-        if not isinstance(self.tuning, TuningConfig):
-            raise ValueError(f"Domain.tuning must be a TuningConfig, not {self.tuning!r}")
+        word, before, prepare = self.descriptor, self.pretraining, self.prepare
+        for valid, name, kind in (
+            (isinstance(word, str) and bool(word.strip()), "descriptor", "a word"),
+            (isinstance(self.tuning, TuningConfig), "tuning", "a TuningConfig"),
+            (before is None or isinstance(before, PretrainingConfig), "pretraining",
+             "a PretrainingConfig"),
+            (prepare is None or callable(prepare), "prepare", "a function"),
+            (isinstance(self.weights, Mapping), "weights", "a mapping of base names to locations"),
+            (isinstance(self.licence, str), "licence", "text"),
+            (isinstance(self.summary, str), "summary", "text"),
+            (isinstance(self.mask_words, str), "mask_words", "text"),
+            (not isinstance(self.prompt_templates, str), "prompt_templates", "a tuple of prompts"),
+            (not isinstance(self.networks, str), "networks", "a tuple of hub repositories"),
+        ):  # fmt: skip
+            if not valid:
+                raise ValueError(f"Domain.{name} must be {kind}, not {getattr(self, name)!r}")
         if self.tuning.steps < 1:
             raise ValueError("Domain.tuning.steps must be 1 or more")
-        if self.pretraining is not None and not isinstance(self.pretraining, PretrainingConfig):
-            raise ValueError(
-                f"Domain.pretraining must be a PretrainingConfig, not {self.pretraining!r}"
-            )
-        if self.prepare is not None and not callable(self.prepare):
-            raise ValueError(f"Domain.prepare must be a function, not {self.prepare!r}")
-        if not isinstance(self.weights, Mapping):
-            raise ValueError("Domain.weights must map a base's name to where its pack is")
         for base, location in self.weights.items():
             check_name(base, "base name")
             check_location(location)
         for base, size in dict(self.download_sizes).items():
             if not isinstance(size, int) or size < 0:
                 raise ValueError(f"Domain.download_sizes must hold bytes, not {size!r} for {base}")
-        if isinstance(self.prompt_templates, str):
-            raise ValueError("Domain.prompt_templates must be a tuple of sentences")
         for template in self.prompt_templates:
-            if not isinstance(template, str) or template.count("{}") != 1:
-                raise ValueError(f"prompt template {template!r} must contain '{{}}' exactly once")
-        for name in ("licence", "summary", "mask_words"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"Domain.{name} must be text, not {getattr(self, name)!r}")
-        if isinstance(self.networks, str):
-            raise ValueError("Domain.networks must be a tuple of hub repositories")
+            check_template(template)
         for repository in self.networks:
             if not isinstance(repository, str) or not REPOSITORY.fullmatch(repository):
                 raise ValueError(f"Domain.networks: {repository!r} must look like 'owner/name'")
-        # Own copies: later changes of the author's dictionary or list do not reach the value.
-        object.__setattr__(self, "weights", dict(self.weights))
-        object.__setattr__(self, "download_sizes", dict(self.download_sizes))
-        object.__setattr__(self, "prompt_templates", tuple(self.prompt_templates))
-        object.__setattr__(self, "networks", tuple(self.networks))
+        # Copies: later changes of the author's dictionary or list do not reach this value.
+        for name, copy in (
+            ("weights", dict), ("download_sizes", dict),
+            ("prompt_templates", tuple), ("networks", tuple),
+        ):  # fmt: skip
+            object.__setattr__(self, name, copy(getattr(self, name)))

@@ -1,7 +1,7 @@
-"""domain.toml: what a pack says about itself, read with suspicion.
+"""Reads, checks and writes domain.toml, the manifest of a domain folder.
 
-A pack (the weights of one domain for one base) is a folder: domain.toml beside the files that its
-[files] table names, each with its sha256.
+A domain folder holds the weights of one domain for one base: domain.toml beside the files that its
+[files] table lists, each with its SHA-256. Manifests come from strangers; nothing is trusted.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,72 +20,60 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from e4t_cli.errors import IntegrityError, printable
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
-from e4t_cli.registry.domain import check_file_name, check_name
+from e4t_cli.registry.domain import check_file_name, check_name, check_template
 
+MANIFEST_NAME = "domain.toml"
 SCHEMA = 1
 MAX_BYTES = 1_000_000
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, AfterValidator(partial(check_name, what="name"))]
 FileName = Annotated[str, Field(max_length=100), AfterValidator(check_file_name)]
-"""A plain name inside the pack's own folder, of a kind that cannot hold code."""
 Text = Annotated[str, Field(max_length=2000)]
+ShortText = Annotated[str, Field(max_length=200)]
 
 
 class Manifest(BaseModel):
-    """The contents of a domain.toml; a key that is not here is an error, not a surprise.
+    """The contents of a domain.toml; unknown keys are errors.
 
-    What has a default may be missing: the first packs were written without it.
+    Fields with a default may be missing: the first manifests were written without them.
 
     Args:
-        base_revision: of the base, as its base.toml or its hub commit says.
-        base_config_hash: of the configs of U-Net, text encoder and tower; see `bases.config_hash`.
-        image_tower: which CLIP tower the encoder reads, for people.
-        files, sizes: of each file its sha256, and its length in bytes.
+        base_revision: of the base, from its base.toml or its hub commit.
+        base_config_hash: of the configs of U-Net, text encoder and image encoder.
+        image_tower: the CLIP image encoder that the features come from, for people.
+        files, sizes: SHA-256 and length in bytes of each file.
         limits: what the domain cannot do, for people.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     schema_version: Annotated[int, Field(alias="schema", ge=SCHEMA, le=SCHEMA)]
-    name: str
+    name: Name
     descriptor: Annotated[str, Field(min_length=1, max_length=100)]
-    base: str
-    base_fingerprint: Annotated[str, Field(max_length=200)]
-    base_revision: Annotated[str, Field(max_length=200)] = ""
+    base: Name
+    base_fingerprint: ShortText
+    base_revision: ShortText = ""
     base_config_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
-    image_tower: Annotated[str, Field(max_length=200)] = ""
+    image_tower: ShortText = ""
     tuning: Annotated[TuningConfig, PlainValidator(TuningConfig.from_dict)]
     pretraining: Annotated[PretrainingConfig, PlainValidator(PretrainingConfig.from_dict)]
     files: dict[FileName, Sha256] = {}
     sizes: dict[FileName, Annotated[int, Field(ge=0)]] = {}
     encoder: dict[str, Any] = {}
-    templates: list[str] = []
+    templates: list[Annotated[str, AfterValidator(check_template)]] = []
     images: Annotated[int, Field(ge=0)] = 0
     licence: Text = ""
     limits: Text = ""
     notes: Text = ""
 
-    @field_validator("name", "base")
-    @classmethod
-    def _is_a_name(cls, value: str) -> str:
-        return check_name(value, "name")
-
-    @field_validator("templates")
-    @classmethod
-    def _hold_one_place(cls, value: list[str]) -> list[str]:
-        for template in value:
-            if template.count("{}") != 1:
-                raise ValueError(f"template {template!r} must contain '{{}}' exactly once")
-        return value
-
     @model_validator(mode="after")
-    def _sizes_are_of_files(self) -> Manifest:
+    def _check_sizes(self) -> Manifest:
         stray = sorted(set(self.sizes) - set(self.files))
         if stray:
             raise ValueError(f"sizes names {stray[0]!r}, which files does not")
@@ -95,7 +84,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check a domain.toml.
 
     Raises:
-        IntegrityError: it is too large, not TOML, of a newer schema, or says something unknown.
+        IntegrityError: it is too large, not TOML, of a newer schema, or has invalid contents.
     """
     shown = printable(str(path))
     try:
@@ -109,8 +98,8 @@ def parse_manifest(data: bytes, shown: str) -> Manifest:
     """Check the content of a domain.toml.
 
     Args:
-        data: of which no more than `MOST_BYTES` + 1 bytes need to have been read.
-        shown: what to call it in a message.
+        data: no more than `MAX_BYTES` + 1 bytes need to have been read.
+        shown: its name in error messages.
 
     Raises:
         IntegrityError: as `read_manifest`.
@@ -137,17 +126,17 @@ def parse_manifest(data: bytes, shown: str) -> Manifest:
         ) from error
 
 
-def toml_text(card: Mapping[str, Any]) -> str:
+def toml_text(manifest: Mapping[str, Any]) -> str:
     """Return TOML for a flat mapping and one level of tables below it."""
 
     def line(key: str, value: Any) -> str:
-        # JSON's strings, numbers, booleans and arrays of them are TOML's too, but for two things:
-        # TOML has no escapes in pairs, and no bare DEL.
+        # JSON's strings, numbers, booleans and arrays of them are valid TOML with two exceptions:
+        # TOML has no surrogate escapes, and no bare DEL.
         text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         return f"{json.dumps(key) if '.' in key else key} = {text}"
 
-    plain = [line(key, value) for key, value in card.items() if not isinstance(value, Mapping)]
-    for name, table in card.items():
+    lines = [line(key, value) for key, value in manifest.items() if not isinstance(value, Mapping)]
+    for name, table in manifest.items():
         if isinstance(table, Mapping):
-            plain += ["", f"[{name}]", *(line(key, value) for key, value in table.items())]
-    return "\n".join(plain) + "\n"
+            lines += ["", f"[{name}]", *(line(key, value) for key, value in table.items())]
+    return "\n".join(lines) + "\n"

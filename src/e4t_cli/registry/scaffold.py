@@ -1,4 +1,4 @@
-"""Beginning a package with a domain in it: four files that install, and whose tests pass."""
+"""Writes a new package with one domain: four files that install, and whose tests pass."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from string import Template
 
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import write_atomically
-from e4t_cli.registry.archives import copy_pack, open_folder
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import OURS, installed_packages
 from e4t_cli.registry.domain import check_name
 from e4t_cli.registry.manifest import Manifest
+from e4t_cli.registry.store import copy_domain_folder
 
-# The paper's numbers for cats, its unmasked domain of things (section 3.5).
+# The paper's values for cats, its unmasked domain of things (section 3.5).
 TUNING = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
 PRETRAINING = PretrainingConfig(steps=60_000)
 
@@ -29,24 +29,20 @@ def new_domain(
     *,
     descriptor: str = "",
     licence: str = "",
-    pack: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a package with one domain, ready for `pip install -e`.
+    """Write a package with one domain, ready for `pip install -e`, and return its folder.
 
     Args:
         name: of the domain; the package is called e4t-domain-NAME.
-        folder: where; by default a folder of the package's name here. It must not exist, or be
-            empty.
-        descriptor: the everyday word for such things; by default the pack's, or the name.
-        licence: of the weights and the data; by default the pack's.
-        pack: a folder that `e4t pretrain` made, to travel in the package.
-
-    Returns:
-        The folder.
+        folder: new or empty; by default a folder of the package's name in the current one.
+        descriptor: the everyday word for such things; by default the weights', or the name.
+        licence: of the weights and the data; by default the weights'.
+        weights: a domain folder that `e4t pretrain` made, to be shipped in the package.
 
     Raises:
-        UsageError: the name cannot be used, or the folder is not free.
-        IntegrityError: the pack is damaged.
+        UsageError: the name cannot be used, or the folder is not empty.
+        IntegrityError: the weights are damaged.
     """
     try:
         check_name(name)
@@ -65,30 +61,31 @@ def new_domain(
         raise UsageError(f"{shown} is not an empty folder", hint="name another one")
     building = target.parent / f".{secrets.token_hex(8)}~"
     try:
-        building.mkdir(parents=True)
-        (building / "tests").mkdir()
-        (building / module).mkdir()
-        card = None if pack is None else _ship(Path(pack), building / module / "packs")
-        place = {} if card is None else {card.base: f"package:{module}/packs/{card.base}"}
-        word = descriptor or (card.descriptor if card else name)
+        for path in (building / "tests", building / module):
+            path.mkdir(parents=True)
+        manifest = _ship(Path(weights), building / module / "packs") if weights else None
+        location = {manifest.base: f"package:{module}/packs/{manifest.base}"} if manifest else {}
+        word = descriptor or (manifest.descriptor if manifest else name)
         values = {
             "name": name,
             "package": package,
             "module": module,
             "descriptor": _quoted(word),
             "summary": _quoted(f"one {word}, from one photo"),
-            "recipes": _recipes(card),
-            "weights": _quoted(place),
-            "licence": _quoted(licence or (card.licence if card else "")),
+            "configs": _configs(manifest),
+            "weights": _quoted(location),
+            "licence": _quoted(licence or (manifest.licence if manifest else "")),
         }
+        templates = files("e4t_cli") / "registry" / "template"
         for template, path in (
-            ("pyproject.toml", "pyproject.toml"),
-            ("README.md", "README.md"),
-            ("module.py", f"{module}/__init__.py"),
-            ("test_domain.py", "tests/test_domain.py"),
+            ("pyproject.toml", building / "pyproject.toml"),
+            ("README.md", building / "README.md"),
+            ("module.py", building / module / "__init__.py"),
+            ("test_domain.py", building / "tests" / "test_domain.py"),
         ):
-            write_atomically(building / path, _filled(template, values).encode())
-        building.replace(target)  # an empty folder gives way, any other does not
+            text = (templates / f"{template}.template").read_text(encoding="utf-8")
+            write_atomically(path, Template(text).substitute(values).encode())
+        building.replace(target)  # replaces an empty folder, fails on any other
     except OSError as error:
         raise UsageError(f"{shown} cannot be written: {error.strerror}") from error
     finally:
@@ -96,44 +93,37 @@ def new_domain(
     return target
 
 
-def _ship(pack: Path, packs: Path) -> Manifest:
-    packs.mkdir()
-    with open_folder(pack) as parcel:
-        card = copy_pack(parcel, packs / "new")
-    (packs / "new").rename(packs / card.base)
-    return card
+def _ship(weights: Path, folder: Path) -> Manifest:
+    """Copy a domain folder to folder/BASE."""
+    folder.mkdir()
+    manifest = copy_domain_folder(weights, folder / "new")
+    (folder / "new").rename(folder / manifest.base)
+    return manifest
 
 
-def _recipes(card: Manifest | None) -> str:
-    tuning, pretraining = (card.tuning, card.pretraining) if card else (TUNING, PRETRAINING)
-    origin = "those of its pack" if card else "the paper's for cats (section 3.5)"
-    changed = {k: v for k, v in vars(tuning).items() if v != _DEFAULTS.get(k)}
-    before = {k: v for k, v in vars(pretraining).items() if v != _USUAL.get(k)}
+def _configs(manifest: Manifest | None) -> str:
+    """Return the two configurations as Python arguments, without what equals the defaults."""
+    tuning, pretraining = TUNING, PRETRAINING
+    origin = "Values of the paper for cats (section 3.5)."
+    if manifest:
+        tuning, pretraining = manifest.tuning, manifest.pretraining
+        origin = "Values of the weights in this package."
+    required = ("steps", "base_learning_rate", "reg_weight")
     return (
-        f"    # The numbers are {origin}.\n"
-        f"    tuning=TuningConfig({_arguments(changed)}),\n"
-        f"    pretraining=PretrainingConfig({_arguments(before)}),"
+        f"    # {origin}\n"
+        f"    tuning=TuningConfig({_arguments(tuning, TUNING, required)}),\n"
+        f"    pretraining=PretrainingConfig({_arguments(pretraining, PRETRAINING, ('steps',))}),"
     )
 
 
-# What need not be written, because it is what a recipe has anyway.
-_DEFAULTS = {
-    key: value
-    for key, value in vars(TUNING).items()
-    if key not in ("steps", "base_learning_rate", "reg_weight")
-}
-_USUAL = {key: value for key, value in vars(PRETRAINING).items() if key != "steps"}
-
-
-def _arguments(numbers: dict[str, object]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in numbers.items())
+def _arguments(config: object, defaults: object, required: tuple[str, ...]) -> str:
+    return ", ".join(
+        f"{name}={value!r}"
+        for name, value in vars(config).items()
+        if name in required or value != getattr(defaults, name)
+    )
 
 
 def _quoted(value: object) -> str:
-    """Return text or a table of texts as both Python and TOML write it."""
+    """Return text or a table of texts in the syntax that Python and TOML share."""
     return json.dumps(value, ensure_ascii=False)
-
-
-def _filled(template: str, values: dict[str, str]) -> str:
-    source = files("e4t_cli") / "registry" / "template" / f"{template}.template"
-    return Template(source.read_text(encoding="utf-8")).substitute(values)

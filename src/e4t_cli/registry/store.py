@@ -1,51 +1,68 @@
-"""Adding a domain that somebody else made: a folder, a zip, or a repository of the hub.
+"""The user's domain store: adds domains from a folder, a zip or the hub, and removes them.
 
-Everything is checked on the way in: the card, every file that it lists by length and SHA-256 (of
-the very bytes that are kept), and the header of each. It is gathered in a folder beside the others
-and renamed, so that a domain is on the shelf whole or not at all.
-
-Removing one of the user's own domains; what a package brought, its package manager removes.
+Everything is checked while it is copied: the manifest, the length and SHA-256 of every file it
+lists (of the very bytes that are written), and the header of each. Copies are made in a temporary
+folder and renamed, so that a domain is in the store completely or not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
-from e4t_cli.errors import ResourceError, UsageError, printable
-from e4t_cli.progress import ProgressCallback
-from e4t_cli.registry.archives import CARD, DomainArchive, copy_pack, open_archive, open_folder
+from e4t_cli.errors import InputError, IntegrityError, ResourceError, UsageError, printable
+from e4t_cli.files import write_atomically
+from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.discovery import USER, installed_packages, user_domain, user_domains_folder
 from e4t_cli.registry.domain import Domain, check_name
-from e4t_cli.registry.manifest import Manifest, read_manifest
+from e4t_cli.registry.manifest import (
+    MANIFEST_NAME,
+    MAX_BYTES,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+)
 
-_HUB = re.compile(r"(?:hub:|hf://)?([\w.-]{1,96}/[\w.-]{1,96})@([\w./-]{1,200})")
-_A_DAY = 86_400
-_GATHERING = ".adding-"
+MAX_MEMBERS = 1000
+MAX_ARCHIVE_BYTES = 32 << 30
+"""Larger than any domain folder: an encoder for Stable Diffusion takes 0.2 GB."""
+MAX_RATIO = 100
+"""Weights hardly compress; what unpacks to a hundred times its size is a zip bomb."""
+_REPOSITORY = re.compile(r"(?:hub:|hf://)?([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,200}))?")
+# Temporary folders of a running or interrupted command; they are swept after a day.
+_ADDING, _REMOVING = ".adding-", ".removing-"
+_DAY = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
-class Added:
-    """A domain that is now on the shelf.
+class AddedDomain:
+    """A domain that is now in the store.
 
     Args:
-        domain: the value, as `find_domain` will give it.
+        domain: the value, as `find_domain` returns it.
         folder: where it is.
-        card: what it says about itself.
+        manifest: its domain.toml.
     """
 
     domain: Domain
     folder: Path
-    card: Manifest
+    manifest: Manifest
 
 
 def add_domain(
@@ -53,142 +70,62 @@ def add_domain(
     *,
     offline: bool = False,
     on_progress: ProgressCallback | None = None,
-) -> Added:
-    """Put a domain on the user's shelf, where `find_domain` finds it.
+) -> AddedDomain:
+    """Copy a domain into the user's store, where `find_domain` finds it.
 
     Args:
         source: a folder with a domain.toml, a zip of one, or "owner/repository@revision" of the
             hub; a revision is a branch, a tag, or best a commit, which never changes.
-        offline: of the hub, take only what is on this machine already.
+        offline: of the hub, use only what is on this machine already.
         on_progress: called while files are copied.
 
     Raises:
-        UsageError: there is no such thing, or a domain of its name is on the shelf.
+        UsageError: the source does not exist, or a domain of its name is in the store.
         InputError: it is a file of another kind.
-        IntegrityError: anything in it is not as its card says; the shelf is as it was.
+        IntegrityError: a file does not match the manifest; the store is unchanged.
         WeightsUnavailable: the hub cannot be reached, or does not have it.
         ResourceError: the disk is full.
     """
-    shelf = user_domains_folder()
-    with _disk_explained(shelf):
-        shelf.mkdir(parents=True, exist_ok=True)
-        _sweep(shelf)
-        # Two levels down, where nobody who lists the shelf looks for cards.
-        gathering = shelf / f"{_GATHERING}{secrets.token_hex(6)}"
-        gathering.mkdir()
+    store = user_domains_folder()
+    with _disk_errors(store):
+        store.mkdir(parents=True, exist_ok=True)
+        _sweep(store)
+        # Two levels below the store, where discovery does not look for manifests.
+        temporary = store / f"{_ADDING}{secrets.token_hex(6)}"
+        temporary.mkdir()
+        copy = temporary / "domain"
         try:
-            with _open_source(source, offline, on_progress) as parcel:
-                card = copy_pack(parcel, gathering / "pack", on_progress)
-            target = shelf / card.name
+            folder, root = _resolve_source(source, temporary, offline, on_progress)
+            manifest = copy_domain_folder(
+                folder, copy, on_progress, links_into=root, shown=printable(os.fspath(source))
+            )
+            target = store / manifest.name
+            taken = UsageError(
+                f"there is a domain in {printable(str(target))} already",
+                hint=f"e4t domains rm {manifest.name} removes it",
+            )
             if target.exists():
-                raise _taken(card.name, target)
-            user_domain(gathering / "pack")  # a card can be well-formed and still make no Domain
+                raise taken
+            user_domain(copy)  # a valid manifest can still make no valid Domain
             try:
-                (gathering / "pack").rename(target)
+                copy.rename(target)
             except OSError as error:  # another process was faster
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise _taken(card.name, target) from error
+                    raise taken from error
                 raise
         finally:
-            shutil.rmtree(gathering, ignore_errors=True)
-    return Added(domain=user_domain(target), folder=target, card=card)
+            shutil.rmtree(temporary, ignore_errors=True)
+    return AddedDomain(domain=user_domain(target), folder=target, manifest=manifest)
 
 
-def _open_source(
-    source: str | os.PathLike[str], offline: bool, on_progress: ProgressCallback | None
-) -> AbstractContextManager[DomainArchive]:
-    wanted = os.fspath(source)
-    shown = printable(wanted)
-    if not wanted or "\0" in wanted:
-        raise UsageError(f"{shown!r} is neither a folder nor a zip nor a hub repository")
-    path = Path(wanted)
-    if path.is_dir():
-        if not (path / CARD).is_file():
-            hint = "e4t pretrain makes such a folder"
-            raise UsageError(f"{shown} is no domain: it has no {CARD}", hint=hint)
-        return open_folder(path)
-    if path.is_file():
-        return open_archive(path)
-    if found := _HUB.fullmatch(wanted):
-        return _open_repository(found[1], found[2], offline, on_progress)
-    if re.fullmatch(r"(?:hub:|hf://)?[\w.-]+/[\w.-]+", wanted):
-        raise UsageError(
-            f"there is no folder {shown}; a repository of the hub needs a revision",
-            hint=f"e4t domains add {shown}@COMMIT",
-        )
-    raise UsageError(
-        f"there is no folder or zip {shown}",
-        hint="e4t domains add takes a folder, a zip, or owner/repository@revision",
-    )
-
-
-@contextmanager
-def _open_repository(
-    repository: str, revision: str, offline: bool, on_progress: ProgressCallback | None
-) -> Iterator[DomainArchive]:
-    from e4t_cli.hub.download import fetch_files
-    from e4t_cli.hub.paths import HubAccess
-
-    access = HubAccess(offline=offline, on_progress=on_progress)
-
-    def fetch(commit: str, names: list[str]) -> Path:
-        return fetch_files(
-            repository,
-            commit,
-            names,
-            access,
-            command=f"e4t domains add {repository}@{revision}",
-        )
-
-    folder = fetch(revision, [CARD])
-    card = read_manifest(folder / CARD)
-    # The commit that the card came from; and nothing but what the card lists.
-    folder = fetch(folder.name, [CARD, *card.files])
-    # A snapshot links to its repository's blobs: repository/snapshots/COMMIT -> repository/blobs.
-    with open_folder(folder, links_into=folder.parent.parent) as parcel:
-        yield parcel
-
-
-def _sweep(shelf: Path) -> None:
-    """Remove what a crash left half added or half removed; what still runs is younger."""
-    for left in (*shelf.glob(f"{_GATHERING}*"), *shelf.glob(f"{REMOVING}*")):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > _A_DAY:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _taken(name: str, target: Path) -> UsageError:
-    return UsageError(
-        f"there is a domain in {printable(str(target))} already",
-        hint=f"e4t domains rm {name} removes it",
-    )
-
-
-@contextmanager
-def _disk_explained(shelf: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        shown = printable(str(error.filename or shelf))
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError("the disk is full; nothing was added") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UsageError(f"{shown} cannot be used: {error.strerror}") from error
-        raise
-
-
-REMOVING = ".removing-"
-"""Begins the names of folders that are on their way out."""
-
-
-def find_own_folder(name: str) -> Path:
-    """Return the folder of one of the user's own domains, sound or broken.
+def find_user_folder(name: str) -> Path:
+    """Return the folder of one of the user's domains, even if it does not load.
 
     Args:
         name: "my_dogs" or "user:my_dogs".
 
     Raises:
-        UsageError: there is none of that name; the hint says who does have it.
+        UsageError: there is none of that name; the hint names the package that has it.
     """
     shown, bare = printable(name), name.removeprefix(f"{USER}:")
     try:
@@ -197,8 +134,7 @@ def find_own_folder(name: str) -> Path:
         raise UsageError(str(error)) from error
     if os.path.lexists(folder):
         return folder
-    packages = installed_packages(bare)
-    if packages:
+    if packages := installed_packages(bare):
         raise UsageError(
             f"the domain {shown!r} is not your own: it comes with {' and '.join(packages)}",
             hint=f"pip uninstall {packages[0]}",
@@ -209,24 +145,268 @@ def find_own_folder(name: str) -> Path:
 
 
 def remove_domain(name: str) -> Path:
-    """Remove one of the user's own domains.
-
-    Returns:
-        The folder that is gone.
+    """Remove one of the user's domains and return the folder it had.
 
     Raises:
         UsageError: there is none of that name, or it may not be removed.
     """
-    folder = find_own_folder(name)
+    folder = find_user_folder(name)
     try:
         if folder.is_symlink():
-            folder.unlink()  # the folder it leads to is somebody's, but not the shelf's
+            folder.unlink()  # the folder it points to is not the store's
             return folder
-        # First the name goes, in one step: an interrupt leaves no half domain in the list.
-        leaving = folder.with_name(f"{REMOVING}{secrets.token_hex(6)}")
-        leaving.mkdir()
-        folder.rename(leaving / "pack")
-        shutil.rmtree(leaving)
+        # Renamed in one step first: an interrupt leaves no half domain in the list.
+        temporary = folder.with_name(f"{_REMOVING}{secrets.token_hex(6)}")
+        temporary.mkdir()
+        folder.rename(temporary / "domain")
+        shutil.rmtree(temporary)
     except OSError as error:
         raise UsageError(f"{printable(str(folder))} cannot be removed: {error.strerror}") from error
     return folder
+
+
+# ── sources ──
+
+
+def _resolve_source(
+    source: str | os.PathLike[str],
+    temporary: Path,
+    offline: bool,
+    on_progress: ProgressCallback | None,
+) -> tuple[Path, Path]:
+    """Return the folder of a source, unpacked or fetched, and the folder its links may point into.
+
+    Args:
+        source, offline, on_progress: as for `add_domain`.
+        temporary: a zip is unpacked below it.
+    """
+    wanted = os.fspath(source)
+    shown = printable(wanted)
+    if not wanted or "\0" in wanted:
+        raise UsageError(f"{shown!r} is neither a folder nor a zip nor a hub repository")
+    path = Path(wanted)
+    if path.is_dir():
+        if not (path / MANIFEST_NAME).is_file():
+            hint = "e4t pretrain makes such a folder"
+            raise UsageError(f"{shown} is no domain: it has no {MANIFEST_NAME}", hint=hint)
+        return path, path
+    if path.is_file():
+        folder = _unpack(path, temporary / "unpacked")
+        return folder, folder
+    repository = _REPOSITORY.fullmatch(wanted)
+    if repository and repository[2]:
+        folder = _fetch(repository[1], repository[2], offline, on_progress)
+        # A snapshot links to the blobs: repository/snapshots/COMMIT -> repository/blobs.
+        return folder, folder.parent.parent
+    if repository:
+        raise UsageError(
+            f"there is no folder {shown}; a repository of the hub needs a revision",
+            hint=f"e4t domains add {shown}@COMMIT",
+        )
+    raise UsageError(
+        f"there is no folder or zip {shown}",
+        hint="e4t domains add takes a folder, a zip, or owner/repository@revision",
+    )
+
+
+def _fetch(
+    repository: str, revision: str, offline: bool, on_progress: ProgressCallback | None
+) -> Path:
+    """Return the folder of a repository's snapshot, with the files of its manifest only."""
+    from e4t_cli.hub.download import fetch_files
+    from e4t_cli.hub.paths import HubAccess
+
+    access = HubAccess(offline=offline, on_progress=on_progress)
+    command = f"e4t domains add {repository}@{revision}"
+    fetch = partial(fetch_files, repository, access=access, command=command)
+    folder = fetch(revision, [MANIFEST_NAME])
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    return fetch(folder.name, [MANIFEST_NAME, *manifest.files])  # of the manifest's commit
+
+
+def _unpack(path: Path, folder: Path) -> Path:
+    """Unpack what the manifest of a zip lists; it is at the top, or in the one folder there.
+
+    Raises:
+        InputError: it is not a zip.
+        IntegrityError: a member has a path outside, is a link, is encrypted, or unpacks to
+            absurd sizes. One such member is enough to refuse all.
+    """
+    shown = printable(str(path))
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise InputError(f"{shown} is not a zip: {printable(str(error))}") from error
+    except OSError as error:
+        raise InputError(f"{shown} cannot be read: {error.strerror}") from error
+    with archive:
+        members = _safe_members(archive, shown)
+        found = [name for name in members if name.rpartition("/")[2] == MANIFEST_NAME]
+        tops = [name for name in found if name.count("/") <= 1]
+        if len(tops) != 1:
+            held = "more than one" if tops else "no domain: it has no"
+            raise IntegrityError(f"{shown} holds {held} {MANIFEST_NAME} at its top")
+        prefix, name = tops[0].removesuffix(MANIFEST_NAME), MANIFEST_NAME
+        try:
+            with archive.open(tops[0]) as file:
+                manifest = parse_manifest(
+                    file.read(MAX_BYTES + 1), f"the {MANIFEST_NAME} of {shown}"
+                )
+            for name in (MANIFEST_NAME, *manifest.files):
+                if prefix + name in members:
+                    archive.extract(prefix + name, folder)
+        except (
+            zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError
+        ) as error:  # fmt: skip
+            raise IntegrityError(
+                f"{name} in {shown} is damaged: {printable(str(error))}"
+            ) from error
+    return folder / prefix
+
+
+def _safe_members(archive: zipfile.ZipFile, shown: str) -> dict[str, zipfile.ZipInfo]:
+    """Return the files of a zip by name, without its folders."""
+    found = archive.infolist()
+    if len(found) > MAX_MEMBERS:
+        raise IntegrityError(f"{shown} has {len(found):,} members: that is no domain folder")
+    unpacked = sum(member.file_size for member in found)
+    packed = sum(member.compress_size for member in found)
+    if unpacked > MAX_ARCHIVE_BYTES or unpacked > MAX_RATIO * (packed + (1 << 20)):
+        raise IntegrityError(f"{shown} unpacks to {unpacked:,} bytes: that is no domain folder")
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in found:
+        # ZipInfo cuts names at a NUL and converts the system's separators; check what was written.
+        name = member.orig_filename
+        parts = name.removesuffix("/").split("/")
+        mode = member.external_attr >> 16
+        if "\\" in name or ":" in name or "\0" in name or {"", ".", "..", "~"} & set(parts):
+            raise IntegrityError(f"{shown} holds a file for another place: {printable(name)}")
+        if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise IntegrityError(f"{printable(name)} in {shown} is a link or a device")
+        if member.flag_bits & 1:
+            raise IntegrityError(f"{printable(name)} in {shown} is encrypted")
+        if member.filename in members:
+            raise IntegrityError(f"{shown} holds two files of the name {printable(name)}")
+        if not member.is_dir():
+            members[member.filename] = member
+    return members
+
+
+# ── copying ──
+
+
+def copy_domain_folder(
+    folder: Path,
+    target: Path,
+    on_progress: ProgressCallback | None = None,
+    *,
+    links_into: Path | None = None,
+    shown: str = "",
+) -> Manifest:
+    """Copy a domain folder into a new one, the manifest first, and check every byte.
+
+    Args:
+        folder: has a domain.toml.
+        target: does not exist yet.
+        on_progress: called after each file.
+        links_into: links may point anywhere below this folder; by default below `folder`.
+        shown: its name in error messages; by default the folder.
+
+    Raises:
+        IntegrityError: a file is missing, differs from the manifest, or has an invalid header.
+        ResourceError: there is not enough disk space.
+    """
+    shown, root = shown or printable(str(folder)), (links_into or folder).resolve()
+
+    def find(name: str) -> Path:
+        try:
+            path = (folder / name).resolve(strict=True)
+        except (OSError, RuntimeError):
+            raise IntegrityError(f"{shown} has no file {printable(name)}") from None
+        if not path.is_relative_to(root):
+            raise IntegrityError(f"{printable(name)} in {shown} is a link to another place")
+        if not stat.S_ISREG(path.stat().st_mode):  # a device or a pipe would never end
+            raise IntegrityError(f"{printable(name)} in {shown} is not a plain file")
+        return path
+
+    with find(MANIFEST_NAME).open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    about = f"the {MANIFEST_NAME} of {shown}"
+    manifest = parse_manifest(text, about)
+    if not manifest.files:
+        raise IntegrityError(f"{about} lists no files: there are no weights")
+    target.mkdir()
+    write_atomically(target / MANIFEST_NAME, text)
+    lengths = {name: find(name).stat().st_size for name in manifest.files}
+    for name, length in lengths.items():
+        if manifest.sizes.get(name, length) != length:
+            raise IntegrityError(
+                f"{name} in {shown} has {length:,} bytes, its manifest says "
+                f"{manifest.sizes[name]:,}"
+            )
+    total, free = sum(lengths.values()), shutil.disk_usage(target).free
+    if total > free:
+        raise ResourceError(f"{manifest.name} needs {total:,} bytes on disk, {free:,} are free")
+    done = 0
+    for name, sha256 in manifest.files.items():
+        with find(name).open("rb") as file:
+            copy = partial(_copy_checked, file, sha256, f"{name} in {shown}")
+            write_atomically(target / name, copy)
+        _check_header(target / name)
+        done += lengths[name]
+        if on_progress:
+            on_progress(Progress(stage="copy", done=done, total=total, unit="bytes"))
+    return manifest
+
+
+def _copy_checked(file: BinaryIO, sha256: str, about: str, target: BinaryIO) -> None:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+        target.write(block)
+    if digest.hexdigest() != sha256:
+        raise IntegrityError(
+            f"{about} is damaged: its SHA-256 is {digest.hexdigest()}, its manifest says {sha256}"
+        )
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a file that is not safetensors or JSON, whatever its name and its hash."""
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise IntegrityError(f"{path.name} is not JSON: {printable(str(error))}") from error
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{path.name} is not a usable safetensors file: {error}") from error
+
+
+# ── the folder ──
+
+
+def _sweep(store: Path) -> None:
+    """Remove the temporary folders of commands that crashed; running ones are younger."""
+    for left in (*store.glob(f"{_ADDING}*"), *store.glob(f"{_REMOVING}*")):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _DAY:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(store: Path) -> Iterator[None]:
+    """Turn OSErrors of the disk into errors with a message."""
+    try:
+        yield
+    except OSError as error:
+        shown = printable(str(error.filename or store))
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError("the disk is full; nothing was added") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UsageError(f"{shown} cannot be used: {error.strerror}") from error
+        raise

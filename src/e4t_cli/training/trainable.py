@@ -143,15 +143,17 @@ class LoraFineTuning:
         source, rank = generator(seed, "adapters"), config.lora_rank
         layers, scaled = lora_target_layers(self.unet), set(pretrained.offsets)
         self.adapters = {
-            "unet": LoraAdapters.for_layers(layers, rank, gains=scaled, source=source),
+            "unet": LoraAdapters.for_layers(layers, rank, scaled=scaled, source=source),
             "encoder": LoraAdapters.for_layers(linear_layers(self.encoder), rank, source=source),
         }
         for name, adapters in self.adapters.items():
             adapters.to(model.device).attach_to(getattr(self, name))
         rate = config.learning_rate * config.lora_rate
         self.groups: list[Group] = [
-            *self.adapters["unet"].rates(rate * config.offsets_rate, rate * config.unet_rate),
-            *self.adapters["encoder"].rates(0.0, rate * config.encoder_rate),
+            *self.adapters["unet"].param_groups(
+                rate * config.offsets_rate, rate * config.unet_rate
+            ),
+            *self.adapters["encoder"].param_groups(0.0, rate * config.encoder_rate),
         ]
 
     def cached(self) -> AbstractContextManager[None]:

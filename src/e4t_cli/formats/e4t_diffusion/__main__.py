@@ -1,31 +1,32 @@
-"""The single place in this program that touches a pickle.
+"""The child process that reads a checkpoint's pickles, without network and without children.
 
-A file of `torch.save` is a zip of raw numbers and one pickle that says how they are laid out. It is
-hashed, its zip is looked at, and torch's weights-only loader runs the pickle: tensors, dictionaries
-and nothing that could be called. This module is imported only by `__main__`, in a process that
-`isolation.py` has cut off.
+    python -m e4t_cli.formats.e4t_diffusion FOLDER < request.json
 
-The process that reads a checkpoint: a wish on stdin, lines of JSON on stdout, files in a folder.
+A `ConversionRequest` on stdin, lines of JSON on stdout, files in FOLDER.
 
-    python -m e4t_cli.formats.e4t_diffusion TARGET < wish.json
-
-Cut off first, imports second: by the time a byte of the checkpoint is read, there is no network.
+A file of `torch.save` is a zip of raw tensor data and one pickle with their layout. It is hashed,
+its zip directory is checked, and torch's weights-only loader runs the pickle: tensors, dictionaries
+and nothing that could be called. That loader has had holes, and checkpoints come from strangers:
+code that gets through one has no sockets, cannot start programs, and finds none of the user's
+tokens in its environment. On Linux the kernel takes the network away as well, where it permits it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import re
+import socket
 import sys
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from e4t_cli.errors import IntegrityError, printable
+from e4t_cli.errors import E4TError, IntegrityError, ResourceError, printable
 from e4t_cli.files import sha256_of
-from e4t_cli.formats.e4t_diffusion.runner import forbid, leave_the_network
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,14 +34,52 @@ if TYPE_CHECKING:
 MAX_ENTRIES = 20_000
 MAX_PICKLE_BYTES = 16_000_000
 """The layout of 2,000 tensors takes 0.3 MB."""
+_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_NEWUSER, CLONE_NEWNET
+_FORBIDDEN = (
+    *("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn"),
+    *("os.startfile", "pty.spawn", "ftplib.", "http.", "urllib.", "smtplib.", "webbrowser."),
+)
 
 
-def read_tensors_of(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], str]:
-    """Read a state dict, with its numbers left on disk until they are used.
+def leave_network() -> bool:
+    """Move this process to a new, empty network namespace, before any thread is started.
+
+    Returns:
+        Whether that worked: it takes Linux, and a permission that many systems give.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    with contextlib.suppress(OSError, AttributeError):
+        unshare = ctypes.CDLL(None, use_errno=True).unshare
+        return bool(unshare(_NEW_NETWORK) == 0 or unshare(_NEW_USER | _NEW_NETWORK) == 0)
+    return False
+
+
+def forbid_network_and_processes() -> None:
+    """Make every socket and every new process an error, for the rest of this process's life.
+
+    Python has no way to remove an audit hook.
+    """
+
+    def refuse(*arguments: object, **options: object) -> NoReturn:
+        raise PermissionError("a checkpoint that is being read has no network")
+
+    for name in ("socket", "create_connection", "create_server", "socketpair", "getaddrinfo"):
+        setattr(socket, name, refuse)
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        if event.startswith(_FORBIDDEN):
+            raise PermissionError(f"a checkpoint that is being read may not use {event}")
+
+    sys.addaudithook(audit)
+
+
+def read_pickled_tensors(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], str]:
+    """Read a state dict, memory-mapped: its data stays on disk until it is used.
 
     Args:
         path: a file that torch.save wrote.
-        sha256: what it has to be; "" where nobody declared it.
+        sha256: what it must be; "" where nobody declared it.
 
     Returns:
         Its tensors by name, and its SHA-256.
@@ -57,7 +96,7 @@ def read_tensors_of(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], st
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        # Never torch's own sentence: it explains how to read the file without the restriction.
+        # Without torch's own message: it explains how to read the file without the restriction.
         unwanted = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
         asks = f": it asks for {unwanted[1]}" if unwanted else ""
         raise IntegrityError(
@@ -72,7 +111,7 @@ def read_tensors_of(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], st
 
 
 def _check_zip(path: Path) -> None:
-    """Look at the container before anything reads it.
+    """Check the container before anything is unpacked.
 
     Raises:
         IntegrityError: it is not one that torch.save writes, or it would grow in memory.
@@ -107,13 +146,12 @@ def _check_entry(path: Path, key: object, value: object) -> None:
 
 
 def main() -> int:
-    leave_the_network()  # before a library starts threads, after which the kernel refuses
-    from e4t_cli.errors import E4TError
+    leave_network()  # before a library starts threads, after which the kernel refuses
     from e4t_cli.formats.e4t_diffusion.checkpoint import ConversionRequest
     from e4t_cli.formats.e4t_diffusion.conversion import write_domain_folder
 
-    wish, target = ConversionRequest.from_json(sys.stdin.read()), Path(sys.argv[1])
-    # Whatever a library prints must not be taken for an answer.
+    request, target = ConversionRequest.from_json(sys.stdin.read()), Path(sys.argv[1])
+    # Whatever a library prints to stdout goes to stderr.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -121,22 +159,23 @@ def main() -> int:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    forbid()
+    forbid_network_and_processes()
+    failure: E4TError
     try:
-        report = write_domain_folder(
-            wish, target, read_tensors_of, lambda percent: answer(done=percent, total=100)
+        result = write_domain_folder(
+            request, target, read_pickled_tensors, lambda percent: answer(done=percent, total=100)
         )
     except E4TError as error:
-        answer(error={"message": error.message, "hint": error.hint, "exit": error.exit_code})
-        return error.exit_code
+        failure = error
     except MemoryError:
-        answer(error={"message": "memory ran out", "hint": None, "exit": 6})
-        return 6
+        failure = ResourceError("memory ran out")
     except OSError as error:
-        answer(error={"message": f"{error.strerror or error}", "hint": None, "exit": 6})
-        return 6
-    answer(report=asdict(report))
-    return 0
+        failure = ResourceError(error.strerror or str(error))
+    else:
+        answer(result=asdict(result))
+        return 0
+    answer(error=[failure.exit_code, failure.message, failure.hint])
+    return failure.exit_code
 
 
 if __name__ == "__main__":

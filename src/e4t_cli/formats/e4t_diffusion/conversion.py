@@ -1,7 +1,7 @@
-"""The weight offsets of e4t-diffusion, as the two factors that `nn.weight_offsets` works with.
+"""Converts a checkpoint's tensors into a domain folder; runs in the child process.
 
-Its network has the same four linear layers as ours, under other names and in transposed order. With
-p = linear1(v) (N), q = linear2(v) (M), C, c of linear_column and R, r of linear_row,
+Its offset networks have the same four linear layers as ours, under other names and in transposed
+order. With p = linear1(v) (N), q = linear2(v) (M), C, c of linear_column and R, r of linear_row,
 
     X = p qᵀ (N × M);   X ← (Xᵀ Cᵀ + 1 cᵀ)ᵀ;   X ← X Rᵀ + 1 rᵀ;   ΔW = Xᵀ (M × N)
 
@@ -9,10 +9,7 @@ and as linear layers on an outer product act on its two vectors,
 
     ΔW = (R q)(C p)ᵀ + (R 1) cᵀ + r 1ᵀ  =  [R q, R 1, r] (M × 3) · [C p; c; 1ᵀ] (3 × N)
 
-which is exact: the 573 MB of Stable Diffusion 1.4's 96 networks are 1.8 MB of factors in float32,
-0.9 MB in float16.
-
-A checkpoint's tensors in, a pack's files out. Runs in the process that reads the pickle.
+which is exact: the 573 MB of Stable Diffusion 1.4's 96 networks are 1.8 MB of factors in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from e4t_cli.errors import IntegrityError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.formats.e4t_diffusion.checkpoint import (
     ENCODER,
-    MERGED,
+    MERGED_UNET,
     UNET,
     ConversionRequest,
     ConversionResult,
@@ -39,50 +36,63 @@ from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.nn.patch_encoder import PatchEncoder, PatchEncoderConfig
 from e4t_cli.nn.weight_offsets import Factors
 
-_KEY = re.compile(r"(.+\.attn[12])\.wo_([qkv])\.(.+)")
-_LAYERS = ("linear1", "linear2", "linear_column", "linear_row")
-_PARTS = ("v", *(f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bias")))
+TOWER = "tower.safetensors"
+_TOWER_PREFIX, _FIRST, _JOINT = "clip_vision.", "first_linears.", "feature_linear"
+_RENAMED = {
+    "unet_feature_embedder.0": "embed_unet.0",
+    "unet_feature_embedder.2": "embed_unet.2",
+    "final_linear": "final",
+}
+_OFFSET = re.compile(r"(.+\.attn[12])\.wo_([qkv])\.(.+)")
+
+TensorReader = Callable[[Path, str], tuple[dict[str, Tensor], str]]
+"""Reads a file of the checkpoint, which must have that SHA-256 if it is not ""."""
 
 
 def split_networks(state: Mapping[str, Tensor], file: str) -> dict[str, dict[str, Tensor]]:
     """Return path of a projection -> its network's tensors, each with the shape it must have.
 
     Raises:
-        IntegrityError: a key is of something else, a tensor is missing or of another shape.
+        IntegrityError: a tensor is of something else, missing, of another shape, or not finite.
     """
     networks: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        found = _KEY.fullmatch(key)
-        if found is None or found[3] not in _PARTS:
+        found = _OFFSET.fullmatch(key)
+        if found is None:
             raise IntegrityError(f"{file} has an unexpected tensor {printable(key, limit=200)}")
         networks.setdefault(f"{found[1]}.to_{found[2]}", {})[found[3]] = value
     if not networks:
         raise IntegrityError(f"{file} holds no weight offsets")
     for path, network in networks.items():
-        for part in _PARTS:
-            if part not in network:
-                raise IntegrityError(f"{file} lacks {part} of the offset of {printable(path)}")
-        columns, rows = (network[f"linear{i}.bias"].numel() for i in (1, 2))
-        width = network["v"].numel()  # of v, 1 in all known checkpoints
-        shapes = {
-            "v": (width,),
-            **_linear("linear1", width, columns),
-            **_linear("linear2", width, rows),
-            **_linear("linear_column", columns, columns),
-            **_linear("linear_row", rows, rows),
-        }
-        for part, shape in shapes.items():
-            if tuple(network[part].shape) != shape:
-                raise IntegrityError(
-                    f"{file}: {part} of the offset of {printable(path)} has shape "
-                    f"{tuple(network[part].shape)}, not {shape}"
-                )
-            if not network[part].isfinite().all():
-                raise IntegrityError(
-                    f"{file}: {part} of the offset of {printable(path)} "
-                    "has numbers that are not finite"
-                )
+        shown = f"{file}: the offset of {printable(path)}"
+        width, columns, rows = (  # width is 1 in all known checkpoints
+            network[key].numel() if key in network else 0
+            for key in ("v", "linear1.bias", "linear2.bias")
+        )
+        shapes: dict[str, tuple[int, ...]] = {"v": (width,)}
+        for layer, reads, writes in (
+            ("linear1", width, columns), ("linear2", width, rows),
+            ("linear_column", columns, columns), ("linear_row", rows, rows),
+        ):  # fmt: skip
+            shapes |= {f"{layer}.weight": (writes, reads), f"{layer}.bias": (writes,)}
+        _check_shapes(network, shapes, shown)
+        for key, value in network.items():
+            if not value.isfinite().all():
+                raise IntegrityError(f"{shown}: {key} has numbers that are not finite")
     return networks
+
+
+def _check_shapes(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], owner: str
+) -> None:
+    for key in sorted(set(shapes) ^ set(state)):
+        has = "lacks the" if key in shapes else "has an unexpected"
+        raise IntegrityError(f"{owner} {has} tensor {printable(key, limit=200)}")
+    for key, shape in shapes.items():
+        if (found := tuple(state[key].shape)) != shape:
+            raise IntegrityError(
+                f"{owner}: {printable(key, limit=200)} has shape {found}, not {shape}"
+            )
 
 
 def factor(network: Mapping[str, Tensor]) -> Factors:
@@ -108,89 +118,72 @@ def evaluate(network: Mapping[str, Tensor]) -> Tensor:
     return rows.T
 
 
-def _linear(name: str, reads: int, writes: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (writes, reads), f"{name}.bias": (writes,)}
-
-
-TOWER = "tower.safetensors"
-_TOWER_PREFIX, _FIRST, _JOINT = "clip_vision.", "first_linears.", "feature_linear"
-_RENAMED = {
-    "unet_feature_embedder.0": "embed_unet.0",
-    "unet_feature_embedder.2": "embed_unet.2",
-    "final_linear": "final",
-}
-
-Read = Callable[[Path, str], tuple[dict[str, Tensor], str]]
-"""Reads a file of the checkpoint, which must have that SHA-256 if it is not ""."""
-
-
 def write_domain_folder(
-    wish: ConversionRequest,
+    request: ConversionRequest,
     target: Path,
-    read: Read,
+    read: TensorReader,
     on_progress: Callable[[int], None] = lambda percent: None,
 ) -> ConversionResult:
     """Convert a checkpoint.
 
     Args:
-        wish: what is wanted.
-        target: an existing folder for the pack's files; a tuned U-Net, its offsets merged, is
-            written beside them as unet.safetensors if it is wished for.
+        request: what is converted.
+        target: an existing folder for the domain's files, and for a tuned U-Net with its offsets
+            merged if `keep_unet` is set.
         read: the reader of checkpoint files.
         on_progress: called with the percentage of work done.
 
     Raises:
         IntegrityError: the checkpoint is not what it claims to be.
     """
-    folder, hashes = Path(wish.folder), {}
-    state, hashes[wish.weights] = read(folder / wish.weights, wish.sha256.get(wish.weights, ""))
+
+    def read_file(name: str) -> dict[str, Tensor]:
+        tensors, hashes[name] = read(Path(request.folder) / name, request.sha256.get(name, ""))
+        return tensors
+
+    hashes: dict[str, str] = {}
+    state = read_file(request.weights)
     on_progress(5)
-    if wish.weights == UNET:
+    unet: dict[str, Tensor] = {}
+    if request.weights == UNET:
         unet = {key: value for key, value in state.items() if ".wo_" not in key}
         state = {key: value for key, value in state.items() if ".wo_" in key}
-    else:
-        unet = {}
-    networks = split_networks(state, wish.weights)
+    networks = split_networks(state, request.weights)
     factors, error, size = _factors(networks, lambda share: on_progress(5 + int(50 * share)))
-    if unet and wish.keep_unet:
-        _write(target / MERGED, _merged(unet, factors))
-    del unet
-    count = sum(value.numel() for value in state.values())
-    del state, networks
+    if unet and request.keep_unet:
+        _write(target / MERGED_UNET, _merged(unet, factors))
+    offset_parameters = sum(value.numel() for value in state.values())
+    del unet, state, networks
     on_progress(60)
-    state, hashes[ENCODER] = read(folder / ENCODER, wish.sha256.get(ENCODER, ""))
+    state = read_file(ENCODER)
     on_progress(75)
-    config = encoder_config(state, wish.tower)
-    _check_shapes(state, config)
-    numbers = sum(value.numel() for value in state.values())
+    if not any(key.startswith(_TOWER_PREFIX) for key in state):
+        raise IntegrityError(
+            f"{ENCODER} has no image tower: it was trained with a frozen one, which is not in it"
+        )
+    config = encoder_config(state, request.tower)
+    _check_shapes(state, expected_shapes(config), ENCODER)
     tower = {key: state[key] for key in state if key.startswith(_TOWER_PREFIX)}
-    # In half precision: it is looked through in the base's own precision anyway.
+    # In half precision: images are encoded in the base's own precision anyway.
     _write(target / TOWER, {key.removeprefix(_TOWER_PREFIX): v for key, v in tower.items()})
     on_progress(85)
+    files = "; ".join(f"{name} sha256 {digest}" for name, digest in sorted(hashes.items()))
     DomainWeights(
-        name=wish.name,
-        descriptor=wish.descriptor,
-        base_name=wish.base,
-        base_fingerprint="",  # nobody wrote down which weights it was trained on
-        encoder=_encoder(state, config),
-        offsets=factors,
-        tuning=wish.tuning,
-        pretraining=wish.pretraining,
-        templates=wish.templates,
+        name=request.name, descriptor=request.descriptor, base_name=request.base,
+        base_fingerprint="",  # the checkpoint does not state which weights it was trained on
+        encoder=_encoder(state, config), offsets=factors,
+        tuning=request.tuning, pretraining=request.pretraining, templates=request.templates,
         tower=DomainImageTower(path=target / TOWER, config=config),
-        licence=wish.licence,
-        image_tower=wish.image_tower,
-        notes=_notes(wish.notes, hashes, error),
-    ).save(target, dtype=torch.float16, offsets_dtype=torch.float32)
+        licence=request.licence, image_tower=request.image_tower,
+        notes=f"{request.notes} Converted from a checkpoint of e4t-diffusion ({files}). Largest "
+        f"error of a ΔW: {error:.1e}.".strip(),
+    ).save(target, dtype=torch.float16, offsets_dtype=torch.float32)  # fmt: skip
     on_progress(100)
     return ConversionResult(
-        offset_parameters=count,
-        encoder_parameters=numbers,
+        offset_parameters=offset_parameters,
         offset_bytes=sum(4 * one.numel() for pair in factors.values() for one in pair),
-        offset_error=error,
-        offset_size=size,
-        sha256=hashes,
-    )
+        offset_error=error, offset_size=size,
+    )  # fmt: skip
 
 
 def encoder_config(
@@ -235,23 +228,6 @@ def expected_shapes(config: PatchEncoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{_TOWER_PREFIX}{key}": tuple(value.shape) for key, value in visual.items()}
 
 
-def _check_shapes(state: Mapping[str, Tensor], config: PatchEncoderConfig) -> None:
-    if not any(key.startswith(_TOWER_PREFIX) for key in state):
-        raise IntegrityError(
-            f"{ENCODER} has no image tower: it was trained with a frozen one, which is not in it"
-        )
-    shapes = expected_shapes(config)
-    for key in sorted(set(shapes) ^ set(state)):
-        has = "lacks the" if key in shapes else "has an unexpected"
-        raise IntegrityError(f"{ENCODER} {has} tensor {printable(key, limit=200)}")
-    for key, shape in shapes.items():
-        if tuple(state[key].shape) != shape:
-            raise IntegrityError(
-                f"{ENCODER}: {printable(key, limit=200)} has shape {tuple(state[key].shape)}, "
-                f"not {shape}"
-            )
-
-
 def _encoder(state: Mapping[str, Tensor], config: PatchEncoderConfig) -> PatchEncoder:
     tensors = {
         f"{ours}.{part}": _half(f"{theirs}.{part}", state[f"{theirs}.{part}"], ENCODER)
@@ -259,10 +235,9 @@ def _encoder(state: Mapping[str, Tensor], config: PatchEncoderConfig) -> PatchEn
         for part in ("weight", "bias")
     }
     joint = _half(f"{_JOINT}.weight", state[f"{_JOINT}.weight"], ENCODER)
-    of_picture, of_unet = joint.split((config.tower_width, config.hidden_width), dim=1)
-    tensors["join_picture.weight"] = of_picture.contiguous()
+    tensors["join_picture.weight"] = joint[:, : config.tower_width].contiguous()
     tensors["join_picture.bias"] = _half(f"{_JOINT}.bias", state[f"{_JOINT}.bias"], ENCODER)
-    tensors["join_unet.weight"] = of_unet.contiguous()
+    tensors["join_unet.weight"] = joint[:, config.tower_width :].contiguous()
     for ours, part in (("first_weights", "weight"), ("first_biases", "bias")):
         keys = [f"{_FIRST}{index}.{part}" for index in range(config.vectors)]
         tensors[ours] = torch.stack([_half(key, state[key], ENCODER) for key in keys])
@@ -312,9 +287,3 @@ def _half(key: str, value: Tensor, file: str) -> Tensor:
     if not half.isfinite().all():
         raise IntegrityError(f"{file}: {printable(key, limit=200)} has numbers that are not finite")
     return half
-
-
-def _notes(given: str, hashes: Mapping[str, str], error: float) -> str:
-    made = "; ".join(f"{name} sha256 {digest}" for name, digest in sorted(hashes.items()))
-    found = f"Converted from a checkpoint of e4t-diffusion ({made}). Largest error of a ΔW: "
-    return f"{given} {found}{error:.1e}.".strip()

@@ -1,7 +1,7 @@
-"""What is measured: the real Stable Diffusion 1.4 with random weights, or a small one for a CPU.
+"""Builds the model to measure: Stable Diffusion 1.4 with random weights, or a small one for a CPU.
 
-The same shapes take the same time, whatever the numbers in them are, as long as they are neither
-zeros nor constants. So these benchmarks say something about time and memory, never about quality.
+Time and memory depend on shapes, not on values, as long as these are neither zeros nor constants.
+The benchmarks measure time and memory, not quality.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """A base, a pack made for it, and a photo."""
+class Workload:
+    """A base, domain weights for it, and a photo."""
 
     size: str
     model: TextToImageModel
@@ -56,13 +56,13 @@ class World:
     photo: PreparedImage
 
 
-def make_world(size: str, device: torch.device, folder: Path) -> World:
-    """Build a world in memory.
+def make_workload(size: str, device: torch.device, folder: Path) -> Workload:
+    """Build a workload in memory.
 
     Args:
         size: a key of `SIZES`.
-        device: where it is to be.
-        folder: for the small tokenizer that stands in for CLIP's: words cost nothing here.
+        device: of the base.
+        folder: for a small tokenizer in place of CLIP's; its size does not change the timings.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from open_clip.transformer import VisionTransformer
@@ -88,7 +88,7 @@ def make_world(size: str, device: torch.device, folder: Path) -> World:
             )
         )  # fmt: skip
         tower = VisionTransformer(**sizes["tower"])
-    # torch's own `to` below: diffusers' logs a warning about casts that are meant.
+    # torch's `to`, because diffusers' `to` logs a warning about these intended casts.
     order = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = TextToImageModel(
         base=Base(name=size, folder=folder, resolution=sizes["resolution"]),
@@ -101,7 +101,7 @@ def make_world(size: str, device: torch.device, folder: Path) -> World:
             device, dtype
         ),
     )
-    model.__dict__["fingerprint"] = size  # nothing was read from a folder
+    model.__dict__["fingerprint"] = size  # there are no files to hash
     source = torch.Generator().manual_seed(1)
     encoder = WordEmbeddingEncoder(model.encoder_config())
     offsets = {}
@@ -117,4 +117,4 @@ def make_world(size: str, device: torch.device, folder: Path) -> World:
     )  # fmt: skip
     noise = torch.randint(0, 256, (sizes["resolution"], sizes["resolution"], 3), generator=source)
     photo = PreparedImage(image=Image.fromarray(noise.byte().numpy()))
-    return World(size=size, model=model, pack=pack, photo=photo)
+    return Workload(size=size, model=model, pack=pack, photo=photo)

@@ -1,12 +1,12 @@
-"""The arms: ways of tuning on one photo, each a function that runs some steps.
+"""The variants of tuning that are compared; each is a function that runs some steps.
 
-exact        this program, as the paper describes it
-adapters     this program, --tuning lora
-naive        the same equation, written down plainly: the feature pass from the picture's own
-             U-Net forward, the image tower at every step on 16 copies, dense offset networks
-             at every forward, float32, torch's unfused optimiser
-dreambooth   fine-tuning the U-Net on diffusers' modules: the photo and as many class pictures
-             in a batch of 1 + 1, the VAE at every step
+full         this program, full fine-tuning as in the paper
+lora         this program, --tuning lora
+naive        a direct implementation of the same equation: a U-Net forward pass for the features,
+             the image tower at every step on 16 copies, dense offset networks in every forward
+             pass, float32, torch's unfused optimizer
+dreambooth   fine-tuning the U-Net on diffusers' modules: a batch of the photo and one class
+             image, the VAE at every step
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.worlds import World
+from benchmarks.workload import Workload
 from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features
 from e4t_cli.nn.weight_offsets import WeightOffset, WeightOffsets
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.training.tuning import tune
 
 BATCH = 16
-Arm = Callable[[World, int], None]
+Variant = Callable[[Workload, int], None]
 
 
-def exact(world: World, steps: int) -> None:
-    tune(world.model, world.pack, world.photo, world.pack.tuning.replace(steps=steps))
+def full(workload: Workload, steps: int) -> None:
+    tune(workload.model, workload.pack, workload.photo, workload.pack.tuning.replace(steps=steps))
 
 
-def adapters(world: World, steps: int) -> None:
-    config = world.pack.tuning.replace(steps=steps, method="lora")
-    tune(world.model, world.pack, world.photo, config)
+def lora(workload: Workload, steps: int) -> None:
+    config = workload.pack.tuning.replace(steps=steps, method="lora")
+    tune(workload.model, workload.pack, workload.photo, config)
 
 
 class DenseOffset(WeightOffset):
-    """ΔW as the paper draws it: linear layers over the rows and columns of an M × N product."""
+    """ΔW as in the paper's figure: linear layers over the rows and columns of an M × N matrix."""
 
     def delta(self) -> Tensor:
         product = torch.outer(self.to_rows(self.initial), self.to_columns(self.initial))
         return self.over_columns(self.over_rows(product.T).T)
 
 
-def naive(world: World, steps: int) -> None:
-    model, pack = world.model, world.pack
+def naive(workload: Workload, steps: int) -> None:
+    model, pack = workload.model, workload.pack
     device = model.device
     unet = copy.deepcopy(model.unet).float().requires_grad_(True)
     encoder = copy.deepcopy(pack.encoder).to(device)
     offsets = WeightOffsets.for_unet(unet, DenseOffset).to(device)
-    offsets.attach_to(unet)  # its weights are the U-Net's from here on
+    offsets.attach_to(unet)  # registers its weights in the U-Net
     weights = [*unet.parameters(), *encoder.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=1.6e-5, foreach=False)
     descriptor = model.descriptor_id(pack.descriptor)
@@ -59,14 +59,14 @@ def naive(world: World, steps: int) -> None:
     tokens = model.tokenize([parse_prompt("a photo of S*")] * BATCH, descriptor)
     empty = model.tokenize([""] * BATCH, descriptor)
     for _ in range(steps):
-        pixels = model.pixels([world.photo.image] * BATCH)
+        pixels = model.pixels([workload.photo.image] * BATCH)
         z_0 = model.posterior(pixels).sample(torch.randn(BATCH, *model.latent_shape, device=device))
         t = torch.randint(0, model.train_timesteps, (BATCH,), device=device)
         epsilon = torch.randn_like(z_0)
         z_t = model.add_noise(z_0, epsilon, t)
         with torch.no_grad():
-            nothing = model.embed_prompts(empty).float()
-        features = pooled_features(down_and_mid(unet, embed_latents(unet, z_t, t), nothing))
+            uncond_embeds = model.embed_prompts(empty).float()
+        features = pooled_features(down_and_mid(unet, embed_latents(unet, z_t, t), uncond_embeds))
         offset = encoder(model.image_features(pixels), features)
         text = model.embed_prompts(tokens, e_domain + 0.1 * offset).float()
         loss = functional.mse_loss(unet(z_t, t, text).sample, epsilon)
@@ -77,15 +77,15 @@ def naive(world: World, steps: int) -> None:
         optimizer.zero_grad()
 
 
-def dreambooth(world: World, steps: int) -> None:
-    model = world.model
+def dreambooth(workload: Workload, steps: int) -> None:
+    model = workload.model
     device = model.device
     unet = copy.deepcopy(model.unet).float().requires_grad_(True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=5e-6)
-    descriptor = model.descriptor_id(world.pack.descriptor)
+    descriptor = model.descriptor_id(workload.pack.descriptor)
     tokens = model.tokenize(["a photo of a face"] * 2, descriptor)
     for _ in range(steps):
-        pixels = model.pixels([world.photo.image] * 2)
+        pixels = model.pixels([workload.photo.image] * 2)
         z_0 = model.posterior(pixels).sample(torch.randn(2, *model.latent_shape, device=device))
         t = torch.randint(0, model.train_timesteps, (2,), device=device)
         epsilon = torch.randn_like(z_0)
@@ -98,9 +98,9 @@ def dreambooth(world: World, steps: int) -> None:
         optimizer.zero_grad()
 
 
-ARMS: dict[str, Arm] = {
-    "exact": exact,
-    "adapters": adapters,
+VARIANTS: dict[str, Variant] = {
+    "full": full,
+    "lora": lora,
     "naive": naive,
     "dreambooth": dreambooth,
 }
