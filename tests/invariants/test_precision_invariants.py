@@ -16,7 +16,7 @@ from e4t_cli.devices import GB, limited_memory
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn import precision
 from e4t_cli.nn.precision import PrecisionPolicy, math_attention, requested_autocast
-from e4t_cli.pretraining.batches import Objective
+from e4t_cli.pretraining.batches import PretrainingLoss
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, TuningOptions
 
@@ -121,7 +121,7 @@ def test_a_requested_fp32_is_float32_in_tuning(monkeypatch, model, pack, face):
 
 def test_an_objective_is_a_module(model, pack):
     """`half` is torch's: what a module of its own calls its dtype has another name."""
-    objective = Objective(
+    objective = PretrainingLoss(
         model, model.unet, pack.encoder, pack.encoder, e_domain=torch.zeros(24), scale=1.0,
     )  # fmt: skip
     assert objective.half.__func__ is torch.nn.Module.half

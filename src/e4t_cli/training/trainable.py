@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -86,7 +86,7 @@ class FullFineTuning:
     ) -> None:
         self._final = precision.sampled
         unet = model.unet if consume else copy.deepcopy(model.unet)
-        self.unet: UNet2DConditionModel = unet.to(precision.trained)
+        self.unet: UNet2DConditionModel = nn.Module.to(unet, precision.trained)
         self.encoder: TrainableEncoder = copy.deepcopy(pretrained.encoder).to(model.device)
         self.offsets = WeightOffsets.from_factors(pretrained.offsets).to(model.device)
         rate = config.learning_rate
@@ -135,8 +135,7 @@ class LoraFineTuning:
         self._model, self._final = model, precision.sampled
         self._start = pretrained.offsets, pretrained.encoder
         self._consume = consume  # for the end: while tuning, the base's weights are shared anyway
-        frozen = frozen_copy(model.unet, pretrained.offsets, precision.half)
-        self.unet = cast(UNet2DConditionModel, frozen)
+        self.unet = frozen_copy(model.unet, pretrained.offsets, precision.half)
         self.rounded: list[nn.Parameter] = []
         self.encoder: TrainableEncoder = copy.deepcopy(pretrained.encoder).to(model.device)
         self.encoder.requires_grad_(False)
@@ -168,9 +167,9 @@ class LoraFineTuning:
             adapters.detach()
             kept |= {f"{name}.{key}": value for key, value in adapters.tensors().items()}
         offsets, encoder = self._start
-        unet, merged = merge_lora(self._model.unet, offsets, encoder, kept, dtype=self._final)
-        self.unet = cast(UNet2DConditionModel, unet)
-        self.encoder = cast(TrainableEncoder, merged)
+        self.unet, self.encoder = merge_lora(
+            self._model.unet, offsets, encoder, kept, dtype=self._final
+        )
         if self._consume:
             self._model.unet = self.unet
         return kept

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e4t_cli.devices import free_memory, memory_ran_out, trim_heap
 from e4t_cli.errors import DivergedError, ResourceError
@@ -130,7 +130,7 @@ class Trainer:
         self.samples = PhotoSamples(model, pretrained, prepared, config, seed, image_features)
         self.note = self.samples.note
         if self.plan.vae_on_cpu:
-            model.vae.to("cpu")
+            nn.Module.to(model.vae, "cpu")
         self.parts: TrainableParts = METHODS[config.method](
             model, pretrained, config, seed, precision=self.precision, consume=options.consume
         )
@@ -247,7 +247,7 @@ class Trainer:
         self.unet.disable_gradient_checkpointing()
         kept = self.parts.finish()
         if self.plan.vae_on_cpu:
-            self.model.vae.to(self.model.device)
+            nn.Module.to(self.model.vae, self.model.device)
         unet, encoder = self.parts.unet, self.parts.encoder
         return TunedModel(
             unet=unet.requires_grad_(False),
