@@ -29,11 +29,11 @@ from benchmarks.variants import VARIANTS
 from benchmarks.workload import Workload, make_workload
 from e4t_cli.devices import GB, choose_device
 from e4t_cli.models.denoiser import TunedModel
-from e4t_cli.nn.precision import half_format
+from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SamplingConfig, sample
 from e4t_cli.training.memory import plan_tuning
-from e4t_cli.training.tuning import tune
+from e4t_cli.training.tuning import TuningOptions, tune
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,13 +145,14 @@ def measure_memory(workload: Workload) -> None:
         config = workload.pack.tuning.replace(steps=1, method=method)
         for vram in ("6", "8", "12", "16", "24"):
             plan = plan_tuning(
-                model, workload.pack, config, vram=vram, half=half_format(device, scaled=True)
+                model, workload.pack, config, vram=vram, half=PrecisionPolicy.resolve(device).half
             )
-            line = f"  {method:9} --vram {vram:3} {plan.sentence()}"
+            line = f"  {method:9} --vram {vram:3} {plan.summary()}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-                tune(model, workload.pack, workload.photo, config, plan=plan)
+                options = TuningOptions(plan=plan)
+                tune(model, workload.pack, workload.photo, config, options=options)
                 line += f"; measured {torch.cuda.max_memory_reserved() / GB:.1f} GB"
             print(line, flush=True)
 

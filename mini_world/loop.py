@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from e4t_cli.nn.precision import half_format, half_precision
+from e4t_cli.nn.precision import PrecisionPolicy, half_precision
 
 
 def default_device() -> torch.device:
@@ -110,7 +110,7 @@ def train(
             group["lr"] = rate * factor
         # On the CPU the fused attention kernels have a slow backward pass: unfused attention trains the tower 1.5x faster.
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
-            with half_precision(device, half_format(device)):
+            with half_precision(device, PrecisionPolicy.resolve(device, loss_scaling=False).half):
                 parts = loss_of_step(step, generator)
             sum(parts.values()).backward()  # type: ignore[union-attr]
         if ranks > 1:

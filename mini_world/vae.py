@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from e4t_cli.nn.precision import half_format, half_precision
+from e4t_cli.nn.precision import PrecisionPolicy, half_precision
 from mini_world.data import Drawings
 from mini_world.loop import default_device, random_rows, train
 from mini_world.world import SUBJECT_LABELS
@@ -129,7 +129,7 @@ def encode_images_to_latents(vae: AutoencoderKL, images: Tensor, batch: int = 64
     device = next(vae.parameters()).device
     parts = []
     for start in range(0, len(images), batch):
-        with half_precision(device, half_format(device)):
+        with half_precision(device, PrecisionPolicy.resolve(device, loss_scaling=False).half):
             posterior = vae.encode(to_pixels(images[start : start + batch]).to(device)).latent_dist
         parts.append(torch.cat([posterior.mean, posterior.logvar], 1).half().cpu())
     return torch.cat(parts).contiguous()

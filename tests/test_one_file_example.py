@@ -17,7 +17,7 @@ from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry.domain import PreparedImage
 from e4t_cli.sampling import sample
-from e4t_cli.training.tuning import tune
+from e4t_cli.training.tuning import TuningOptions, tune
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILE = EXAMPLES / "e4t_in_one_file.py"
@@ -50,9 +50,14 @@ def both(request, example):
     config = pretrained.tuning.replace(steps=2 if masked else 3, gradient_clip=0.01)
     told = []
     tuned = tune(
-        model, pretrained, PreparedImage(image=image, mask=mask), config,
-        seed=SEED, autocast=False, on_progress=lambda progress: told.append(progress.values),
-    )  # fmt: skip
+        model,
+        pretrained,
+        PreparedImage(image=image, mask=mask),
+        config,
+        seed=SEED,
+        on_progress=lambda progress: told.append(progress.values),
+        options=TuningOptions(autocast=False),
+    )
     (picture,) = sample(model, tuned, [parse_prompt(PROMPT)], [SEED])
 
     e4t = example.E4T(example.BASE, pack)

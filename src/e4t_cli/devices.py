@@ -1,10 +1,10 @@
-"""Where the work is done and in which numbers: devices, number formats, and what memory is free.
+"""Selects the device and the base's dtype, and measures, limits and frees memory.
 
 "auto" takes the fastest device there is. Frozen parts are kept in half precision where the
-hardware multiplies it, unless the base is so small that nothing is gained: in float32 a picture is
-the same to the last bit in any company. What is trained is float32 everywhere.
+hardware multiplies it, unless the base is so small that nothing is gained: in float32 an image is
+the same to the last bit in any batch. What is trained is float32 everywhere.
 
-torch is imported where it is used: a command line is checked before it.
+torch is imported in the functions that use it: a command line is checked before that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import ctypes
 import gc
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,12 +55,12 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device, folder: Path | None = None) -> torch.dtype:
-    """Return the number format of the frozen base; tuned weights are float32 in any case.
+    """Return the dtype of the frozen base; tuned weights are float32 in any case.
 
     Args:
         wanted: a key of `DTYPES`, or "auto".
         device: where it will be.
-        folder: of the base; "auto" asks for the size of its U-Net.
+        folder: of the base; "auto" depends on the size of its U-Net.
     """
     import torch
 
@@ -97,7 +100,7 @@ def budget_of(vram: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what is free on a device: a card's own memory, or the machine's."""
+    """Return what is free on a device: in a GPU's memory, or in the machine's."""
     import torch
 
     if device.type == "cuda":
@@ -126,15 +129,14 @@ def free_ram() -> int:
         try:
             found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
         except (ValueError, OSError, AttributeError):
-            found.append(8 * GB)  # Windows says nothing without ctypes
+            found.append(8 * GB)  # Windows reports it through ctypes only
     return min(found)
 
 
 def read_ahead(folder: Path) -> None:
-    """Ask the system to have a base's weights at hand, while libraries are still importing.
+    """Have the system read a base's weights into its cache, while libraries are still importing.
 
-    It is a wish, answered by the system's own reading; where there is no such call, or too little
-    memory to keep what is read, nothing happens.
+    A hint: where there is no such call, or too little memory for the files, nothing happens.
     """
     if not hasattr(os, "posix_fadvise"):
         return
@@ -147,10 +149,10 @@ def read_ahead(folder: Path) -> None:
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out.
+    """Return whether an error means that memory ran out.
 
-    torch has a class for it, which only CUDA raises: Apple's allocator, the CPU's and the
-    libraries under them raise a RuntimeError and leave it to the words.
+    torch has a class for it, which only CUDA raises: the allocators of MPS and of the CPU and the
+    libraries below raise a RuntimeError, which only its message tells from others.
     """
     import torch
 
@@ -161,7 +163,7 @@ def memory_ran_out(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what the allocator holds without use."""
+    """Release what the allocator holds unused."""
     import torch
 
     gc.collect()
@@ -174,20 +176,52 @@ def free_memory(device: torch.device) -> None:
 
 
 def trim_heap() -> None:
-    """Give back to the system what the C library keeps of freed memory for later.
+    """Release freed memory that the C library keeps for later.
 
-    glibc does so with blocks of less than 32 MB, which many activations and moments are. It is
-    not free of charge: what comes back next is zeroed again by the system.
+    glibc keeps blocks of less than 32 MB, which many activations and moments are. It has a cost:
+    the system zeroes what is allocated next.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
-def limit_process(device: torch.device, vram: str) -> None:
-    """Hold this process to `--vram` gigabytes of a card, so that the option is a promise."""
+_limits_lock = threading.Lock()
+_limits: dict[torch.device, list[float]] = {}
+"""The fractions of a GPU's memory that running limits allow each."""
+_unlimited: dict[torch.device, float] = {}
+"""The fraction of the process before the first of them."""
+
+
+@contextmanager
+def limited_memory(device: torch.device, vram: str) -> Iterator[None]:
+    """Limit this process to `--vram` gigabytes of a GPU inside a `with` block.
+
+    torch has one limit for a process: blocks that overlap have the sum of theirs, and after the
+    last one the process has the limit it had before the first. CPU and MPS have no such limit.
+    """
     import torch
 
-    if device.type == "cuda" and vram != "auto":
-        whole = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_of(vram) / whole), device)
+    if device.type != "cuda" or vram == "auto":
+        yield
+        return
+    device = torch.device(
+        "cuda", torch.cuda.current_device() if device.index is None else device.index
+    )
+    fraction = budget_of(vram) / torch.cuda.mem_get_info(device)[1]
+
+    def apply() -> None:
+        allowed = min(1.0, sum(_limits[device])) if _limits[device] else _unlimited.pop(device)
+        torch.cuda.set_per_process_memory_fraction(allowed, device)
+
+    with _limits_lock:
+        if not _limits.setdefault(device, []):
+            _unlimited[device] = torch.cuda.get_per_process_memory_fraction(device)
+        _limits[device].append(fraction)
+        apply()
+    try:
+        yield
+    finally:
+        with _limits_lock:
+            _limits[device].remove(fraction)
+            apply()

@@ -20,7 +20,7 @@ from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry.discovery import user_domains_folder
 from e4t_cli.sampling import SamplingConfig, generate_latents
-from e4t_cli.training.tuning import tune
+from e4t_cli.training.tuning import TuningOptions, tune
 
 SAMPLING = SamplingConfig(steps=4, guidance=3.0)
 
@@ -50,7 +50,9 @@ def pipeline_of(place, **options):
 
 @pytest.fixture
 def tuned(model, pack, face):
-    return tune(model, pack, face, pack.tuning.replace(steps=1), autocast=False)
+    return tune(
+        model, pack, face, pack.tuning.replace(steps=1), options=TuningOptions(autocast=False)
+    )
 
 
 @pytest.mark.parametrize("prompt", ["{} on the beach", "a photo of {}", "{} and {} with hat"])

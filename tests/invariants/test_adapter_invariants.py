@@ -21,7 +21,7 @@ from e4t_cli.nn.adapters import (
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SamplingConfig, sample
 from e4t_cli.training.memory import Plan
-from e4t_cli.training.tuning import Trainer, tune
+from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_branch_shares_what_it_does_not_change(model, pack):
 
 
 def test_only_adapters_are_trained_and_the_base_is_not_touched(model, pack, face, config):
-    run = Trainer(model, pack, face, config, 0)
+    run = Trainer(model, pack, face, config)
     base = {weight.data_ptr() for weight in model.unet.parameters()}
     assert not base & {weight.data_ptr() for weight in run.optimizer.weights}
     exact = sum(weight.numel() for weight in model.unet.parameters())
@@ -175,7 +175,7 @@ def test_without_steps_both_methods_are_one(model, pack, face, config):
 def test_micro_batches_and_checkpointing_change_nothing(model, pack, face, config):
     def gradients(micro_batch, checkpointing=False):
         plan = Plan(micro_batch=micro_batch, checkpointing=checkpointing)
-        run = Trainer(model, pack, face, config, 0, None, False, plan)
+        run = Trainer(model, pack, face, config, options=TuningOptions(autocast=False, plan=plan))
         loud(run.parts.adapters["unet"])
         run.gradients(0)
         return torch.cat([weight.grad.flatten() for weight in run.optimizer.weights])
@@ -215,7 +215,7 @@ def test_a_half_precision_base_is_merged_in_float32(base_folder, pack, face, con
     from e4t_cli.models.text_to_image import TextToImageModel
 
     half = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
-    tuned = tune(half, pack, face, config, autocast=True)
+    tuned = tune(half, pack, face, config, options=TuningOptions(autocast=True))
     assert tuned.unet.dtype == torch.bfloat16
     path = max(pack.offsets)
     left, right = pack.offsets[path]
@@ -258,7 +258,7 @@ def test_encoders_without_layers_have_nothing_to_adapt(model, pack, face, config
 
 def test_weights_converted_at_once_are_as_good_as_converted_one_by_one(model, pack, face, config):
     def gradient(autocast, at_once):
-        run = Trainer(model, pack, face, config, 0, None, autocast)
+        run = Trainer(model, pack, face, config, options=TuningOptions(autocast=autocast))
         loud(run.parts.adapters["unet"])
         if not at_once:
             run.parts.converted = lambda dtype: nullcontext()

@@ -16,7 +16,7 @@ from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents
 from e4t_cli.training import cuda_graphs as recording
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
 from e4t_cli.training.memory import Plan
-from e4t_cli.training.tuning import Trainer, tune
+from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 
 HERE = torch.device("cpu")
 PROMPTS = [parse_prompt("S* on the beach"), parse_prompt("a photo of S*")]
@@ -47,7 +47,7 @@ class Lists:
     def warm_up(self, work):
         return work()
 
-    def record(self, work):
+    def capture(self, work):
         with Listing() as listing:
             result = work()
         for value in written(listing.operations):
@@ -100,9 +100,14 @@ def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method,
     def tuned():
         told = []
         found = tune(
-            model, pack, face, config, seed=3, micro_batch=micro_batch, autocast=False,
+            model,
+            pack,
+            face,
+            config,
+            seed=3,
             on_progress=lambda progress: told.append(progress.values),
-        )  # fmt: skip
+            options=TuningOptions(autocast=False, plan=Plan(micro_batch=micro_batch)),
+        )
         return weights_of(found), told
 
     expected = tuned()
@@ -117,10 +122,10 @@ def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method,
 def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
     """With the casts of autocast, which are kept for the length of a step."""
     config = pack.tuning.replace(steps=4)
-    found = weights_of(tune(model, pack, face, config, autocast=True))
+    found = weights_of(tune(model, pack, face, config, options=TuningOptions(autocast=True)))
     assert lists.played == 3
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
-    expected = weights_of(tune(model, pack, face, config, autocast=True))
+    expected = weights_of(tune(model, pack, face, config, options=TuningOptions(autocast=True)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -128,7 +133,7 @@ def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
     ("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")]
 )
 def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, negative):
-    tuned = Trainer(model, pack, face, pack.tuning.replace(steps=0), 0).finish()
+    tuned = Trainer(model, pack, face, pack.tuning.replace(steps=0)).finish()
     sampling = SamplingConfig(steps=6, scheduler=scheduler, negative_prompt=negative)
     expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
     found = Lists()
@@ -138,7 +143,9 @@ def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, 
 
 
 def test_a_plan_that_changes_is_recorded_anew(model, pack, face, lists):
-    run = Trainer(model, pack, face, pack.tuning.replace(steps=9), 0, None, False)
+    run = Trainer(
+        model, pack, face, pack.tuning.replace(steps=9), options=TuningOptions(autocast=False)
+    )
     whole = [run.gradients(step) for step in range(3)]
     assert run.reduce_memory().startswith("memory ran out: 2 at a time")
     halves = [run.gradients(step) for step in range(3)]
@@ -147,9 +154,15 @@ def test_a_plan_that_changes_is_recorded_anew(model, pack, face, lists):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("plan", [{"checkpointing": True}, {"optimizer": "host"}])
+@pytest.mark.parametrize("plan", [{"checkpointing": True}, {"optimizer": "cpu"}])
 def test_what_is_not_the_same_each_time_is_not_recorded(model, pack, face, lists, plan):
-    tune(model, pack, face, pack.tuning.replace(steps=5), plan=Plan(micro_batch=4, **plan))
+    tune(
+        model,
+        pack,
+        face,
+        pack.tuning.replace(steps=5),
+        options=TuningOptions(plan=Plan(micro_batch=4, **plan)),
+    )
     assert lists.recorded == 0
 
 
@@ -208,12 +221,12 @@ def test_a_tuning_that_cannot_be_recorded_says_so(model, pack, face, lists, monk
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     config, notes = pack.tuning.replace(steps=5), []
-    monkeypatch.setattr(lists, "record", refuse)
+    monkeypatch.setattr(lists, "capture", refuse)
     found = tune(
         model, pack, face, config, on_progress=lambda progress: notes.append(progress.note)
     )
     assert [note for note in notes if note] == [
-        "steps cannot be recorded here, and are made one by one: CUDA out of memory."
+        "no CUDA graph could be captured, steps run one by one: CUDA out of memory."
     ]
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
     expected = tune(model, pack, face, config)

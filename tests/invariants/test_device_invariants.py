@@ -20,6 +20,7 @@ from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import attention_layers, frozen_copy
 from e4t_cli.nn.patch_encoder import PatchEncoder, PatchEncoderConfig
+from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.nn.randomness import draw
 from e4t_cli.nn.unet import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
@@ -29,7 +30,7 @@ from e4t_cli.pretraining.encoded_images import EncodedImages
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents, sample
 from e4t_cli.training.memory import Plan
-from e4t_cli.training.tuning import Trainer, tune
+from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 from tests.pretraining.conftest import pretrain_domain_with
 
 THERE = torch.device("meta")
@@ -89,7 +90,9 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
         encoder, seen = public_encoder(elsewhere)
         pack = dataclasses.replace(pack, encoder=encoder)
     with NoFloat64():
-        run = Trainer(elsewhere, pack, face, config, 0, seen, plan=Plan(micro_batch=2))
+        run = Trainer(
+            elsewhere, pack, face, config, 0, seen, options=TuningOptions(plan=Plan(micro_batch=2))
+        )
         run.samples.mask = torch.ones(1, 8, 8, device=THERE)
         losses = run.gradients(0)
         norm = run.optimizer.step(config.gradient_clip)
@@ -100,7 +103,7 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack, face, method):
     config = pack.tuning.replace(method=method, mask=False)
-    run = Trainer(elsewhere, pack, face, config, 0, plan=Plan(micro_batch=3))
+    run = Trainer(elsewhere, pack, face, config, options=TuningOptions(plan=Plan(micro_batch=3)))
     samples = run.samples.of(0)
     run.accumulate(*samples)  # the warm-up: tables go to the device
     with NothingOfTheHosts():
@@ -111,7 +114,7 @@ def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack,
 
 @pytest.mark.parametrize("negative", ["", "a hat"])
 def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
-    tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False), 0).finish()
+    tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False)).finish()
     predict = CFGDenoiser(
         elsewhere,
         tuned,
@@ -130,7 +133,7 @@ def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
     ("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")]
 )
 def test_drawing_stays_on_its_device(elsewhere, pack, face, scheduler, negative):
-    tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False), 0).finish()
+    tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False)).finish()
     sampling = SamplingConfig(steps=4, scheduler=scheduler, negative_prompt=negative)
     with NoFloat64():
         assert generate_latents(elsewhere, tuned, PROMPTS, [1, 2], sampling).device == THERE
@@ -181,10 +184,19 @@ def test_a_card_draws_a_tuned_model_in_float16():
     assert on("cpu", torch.bfloat16) == torch.bfloat16
 
 
+def sampled_in(dtype, monkeypatch):
+    resolve = PrecisionPolicy.resolve.__func__
+
+    def resolved(cls, *args, **options):
+        return dataclasses.replace(resolve(cls, *args, **options), sampled=dtype)
+
+    monkeypatch.setattr(PrecisionPolicy, "resolve", classmethod(resolved))
+
+
 @pytest.fixture
 def coarse(base_folder, monkeypatch):
     """The tiny base as it is kept on a card."""
-    monkeypatch.setattr(TextToImageModel, "tuned_dtype", torch.float16)
+    sampled_in(torch.float16, monkeypatch)
     return TextToImageModel.load(base_folder, dtype=torch.bfloat16)
 
 
@@ -199,8 +211,8 @@ def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
     config = pack.tuning.replace(steps=15, base_learning_rate=1e-6, batch_size=16)
     lost = {}
     for dtype in (torch.float16, torch.bfloat16):
-        monkeypatch.setattr(TextToImageModel, "tuned_dtype", dtype)
-        run = Trainer(coarse, bare, face, config, 0)
+        sampled_in(dtype, monkeypatch)
+        run = Trainer(coarse, bare, face, config)
         for step in range(run.steps):
             run.gradients(step)
             run.optimizer.step(config.gradient_clip)
@@ -220,7 +232,9 @@ def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
 def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consume):
     before = copy.deepcopy(coarse.unet)
     config = pack.tuning.replace(method=method, steps=1)
-    tuned = tune(coarse, pack, face, config, seed=3, autocast=True, consume=consume)
+    tuned = tune(
+        coarse, pack, face, config, seed=3, options=TuningOptions(autocast=True, consume=consume)
+    )
     assert {weight.dtype for weight in tuned.unet.parameters()} == {torch.float16}
     if consume:
         assert coarse.unet is tuned.unet  # nothing keeps a second one alive
@@ -279,7 +293,7 @@ def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(
 
     monkeypatch.setattr(Trainer, "gradients", short_of_memory)
     monkeypatch.setattr(Trainer, "reduce_memory", retreating)
-    tune(model, pack, face, autocast=False)
+    tune(model, pack, face, options=TuningOptions(autocast=False))
     assert len(left) == 2
 
 
@@ -372,11 +386,19 @@ def test_weights_rounded_on_the_device_give_the_same_gradient(
     def gradient(dtype, autocast, plan):
         base = TextToImageModel.load(base_folder, dtype=dtype)
         features = torch.ones(2, 32)
-        run = Trainer(base, pack, face, pack.tuning, 0, features, autocast, plan)
+        run = Trainer(
+            base,
+            pack,
+            face,
+            pack.tuning,
+            0,
+            features,
+            options=TuningOptions(autocast=autocast, plan=plan),
+        )
         run.gradients(0)
         return torch.cat([one.flatten() for one in run.optimizer.gradients])
 
     whole = gradient(torch.float32, False, Plan(micro_batch=4))
-    plan = Plan(micro_batch=2, checkpointing=checkpointing, optimizer="host")
+    plan = Plan(micro_batch=2, checkpointing=checkpointing, optimizer="cpu")
     found = gradient(kept, True, plan)
     assert (found - whole).norm() / whole.norm() < 0.05

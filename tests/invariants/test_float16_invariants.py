@@ -6,23 +6,20 @@ import torch
 from e4t_cli.errors import DivergedError
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn import precision
-from e4t_cli.nn.precision import half_format
+from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.training import optim as loss_scale
-from e4t_cli.training import trainable as parts
 from e4t_cli.training import tuning as step
 from e4t_cli.training.memory import Plan
-from e4t_cli.training.tuning import Trainer, tune
+from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 
 
 @pytest.fixture(autouse=True)
-def _a_card_with_float16(monkeypatch):
+def _a_card_with_float16(monkeypatch, request):
     """The CPU multiplies float16 as such a card does, only slowly."""
-
-    def found(device, *, scaled=False):
-        return torch.float16 if scaled else None
-
-    for module in (precision, parts):
-        monkeypatch.setattr(module, "half_format", found)
+    if "capability" in request.fixturenames:
+        return
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "multiplies_float16", lambda device: True)
 
 
 @pytest.mark.parametrize(
@@ -36,28 +33,36 @@ def _a_card_with_float16(monkeypatch):
 def test_T9_the_format_that_a_card_multiplies_fastest(monkeypatch, bfloat16, capability, found):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert half_format(torch.device("cuda"), scaled=True) == found
-    assert half_format(torch.device("cuda")) == (torch.bfloat16 if bfloat16 else None)
+    card = torch.device("cuda")
+    assert PrecisionPolicy.resolve(card).half == found
+    unscaled = PrecisionPolicy.resolve(card, loss_scaling=False)
+    assert unscaled.half == (torch.bfloat16 if bfloat16 else None)
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
     for other in ("cpu", "mps"):
-        assert half_format(torch.device(other), scaled=True) is None
+        assert PrecisionPolicy.resolve(torch.device(other)).half is None
 
 
 def gradient(model, pack, face, config, autocast=None, **plan):
     run = Trainer(
-        model, pack, face, config, 0, None, autocast, Plan(micro_batch=4, **plan) if plan else None
-    )  # fmt: skip
+        model,
+        pack,
+        face,
+        config,
+        options=TuningOptions(
+            autocast=autocast, plan=Plan(micro_batch=4, **plan) if plan else None
+        ),
+    )
     losses = run.gradients(0)
     return torch.cat([one.float().flatten() for one in run.optimizer.gradients]), losses, run
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("optimizer", ["fused", "host"])
+@pytest.mark.parametrize("optimizer", ["fused", "cpu"])
 def test_a_scaled_gradient_is_the_gradient(model, pack, face, method, optimizer):
     config = pack.tuning.replace(method=method)
     whole, exact_losses, _ = gradient(model, pack, face, config, autocast=False)
     found, losses, run = gradient(model, pack, face, config, optimizer=optimizer)
-    assert run.loss_scale.factor == loss_scale.FIRST
+    assert run.scaler.get_scale() == loss_scale.INITIAL_SCALE
     assert (found - whole).norm() / whole.norm() < 0.01
     torch.testing.assert_close(losses, exact_losses, rtol=1e-2, atol=1e-2)
 
@@ -70,12 +75,12 @@ def test_without_a_scale_small_gradients_would_vanish(model, pack, face, monkeyp
 
     def much_smaller(*args, **kwargs):
         losses = training_loss(*args, **kwargs)
-        return type(losses)(diffusion=losses.diffusion * 1e-4, penalty=losses.penalty)
+        return type(losses)(diffusion=losses.diffusion * 1e-4, regularization=losses.regularization)
 
     monkeypatch.setattr(step, "training_loss", much_smaller)
     error = {}
-    for first in (1.0, loss_scale.FIRST):
-        monkeypatch.setattr(loss_scale, "FIRST", first)
+    for first in (1.0, loss_scale.INITIAL_SCALE):
+        monkeypatch.setattr(loss_scale, "INITIAL_SCALE", first)
         found, _, _ = gradient(model, pack, face, small)
         error[first] = ((found * 1e4 - whole).norm() / whole.norm()).item()
     assert error.pop(1.0) > 0.1 > 0.02 > max(error.values())
@@ -83,17 +88,17 @@ def test_without_a_scale_small_gradients_would_vanish(model, pack, face, monkeyp
 
 def test_an_overflow_is_made_again_with_a_smaller_factor(model, pack, face, monkeypatch):
     expected, _, _ = gradient(model, pack, face, pack.tuning)
-    monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
-    accumulated, seen = Trainer._accumulated, []
+    monkeypatch.setattr(loss_scale, "INITIAL_SCALE", 2.0**40)
+    accumulated, seen = Trainer._accumulate, []
 
     def counted(self, *samples):
         seen.append(samples)
         return accumulated(self, *samples)
 
-    monkeypatch.setattr(Trainer, "_accumulated", counted)
+    monkeypatch.setattr(Trainer, "_accumulate", counted)
     found, losses, run = gradient(model, pack, face, pack.tuning)
     assert len(seen) > 2 and all(again is seen[0][0] for again, *_ in seen)
-    assert 1 < run.loss_scale.factor < 2.0**40 and losses.isfinite().all()
+    assert 1 < run.scaler.get_scale() < 2.0**40 and losses.isfinite().all()
     assert (found - expected).norm() / expected.norm() < 0.01
     seen.clear()
     run.gradients(1)
@@ -106,7 +111,9 @@ def test_a_base_too_large_for_float16_is_tuned_in_float32(model, pack, face, mon
     def overflowing(model, *rest, **kwargs):
         losses = training_loss(model, *rest, **kwargs)
         if torch.is_autocast_enabled("cpu"):
-            return type(losses)(diffusion=losses.diffusion * torch.inf, penalty=losses.penalty)
+            return type(losses)(
+                diffusion=losses.diffusion * torch.inf, regularization=losses.regularization
+            )
         return losses
 
     monkeypatch.setattr(step, "training_loss", overflowing)
@@ -117,8 +124,8 @@ def test_a_base_too_large_for_float16_is_tuned_in_float32(model, pack, face, mon
             **how,
         ).unet.state_dict()  # fmt: skip
 
-    found, plain = tuned(), tuned(autocast=False)
-    assert [note.split(":")[0] for note in notes] == ["numbers too large for float16"]
+    found, plain = tuned(), tuned(options=TuningOptions(autocast=False))
+    assert [note.split(":")[0] for note in notes] == ["values too large for float16"]
     for key, value in plain.items():
         assert torch.equal(found[key], value)
 
@@ -137,7 +144,7 @@ def test_a_base_in_float16_is_tuned_as_in_float32(base_folder, model, pack, face
     config = pack.tuning.replace(method=method, unet_rate=1.0)
     half = TextToImageModel.load(base_folder, dtype=torch.float16)
     found = tune(half, pack, face, config, seed=2)
-    plain = tune(model, pack, face, config, seed=2, autocast=False)
+    plain = tune(model, pack, face, config, seed=2, options=TuningOptions(autocast=False))
     assert {weight.dtype for weight in found.unet.parameters()} == {torch.float16}
     error = change = 0.0
     for key, value in plain.unet.state_dict().items():

@@ -17,8 +17,8 @@ from e4t_cli.nn.unet import down_and_mid, embed_latents, up_and_out
 from e4t_cli.training import memory as peaks
 from e4t_cli.training import memory as planning
 from e4t_cli.training import optim as optimizers
-from e4t_cli.training.memory import HOST_BYTES, Plan, Work, plan_tuning, predicted_peak
-from e4t_cli.training.tuning import Trainer, tune
+from e4t_cli.training.memory import CPU_BYTES, ActivationSizes, Plan, plan_tuning, predicted_peak
+from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 
 SIZES = {
     "sd14": {
@@ -89,8 +89,8 @@ def test_the_arithmetic_is_what_autograd_keeps(name, method, checkpointing, monk
     unet, exact = meta_unet(name), method == "full"
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    work = Work.of(unet, unet.config.sample_size)
-    coefficients = peaks.EXACT if exact else peaks.ADAPTED
+    work = ActivationSizes.of(unet, unet.config.sample_size)
+    coefficients = peaks.FULL if exact else peaks.LORA
     if checkpointing:
         coefficients = peaks.CHECKPOINTED
     passes = [work.whole, *([work.down] if exact else [])]
@@ -131,11 +131,11 @@ def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, metho
         half=torch.bfloat16, ram=64 * GB,
     )  # fmt: skip
     assert 0 < found.peak <= found.budget < float(vram) * GB
-    assert found.sentence().startswith("memory: ")
+    assert found.summary().startswith("memory: ")
     if vram == "80":
         assert found.micro_batch == 16 and not found.checkpointing
     if vram == "6" and method == "full":
-        assert found.optimizer == "host"
+        assert found.optimizer == "cpu"
     if method == "lora":
         assert found.optimizer == "fused"
 
@@ -156,15 +156,15 @@ def test_an_optimiser_goes_only_where_there_is_room(stable_diffusion, pack):
         for part in (model("cuda", torch.float16).unet, domain.encoder)
         for one in part.parameters()
     ]
-    assert 13 * GB < HOST_BYTES * sum(numbers) < 15 * GB
+    assert 13 * GB < CPU_BYTES * sum(numbers) < 15 * GB
     roomy, tight, eight = plan("cuda", 32), plan("cuda", 12), plan("cuda", 12, eight_bit=True)
-    assert roomy.optimizer == "host" and roomy.peak <= roomy.budget
+    assert roomy.optimizer == "cpu" and roomy.peak <= roomy.budget
     assert tight.optimizer == "fused" and tight.peak > tight.budget  # said before it starts
     assert tight.micro_batch == 1 and tight.checkpointing
     assert eight.optimizer == "8bit" and eight.peak <= eight.budget
     # Apple's memory is one: what goes to the host is still there.
     assert plan("mps", 16, vram="10").optimizer == "fused"
-    assert plan("mps", 64, vram="10").optimizer == "host"
+    assert plan("mps", 64, vram="10").optimizer == "cpu"
 
 
 def test_a_full_size_rehearsal_fits_into_20_gigabytes_of_main_memory(stable_diffusion, pack):
@@ -183,9 +183,9 @@ def test_plans_are_ordered_from_fast_to_small(stable_diffusion, pack):
     model, domain = stable_diffusion
     config = pack.tuning.replace(batch_size=16)
     on_card = model("cuda", torch.bfloat16)
-    work = Work.of(on_card.unet, 64)
-    plans = list(planning._ladder(config, on_card.device, eight_bit=True))
-    assert {plan.optimizer for plan in plans} == {"fused", "8bit", "host"}
+    work = ActivationSizes.of(on_card.unet, 64)
+    plans = list(planning._candidates(config, on_card.device, eight_bit=True))
+    assert {plan.optimizer for plan in plans} == {"fused", "8bit", "cpu"}
     peaks = [
         predicted_peak(on_card, domain, config, plan, work, half=torch.bfloat16) for plan in plans
     ]
@@ -213,13 +213,13 @@ def test_what_is_no_budget(wrong):
     [
         Plan(micro_batch=1),
         Plan(micro_batch=2, checkpointing=True),
-        Plan(micro_batch=4, park=True),
-        Plan(micro_batch=3, optimizer="host"),
+        Plan(micro_batch=4, vae_on_cpu=True),
+        Plan(micro_batch=3, optimizer="cpu"),
     ],
 )
 def test_every_plan_tunes_to_the_same_model(model, pack, face, plan):
-    whole = tune(model, pack, face, autocast=False)
-    other = tune(model, pack, face, plan=plan, autocast=False)
+    whole = tune(model, pack, face, options=TuningOptions(autocast=False))
+    other = tune(model, pack, face, options=TuningOptions(autocast=False, plan=plan))
     for key, value in whole.unet.state_dict().items():
         torch.testing.assert_close(other.unet.state_dict()[key], value, rtol=0, atol=3e-5)
     assert model.vae.device == model.device
@@ -228,8 +228,13 @@ def test_every_plan_tunes_to_the_same_model(model, pack, face, plan):
 def test_what_is_computed_twice_is_computed_alike_in_half_precision(model, pack, face):
     """Attention too, whose kernel on a CPU is another one in bfloat16."""
     plan = Plan(micro_batch=8)
-    once = tune(model, pack, face, plan=plan, autocast=True)
-    twice = tune(model, pack, face, plan=plan.replace(checkpointing=True), autocast=True)
+    once = tune(model, pack, face, options=TuningOptions(autocast=True, plan=plan))
+    twice = tune(
+        model,
+        pack,
+        face,
+        options=TuningOptions(autocast=True, plan=plan.replace(checkpointing=True)),
+    )
     for key, value in once.unet.state_dict().items():
         torch.testing.assert_close(twice.unet.state_dict()[key], value, rtol=0, atol=3e-4)
 
@@ -239,7 +244,7 @@ def test_a_consumed_model_gives_the_same_bits(base_folder, pack, face):
 
     one, other = (TextToImageModel.load(base_folder) for _ in range(2))
     copied = tune(one, pack, face)
-    consumed = tune(other, pack, face, consume=True)
+    consumed = tune(other, pack, face, options=TuningOptions(consume=True))
     assert consumed.unet is other.unet
     assert copied.unet is not one.unet
     for key, value in copied.unet.state_dict().items():
@@ -263,9 +268,9 @@ def walk(optimizer, own, steps=4, start=0):
 
 def test_the_host_holds_what_the_device_rounds(model, pack, face):
     """Under bfloat16 products the U-Net may be bfloat16 too: the tuned one is not."""
-    plan = Plan(micro_batch=4, optimizer="host")
-    host = tune(model, pack, face, plan=plan, autocast=True)
-    plain = tune(model, pack, face, autocast=True)
+    plan = Plan(micro_batch=4, optimizer="cpu")
+    host = tune(model, pack, face, options=TuningOptions(autocast=True, plan=plan))
+    plain = tune(model, pack, face, options=TuningOptions(autocast=True))
     start = tune(model, pack, face, pack.tuning.replace(steps=0)).unet.state_dict()
     moved = {
         name: torch.cat([(one.unet.state_dict()[key] - start[key]).flatten() for key in start])
@@ -287,7 +292,7 @@ def test_the_optimisers_are_torchs_adamw():
             (weight.sin() * (step + index + 1)).sum().backward()
         torch.nn.utils.clip_grad_norm_(reference, 1.0)
         theirs.step()
-    for kind in (optimizers.FusedAdamW, optimizers.HostAdamW):
+    for kind in (optimizers.fused_adamw, optimizers.CPUOffloadedAdamW):
         own = weights()
         norm = walk(kind([(own[:2], 1e-2), (own[2:], 1e-3)]), own)
         assert math.isfinite(norm)
@@ -298,21 +303,21 @@ def test_the_optimisers_are_torchs_adamw():
 def test_the_host_goes_on_where_the_device_was():
     groups = lambda own: [(own, 1e-2)]  # noqa: E731
     straight, moved = weights(), weights()
-    walk(optimizers.FusedAdamW(groups(straight)), straight)
-    first = optimizers.FusedAdamW(groups(moved))
+    walk(optimizers.fused_adamw(groups(straight)), straight)
+    first = optimizers.fused_adamw(groups(moved))
     first.release = lambda: first.zero_grad()
     walk(first, moved, steps=2)
-    walk(optimizers.HostAdamW(groups(moved), after=first), moved, steps=2, start=2)
+    walk(optimizers.CPUOffloadedAdamW(groups(moved), after=first), moved, steps=2, start=2)
     for one, other in zip(straight, moved, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_on_the_device_keeps_the_whole_delta_on_the_host():
     own, exact = weights(), weights()
-    walk(optimizers.FusedAdamW([(exact, 1e-6)]), exact)
-    host = optimizers.HostAdamW([(own, 1e-6)], own)
+    walk(optimizers.fused_adamw([(exact, 1e-6)]), exact)
+    host = optimizers.CPUOffloadedAdamW([(own, 1e-6)], own)
     assert {weight.dtype for weight in own} == {torch.bfloat16}
-    before = [master.clone() for master in host.masters]
+    before = [master.clone() for master in host.params]
     walk(host, own)
     for one, start, other, first in zip(own, before, exact, weights(), strict=True):
         assert one.dtype == torch.float32
@@ -329,14 +334,17 @@ def test_T4_memory_runs_out_step_by_step_and_says_so(model, pack, face, monkeypa
 
     monkeypatch.setattr(Trainer, "gradients", short_of_memory)
     found = tune(
-        model, pack, face, autocast=False,
+        model,
+        pack,
+        face,
         on_progress=lambda event: event.note and notes.append(event.note),
-    )  # fmt: skip
+        options=TuningOptions(autocast=False),
+    )
     assert [note.split(": ")[1].split(" from")[0] for note in notes] == [
         "2 at a time", "1 at a time", "gradient checkpointing",
     ]  # fmt: skip
     monkeypatch.undo()
-    plain = tune(model, pack, face, autocast=False)
+    plain = tune(model, pack, face, options=TuningOptions(autocast=False))
     for key, value in plain.unet.state_dict().items():
         torch.testing.assert_close(found.unet.state_dict()[key], value, rtol=0, atol=3e-5)
 

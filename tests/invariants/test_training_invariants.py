@@ -12,13 +12,13 @@ from e4t_cli.registry.domain import PreparedImage
 from e4t_cli.training import trainable as parts
 from e4t_cli.training.loss import diffusion_loss, latent_mask, regularization_loss
 from e4t_cli.training.memory import Plan
-from e4t_cli.training.tuning import Trainer, tune
+from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 
 
 def gradients(model, pack, face, micro_batch, *, checkpointing=False):
     """Return the gradient of one tuning step, over all three groups of weights."""
     plan = Plan(micro_batch=micro_batch, checkpointing=checkpointing)
-    run = Trainer(model, pack, face, pack.tuning, 0, None, False, plan)
+    run = Trainer(model, pack, face, pack.tuning, options=TuningOptions(autocast=False, plan=plan))
     losses = run.gradients(0).tolist()
     weights = run.optimizer.weights
     assert all(weight.grad is not None for weight in weights)
@@ -103,7 +103,7 @@ def test_gradient_checkpointing_changes_nothing(model, pack, face):
 
 def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack, face):
     """Against the loss itself, moved a little along one direction of the U-Net's weights."""
-    run = Trainer(model, pack, face, pack.tuning, 0, None, False)
+    run = Trainer(model, pack, face, pack.tuning, options=TuningOptions(autocast=False))
     for part in (run.unet, run.encoder):
         part.double()
     model.text_encoder.double()
@@ -175,7 +175,7 @@ def test_the_same_seed_makes_the_same_model(model, pack, face):
 
 
 def test_the_same_seed_makes_the_same_model_in_bfloat16(model, pack, face):
-    one, other = (tune(model, pack, face, autocast=True) for _ in range(2))
+    one, other = (tune(model, pack, face, options=TuningOptions(autocast=True)) for _ in range(2))
     assert same_weights(one, other)
     assert all(weight.dtype == torch.float32 for weight in one.unet.parameters())
 
@@ -291,6 +291,6 @@ def test_a_half_precision_base_is_tuned_and_merged_in_float32(base_folder, pack,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts.WeightOffsets, "merge", watched)
         patch.setattr(parts.FullFineTuning, "__init__", remember)
-        tuned = tune(half, pack, face, autocast=False)
+        tuned = tune(half, pack, face, options=TuningOptions(autocast=False))
     assert merged == [{torch.float32}]
     assert tuned.unet.dtype == torch.bfloat16

@@ -19,7 +19,7 @@ from e4t_cli.formats.textual_inversion import embedding_path, mean_concept_embed
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SamplingConfig, generate_latents
-from e4t_cli.training.tuning import tune
+from e4t_cli.training.tuning import TuningOptions, tune
 
 FULL_RANK = 1024
 """More directions than any layer of the tiny base has."""
@@ -28,7 +28,7 @@ FULL_RANK = 1024
 @pytest.fixture
 def tuned(model, pack, face):
     config = pack.tuning.replace(steps=2, base_learning_rate=1e-3)
-    return tune(model, pack, face, config, autocast=False)
+    return tune(model, pack, face, config, options=TuningOptions(autocast=False))
 
 
 def added(base, weights):

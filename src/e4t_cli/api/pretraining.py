@@ -119,6 +119,9 @@ class PretrainingRun:
         from e4t_cli.pretraining.loop import DomainInfo, TrainingOptions, pretrain_domain
 
         config = self.plan.config
+        # None: bfloat16 where the GPU multiplies it. A CPU pre-trains small bases, in float32.
+        cuda = self.session.model.device.type == "cuda"
+        autocast = self.session.autocast if cuda else False
         checkpoints = CheckpointOptions()
         if saved is not None:
             checkpoints = CheckpointOptions(
@@ -140,7 +143,7 @@ class PretrainingRun:
             config=config if steps is None else config.replace(steps=steps),
             options=TrainingOptions(
                 seed=seed,
-                autocast=self.session.model.device.type == "cuda",
+                autocast=autocast,
                 micro_batch=self.options.micro_batch,
             ),
             checkpoints=checkpoints,

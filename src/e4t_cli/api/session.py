@@ -20,7 +20,7 @@ from e4t_cli.devices import (
     budget_of,
     choose_device,
     choose_dtype,
-    limit_process,
+    limited_memory,
     memory_ran_out,
     read_ahead,
 )
@@ -183,7 +183,15 @@ class Session(ProgressReporter):
             offline=options.offline, accept_license=options.accept_license, on_progress=self.report
         )
         self.vram, self.safety = vram, safety
+        self._limits = contextlib.ExitStack()
         self._owns_model = False  # whether the model was loaded for this one request
+
+    @property
+    def autocast(self) -> bool | None:
+        """See `PrecisionPolicy.resolve`."""
+        from e4t_cli.nn.precision import requested_autocast
+
+        return requested_autocast(self.options.dtype)
 
     @contextlib.contextmanager
     def running(self, base: Base | TextToImageModel | None = None) -> Iterator[None]:
@@ -201,7 +209,7 @@ class Session(ProgressReporter):
         with self.stage("imports", counted=True):
             import e4t_cli.sampling
             import e4t_cli.training.tuning  # noqa: F401
-        with memory_errors(), quiet_libraries:
+        with memory_errors(), quiet_libraries, self._limits:
             yield
 
     def load(self, base: Base | TextToImageModel, weights: Path | None) -> None:
@@ -223,7 +231,7 @@ class Session(ProgressReporter):
                 device = choose_device(self.options.device)
                 if self.options.dtype == "fp16" and device.type == "cpu":
                     self.note("load", "fp16 is slow and inaccurate on a CPU; use fp32")
-                limit_process(device, self.vram)
+                self._limits.enter_context(limited_memory(device, self.vram))
                 dtype = choose_dtype(self.options.dtype, device, base.folder)
                 self.model = TextToImageModel.load(base, device=device, dtype=dtype)
                 self._owns_model = True
@@ -253,10 +261,10 @@ class Session(ProgressReporter):
             keep_base: leave the base's U-Net unchanged. Otherwise the U-Net of a model that was
                 loaded for this request becomes the tuned one, which saves a copy.
         """
-        from e4t_cli.nn.precision import half_format
+        from e4t_cli.nn.precision import PrecisionPolicy
         from e4t_cli.training.memory import plan_tuning
         from e4t_cli.training.optim import has_eight_bit
-        from e4t_cli.training.tuning import tune
+        from e4t_cli.training.tuning import TuningOptions, tune
 
         model, device = self.model, self.model.device
         consume = self._owns_model and not keep_base
@@ -265,18 +273,20 @@ class Session(ProgressReporter):
         plan = plan_tuning(
             model, self.pretrained, concept.config,
             vram=self.vram, consume=consume,
-            half=half_format(device, scaled=True), eight_bit=has_eight_bit(device),
+            half=PrecisionPolicy.resolve(device, model.dtype, self.autocast).half,
+            eight_bit=has_eight_bit(device),
         )  # fmt: skip
-        self.report(Progress(stage="tune", detail=plan.sentence()))
+        self.report(Progress(stage="tune", detail=plan.summary()))
         if plan.peak > plan.budget:
-            needed = plan.sentence().partition(": ")[2]
+            needed = plan.summary().partition(": ")[2]
             less = "" if concept.config.method == "lora" else "; --tuning lora needs less"
             self.note("tune", f"memory may not suffice: {needed}{less}")
         with self.stage("tune", counted=True):
             return tune(
                 model, self.pretrained, concept.prepared, concept.config,
                 seed=concept.seed, image_features=concept.image_features,
-                plan=plan, consume=consume, on_progress=self.report,
+                options=TuningOptions(plan=plan, consume=consume, autocast=self.autocast),
+                on_progress=self.report,
             )  # fmt: skip
 
     def generate(

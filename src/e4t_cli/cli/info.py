@@ -129,12 +129,12 @@ def _device() -> dict[str, str]:
         import torch
 
         from e4t_cli.devices import choose_device
-        from e4t_cli.nn.precision import half_format
+        from e4t_cli.nn.precision import PrecisionPolicy
 
         device = choose_device("auto")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        dtype = str(half_format(device, scaled=True) or torch.float32).removeprefix("torch.")
-        return {"device": str(device), "device name": name, "tunes in": dtype}
+        matmul = str(PrecisionPolicy.resolve(device).matmul).removeprefix("torch.")
+        return {"device": str(device), "device name": name, "tunes in": matmul}
     except Exception as error:  # any failure is part of the report
         return {"device": f"torch cannot be used: {type(error).__name__}: {error}"}
 

@@ -128,7 +128,8 @@ class Concept:
                 )  # fmt: skip
             else:
                 # torch's `to`: diffusers' logs a warning about casts that are intended.
-                unet = nn.Module.to(copy.deepcopy(model.unet), model.tuned_dtype)
+                unet = copy.deepcopy(model.unet)
+                nn.Module.to(unet, model.tuned_dtype)
                 encoder = copy.deepcopy(pretrained.encoder.for_inference())
                 unet.load_state_dict(self._part("unet"))
                 encoder.load_state_dict(self._part("encoder"))

@@ -88,7 +88,7 @@ def write_lora(
         "ss_network_dim": str(found.rank),
         "ss_network_alpha": str(found.rank),
         # By this, programs know Stable Diffusion 2.
-        "ss_v2": str(bool(model.unet.config.use_linear_projection)),
+        "ss_v2": str(bool(model.unet.config["use_linear_projection"])),
         "ss_sd_model_name": model.base.name,
     }
     write_with_embedding(path, found.weights, embedding, dtype=dtype, metadata=metadata)

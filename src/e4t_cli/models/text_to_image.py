@@ -22,14 +22,13 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from e4t_cli.errors import DivergedError, IntegrityError, UsageError
 from e4t_cli.hub.bases import Base, read_base
 from e4t_cli.models.loading import folder_fingerprint, load_part, load_settings, load_tower
 from e4t_cli.models.prompt_embedding import Tokens, tokenize_prompts, with_embedding
-from e4t_cli.nn.precision import full_precision
+from e4t_cli.nn.precision import PrecisionPolicy, full_precision, math_attention
 from e4t_cli.nn.unet import check_unet, feature_widths
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, ImageTower
 from e4t_cli.prompts import Prompt
@@ -167,14 +166,8 @@ class TextToImageModel:
 
     @property
     def tuned_dtype(self) -> torch.dtype:
-        """The dtype of a tuned U-Net: never bfloat16 on a GPU.
-
-        15 steps at the paper's rate change a weight by one or two spacings of bfloat16, and a
-        third of that is lost in rounding; float16, as fast, loses 4 % (a test measures it). On a
-        CPU float16 is slow, and bfloat16 is used only on request.
-        """
-        coarse = self.dtype == torch.bfloat16 and self.device.type != "cpu"
-        return torch.float16 if coarse else self.dtype
+        """The dtype of a tuned U-Net that is sampled with; see `PrecisionPolicy`."""
+        return PrecisionPolicy.resolve(self.device, self.dtype, autocast=False).sampled
 
     @property
     def resolution(self) -> int:
@@ -308,7 +301,7 @@ class TextToImageModel:
         """
         # Cached, so its bits must not depend on the first caller: training is under autocast and
         # MATH attention, sampling under neither, and a fused kernel gives other last bits.
-        with torch.no_grad(), full_precision(self.device), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), full_precision(self.device), math_attention():
             return self.embed_prompts(self.tokenize([""], self.tokenizer.eos_token_id))
 
     def add_noise(self, z_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +22,7 @@ from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import Posterior, TextToImageModel
 from e4t_cli.nn.precision import full_precision, half_precision
 from e4t_cli.nn.randomness import Draws, draw, sent
+from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.pretraining.encoded_images import TrainingData
 from e4t_cli.prompts import training_prompts
@@ -210,9 +212,9 @@ class PretrainingLoss(nn.Module):
     def __init__(
         self,
         model: TextToImageModel,
-        unet: nn.Module,
+        unet: UNet2DConditionModel,
         encoder: WordEmbeddingEncoder,
-        offsets: nn.Module,
+        offsets: WeightOffsets,
         *,
         e_domain: Tensor,
         scale: float,

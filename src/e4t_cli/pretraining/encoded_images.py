@@ -18,7 +18,7 @@ from e4t_cli.datasets.reader import SIGNATURE
 from e4t_cli.errors import InputError
 from e4t_cli.files import write_atomically
 from e4t_cli.models.text_to_image import TextToImageModel
-from e4t_cli.nn.precision import chosen_format, half_precision
+from e4t_cli.nn.precision import PrecisionPolicy, half_precision
 from e4t_cli.nn.randomness import choose, epoch_order, uniforms
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.domain import PreparedImage
@@ -152,6 +152,7 @@ def encode_images(
     Raises:
         InputError: there are none.
     """
+    precision = PrecisionPolicy.resolve(model.device, model.dtype, autocast, loss_scaling=False)
     # The VAE's first layers are the largest tensors of all: about eight images of 512 pixels.
     batch_size = batch_size or max(1, min(32, 8 * 512**2 // model.resolution**2))
     parts: list[EncodedRows] = []
@@ -159,7 +160,7 @@ def encode_images(
     while batch := list(islice(source, batch_size)):
         count += len(batch)
         pixels = model.pixels([one.image for one in batch])
-        with half_precision(model.device, chosen_format(model.device, autocast)):
+        with half_precision(model.device, precision.half):
             posterior, features = model.posterior(pixels), model.image_features(pixels)
         found = [one.mask for one in batch if one.mask is not None]
         masks = None

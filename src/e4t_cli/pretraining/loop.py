@@ -16,7 +16,7 @@ from torch import Tensor
 from e4t_cli.models.domain_weights import DomainWeights, facts_about, usual_limits
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import frozen_copy
-from e4t_cli.nn.precision import chosen_format
+from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.nn.randomness import generator
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
@@ -31,7 +31,8 @@ from e4t_cli.pretraining.checkpoints import (
 from e4t_cli.pretraining.encoded_images import TrainingData
 from e4t_cli.progress import Progress, ProgressCallback, StopRequest
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
-from e4t_cli.training.loss import Losses, adamw
+from e4t_cli.training.loss import Losses
+from e4t_cli.training.optim import adamw
 
 REPORT_EVERY = 10
 """Steps between two progress reports; a report waits for the device."""
@@ -200,9 +201,14 @@ def pretrain_domain(
         encoder = WordEmbeddingEncoder(encoder_config).to(model.device)
         offsets = WeightOffsets.for_unet(model.unet).to(model.device)
     # A copy, so that the model stays usable, also for the images of `on_step`.
-    autocast_dtype = chosen_format(model.device, options.autocast)
-    unet = frozen_copy(model.unet, {}, autocast_dtype)
-    optimizer = adamw((encoder, rate * config.encoder_rate), (offsets, rate * config.offsets_rate))
+    precision = PrecisionPolicy.resolve(
+        model.device, model.dtype, options.autocast, loss_scaling=False
+    )
+    unet = frozen_copy(model.unet, {}, precision.half)
+    optimizer = adamw(
+        (list(encoder.parameters()), rate * config.encoder_rate),
+        (list(offsets.parameters()), rate * config.offsets_rate),
+    )
     descriptor_id = model.descriptor_id(domain.descriptor)
     batches = Batches(model, data, config, domain.templates, descriptor_id, seed, total_batch)
     state = TrainingState(encoder=encoder, offsets=offsets, optimizer=optimizer)
@@ -213,7 +219,7 @@ def pretrain_domain(
         "data": data.fingerprint,
         "seed": seed,
         "templates": list(domain.templates),
-        "autocast": options.autocast,
+        "autocast": precision.half is not None,
         "detach_features": options.detach_features,
         "encoder": encoder.config.as_dict(),
         "recipe": {key: value for key, value in config.as_dict().items() if key != "steps"},
@@ -229,7 +235,7 @@ def pretrain_domain(
     loss = PretrainingLoss(
         model, unet, encoder, offsets,
         e_domain=model.word_embedding(descriptor_id), scale=config.embedding_scale,
-        autocast_dtype=autocast_dtype, detach_features=options.detach_features,
+        autocast_dtype=precision.half, detach_features=options.detach_features,
     )  # fmt: skip
     trained = processes.wrap(loss)
     on_progress = callbacks.on_progress if processes.first else None
@@ -263,7 +269,7 @@ def pretrain_domain(
                 # processes. No layer mixes samples, so the gradient is that of the whole batch.
                 share = len(micro_batch) / len(positions)
                 torch.autograd.backward(found.total(config.reg_weight) * share)
-            losses.append((found.diffusion.detach(), found.penalty.detach()))
+            losses.append((found.diffusion.detach(), found.regularization.detach()))
         optimizer.step()
         optimizer.zero_grad()
         diffusion, penalty = (torch.cat(both) for both in zip(*losses, strict=True))

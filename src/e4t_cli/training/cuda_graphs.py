@@ -1,16 +1,15 @@
-"""Work that a card is shown once, and then does again on other numbers by itself.
+"""Captures a function as a CUDA graph and replays it.
 
-A step of tuning is over 5,000 kernels. Where the processor takes longer to start them than the card
-to run them, the card waits. A CUDA graph is the list of those kernels and of the addresses they
-read and write; played back, it is started as one.
+A step of tuning is over 5,000 kernels. Where the CPU takes longer to launch them than the GPU to
+run them, the GPU waits; a graph of all of them is launched as one.
 
-What can be recorded is a function of tensors whose work is the same every time: no decision and no
-number of the host's changes between calls but through its arguments, nothing is read back, and
-what it reads or changes beside its arguments stays where it is. `test_cuda_graphs_invariants.py`
-holds a step of tuning and of drawing to that without a card, by playing back a list of operations.
+A function of tensors can be captured whose work is the same every time: no branch and no Python
+value changes between calls but through its arguments, nothing is read back, and what it reads or
+writes beside its arguments stays where it is. `test_cuda_graphs_invariants.py` holds a step of
+tuning and of sampling to that without a GPU, by replaying a list of operations.
 
-Not the default: no card was at hand to measure it on. `E4T_CUDA_GRAPHS=1` turns it on, and
-`make bench` on a card prints both.
+Not the default: no GPU was available to measure it on. `E4T_CUDA_GRAPHS=1` turns it on, and
+`make bench` on a GPU prints both.
 """
 
 from __future__ import annotations
@@ -25,38 +24,38 @@ from torch import Tensor
 from e4t_cli.devices import free_memory
 
 MIN_CALLS = 4
-"""Calls from which on recording can pay: the first two are made without, or nearly so."""
+"""Calls from which on a capture can pay: the first two run without a graph, or nearly so."""
 
-Work = Callable[[], Tensor]
+Captured = Callable[[], Tensor]
 
 
 class GraphCapture(Protocol):
-    """What records; a test has one for the CPU."""
+    """Captures and replays; a test has one for the CPU."""
 
-    def warm_up(self, work: Work) -> Tensor:
-        """Do the work once, in the way that recording it asks for."""
-        ...
+    def warm_up(self, work: Captured) -> Tensor:
+        """Run the work once, as a capture requires."""
 
-    def record(self, work: Work) -> tuple[Callable[[], object], Tensor]:
-        """Return what plays the work back, and the tensor that has its result each time.
+    def capture(self, work: Captured) -> tuple[Callable[[], object], Tensor]:
+        """Return what replays the work, and the tensor that holds its result each time.
 
         Raises:
-            RuntimeError: it cannot be recorded.
+            RuntimeError: it cannot be captured.
         """
         ...
 
 
 class CudaGraphCapture:
-    """Records on a CUDA device."""
+    """Captures on a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def warm_up(self, work: Work) -> Tensor:
-        # On a stream of its own, as torch asks: what libraries set up in their first call, such
-        # as choosing among algorithms, must be over before a recording begins.
+    def warm_up(self, work: Captured) -> Tensor:
+        # On a side stream, as torch requires: what libraries set up in their first call, such as
+        # choosing among algorithms, must be over before a capture begins.
         with torch.cuda.device(self.device):
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            current = torch.cuda.current_stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 result = work()
@@ -64,9 +63,9 @@ class CudaGraphCapture:
             result.record_stream(current)
         return result
 
-    def record(self, work: Work) -> tuple[Callable[[], object], Tensor]:
+    def capture(self, work: Captured) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # Only what this thread does belongs to it: others may be loading weights meanwhile.
+        # Only the work of this thread: others may be loading weights meanwhile.
         with (
             torch.cuda.device(self.device),
             torch.cuda.graph(graph, capture_error_mode="thread_local"),
@@ -76,19 +75,19 @@ class CudaGraphCapture:
 
 
 def graph_capture_for(device: torch.device) -> GraphCapture | None:
-    """Return what records on a device, None where nothing does or nobody asked for it."""
+    """Return what captures on a device, None where nothing does or it is not turned on."""
     wanted = os.environ.get("E4T_CUDA_GRAPHS", "") == "1"
     return CudaGraphCapture(device) if wanted and device.type == "cuda" else None
 
 
 class CudaGraphRunner:
-    """A function of tensors: done at the first call, recorded at the second, then played back.
+    """A function of tensors: run at the first call, captured at the second, then replayed.
 
     Args:
         work: takes tensors without gradients and returns one, under the conditions above.
         device: where its arguments are.
-        calls: how many there will be; where they are few nothing is recorded.
-        on_trouble: told in a sentence that it could not be recorded; the work is done as ever.
+        calls: how many there will be; where they are few nothing is captured.
+        on_trouble: called with a message if it could not be captured; the work is then run plainly.
     """
 
     def __init__(
@@ -100,48 +99,45 @@ class CudaGraphRunner:
         on_trouble: Callable[[str], None] | None = None,
     ) -> None:
         self.work, self.device, self.on_trouble = work, device, on_trouble
-        self.recorder = graph_capture_for(device) if calls >= MIN_CALLS else None
-        self.forget()
+        self.graph = graph_capture_for(device) if calls >= MIN_CALLS else None
+        self._inputs: list[Tensor] = []
+        self._captured: tuple[Callable[[], object], Tensor] | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if self.recorder is None:
+        if self.graph is None:
             return self.work(*inputs)
         if not self._inputs:
-            # Later calls bring their numbers to these addresses.
+            # Later calls copy their values to these addresses.
             self._inputs = [value.clone() for value in inputs]
-            return self.recorder.warm_up(self._once)
-        for own, value in zip(self._inputs, inputs, strict=True):
-            own.copy_(value)
-        if self._play is None and (reason := self._record(self.recorder)):
+            return self.graph.warm_up(lambda: self.work(*self._inputs))
+        for captured, value in zip(self._inputs, inputs, strict=True):
+            captured.copy_(value)
+        if self._captured is None and (reason := self._capture(self.graph)):
             return self._without(reason)
-        assert self._play is not None and self._result is not None
-        self._play()
-        return self._result.clone()  # the next call writes where this result is
+        assert self._captured is not None
+        replay, result = self._captured
+        replay()
+        return result.clone()  # the next call writes where this result is
 
     def forget(self) -> None:
-        """Let go of the recording and of the memory it works in."""
-        self._inputs: list[Tensor] = []
-        self._play: Callable[[], object] | None = None
-        self._result: Tensor | None = None
+        """Free the graph and the memory it works in."""
+        self._inputs, self._captured = [], None
 
-    def _once(self) -> Tensor:
-        return self.work(*self._inputs)
-
-    def _record(self, recorder: GraphCapture) -> str:
-        """Record the work; returns why it could not be, "" if it could."""
+    def _capture(self, graph: GraphCapture) -> str:
+        """Capture the work; returns why it could not be, "" if it could."""
         try:
-            self._play, self._result = recorder.record(self._once)
+            self._captured = graph.capture(lambda: self.work(*self._inputs))
         except RuntimeError as error:
-            # Nothing was done yet, only listed. Memory that ran out is among the reasons, since a
-            # recording keeps its own; as long as there is the error, it keeps that memory, too.
+            # Nothing was run yet. Memory that ran out is among the reasons, since a graph keeps
+            # its own; as long as the error exists, it keeps that memory, too.
             return str(error).partition("\n")[0] or type(error).__name__
         return ""
 
     def _without(self, reason: str) -> Tensor:
         inputs = self._inputs
-        self.recorder = None
+        self.graph = None
         self.forget()
         free_memory(self.device)
         if self.on_trouble:
-            self.on_trouble(f"steps cannot be recorded here, and are made one by one: {reason}")
+            self.on_trouble(f"no CUDA graph could be captured, steps run one by one: {reason}")
         return self.work(*inputs)

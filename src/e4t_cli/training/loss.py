@@ -1,8 +1,4 @@
-"""The three terms of section 3: eq. 4, eq. 2, and their sum, eq. 5.
-
-L = L_diffusion + λ_r · L_reg
-
-Eq. 5 and its optimiser, once for both stages, which differ in what they pass in.
+"""The losses of section 3.3: eq. 4 (diffusion), eq. 2 (regularization) and their sum, eq. 5.
 
 z_t   = √ᾱ_t z_0 + √(1−ᾱ_t) ε
 E     = encoder(I_c, pooled features of the U-Net's encoder on z_t, "")        section 3.1
@@ -14,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
 from torch.nn import functional
 
 from e4t_cli.models.prompt_embedding import Tokens
@@ -25,21 +21,23 @@ from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features, up_and
 from e4t_cli.nn.word_embedding_encoder import Encoder
 
 MIN_MASK_AREA = 0.01
-"""Share of the picture under which a mask is taken for a failed one."""
+"""Share of the image below which a mask counts as a failed one."""
 
 
 def diffusion_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Eq. 4 for each sample, inside the mask: Σ m·(prediction − target)² / (Σ m · channels).
 
+    Departure: eq. 4 has no denominator and the paper's mask only multiplies (section 3.4). Divided
+    by the mask's own area, the loss weighs a small subject like a large one, against the same λ_r,
+    and does not depend on the split into micro-batches.
+
     Args:
         prediction, target: (batch, channels, height, width).
-        mask: soft weights in 0 … 1 (batch, height, width), or None for the whole picture.
+        mask: soft weights in 0 … 1 (batch, height, width), or None for the whole image.
 
-    Returns:
-        The loss of each sample, (batch,). Each is normalised by its own mask, so that neither the
-        size of a subject nor the split into micro-batches changes its weight.
+    Returns (batch,).
     """
-    squared = (prediction - target).square()  # in the target's precision, not in bfloat16
+    squared = (prediction - target).square()  # in the target's dtype, not in bfloat16
     if mask is None:
         return squared.mean(dim=(1, 2, 3))
     weight = mask.unsqueeze(1)  # (batch, 1, height, width)
@@ -52,10 +50,10 @@ def regularization_loss(offset: Tensor) -> Tensor:
 
 
 def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring a mask of the picture to the size of its latents.
+    """Downsample a mask of the image to the size of its latents.
 
-    Paper silent: by area, so that a border latent counts in part; and a mask of under 1 % of the
-    picture is taken for "nothing found" and replaced by the whole picture.
+    Paper silent: by area, so that a latent on the border counts in part; and a mask of under 1 %
+    of the image is taken for "nothing found" and replaced by the whole image.
 
     Args:
         mask: (batch, height, width) in 0 … 1.
@@ -69,19 +67,15 @@ def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return small.where(found, small.new_ones(()))
 
 
-BETAS, WEIGHT_DECAY = (0.9, 0.999), 1e-2
-"""Of AdamW, in both stages. Paper silent."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingBatch:
-    """What eq. 5 is evaluated on.
+    """The samples that eq. 5 is evaluated on.
 
     Args:
-        z_0: latents of the pictures (batch, channels, height, width).
+        z_0: latents of the images (batch, channels, height, width).
         timesteps: t of each sample (batch,).
         epsilon: the noise, shaped like z_0.
-        folded: `encoder.fold` of the pictures' features (batch, hidden), differentiable.
+        encoded_image: `encoder.encode_image` of their features (batch, hidden), differentiable.
         tokens: a training prompt for each sample.
         mask: soft weights of the diffusion loss (batch, height, width), or None.
     """
@@ -99,16 +93,16 @@ class Losses:
     """Eq. 4 and eq. 2 for each sample, (batch,)."""
 
     diffusion: Tensor
-    penalty: Tensor
+    regularization: Tensor
 
     def total(self, weight: float) -> Tensor:
         """Eq. 5 with λ_r = `weight`. Paper silent: both terms are means over the batch."""
-        return (self.diffusion + weight * self.penalty).mean()
+        return (self.diffusion + weight * self.regularization).mean()
 
 
 def training_loss(
     model: TextToImageModel,
-    unet: nn.Module,
+    unet: UNet2DConditionModel,
     encoder: Encoder,
     batch: TrainingBatch,
     *,
@@ -125,37 +119,25 @@ def training_loss(
         encoder: E.
         e_domain: embedding of the descriptor (embedding_width,).
         scale: s of eq. 1.
-        detach_features: let no gradient through the feature pass. Paper silent: it flows by
-            default, which is the exact gradient of eq. 5; without it a step costs an eighth less.
+        detach_features: stop the gradient at the feature pass. Paper silent: it flows by default,
+            which is the exact gradient of eq. 5; without it a step costs an eighth less.
     """
     z_t = model.add_noise(batch.z_0, batch.epsilon, batch.timesteps).to(unet.dtype)
-    beginning = embed_latents(unet, z_t, batch.timesteps)
+    embedded = embed_latents(unet, z_t, batch.timesteps)
     features = None
     if encoder.reads_unet:
-        nothing = model.uncond_embeds.to(z_t.dtype).expand(len(z_t), -1, -1)
-        features = pooled_features(down_and_mid(unet, beginning, nothing)).to(
-            batch.encoded_image.dtype
-        )
+        uncond = model.uncond_embeds.to(z_t.dtype).expand(len(z_t), -1, -1)
+        features = pooled_features(down_and_mid(unet, embedded, uncond))
+        features = features.to(batch.encoded_image.dtype)
         if detach_features:
-            # Not torch.no_grad around the pass: the main pass shares its evaluated ΔW.
+            # Not torch.no_grad around the pass: the main pass shares its cached ΔW.
             features = features.detach()
     with full_precision(z_t.device):  # a few small layers: exact for free
         offset = encoder.predict_offset(batch.encoded_image, features)
     text = model.embed_prompts(batch.tokens, e_domain + scale * offset).to(z_t.dtype)
-    prediction = up_and_out(unet, down_and_mid(unet, beginning, text), text)
+    prediction = up_and_out(unet, down_and_mid(unet, embedded, text), text)
     target = model.target(batch.z_0, batch.epsilon, batch.timesteps)
     return Losses(
         diffusion=diffusion_loss(prediction, target, batch.mask),
-        penalty=regularization_loss(offset),
+        regularization=regularization_loss(offset),
     )
-
-
-def adamw(*groups: tuple[nn.Module, float]) -> torch.optim.Optimizer:
-    """Return AdamW over modules and their learning rates; a rate of zero freezes its module."""
-    trained = []
-    for module, rate in groups:
-        module.requires_grad_(rate > 0)
-        if rate > 0:
-            trained.append({"params": list(module.parameters()), "lr": rate})
-    # Fused: one pass over the weights, 40 % of a step on small models on the CPU.
-    return torch.optim.AdamW(trained, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)

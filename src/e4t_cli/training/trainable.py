@@ -1,7 +1,8 @@
-"""What tuning trains: every weight, as the paper does, or low-rank adapters of some.
+"""The weights that tuning trains: all of them, as the paper does, or LoRA adapters of some.
 
-Both are one value to the loop: a U-Net and an encoder to run, groups of weights to move, and at
-the end a model without anything of the training in it. `METHODS` maps a recipe's `method` to one.
+Paper silent: the text encoder and the VAE stay frozen in tuning, like the image encoder. Section
+3.4 tunes "the entire text-to-image model", section 3.1 calls E and the U-Net the trained parts;
+gradients flow through the text encoder to E, but a changed one would change every other word too.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from e4t_cli.models.domain_folder import DomainEncoder
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import (
@@ -23,12 +26,14 @@ from e4t_cli.nn.adapters import (
     lora_target_layers,
     merge_lora,
 )
-from e4t_cli.nn.precision import half_format
+from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.nn.randomness import generator
 from e4t_cli.nn.weight_offsets import WeightOffsets
-from e4t_cli.nn.word_embedding_encoder import Encoder
+from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.training.optim import Group
+
+TrainableEncoder = DomainEncoder | FixedEmbedding
 
 
 class TrainableParts(Protocol):
@@ -36,42 +41,35 @@ class TrainableParts(Protocol):
 
     Args:
         unet, encoder: to run; their output depends on the trained weights.
-        detach_features: whether the method lets no gradient through the feature pass.
-        rounded: the weights that may be in bfloat16 on the device while an optimiser in the
-            host's memory holds them in float32.
+        groups: the trained weights and their learning rates.
+        rounded: the weights that may be in bfloat16 on the device; see `CPUOffloadedAdamW`.
+        detach_features: whether the method stops the gradient at the feature pass.
     """
 
-    unet: nn.Module
-    encoder: Encoder
-    detach_features: bool
+    unet: UNet2DConditionModel
+    encoder: TrainableEncoder
+    groups: list[Group]
     rounded: list[nn.Parameter]
-
-    def groups(self) -> list[Group]: ...
+    detach_features: bool
 
     def cached(self) -> AbstractContextManager[None]:
         """Evaluate weight offsets once for both passes, see `WeightOffsets.cached`."""
-        ...
 
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Bring what is small and trained into the format of the products, once for both passes.
-
-        Inside a `with` block around the way there; the way back needs no more of it.
-        """
-        ...
+        """Convert the small trained weights once for both passes, inside a `with` block."""
 
     def finish(self) -> dict[str, Tensor]:
-        """Merge in float32; returns what is small enough to be kept of it, by default nothing."""
-        ...
+        """Merge in float32; returns the trained tensors that are small enough to be stored."""
 
 
 class FullFineTuning:
     """Encoder, offsets and the whole U-Net, all in float32 (section 3.4).
 
-    Float32 whatever the base is kept in: a whole tuning moves a weight by less than the spacing
-    of bfloat16 numbers.
+    Float32 whatever the base's dtype is: a whole tuning moves a weight by less than the spacing
+    of bfloat16.
 
     Args:
-        consume: tune the model's own U-Net in place of a copy, where nobody needs it afterwards.
+        consume: tune the model's U-Net in place of a copy, where nobody needs it afterwards.
     """
 
     detach_features = False
@@ -83,51 +81,43 @@ class FullFineTuning:
         config: TuningConfig,
         seed: int,
         *,
+        precision: PrecisionPolicy,
         consume: bool = False,
     ) -> None:
-        self.config, self.final = config, model.tuned_dtype
-        self.unet = (model.unet if consume else copy.deepcopy(model.unet)).float()
-        self.encoder = copy.deepcopy(pretrained.encoder).to(model.device)
+        self._final = precision.sampled
+        unet = model.unet if consume else copy.deepcopy(model.unet)
+        self.unet: UNet2DConditionModel = nn.Module.to(unet, precision.trained)
+        self.encoder: TrainableEncoder = copy.deepcopy(pretrained.encoder).to(model.device)
         self.offsets = WeightOffsets.from_factors(pretrained.offsets).to(model.device)
-        self._groups = self._grouped()
-        self.rounded = list(self.unet.parameters())  # before the offsets join them
+        rate = config.learning_rate
+        self.groups: list[Group] = [
+            (list(self.encoder.parameters()), rate * config.encoder_rate),
+            (list(self.offsets.parameters()), rate * config.offsets_rate),
+            (list(self.unet.parameters()), rate * config.unet_rate),
+        ]
+        self.rounded: list[nn.Parameter] = list(self.unet.parameters())  # without the offsets
         if self.offsets.paths:
             self.offsets.attach_to(self.unet)
-
-    def _grouped(self) -> list[Group]:
-        rate, config = self.config.learning_rate, self.config
-        grouped = []
-        for module, factor in (
-            (self.encoder, config.encoder_rate),
-            (self.offsets, config.offsets_rate),
-            (self.unet, config.unet_rate),
-        ):
-            module.requires_grad_(factor > 0)
-            grouped.append((list(module.parameters()), rate * factor))
-        return grouped
-
-    def groups(self) -> list[Group]:
-        return self._groups
 
     def cached(self) -> AbstractContextManager[None]:
         return self.offsets.cached()
 
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        return nullcontext()  # the U-Net's weights are autocast's to convert
+        return nullcontext()  # autocast converts the U-Net's weights
 
     def finish(self) -> dict[str, Tensor]:
         if self.offsets.paths:
             self.offsets.merge()
-        # torch's own `to`: diffusers' logs a warning about casts that are meant.
-        nn.Module.to(self.unet, self.final)
+        # torch's own `to`: diffusers' logs a warning about intended casts.
+        nn.Module.to(self.unet, self._final)
         return {}
 
 
 class LoraFineTuning:
-    """Low-rank changes of the attention layers and of the encoder; the base stays frozen.
+    """LoRA adapters of the attention layers and of the encoder; the base stays frozen.
 
-    Departure: section 3.4 tunes every weight. The feature pass passes no gradient on, which would
-    cost more than everything that is trained.
+    Departure: section 3.4 tunes every weight. No gradient flows through the feature pass, where it
+    would cost more than everything that is trained.
     """
 
     detach_features = True
@@ -139,31 +129,30 @@ class LoraFineTuning:
         config: TuningConfig,
         seed: int,
         *,
+        precision: PrecisionPolicy,
         consume: bool = False,
     ) -> None:
-        self.model, self.offsets, self.config = model, pretrained.offsets, config
-        self.consume = consume  # while tuning, the base's weights are shared and not copied anyway
-        self.pretrained_encoder = pretrained.encoder
-        self.unet = frozen_copy(model.unet, self.offsets, half_format(model.device, scaled=True))
-        self.rounded = []
-        self.encoder = copy.deepcopy(pretrained.encoder).to(model.device).requires_grad_(False)
+        self._model, self._final = model, precision.sampled
+        self._start = pretrained.offsets, pretrained.encoder
+        self._consume = consume  # for the end: while tuning, the base's weights are shared anyway
+        self.unet = frozen_copy(model.unet, pretrained.offsets, precision.half)
+        self.rounded: list[nn.Parameter] = []
+        self.encoder: TrainableEncoder = copy.deepcopy(pretrained.encoder).to(model.device)
+        self.encoder.requires_grad_(False)
         source, rank = generator(seed, "adapters"), config.lora_rank
+        layers, scaled = lora_target_layers(self.unet), set(pretrained.offsets)
         self.adapters = {
-            "unet": LoraAdapters.for_layers(
-                lora_target_layers(self.unet), rank, scaled=set(self.offsets), source=source
-            ),
+            "unet": LoraAdapters.for_layers(layers, rank, scaled=scaled, source=source),
             "encoder": LoraAdapters.for_layers(linear_layers(self.encoder), rank, source=source),
         }
         for name, adapters in self.adapters.items():
             adapters.to(model.device).attach_to(getattr(self, name))
-
-    def groups(self) -> list[Group]:
-        config = self.config
         rate = config.learning_rate * config.lora_rate
-        unet, encoder = self.adapters["unet"], self.adapters["encoder"]
-        return [
-            *unet.param_groups(rate * config.offsets_rate, rate * config.unet_rate),
-            *encoder.param_groups(0.0, rate * config.encoder_rate),
+        self.groups: list[Group] = [
+            *self.adapters["unet"].param_groups(
+                rate * config.offsets_rate, rate * config.unet_rate
+            ),
+            *self.adapters["encoder"].param_groups(0.0, rate * config.encoder_rate),
         ]
 
     def cached(self) -> AbstractContextManager[None]:
@@ -173,22 +162,16 @@ class LoraFineTuning:
         return self.adapters["unet"].converted(dtype)
 
     def finish(self) -> dict[str, Tensor]:
-        for adapters in self.adapters.values():
+        kept: dict[str, Tensor] = {}
+        for name, adapters in self.adapters.items():
             adapters.detach()
-        kept = {
-            f"{name}.{key}": value
-            for name, adapters in self.adapters.items()
-            for key, value in adapters.tensors().items()
-        }
+            kept |= {f"{name}.{key}": value for key, value in adapters.tensors().items()}
+        offsets, encoder = self._start
         self.unet, self.encoder = merge_lora(
-            self.model.unet,
-            self.offsets,
-            self.pretrained_encoder,
-            kept,
-            dtype=self.model.tuned_dtype,
+            self._model.unet, offsets, encoder, kept, dtype=self._final
         )
-        if self.consume:
-            self.model.unet = self.unet
+        if self._consume:
+            self._model.unet = self.unet
         return kept
 
 

@@ -1,17 +1,15 @@
-"""What a step of tuning is made of: one picture, under 16 noise levels and in 16 sentences.
-
-One step of tuning: its samples, its gradient, and what to do when that takes too much memory.
-
-The steps of tuning: eq. 5 on one picture, under 16 noise levels and sentences at once.
+"""Tunes a model on one photo (section 3.4): eq. 5 under many noise levels and prompts at once.
 
 "A large batch ensures that our model observes the concept across multiple time scales": a step
-sees 16 different ones however many micro-batches it is split into, and the gradient is the same.
+samples 16 time steps, however many micro-batches it is split into, with the same gradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,7 +20,7 @@ from e4t_cli.errors import DivergedError, ResourceError
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
-from e4t_cli.nn.precision import chosen_format, half_precision
+from e4t_cli.nn.precision import PrecisionPolicy, half_precision
 from e4t_cli.nn.randomness import draw
 from e4t_cli.nn.word_embedding_encoder import Encoder
 from e4t_cli.progress import Progress, ProgressCallback
@@ -30,23 +28,34 @@ from e4t_cli.prompts import training_prompts
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
-from e4t_cli.training.loss import (
-    MIN_MASK_AREA,
-    TrainingBatch,
-    latent_mask,
-    training_loss,
-)
-from e4t_cli.training.memory import HOST_BYTES, Plan, host_has_room
-from e4t_cli.training.optim import FusedAdamW, HostAdamW, LossScale, make_optimizer
-from e4t_cli.training.trainable import METHODS
+from e4t_cli.training.loss import MIN_MASK_AREA, TrainingBatch, latent_mask, training_loss
+from e4t_cli.training.memory import Plan, can_offload
+from e4t_cli.training.optim import CPUOffloadedAdamW, loss_scaler, make_optimizer, unscale
+from e4t_cli.training.trainable import METHODS, TrainableParts
 
 
-class Samples:
-    """The picture, looked at once, and the samples of each step.
+@dataclass(frozen=True, kw_only=True)
+class TuningOptions:
+    """How a tuning is computed; what it learns does not depend on it, up to rounding.
 
     Args:
-        image_features: the picture's, (vectors, width), if they were computed before.
+        plan: how to fit into memory; None takes the whole batch at once. Where memory runs out,
+            micro-batches are halved, then come gradient checkpointing and a CPU-offloaded
+            optimizer, each with a note.
+        autocast: see `PrecisionPolicy.resolve`.
+        consume: the model's U-Net becomes the tuned one, without a copy: for whoever loaded it
+            for this one concept.
+        detach_features: see `training_loss`.
     """
+
+    plan: Plan | None = None
+    autocast: bool | None = None
+    consume: bool = False
+    detach_features: bool = False
+
+
+class PhotoSamples:
+    """The photo, encoded once, and the samples of each step."""
 
     def __init__(
         self,
@@ -64,56 +73,40 @@ class Samples:
             self.image_features = pretrained.image_features(model, pixels)
         else:
             self.image_features = image_features[None].to(model.device).float()
-        self.mask = self._mask(prepared)
-        self.tokens = model.tokenize(
-            training_prompts(tuple(pretrained.templates)),
-            model.descriptor_id(pretrained.descriptor),
-        )
-
-    def _mask(self, prepared: PreparedImage) -> Tensor | None:
-        if not self.config.mask or prepared.mask is None:
-            return None
-        whole = self.model.masks([prepared.mask])
-        if float(whole.mean()) < MIN_MASK_AREA:
-            self.note = "the mask is empty: tuning on the whole picture"
-        return latent_mask(whole, self.model.latent_shape[1:])
+        self.mask: Tensor | None = None
+        if config.mask and prepared.mask is not None:
+            whole = model.masks([prepared.mask])
+            self.mask = latent_mask(whole, model.latent_shape[1:])
+            if float(whole.mean()) < MIN_MASK_AREA:
+                self.note = "the mask is empty: tuning on the whole image"
+        prompts = training_prompts(tuple(pretrained.templates))
+        self.tokens = model.tokenize(prompts, model.descriptor_id(pretrained.descriptor))
 
     def of(self, step: int) -> tuple[Tensor, ...]:
-        """Return what is different in each step, on the device and always in the same shapes."""
-        size = self.config.batch_size
-        draws = draw(
-            self.seed,
-            step,
-            range(size),
-            batch_size=size,
-            train_timesteps=self.model.train_timesteps,
-            shape=self.model.latent_shape,
-        ).to(self.model.device)
-        sentences = draws.sentences(len(self.tokens.ids))
-        return draws.posterior, draws.epsilon, draws.timesteps, sentences
+        """Return what differs between steps, on the device and always in the same shapes."""
+        model, size = self.model, self.config.batch_size
+        samples = draw(
+            self.seed, step, range(size), batch_size=size,
+            train_timesteps=model.train_timesteps, shape=model.latent_shape,
+        ).to(model.device)  # fmt: skip
+        prompts = samples.sentences(len(self.tokens.ids))
+        return samples.posterior, samples.epsilon, samples.timesteps, prompts
 
-    def batch(self, some: Sequence[Tensor], encoder: Encoder) -> TrainingBatch:
-        """Return what eq. 5 is evaluated on.
-
-        Args:
-            some: what `of` returned, or the same rows of each.
-            encoder: E; the picture's part of it is computed anew, with a gradient.
-        """
-        posterior, epsilon, timesteps, sentences = some
+    def batch(self, samples: Sequence[Tensor], encoder: Encoder) -> TrainingBatch:
+        """Return what eq. 5 is evaluated on, from what `of` returned or the same rows of each."""
+        posterior, epsilon, timesteps, prompts = samples
         count = len(timesteps)
         return TrainingBatch(
-            # Paper silent: one encode of the picture, a sample of its posterior for each element.
-            z_0=self.posterior.sample(posterior),
-            timesteps=timesteps,
-            epsilon=epsilon,
+            # Paper silent: one encoding of the photo, a sample of its posterior for each element.
+            z_0=self.posterior.sample(posterior), timesteps=timesteps, epsilon=epsilon,
             encoded_image=encoder.encode_image(self.image_features).expand(count, -1),
-            tokens=self.tokens[sentences],
+            tokens=self.tokens[prompts],
             mask=None if self.mask is None else self.mask.expand(count, -1, -1),
-        )
+        )  # fmt: skip
 
 
 class Trainer:
-    """The parts in training, the picture they are trained on, and one step of them."""
+    """The weights in training, the photo they are trained on, and one step of them."""
 
     def __init__(
         self,
@@ -121,119 +114,106 @@ class Trainer:
         pretrained: DomainWeights,
         prepared: PreparedImage,
         config: TuningConfig,
-        seed: int,
+        seed: int = 0,
         image_features: Tensor | None = None,
-        autocast: bool | None = None,
-        plan: Plan | None = None,
-        consume: bool = False,
+        options: TuningOptions | None = None,
     ) -> None:
-        self.model, self.config, self.seed = model, config, seed
-        self.half = chosen_format(model.device, autocast, scaled=True)
-        self.loss_scale = LossScale(self.half)
-        self.plan = plan or Plan(micro_batch=config.batch_size)
-        rates = (config.encoder_rate, config.offsets_rate, config.unet_rate)
-        self.steps = config.steps if max(rates) > 0 else 0
-        self.immediate = model.device.type == "cpu"
-        # What looks at the picture comes first: it may leave before the weights in training come.
-        self.samples = Samples(model, pretrained, prepared, config, seed, image_features)
+        options = options or TuningOptions()
+        plan = options.plan or Plan(micro_batch=config.batch_size)
+        self.plan = plan.replace(micro_batch=min(plan.micro_batch, config.batch_size))
+        self.model, self.config = model, config
+        self.precision = PrecisionPolicy.resolve(model.device, model.dtype, options.autocast)
+        self.scaler = loss_scaler(model.device, enabled=self.precision.scales_loss)
+        trains = max(config.encoder_rate, config.offsets_rate, config.unet_rate) > 0
+        self.steps = config.steps if trains else 0
+        # Encoding the photo comes first: the VAE may leave before the weights in training come.
+        self.samples = PhotoSamples(model, pretrained, prepared, config, seed, image_features)
         self.note = self.samples.note
-        if self.plan.park:
-            model.vae.to("cpu")
-        self.parts = METHODS[config.method](model, pretrained, config, seed, consume=consume)
+        if self.plan.vae_on_cpu:
+            nn.Module.to(model.vae, "cpu")
+        self.parts: TrainableParts = METHODS[config.method](
+            model, pretrained, config, seed, precision=self.precision, consume=options.consume
+        )
         self.unet, self.encoder = self.parts.unet, self.parts.encoder
-        self.detach_features = self.parts.detach_features
+        self.detach_features = self.parts.detach_features or options.detach_features
+        # Matrix multiplications round them on the device anyway.
+        self.rounded = self.parts.rounded if self.precision.matmul == torch.bfloat16 else []
         if self.steps:
-            groups = self.parts.groups()
-            for weights, rate in groups:
-                for weight in weights:
-                    weight.requires_grad_(rate > 0)
-            self.optimizer = make_optimizer(self.plan.optimizer, groups, self._rounded())
-            self._groups = groups
+            self.optimizer = make_optimizer(self.plan.optimizer, self.parts.groups, self.rounded)
         if self.plan.checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.scale = pretrained.embedding_scale
         self.descriptor_id = model.descriptor_id(pretrained.descriptor)
         self.e_domain = model.word_embedding(self.descriptor_id)
-        self.accumulate = self._recording()
+        self.accumulate = self._captured()
 
     def gradients(self, step: int) -> Tensor:
-        """Accumulate the gradient of one step; returns the means of eq. 4 and eq. 2, (2,).
-
-        Raises:
-            DivergedError: float16 is too small for this base, and it is kept in nothing else.
-        """
+        """Accumulate the gradient of one step; returns the means of eq. 4 and eq. 2, (2,)."""
         samples = self.samples.of(step)
         losses = self.accumulate(*samples)
-        while not self.loss_scale.unscale_(self.optimizer.gradients):
-            if self.loss_scale.at_minimum or not losses.isfinite().all():
+        while not unscale(self.scaler, self.optimizer):
+            if self.scaler.get_scale() < 1 or not losses.isfinite().all():
                 self._leave_half_precision()
             losses = self.accumulate(*samples)
         return losses
 
-    def _leave_half_precision(self) -> None:
-        """Make products in float32 from now on, where float16 overflows whatever the loss is."""
-        if any(weight.dtype == torch.float16 for weight in self.unet.parameters()):
-            raise DivergedError(
-                f"the numbers of the base {self.model.base.name} are too large for float16",
-                hint="keep it in float32: --dtype fp32",
-            )
-        self.half, self.note = None, "numbers too large for float16: float32 from now on, slower"
-        self.loss_scale = LossScale(None)
-        self.accumulate = self._recording()
-
-    def _recording(self) -> CudaGraphRunner:
-        """Return the work of a step, to be recorded where it is the same at every step."""
-        same = (
-            self.plan.optimizer != "host"  # gradients leave the device on the way
-            and not self.unet.is_gradient_checkpointing  # torch looks at the device's randomness
-            and self.half != torch.float16  # the factor of the loss changes
-        )
-        return CudaGraphRunner(
-            self._accumulated, self.model.device,
-            calls=self.steps if same else 0, on_trouble=partial(setattr, self, "note"),
-        )  # fmt: skip
-
-    def _accumulated(self, *samples: Tensor) -> Tensor:
+    def _accumulate(self, *samples: Tensor) -> Tensor:
+        """Sum the gradients of eq. 5 over the micro-batches of one step."""
         self.optimizer.zero_grad()
-        total = torch.zeros(2, device=self.model.device)
-        size = self.plan.micro_batch
+        device, size, half = self.model.device, self.plan.micro_batch, self.precision.half
+        total = torch.zeros(2, device=device)
+        keep_casts = not self.unet.is_gradient_checkpointing
+        # On a CPU short of memory: the next sample would lack the fragments that one leaves behind.
+        trims = device.type == "cpu" and not keep_casts
         for first in range(0, self.config.batch_size, size):
-            some = [one[first : first + size] for one in samples]
-            batch = self.samples.batch(some, self.encoder)
-            kept, half = not self.unet.is_gradient_checkpointing, self.half
+            batch = self.samples.batch([one[first : first + size] for one in samples], self.encoder)
             with (
                 self.parts.cached(),
-                # As above: what backward computes again has to be what forward computed.
-                self.parts.converted(half) if kept and half else nullcontext(),
-                half_precision(
-                    self.model.device, half, keep_casts=kept, cast=self.unet.dtype != half
-                ),
+                # As there: what backward recomputes has to be what forward computed.
+                self.parts.converted(half) if keep_casts and half else nullcontext(),
+                half_precision(device, half, keep_casts=keep_casts, cast=self.unet.dtype != half),
             ):
                 losses = training_loss(
-                    self.model,
-                    self.unet,
-                    self.encoder,
-                    batch,
-                    e_domain=self.e_domain,
-                    scale=self.scale,
-                    detach_features=self.detach_features,
-                )
+                    self.model, self.unet, self.encoder, batch, e_domain=self.e_domain,
+                    scale=self.scale, detach_features=self.detach_features,
+                )  # fmt: skip
             share = len(batch.timesteps) / self.config.batch_size
-            whole = losses.total(self.config.reg_weight) * share
-            (whole * self.loss_scale.factor).backward()
-            parts = torch.stack((losses.diffusion.mean(), losses.penalty.mean()))
-            total += share * parts.detach()
-            self._trim()
+            loss = losses.total(self.config.reg_weight) * share
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            means = torch.stack((losses.diffusion.mean(), losses.regularization.mean()))
+            total += share * means.detach()
+            if trims:
+                trim_heap()
         return total
 
-    def _trim(self) -> None:
-        # On a CPU that is short of memory, what one sample leaves behind in pieces would be missing
-        # for the next, and the moments' 3 GB (of Stable Diffusion) for the drawing.
-        if self.immediate and self.unet.is_gradient_checkpointing:
-            trim_heap()
+    def _leave_half_precision(self) -> None:
+        """Multiply in float32 from now on, where float16 overflows whatever the loss's factor."""
+        if any(weight.dtype == torch.float16 for weight in self.unet.parameters()):
+            raise DivergedError(
+                f"the values of the base {self.model.base.name} are too large for float16",
+                hint="keep it in float32: --dtype fp32",
+            )
+        self.note = "values too large for float16: float32 from now on, slower"
+        self.precision = self.precision.without_half()
+        self.scaler = loss_scaler(self.model.device, enabled=False)
+        self.accumulate = self._captured()
+
+    def _captured(self) -> CudaGraphRunner:
+        """Return `_accumulate`, to be captured as a CUDA graph where every step's work is equal."""
+        equal = (
+            self.plan.optimizer != "cpu"  # gradients leave the device on the way
+            and not self.unet.is_gradient_checkpointing  # torch reads the device's random state
+            and not self.precision.scales_loss  # the factor of the loss changes
+        )
+        calls, note = self.steps if equal else 0, partial(setattr, self, "note")
+        return CudaGraphRunner(self._accumulate, self.model.device, calls=calls, on_trouble=note)
+
+    def take_note(self) -> str:
+        note, self.note = self.note, ""
+        return note
 
     def reduce_memory(self) -> str:
-        """Ask for less memory from now on; returns what was done, "" if nothing is left to do."""
+        """Take less memory from now on; returns what was done, "" if nothing is left to do."""
         plan, device = self.plan, self.model.device
         self.accumulate.forget()
         self.optimizer.zero_grad()
@@ -245,52 +225,41 @@ class Trainer:
             self.unet.enable_gradient_checkpointing()
             self.plan = plan.replace(checkpointing=True)
             note = "memory ran out: gradient checkpointing from now on, a third more work"
-        elif type(self.optimizer) is FusedAdamW and self._has_room_elsewhere():
-            before = self.optimizer
-            self.optimizer = HostAdamW(self._groups, self._rounded(), after=before)
-            self.plan = plan.replace(optimizer="host")
-            note = "memory ran out: the optimiser goes to the host's memory"
+        elif plan.optimizer == "fused" and can_offload(device, self.optimizer.weights):
+            groups, before = self.parts.groups, self.optimizer
+            self.optimizer = CPUOffloadedAdamW(groups, self.rounded, after=before)
+            self.plan = plan.replace(optimizer="cpu")
+            note = "memory ran out: the optimizer moves to main memory"
         else:
             return ""
         free_memory(device)
-        self.accumulate = self._recording()
+        self.accumulate = self._captured()
         return note
-
-    def _has_room_elsewhere(self) -> bool:
-        """Whether the host has memory of its own, and enough of it for the optimiser."""
-        device = self.model.device
-        needed = HOST_BYTES * sum(weight.numel() for weight in self.optimizer.weights)
-        return device.type not in ("cpu", "mps") and host_has_room(device, needed)
-
-    def _rounded(self) -> list[nn.Parameter]:
-        """Return the weights whose precision on the device is that of the products anyway."""
-        return self.parts.rounded if self.half == torch.bfloat16 else []
 
     @torch.no_grad()
     def finish(self) -> TunedModel:
-        """Merge in float32, and let go of everything that was for training."""
+        """Merge in float32, and free everything that was for training."""
         self.accumulate.forget()
         if self.steps:
             self.optimizer.release()
-            self._trim()
+            if self.model.device.type == "cpu" and self.unet.is_gradient_checkpointing:
+                trim_heap()  # sampling needs the moments' 3 GB (of Stable Diffusion)
         self.unet.disable_gradient_checkpointing()
         kept = self.parts.finish()
-        if self.plan.park:
-            self.model.vae.to(self.model.device)
+        if self.plan.vae_on_cpu:
+            nn.Module.to(self.model.vae, self.model.device)
         unet, encoder = self.parts.unet, self.parts.encoder
         return TunedModel(
             unet=unet.requires_grad_(False),
             encoder=encoder.requires_grad_(False).for_inference(),
             encoded_image=encoder.encode_image(self.samples.image_features),
-            e_domain=self.e_domain,
-            descriptor_id=self.descriptor_id,
-            scale=self.scale,
+            e_domain=self.e_domain, descriptor_id=self.descriptor_id, scale=self.scale,
             adapters=kept,
-        )
+        )  # fmt: skip
 
 
 LOG_EVERY = 5
-"""Steps between two looks at the losses on an accelerator, which has to stop for each."""
+"""Steps between two reads of the losses on an accelerator, which has to stop for each."""
 
 
 def tune(
@@ -301,63 +270,34 @@ def tune(
     *,
     seed: int = 0,
     image_features: Tensor | None = None,
-    micro_batch: int | None = None,
-    plan: Plan | None = None,
-    consume: bool = False,
-    autocast: bool | None = None,
-    detach_features: bool = False,
+    options: TuningOptions | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> TunedModel:
-    """Learn one concept from one picture; `model` and `pretrained` stay as they are.
+    """Learn one concept from one photo; `model` and `pretrained` stay as they are.
 
     Args:
-        model: the base.
-        pretrained: encoder, offsets and training sentences of the domain. Baselines are other
-            values of it: a `FixedEmbedding` for an encoder, no offsets, other sentences.
-        prepared: the picture and, if the recipe asks for one, its mask.
-        recipe: the pack's by default; with 0 steps the encoder's guess is used as it is, a rate
-            of 0 freezes its group of weights, and `method` says what is trained.
-        seed: of every draw.
-        image_features: the picture's, (layers, width), if they were computed before.
-        micro_batch: samples per backward pass, in place of the plan's; the gradient is that of
-            the whole batch, whatever it is.
-        plan: how to fit into memory; None takes the whole batch. Where memory runs out all the
-            same, micro-batches are halved, then gradient checkpointing and then an optimiser in
-            the host's memory come to help, each with a note.
-        consume: the model is not needed any more: its U-Net becomes the tuned one, which saves
-            a copy. Only for whoever loaded it for this one concept.
-        autocast: run the U-Net in half precision, with the trained weights in float32; None where
-            the hardware is faster so.
-        detach_features: see `training_loss`.
-        on_progress: called after each step with its losses; on an accelerator, which would have
-            to wait for that, every few steps.
+        pretrained: encoder, offsets and prompt templates of the domain. Baselines are other
+            values of it: a `FixedEmbedding` for an encoder, no offsets, other templates.
+        prepared: the photo and, if the config wants one, its mask.
+        config: the domain's by default; with 0 steps the encoder's prediction is used as it is, a
+            rate of 0 freezes its group of weights, and `method` selects what is trained.
+        seed: of every random number.
+        image_features: the photo's, (layers, width), if they were computed before.
+        on_progress: called after each step with its losses, on an accelerator every few steps.
 
     Raises:
         DivergedError: a loss or a gradient is not finite.
         ResourceError: not even one sample at a time fits into memory.
     """
     config = config or pretrained.tuning
-    plan = plan or Plan(micro_batch=config.batch_size)
-    if micro_batch is not None:
-        plan = plan.replace(micro_batch=micro_batch)
-    plan = plan.replace(micro_batch=min(plan.micro_batch, config.batch_size))
-    run = Trainer(
-        model, pretrained, prepared, config, seed, image_features, autocast, plan, consume
-    )
-    run.detach_features |= detach_features
+    run = Trainer(model, pretrained, prepared, config, seed, image_features, options)
 
-    def tell(done: int, note: str = "", **values: float) -> None:
-        if on_progress:
-            on_progress(
-                Progress(stage="tune", done=done, total=config.steps, note=note, values=values)
-            )
+    def report(done: int, note: str = "", **values: float) -> None:
+        event = Progress(stage="tune", done=done, total=config.steps, note=note, values=values)
+        if on_progress and (note or values):
+            on_progress(event)
 
-    def tell_note(done: int) -> None:
-        if run.note:
-            tell(done, run.note)
-            run.note = ""
-
-    tell_note(0)
+    report(0, run.take_note())
     waiting: list[Tensor] = []
     for step in range(run.steps):
         losses = None
@@ -367,7 +307,7 @@ def tune(
             except (MemoryError, RuntimeError) as error:
                 if not memory_ran_out(error):
                     raise
-            # Only here: as long as there is the error, it keeps all that the step has computed.
+            # Only here: as long as the error exists, it keeps all that the step has computed.
             if losses is None:
                 note = run.reduce_memory()
                 if not note:
@@ -375,24 +315,20 @@ def tune(
                         "tuning does not fit into memory, even one sample at a time",
                         hint="try --tuning lora, a smaller base, or another device",
                     )
-                tell(step, note)
-        tell_note(step)
+                report(step, note)
+        report(step, run.take_note())
         norm = run.optimizer.step(config.gradient_clip)
         waiting.append(torch.cat((losses, norm.to(losses.device, losses.dtype).view(1))))
-        if run.immediate or len(waiting) == LOG_EVERY or step == run.steps - 1:
+        if model.device.type == "cpu" or len(waiting) == LOG_EVERY or step == run.steps - 1:
             found = torch.stack(waiting).tolist()
-            first = step + 1 - len(waiting)
-            for number, (diffusion, penalty, size) in enumerate(found, start=first + 1):
-                _check_finite(number, diffusion, penalty, size)
-                loss = diffusion + config.reg_weight * penalty
-                tell(number, loss=loss, diffusion=diffusion, penalty=penalty)
+            for number, values in enumerate(found, start=step + 2 - len(waiting)):
+                if not all(map(math.isfinite, values)):
+                    raise DivergedError(
+                        f"tuning diverged at step {number}: a loss or a gradient is not finite",
+                        hint="try a smaller learning rate",
+                    )
+                diffusion, regularization, _ = values
+                loss = diffusion + config.reg_weight * regularization
+                report(number, loss=loss, diffusion=diffusion, penalty=regularization)
             waiting.clear()
     return run.finish()
-
-
-def _check_finite(step: int, *numbers: float) -> None:
-    if any(number != number or abs(number) == float("inf") for number in numbers):
-        raise DivergedError(
-            f"tuning diverged at step {step}: a loss or a gradient is not finite",
-            hint="try a smaller learning rate",
-        )

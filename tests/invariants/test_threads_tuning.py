@@ -1,0 +1,71 @@
+"""Invariants of threads: tunings that run at once give bit for bit what they give alone."""
+
+import sys
+import threading
+
+import pytest
+import torch
+
+from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.training.tuning import TuningOptions, tune
+
+
+@pytest.fixture(autouse=True)
+def _switch_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def at_once(*works):
+    """Return the results of functions that start together, each in a thread of its own."""
+    start, results = threading.Barrier(len(works)), [None] * len(works)
+
+    def run(index):
+        torch.set_num_threads(1)
+        start.wait()
+        try:
+            results[index] = works[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("which", ["shared", "apart"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("methods", [("full", "full"), ("full", "lora")])
+def test_tunings_at_once_are_the_tunings(model, base_folder, pack, face, methods, autocast, which):
+    """Of two models, and of one that both copy (without `consume`)."""
+    models = [model, model if which == "shared" else TextToImageModel.load(base_folder)]
+
+    def work(index):
+        config = pack.tuning.replace(method=methods[index], steps=4)
+        models[index].__dict__.pop("uncond_embeds", None)  # computed anew, by whoever is first
+        losses = []
+        tuned = tune(
+            models[index], pack, face, config, seed=index,
+            options=TuningOptions(autocast=autocast),
+            on_progress=lambda event: losses.append(event.values["loss"]),
+        )  # fmt: skip
+        return losses, [
+            *tuned.unet.state_dict().values(),
+            *tuned.encoder.state_dict().values(),
+            tuned.encoded_image,
+        ]
+
+    expected = [work(0), work(1)]
+    for (losses, weights), (plain_losses, plain) in zip(
+        at_once(lambda: work(0), lambda: work(1)), expected, strict=True
+    ):
+        assert losses == plain_losses
+        assert all(map(torch.equal, weights, plain))
