@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from e4t_cli import devices
+from e4t_cli.api.options import RunOptions
 from e4t_cli.api.pretraining import PretrainingRun
 from e4t_cli.api.session import Session
 from e4t_cli.devices import GB, limited_memory
@@ -58,17 +59,23 @@ def test_a_policy_follows_from_device_dtype_and_autocast(
     assert (found.half or FP32) == matmul
 
 
-def test_pretraining_emulates_no_bfloat16_on_a_gpu_without_it(multiplies):
+def test_pretraining_emulates_no_bfloat16_on_a_gpu_without_it(multiplies, monkeypatch):
     """It does not scale its loss, so that float16 will not do either."""
+    from e4t_cli.pretraining import loop
+
     multiplies(bfloat16=False, float16=True)
+    monkeypatch.setattr(loop, "pretrain_domain", lambda *args, options, **rest: options.autocast)
 
     def settings(device, dtype):
-        model = SimpleNamespace(device=device)
-        session = Session(device.type, dtype, None)
-        session.model = model
         run = object.__new__(PretrainingRun)
-        run.session = session
-        return run.options().autocast
+        run.session = Session(RunOptions(device=device.type, dtype=dtype))
+        run.session.model = SimpleNamespace(device=device)
+        run.domain = SimpleNamespace(
+            name="face", descriptor="face", licence="", prompt_templates=("{}",)
+        )
+        run.plan, run.processes = SimpleNamespace(config=None, tuning=None), None
+        run.options = SimpleNamespace(micro_batch=None)
+        return run.train(None, callbacks=None)
 
     assert settings(CUDA, "auto") is settings(CUDA, "bf16") is None
     assert settings(CUDA, "fp32") is settings(CPU, "auto") is False
@@ -112,7 +119,7 @@ def test_a_requested_fp32_is_float32_in_tuning(monkeypatch, model, pack, face):
         tuning, "tune", lambda *args, options, **rest: autocasts.append(options.autocast)
     )
     for dtype in ("fp32", "auto", "bf16"):
-        session = Session("cpu", dtype, None)
+        session = Session(RunOptions(device="cpu", dtype=dtype))
         session.model, session.pretrained = model, pack
         session.tune(concept)
     assert autocasts == [False, None, None]
