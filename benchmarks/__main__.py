@@ -144,9 +144,7 @@ def measure_memory(workload: Workload) -> None:
     for method in ("full", "lora"):
         config = workload.pack.tuning.replace(steps=1, method=method)
         for vram in ("6", "8", "12", "16", "24"):
-            plan = plan_tuning(
-                model, workload.pack, config, vram=vram, half=PrecisionPolicy.resolve(device).half
-            )
+            plan = plan_tuning(model, workload.pack, config, vram=vram, half=PrecisionPolicy.resolve(device).half)
             line = f"  {method:9} --vram {vram:3} {plan.summary()}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -98,9 +98,7 @@ def measure(source: Path) -> dict[str, int]:
     """
     modules = modules_of(source)
     graph = {name: imports_of(name, path, modules) for name, path in modules.items()}
-    lines = {
-        name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules.items()
-    }
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules.items()}
     importers: dict[str, set[str]] = defaultdict(set)
     for name, imported in graph.items():
         for one in imported:
@@ -111,9 +109,7 @@ def measure(source: Path) -> dict[str, int]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                wide += len([one for one in given if one.arg not in ("self", "cls")]) > (
-                    MAX_ARGUMENTS
-                )
+                wide += len([one for one in given if one.arg not in ("self", "cls")]) > (MAX_ARGUMENTS)
     entries = [one for one in source.iterdir() if one.name != "__pycache__"]
     return {
         "files": len(modules),

@@ -97,18 +97,14 @@ def make_workload(size: str, device: torch.device, folder: Path) -> Workload:
         text_encoder=nn.Module.to(text, dtype),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77),
         noise_schedule=DDPMScheduler(beta_schedule="scaled_linear"),
-        image_tower=ImageTower(tower, (0.5,) * 3, (0.25,) * 3, sizes["tower"]["image_size"]).to(
-            device, dtype
-        ),
+        image_tower=ImageTower(tower, (0.5,) * 3, (0.25,) * 3, sizes["tower"]["image_size"]).to(device, dtype),
     )
     model.__dict__["fingerprint"] = size  # there are no files to hash
     source = torch.Generator().manual_seed(1)
     encoder = WordEmbeddingEncoder(model.encoder_config())
     offsets = {}
     for path, (left, right) in WeightOffsets.for_unet(model.unet).factors().items():
-        offsets[path] = tuple(
-            torch.randn(factor.shape, generator=source) * 0.02 for factor in (left, right)
-        )
+        offsets[path] = tuple(torch.randn(factor.shape, generator=source) * 0.02 for factor in (left, right))
     pack = DomainWeights(
         name="face", descriptor="face", base_name=size, base_fingerprint=size, encoder=encoder,
         offsets=offsets, templates=("{}", "a photo of {}"),

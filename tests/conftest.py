@@ -139,9 +139,7 @@ def write_base(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     vision = {
         "image_size": 32, "patch_size": 8, "width": 32, "layers": 4, "head_width": 16,
     }  # fmt: skip
-    tower = VisionTransformer(
-        image_size=32, patch_size=8, width=32, layers=4, heads=2, mlp_ratio=4.0, output_dim=16
-    )
+    tower = VisionTransformer(image_size=32, patch_size=8, width=32, layers=4, heads=2, mlp_ratio=4.0, output_dim=16)
     (folder / "image_tower").mkdir()
     save_file(tower.state_dict(), folder / "image_tower" / "model.safetensors")
     config = {
@@ -151,8 +149,7 @@ def write_base(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     (folder / "image_tower" / "open_clip_config.json").write_text(json.dumps(config))
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     (folder / "base.toml").write_text(
-        f'schema = 1\nname = "tiny"\nlicence = "Apache-2.0"\nrevision = "test"\n'
-        f"resolution = {RESOLUTION}\n"
+        f'schema = 1\nname = "tiny"\nlicence = "Apache-2.0"\nrevision = "test"\nresolution = {RESOLUTION}\n'
     )
     return folder
 
@@ -163,9 +160,7 @@ def drawn_face(index: int = 0, size: int = RESOLUTION) -> tuple[Image.Image, Ima
     head = (size // 5, size // 8, size * 4 // 5, size * 7 // 8)
     skin = (230 - 9 * index % 120, 180 - 17 * index % 120, 140)
     ImageDraw.Draw(image).ellipse(head, fill=skin, outline=(40, 20, 10))
-    ImageDraw.Draw(image).ellipse(
-        (size * 2 // 5 - 2, size // 2 - 3, size * 2 // 5 + 2, size // 2), fill=0
-    )
+    ImageDraw.Draw(image).ellipse((size * 2 // 5 - 2, size // 2 - 3, size * 2 // 5 + 2, size // 2), fill=0)
     ImageDraw.Draw(mask).ellipse(head, fill=255)
     return image, mask
 
@@ -257,9 +252,7 @@ def pack(model):
         base_fingerprint=model.fingerprint,
         encoder=encoder,
         offsets=factors,
-        tuning=TuningConfig(
-            steps=3, base_learning_rate=1e-5, reg_weight=0.1, batch_size=4, mask=True
-        ),
+        tuning=TuningConfig(steps=3, base_learning_rate=1e-5, reg_weight=0.1, batch_size=4, mask=True),
         pretraining=PretrainingConfig(steps=5, batch_size=4),
         templates=("{}", "a photo of {}"),
     )

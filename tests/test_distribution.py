@@ -90,9 +90,7 @@ def installed(wheel, tmp_path_factory):
     command = [sys.executable, "-m", "pip", "--python", programs / "python", "install", "--quiet"]
     done([*command, "--no-index", "--no-deps", wheel], folder)
     # Only now: pip must not see, and least of all replace, the e4t that runs these tests.
-    site = done(
-        [programs / "python", "-c", "import site; print(site.getsitepackages()[0])"], folder
-    )
+    site = done([programs / "python", "-c", "import site; print(site.getsitepackages()[0])"], folder)
     lines = "".join(f"{path}\n" for path in DEPENDENCIES)
     (Path(site.strip()) / "dependencies.pth").write_text(lines, encoding="utf-8")
     return programs
@@ -102,9 +100,7 @@ def test_one_version_everywhere():
     version = e4t_cli.__version__
     cited = re.search(r'^version: "(.*)"$', (ROOT / "CITATION.cff").read_text("utf-8"), re.M)
     assert cited and cited[1] == version
-    released = re.findall(
-        r"^## \[(\d.*)\] - (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M
-    )
+    released = re.findall(r"^## \[(\d.*)\] - (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
     dated = re.search(r'^date-released: "(.*)"$', (ROOT / "CITATION.cff").read_text("utf-8"), re.M)
     assert dated and released[0] == (version, dated[1])
 

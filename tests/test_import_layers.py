@@ -54,9 +54,7 @@ def absolute(node, path):
         for alias in node.names:
             yield alias.name
     elif isinstance(node, ast.ImportFrom):
-        package = (
-            ["e4t_cli", *path.relative_to(SOURCE).parts[:-1]] if SOURCE in path.parents else []
-        )
+        package = ["e4t_cli", *path.relative_to(SOURCE).parts[:-1]] if SOURCE in path.parents else []
         base = package[: len(package) - node.level + 1] if node.level else []
         stem = ".".join([*base, *([node.module] if node.module else [])])
         for alias in node.names:
@@ -145,6 +143,4 @@ def test_contributing_shows_the_exit_codes():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     shown = {name: int(code) for code, name in re.findall(r"\| (\d) \|.*\| `(\w+)` \|", page)}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
-    assert shown == {
-        kind.__name__: kind.exit_code for kind in kinds if kind.__module__ == errors.__name__
-    }
+    assert shown == {kind.__name__: kind.exit_code for kind in kinds if kind.__module__ == errors.__name__}

@@ -36,8 +36,7 @@ def run(code):
         "import e4t_cli",
         "from e4t_cli import Domain, TuningConfig, find_domain; find_domain('face')",
         "import sys; sys.argv = ['e4t', '--help']; from e4t_cli.cli.app import main; main()",
-        "import sys; sys.argv = ['e4t', 'domains', 'list']; "
-        "from e4t_cli.cli.app import main; main()",
+        "import sys; sys.argv = ['e4t', 'domains', 'list']; from e4t_cli.cli.app import main; main()",
     ],
     ids=["import", "find", "help", "list"],
 )
@@ -69,10 +68,5 @@ def test_type_checkers_see_the_same_names():
 
     tree = ast.parse(Path(e4t_cli.__file__).read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {
-        alias.name: node.module
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == e4t_cli._HOME

@@ -23,9 +23,7 @@ from e4t_cli.registry.weights import weights_folder
 
 ROOT = Path(__file__).parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "domains" / "README.md"]
-FENCE = re.compile(
-    r"^(?P<run><!-- run -->\n)?```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S
-)
+FENCE = re.compile(r"^(?P<run><!-- run -->\n)?```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 PHOTO = ROOT / "examples" / "me.png"
 
 

@@ -97,10 +97,7 @@ class FaceDetector:
         """Return the faces in a view, from left to right."""
         labels = self.label(view)
         size = labels.labels.shape[1], labels.labels.shape[0]
-        return [
-            Detection(face, view, view.within(square_of(face, size, self.spec)))
-            for face in find_faces(labels)
-        ]
+        return [Detection(face, view, view.within(square_of(face, size, self.spec))) for face in find_faces(labels)]
 
     def detect(self) -> list[Detection]:
         """Return the faces of the photo, from left to right, the largest ones refined."""
@@ -173,13 +170,7 @@ class FaceDetector:
         found = []
         for view in views:
             refined = [self.refine(one) for one in self.detect_in(view)]
-            found.append(
-                [
-                    one
-                    for one in refined
-                    if one.is_stable and one.face.confidence >= MIN_CONFIDENCE_ROTATED
-                ]
-            )
+            found.append([one for one in refined if one.is_stable and one.face.confidence >= MIN_CONFIDENCE_ROTATED])
         return found
 
 

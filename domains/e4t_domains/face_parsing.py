@@ -31,9 +31,7 @@ EYES = frozenset({"eyes", "l_eye", "r_eye"})
 GLASSES = frozenset({"glasses", "eye_g"})
 MOUTH = frozenset({"mouth", "u_lip", "l_lip"})
 SKIN = frozenset({"skin", "nose", "beard"})
-HEAD = (
-    EYES | GLASSES | MOUTH | SKIN | {"hair", "brows", "l_brow", "r_brow", "ears", "l_ear", "r_ear"}
-)
+HEAD = EYES | GLASSES | MOUTH | SKIN | {"hair", "brows", "l_brow", "r_brow", "ears", "l_ear", "r_ear"}
 """Labels of the person rather than of clothes, jewellery or background."""
 
 

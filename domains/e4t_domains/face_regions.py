@@ -76,11 +76,7 @@ def find_faces(label_map: LabelMap) -> list[Face]:
     of a head.
     """
     heads = label_map.where(HEAD)
-    parts = {
-        "eyes": label_map.where(EYES),
-        "glasses": label_map.where(GLASSES),
-        "mouth": label_map.where(MOUTH),
-    }
+    parts = {"eyes": label_map.where(EYES), "glasses": label_map.where(GLASSES), "mouth": label_map.where(MOUTH)}
     skin = label_map.where(SKIN)
     largest = heads.sum()
     regions = split_regions(heads)
@@ -155,9 +151,7 @@ def _separated(region: np.ndarray, mouths: np.ndarray, eyes: np.ndarray) -> list
     return [region & (owner == index) for index in range(len(seeds))]
 
 
-def _face(
-    head: np.ndarray, label_map: LabelMap, eyes: np.ndarray, glasses: np.ndarray, mouth: np.ndarray
-) -> Face:
+def _face(head: np.ndarray, label_map: LabelMap, eyes: np.ndarray, glasses: np.ndarray, mouth: np.ndarray) -> Face:
     import numpy as np
 
     centres = [centroid(eye) for eye in _without_noise(split_regions(eyes))[:2]]

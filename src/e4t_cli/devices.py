@@ -48,8 +48,7 @@ def choose_device(wanted: str) -> torch.device:
         torch.empty(1, device=device)
     except Exception as error:  # AssertionError, RuntimeError, AcceleratorError: by backend
         raise UsageError(
-            f"the device {printable(wanted)!r} cannot be used on this machine",
-            hint="--device auto picks one that can",
+            f"the device {printable(wanted)!r} cannot be used on this machine", hint="--device auto picks one that can"
         ) from error
     return device
 
@@ -93,8 +92,7 @@ def budget_of(vram: str) -> int:
             raise ValueError
     except ValueError:
         raise UsageError(
-            f"--vram must be auto or a number of gigabytes, not {printable(vram)!r}",
-            hint="for example --vram 8",
+            f"--vram must be auto or a number of gigabytes, not {printable(vram)!r}", hint="for example --vram 8"
         ) from None
     return int(size * GB)
 
@@ -205,9 +203,7 @@ def limited_memory(device: torch.device, vram: str) -> Iterator[None]:
     if device.type != "cuda" or vram == "auto":
         yield
         return
-    device = torch.device(
-        "cuda", torch.cuda.current_device() if device.index is None else device.index
-    )
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     fraction = budget_of(vram) / torch.cuda.mem_get_info(device)[1]
 
     def apply() -> None:

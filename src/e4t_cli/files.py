@@ -22,10 +22,7 @@ _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 
 
 def write_atomically(
-    path: str | os.PathLike[str],
-    data: bytes | Callable[[BinaryIO], None],
-    *,
-    overwrite: bool = True,
+    path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO], None], *, overwrite: bool = True
 ) -> None:
     """Write a file so that a crash at any moment leaves it absent, old, or complete.
 
@@ -110,9 +107,7 @@ def _sync_folder(folder: Path) -> None:
 def check_absent(path: Path) -> None:
     """Raise UsageError if a path exists."""
     if path.exists():
-        raise UsageError(
-            f"{printable(str(path))} exists already", hint="choose a name that is free"
-        )
+        raise UsageError(f"{printable(str(path))} exists already", hint="choose a name that is free")
 
 
 @contextmanager

@@ -97,9 +97,7 @@ def check_placeholder(placeholder: str) -> str:
     return shown
 
 
-def parse_prompt(
-    text: str, placeholder: str = PLACEHOLDER, *, require_placeholder: bool = True
-) -> Prompt:
+def parse_prompt(text: str, placeholder: str = PLACEHOLDER, *, require_placeholder: bool = True) -> Prompt:
     """Find the concept in a prompt.
 
     Raises:

@@ -207,9 +207,7 @@ def denoise(
     samples = "generator" in inspect.signature(scheduler.step).parameters
     random = {"generator": sources} if samples else {}
     assert sampling.guidance is not None, "resolve the sampling config first"
-    denoiser = CFGDenoiser(
-        model, tuned, tokens, guidance=sampling.guidance, negative_prompt=sampling.negative_prompt
-    )
+    denoiser = CFGDenoiser(model, tuned, tokens, guidance=sampling.guidance, negative_prompt=sampling.negative_prompt)
     predict = CudaGraphRunner(
         denoiser, model.device, calls=len(scheduler.timesteps),
         on_trouble=partial(report, 0) if report else None,

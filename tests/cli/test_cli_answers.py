@@ -156,9 +156,7 @@ def test_prompts_from_everywhere_keep_their_order(tmp_path, monkeypatch):
     assert gather_prompts(["-"], None, placeholder="S*") == ["S* one", "S* two"]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), [(b"\xff\xfe\x00S", "not UTF-8"), (b"\n \n", "no prompts")]
-)
+@pytest.mark.parametrize(("content", "words"), [(b"\xff\xfe\x00S", "not UTF-8"), (b"\n \n", "no prompts")])
 def test_prompt_files_that_are_none(run, tmp_path, content, words):
     (tmp_path / "prompts.txt").write_bytes(content)
     ended = run("personalize", "face", "me.jpg", "-f", "prompts.txt")

@@ -173,9 +173,7 @@ def test_check_compares_the_pack_with_its_base(run):
     assert run("domains", "check", str(cat)).code == 0
     odd = shutil.copytree(cat, user_domains_folder() / "cat")
     card = (odd / "domain.toml").read_text()
-    (odd / "domain.toml").write_text(
-        card.replace('descriptor = "cat"', 'descriptor = "catlike ear"')
-    )
+    (odd / "domain.toml").write_text(card.replace('descriptor = "cat"', 'descriptor = "catlike ear"'))
     ended = run("domains", "check", str(odd))
     assert ended.code == 1 and "tokens to the base mini, not one" in ended.out
     (odd / "domain.toml").write_text(card.replace('base_fingerprint = "', 'base_fingerprint = "0'))
@@ -202,9 +200,7 @@ def test_completion(start, folder):
     add_domain(folder)
     assert completed(start, "e4t domains rm ") == ["my_dogs"]
     assert completed(start, "e4t domains info my") == ["my_dogs"]
-    assert {"add", "check", "info", "list", "new", "push", "rm"} <= set(
-        completed(start, "e4t domains ")
-    )
+    assert {"add", "check", "info", "list", "new", "push", "rm"} <= set(completed(start, "e4t domains "))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +220,5 @@ def test_no_model_library_is_loaded(tmp_path, folder, command):
         f"assert run({words!r}) == 0\n"
         "assert not {'torch', 'diffusers', 'transformers', 'PIL'} & set(sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -49,9 +49,7 @@ def test_without_a_seed_one_is_drawn_and_reported(run, world):
 
 
 def test_json_is_one_object_a_file(run, world):
-    ended = run(
-        *world.personalize("--json", "--grid", "--save", "me.e4t", "-n", "2", "--seed", "1")
-    )
+    ended = run(*world.personalize("--json", "--grid", "--save", "me.e4t", "-n", "2", "--seed", "1"))
     assert ended.code == 0, ended.err
     told = [json.loads(line) for line in ended.lines]
     assert [one["type"] for one in told] == ["image", "image", "grid", "concept"]
@@ -244,9 +242,7 @@ def test_a_base_without_a_pack_names_the_command(run, world, tmp_path):
 
 
 def test_dry_run_plans_without_torch_or_traces(start, world, tmp_path):
-    process = start(
-        *world.personalize("--dry-run", "-n", "3"), env={"PYTHONPROFILEIMPORTTIME": "1"}
-    )
+    process = start(*world.personalize("--dry-run", "-n", "3"), env={"PYTHONPROFILEIMPORTTIME": "1"})
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "pictures" in out and "3" in out
@@ -291,11 +287,7 @@ def test_every_cause_has_its_code(run, world, monkeypatch, error, code, words):
     def fail(*arguments, **options):
         raise cause
 
-    place = (
-        "images.results.write_atomically"
-        if code == 6 and "space" in words + error
-        else "training.tuning.tune"
-    )
+    place = "images.results.write_atomically" if code == 6 and "space" in words + error else "training.tuning.tune"
     monkeypatch.setattr(f"e4t_cli.{place}", fail)
     ended = run(*world.personalize())
     assert ended.code == code, ended.err
@@ -304,9 +296,7 @@ def test_every_cause_has_its_code(run, world, monkeypatch, error, code, words):
 
 
 def test_pretrain_makes_a_domain_that_is_listed_and_works(run, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "e4t_cli.api.pretraining.training_templates", lambda domain: ("{}", "a photo of {}")
-    )
+    monkeypatch.setattr("e4t_cli.api.pretraining.training_templates", lambda domain: ("{}", "a photo of {}"))
     from tests.conftest import drawn_face
 
     (tmp_path / "data" / ".hidden").mkdir(parents=True)

@@ -50,17 +50,13 @@ def pipeline_of(place, **options):
 
 @pytest.fixture
 def tuned(model, pack, face):
-    return tune(
-        model, pack, face, pack.tuning.replace(steps=1), options=TuningOptions(autocast=False)
-    )
+    return tune(model, pack, face, pack.tuning.replace(steps=1), options=TuningOptions(autocast=False))
 
 
 @pytest.mark.parametrize("prompt", ["{} on the beach", "a photo of {}", "{} and {} with hat"])
 def test_another_program_generates_the_same(model, tuned, face, tmp_path, prompt):
     mean = mean_concept_embedding(model, tuned, face)
-    write_folder(
-        model, tuned, mean.embedding, tmp_path / "me", token="S*", readme="", dtype=torch.float32
-    )
+    write_folder(model, tuned, mean.embedding, tmp_path / "me", token="S*", readme="", dtype=torch.float32)
     pipeline = pipeline_of(tmp_path / "me")
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     found = pipeline(
@@ -205,12 +201,8 @@ def test_a_single_file_is_for_stable_diffusion_1(run, world, saved, tmp_path, mo
 
 
 def test_a_single_file_and_its_embedding(run, world, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        stable_diffusion, "SINGLE_FILE_CONFIG", {}
-    )  # the tiny base's blocks have other names, too
-    monkeypatch.setattr(
-        stable_diffusion, "compvis_state_dict", lambda *parts: parts[0].state_dict().items()
-    )
+    monkeypatch.setattr(stable_diffusion, "SINGLE_FILE_CONFIG", {})  # the tiny base's blocks have other names, too
+    monkeypatch.setattr(stable_diffusion, "compvis_state_dict", lambda *parts: parts[0].state_dict().items())
     ended = run("export", str(saved), "models/me.safetensors", "--base", str(world.base), "--json")
     assert ended.code == 0, ended.err
     record = json.loads(ended.out)
@@ -231,11 +223,7 @@ def test_a_lora_by_the_command(run, world, saved, tmp_path):
     assert "rank 4 holds" in ended.err and "in prompts it is me-word" in ended.err
     ended = run("export", "me.e4t", "other.safetensors", "--lora", "4", "--json", *base)
     record = json.loads(ended.out)
-    assert (
-        record["type"] == "lora"
-        and 0 < record["retained_energy"] < 1
-        and record["token"] == "other-word"
-    )
+    assert record["type"] == "lora" and 0 < record["retained_energy"] < 1 and record["token"] == "other-word"
     first, again = load_file("me.safetensors"), load_file("other.safetensors")
     assert first.keys() == again.keys() and len(first) > 30
     # Neither what exists, nor a folder, nor a rank that is none.

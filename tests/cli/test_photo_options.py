@@ -54,9 +54,7 @@ def test_I11_a_face_can_be_required(run):
     ended = run(*command)
     assert ended.code == 0 and "no face was found" in ended.err
     assert len(ended.out.split()) == 1  # no mask, no second file
-    ended = run(
-        "personalize", "cat", CAT, "--base", "mini", "--save-prepared", "x", "--require-face"
-    )
+    ended = run("personalize", "cat", CAT, "--base", "mini", "--save-prepared", "x", "--require-face")
     assert ended.code == 2 and "looks for no face" in ended.err
     ended = run("personalize", "face", ME, "--base", "mini", "--save-prepared", "x", "--face", "2")
     assert ended.code == 3 and "is 1 face in the image, not 2" in ended.err
@@ -64,9 +62,7 @@ def test_I11_a_face_can_be_required(run):
 
 @pytest.mark.parametrize("arguments", [["--mask", "words:a face"], ["--mask", "words"]])
 def test_words_without_a_network_are_one_sentence(run, arguments):
-    ended = run(
-        "personalize", "cat", CAT, "--base", "mini", "--offline", "--save-prepared", "x", *arguments
-    )
+    ended = run("personalize", "cat", CAT, "--base", "mini", "--offline", "--save-prepared", "x", *arguments)
     assert ended.code == 4
     assert "clipseg" in ended.err and "Traceback" not in ended.err
     assert ended.out == ""

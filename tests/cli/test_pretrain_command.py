@@ -16,9 +16,7 @@ from tests.conftest import drawn_face
 @pytest.fixture(autouse=True)
 def _short_sentences(monkeypatch):
     """The tiny base reads sixteen tokens and spells most words."""
-    monkeypatch.setattr(
-        "e4t_cli.api.pretraining.training_templates", lambda domain: ("{}", "a photo of {}")
-    )
+    monkeypatch.setattr("e4t_cli.api.pretraining.training_templates", lambda domain: ("{}", "a photo of {}"))
 
 
 @pytest.fixture

@@ -202,9 +202,7 @@ def test_a_photograph_is_turned_and_cropped(painted, turn):
     assert prepared.notes == ()
     words = prepared.remarks[0].split(", ")
     assert words[0] == "1 face"
-    assert int(words[1].removeprefix("turned ").removesuffix("°")) == pytest.approx(
-        abs(turn), abs=1
-    )
+    assert int(words[1].removeprefix("turned ").removesuffix("°")) == pytest.approx(abs(turn), abs=1)
     covered = np.asarray(prepared.mask).mean() / 255
     assert words[2] == f"mask {round(100 * covered)} %" and 0.2 < covered < 0.6
     # Upright now, with the eyes at one height and the mouth below them.

@@ -41,9 +41,7 @@ def test_well_framed_drawings_are_left_alone_bit_for_bit(name):
 @pytest.mark.parametrize("name", ["me", "zoe", "max"])
 @pytest.mark.parametrize("turn", [15, -15, 30])
 def test_turned_drawings_are_turned_back(name, turn):
-    photo = example(name).rotate(
-        -turn, Image.Resampling.BICUBIC, expand=True, fillcolor=(255, 255, 255)
-    )
+    photo = example(name).rotate(-turn, Image.Resampling.BICUBIC, expand=True, fillcolor=(255, 255, 255))
     prepared = prepare_image(find_domain("face"), photo, TARGET)
     assert prepared.frame.turn == pytest.approx(turn, abs=5)
     covered = sum(value > 127 for value in prepared.mask.tobytes()) / 64**2

@@ -29,9 +29,7 @@ def install(folder):
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     lines = []
     for group, points in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
@@ -40,9 +38,7 @@ def install(folder):
 
 def run(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -86,11 +82,7 @@ def test_the_tutorial_names_what_the_door_has():
     import e4t_cli
 
     text = TUTORIAL.read_text(encoding="utf-8")
-    imported = {
-        name.strip()
-        for line in re.findall(r"from e4t_cli import (.*)", text)
-        for name in line.split(",")
-    }
+    imported = {name.strip() for line in re.findall(r"from e4t_cli import (.*)", text) for name in line.split(",")}
     promised = set(re.findall(r"`(\w+)`", text.partition("What you can rely on")[2])) & imported
     assert imported - {"find_domain"} == promised
     assert imported <= set(e4t_cli.__all__)

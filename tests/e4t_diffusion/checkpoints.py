@@ -103,16 +103,12 @@ def dense_tower(state, pixels):
     heads = width // TOWER["head_width"]
     for index in range(TOWER["layers"]):
         b = f"transformer.resblocks.{index}"
-        qkv = linear(
-            norm(f"{b}.ln_1", x), w[f"{b}.attn.in_proj_weight"], w[f"{b}.attn.in_proj_bias"]
-        )
+        qkv = linear(norm(f"{b}.ln_1", x), w[f"{b}.attn.in_proj_weight"], w[f"{b}.attn.in_proj_bias"])
         q, k, v = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in qkv.chunk(3, dim=2))
         scores = softmax(q @ k.transpose(2, 3) / TOWER["head_width"] ** 0.5, dim=3)
         seen = (scores @ v).transpose(1, 2).flatten(2)
         x = x + linear(seen, w[f"{b}.attn.out_proj.weight"], w[f"{b}.attn.out_proj.bias"])
-        inner = gelu(
-            linear(norm(f"{b}.ln_2", x), w[f"{b}.mlp.c_fc.weight"], w[f"{b}.mlp.c_fc.bias"])
-        )
+        inner = gelu(linear(norm(f"{b}.ln_2", x), w[f"{b}.mlp.c_fc.weight"], w[f"{b}.mlp.c_fc.bias"]))
         x = x + linear(inner, w[f"{b}.mlp.c_proj.weight"], w[f"{b}.mlp.c_proj.bias"])
     return norm("ln_post", x[:, 0]), x[:, 1:]
 

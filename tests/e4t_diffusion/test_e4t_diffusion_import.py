@@ -168,20 +168,14 @@ def test_F4_F5_F6_wrong_encoders(conversion, tmp_path, encoder):
     first = "first_linears.3.weight"
     assert f"lacks the tensor {first}" in spoilt(conversion, tmp_path, {first: None})
     assert "unexpected tensor more" in spoilt(conversion, tmp_path, {"more": torch.ones(1)})
-    assert "has shape (2, 2), not (32, 32)" in spoilt(
-        conversion, tmp_path, {first: torch.ones(2, 2)}
-    )
+    assert "has shape (2, 2), not (32, 32)" in spoilt(conversion, tmp_path, {first: torch.ones(2, 2)})
     for key in (first, "clip_vision.conv1.weight", "final_linear.bias"):
         nan = encoder[key].clone()
         nan.flatten()[0] = float("nan")
-        assert f"{key.removeprefix('clip_vision.')} has numbers that" in spoilt(
-            conversion, tmp_path, {key: nan}
-        )
+        assert f"{key.removeprefix('clip_vision.')} has numbers that" in spoilt(conversion, tmp_path, {key: nan})
     towerless = {key: None for key in encoder if key.startswith("clip_vision.")}
     assert "no image tower" in spoilt(conversion, tmp_path, towerless)
-    assert "lacks the tensor feature_linear" in spoilt(
-        conversion, tmp_path, {"feature_linear.weight": None}
-    )
+    assert "lacks the tensor feature_linear" in spoilt(conversion, tmp_path, {"feature_linear.weight": None})
     assert "no usable size" in spoilt(conversion, tmp_path, {"final_linear.weight": torch.ones(())})
 
 
@@ -230,9 +224,7 @@ def test_half_a_folder(checkpoint, name):
 
 @pytest.mark.parametrize("tower", ["RN50::openai", "../ViT-tiny", "hf-hub:a/b", "nothing"])
 def test_unknown_towers(checkpoint, tower):
-    (checkpoint / "config.json").write_text(
-        json.dumps(checkpoints.config(clip_model_name_or_path=tower))
-    )
+    (checkpoint / "config.json").write_text(json.dumps(checkpoints.config(clip_model_name_or_path=tower)))
     with pytest.raises(IntegrityError, match="no plain vision transformer"):
         import_checkpoint(checkpoint)
 
@@ -292,9 +284,7 @@ print(json.dumps({
     "secrets": any("secret" in value for value in os.environ.values()),
 }))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not any(json.loads(done.stdout).values()), done.stdout
     assert clean_environment()["PATH"] == os.environ["PATH"]
@@ -391,24 +381,18 @@ def tuned_state(model, offsets):
     return {**moved, **offsets}
 
 
-def test_a_tuned_checkpoint_becomes_a_concept(
-    checkpoint, encoder, offsets, model, base_folder, tmp_path
-):
+def test_a_tuned_checkpoint_becomes_a_concept(checkpoint, encoder, offsets, model, base_folder, tmp_path):
     """Its U-Net with W·(1 + ΔW) merged, and its encoder, are what the concept draws with."""
     state = tuned_state(model, offsets)
     settings = {"pretrained_model_name_or_path": "./theirs", "train_image_path": "me.png",
                 "domain_embed_scale": 0.1, "pretrained_args": checkpoints.config()}  # fmt: skip
-    folder = checkpoints.write_checkpoint(
-        tmp_path / "tuned", encoder, state, settings, name="unet.pt"
-    )
+    folder = checkpoints.write_checkpoint(tmp_path / "tuned", encoder, state, settings, name="unet.pt")
     with pytest.raises(UsageError, match="the image it was tuned on"):
         import_concept(folder, tmp_path / "x.e4t", base=base_folder)
     drawn_face(size=80)[0].save(folder / "domain.png")
     with pytest.raises(UsageError, match=r"no unet\.pt"):
         import_concept(checkpoint, tmp_path / "x.e4t", base=base_folder)
-    made = import_concept(
-        folder, tmp_path / "me.e4t", name="somebody", base=base_folder, device="cpu"
-    )
+    made = import_concept(folder, tmp_path / "me.e4t", name="somebody", base=base_folder, device="cpu")
     assert sorted(path.name for path in made.folder.iterdir()) == [
         "domain.toml", "encoder.safetensors", "offsets.safetensors", "tower.safetensors",
     ]  # fmt: skip
@@ -420,17 +404,13 @@ def test_a_tuned_checkpoint_becomes_a_concept(
         dense = checkpoints.dense_offset(offsets, path.replace(".to_", ".wo_"))
         found = tuned.unet.get_submodule(path).weight.double()
         torch.testing.assert_close(found, weight * (1 + dense), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(
-        tuned.unet.conv_in.weight, state["conv_in.weight"], rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(tuned.unet.conv_in.weight, state["conv_in.weight"], rtol=1e-3, atol=1e-4)
     means = torch.randn(1, pack.encoder.config.unet_width)
     pixels = model.pixels([concept.prepared.image])
     expected = checkpoints.dense_encoder(encoder, pixels, means)
     e_c = tuned.embedding(means)
     torch.testing.assert_close(e_c, tuned.e_domain + 0.1 * expected, rtol=1e-3, atol=1e-3)
-    drawn = e4t_cli.generate(
-        concept, "S* on the beach", base=base_folder, seed=3, sampling={"steps": 2}, device="cpu"
-    )
+    drawn = e4t_cli.generate(concept, "S* on the beach", base=base_folder, seed=3, sampling={"steps": 2}, device="cpu")
     assert len(drawn.images) == 1
 
 
@@ -439,9 +419,7 @@ def test_a_tuned_unet_of_another_model_is_refused(checkpoint, encoder, offsets, 
     key = next(key for key in state if key.endswith("attn1.to_q.weight"))
     for change, match in (({key: torch.ones(2, 2)}, "another shape"), ({key: None}, "no weight")):
         changed = {k: v for k, v in {**state, **change}.items() if v is not None}
-        folder = checkpoints.write_checkpoint(
-            tmp_path / match.replace(" ", "-"), encoder, changed, name="unet.pt"
-        )
+        folder = checkpoints.write_checkpoint(tmp_path / match.replace(" ", "-"), encoder, changed, name="unet.pt")
         from e4t_cli.api.importing import conversion_request
 
         conversion = dataclasses.replace(

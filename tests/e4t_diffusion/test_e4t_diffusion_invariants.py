@@ -61,9 +61,7 @@ def test_folded_and_settled_are_exact(converted, sizes):
     small = encoder.for_inference()
     assert sum(w.numel() for w in small.parameters()) < sum(w.numel() for w in encoder.parameters())
     small = small.double()
-    torch.testing.assert_close(
-        small.predict_offset(encoded_image, means), whole, rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(small.predict_offset(encoded_image, means), whole, rtol=1e-6, atol=1e-6)
     # What depends on the picture is the vector alone: the same matrix serves other pictures.
     dense = []
     for index in range(3):
@@ -71,9 +69,7 @@ def test_folded_and_settled_are_exact(converted, sizes):
         joined = [encoder.join_picture(x) + encoder.join_unet(u) for x in features[index]]
         terms = [
             weight @ one + bias
-            for weight, bias, one in zip(
-                encoder.first_weights, encoder.first_biases, joined, strict=True
-            )
+            for weight, bias, one in zip(encoder.first_weights, encoder.first_biases, joined, strict=True)
         ]
         average = torch.stack(terms).mean(dim=0)
         dense.append(encoder.final(torch.nn.functional.leaky_relu(average)))
@@ -103,9 +99,7 @@ def test_the_modulated_unet_is_the_one_described(converted, offsets, model):
             layer = model.unet.get_submodule(path)
             dense = checkpoints.dense_offset(offsets, path.replace(".to_", ".wo_"))
             original = layer.parametrizations.weight.original.double()
-            torch.testing.assert_close(
-                layer.weight.double(), original * (1 + dense), rtol=1e-5, atol=1e-6
-            )
+            torch.testing.assert_close(layer.weight.double(), original * (1 + dense), rtol=1e-5, atol=1e-6)
     assert 0 < result.offset_error < 1e-6 < result.offset_size
     assert result.offset_parameters == sum(value.numel() for value in offsets.values())
 
@@ -144,9 +138,7 @@ def test_adapters_change_their_encoder_as_merged_ones_do(converted, model, face)
     config = pack.tuning.replace(method="lora", steps=3, base_learning_rate=1e-4)
     tuned = tune(model, pack, face, config, seed=5)
     plain = tune(model, pack, face, config.replace(steps=0), seed=5)
-    assert not torch.equal(
-        tuned.encoded_image, plain.encoded_image
-    )  # the picture's own layers learned, too
+    assert not torch.equal(tuned.encoded_image, plain.encoded_image)  # the picture's own layers learned, too
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
         weights_digest=pack.digest, prepared=face, config=config, seed=5,

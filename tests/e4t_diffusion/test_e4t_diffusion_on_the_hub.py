@@ -140,9 +140,7 @@ def test_the_licence_first_then_once_and_for_all(
     from e4t_cli.models.text_to_image import TextToImageModel
 
     model = TextToImageModel.load(sd14)
-    done = e4t_cli.personalize(
-        domain, photo, "S* on the beach", base=model, seed=3, sampling={"steps": 2}
-    )
+    done = e4t_cli.personalize(domain, photo, "S* on the beach", base=model, seed=3, sampling={"steps": 2})
     assert len(done.images) == 1
     assert done.concept.base_name == "sd14"
 

@@ -142,9 +142,7 @@ class FakeHub:
                 while block := file.read(1 << 20):
                     sha256.update(block)
                     sha1.update(block)
-            files[path.relative_to(folder).as_posix()] = File(
-                path, size, sha256.hexdigest(), sha1.hexdigest()
-            )
+            files[path.relative_to(folder).as_posix()] = File(path, size, sha256.hexdigest(), sha1.hexdigest())
         content = json.dumps({key: file.sha256 for key, file in files.items()})
         commit = commit or hashlib.sha1(content.encode()).hexdigest()
         repository = Repository(commit, files, licence, gated)

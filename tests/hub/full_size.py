@@ -37,9 +37,7 @@ def write_noise(module: Any, path: Path, *, prefix: str = "") -> None:
     import numpy
 
     header, offset = {}, 0
-    state = {
-        key: value for key, value in module.state_dict().items() if not key.endswith("position_ids")
-    }
+    state = {key: value for key, value in module.state_dict().items() if not key.endswith("position_ids")}
     for key, value in state.items():
         size = 2 * value.numel()
         place = [offset, offset + size]
@@ -100,9 +98,7 @@ def write_stable_diffusion(folder: Path, *, small: bool = False) -> None:
                 bos_token_id=49406, eos_token_id=49407,
             )
         )  # fmt: skip
-        checker = StableDiffusionSafetyChecker(
-            CLIPConfig(projection_dim=32 if small else 768, vision_config=eye)
-        )
+        checker = StableDiffusionSafetyChecker(CLIPConfig(projection_dim=32 if small else 768, vision_config=eye))
     parts = {
         "unet": (unet, "diffusion_pytorch_model"),
         "vae": (vae, "diffusion_pytorch_model"),
@@ -120,9 +116,7 @@ def write_stable_diffusion(folder: Path, *, small: bool = False) -> None:
         set_alpha_to_one=False, steps_offset=1,
     ).save_pretrained(folder / "scheduler")  # fmt: skip
     (folder / "feature_extractor").mkdir()
-    (folder / "feature_extractor" / "preprocessor_config.json").write_text(
-        json.dumps({"size": 224, "crop_size": 224})
-    )
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps({"size": 224, "crop_size": 224}))
     index = {
         "_class_name": "StableDiffusionPipeline",
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],

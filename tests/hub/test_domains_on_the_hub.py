@@ -67,9 +67,7 @@ def test_what_the_hub_does_not_have(hub, folder, tmp_path):
 
 def test_a_repository_with_a_wrong_manifest(hub, folder):
     """The hub vouches for its files, not for what their author wrote about them."""
-    text = manifest_text(
-        files={**FILES, "encoder.safetensors": FILES["encoder.safetensors"][:-1] + b"!"}
-    )
+    text = manifest_text(files={**FILES, "encoder.safetensors": FILES["encoder.safetensors"][:-1] + b"!"})
     (folder / "domain.toml").write_text(text)
     commit = hub.add("someone/dogs", folder)
     with pytest.raises(IntegrityError, match=r"encoder\.safetensors .* is damaged"):
@@ -90,9 +88,7 @@ def test_the_list_says_what_is_to_be_fetched(hub, folder):
     place = {"toy": f"hub:someone/dogs@{commit}"}
     config = TuningConfig(steps=1, base_learning_rate=1e-6, reg_weight=0)
     plain = Domain(name="dogs", descriptor="dog", tuning=config, weights=place)
-    sized = Domain(
-        name="dogs", descriptor="dog", tuning=config, weights=place, download_sizes={"toy": 12345}
-    )
+    sized = Domain(name="dogs", descriptor="dog", tuning=config, weights=place, download_sizes={"toy": 12345})
     assert (weights_state(plain, "toy").state, weights_state(plain, "toy").size) == ("to fetch", 0)
     assert weights_state(sized, "toy").size == 12345
     assert weights_state(sized, "toy").hint == "e4t fetch dogs --base toy"
@@ -201,9 +197,7 @@ def test_the_page_repeats_no_markup(dogs, folder):
     from e4t_cli.registry.manifest import parse_manifest
     from e4t_cli.registry.publish import model_card
 
-    text = manifest_text(
-        limits="<script>x</script> | a\n# b `c`", notes="[x](http://evil)", licence='M"\nT'
-    )
+    text = manifest_text(limits="<script>x</script> | a\n# b `c`", notes="[x](http://evil)", licence='M"\nT')
     page = model_card(parse_manifest(text.encode(), "it"), dogs, "me/e4t-dogs")
     assert "<script>" not in page and "[x](http" not in page
     assert ModelCard(page).data.license_name == 'M"\nT'

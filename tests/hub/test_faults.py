@@ -458,8 +458,7 @@ def test_runs_in_two_threads_report_each_its_own_retries(hub, repository, tmp_pa
         logger.removeHandler(collect)
     assert not any(thread.is_alive() for thread in threads)
     retries = {
-        name: [event.remark for event in found if "trying again" in event.remark]
-        for name, found in events.items()
+        name: [event.remark for event in found if "trying again" in event.remark] for name, found in events.items()
     }
     assert len(retries["owner/tiny"]) == 1 and not retries["owner/other"]
     assert logged == [(threading.get_ident(), "Retrying in 1s")]

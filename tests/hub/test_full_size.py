@@ -49,9 +49,7 @@ def test_sd14_by_name(published):
 
 def test_a_command_is_rehearsed(hub, pins, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(full_size, "publish", lambda one, folder: publish(one, folder, small=True))
-    code = full_size.main(
-        [str(tmp_path), "--", "fetch", "sd14", "--accept-license", "--dtype", "fp16"]
-    )
+    code = full_size.main([str(tmp_path), "--", "fetch", "sd14", "--accept-license", "--dtype", "fp16"])
     out, err = capfd.readouterr()
     assert code == 0, err
     assert out.strip().startswith(str(tmp_path / "caches")) and "slim copy" in err

@@ -318,7 +318,4 @@ def test_auto_says_one_calm_line(monkeypatch):
     events = []
     assert resolve_base_name("auto", HubAccess(on_progress=events.append)) == "mini"
     assert [bool(event.remark) for event in events] == [True] and not events[0].note
-    assert (
-        resolve_base_name("sd15", HubAccess(on_progress=events.append)) == "sd15"
-        and len(events) == 1
-    )
+    assert resolve_base_name("sd15", HubAccess(on_progress=events.append)) == "sd15" and len(events) == 1

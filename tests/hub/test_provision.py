@@ -65,9 +65,7 @@ def test_a_base_by_its_id_is_what_it_needs_and_no_more(hub, tiny, half):
     asked = len(hub.requests)
     hub.faults.append(Fault("hang"))
     assert fetch_base("owner/tiny", HubAccess(), half=half) == base
-    assert fetch_base("tiny", HubAccess(), half=half).folder == base.folder, (
-        "by the name it has here"
-    )
+    assert fetch_base("tiny", HubAccess(), half=half).folder == base.folder, "by the name it has here"
     assert len(hub.requests) == asked
 
 
@@ -97,11 +95,7 @@ def test_names_of_the_table_are_pinned():
     for name, row in PUBLISHED.items():
         address = hub_location(name)
         assert address.repository == row.repository and address.revision == row.revision
-        assert (
-            hub_location(row.repository)
-            == address
-            == hub_location(f"{row.repository}@{row.revision}")
-        )
+        assert hub_location(row.repository) == address == hub_location(f"{row.repository}@{row.revision}")
         assert len(row.revision) == 40 and row.licence
 
 
@@ -112,9 +106,7 @@ def test_a_repository_cannot_take_a_name_of_the_table():
     assert hub_location("sd21/base").name == "hub-sd21-base"
 
 
-@pytest.mark.parametrize(
-    "name", ["./x", "/x", "~/x", "mini", "auto", "nobody", "a/b/c", "a\\b", ""]
-)
+@pytest.mark.parametrize("name", ["./x", "/x", "~/x", "mini", "auto", "nobody", "a/b/c", "a\\b", ""])
 def test_what_does_not_mean_the_hub(hub, name):
     assert hub_location(name) is None
 
@@ -157,9 +149,7 @@ def test_a_free_licence_is_said_and_not_asked_about(hub, tiny):
 
 def test_offline_and_not_here(hub, tiny, monkeypatch):
     monkeypatch.setenv("E4T_OFFLINE", "1")
-    with pytest.raises(
-        WeightsUnavailable, match="not on this machine, and e4t is offline"
-    ) as caught:
+    with pytest.raises(WeightsUnavailable, match="not on this machine, and e4t is offline") as caught:
         fetch_base("sd15", HubAccess())
     assert caught.value.hint == "with a network: e4t fetch sd15"
     assert not hub.requests
@@ -278,9 +268,7 @@ def test_pickles_are_not_fetched(hub, made, tmp_path):
     for path in folder.glob("unet/*.safetensors"):
         path.unlink()
     hub.add("owner/other", folder)
-    with pytest.raises(
-        IntegrityError, match="no safetensors for its unet, and pickles are refused"
-    ):
+    with pytest.raises(IntegrityError, match="no safetensors for its unet, and pickles are refused"):
         fetch_base("owner/other", YES)
 
 
@@ -394,9 +382,7 @@ def test_room_for_the_tower_is_counted_before_the_base_is_fetched(hub, made, tmp
 
 
 def test_a_pack_of_the_hub(hub, tmp_path):
-    folder = write_files(
-        tmp_path / "pack", domain_toml=b"schema = 1", encoder_safetensors=b"x" * 9, run_py=b"1"
-    )
+    folder = write_files(tmp_path / "pack", domain_toml=b"schema = 1", encoder_safetensors=b"x" * 9, run_py=b"1")
     commit = hub.add("owner/pack", folder, licence="")
     location = f"hub:owner/pack@{commit}"
     assert hub_weights_folder(location) is None
@@ -404,16 +390,10 @@ def test_a_pack_of_the_hub(hub, tmp_path):
         fetch_domain_weights(location, HubAccess())
     found = fetch_domain_weights(location, YES)
     assert fetched(found) == {"domain.toml", "encoder.safetensors"}
-    assert (
-        hub_weights_folder(location)
-        == found
-        == fetch_domain_weights(location, HubAccess(offline=True))
-    )
+    assert hub_weights_folder(location) == found == fetch_domain_weights(location, HubAccess(offline=True))
 
 
-@pytest.mark.parametrize(
-    "location", ["hub:owner/pack@main", "hub:owner/pack", "hub:../x@" + "a" * 40]
-)
+@pytest.mark.parametrize("location", ["hub:owner/pack@main", "hub:owner/pack", "hub:../x@" + "a" * 40])
 def test_a_pack_needs_a_commit(location):
     with pytest.raises(IntegrityError, match="no location of domain weights"):
         domain_weights_location(location)

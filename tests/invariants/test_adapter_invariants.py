@@ -154,11 +154,7 @@ def test_the_loss_falls_and_every_group_moves(model, pack, face, config):
 )
 def test_a_rate_of_zero_freezes_its_group(model, pack, face, config, group, still):
     tuned = tune(model, pack, face, config.replace(**{f"{group}_rate": 0.0}))
-    ups = {
-        key: bool(value.abs().max())
-        for key, value in tuned.adapters.items()
-        if not key.endswith("down")
-    }
+    ups = {key: bool(value.abs().max()) for key, value in tuned.adapters.items() if not key.endswith("down")}
     frozen = [key for key in ups if still in key and (group != "unet" or "gains" not in key)]
     assert frozen and not any(ups[key] for key in frozen)
     assert any(ups.values())
@@ -268,8 +264,5 @@ def test_weights_converted_at_once_are_as_good_as_converted_one_by_one(model, pa
         return torch.cat([weight.grad.flatten() for weight in run.optimizer.weights])
 
     exact = gradient(False, False)
-    error = {
-        at_once: ((gradient(True, at_once) - exact).norm() / exact.norm()).item()
-        for at_once in (False, True)
-    }
+    error = {at_once: ((gradient(True, at_once) - exact).norm() / exact.norm()).item() for at_once in (False, True)}
     assert error[True] < 0.02 and error[True] < 1.5 * error[False]

@@ -129,9 +129,7 @@ def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")]
-)
+@pytest.mark.parametrize(("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")])
 def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, negative):
     tuned = Trainer(model, pack, face, pack.tuning.replace(steps=0)).finish()
     sampling = SamplingConfig(steps=6, scheduler=scheduler, negative_prompt=negative)
@@ -143,9 +141,7 @@ def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, 
 
 
 def test_a_plan_that_changes_is_recorded_anew(model, pack, face, lists):
-    run = Trainer(
-        model, pack, face, pack.tuning.replace(steps=9), options=TuningOptions(autocast=False)
-    )
+    run = Trainer(model, pack, face, pack.tuning.replace(steps=9), options=TuningOptions(autocast=False))
     whole = [run.gradients(step) for step in range(3)]
     assert run.reduce_memory().startswith("memory ran out: 2 at a time")
     halves = [run.gradients(step) for step in range(3)]
@@ -222,9 +218,7 @@ def test_a_tuning_that_cannot_be_recorded_says_so(model, pack, face, lists, monk
 
     config, notes = pack.tuning.replace(steps=5), []
     monkeypatch.setattr(lists, "capture", refuse)
-    found = tune(
-        model, pack, face, config, on_progress=lambda progress: notes.append(progress.note)
-    )
+    found = tune(model, pack, face, config, on_progress=lambda progress: notes.append(progress.note))
     assert [note for note in notes if note] == [
         "no CUDA graph could be captured, steps run one by one: CUDA out of memory."
     ]

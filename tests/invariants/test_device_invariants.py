@@ -60,10 +60,7 @@ class NothingOfTheHosts(TorchDispatchMode):
 @pytest.fixture
 def elsewhere(model):
     """The tiny base on the other device."""
-    parts = {
-        name: copy.deepcopy(getattr(model, name)).to(THERE)
-        for name in ("unet", "vae", "text_encoder")
-    }
+    parts = {name: copy.deepcopy(getattr(model, name)).to(THERE) for name in ("unet", "vae", "text_encoder")}
     tower = model.image_tower
     return TextToImageModel(
         base=model.base, tokenizer=model.tokenizer,
@@ -90,9 +87,7 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
         encoder, seen = public_encoder(elsewhere)
         pack = dataclasses.replace(pack, encoder=encoder)
     with NoFloat64():
-        run = Trainer(
-            elsewhere, pack, face, config, 0, seen, options=TuningOptions(plan=Plan(micro_batch=2))
-        )
+        run = Trainer(elsewhere, pack, face, config, 0, seen, options=TuningOptions(plan=Plan(micro_batch=2)))
         run.samples.mask = torch.ones(1, 8, 8, device=THERE)
         losses = run.gradients(0)
         norm = run.optimizer.step(config.gradient_clip)
@@ -129,9 +124,7 @@ def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
             predict(z_t, t)
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")]
-)
+@pytest.mark.parametrize(("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")])
 def test_drawing_stays_on_its_device(elsewhere, pack, face, scheduler, negative):
     tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False)).finish()
     sampling = SamplingConfig(steps=4, scheduler=scheduler, negative_prompt=negative)
@@ -232,9 +225,7 @@ def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
 def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consume):
     before = copy.deepcopy(coarse.unet)
     config = pack.tuning.replace(method=method, steps=1)
-    tuned = tune(
-        coarse, pack, face, config, seed=3, options=TuningOptions(autocast=True, consume=consume)
-    )
+    tuned = tune(coarse, pack, face, config, seed=3, options=TuningOptions(autocast=True, consume=consume))
     assert {weight.dtype for weight in tuned.unet.parameters()} == {torch.float16}
     if consume:
         assert coarse.unet is tuned.unet  # nothing keeps a second one alive
@@ -275,9 +266,7 @@ WORDS_FOR_IT = [
 
 
 @pytest.mark.parametrize("error", WORDS_FOR_IT, ids=lambda error: str(error)[:20])
-def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(
-    model, pack, face, monkeypatch, error
-):
+def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(model, pack, face, monkeypatch, error):
     gradients, reduce_memory, left = Trainer.gradients, Trainer.reduce_memory, []
 
     def short_of_memory(self, step):
@@ -378,9 +367,7 @@ def test_a_base_in_bfloat16_is_pretrained_on_as_its_float32_copy_would_be(base_f
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
-def test_weights_rounded_on_the_device_give_the_same_gradient(
-    base_folder, pack, face, kept, checkpointing
-):
+def test_weights_rounded_on_the_device_give_the_same_gradient(base_folder, pack, face, kept, checkpointing):
     """With an optimiser in the host's memory; whatever format the rest of the base is in."""
 
     def gradient(dtype, autocast, plan):

@@ -121,9 +121,7 @@ def offsets_of_sd14():
 
 def test_offsets_of_sd14_take_less_than_2_MB(pack, offsets_of_sd14, tmp_path, capfd):
     """96 exact factors of rank 3; as full matrices they would be 143 times as many numbers."""
-    big = dataclasses.replace(
-        pack, name="big", base_name="sd14", offsets=offsets_of_sd14, licence="MIT"
-    )
+    big = dataclasses.replace(pack, name="big", base_name="sd14", offsets=offsets_of_sd14, licence="MIT")
     folder = tmp_path / "big"
     big.save(folder, dtype=torch.float16)
     size = (folder / "offsets.safetensors").stat().st_size

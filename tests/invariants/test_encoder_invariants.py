@@ -65,9 +65,7 @@ def test_the_shared_feature_pass_is_the_separate_one(model):
     assert torch.equal(pooled_features(shared), separate)
     # And that branch ends in what the whole U-Net says to the empty prompt.
     conditional = down_and_mid(unet, embed_latents(unet, z_t, t), text)
-    both = up_and_out(unet, UNetState.cat((shared, conditional)), torch.cat((nothing, text))).chunk(
-        2
-    )
+    both = up_and_out(unet, UNetState.cat((shared, conditional)), torch.cat((nothing, text))).chunk(2)
     torch.testing.assert_close(both[0], unet(z_t, t, nothing).sample, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(both[1], unet(z_t, t, text).sample, rtol=1e-5, atol=1e-5)
 
@@ -79,9 +77,9 @@ def test_a_folded_picture_is_the_picture(pack):
     # Against the formula of section 3.1, written out.
     parts = [torch.nn.functional.layer_norm(x, x.shape[-1:]) for x in unet.split(
         pack.encoder.config.unet_widths, dim=1)]  # fmt: skip
-    entries = [
-        linear(image[:, index]) for index, linear in enumerate(pack.encoder.image_linears)
-    ] + [linear(part) for linear, part in zip(pack.encoder.unet_linears, parts, strict=True)]
+    entries = [linear(image[:, index]) for index, linear in enumerate(pack.encoder.image_linears)] + [
+        linear(part) for linear, part in zip(pack.encoder.unet_linears, parts, strict=True)
+    ]
     average = sum(entries) / len(entries)
     expected = pack.encoder.final(torch.nn.functional.leaky_relu(average, 0.01))
     torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
@@ -141,9 +139,7 @@ def test_each_prompt_gets_its_own_embedding_at_the_placeholder_only(model):
 
 
 def test_an_encoder_without_unet_features(model):
-    config = EncoderConfig(
-        image_layers=2, image_width=32, unet_widths=(), hidden_width=32, embedding_width=24
-    )
+    config = EncoderConfig(image_layers=2, image_width=32, unet_widths=(), hidden_width=32, embedding_width=24)
     encoder = WordEmbeddingEncoder(config)
     assert not encoder.reads_unet
     assert encoder(torch.randn(3, 2, 32), None).shape == (3, 24)

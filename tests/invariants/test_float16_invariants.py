@@ -48,9 +48,7 @@ def gradient(model, pack, face, config, autocast=None, **plan):
         pack,
         face,
         config,
-        options=TuningOptions(
-            autocast=autocast, plan=Plan(micro_batch=4, **plan) if plan else None
-        ),
+        options=TuningOptions(autocast=autocast, plan=Plan(micro_batch=4, **plan) if plan else None),
     )
     losses = run.gradients(0)
     return torch.cat([one.float().flatten() for one in run.optimizer.gradients]), losses, run
@@ -111,9 +109,7 @@ def test_a_base_too_large_for_float16_is_tuned_in_float32(model, pack, face, mon
     def overflowing(model, *rest, **kwargs):
         losses = training_loss(model, *rest, **kwargs)
         if torch.is_autocast_enabled("cpu"):
-            return type(losses)(
-                diffusion=losses.diffusion * torch.inf, regularization=losses.regularization
-            )
+            return type(losses)(diffusion=losses.diffusion * torch.inf, regularization=losses.regularization)
         return losses
 
     monkeypatch.setattr(step, "training_loss", overflowing)

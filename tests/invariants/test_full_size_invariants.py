@@ -263,9 +263,7 @@ def prepared_step(model, pack, config):
             z_0=empty,
             timesteps=torch.zeros(BATCH, dtype=torch.long, device="meta"),
             epsilon=empty,
-            encoded_image=parts.encoder.encode_image(
-                torch.empty(1, 16, 1280, device="meta")
-            ).expand(BATCH, -1),
+            encoded_image=parts.encoder.encode_image(torch.empty(1, 16, 1280, device="meta")).expand(BATCH, -1),
             tokens=tokens(BATCH),
         )
         with parts.cached():

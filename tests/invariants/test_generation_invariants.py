@@ -12,9 +12,7 @@ from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents, sample
 from e4t_cli.training.tuning import tune
 
-PROMPTS = [
-    parse_prompt(text) for text in ("S* on the beach", "a photo of S*", "S* and S* with hat")
-]
+PROMPTS = [parse_prompt(text) for text in ("S* on the beach", "a photo of S*", "S* and S* with hat")]
 FEW = SamplingConfig(steps=3)
 
 
@@ -36,8 +34,7 @@ def test_the_same_seed_draws_the_same_pixels(model, tuned):
 def test_a_picture_is_the_same_alone_and_in_company(model, tuned):
     together = pixels(sample(model, tuned, PROMPTS, [5, 6, 7], FEW))
     alone = [
-        pixels(sample(model, tuned, [prompt], [seed], FEW))[0]
-        for prompt, seed in zip(PROMPTS, [5, 6, 7], strict=True)
+        pixels(sample(model, tuned, [prompt], [seed], FEW))[0] for prompt, seed in zip(PROMPTS, [5, 6, 7], strict=True)
     ]
     assert together == alone
 
@@ -100,9 +97,7 @@ def test_one_way_down_serves_the_features_and_the_unconditional_branch(model, tu
         generate_latents(model, tuned, PROMPTS[:1], [1], sampling)
         counts[name] = len(calls)
     calls.clear()
-    generate_latents(
-        model, TunedModel.plain(model, "face"), PROMPTS[:1], [1], SamplingConfig(steps=1)
-    )
+    generate_latents(model, TunedModel.plain(model, "face"), PROMPTS[:1], [1], SamplingConfig(steps=1))
     counts["plain word"] = len(calls)
     hook.remove()
     tuned_hook.remove()
@@ -168,12 +163,8 @@ def test_any_scheduler_of_diffusers(model, tuned, name):
 
 def test_negative_prompts_and_guidance_are_heard(model, tuned):
     plain = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
-    negative = generate_latents(
-        model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, negative_prompt="dog")
-    )
-    stronger = generate_latents(
-        model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, guidance=12.0)
-    )
+    negative = generate_latents(model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, negative_prompt="dog"))
+    stronger = generate_latents(model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, guidance=12.0))
     assert not torch.equal(plain, negative)
     assert not torch.equal(plain, stronger)
 
@@ -183,9 +174,7 @@ def test_negative_prompts_and_guidance_are_heard(model, tuned):
 
 def test_at_no_strength_it_is_the_base_and_at_full_strength_itself(model, tuned):
     assert tuned.at_concept_scale(model.unet, 1) is tuned
-    none = generate_latents(
-        model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, concept_scale=0)
-    )
+    none = generate_latents(model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, concept_scale=0))
     plain = TunedModel.plain(model, tuned_descriptor(model, tuned))
     assert torch.equal(none, generate_latents(model, plain, PROMPTS[:1], [1], FEW))
     assert not torch.equal(none, generate_latents(model, tuned, PROMPTS[:1], [1], FEW))
@@ -211,9 +200,7 @@ def test_strength_is_a_straight_line(model, tuned, strength):
 def test_in_half_precision_it_is_rounded_once(model, tuned):
     half = TunedModel(**{**vars(tuned), "unet": copy.deepcopy(tuned.unet).half()})
     found = half.at_concept_scale(model.unet, 0.5).unet
-    for (name, weight), before in zip(
-        found.state_dict().items(), model.unet.state_dict().values(), strict=True
-    ):
+    for (name, weight), before in zip(found.state_dict().items(), model.unet.state_dict().values(), strict=True):
         exact = torch.lerp(before, half.unet.state_dict()[name].float(), 0.5)
         assert torch.equal(weight, exact.half())
 

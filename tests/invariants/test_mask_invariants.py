@@ -48,9 +48,7 @@ def same(one, other):
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_nothing_outside_the_mask_is_learned(
-    model, pack, half_masked, monkeypatch, method, kind, whole
-):
+def test_nothing_outside_the_mask_is_learned(model, pack, half_masked, monkeypatch, method, kind, whole):
     """Neither the photo nor the noise there: gradients and tuned weights are equal to the bit.
 
     Both are changed in the target alone. z_t stays as it is, since the U-Net reads all of it: the
@@ -65,9 +63,7 @@ def test_nothing_outside_the_mask_is_learned(
         return gradients(model, pack, half_masked, masked)
 
     expected, unmasked = learned(config), learned(config.replace(mask=False))
-    monkeypatch.setattr(
-        model, "target", lambda z_0, noise, t: target(z_0 + outside(z_0), noise + outside(noise), t)
-    )
+    monkeypatch.setattr(model, "target", lambda z_0, noise, t: target(z_0 + outside(z_0), noise + outside(noise), t))
     assert same(learned(config), expected)
     # The check can fail: without the mask, the same change is learned.
     assert not same(learned(config.replace(mask=False)), unmasked)
@@ -85,9 +81,7 @@ def frozen_with(model, kind):
     return FrozenDict({**model.noise_schedule.config, "prediction_type": kind})
 
 
-def test_the_gradient_of_the_prediction_is_zero_outside_the_mask(
-    model, pack, half_masked, monkeypatch
-):
+def test_the_gradient_of_the_prediction_is_zero_outside_the_mask(model, pack, half_masked, monkeypatch):
     predicted, up_and_out = [], losses.up_and_out
 
     def watched(*args):

@@ -107,16 +107,11 @@ def stable_diffusion(tmp_path_factory):
 
     unet = meta_unet("sd14")
     sized = {"text_encoder": 123_060_480, "vae": 83_653_863}
-    parts = {
-        name: torch.nn.ParameterList([torch.empty(count, device="meta")])
-        for name, count in sized.items()
-    }
+    parts = {name: torch.nn.ParameterList([torch.empty(count, device="meta")]) for name, count in sized.items()}
     encoder = torch.nn.ParameterList([torch.empty(36_500_000, device="meta")])
 
     def model(device, dtype):
-        return SimpleNamespace(
-            unet=unet, device=torch.device(device), dtype=dtype, latent_shape=(4, 64, 64), **parts
-        )
+        return SimpleNamespace(unet=unet, device=torch.device(device), dtype=dtype, latent_shape=(4, 64, 64), **parts)
 
     return model, SimpleNamespace(encoder=encoder)
 
@@ -152,9 +147,7 @@ def test_an_optimiser_goes_only_where_there_is_room(stable_diffusion, pack):
         )  # fmt: skip
 
     numbers = [
-        one.numel()
-        for part in (model("cuda", torch.float16).unet, domain.encoder)
-        for one in part.parameters()
+        one.numel() for part in (model("cuda", torch.float16).unet, domain.encoder) for one in part.parameters()
     ]
     assert 13 * GB < CPU_BYTES * sum(numbers) < 15 * GB
     roomy, tight, eight = plan("cuda", 32), plan("cuda", 12), plan("cuda", 12, eight_bit=True)
@@ -186,9 +179,7 @@ def test_plans_are_ordered_from_fast_to_small(stable_diffusion, pack):
     work = ActivationSizes.of(on_card.unet, 64)
     plans = list(planning._candidates(config, on_card.device, eight_bit=True))
     assert {plan.optimizer for plan in plans} == {"fused", "8bit", "cpu"}
-    peaks = [
-        predicted_peak(on_card, domain, config, plan, work, half=torch.bfloat16) for plan in plans
-    ]
+    peaks = [predicted_peak(on_card, domain, config, plan, work, half=torch.bfloat16) for plan in plans]
     assert peaks[0] == max(peaks) and peaks[-1] == min(peaks)
     assert plans[0] == Plan(micro_batch=16)
 

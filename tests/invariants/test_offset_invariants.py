@@ -130,9 +130,7 @@ def test_the_product_is_made_in_float32(dtype):
     assert merged.dtype == torch.float32
     assert 0.99 < moved < 1.01
     # In the weight's own precision the result is the nearest number, not a sum of rounded parts.
-    assert torch.equal(
-        offset(original.to(dtype)), (original.to(dtype).float() * (1 + offset.delta())).to(dtype)
-    )
+    assert torch.equal(offset(original.to(dtype)), (original.to(dtype).float() * (1 + offset.delta())).to(dtype))
 
 
 def test_attaching_twice_or_elsewhere_is_refused(model):

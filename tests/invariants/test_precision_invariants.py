@@ -30,9 +30,7 @@ def multiplies(monkeypatch):
     """What a CUDA device multiplies natively; the CPU here has bfloat16."""
 
     def those(bfloat16, float16):
-        monkeypatch.setattr(
-            precision, "multiplies_bfloat16", lambda device: bfloat16 or device.type == "cpu"
-        )
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: bfloat16 or device.type == "cpu")
         monkeypatch.setattr(precision, "multiplies_float16", lambda device: float16)
 
     return those
@@ -49,9 +47,7 @@ def multiplies(monkeypatch):
         (CPU, BF16, False, FP32, BF16),
     ],
 )
-def test_a_policy_follows_from_device_dtype_and_autocast(
-    multiplies, device, base, autocast, matmul, sampled
-):
+def test_a_policy_follows_from_device_dtype_and_autocast(multiplies, device, base, autocast, matmul, sampled):
     multiplies(bfloat16=True, float16=True)
     found = PrecisionPolicy.resolve(device, base, autocast)
     assert (found.matmul, found.sampled, found.vae, found.base) == (matmul, sampled, base, base)
@@ -70,9 +66,7 @@ def test_pretraining_emulates_no_bfloat16_on_a_gpu_without_it(multiplies, monkey
         run = object.__new__(PretrainingRun)
         run.session = Session(RunOptions(device=device.type, dtype=dtype))
         run.session.model = SimpleNamespace(device=device)
-        run.domain = SimpleNamespace(
-            name="face", descriptor="face", licence="", prompt_templates=("{}",)
-        )
+        run.domain = SimpleNamespace(name="face", descriptor="face", licence="", prompt_templates=("{}",))
         run.plan, run.processes = SimpleNamespace(config=None, tuning=None), None
         run.options = SimpleNamespace(micro_batch=None)
         return run.train(None, callbacks=None)
@@ -115,9 +109,7 @@ def test_a_requested_fp32_is_float32_in_tuning(monkeypatch, model, pack, face):
     autocasts, concept = [], SimpleNamespace(
         config=pack.tuning, prepared=face, seed=0, image_features=None
     )  # fmt: skip
-    monkeypatch.setattr(
-        tuning, "tune", lambda *args, options, **rest: autocasts.append(options.autocast)
-    )
+    monkeypatch.setattr(tuning, "tune", lambda *args, options, **rest: autocasts.append(options.autocast))
     for dtype in ("fp32", "auto", "bf16"):
         session = Session(RunOptions(device="cpu", dtype=dtype))
         session.model, session.pretrained = model, pack
@@ -154,8 +146,7 @@ def test_math_attention_is_the_math_backend_to_the_bit(kind, dtype, autocast):
 
     def attended(context):
         inputs = [
-            torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
-            for seed in range(3)
+            torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(3)
         ]
         inputs = [one.requires_grad_(True) for one in inputs]
         cast = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
@@ -196,9 +187,7 @@ def fraction(monkeypatch):
     found = {"now": 0.9}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GB, 80 * GB))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda x, device: found.update(now=x)
-    )
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda x, device: found.update(now=x))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: found["now"])
     return found
 

@@ -22,9 +22,7 @@ PICTURES = 6  # with batches of 4, epochs end in the middle of a step and betwee
 @pytest.fixture
 def data(model):
     faces = [drawn_face(index) for index in range(PICTURES)]
-    return encode_images(
-        model, [PreparedImage(image=image, mask=mask) for image, mask in faces], batch_size=4
-    )
+    return encode_images(model, [PreparedImage(image=image, mask=mask) for image, mask in faces], batch_size=4)
 
 
 @pytest.fixture
@@ -36,9 +34,7 @@ def pretrain(model, data):
 
 
 def same(one, other):
-    pairs = list(
-        zip(one.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True)
-    )
+    pairs = list(zip(one.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True))
     assert one.offsets.keys() == other.offsets.keys()
     for path, factors in one.offsets.items():
         pairs += zip(factors, other.offsets[path], strict=True)
@@ -90,9 +86,7 @@ def test_a_resumed_run_ends_in_the_same_bits(pretrain, tmp_path, stopped):
         pretrain(checkpoints=tmp_path, checkpoint_every=2, on_step=interrupt_after(stopped))
     torch.manual_seed(stopped)  # the global generator has no say
     seen = []
-    resumed = pretrain(
-        checkpoints=tmp_path, checkpoint_every=2, on_step=lambda step: seen.append(step.step)
-    )
+    resumed = pretrain(checkpoints=tmp_path, checkpoint_every=2, on_step=lambda step: seen.append(step.step))
     assert seen[0] == stopped // 2 * 2 + 1
     assert same(whole, resumed)
 
@@ -100,9 +94,7 @@ def test_a_resumed_run_ends_in_the_same_bits(pretrain, tmp_path, stopped):
 def test_the_same_in_bfloat16(pretrain, tmp_path):
     whole = pretrain(autocast=True)
     with pytest.raises(Interrupted):
-        pretrain(
-            autocast=True, checkpoints=tmp_path, checkpoint_every=3, on_step=interrupt_after(4)
-        )
+        pretrain(autocast=True, checkpoints=tmp_path, checkpoint_every=3, on_step=interrupt_after(4))
     assert same(whole, pretrain(autocast=True, checkpoints=tmp_path))
     assert not same(whole, pretrain(autocast=False))
 
@@ -151,9 +143,7 @@ def test_a_step_can_be_looked_at_and_drawn_from(model, pretrain, face):
 
 
 def test_a_number_that_is_not_finite_stops_the_run(model, data, tmp_path):
-    broken = dataclasses.replace(
-        data, image_features=torch.full_like(data.image_features, torch.nan)
-    )
+    broken = dataclasses.replace(data, image_features=torch.full_like(data.image_features, torch.nan))
     with pytest.raises(DivergedError):
         pretrain_domain_with(model, broken, config=RECIPE, checkpoints=tmp_path, checkpoint_every=2)
     assert not list(tmp_path.iterdir())
@@ -199,9 +189,7 @@ def test_every_picture_once_an_epoch():
 
 def test_samples_are_a_function_of_their_place_in_the_batch(model, data):
     """However a batch is split, in whichever order it is asked for."""
-    paired = dataclasses.replace(
-        data, encoder_index=torch.tensor([[i, (i + 1) % PICTURES] for i in range(PICTURES)])
-    )
+    paired = dataclasses.replace(data, encoder_index=torch.tensor([[i, (i + 1) % PICTURES] for i in range(PICTURES)]))
 
     def batches(config=RECIPE, size=None):
         token = model.descriptor_id("face")
@@ -218,9 +206,7 @@ def test_samples_are_a_function_of_their_place_in_the_batch(model, data):
 
 
 def test_another_picture_of_the_same_concept_may_be_shown(model, data):
-    paired = dataclasses.replace(
-        data, encoder_index=torch.tensor([[(i + 1) % PICTURES] for i in range(PICTURES)])
-    )
+    paired = dataclasses.replace(data, encoder_index=torch.tensor([[(i + 1) % PICTURES] for i in range(PICTURES)]))
     shown = Batches(model, paired, RECIPE, ("{}",), model.descriptor_id("face"), 0).of(0)
     index = epoch_indices(0, 0, range(4), 4, PICTURES)
     assert torch.equal(shown.image_features, data.image_features[(index + 1) % PICTURES].float())
@@ -238,12 +224,8 @@ def test_the_mask_is_used_only_if_the_recipe_says_so(model, data):
 def test_encoded_pictures_are_what_the_model_sees(model, data, tmp_path):
     image, _ = drawn_face(2)
     pixels = model.pixels([image])
-    torch.testing.assert_close(
-        data.image_features[2].float(), model.image_features(pixels)[0], atol=2e-3, rtol=2e-3
-    )
-    torch.testing.assert_close(
-        data.means[2].float(), model.posterior(pixels).mean[0], atol=2e-3, rtol=2e-3
-    )
+    torch.testing.assert_close(data.image_features[2].float(), model.image_features(pixels)[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(data.means[2].float(), model.posterior(pixels).mean[0], atol=2e-3, rtol=2e-3)
     data.save(tmp_path / "faces.safetensors")
     again = EncodedImages.load(tmp_path / "faces.safetensors")
     assert again.fingerprint == data.fingerprint

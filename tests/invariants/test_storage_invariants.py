@@ -42,9 +42,7 @@ def draw(model, tuned):
 def resign(folder):
     """Make the card agree with the files again, as somebody with bad intentions would."""
     card = (folder / "domain.toml").read_text().split("[files]")[0]
-    hashes = {
-        name: sha256_of(folder / name) for name in ("encoder.safetensors", "offsets.safetensors")
-    }
+    hashes = {name: sha256_of(folder / name) for name in ("encoder.safetensors", "offsets.safetensors")}
     (folder / "domain.toml").write_text(card + toml_text({"files": hashes}))
 
 
@@ -157,9 +155,7 @@ def test_other_files_are_refused(tmp_path, content):
 def test_sizes_that_no_encoder_has_are_refused(pack, tmp_path):
     pack.save(tmp_path)
     card = (tmp_path / "domain.toml").read_text()
-    (tmp_path / "domain.toml").write_text(
-        card.replace("image_layers = 2", "image_layers = 10000000")
-    )
+    (tmp_path / "domain.toml").write_text(card.replace("image_layers = 2", "image_layers = 10000000"))
     with pytest.raises(IntegrityError, match="sizes"):
         DomainWeights.load(tmp_path)
 
@@ -178,8 +174,7 @@ def test_a_concept_comes_back_and_is_tuned_to_the_same_bits(model, pack, concept
             assert getattr(again, field.name) == getattr(concept, field.name)
     assert again.tuned(model, pack) is None
     one, other = (
-        tune(model, pack, c.prepared, c.config, seed=c.seed, image_features=c.image_features)
-        for c in (concept, again)
+        tune(model, pack, c.prepared, c.config, seed=c.seed, image_features=c.image_features) for c in (concept, again)
     )
     assert draw(model, one) == draw(model, other)
     assert (tmp_path / "me.e4t").stat().st_size < 20_000

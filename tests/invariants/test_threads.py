@@ -78,9 +78,7 @@ def test_prompts_are_embedded_at_once(models, which):
         with torch.no_grad():
             return [model.embed_prompts(tokens, e_c + step) for step in range(60)]
 
-    assert_same_at_once(
-        *(lambda m=m, seed=seed: work(m, seed) for seed, m in enumerate(models[which]))
-    )
+    assert_same_at_once(*(lambda m=m, seed=seed: work(m, seed) for seed, m in enumerate(models[which])))
 
 
 @pytest.mark.parametrize("which", ["shared", "apart"])
@@ -101,10 +99,7 @@ def test_concepts_are_sampled_at_once(models, which, pack):
 
     def work(model, concept, seed):
         model.__dict__.pop("uncond_embeds", None)  # computed anew, by whoever is first
-        return [
-            generate_latents(model, concept, prompts, [seed], SamplingConfig(steps=6))
-            for _ in range(2)
-        ]
+        return [generate_latents(model, concept, prompts, [seed], SamplingConfig(steps=6)) for _ in range(2)]
 
     concepts = [(m, tuned(m, seed), seed) for seed, m in enumerate(models[which])]
     assert isinstance(concepts[0][1].encoder, FixedEmbedding)
@@ -232,7 +227,5 @@ def test_an_injected_embedding_is_a_hook_on_the_table(kind):
     # Nothing of the text encoder has changed, and the copy holds no other parameters.
     assert dict(text_encoder.named_modules()) == before
     assert all(torch.equal(state[key], value) for key, value in text_encoder.state_dict().items())
-    assert {id(weight) for weight in copied.parameters()} == {
-        id(weight) for weight in text_encoder.parameters()
-    }
+    assert {id(weight) for weight in copied.parameters()} == {id(weight) for weight in text_encoder.parameters()}
     assert isinstance(copied, kind) and isinstance(table, nn.Embedding)

@@ -31,10 +31,7 @@ def same_weights(one, other):
         list(first) == list(second)
         and all(torch.equal(first[key], second[key]) for key in first)
         and torch.equal(one.encoded_image, other.encoded_image)
-        and all(
-            torch.equal(a, b)
-            for a, b in zip(one.encoder.parameters(), other.encoder.parameters(), strict=True)
-        )
+        and all(torch.equal(a, b) for a, b in zip(one.encoder.parameters(), other.encoder.parameters(), strict=True))
     )
 
 

@@ -27,9 +27,7 @@ def test_drawings_are_drawn_once_and_read_back(tmp_path):
         assert numpy.array_equal(drawn.images[row], numpy.asarray(picture.image))
         assert numpy.array_equal(drawn.labels[row], picture.labels)
         who = again.identity(row)
-        assert (who and (who.kind, who.values)) == (
-            picture.who and (picture.who.kind, picture.who.values)
-        )
+        assert (who and (who.kind, who.values)) == (picture.who and (picture.who.kind, picture.who.values))
         # Words need nothing but what is stored.
         assert again.caption(row, random.Random(row)) == picture.caption(random.Random(row))
 

@@ -136,12 +136,7 @@ def test_the_subjects_are_the_same_everywhere():
 
 
 def test_absences_have_words_of_their_own():
-    absent = {
-        name
-        for table in ATTRIBUTES.values()
-        for name, choices in table.items()
-        if "none" in choices
-    }
+    absent = {name for table in ATTRIBUTES.values() for name, choices in table.items() if "none" in choices}
     assert set(ABSENT) == absent
     for table in ATTRIBUTES.values():
         said = [[word_of(name, value) for value in choices] for name, choices in table.items()]

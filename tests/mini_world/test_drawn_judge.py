@@ -40,11 +40,7 @@ def test_worsened_pictures_are_still_pictures(pictures):
     assert worse.abs().quantile(0.99) < 1.25
     assert not torch.equal(worse, pixels)
     # Shifted by two pixels at most, and beyond that still the same picture.
-    apart = [
-        (torch.roll(worse, (dy, dx), (2, 3)) - pixels).abs().mean()
-        for dy in range(-2, 3)
-        for dx in range(-2, 3)
-    ]
+    apart = [(torch.roll(worse, (dy, dx), (2, 3)) - pixels).abs().mean() for dy in range(-2, 3) for dx in range(-2, 3)]
     assert min(apart) < 0.12
     again = _augment(pixels, torch.Generator().manual_seed(1))
     assert torch.equal(again, worse)

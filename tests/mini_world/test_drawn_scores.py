@@ -94,9 +94,7 @@ def test_the_shipped_judge_tells_an_identity_from_another(judge, kind):
     own, other = (drawn_scores(judge, kind, photos, other=swapped) for swapped in (False, True))
     looks = [photo.who.values for photo in photos]
     # There are some seventy held-out styles: a neighbour can be the same one.
-    apart = [
-        look != neighbour for look, neighbour in zip(looks, looks[1:] + looks[:1], strict=True)
-    ]
+    apart = [look != neighbour for look, neighbour in zip(looks, looks[1:] + looks[:1], strict=True)]
     assert sum(apart) >= 3
     assert (own.identity.mean(1)[apart] > other.identity.mean(1)[apart] + 0.2).all()
     assert own.identity.shape == own.prompt.shape == (4, len(tasks_of(kind)))
@@ -180,9 +178,7 @@ def test_a_document_is_filled_between_its_marks(tmp_path):
     path = tmp_path / "mini.md"
     path.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nmiddle\n<!-- b -->\n<!-- /b -->\nend\n")
     write_between(path, "a", "| new |")
-    assert path.read_text() == (
-        "before\n<!-- a -->\n| new |\n<!-- /a -->\nmiddle\n<!-- b -->\n<!-- /b -->\nend\n"
-    )
+    assert path.read_text() == ("before\n<!-- a -->\n| new |\n<!-- /a -->\nmiddle\n<!-- b -->\n<!-- /b -->\nend\n")
     write_between(path, "b", "more")
     once = path.read_text()
     write_between(path, "a", "| new |")

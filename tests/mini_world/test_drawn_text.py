@@ -122,15 +122,11 @@ def test_the_order_of_folded_words_means_nothing(caption_encoder):
     torch.testing.assert_close(caption_encoder([FOLDED])[0], caption_encoder([turned])[0])
 
 
-def test_states_are_those_of_the_encoder_and_ends_stand_at_the_end(
-    caption_encoder, tokenizer, text_encoder
-):
+def test_states_are_those_of_the_encoder_and_ends_stand_at_the_end(caption_encoder, tokenizer, text_encoder):
     hidden, ends = caption_encoder(PLAIN)
     assert hidden.shape == (3, LENGTH, WIDTH)
     for row, caption in enumerate(PLAIN):
-        padded = tokenizer(
-            caption.text, padding="max_length", max_length=LENGTH, return_tensors="pt"
-        ).input_ids
+        padded = tokenizer(caption.text, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
         own = text_encoder(input_ids=padded).last_hidden_state[0]
         torch.testing.assert_close(hidden[row], own)
         assert torch.equal(ends[row], hidden[row, 1 + len(ids(tokenizer, caption.text))])
@@ -152,8 +148,7 @@ def test_drawings_are_worded_in_their_order(tokenizer, tmp_path):
     assert len(captions_per_image) == 120
     for row, place in enumerate(PLACES[int(number)] for number in drawings.facts[:, 1]):
         texts = {
-            tokenizer.decode(captions_per_image.ids[3 * row + k].long(), skip_special_tokens=True)
-            for k in range(3)
+            tokenizer.decode(captions_per_image.ids[3 * row + k].long(), skip_special_tokens=True) for k in range(3)
         }
         for text in texts:
             said = [name for name in PLACES if name != "plain" and f" {name}" in f" {text}"]

@@ -123,9 +123,7 @@ def test_every_stage_can_be_run():
     from mini_world.__main__ import STAGES
 
     assert all(callable(getattr(stages, f"run_{name}")) for name in STAGES)
-    assert {name for name in vars(stages) if name.startswith("run_")} == {
-        f"run_{name}" for name in STAGES
-    }
+    assert {name for name in vars(stages) if name.startswith("run_")} == {f"run_{name}" for name in STAGES}
 
 
 @pytest.mark.parametrize("text_encoder_lr", [0.0, 1e-3])
@@ -164,14 +162,10 @@ def test_the_decoder_goes_on_alone(tmp_path):
     encoded = vae.encode_images_to_latents(whole, torch.from_numpy(drawings.images))
     before = {name: weight.detach().clone() for name, weight in whole.named_parameters()}
     vae.train_decoder(tmp_path, whole, drawings, encoded, steps=2, batch=2)
-    moved = {
-        name for name, weight in whole.named_parameters() if not torch.equal(weight, before[name])
-    }
+    moved = {name for name, weight in whole.named_parameters() if not torch.equal(weight, before[name])}
     assert moved
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
-    assert torch.equal(
-        vae.encode_images_to_latents(whole, torch.from_numpy(drawings.images)), encoded
-    )
+    assert torch.equal(vae.encode_images_to_latents(whole, torch.from_numpy(drawings.images)), encoded)
 
 
 def test_some_subjects_are_shown_twice(tmp_path):

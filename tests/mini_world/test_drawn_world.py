@@ -48,9 +48,7 @@ def test_it_is_the_same_in_another_process():
         "    print(hashlib.sha256(data).hexdigest()[:16])\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.split() == [digest(sample(index, **options)) for index, options in SOME]
 
 
@@ -61,9 +59,7 @@ def test_it_is_the_same_in_another_process():
 def test_no_identity_is_on_both_sides(kind):
     rng = random.Random(5)
     sides = {
-        held_out: {
-            tuple(draw_identity(kind, rng, held_out=held_out).values.items()) for _ in range(1500)
-        }
+        held_out: {tuple(draw_identity(kind, rng, held_out=held_out).values.items()) for _ in range(1500)}
         for held_out in (False, True)
     }
     assert not sides[False] & sides[True]

@@ -49,11 +49,7 @@ def test_nothing_else_holds_weights():
             if ".ruff_cache" in path.parts:
                 continue
             assert path.is_dir() or path.suffix in known, path
-            assert (
-                path.suffix == ".safetensors"
-                or not path.is_file()
-                or (path.stat().st_size < 1_000_000)
-            ), path
+            assert path.suffix == ".safetensors" or not path.is_file() or (path.stat().st_size < 1_000_000), path
 
 
 def test_all_of_them_are_among_the_expected():

@@ -40,9 +40,7 @@ def install(site):
         stem = package.replace("-", "_").replace(".", "_")
         info = site / f"{stem}-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
-        )
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         lines = ["[e4t.domains]"]
         for name, source in sources.items():
             module = f"{stem}_{name}"

@@ -80,9 +80,7 @@ def test_the_bare_name_stays_the_installed_domain(install, good, own, monkeypatc
     assert "toy" in find_domain("user:dog").weights
     rows = {row.package: row for row in installed_domains() if row.name == "dog"}
     assert rows[package].reason is None
-    assert (
-        rows["user"].reason == f"its weights serve the domain of {package}; ask for it as user:dog"
-    )
+    assert rows["user"].reason == f"its weights serve the domain of {package}; ask for it as user:dog"
 
 
 def test_two_packages_are_still_rivals(install, good, own, monkeypatch):
@@ -96,9 +94,7 @@ def test_two_packages_are_still_rivals(install, good, own, monkeypatch):
     assert "also claimed by zoo" in rows["e4t-dog"].reason
 
 
-def test_pretraining_an_installed_domain_takes_the_packages_value(
-    install, good, own, monkeypatch, tmp_path
-):
+def test_pretraining_an_installed_domain_takes_the_packages_value(install, good, own, monkeypatch, tmp_path):
     install("zoo", dog=good)
     plan = plan_domain("dog", "other", DomainTrainingOptions())
     assert (plan.domain.name, plan.names_itself) == ("dog", False)

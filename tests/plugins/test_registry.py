@@ -71,8 +71,7 @@ BROKEN = {
     "kind": ("from e4t_cli import Domain as kind", "TypeError: it is of type type, not Domain"),
     "other": ("{good}\nother = dog", "ValueError: its own name is 'dog'"),
     "future": (
-        "from e4t_cli import Domain\n"
-        "future = Domain(name='future', descriptor='x', tuning=None, contract=2)",
+        "from e4t_cli import Domain\nfuture = Domain(name='future', descriptor='x', tuning=None, contract=2)",
         "version 2 of the domain contract",
     ),
     "nonsense": (
@@ -112,9 +111,7 @@ def test_ctrl_c_is_not_a_broken_plugin(install):
 
 def test_names_that_are_not_names(install, good, site):
     install("e4t-odd", odd=good)
-    (site / "e4t_odd-1.0.dist-info" / "entry_points.txt").write_text(
-        "[e4t.domains]\n../odd = e4t_odd_odd:odd\n"
-    )
+    (site / "e4t_odd-1.0.dist-info" / "entry_points.txt").write_text("[e4t.domains]\n../odd = e4t_odd_odd:odd\n")
     assert "domain name" in row("../odd").reason
 
 

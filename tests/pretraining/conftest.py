@@ -54,9 +54,7 @@ def pretrain_domain_with(model, data, *, config, tuning=TUNING, **options):
 @pytest.fixture
 def data(model):
     faces = [drawn_face(index) for index in range(PICTURES)]
-    return encode_images(
-        model, [PreparedImage(image=image, mask=mask) for image, mask in faces], batch_size=4
-    )
+    return encode_images(model, [PreparedImage(image=image, mask=mask) for image, mask in faces], batch_size=4)
 
 
 @pytest.fixture
@@ -101,11 +99,7 @@ def same_files(one, other):
 
 
 def environment(home):
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    }
+    inherited = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "src", "domains"))
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     return {**inherited, **own, "HOME": str(home)}

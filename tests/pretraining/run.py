@@ -92,9 +92,7 @@ def work(base, encoded, checkpoints, result, options):
                 autocast=False,
                 micro_batch=int(numbers["micro"]) if "micro" in numbers else None,
             ),
-            checkpoints=CheckpointOptions(
-                folder=Path(checkpoints), every=int(numbers.get("every", 3))
-            ),
+            checkpoints=CheckpointOptions(folder=Path(checkpoints), every=int(numbers.get("every", 3))),
             callbacks=TrainingCallbacks(
                 stop=stop,
                 on_progress=show,

@@ -54,9 +54,7 @@ def test_R1_stopped_in_the_middle_of_an_accumulation(pretrain, data, tmp_path):
     """Half of a step's gradients are there, and lost: the step is done again."""
     whole = pretrain(micro_batch=2)
     with pytest.raises(Interrupted):
-        pretrain(
-            pictures=Breaking(data, 4, 2), micro_batch=2, checkpoints=tmp_path, checkpoint_every=2
-        )
+        pretrain(pictures=Breaking(data, 4, 2), micro_batch=2, checkpoints=tmp_path, checkpoint_every=2)
     assert same(whole, pretrain(micro_batch=2, checkpoints=tmp_path, checkpoint_every=2))
 
 
@@ -84,9 +82,7 @@ def test_R4_another_run_is_refused_with_what_differs(pretrain, tmp_path, data):
         "seed 3 → 4": {"seed": 4},
         "global batch 4 → 3": {"config": RECIPE.replace(batch_size=3)},
         "recipe.embedding_penalty 0.01 → 0.5": {"config": RECIPE.replace(reg_weight=0.5)},
-        "data [0-9a-f]{32} → [0-9a-f]{32}": {
-            "pictures": dataclasses.replace(data, means=data.means + 1)
-        },
+        "data [0-9a-f]{32} → [0-9a-f]{32}": {"pictures": dataclasses.replace(data, means=data.means + 1)},
         "detach_features False → True, seed 3 → 5": {"detach_features": True, "seed": 5},
     }
     for sentence, change in changes.items():
@@ -186,9 +182,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(pretrain, tmp_p
 
 
 @pytest.mark.parametrize("failing", ["write", "sync", "pointer"])
-def test_R9_a_full_disk_leaves_the_checkpoint_before_intact(
-    pretrain, tmp_path, monkeypatch, failing
-):
+def test_R9_a_full_disk_leaves_the_checkpoint_before_intact(pretrain, tmp_path, monkeypatch, failing):
     """Full while the checkpoint is written, when it is synced, or at the pointer after it."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     real, calls = os.fsync, []
@@ -216,9 +210,7 @@ def test_R9_a_full_disk_leaves_the_checkpoint_before_intact(
     assert (tmp_path / "latest").read_text() == "step-00000002.safetensors\n"
     assert not list(tmp_path.glob(".*"))
     seen = []
-    again = pretrain(
-        checkpoints=tmp_path, checkpoint_every=2, on_step=lambda at: seen.append(at.step)
-    )
+    again = pretrain(checkpoints=tmp_path, checkpoint_every=2, on_step=lambda at: seen.append(at.step))
     assert seen == [3, 4, 5, 6, 7]
     assert same(again, pretrain())
 
@@ -295,9 +287,7 @@ def test_weights_that_are_not_finite_are_never_saved(pretrain, tmp_path, monkeyp
                 moments["exp_avg"].fill_(torch.inf)
 
     optimizers, adamw = [], loop.adamw
-    monkeypatch.setattr(
-        loop, "adamw", lambda *groups: optimizers.append(adamw(*groups)) or optimizers[-1]
-    )
+    monkeypatch.setattr(loop, "adamw", lambda *groups: optimizers.append(adamw(*groups)) or optimizers[-1])
     with pytest.raises(DivergedError, match="a weight is not a finite number") as stopped:
         pretrain(checkpoints=tmp_path / "b", checkpoint_every=2, on_step=spoil)
     assert "the checkpoint of step 2 is kept" in str(stopped.value)

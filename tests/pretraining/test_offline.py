@@ -60,9 +60,7 @@ def test_remote_shards_are_refused_before_any_connection(server, tmp_path, monke
     listed.write_text(f"{server.url}/a.tar\n")
     for data in (f"{server.url}/a.tar", f"{server.url}/a-{{0..3}}.tar", listed):
         for function in (pretrain, plan_pretraining):
-            with pytest.raises(
-                WeightsUnavailable, match="not on this machine, and e4t is"
-            ) as caught:
+            with pytest.raises(WeightsUnavailable, match="not on this machine, and e4t is") as caught:
                 function("dogs", data, offline=True)
             assert caught.value.exit_code == 4
     monkeypatch.setenv("E4T_OFFLINE", "1")

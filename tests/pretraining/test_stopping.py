@@ -39,9 +39,7 @@ def test_R3_asked_to_stop_it_finishes_the_step_and_saves(pretrain, tmp_path, ask
 
 def test_R3_asked_in_the_last_step_it_is_simply_done(pretrain, tmp_path):
     stop = StopRequest()
-    domain = pretrain(
-        checkpoints=tmp_path, stop=stop, on_step=lambda step: step.step == 6 and stop.ask()
-    )
+    domain = pretrain(checkpoints=tmp_path, stop=stop, on_step=lambda step: step.step == 6 and stop.ask())
     assert same(domain, pretrain())
 
 

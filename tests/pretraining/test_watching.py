@@ -88,9 +88,7 @@ def test_R1_sheets_and_losses_of_a_resumed_run_are_those_of_a_whole_one(watched,
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
     lines = [read_losses(folder / "losses.jsonl") for folder in (whole, cut)]
     for one, other in zip(*lines, strict=True):
-        assert {key: one[key] for key in ("step", "loss")} == {
-            key: other[key] for key in ("step", "loss")
-        }
+        assert {key: one[key] for key in ("step", "loss")} == {key: other[key] for key in ("step", "loss")}
 
 
 def test_two_sheets_differ_by_what_was_learned(watched, tmp_path):
@@ -151,9 +149,7 @@ def test_trackers_are_told_the_numbers(watched, tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["start", "log"])
-def test_R10_a_failing_tracker_is_mentioned_once_and_left_behind(
-    watched, pretrain, tmp_path, fails
-):
+def test_R10_a_failing_tracker_is_mentioned_once_and_left_behind(watched, pretrain, tmp_path, fails):
     good = Service.make()
     trackers = (Service.make(fails=(fails,)), good)
     config = LONG.replace(steps=21)
@@ -164,13 +160,9 @@ def test_R10_a_failing_tracker_is_mentioned_once_and_left_behind(
 
 def test_R10_a_tracker_that_is_not_there(watched, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    _, notes = watched(
-        watching(tmp_path, trackers=("aim", "nosuch"), sample_every=0), config=RECIPE
-    )
+    _, notes = watched(watching(tmp_path, trackers=("aim", "nosuch"), sample_every=0), config=RECIPE)
     assert "the tracker aim is not installed, and training continues without it" in notes
-    assert any(
-        note.startswith("the tracker nosuch failed, and training continues") for note in notes
-    )
+    assert any(note.startswith("the tracker nosuch failed, and training continues") for note in notes)
     assert len(notes) == 2
 
 

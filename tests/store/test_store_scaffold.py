@@ -22,9 +22,7 @@ FILES_OF_A_PACKAGE = [
 
 
 def files_below(folder):
-    return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    )
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def load(folder, module):
@@ -125,9 +123,7 @@ def test_G6_its_own_tests_pass_once_installed(tmp_path):
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        done = subprocess.run(
-            [python, *arguments], cwd=made, env=settings, capture_output=True, text=True
-        )
+        done = subprocess.run([python, *arguments], cwd=made, env=settings, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

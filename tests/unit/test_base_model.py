@@ -62,9 +62,7 @@ def test_missing_parts(copy, part):
         TextToImageModel.load(copy)
 
 
-@pytest.mark.parametrize(
-    "name", ["scheduler/scheduler_config.json", "tokenizer/vocab.json", "unet/config.json"]
-)
+@pytest.mark.parametrize("name", ["scheduler/scheduler_config.json", "tokenizer/vocab.json", "unet/config.json"])
 def test_damaged_settings(copy, name):
     (copy / name).write_text("{ torn")
     with pytest.raises(IntegrityError, match=name.partition("/")[0]):
@@ -92,9 +90,7 @@ def test_the_hierarchy_is_the_class_token_of_every_second_layer(model):
     pixels = model.pixels([drawn_face(index)[0] for index in range(2)])
     seen = []
     blocks = model.image_tower.visual.transformer.resblocks
-    hooks = [
-        block.register_forward_hook(lambda m, i, output: seen.append(output)) for block in blocks
-    ]
+    hooks = [block.register_forward_hook(lambda m, i, output: seen.append(output)) for block in blocks]
     features = model.image_features(pixels)
     for hook in hooks:
         hook.remove()

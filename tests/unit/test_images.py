@@ -156,9 +156,7 @@ def png_header(width, height):
     """A PNG that declares a size and holds nothing."""
 
     def chunk(kind, body):
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
@@ -276,13 +274,9 @@ def test_I10_display_p3_becomes_srgb(colour):
     light = np.array(colour) / 255
     light = np.where(light <= 0.04045, light / 12.92, ((light + 0.055) / 1.055) ** 2.4)
     light = light @ np.array(P3) @ np.linalg.inv(np.array(SRGB))
-    expected = np.where(
-        light <= 0.0031308, 12.92 * light, 1.055 * np.abs(light) ** (1 / 2.4) - 0.055
-    )
+    expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * np.abs(light) ** (1 / 2.4) - 0.055)
     for kind in ("PNG", "JPEG"):
-        opened = open_image(
-            encoded(Image.new("RGB", (64, 64), colour), kind, icc_profile=display_p3())
-        )
+        opened = open_image(encoded(Image.new("RGB", (64, 64), colour), kind, icc_profile=display_p3()))
         assert opened.notes == ()
         assert np.abs(np.array(opened.image.getpixel((9, 9))) - 255 * expected).max() <= 3
     if len(set(colour)) > 1:
@@ -299,9 +293,7 @@ def test_I4_cmyk_jpegs_as_printers_make_them():
 def test_I3_panoramas_are_pictures():
     opened = open_image(encoded(Image.new("RGB", (6000, 70), "teal"), "JPEG"))
     assert opened.image.size == (6000, 70)
-    prepared = prepare_image(
-        domain_with(None), opened.image, PreparationTarget(size=512, base="sd14")
-    )
+    prepared = prepare_image(domain_with(None), opened.image, PreparationTarget(size=512, base="sd14"))
     assert prepared.image.size == (512, 512)
     assert "6000×70, smaller than the 512 pixels" in prepared.notes[0]
 
@@ -319,9 +311,7 @@ def test_I4_what_is_opaque_is_remembered():
 
 def test_I10_srgb_profile_changes_nothing_and_a_broken_one_is_noted():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert (
-        largest_difference(open_image(encoded(gradient(), icc_profile=srgb)).image, gradient()) == 0
-    )
+    assert largest_difference(open_image(encoded(gradient(), icc_profile=srgb)).image, gradient()) == 0
     opened = open_image(encoded(gradient(), icc_profile=b"no profile"))
     assert "colour profile" in opened.notes[0]
     assert largest_difference(opened.image, gradient()) == 0
@@ -363,9 +353,7 @@ def test_I8_all_orientations_give_the_same_pixels(kind):
 def test_I6_first_frame_with_a_note(kind):
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
-    opened = open_image(
-        encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    )
+    opened = open_image(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
     assert opened.image.getpixel((5, 5)) == (255, 0, 0)
     assert "3 frames" in opened.notes[0]
 

@@ -45,11 +45,7 @@ def added(base, weights):
 
 
 def matrices(unet):
-    return {
-        path: layer.weight
-        for path, layer in unet.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    }
+    return {path: layer.weight for path, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
 def test_with_every_direction_it_is_the_tuned_unet(model, tuned):
@@ -72,9 +68,7 @@ def test_with_few_it_is_as_close_as_they_can_be(model, tuned, rank):
         whole, missing = whole + sizes.sum().item(), missing + sizes[rank:].sum().item()
     assert 0.1 < found.retained_energy < 0.99
     assert found.retained_energy == pytest.approx(1 - missing / whole, abs=2e-3)
-    assert (
-        lora_of(model.unet, tuned.unet, rank).retained_energy == found.retained_energy
-    )  # the same each time
+    assert lora_of(model.unet, tuned.unet, rank).retained_energy == found.retained_energy  # the same each time
 
 
 def test_every_layer_has_the_same_rank(model, tuned):
@@ -105,9 +99,7 @@ def test_what_did_not_change_is_not_in_it(model):
 
 def test_diffusers_knows_every_layer_of_stable_diffusion_by_its_name():
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768
-        )
+        unet = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768)
     layers, written = matrices(unet), {}
     for path, weight in layers.items():
         name = "lora_unet_" + path.replace(".", "_")

@@ -21,9 +21,7 @@ AUTO = MaskSource(kind="auto")
 
 def domain(prepare=None, mask_words=""):
     config = TuningConfig(steps=1, base_learning_rate=1e-6, reg_weight=0, mask=True)
-    return Domain(
-        name="dog", descriptor="dog", tuning=config, prepare=prepare, mask_words=mask_words
-    )
+    return Domain(name="dog", descriptor="dog", tuning=config, prepare=prepare, mask_words=mask_words)
 
 
 def photo(size=(200, 120), alpha=None):

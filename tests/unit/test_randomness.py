@@ -10,9 +10,7 @@ def some(seed=0, step=0, **options):
 
 
 def equal(one, other):
-    return all(
-        torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
-    )
+    return all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
 
 
 def test_a_draw_is_a_function_of_seed_and_step():

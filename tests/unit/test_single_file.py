@@ -93,9 +93,7 @@ def test_names_that_everybody_knows():
 def small(model, monkeypatch):
     """The tiny base with as many blocks as Stable Diffusion, and their sizes accepted."""
     unet, vae, text_encoder = parts(real=False)
-    monkeypatch.setattr(
-        stable_diffusion, "SINGLE_FILE_CONFIG", {"block_out_channels": (8, 16, 16, 16)}
-    )
+    monkeypatch.setattr(stable_diffusion, "SINGLE_FILE_CONFIG", {"block_out_channels": (8, 16, 16, 16)})
     return TextToImageModel(
         base=model.base, unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=model.tokenizer,
         noise_schedule=model.noise_schedule,
@@ -138,9 +136,7 @@ def test_both_or_none(small, tmp_path, monkeypatch):
 
 def test_another_kind_of_model_is_refused(model, tmp_path):
     with pytest.raises(UsageError, match="another kind of model") as caught:
-        write_single_file(
-            model, TunedModel.plain(model, "face"), torch.ones(24), tmp_path / "x.safetensors"
-        )
+        write_single_file(model, TunedModel.plain(model, "face"), torch.ones(24), tmp_path / "x.safetensors")
     assert "folder" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 

@@ -78,9 +78,7 @@ def test_samples_without_a_picture_and_shards_that_break_off(shards):
     (shards / "bad.tar").write_bytes(data[:2700])
     with tarfile.open(shards / "words.tar", "w") as shard:
         shard.addfile(tarfile.TarInfo("1.txt"))
-    (shards / "list.txt").write_text(
-        "\n".join(str(shards / name) for name in ("bad.tar", "words.tar", "dogs-2.tar"))
-    )
+    (shards / "list.txt").write_text("\n".join(str(shards / name) for name in ("bad.tar", "words.tar", "dogs-2.tar")))
     source = find_source(shards / "list.txt")
     *found, broken = source
     assert names(found)[-4:] == ALL[8:]
@@ -91,9 +89,7 @@ def test_samples_without_a_picture_and_shards_that_break_off(shards):
         broken.digest()
 
 
-@pytest.mark.parametrize(
-    "place", ["pipe:rm -rf x.tar", "https://example.org/$(id).tar", "ftp://example.org/x.tar"]
-)
+@pytest.mark.parametrize("place", ["pipe:rm -rf x.tar", "https://example.org/$(id).tar", "ftp://example.org/x.tar"])
 def test_addresses_that_could_run_a_command_are_refused(shards, tmp_path, place):
     (tmp_path / "list.txt").write_text(place)
     with pytest.raises(UsageError, match="read from files, https and gs"):
@@ -124,9 +120,7 @@ def test_a_dataset_in_a_folder_or_a_file(rows, tmp_path, monkeypatch):
     import datasets
 
     rows.save_to_disk(str(tmp_path / "saved"))
-    datasets.DatasetDict({"test": rows.select([0]), "train": rows}).save_to_disk(
-        str(tmp_path / "both")
-    )
+    datasets.DatasetDict({"test": rows.select([0]), "train": rows}).save_to_disk(str(tmp_path / "both"))
     rows.to_parquet(str(tmp_path / "dogs.parquet"))
     for data in ("saved", "both", "dogs.parquet"):
         source = find_source(tmp_path / data)

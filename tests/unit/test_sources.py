@@ -141,9 +141,7 @@ def test_content_has_the_same_digest_wherever_it_is(tmp_path):
     }
     assert len(found) == 1
     picture = Image.open(io.BytesIO(data))
-    assert (
-        ImageItem(name="x", image=picture).digest() == ImageItem(name="y", image=picture).digest()
-    )
+    assert ImageItem(name="x", image=picture).digest() == ImageItem(name="y", image=picture).digest()
     turned = picture.copy()
     turned.getexif()[0x0112] = 6
     assert ImageItem(name="x", image=turned).digest() != ImageItem(name="x", image=picture).digest()

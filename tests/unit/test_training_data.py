@@ -292,9 +292,7 @@ def race(path, barrier, results):
     try:
         one, two, three = torch.zeros(3, 1, 2).unbind()
         nothing = EncodedRows(means=one.clone(), logvars=two.clone(), image_features=three.clone())
-        write_chunk(
-            path, nothing, bad={0: "no"}, digests=[b"0" * 32], signatures=[b"0" * SIGNATURE]
-        )
+        write_chunk(path, nothing, bad={0: "no"}, digests=[b"0" * 32], signatures=[b"0" * SIGNATURE])
         results.put("")
     except BaseException as error:
         results.put(repr(error))
@@ -443,8 +441,7 @@ def test_R5_a_bad_picture_in_a_stream_is_replaced_by_the_next(model):
     for step in range(3):
         one, other = rows(before, step=step), rows(after, step=step)
         changed += sum(
-            not torch.allclose(a.float(), b.float(), **NEARLY)
-            for a, b in zip(one.means, other.means, strict=True)
+            not torch.allclose(a.float(), b.float(), **NEARLY) for a, b in zip(one.means, other.means, strict=True)
         )
     assert changed == 2  # once in each of the two epochs
     assert list(after.reader.left_out) == ["image 2"]
@@ -465,10 +462,7 @@ def test_an_empty_stream_ends(model):
 
 def test_auto_keeps_what_is_needed_twice(model, monkeypatch):
     source = find_source([png(index) for index in range(10)])
-    used = {
-        samples: choose_cache("auto", source, model, samples, mask=False).used
-        for samples in (5, 10, 11, 1000)
-    }
+    used = {samples: choose_cache("auto", source, model, samples, mask=False).used for samples in (5, 10, 11, 1000)}
     assert used == {5: False, 10: False, 11: True, 1000: True}
     assert choose_cache("on", source, model, 5, mask=False).used
     off = choose_cache("off", source, model, 1000, mask=False)
@@ -498,9 +492,7 @@ def test_training_data_tells_what_was_left_out(model, folder, tmp_path, wanted):
     source = find_source(folder)
     choice = choose_cache(wanted, source, model, 100, mask=False)
     opens = reader(log=tmp_path / "left-out.tsv")
-    with training_data(
-        model, source, opens, choice, processes=DistributedContext(), on_progress=told.append
-    ) as data:
+    with training_data(model, source, opens, choice, processes=DistributedContext(), on_progress=told.append) as data:
         for step in range(3):
             rows(data, step=step)
     notes = [event.note for event in told if event.note]

@@ -77,9 +77,7 @@ def export(
     target = Path(path)
     alone = target.suffix == ".safetensors"
     if target.exists():
-        raise UsageError(
-            f"{printable(str(target))} exists already", hint="choose a name that is free"
-        )
+        raise UsageError(f"{printable(str(target))} exists already", hint="choose a name that is free")
     if lora is not None and not alone:
         raise UsageError("a LoRA is one file", hint=f"call it {printable(target.name)}.safetensors")
     if placeholder is not None:
@@ -106,9 +104,7 @@ def export(
         with session.stage("export", counted=lora is not None):
             import torch
 
-            found = textual_inversion.mean_concept_embedding(
-                model, tuned, opened.prepared, seed=opened.seed
-            )
+            found = textual_inversion.mean_concept_embedding(model, tuned, opened.prepared, seed=opened.seed)
             stored = torch.float32 if asked.dtype == "fp32" else torch.float16
             retained_energy = 1.0
             if alone:
@@ -119,9 +115,7 @@ def export(
                     rank=lora, dtype=stored, on_progress=session.report,
                 )  # fmt: skip
             elif alone:
-                stable_diffusion.write_single_file(
-                    model, tuned, found.embedding, target, dtype=stored
-                )
+                stable_diffusion.write_single_file(model, tuned, found.embedding, target, dtype=stored)
             else:
                 stable_diffusion.write_folder(
                     model, tuned, found.embedding, target,

@@ -52,14 +52,11 @@ if TYPE_CHECKING:
 
 FILES = ("config.json", "encoder.pt", "weight_offsets.pt")
 UNSTATED = (
-    "no licence is stated; the face weights were trained on FFHQ and CelebA-HQ, which are for "
-    "non-commercial research"
+    "no licence is stated; the face weights were trained on FFHQ and CelebA-HQ, which are for non-commercial research"
 )
 
 
-def fetch_converted(
-    domain: Domain, base: str, location: str, access: HubAccess, *, repair: bool = False
-) -> Path:
+def fetch_converted(domain: Domain, base: str, location: str, access: HubAccess, *, repair: bool = False) -> Path:
     """Return the folder of domain weights converted from a checkpoint of the hub.
 
     Args:
@@ -84,8 +81,7 @@ def fetch_converted(
     licence = info.licence if info is not None else ""
     if info is None and cached_commit(repository, None) is None:
         raise WeightsUnavailable(
-            f"the weights of domain {domain.name!r} for {base} are not on this machine, "
-            "and e4t is offline",
+            f"the weights of domain {domain.name!r} for {base} are not on this machine, and e4t is offline",
             hint=f"with a network: e4t fetch {domain.name} --base {base}",
         )
     accept(Terms(repository=repository, licence=licence, note=UNSTATED), access)
@@ -165,8 +161,7 @@ def import_checkpoint(
     target = user_domains_folder() / chosen
     if target.exists():
         raise UsageError(
-            f"there is a domain in {printable(str(target))} already",
-            hint="choose another name with --name",
+            f"there is a domain in {printable(str(target))} already", hint="choose another name with --name"
         )
     base = _base_name(checkpoint, None if asked.base == "auto" else asked.base)
     request = replace(
@@ -182,11 +177,7 @@ def import_checkpoint(
 
 
 def conversion_request(
-    checkpoint: Checkpoint,
-    domain: Domain | None,
-    name: str,
-    base: str,
-    normalised_patches: bool = False,
+    checkpoint: Checkpoint, domain: Domain | None, name: str, base: str, normalised_patches: bool = False
 ) -> ConversionRequest:
     # The paper's values for cats, its domain of objects without masks (section 3.5).
     usual = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
@@ -213,9 +204,7 @@ def _domain_alike(checkpoint: Checkpoint, name: str | None) -> Domain | None:
     return min(alike, key=lambda one: one.name != name, default=None)
 
 
-def _base_name(
-    checkpoint: Checkpoint, base: str | os.PathLike[str] | TextToImageModel | None
-) -> str:
+def _base_name(checkpoint: Checkpoint, base: str | os.PathLike[str] | TextToImageModel | None) -> str:
     if base is not None and not isinstance(base, str | os.PathLike):
         return base_name(base)
     wanted = os.fspath(base or _GONE.get(checkpoint.base, checkpoint.base))
@@ -270,16 +259,10 @@ def import_concept(
         )
     image = image if image is not None else checkpoint.photo
     if image is None:
-        raise UsageError(
-            "the image it was tuned on is not in the folder", hint="give it with --image FILE"
-        )
+        raise UsageError("the image it was tuned on is not in the folder", hint="give it with --image FILE")
     photo = open_image(image)
     session = Session(asked)
-    named = (
-        asked
-        if asked.base != "auto"
-        else replace(asked, base=_GONE.get(checkpoint.base, checkpoint.base))
-    )
+    named = asked if asked.base != "auto" else replace(asked, base=_GONE.get(checkpoint.base, checkpoint.base))
     base = resolve_base(named, session.access)
     options["base"] = base_name(base) if asked.base == "auto" else asked.base
     options["on_progress"] = session.report

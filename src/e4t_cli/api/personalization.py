@@ -199,9 +199,7 @@ def prepare(
     asked = PrepareOptions(**options)
     value, _ = resolve_domain(domain)
     photo = open_image(image)
-    access = HubAccess(
-        offline=asked.offline, accept_license=asked.accept_license, on_progress=asked.on_progress
-    )
+    access = HubAccess(offline=asked.offline, accept_license=asked.accept_license, on_progress=asked.on_progress)
     name, size, _ = _look_up_base(value, asked, access)
     if not size:
         raise UsageError(
@@ -264,11 +262,7 @@ def _look_up_base(domain: Domain, options: RunOptions, access: HubAccess) -> tup
     return look_up_base(wanted, half=prefers_half(options.device, options.dtype))
 
 
-NAMED_MASKS = {
-    "auto": MaskSource(kind="auto"),
-    "none": MaskSource(kind="none"),
-    "words": MaskSource(kind="words"),
-}
+NAMED_MASKS = {"auto": MaskSource(kind="auto"), "none": MaskSource(kind="none"), "words": MaskSource(kind="words")}
 
 
 def resolve_mask(mask: ImageInput, photo: OpenedImage) -> MaskSource:
@@ -293,13 +287,7 @@ def resolve_mask(mask: ImageInput, photo: OpenedImage) -> MaskSource:
 
 
 def preparation_target(
-    domain: Domain,
-    options: PhotoOptions,
-    access: HubAccess,
-    *,
-    size: int,
-    base: str,
-    device: str = "cpu",
+    domain: Domain, options: PhotoOptions, access: HubAccess, *, size: int, base: str, device: str = "cpu"
 ) -> PreparationTarget:
     """Return what the preparation is to do.
 
@@ -311,9 +299,7 @@ def preparation_target(
     except ValueError as error:
         raise UsageError(f"--face: {printable(str(error))}") from error
     if domain.prepare is None and options.require_face:
-        raise UsageError(
-            f"the domain {domain.name!r} looks for no face", hint="leave --require-face out"
-        )
+        raise UsageError(f"the domain {domain.name!r} looks for no face", hint="leave --require-face out")
     return PreparationTarget(
         size=size, base=base, align=options.align, which=which, required=options.require_face,
         device=device, fetch=snapshot_downloader(access),

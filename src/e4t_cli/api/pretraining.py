@@ -141,20 +141,14 @@ class PretrainingRun:
                 licence=self.domain.licence,
             ),
             config=config if steps is None else config.replace(steps=steps),
-            options=TrainingOptions(
-                seed=seed,
-                autocast=autocast,
-                micro_batch=self.options.micro_batch,
-            ),
+            options=TrainingOptions(seed=seed, autocast=autocast, micro_batch=self.options.micro_batch),
             checkpoints=checkpoints,
             callbacks=callbacks,
             processes=self.processes,
         )
 
     @contextlib.contextmanager
-    def logged(
-        self, held_out: list[PreparedImage], options: PretrainOptions
-    ) -> Iterator[TrainingCallbacks]:
+    def logged(self, held_out: list[PreparedImage], options: PretrainOptions) -> Iterator[TrainingCallbacks]:
         """Yield callbacks that report progress, log the losses and generate contact sheets."""
         from e4t_cli.pretraining.logging import LoggerConfig, TrainingLogger
         from e4t_cli.pretraining.loop import TrainingCallbacks
@@ -197,9 +191,7 @@ class PretrainingRun:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def process_options(
-    options: DomainTrainingOptions, processes: DistributedContext
-) -> DomainTrainingOptions:
+def process_options(options: DomainTrainingOptions, processes: DistributedContext) -> DomainTrainingOptions:
     """Return the options of this process: a launcher assigns each its device, the first reports."""
     return replace(
         options,
@@ -256,9 +248,7 @@ def pretrain(
     with init_distributed(asked.device) as processes:
         session = Session(process_options(asked, processes))
         base = resolve_base(asked, session.access, safety=False)
-        plan = plan_domain(
-            name, base_name(base), asked, config=config, tuning=tuning, folder=folder
-        )
+        plan = plan_domain(name, base_name(base), asked, config=config, tuning=tuning, folder=folder)
         with session.running():
             session.load(base, None)
             run = PretrainingRun(session, plan, source, asked, processes)

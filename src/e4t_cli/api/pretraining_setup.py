@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING
 
 from e4t_cli.api.options import DomainTrainingOptions
 from e4t_cli.datasets.reader import ImageReader
-from e4t_cli.datasets.sources import (
-    ImageSource,
-    IterableSource,
-    MapStyleSource,
-    SinglePassSource,
-)
+from e4t_cli.datasets.sources import ImageSource, IterableSource, MapStyleSource, SinglePassSource
 from e4t_cli.errors import E4TError, ResourceError, UsageError, WeightsUnavailable, printable
 from e4t_cli.files import free_bytes, shown_size
 from e4t_cli.hub.paths import user_cache
@@ -49,9 +44,7 @@ def choose_descriptor(name: str, model: TextToImageModel) -> str:
     Raises:
         UsageError: there is none; the hint lists similar words.
     """
-    words = [
-        word for word in re.split(r"[^a-z]+", name) if word and word not in _STOP_WORDS.split()
-    ]
+    words = [word for word in re.split(r"[^a-z]+", name) if word and word not in _STOP_WORDS.split()]
     for word in sorted(words, key=len, reverse=True):
         for form in (word, *_singulars(word)):
             if len(form) > 1 and _tokens(model)(form) == 1:
@@ -68,8 +61,7 @@ def check_descriptor(word: str, model: TextToImageModel) -> str:
     if count == 1:
         return word
     raise UsageError(
-        f"the descriptor {printable(word)!r} is {count} tokens to the base {model.base.name}; "
-        "it has to be one",
+        f"the descriptor {printable(word)!r} is {count} tokens to the base {model.base.name}; it has to be one",
         hint=f"a more common word will do{_like(re.split(r'[^a-z]+', word.lower()), model)}",
     )
 
@@ -191,8 +183,7 @@ def _find(name: str | Domain, base: str) -> tuple[Domain, bool]:
             with contextlib.suppress(WeightsUnavailable):
                 weights_folder(listing.domain, base)
                 raise UsageError(
-                    f"the domain {name!r} has weights for {base} already",
-                    hint="choose another name with --domain",
+                    f"the domain {name!r} has weights for {base} already", hint="choose another name with --domain"
                 )
             return listing.domain, False
     known = [one.domain for one in installed if one.domain is not None]
@@ -239,9 +230,7 @@ class CacheChoice:
 def check_cache(wanted: str) -> None:
     """Raise `UsageError` if a choice is not one of the three."""
     if wanted not in CACHES:
-        raise UsageError(
-            f"there is no cache {printable(wanted)!r}", hint=f"one of {', '.join(CACHES)}"
-        )
+        raise UsageError(f"there is no cache {printable(wanted)!r}", hint=f"one of {', '.join(CACHES)}")
 
 
 def how_many(source: ImageSource) -> int:
@@ -272,8 +261,7 @@ def choose_cache(
     once = isinstance(source, SinglePassSource)
     if wanted == "off" and once:
         raise UsageError(
-            "an iterable can be read once, so its images have to be cached",
-            hint="pass a list, or leave the cache on",
+            "an iterable can be read once, so its images have to be cached", hint="pass a list, or leave the cache on"
         )
     if wanted == "off" or (wanted == "auto" and not once and not 0 < pictures < samples):
         return CacheChoice(used=False, pictures=pictures, size=size)
@@ -281,12 +269,8 @@ def choose_cache(
     if size > 0.9 * free:
         needed = f"the encoded images need {shown_size(size)}, and {shown_size(free)} are free"
         if wanted == "on":
-            raise ResourceError(
-                needed, hint="E4T_CACHE_DIR moves the cache, --cache off trains without it"
-            )
-        return CacheChoice(
-            used=False, pictures=pictures, size=size, why=f"{needed}: they are not cached"
-        )
+            raise ResourceError(needed, hint="E4T_CACHE_DIR moves the cache, --cache off trains without it")
+        return CacheChoice(used=False, pictures=pictures, size=size, why=f"{needed}: they are not cached")
     return CacheChoice(used=True, pictures=pictures, size=size)
 
 

@@ -26,12 +26,7 @@ from e4t_cli.hub.bases import (
     hub_weights_folder,
 )
 from e4t_cli.hub.paths import HubAccess
-from e4t_cli.hub.resolve import (
-    default_base_name,
-    fetch_base,
-    fetch_domain_weights,
-    likely_accelerator,
-)
+from e4t_cli.hub.resolve import default_base_name, fetch_base, fetch_domain_weights, likely_accelerator
 from e4t_cli.prompts import Prompt, parse_prompt
 from e4t_cli.registry.config import TUNING_METHODS, TuningConfig
 from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages
@@ -96,25 +91,18 @@ def resolve_tuning(config: TuningConfig, method: str | None, steps: int | None) 
     """
     if method is not None and method not in TUNING_METHODS:
         raise UsageError(
-            f"there is no tuning method {printable(method)!r}",
-            hint=f"--tuning {' or '.join(TUNING_METHODS)}",
+            f"there is no tuning method {printable(method)!r}", hint=f"--tuning {' or '.join(TUNING_METHODS)}"
         )
     try:
         return config.replace(
-            method=config.method if method is None else method,
-            steps=config.steps if steps is None else steps,
+            method=config.method if method is None else method, steps=config.steps if steps is None else steps
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
 def resolve_base(
-    options: RunOptions,
-    access: HubAccess,
-    *,
-    domain: Domain | None = None,
-    tower: bool = True,
-    safety: bool = True,
+    options: RunOptions, access: HubAccess, *, domain: Domain | None = None, tower: bool = True, safety: bool = True
 ) -> Base | TextToImageModel:
     """Return the base that was asked for, fetched if need be; a loaded model is returned as it is.
 

@@ -15,15 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e4t_cli.api.options import ImageCallback, RunOptions
-from e4t_cli.devices import (
-    DTYPES,
-    budget_of,
-    choose_device,
-    choose_dtype,
-    limited_memory,
-    memory_ran_out,
-    read_ahead,
-)
+from e4t_cli.devices import DTYPES, budget_of, choose_device, choose_dtype, limited_memory, memory_ran_out, read_ahead
 from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
@@ -84,8 +76,7 @@ def memory_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if memory_ran_out(error):
             raise ResourceError(
-                "memory ran out",
-                hint="close other programs, or use another --device or a smaller --base",
+                "memory ran out", hint="close other programs, or use another --device or a smaller --base"
             ) from error
         raise
 
@@ -173,9 +164,7 @@ class Session(ProgressReporter):
         super().__init__(options.on_progress)
         if options.dtype != "auto" and options.dtype not in DTYPES:
             names = ", ".join(["auto", *DTYPES])
-            raise UsageError(
-                f"there is no dtype {printable(options.dtype)!r}", hint=f"one of {names}"
-            )
+            raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=f"one of {names}")
         if vram != "auto":
             budget_of(vram)
         self.options = replace(options, on_progress=self.report)
@@ -316,9 +305,7 @@ class Session(ProgressReporter):
                 if checker is not None and checker.flags([pixels])[0]:
                     withheld.append(record)
                     continue
-                image = GeneratedImage(
-                    image=pixels, prompt=prompt.text, seed=image_seed, record=record
-                )
+                image = GeneratedImage(image=pixels, prompt=prompt.text, seed=image_seed, record=record)
                 images.append(image)
                 if on_image is not None:
                     on_image(image)

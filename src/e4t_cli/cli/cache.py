@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The files that e4t has downloaded or derived.", no_args_is_help=True)
 
-Names = Annotated[
-    list[str], typer.Argument(metavar="NAME...", help="As `e4t cache ls` shows them.")
-]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="As `e4t cache ls` shows them.")]
 
 
 @app.callback()
@@ -144,21 +142,14 @@ def fetch(wanted: Wanted, run: options.RunFlags, flags: options.TerminalFlags) -
 
     with console.progress() as on_progress:
         access = HubAccess(
-            offline=run.offline,
-            accept_license=console.consent(run.accept_license),
-            on_progress=on_progress,
+            offline=run.offline, accept_license=console.consent(run.accept_license), on_progress=on_progress
         )
         for name in wanted:
             _fetch(console, access, name, run)
 
 
 def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options.RunFlags) -> None:
-    from e4t_cli.api.resolve import (
-        needs_image_tower,
-        prefers_half,
-        resolve_base_name,
-        resolve_domain_weights,
-    )
+    from e4t_cli.api.resolve import needs_image_tower, prefers_half, resolve_base_name, resolve_domain_weights
     from e4t_cli.hub.bases import hub_location
     from e4t_cli.hub.resolve import fetch_base
     from e4t_cli.images.preparation import snapshot_downloader
@@ -172,8 +163,7 @@ def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options
     half, tower = prefers_half(run.device, run.dtype), needs_image_tower(domain, place)
     found = fetch_base(place, access, half=half, tower=tower, repair=True)
     console.product(
-        str(found.folder),
-        {"type": "base", "name": found.name, "revision": found.revision, "path": str(found.folder)},
+        str(found.folder), {"type": "base", "name": found.name, "revision": found.revision, "path": str(found.folder)}
     )
     if domain is not None:
         folder = resolve_domain_weights(domain, found, access, repair=True)

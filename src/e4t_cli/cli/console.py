@@ -17,15 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli.cli.progress import (
-    Lines,
-    Rows,
-    is_terminal,
-    live_display,
-    plain_text,
-    rich_console,
-    stderr_is_terminal,
-)
+from e4t_cli.cli.progress import Lines, Rows, is_terminal, live_display, plain_text, rich_console, stderr_is_terminal
 from e4t_cli.errors import E4TError, UsageError, printable
 from e4t_cli.progress import Progress, StopRequest
 

@@ -120,10 +120,7 @@ def state_text(weights: dict[str, Any], *, long: bool = False) -> str:
 def tuning_text(config: TuningConfig) -> str:
     """Return the tuning config in a few words."""
     mask = ", masked" if config.mask else ""
-    return (
-        f"{config.steps} steps, rate {config.learning_rate:.3g}, "
-        f"regularization {config.reg_weight:g}{mask}"
-    )
+    return f"{config.steps} steps, rate {config.learning_rate:.3g}, regularization {config.reg_weight:g}{mask}"
 
 
 def _about_weights(state: WeightsState) -> dict[str, Any]:
@@ -162,10 +159,7 @@ def _lines(weights: dict[str, Any]) -> dict[str, str]:
         "images": f"{weights['images']:,}",
         "pre-training": f"{before['steps']:,} steps of {before['batch_size']}",
         "made for": f"{weights['base_revision']} {weights['base_fingerprint'][:12]}".strip(),
-        **{
-            key.replace("_", " "): weights[key]
-            for key in ("image_tower", "licence", "limits", "notes")
-        },
+        **{key.replace("_", " "): weights[key] for key in ("image_tower", "licence", "limits", "notes")},
         "folder": weights["folder"],
     }
     for name, file in weights["files"].items():
@@ -178,10 +172,7 @@ Examples: [bold]e4t domains add ./my_dogs[/bold] · [bold]e4t domains add my_dog
 [bold]e4t domains add someone/e4t-dogs@COMMIT[/bold]
 """
 
-Source = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", help="A folder, a zip, or owner/repository@revision."),
-]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a zip, or owner/repository@revision.")]
 
 
 @app.command("add", epilog=ADD_EXAMPLES)
@@ -199,9 +190,7 @@ def add(source: Source, offline: Offline = False, json: Json = False, quiet: Qui
          "licence": added.manifest.licence},
     )  # fmt: skip
     console.note(f"licence: {added.manifest.licence or 'none stated'}")
-    console.note(
-        f'try it: e4t personalize {name} PHOTO "S* on the beach" --base {added.manifest.base}'
-    )
+    console.note(f'try it: e4t personalize {name} PHOTO "S* on the beach" --base {added.manifest.base}')
 
 
 def complete_user_domain(incomplete: str) -> list[str]:
@@ -212,8 +201,7 @@ def complete_user_domain(incomplete: str) -> list[str]:
 
 
 UserDomainName = Annotated[
-    str,
-    typer.Argument(metavar="NAME", autocompletion=complete_user_domain, help="A user domain."),
+    str, typer.Argument(metavar="NAME", autocompletion=complete_user_domain, help="A user domain.")
 ]
 
 
@@ -235,10 +223,7 @@ In a test: [bold]from e4t_cli import check_domain[/bold], then
 """
 
 Subject = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME|DIR", autocompletion=complete_domain, help="A domain, or a domain's folder."
-    ),
+    str, typer.Argument(metavar="NAME|DIR", autocompletion=complete_domain, help="A domain, or a domain's folder.")
 ]
 
 
@@ -271,8 +256,7 @@ Example: [bold]e4t domains new my_dogs --descriptor dog[/bold], then
 
 NewName = Annotated[str, typer.Argument(metavar="NAME", help="Its name: a-z, 0-9, - and _.")]
 Directory = Annotated[
-    Path | None,
-    typer.Argument(metavar="DIR", help="A new or empty folder; by default ./e4t-domain-NAME."),
+    Path | None, typer.Argument(metavar="DIR", help="A new or empty folder; by default ./e4t-domain-NAME.")
 ]
 Descriptor = Annotated[
     str, typer.Option(metavar="WORD", help="The everyday word for such things.", show_default=False)
@@ -281,10 +265,7 @@ Licence = Annotated[
     str, typer.Option("--licence", "--license", metavar="NAME", show_default=False,
                       help="Of the weights and the images they are made from.")
 ]  # fmt: skip
-Pack = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Weights that `e4t pretrain` made, for the package."),
-]
+Pack = Annotated[Path | None, typer.Option(metavar="DIR", help="Weights that `e4t pretrain` made, for the package.")]
 
 
 @app.command("new", epilog=NEW_EXAMPLES)
@@ -310,13 +291,8 @@ PUSH_EXAMPLES = """
 Example: [bold]e4t domains push my_dogs me/e4t-my-dogs --licence CC0-1.0[/bold]
 """
 
-Repository = Annotated[
-    str, typer.Argument(metavar="OWNER/REPO", help="The repository; made if there is none.")
-]
-Which = Annotated[
-    str,
-    typer.Option("--base", metavar="NAME", show_default=False, help="Which weights, of several."),
-]
+Repository = Annotated[str, typer.Argument(metavar="OWNER/REPO", help="The repository; made if there is none.")]
+Which = Annotated[str, typer.Option("--base", metavar="NAME", show_default=False, help="Which weights, of several.")]
 PushLicence = Annotated[
     str, typer.Option("--licence", "--license", metavar="NAME", show_default=False,
                       help="Of weights and images; default: the manifest's.")
@@ -349,12 +325,7 @@ def push(
     console.confirm(yes, question, verb="upload")
     with console.progress() as on_progress:
         done = publish_domain(
-            domain,
-            repository,
-            base=base,
-            licence=licence,
-            private=not public,
-            on_progress=on_progress,
+            domain, repository, base=base, licence=licence, private=not public, on_progress=on_progress
         )
     console.product(
         done.location,

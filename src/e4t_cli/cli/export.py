@@ -24,16 +24,12 @@ e4t import e4t-diffusion ./tuned-on-rex --save rex.e4t
 
 app = typer.Typer(help="Use weights that another program trained.", no_args_is_help=True)
 
-Folder = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="With config.json, encoder.pt and the weights.")
-]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="With config.json, encoder.pt and the weights.")]
 Save = Annotated[
-    Path | None,
-    typer.Option("--save", metavar="FILE.e4t", help="A tuned checkpoint's subject, as a concept."),
+    Path | None, typer.Option("--save", metavar="FILE.e4t", help="A tuned checkpoint's subject, as a concept.")
 ]
 Photo = Annotated[
-    str | None,
-    typer.Option("--image", metavar="FILE", help="The photo it was tuned on, if it is not there."),
+    str | None, typer.Option("--image", metavar="FILE", help="The photo it was tuned on, if it is not there.")
 ]
 
 
@@ -64,11 +60,7 @@ class ImportFlags:
 @app.command("e4t-diffusion", epilog=IMPORT_EXAMPLES)
 @options.grouped
 def e4t_diffusion(
-    folder: Folder,
-    flags: ImportFlags,
-    terminal: options.TerminalFlags,
-    save: Save = None,
-    image: Photo = None,
+    folder: Folder, flags: ImportFlags, terminal: options.TerminalFlags, save: Save = None, image: Photo = None
 ) -> None:
     """Make a domain of a checkpoint of mkshing/e4t-diffusion.
 
@@ -95,9 +87,7 @@ def e4t_diffusion(
     if save is None:
         record = {"type": "domain", "name": made.name, "base": made.base}
         console.product(str(made.folder), {**record, "path": str(made.folder)})
-        console.note(
-            f'try it: e4t personalize {made.name} PHOTO "S* on the beach" --base {made.base}'
-        )
+        console.note(f'try it: e4t personalize {made.name} PHOTO "S* on the beach" --base {made.base}')
     else:
         console.product(str(save), {"type": "concept", "name": made.name, "path": str(save)})
         console.note(f'try it: e4t generate {save} "S* on the beach"')
@@ -110,10 +100,7 @@ e4t export me.e4t ./me.safetensors\n
 e4t export me.e4t ./me-lora.safetensors --lora 64
 """
 
-Target = Annotated[
-    Path,
-    typer.Argument(metavar="FOLDER|FILE.safetensors", help="Where to; it must not exist."),
-]
+Target = Annotated[Path, typer.Argument(metavar="FOLDER|FILE.safetensors", help="Where to; it must not exist.")]
 Lora = Annotated[
     int | None,
     typer.Option("--lora", metavar="RANK", min=1, max=1024, show_default=False,
@@ -147,12 +134,7 @@ def export(
 
     with console.progress() as on_progress:
         made = exporting.export(
-            concept,
-            path,
-            lora=lora,
-            placeholder=placeholder,
-            vram=vram,
-            **run.run_keywords(console, on_progress),
+            concept, path, lora=lora, placeholder=placeholder, vram=vram, **run.run_keywords(console, on_progress)
         )
     record: dict[str, str | float] = {
         "type": "model" if lora is None else "lora", "path": str(made.path), "token": made.token,

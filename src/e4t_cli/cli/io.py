@@ -27,11 +27,7 @@ MAX_FILE_BYTES = 4_000_000  # bytes; a list of prompts, not a book
 
 
 def gather_prompts(
-    arguments: Sequence[str],
-    file: str | None,
-    *,
-    placeholder: str | None,
-    stdin_taken: bool = False,
+    arguments: Sequence[str], file: str | None, *, placeholder: str | None, stdin_taken: bool = False
 ) -> list[str]:
     """Return all prompts in the order given: arguments first, then the file's lines.
 
@@ -157,9 +153,7 @@ class PreparedSaver:
             write_atomically(file, data.getvalue(), overwrite=False)
         except FileExistsError:
             shown = printable(str(file))
-            raise UsageError(
-                f"{shown} exists and is not overwritten", hint="another name"
-            ) from None
+            raise UsageError(f"{shown} exists and is not overwritten", hint="another name") from None
         return file
 
 
@@ -182,13 +176,7 @@ class ImageSaver:
     """
 
     def __init__(
-        self,
-        console: Console,
-        out: Path,
-        *,
-        metadata: bool = True,
-        grid: bool = False,
-        concept: Path | None = None,
+        self, console: Console, out: Path, *, metadata: bool = True, grid: bool = False, concept: Path | None = None
     ) -> None:
         from e4t_cli.images.results import check_folder
 

@@ -38,9 +38,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     which the fields of each group stand in place of the group.
     """
     hints = get_type_hints(command, include_extras=True)
-    groups = {
-        name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)
-    }
+    groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)}
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
         if name in groups:
@@ -55,8 +53,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         values = {
-            name: group(**{one.name: given.pop(one.name) for one in fields(group)})
-            for name, group in groups.items()
+            name: group(**{one.name: given.pop(one.name) for one in fields(group)}) for name, group in groups.items()
         }
         command(**given, **values)
 
@@ -88,17 +85,12 @@ DomainName = Annotated[
                    help="What kind of thing it is: see `e4t domains list`."),
 ]  # fmt: skip
 Placeholder = Annotated[
-    str,
-    typer.Option(rich_help_panel=IMAGES, help="Another word for the concept, such as '<me>'."),
+    str, typer.Option(rich_help_panel=IMAGES, help="Another word for the concept, such as '<me>'.")
 ]
 Device = Annotated[
-    str,
-    typer.Option(envvar="E4T_DEVICE", rich_help_panel=DEVICE, help="auto, cpu, cuda, cuda:1, mps."),
+    str, typer.Option(envvar="E4T_DEVICE", rich_help_panel=DEVICE, help="auto, cpu, cuda, cuda:1, mps.")
 ]
-Dtype = Annotated[
-    str,
-    typer.Option(envvar="E4T_DTYPE", rich_help_panel=DEVICE, help="auto, fp32, bf16 or fp16."),
-]
+Dtype = Annotated[str, typer.Option(envvar="E4T_DTYPE", rich_help_panel=DEVICE, help="auto, fp32, bf16 or fp16.")]
 Vram = Annotated[
     str,
     typer.Option(envvar="E4T_VRAM", metavar="GB|auto", rich_help_panel=DEVICE,
@@ -109,14 +101,9 @@ Offline = Annotated[
     typer.Option("--offline", envvar="E4T_OFFLINE", callback=_go_offline, rich_help_panel=NETWORK,
                  help="Use what is on this machine, and open no connection."),
 ]  # fmt: skip
-Json = Annotated[
-    bool,
-    typer.Option("--json", rich_help_panel=OUTPUT, help="One JSON object a line on stdout."),
-]
+Json = Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="One JSON object a line on stdout.")]
 Yes = Annotated[bool, typer.Option("-y", "--yes", rich_help_panel=OUTPUT, help="Do not ask.")]
-Quiet = Annotated[
-    bool, typer.Option("-q", "--quiet", rich_help_panel=OUTPUT, help="Only errors on stderr.")
-]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", rich_help_panel=OUTPUT, help="Only errors on stderr.")]
 
 
 # fmt: off

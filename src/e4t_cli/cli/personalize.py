@@ -15,9 +15,7 @@ GENERATE_EXAMPLES = """
 Example: e4t generate me.e4t "S* on the beach" "a pencil sketch of S*" -n 4 --grid
 """
 
-Saved = Annotated[
-    Path, typer.Argument(metavar="CONCEPT", help="A file made with `e4t personalize --save`.")
-]
+Saved = Annotated[Path, typer.Argument(metavar="CONCEPT", help="A file made with `e4t personalize --save`.")]
 Photo = Annotated[str, typer.Argument(metavar="IMAGE", help="The one photo: a file, or -.")]
 OwnPlaceholder = Annotated[
     str | None,
@@ -99,10 +97,7 @@ def personalize(
     """
     console = terminal.start()
     wanted = gather_prompts(
-        prompts.prompts or [],
-        prompts.prompts_file,
-        placeholder=placeholder,
-        stdin_taken=image == STDIN,
+        prompts.prompts or [], prompts.prompts_file, placeholder=placeholder, stdin_taken=image == STDIN
     )
     save, save_prepared = output.save, output.save_prepared
     if not wanted and save is None and save_prepared is None:
@@ -127,9 +122,7 @@ def personalize(
             asked = run.run_keywords(console, on_progress)
             prepared = api.prepare(domain, image, **asked, **run.photo_keywords())
         return prepared_saver(prepared)
-    saver = ImageSaver(
-        console, output.out, metadata=not output.no_metadata, grid=output.grid, concept=save
-    )
+    saver = ImageSaver(console, output.out, metadata=not output.no_metadata, grid=output.grid, concept=save)
     with console.progress() as on_progress:
         keywords = run.generate_keywords(console, on_progress, saver.save)
         result = api.personalize(

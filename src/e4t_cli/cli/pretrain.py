@@ -28,10 +28,7 @@ Data = Annotated[
                  help="A folder; shards: a .tar, 'x-{000..099}.tar', a list of them in a .txt; "
                       "a dataset: hf://owner/name, a saved folder, a .parquet."),
 ]  # fmt: skip
-Seed = Annotated[
-    int,
-    typer.Option("--seed", min=0, rich_help_panel=TRAINING, help="Of weights, noise and order."),
-]
+Seed = Annotated[int, typer.Option("--seed", min=0, rich_help_panel=TRAINING, help="Of weights, noise and order.")]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", rich_help_panel=RUN,

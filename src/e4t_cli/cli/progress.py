@@ -48,14 +48,7 @@ def rich_console() -> RichConsole:
 
 def live_display() -> RichProgress:
     """Return a display with a row for each stage: bar, count, time, and values such as the loss."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Task,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
     from rich.text import Text
 

@@ -49,9 +49,7 @@ class ShardSource(IterableSource):
             if "://" in shard or shard.startswith("pipe:"):
                 if not _REMOTE.fullmatch(shard):
                     # webdataset would run `pipe:` as a command of this machine's shell.
-                    raise UsageError(
-                        f"shards are read from files, https and gs, not {printable(shard)!r}"
-                    )
+                    raise UsageError(f"shards are read from files, https and gs, not {printable(shard)!r}")
             elif not Path(shard).is_file():
                 raise InputError(f"there is no shard {printable(shard)}")
         if offline and self.remote:
@@ -63,9 +61,7 @@ class ShardSource(IterableSource):
     @property
     def fingerprint(self) -> str:
         """Identifies the shards by name, and by size where they are on this machine."""
-        about = [
-            f"{shard} {'' if '://' in shard else os.path.getsize(shard)}" for shard in self.shards
-        ]
+        about = [f"{shard} {'' if '://' in shard else os.path.getsize(shard)}" for shard in self.shards]
         return hashlib.sha256("\n".join(about).encode()).hexdigest()[:32]
 
     @property
@@ -75,9 +71,7 @@ class ShardSource(IterableSource):
             return 0
         try:
             with tarfile.open(self.shards[0]) as shard:  # headers alone
-                count = sum(
-                    member.name.rpartition(".")[2].lower() in _EXTENSIONS for member in shard
-                )
+                count = sum(member.name.rpartition(".")[2].lower() in _EXTENSIONS for member in shard)
         except (OSError, tarfile.TarError):
             return 0
         sizes = [os.path.getsize(shard) for shard in self.shards]
@@ -202,16 +196,12 @@ class ArrowSource(MapStyleSource):
             names = ", ".join(map(repr, table.features))
             raise InputError(f"{printable(data)} has no column of images, only {names}")
         if len(columns) > 1:
-            self.notes.append(
-                f"{printable(data)} has {len(columns)} columns of images; {columns[0]!r} is used"
-            )
+            self.notes.append(f"{printable(data)} has {len(columns)} columns of images; {columns[0]!r} is used")
         if not len(table):
             raise InputError(f"there is no image in {printable(data)}")
         # Undecoded: images are opened by the same code as any other.
         self._column = columns[0]
-        self._table = table.select_columns(columns[:1]).cast_column(
-            self._column, Image(decode=False)
-        )
+        self._table = table.select_columns(columns[:1]).cast_column(self._column, Image(decode=False))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -253,9 +243,7 @@ def _package(name: str, extra: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise UsageError(
-            f"{extra} need one more package", hint=f"pip install 'e4t[{extra}]'"
-        ) from error
+        raise UsageError(f"{extra} need one more package", hint=f"pip install 'e4t[{extra}]'") from error
 
 
 def _open(data: str) -> Any:
@@ -266,12 +254,8 @@ def _open(data: str) -> Any:
         if data.startswith("hf://"):
             parts = _HUB.fullmatch(data)
             if parts is None:
-                raise UsageError(
-                    f"{printable(data)!r} is no dataset", hint="for example: hf://owner/name:train"
-                )
-            found = datasets.load_dataset(
-                parts["repo"], revision=parts["revision"], split=parts["split"]
-            )
+                raise UsageError(f"{printable(data)!r} is no dataset", hint="for example: hf://owner/name:train")
+            found = datasets.load_dataset(parts["repo"], revision=parts["revision"], split=parts["split"])
         elif path.is_file():
             found = datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
         else:

@@ -128,12 +128,7 @@ class ImageReader:
     """
 
     def __init__(
-        self,
-        domain: Domain,
-        target: PreparationTarget,
-        *,
-        strict: bool = False,
-        log: Path | None = None,
+        self, domain: Domain, target: PreparationTarget, *, strict: bool = False, log: Path | None = None
     ) -> None:
         self.domain, self.target, self.strict, self.log = domain, target, strict, log
         self.left_out: dict[str, str] = {}
@@ -184,9 +179,7 @@ class ImageReader:
         source = iter(items)
         with ThreadPoolExecutor(self.threads, thread_name_prefix="e4t-images") as pool:
             try:
-                waiting = [
-                    pool.submit(self.prepare, item) for item in islice(source, 2 * self.threads)
-                ]
+                waiting = [pool.submit(self.prepare, item) for item in islice(source, 2 * self.threads)]
                 while waiting:
                     found = waiting.pop(0).result()
                     waiting += [pool.submit(self.prepare, item) for item in islice(source, 1)]

@@ -211,8 +211,7 @@ class FolderSource(MapStyleSource):
             self._visited.add(inode)
             with os.scandir(folder) as entries:
                 found = sorted(
-                    (entry for entry in entries if not entry.name.startswith(".")),
-                    key=lambda entry: entry.name,
+                    (entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name
                 )
         except OSError as error:
             if not inside:
@@ -275,9 +274,7 @@ class SinglePassSource(ImageSource):
             yield ImageItem(name=f"image {index}", image=image)
 
 
-def find_source(
-    data: str | os.PathLike[str] | Iterable[Any], *, offline: bool = False
-) -> ImageSource:
+def find_source(data: str | os.PathLike[str] | Iterable[Any], *, offline: bool = False) -> ImageSource:
     """Return the images that `data` names.
 
     Args:
@@ -309,9 +306,7 @@ def find_source(
     if place.endswith(archives.SUFFIXES) or (path.is_file() and place.endswith(archives.LISTS)):
         return archives.ShardSource(archives.shard_paths(place), place, offline=offline)
     if path.is_file():
-        raise UsageError(
-            f"{shown} is one file", hint="--data takes a folder, shards (.tar) or a dataset"
-        )
+        raise UsageError(f"{shown} is one file", hint="--data takes a folder, shards (.tar) or a dataset")
     if "://" in place:
         raise UsageError(
             f"{shown} is neither shards nor a dataset",

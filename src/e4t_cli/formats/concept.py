@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -118,7 +119,7 @@ class Concept:
             return None
         self.check(model, pretrained)
         adapters = self._part("adapters")
-        unet: nn.Module
+        unet: UNet2DConditionModel
         encoder: Any  # an nn.Module that is an Encoder: there are no intersection types
         try:
             if adapters:
@@ -188,19 +189,14 @@ class Concept:
         """
         path = Path(path)
         if not path.is_file():
-            raise UsageError(
-                f"there is no concept {printable(str(path))}",
-                hint="make one: e4t personalize … --save",
-            )
+            raise UsageError(f"there is no concept {printable(str(path))}", hint="make one: e4t personalize … --save")
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["e4t"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return cls._from_file(header, tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise IntegrityError(
-                f"{printable(str(path))} is not a usable concept: {printable(str(error))}"
-            ) from error
+            raise IntegrityError(f"{printable(str(path))} is not a usable concept: {printable(str(error))}") from error
 
     @classmethod
     def _from_file(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Self:

@@ -50,10 +50,7 @@ class Lora:
 def check_rank(rank: int) -> None:
     """Raise UsageError unless a rank is 1 to `MAX_RANK`."""
     if not 1 <= rank <= MAX_RANK:
-        raise UsageError(
-            f"the rank of a LoRA must be 1 to {MAX_RANK}, not {rank}",
-            hint="for example --lora 64",
-        )
+        raise UsageError(f"the rank of a LoRA must be 1 to {MAX_RANK}, not {rank}", hint="for example --lora 64")
 
 
 def write_lora(
@@ -96,12 +93,7 @@ def write_lora(
 
 
 @torch.no_grad()
-def lora_of(
-    base: nn.Module,
-    tuned: nn.Module,
-    rank: int,
-    on_progress: ProgressCallback | None = None,
-) -> Lora:
+def lora_of(base: nn.Module, tuned: nn.Module, rank: int, on_progress: ProgressCallback | None = None) -> Lora:
     """Return the best approximation of `tuned` - `base` in `rank` directions a layer.
 
     Args:
@@ -132,11 +124,7 @@ def lora_of(
 
 
 def _matrices(unet: nn.Module) -> dict[str, Tensor]:
-    return {
-        path: layer.weight
-        for path, layer in unet.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    }
+    return {path: layer.weight for path, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
 def _factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:

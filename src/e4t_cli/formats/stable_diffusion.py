@@ -194,12 +194,7 @@ def _size(parts: dict[str, nn.Module], checked: Path | None, dtype: torch.dtype)
 
 
 def write_single_file(
-    model: TextToImageModel,
-    tuned: TunedModel,
-    embedding: Tensor,
-    path: Path,
-    *,
-    dtype: torch.dtype = torch.float16,
+    model: TextToImageModel, tuned: TunedModel, embedding: Tensor, path: Path, *, dtype: torch.dtype = torch.float16
 ) -> None:
     """Write a tuned model as one file, and the concept's embedding beside it: both, or none.
 
@@ -221,8 +216,7 @@ def check_single_file(model: TextToImageModel, path: Path) -> None:
     config: Mapping[str, Any] = model.unet.config
     if any(config[name] != value for name, value in SINGLE_FILE_CONFIG.items()):
         raise UsageError(
-            f"one file can only hold Stable Diffusion 1.x, and {model.base.name} is another kind "
-            "of model",
+            f"one file can only hold Stable Diffusion 1.x, and {model.base.name} is another kind of model",
             hint="give a folder instead: it serves every base",
         )
 

@@ -207,9 +207,7 @@ def read_base(folder: Path) -> Base:
             raise ValueError(f"guidance is {base.guidance!r}")
         return base
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise IntegrityError(
-            f"{printable(str(path))} cannot be used: {printable(str(error))}"
-        ) from error
+        raise IntegrityError(f"{printable(str(path))} cannot be used: {printable(str(error))}") from error
 
 
 def _embedded(name: str) -> Path:

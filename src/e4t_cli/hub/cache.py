@@ -28,13 +28,7 @@ from e4t_cli.hub.download import (
     forget_repository,
 )
 from e4t_cli.hub.image_tower import VIT_H_14, has_tower, tower_folder
-from e4t_cli.hub.paths import (
-    hub_cache,
-    repository_folder,
-    repository_of,
-    snapshot_folder,
-    user_cache,
-)
+from e4t_cli.hub.paths import hub_cache, repository_folder, repository_of, snapshot_folder, user_cache
 from e4t_cli.progress import ProgressCallback
 
 _MAX_WRITE_SECONDS = 3600.0  # a partial file younger than this may belong to a running process
@@ -118,9 +112,7 @@ def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[Check
     for repository, name, path, expected in files:
         got = checksum(path, expected, meter.add)
         if got != expected:
-            damaged.append(
-                ChecksumMismatch(repository=repository, file=name, expected=expected, got=got)
-            )
+            damaged.append(ChecksumMismatch(repository=repository, file=name, expected=expected, got=got))
     meter.finish(if_reported=True)
     return len(files), damaged
 
@@ -186,15 +178,9 @@ def find_items(name: str) -> list[CacheItem]:
     location = hub_location(name)
     repository = location.repository if location is not None else name
     folder = repository_folder(repository)
-    found = [
-        item
-        for item in list_cache()
-        if item.name in (name, repository) or folder in item.path.parents
-    ]
+    found = [item for item in list_cache() if item.name in (name, repository) or folder in item.path.parents]
     if not found:
-        raise UsageError(
-            f"there is nothing called {printable(name)!r} in the caches", hint="e4t cache ls"
-        )
+        raise UsageError(f"there is nothing called {printable(name)!r} in the caches", hint="e4t cache ls")
     return found
 
 
@@ -217,9 +203,7 @@ def remove(item: CacheItem) -> None:
             for blob in blobs - _blobs(folder / "snapshots"):
                 blob.unlink(missing_ok=True)
     except OSError as error:
-        raise WeightsUnavailable(
-            f"{printable(str(path))} cannot be removed: {error.strerror}"
-        ) from error
+        raise WeightsUnavailable(f"{printable(str(path))} cannot be removed: {error.strerror}") from error
     forget_deleted()
 
 

@@ -40,13 +40,7 @@ from urllib.parse import quote
 
 from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable, printable
 from e4t_cli.files import free_bytes, shown_size, write_atomically
-from e4t_cli.hub.errors import (
-    as_e4t_error,
-    is_broken_connection,
-    is_refused_token,
-    is_transient,
-    retry_after,
-)
+from e4t_cli.hub.errors import as_e4t_error, is_broken_connection, is_refused_token, is_transient, retry_after
 from e4t_cli.hub.paths import (
     COMMIT,
     REPOSITORY,
@@ -128,9 +122,7 @@ def get_repo_info(repository: str, revision: str | None, access: HubAccess) -> R
     folder = _info_folder(repository)
     with contextlib.suppress(OSError):  # a cache that is read-only costs a request the next time
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            folder / f"{info.commit}.json", json.dumps(asdict(info), indent=1).encode()
-        )
+        write_atomically(folder / f"{info.commit}.json", json.dumps(asdict(info), indent=1).encode())
         if not COMMIT.fullmatch(revision or "main"):
             name = f"ref-{quote(revision or 'main', safe='')}"
             write_atomically(folder / name, info.commit.encode())
@@ -189,9 +181,7 @@ def check_repository(repository: str) -> None:
         WeightsUnavailable: it cannot.
     """
     if not REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
-        raise WeightsUnavailable(
-            f"{printable(repository)!r} cannot be a repository of the hub", hint="owner/name"
-        )
+        raise WeightsUnavailable(f"{printable(repository)!r} cannot be a repository of the hub", hint="owner/name")
 
 
 def has_token() -> bool:
@@ -255,9 +245,7 @@ def _request_repo_info(repository: str, revision: str, access: HubAccess) -> Rep
         )
         for one in found.siblings or ()
     ]
-    return RepoInfo(
-        repository=repository, commit=found.sha, licence=str(licence), files=tuple(files)
-    )
+    return RepoInfo(repository=repository, commit=found.sha, licence=str(licence), files=tuple(files))
 
 
 def _info_folder(repository: str) -> Path:
@@ -267,9 +255,7 @@ def _info_folder(repository: str) -> Path:
 # ── checksums ──
 
 
-def checksum_mismatch(
-    path: Path, declared: str = "", on_bytes: Callable[[int], None] | None = None
-) -> str | None:
+def checksum_mismatch(path: Path, declared: str = "", on_bytes: Callable[[int], None] | None = None) -> str | None:
     """Compare a file with its declared checksum, unless that was done and it has not changed.
 
     Args:
@@ -368,9 +354,7 @@ class ProgressMeter:
         stage: "fetch", or "verify" for files that are only read.
     """
 
-    def __init__(
-        self, total: int, on_progress: ProgressCallback | None, stage: str = "fetch"
-    ) -> None:
+    def __init__(self, total: int, on_progress: ProgressCallback | None, stage: str = "fetch") -> None:
         self.total, self.stage = total, stage
         self._on_progress = on_progress
         self._done = 0
@@ -538,8 +522,7 @@ def fetch_files(
         folder = snapshot_folder(repository, info.commit)
     elif commit is None or not folder.is_dir():
         raise WeightsUnavailable(
-            f"{repository} is not on this machine and e4t is offline",
-            hint=f"with a network: {command}",
+            f"{repository} is not on this machine and e4t is offline", hint=f"with a network: {command}"
         )
     wanted = _matching_files(info, folder, patterns)
     missing = [file for file in wanted if not (folder / file.path).is_file()]
@@ -555,10 +538,7 @@ def fetch_files(
         if any(file.path.endswith(".safetensors") for file in missing):  # not of config files
             count = f"{len(missing)} files" if len(missing) > 1 else printable(missing[0].path)
             cache, free = printable(str(hub_cache())), shown_size(free_bytes(hub_cache()))
-            access.remark(
-                f"fetching {count} of {repository}, {shown_size(needed)}, to {cache}; "
-                f"{free} are free there"
-            )
+            access.remark(f"fetching {count} of {repository}, {shown_size(needed)}, to {cache}; {free} are free there")
         check_room(repository, needed)
         _download(repository, folder.name, missing, access)
     _verify(wanted, missing, folder, access, repair=repair, command=command)
@@ -609,12 +589,7 @@ def total_size(files: Sequence[RepoFile]) -> int:
 
 
 def _download(
-    repository: str,
-    commit: str,
-    files: Sequence[RepoFile],
-    access: HubAccess,
-    *,
-    force: bool = False,
+    repository: str, commit: str, files: Sequence[RepoFile], access: HubAccess, *, force: bool = False
 ) -> None:
     """Download files into the hub's cache, several at a time.
 
@@ -719,9 +694,7 @@ def _matching_files(info: RepoInfo | None, folder: Path, patterns: Sequence[str]
     for pattern in patterns:
         if not any(fnmatchcase(file.path, pattern) for file in files):
             if info is not None:
-                raise WeightsUnavailable(
-                    f"{info.repository} has no file {printable(pattern)!r} at {info.commit[:12]}"
-                )
+                raise WeightsUnavailable(f"{info.repository} has no file {printable(pattern)!r} at {info.commit[:12]}")
             files.append(RepoFile(path=pattern, size=0, digest=""))
     return [
         file

@@ -29,9 +29,7 @@ class _Request:
     file: str
 
 
-def as_e4t_error(
-    error: BaseException, repository: str, revision: str = "", file: str = ""
-) -> E4TError:
+def as_e4t_error(error: BaseException, repository: str, revision: str = "", file: str = "") -> E4TError:
     """Return the E4TError for an error of huggingface_hub, its HTTP library, or the disk.
 
     Args:
@@ -116,14 +114,8 @@ def _response_error(one: BaseException, what: _Request) -> E4TError | None:
             "check its name; for a private one: hf auth login",
         ),
         "HFValidationError": (f"{repository!r} is not a name of the hub", None),
-        401: (
-            f"the hub refused the token for {repository} (401)",
-            "hf auth login again, or unset HF_TOKEN",
-        ),
-        403: (
-            f"the hub does not give {repository} to you (403)",
-            f"look at {page} with your account",
-        ),
+        401: (f"the hub refused the token for {repository} (401)", "hf auth login again, or unset HF_TOKEN"),
+        403: (f"the hub does not give {repository} to you (403)", f"look at {page} with your account"),
         429: (
             "the hub has had too many requests from here (429)",
             f"{when}, or: hf auth login, which is allowed more; {AGAIN}",
@@ -185,6 +177,4 @@ def _status(one: BaseException) -> int | None:
 
 def _is_http(one: BaseException) -> bool:
     # httpx in version 1 of huggingface_hub, httpx2 in version 2: the names of the classes agree.
-    return any(
-        kind.__module__.partition(".")[0] in ("httpx", "httpx2") for kind in type(one).__mro__
-    )
+    return any(kind.__module__.partition(".")[0] in ("httpx", "httpx2") for kind in type(one).__mro__)

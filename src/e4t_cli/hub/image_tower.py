@@ -54,13 +54,7 @@ VIT_H_14 = PublishedTower(
     config={
         "model_cfg": {
             "embed_dim": 1024,
-            "vision_cfg": {
-                "image_size": 224,
-                "layers": 32,
-                "width": 1280,
-                "head_width": 80,
-                "patch_size": 14,
-            },
+            "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
         },
         "preprocess_cfg": {
             "mean": [0.48145466, 0.4578275, 0.40821073],
@@ -107,8 +101,7 @@ def fetch_image_tower(access: HubAccess, tower: PublishedTower = VIT_H_14) -> Pa
     found = declared or checksum(snapshot / tower.file, tower.sha256)
     if found != tower.sha256:
         raise IntegrityError(
-            f"{repository}/{tower.file} is not the file that e4t knows: "
-            f"expected checksum {tower.sha256}, got {found}",
+            f"{repository}/{tower.file} is not the file that e4t knows: expected checksum {tower.sha256}, got {found}",
             hint=f"e4t cache rm {repository}",
         )
     access.remark(f"keeping a slim copy of the image tower in {folder}")

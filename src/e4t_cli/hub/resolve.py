@@ -34,22 +34,8 @@ from e4t_cli.hub.bases import (
     remember_location,
 )
 from e4t_cli.hub.download import cached_commit, check_room, fetch_files, get_repo_info
-from e4t_cli.hub.image_tower import (
-    VIT_H_14,
-    fetch_image_tower,
-    has_tower,
-    missing_bytes,
-    tower_folder,
-)
-from e4t_cli.hub.paths import (
-    HubAccess,
-    Terms,
-    accept,
-    endpoint,
-    is_accepted,
-    repository_folder,
-    snapshot_folder,
-)
+from e4t_cli.hub.image_tower import VIT_H_14, fetch_image_tower, has_tower, missing_bytes, tower_folder
+from e4t_cli.hub.paths import HubAccess, Terms, accept, endpoint, is_accepted, repository_folder, snapshot_folder
 
 # ── what a base needs of a folder or repository in diffusers' layout ──
 
@@ -87,9 +73,7 @@ def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
     return []
 
 
-def needed_files(
-    names: Collection[str], *, half: bool, safety: bool, source: str
-) -> tuple[list[str], list[str]]:
+def needed_files(names: Collection[str], *, half: bool, safety: bool, source: str) -> tuple[list[str], list[str]]:
     """Return the configs and the weights that are needed of a repository.
 
     Args:
@@ -104,8 +88,7 @@ def needed_files(
         found = weight_files(names, part, half=half)
         if not found:
             raise IntegrityError(
-                f"{printable(source)} has no safetensors for its {part}, and pickles are refused",
-                hint=_USABLE,
+                f"{printable(source)} has no safetensors for its {part}, and pickles are refused", hint=_USABLE
             )
         weights += found
     for part in ("safety_checker", "image_tower") if safety else ("image_tower",):
@@ -130,10 +113,7 @@ def is_complete(folder: Path, *, half: bool, safety: bool) -> bool:
     if safety and listed and listed[0] and not weight_files(names, "safety_checker", half=half):
         return False
     tokenizer = {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= names
-    configs = {
-        *("unet/config.json", "vae/config.json", "text_encoder/config.json"),
-        "scheduler/scheduler_config.json",
-    }
+    configs = {*("unet/config.json", "vae/config.json", "text_encoder/config.json"), "scheduler/scheduler_config.json"}
     return (
         configs <= names
         and (tokenizer or "tokenizer/tokenizer.json" in names)
@@ -172,8 +152,7 @@ def check_architecture(folder: Path) -> None:
         predicts = schedule.get("prediction_type", "epsilon")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
-            f"{shown} is not a base: it has no U-Net or no noise schedule that can be read",
-            hint=_USABLE,
+            f"{shown} is not a base: it has no U-Net or no noise schedule that can be read", hint=_USABLE
         ) from error
     wrong = (
         f"its denoiser is a {printable(str(kind))}"
@@ -187,9 +166,7 @@ def check_architecture(folder: Path) -> None:
         else ""
     )
     if wrong:
-        raise IntegrityError(
-            f"{shown} cannot be used: {wrong}", hint="Stable Diffusion 1 and 2 can be used"
-        )
+        raise IntegrityError(f"{shown} cannot be used: {wrong}", hint="Stable Diffusion 1 and 2 can be used")
 
 
 # ── bases in the cache ──
@@ -351,9 +328,7 @@ def fetch_base(
     else:
         cached = None if repair else _cached_base(location, access, half=half, safety=safety)
         try:
-            base = cached or _download_base(
-                location, access, half=half, safety=safety, repair=repair
-            )
+            base = cached or _download_base(location, access, half=half, safety=safety, repair=repair)
         except WeightsUnavailable as error:
             # Without a network, a base that is nearly complete is better than none.
             alone = replace(access, offline=True)
@@ -382,9 +357,7 @@ def fetch_domain_weights(location: str, access: HubAccess, *, repair: bool = Fal
     return fetch_files(repository, revision, patterns, access, repair=repair)
 
 
-def _cached_base(
-    location: HubLocation, access: HubAccess, *, half: bool, safety: bool
-) -> Base | None:
+def _cached_base(location: HubLocation, access: HubAccess, *, half: bool, safety: bool) -> Base | None:
     """Return the base, verified, if it is cached; None if something has to be fetched.
 
     Raises:
@@ -407,9 +380,7 @@ def _cached_base(
     return _base_in(folder, location, half=half)
 
 
-def _download_base(
-    location: HubLocation, access: HubAccess, *, half: bool, safety: bool, repair: bool
-) -> Base:
+def _download_base(location: HubLocation, access: HubAccess, *, half: bool, safety: bool, repair: bool) -> Base:
     info = get_repo_info(location.repository, location.revision, access)
     if info is None:
         state = "incomplete" if repository_folder(location.repository).is_dir() else "not"

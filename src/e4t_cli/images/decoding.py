@@ -66,9 +66,7 @@ def decode(data: bytes, name: str) -> OpenedImage:
             if width * height > MAX_PIXELS:  # known from the header; nothing is decoded yet
                 raise Image.DecompressionBombError
             if min(width, height) < MIN_SIDE:
-                raise InputError(
-                    f"{name} is {width}×{height}: {MIN_SIDE} pixels a side are the minimum"
-                )
+                raise InputError(f"{name} is {width}×{height}: {MIN_SIDE} pixels a side are the minimum")
             frames = getattr(image, "n_frames", 1)
             # The further frames of a photo in MPO are depth or brightness maps: not worth a note.
             if frames > 1 and image.format != "MPO":
@@ -83,8 +81,7 @@ def decode(data: bytes, name: str) -> OpenedImage:
         ) from None
     except UnidentifiedImageError:
         raise InputError(
-            f"{name} is not an image in a known format",
-            hint="JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM are",
+            f"{name} is not an image in a known format", hint="JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM are"
         ) from None
     except InputError:
         raise
@@ -97,15 +94,12 @@ def _register_heic(name: str) -> None:
         import pi_heif
     except ImportError:
         raise InputError(
-            f"{name} is a HEIC image, which needs one more package",
-            hint="pip install 'e4t[heic]'",
+            f"{name} is a HEIC image, which needs one more package", hint="pip install 'e4t[heic]'"
         ) from None
     pi_heif.register_heif_opener()
 
 
-def _upright_rgb(
-    image: Image.Image, name: str, notes: list[str]
-) -> tuple[Image.Image, Image.Image | None]:
+def _upright_rgb(image: Image.Image, name: str, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
     profile = image.info.get("icc_profile")
     try:
         image = ImageOps.exif_transpose(image)

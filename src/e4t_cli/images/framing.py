@@ -122,9 +122,7 @@ class Frame:
         return self.apply(mask, size, outside=0)
 
 
-def _resampled(
-    image: Image, frame: Frame, ratio: tuple[float, float], size: int, outside: Outside
-) -> Image:
+def _resampled(image: Image, frame: Frame, ratio: tuple[float, float], size: int, outside: Outside) -> Image:
     """Resample a rotated or overhanging square, supersampled against aliasing."""
     from PIL.Image import Resampling, Transform
 

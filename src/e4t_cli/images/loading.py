@@ -140,9 +140,7 @@ def _read(source: ImageInput) -> tuple[bytes, str]:
     path = os.fspath(source)
     shown = printable(path)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path):
-        raise UsageError(
-            "images are not fetched from the web", hint=f"curl -L -o photo.jpg '{shown}'"
-        )
+        raise UsageError("images are not fetched from the web", hint=f"curl -L -o photo.jpg '{shown}'")
     # Without O_NONBLOCK, opening a FIFO that nobody writes to would wait forever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:

@@ -124,10 +124,7 @@ class ImageMetadata:
 
 
 def png_bytes(
-    image: Image.Image,
-    record: GenerationRecord | Sequence[GenerationRecord],
-    *,
-    include_prompts: bool = True,
+    image: Image.Image, record: GenerationRecord | Sequence[GenerationRecord], *, include_prompts: bool = True
 ) -> bytes:
     """Encode an image, or a contact sheet with a record for each of its images."""
     info = PngInfo()

@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 CLIPSEG = "CIDAS/clipseg-rd64-refined"
 FILES = ("*.json", "*.safetensors")
-KNOWN_TERMS = {
-    "jonathandinu/face-parsing": "made from SegFormer weights and CelebAMask-HQ: for research",
-}
+KNOWN_TERMS = {"jonathandinu/face-parsing": "made from SegFormer weights and CelebAMask-HQ: for research"}
 """Terms of a repository beside the licence it states."""
 MIN_PROBABILITY = 0.4
 """A pixel above it belongs to the mask. CLIPSeg's probabilities are rarely above 0.8."""
@@ -54,12 +52,7 @@ class MaskSource:
 
 
 def prepare_photo(
-    domain: Domain,
-    photo: OpenedImage,
-    mask: MaskSource,
-    target: PreparationTarget,
-    *,
-    masked: bool,
+    domain: Domain, photo: OpenedImage, mask: MaskSource, target: PreparationTarget, *, masked: bool
 ) -> PreparedImage:
     """Run the domain's preparation on a photo, with the requested mask.
 
@@ -88,8 +81,7 @@ def prepare_photo(
         words = mask.words or domain.mask_words
         if not words:
             raise UsageError(
-                f"the domain {domain.name!r} has no words for its mask",
-                hint='--mask "words:a cat" finds a cat',
+                f"the domain {domain.name!r} has no words for its mask", hint='--mask "words:a cat" finds a cat'
             )
         prepared = _with_text_mask(prepared, words, target)
     elif alpha is not None:
@@ -125,9 +117,7 @@ def with_mask(prepared: PreparedImage, photo: Image.Image, mask: Image.Image) ->
     return _checked(replace(prepared, image=image, mask=cropped, notes=notes), "the mask covers")
 
 
-def _with_text_mask(
-    prepared: PreparedImage, words: str, target: PreparationTarget
-) -> PreparedImage:
+def _with_text_mask(prepared: PreparedImage, words: str, target: PreparationTarget) -> PreparedImage:
     mask = mask_by_words(prepared.image, words, target)
     found = _checked(replace(prepared, mask=mask), f"the words {words!r} were found in")
     if found.mask is None:
@@ -262,11 +252,7 @@ def load_segmenter(kind: Any, folder: Path, what: str) -> Any:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model, report = kind.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{what} cannot be used: {error}") from error

@@ -169,11 +169,7 @@ class GeneratedImage:
     record: GenerationRecord
 
     def save(
-        self,
-        folder: str | os.PathLike[str] = "outputs",
-        *,
-        name: str | None = None,
-        include_prompts: bool = True,
+        self, folder: str | os.PathLike[str] = "outputs", *, name: str | None = None, include_prompts: bool = True
     ) -> Path:
         """Write `<name>-<prompt>-<seed>.png`, with a number appended if that name is taken.
 
@@ -219,11 +215,7 @@ class Personalization:
         return [image.save(folder, **options) for image in self.images]
 
     def save_grid(
-        self,
-        folder: str | os.PathLike[str] = "outputs",
-        *,
-        name: str | None = None,
-        include_prompts: bool = True,
+        self, folder: str | os.PathLike[str] = "outputs", *, name: str | None = None, include_prompts: bool = True
     ) -> Path:
         """Write `<name>-grid.png`: the photo first, then every image above its prompt."""
         captions = [image.prompt for image in self.images]

@@ -103,13 +103,7 @@ class CFGDenoiser:
     """ε_θ of one batch of prompts under guidance, with e_c predicted anew from every z_t."""
 
     def __init__(
-        self,
-        model: TextToImageModel,
-        tuned: TunedModel,
-        tokens: Tokens,
-        *,
-        guidance: float,
-        negative_prompt: str = "",
+        self, model: TextToImageModel, tuned: TunedModel, tokens: Tokens, *, guidance: float, negative_prompt: str = ""
     ) -> None:
         self.model, self.tuned, self.tokens = model, tuned, tokens
         self.guidance = guidance
@@ -131,9 +125,7 @@ class CFGDenoiser:
         conditional = down_and_mid(unet, start, text)
         if unconditional is None:
             return up_and_out(unet, conditional, text)
-        both = up_and_out(
-            unet, UNetState.cat((unconditional, conditional)), torch.cat((self.negative, text))
-        )
+        both = up_and_out(unet, UNetState.cat((unconditional, conditional)), torch.cat((self.negative, text)))
         without, with_text = both.chunk(2)
         return without + self.guidance * (with_text - without)
 

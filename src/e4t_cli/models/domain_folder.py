@@ -37,9 +37,7 @@ from e4t_cli.registry.manifest import SCHEMA, read_manifest, toml_text
 MANIFEST = "domain.toml"
 
 
-def read_tensors(
-    path: Path, expected: Mapping[str, tuple[int, ...]] | None = None
-) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
     """Read a safetensors file in float32, after checking its header.
 
     Args:
@@ -58,18 +56,14 @@ def read_tensors(
                     raise IntegrityError(f"{path.name} {state} tensor {printable(key)}")
                 for key, shape in expected.items():
                     if shapes[key] != shape:
-                        raise IntegrityError(
-                            f"{path.name}: {printable(key)} has shape {shapes[key]}, not {shape}"
-                        )
+                        raise IntegrityError(f"{path.name}: {printable(key)} has shape {shapes[key]}, not {shape}")
             tensors = {key: file.get_tensor(key) for key in shapes}
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path.name} is not a usable safetensors file: {error}") from error
     for key, value in tensors.items():
         if not value.isfinite().all():
             raise IntegrityError(f"{path.name}: {printable(key)} has values that are not finite")
-    return {
-        key: value.float() if value.is_floating_point() else value for key, value in tensors.items()
-    }
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 
 
 def check_file(folder: Path, name: str, expected: str) -> None:
@@ -83,9 +77,7 @@ def check_file(folder: Path, name: str, expected: str) -> None:
     if not path.is_file():
         raise WeightsUnavailable(f"the domain folder {shown} lacks {name}")
     if (found := sha256_of(path)) != expected:
-        raise IntegrityError(
-            f"{name} in {shown} is damaged: its SHA-256 is {found}, not {expected} as in {MANIFEST}"
-        )
+        raise IntegrityError(f"{name} in {shown} is damaged: its SHA-256 is {found}, not {expected} as in {MANIFEST}")
 
 
 def pair_factors(tensors: Mapping[str, Tensor], shown: str) -> dict[str, Factors]:

@@ -91,8 +91,7 @@ class DomainWeights:
             raise IntegrityError(
                 f"the domain {self.name} was made for the base {self.base_name} "
                 f"({self.base_fingerprint[:12]}), not for this {model.base.name} "
-                f"({model.fingerprint[:12]})"
-                + (", which is the same model with other weights" if alike else ""),
+                f"({model.fingerprint[:12]})" + (", which is the same model with other weights" if alike else ""),
                 hint=f"e4t pretrain --domain {self.name} --data FOLDER trains it for this base",
             )
         return None
@@ -120,11 +119,7 @@ class DomainWeights:
         return rounded if rounded.isfinite().all() else features
 
     def save(
-        self,
-        folder: str | Path,
-        *,
-        dtype: torch.dtype = torch.float32,
-        offsets_dtype: torch.dtype | None = None,
+        self, folder: str | Path, *, dtype: torch.dtype = torch.float32, offsets_dtype: torch.dtype | None = None
     ) -> None:
         """Write a domain folder, the manifest last.
 

@@ -76,11 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _essence(table: Any) -> Any:
     if not isinstance(table, dict):
         return table
-    return {
-        key: _essence(value)
-        for key, value in table.items()
-        if not key.startswith("_") and key not in _INCIDENTAL
-    }
+    return {key: _essence(value) for key, value in table.items() if not key.startswith("_") and key not in _INCIDENTAL}
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -114,9 +110,7 @@ def folder_fingerprint(folder: Path) -> str:
 _LOADING = threading.Lock()
 
 
-def load_part(
-    kind: Any, folder: Path, device: str | torch.device, dtype: torch.dtype, *, half: bool = False
-) -> Any:
+def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.dtype, *, half: bool = False) -> Any:
     """Read a part that has weights: diffusers' U-Net and VAE, transformers' text encoder.
 
     Args:

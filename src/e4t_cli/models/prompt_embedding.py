@@ -69,10 +69,7 @@ def tokenize_prompts(
         dropped.append(str(tokenizer.decode(tokens[room:])).strip())
         tokens, concept = tokens[:room], concept[:room]
         padding = room - len(tokens)
-        ids.append(
-            [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
-            + [tokenizer.pad_token_id] * padding
-        )
+        ids.append([tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] + [tokenizer.pad_token_id] * padding)
         placeholders.append([False, *concept, False] + [False] * padding)
     return Tokens(
         ids=torch.tensor(ids, device=device),

@@ -45,9 +45,7 @@ class SafetyChecker:
         if not (folder / FOLDER / "config.json").is_file():
             return None
         # Not at the top: two seconds of imports for the one family of bases that has it.
-        from diffusers.pipelines.stable_diffusion.safety_checker import (
-            StableDiffusionSafetyChecker,
-        )
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import CLIPImageProcessor
 
         checker = load_part(StableDiffusionSafetyChecker, folder / FOLDER, device, dtype)

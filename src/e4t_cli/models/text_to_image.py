@@ -117,11 +117,7 @@ class TextToImageModel:
 
     @classmethod
     def load(
-        cls,
-        folder: str | Path | Base,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        cls, folder: str | Path | Base, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Self:
         """Load a base from a folder in diffusers' layout, without network access.
 
@@ -233,9 +229,7 @@ class TextToImageModel:
         """Return the VAE's Gaussian over the latents of images in −1 … 1."""
         found = self.vae.encode(pixels.to(self.dtype)).latent_dist
         scale = torch.tensor(self.vae.config["scaling_factor"], device=self.device)
-        return Posterior(
-            mean=found.mean.float() * scale, logvar=found.logvar.float() + 2 * torch.log(scale)
-        )
+        return Posterior(mean=found.mean.float() * scale, logvar=found.logvar.float() + 2 * torch.log(scale))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -257,8 +251,7 @@ class TextToImageModel:
         ids: list[int] = self.tokenizer(descriptor, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise UsageError(
-                f"the descriptor {descriptor!r} is {len(ids)} tokens to the base "
-                f"{self.base.name}; it has to be one",
+                f"the descriptor {descriptor!r} is {len(ids)} tokens to the base {self.base.name}; it has to be one",
                 hint="use a more common word, such as face, cat, dog or art",
             )
         return ids[0]

@@ -46,9 +46,7 @@ class LoraLayer(nn.Module):
     row_scale: nn.Parameter | None
     column_scale: nn.Parameter | None
 
-    def __init__(
-        self, rows: int, columns: int, rank: int, *, scales: bool, source: torch.Generator
-    ) -> None:
+    def __init__(self, rows: int, columns: int, rank: int, *, scales: bool, source: torch.Generator) -> None:
         super().__init__()
         rank = min(rank, rows, columns)
         down = torch.randn(rank, columns, generator=source, device="cpu") / columns**0.5
@@ -108,12 +106,7 @@ class LoraAdapters(nn.Module):
 
     @classmethod
     def for_layers(
-        cls,
-        layers: Mapping[str, nn.Linear],
-        rank: int,
-        *,
-        scaled: Collection[str] = (),
-        source: torch.Generator,
+        cls, layers: Mapping[str, nn.Linear], rank: int, *, scaled: Collection[str] = (), source: torch.Generator
     ) -> Self:
         """Return fresh adapters.
 
@@ -189,9 +182,7 @@ class LoraAdapters(nn.Module):
         flat = torch.cat([parameter.flatten() for parameter in parameters]).to(dtype)
         pieces = iter(torch.split(flat, [parameter.numel() for parameter in parameters]))
         for _, adapter in self._items():
-            adapter.converted = {
-                name: next(pieces).view_as(value) for name, value in adapter.named_parameters()
-            }
+            adapter.converted = {name: next(pieces).view_as(value) for name, value in adapter.named_parameters()}
         try:
             yield
         finally:
@@ -245,9 +236,7 @@ def lora_target_layers(unet: nn.Module) -> dict[str, nn.Linear]:
 
 
 @torch.no_grad()
-def copy_sharing_weights(
-    unet: UNet, offsets: Mapping[str, Factors], *, dtype: torch.dtype | None = None
-) -> UNet:
+def copy_sharing_weights(unet: UNet, offsets: Mapping[str, Factors], *, dtype: torch.dtype | None = None) -> UNet:
     """Return a copy of `unet` that shares all of its weights but those of its attention layers.
 
     Args:

@@ -59,9 +59,7 @@ class PatchTower(nn.Module):
         """Return (batch, vectors, width) in float32 for pixels in −1 … 1."""
         side = (self.size, self.size)
         # Without antialiasing, with aligned corners and unclamped, as those weights were trained.
-        sized = functional.interpolate(
-            pixels.float(), size=side, mode="bicubic", align_corners=True, antialias=False
-        )
+        sized = functional.interpolate(pixels.float(), size=side, mode="bicubic", align_corners=True, antialias=False)
         mean, std = (sized.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
         found = self.visual.forward_intermediates(
             (((sized + 1) / 2 - mean) / std).to(self.visual.conv1.weight.dtype),

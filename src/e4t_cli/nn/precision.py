@@ -59,9 +59,7 @@ class PrecisionPolicy:
         """
         matmul = torch.float32
         if autocast is not False:
-            matmul = _fast_dtype(device, loss_scaling) or (
-                torch.bfloat16 if autocast else torch.float32
-            )
+            matmul = _fast_dtype(device, loss_scaling) or (torch.bfloat16 if autocast else torch.float32)
         # Fifteen steps at the paper's rate move a weight by one or two spacings of bfloat16, and
         # a third of that is lost in the rounding; float16, as fast, loses 4 % (a test measures
         # it). On a CPU float16 is slow, and bfloat16 is used there only on request.
@@ -138,11 +136,7 @@ thread would convert its weights again and round their gradients differently.
 
 @contextmanager
 def half_precision(
-    device: torch.device,
-    dtype: torch.dtype | None,
-    *,
-    keep_casts: bool = True,
-    cast: bool = True,
+    device: torch.device, dtype: torch.dtype | None, *, keep_casts: bool = True, cast: bool = True
 ) -> Iterator[None]:
     """Multiply matrices in half precision inside a `with` block; weights keep their dtype.
 
@@ -177,11 +171,7 @@ class math_attention(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is functional.scaled_dot_product_attention:
             return _math_attention(*args, **(kwargs or {}))
@@ -202,9 +192,7 @@ def _math_attention(
         allowed, attn_mask = attn_mask, torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask.masked_fill_(allowed.logical_not(), -torch.inf)
     with full_precision(device):
-        output: Tensor = torch._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, *args, **kwargs
-        )[0]
+        output: Tensor = torch._scaled_dot_product_attention_math(query, key, value, attn_mask, *args, **kwargs)[0]
     return output
 
 

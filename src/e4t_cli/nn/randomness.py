@@ -79,13 +79,7 @@ def sent(value: Tensor, device: torch.device) -> Tensor:
 
 
 def draw(
-    seed: int,
-    step: int,
-    positions: range,
-    *,
-    batch_size: int,
-    train_timesteps: int,
-    shape: Sequence[int],
+    seed: int, step: int, positions: range, *, batch_size: int, train_timesteps: int, shape: Sequence[int]
 ) -> Draws:
     """Sample for the `positions` of a step's batch: a micro-batch, or all of it.
 
@@ -100,10 +94,7 @@ def draw(
     level = (torch.arange(batch_size) + values[:, 0]) / batch_size
     noise = torch.randn(2, batch_size, *shape, generator=source)
     whole = Draws(
-        timesteps=choose(level, train_timesteps),
-        epsilon=noise[0],
-        posterior=noise[1],
-        uniform=values[:, 1:],
+        timesteps=choose(level, train_timesteps), epsilon=noise[0], posterior=noise[1], uniform=values[:, 1:]
     )
     return whole[positions]
 

@@ -137,9 +137,7 @@ class WeightOffsets(nn.Module):
         self._attached: list[nn.Module] = []
 
     @classmethod
-    def for_unet(
-        cls, unet: nn.Module, make: Callable[[int, int], Modulation] = WeightOffset
-    ) -> Self:
+    def for_unet(cls, unet: nn.Module, make: Callable[[int, int], Modulation] = WeightOffset) -> Self:
         """Return fresh offsets for every attention projection of `unet`, not yet attached."""
         return cls({path: make(*shape) for path, shape in projection_shapes(unet).items()})
 

@@ -128,9 +128,7 @@ class WordEmbeddingEncoder(nn.Module):
         super().__init__()
         self.config = config
         hidden = config.hidden_width
-        self.image_linears = nn.ModuleList(
-            nn.Linear(config.image_width, hidden) for _ in range(config.image_layers)
-        )
+        self.image_linears = nn.ModuleList(nn.Linear(config.image_width, hidden) for _ in range(config.image_layers))
         # Paper silent: how the pooled features join the hierarchy. Read literally ("concatenated
         # with the hierarchical features ... before being passed to the rest of the encoder"),
         # they are further entries of it, each with a linear layer of its own.

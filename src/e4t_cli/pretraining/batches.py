@@ -62,9 +62,7 @@ class DistributedContext:
         # Not `Accelerator.prepare` (accelerate 1.15.0): on GPUs it follows a launcher's FSDP or
         # DeepSpeed settings, which shard the parameters that checkpoints hold as a whole.
         cuda = self.device is not None and self.device.type == "cuda"
-        return DistributedDataParallel(
-            module, device_ids=[self.device] if cuda else None, broadcast_buffers=False
-        )
+        return DistributedDataParallel(module, device_ids=[self.device] if cuda else None, broadcast_buffers=False)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over all processes."""
@@ -169,12 +167,8 @@ class Batches:
         positions = range(self.batch_size) if positions is None else positions
         device = self.model.device
         draws = self._draws(step)[positions].to(device)
-        rows = self.data.rows(
-            seed=self.seed, step=step, positions=positions, batch_size=self.batch_size
-        )
-        posterior = Posterior(
-            mean=sent(rows.means, device).float(), logvar=sent(rows.logvars, device).float()
-        )
+        rows = self.data.rows(seed=self.seed, step=step, positions=positions, batch_size=self.batch_size)
+        posterior = Posterior(mean=sent(rows.means, device).float(), logvar=sent(rows.logvars, device).float())
         masks = None
         if self.config.mask and rows.masks is not None:
             masks = sent(rows.masks, device).float()

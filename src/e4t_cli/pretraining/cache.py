@@ -74,11 +74,7 @@ def write_chunk(
         tensors[name] = joined.view(len(rows_of_bytes), -1)
     plain = save(tensors)
     data = memoryview(plain)[8 + int.from_bytes(plain[:8], "little") :]
-    about = {
-        "format": CHUNK_FORMAT,
-        "bad": json.dumps(bad),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    about = {"format": CHUNK_FORMAT, "bad": json.dumps(bad), "sha256": hashlib.sha256(data).hexdigest()}
     _write(path, save(tensors, about), overwrite=False)
 
 

@@ -111,8 +111,7 @@ class Checkpoints:
             step, run = int(metadata["step"]), json.loads(metadata["run"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise IntegrityError(
-                f"the checkpoint {path.name} cannot be read: {error}",
-                hint="remove it to resume from the one before",
+                f"the checkpoint {path.name} cannot be read: {error}", hint="remove it to resume from the one before"
             ) from error
         self._compare(run, force)
         parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "offsets": {}, "optimizer": {}}
@@ -160,8 +159,7 @@ class Checkpoints:
         ]
         if changed and not force:
             raise UsageError(
-                f"the checkpoints in {printable(str(self.folder))} are of another run:"
-                f" {', '.join(changed)}",
+                f"the checkpoints in {printable(str(self.folder))} are of another run: {', '.join(changed)}",
                 hint="give the settings of before, or --force to continue with the new ones",
             )
         if changed:
@@ -169,9 +167,7 @@ class Checkpoints:
         same = ": the samples of each step stay the same, their sums are rounded in another order"
         for key, word in (("processes", "processes"), ("micro_batch", "samples at a time")):
             if key in old and old[key] != new[key]:
-                self.remarks.append(
-                    f"{old[key]} {word} before, {new[key]} now{'' if changed else same}"
-                )
+                self.remarks.append(f"{old[key]} {word} before, {new[key]} now{'' if changed else same}")
 
     def _all(self) -> list[Path]:
         pattern = re.compile(r"step-\d{8,}\.safetensors")
@@ -182,8 +178,7 @@ class Checkpoints:
         intact = self.latest() if self.folder.is_dir() else None
         kept = f"; {intact.name} before it is intact" if intact is not None else ""
         return ResourceError(
-            f"{what} could not be written in {printable(str(self.folder))}:"
-            f" {error.strerror or error}{kept}",
+            f"{what} could not be written in {printable(str(self.folder))}: {error.strerror or error}{kept}",
             hint="make room; the same command then resumes from there",
         )
 

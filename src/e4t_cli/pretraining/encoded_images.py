@@ -95,9 +95,7 @@ class EncodedImages(EncodedRows):
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
-        tensors = {
-            key: value.contiguous() for key, value in vars(self).items() if value is not None
-        }
+        tensors = {key: value.contiguous() for key, value in vars(self).items() if value is not None}
         write_atomically(path, save(tensors))
 
     @classmethod

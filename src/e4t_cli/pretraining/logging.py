@@ -100,10 +100,7 @@ class TrainingLogger:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._each_tracker(lambda tracker: tracker.finish())
 
@@ -155,14 +152,10 @@ class TrainingLogger:
         folder = str(self.config.folder)
         # Only the first process gets here, and uses this accelerator for nothing else.
         with warnings.catch_warnings(action="ignore"):  # what is not installed is reported above
-            accelerator = Accelerator(
-                log_with=[one], project_dir=folder, cpu=True, mixed_precision="no"
-            )
+            accelerator = Accelerator(log_with=[one], project_dir=folder, cpu=True, mixed_precision="no")
         # wandb alone would write into the current folder.
         wandb = {**(OFFLINE_TRACKERS["wandb"] if self.config.offline else {}), "dir": folder}
-        accelerator.init_trackers(
-            f"e4t-{self.name}", config=dict(self._settings), init_kwargs={"wandb": wandb}
-        )
+        accelerator.init_trackers(f"e4t-{self.name}", config=dict(self._settings), init_kwargs={"wandb": wandb})
         return list(accelerator.trackers)
 
     def _each_tracker(self, act: Callable[[Any], object]) -> None:

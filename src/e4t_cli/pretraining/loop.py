@@ -21,13 +21,7 @@ from e4t_cli.nn.randomness import generator
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.pretraining.batches import Batches, DistributedContext, PretrainingLoss, no_sync
-from e4t_cli.pretraining.checkpoints import (
-    CheckpointOptions,
-    Checkpoints,
-    TrainingState,
-    check_weights,
-    diverged,
-)
+from e4t_cli.pretraining.checkpoints import CheckpointOptions, Checkpoints, TrainingState, check_weights, diverged
 from e4t_cli.pretraining.encoded_images import TrainingData
 from e4t_cli.progress import Progress, ProgressCallback, StopRequest
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -201,9 +195,7 @@ def pretrain_domain(
         encoder = WordEmbeddingEncoder(encoder_config).to(model.device)
         offsets = WeightOffsets.for_unet(model.unet).to(model.device)
     # A copy, so that the model stays usable, also for the images of `on_step`.
-    precision = PrecisionPolicy.resolve(
-        model.device, model.dtype, options.autocast, loss_scaling=False
-    )
+    precision = PrecisionPolicy.resolve(model.device, model.dtype, options.autocast, loss_scaling=False)
     unet = frozen_copy(model.unet, {}, precision.half)
     optimizer = adamw(
         (list(encoder.parameters()), rate * config.encoder_rate),
@@ -291,9 +283,7 @@ def pretrain_domain(
             # Processes have to agree on where to stop, and agreeing costs a synchronization.
             agreeing = processes.count == 1 or finished % running.steps_in(MAX_STOP_DELAY) == 0
             stopping = agreeing and not ended and processes.any(stop.asked)
-            saving = history is not None and (
-                stopping or ended or finished % checkpoints.every == 0
-            )
+            saving = history is not None and (stopping or ended or finished % checkpoints.every == 0)
             if saving or ended or finished % REPORT_EVERY == 0:
                 progress = running.report(finished, kept, processes)
                 if on_progress:

@@ -41,9 +41,7 @@ class _OnTheFly:
 class OnTheFlyDataset(_OnTheFly):
     """A map-style source whose images are opened and encoded in each step."""
 
-    def __init__(
-        self, model: TextToImageModel, source: MapStyleSource, reader: ImageReader
-    ) -> None:
+    def __init__(self, model: TextToImageModel, source: MapStyleSource, reader: ImageReader) -> None:
         super().__init__(model, reader, source.fingerprint, reader.key)
         self._source = source
         self._bad: set[int] = set()

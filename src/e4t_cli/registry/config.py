@@ -17,9 +17,7 @@ else:
     _Dataclass = object
 
 
-def check_number(
-    owner: object, name: str, *, above: float = -math.inf, minimum: float = -math.inf
-) -> None:
+def check_number(owner: object, name: str, *, above: float = -math.inf, minimum: float = -math.inf) -> None:
     """Check that an attribute is a finite number in its range, or raise ValueError."""
     value = getattr(owner, name)
     known = isinstance(value, int | float) and not isinstance(value, bool)
@@ -32,10 +30,7 @@ def check_integer(owner: object, name: str, *, minimum: int) -> None:
     """Check that an attribute is an integer of at least `minimum`, or raise ValueError."""
     value = getattr(owner, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(
-            f"{type(owner).__name__}.{name} must be a whole number, {minimum} or more, "
-            f"not {value!r}"
-        )
+        raise ValueError(f"{type(owner).__name__}.{name} must be a whole number, {minimum} or more, not {value!r}")
 
 
 def check_bool(owner: object, name: str) -> None:
@@ -46,11 +41,7 @@ def check_bool(owner: object, name: str) -> None:
 
 
 # Keys and values of files since version 0.1, which stay as they are.
-_KEYS_IN_FILES = {
-    "reg_weight": "embedding_penalty",
-    "lora_rank": "adapter_rank",
-    "lora_rate": "adapters_rate",
-}
+_KEYS_IN_FILES = {"reg_weight": "embedding_penalty", "lora_rank": "adapter_rank", "lora_rate": "adapters_rate"}
 _METHODS_IN_FILES = {"full": "exact", "lora": "adapters"}
 
 
@@ -213,7 +204,5 @@ def pretraining_hours(config: PretrainingConfig, gpu: str, resolution: int = COU
 
 def format_hours(config: PretrainingConfig, resolution: int = COUNTED_AT) -> str:
     """Return the estimate as a phrase: "about 5.1 hours of an A100, 1.6 of an H200"."""
-    first, *others = (
-        f"{pretraining_hours(config, gpu, resolution):.1f} of an {gpu}" for gpu in SPEEDS
-    )
+    first, *others = (f"{pretraining_hours(config, gpu, resolution):.1f} of an {gpu}" for gpu in SPEEDS)
     return ", ".join([f"about {first.replace(' of', ' hours of')}", *others])

@@ -144,15 +144,10 @@ def find_listing(name: str) -> Listing:
     if not claims:
         near = difflib.get_close_matches(bare, [c.name for c in found], n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(
-            f"no domain {shown!r} is installed", hint=f"{guess}e4t domains list shows them all"
-        )
+        raise UsageError(f"no domain {shown!r} is installed", hint=f"{guess}e4t domains list shows them all")
     if len(claims) > 1:
         packages = " and ".join(sorted(c.package for c in claims))
-        raise UsageError(
-            f"domain {shown!r} is claimed by {packages}",
-            hint=f"name one: {claims[0].package}:{bare}",
-        )
+        raise UsageError(f"domain {shown!r} is claimed by {packages}", hint=f"name one: {claims[0].package}:{bare}")
     return replace(claims[0], domain=_load(claims[0]))
 
 

@@ -53,9 +53,7 @@ def check_file_name(name: object) -> str:
     """
     plain = isinstance(name, str) and _FILE_NAME.fullmatch(name)
     if not plain or str(name).partition(".")[0].lower() in _RESERVED:
-        raise ValueError(
-            f"file name {name!r} must be a plain name that ends in .safetensors or .json"
-        )
+        raise ValueError(f"file name {name!r} must be a plain name that ends in .safetensors or .json")
     return str(name)
 
 
@@ -164,9 +162,7 @@ class PreparedImage:
         if self.mask is not None:
             found = getattr(self.mask, "mode", None), getattr(self.mask, "size", None)
             if found != ("L", size):
-                raise ValueError(
-                    f"PreparedImage.mask must be of mode L and size {size}, not {found}"
-                )
+                raise ValueError(f"PreparedImage.mask must be of mode L and size {size}, not {found}")
         for name in ("notes", "remarks"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"PreparedImage.{name} must be a tuple of strings, not a string")

@@ -13,15 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from e4t_cli.errors import IntegrityError, printable
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -121,9 +113,7 @@ def parse_manifest(data: bytes, shown: str) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "its contents"
-        raise IntegrityError(
-            f"{shown} cannot be used: {printable(where)}: {printable(first['msg'])}"
-        ) from error
+        raise IntegrityError(f"{shown} cannot be used: {printable(where)}: {printable(first['msg'])}") from error
 
 
 def toml_text(manifest: Mapping[str, Any]) -> str:

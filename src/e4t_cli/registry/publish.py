@@ -98,14 +98,10 @@ def _folder_to_publish(domain: Domain, base: str) -> Path:
     found = [state for state in states if state.state == READY]
     if len(found) > 1:
         names = " or ".join(state.base for state in found)
-        raise UsageError(
-            f"the domain {domain.name!r} has weights for several bases",
-            hint=f"name one: --base {names}",
-        )
+        raise UsageError(f"the domain {domain.name!r} has weights for several bases", hint=f"name one: --base {names}")
     if not found or found[0].folder is None:
         raise WeightsUnavailable(
-            f"the domain {domain.name!r} has no weights on this machine"
-            + (f" for {printable(base)}" if base else ""),
+            f"the domain {domain.name!r} has no weights on this machine" + (f" for {printable(base)}" if base else ""),
             hint=f"make them: e4t pretrain --domain {domain.name} --data FOLDER",
         )
     return found[0].folder
@@ -122,11 +118,7 @@ def _upload(folder: Path, repository: str, *, private: bool, message: str) -> st
     if not has_token():
         raise WeightsUnavailable("the hub does not know who you are", hint="hf auth login")
     from huggingface_hub import HfApi
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     api = HfApi(endpoint=endpoint())
     had_bars = not are_progress_bars_disabled()
@@ -164,8 +156,7 @@ def model_card(manifest: Manifest, domain: Domain, repository: str) -> str:
         tags=["e4t", "text-to-image", "personalization", f"e4t-base-{manifest.base}"],
     )
     files = "\n".join(
-        f"| `{name}` | {manifest.sizes.get(name, 0):,} | `{sha256}` |"
-        for name, sha256 in manifest.files.items()
+        f"| `{name}` | {manifest.sizes.get(name, 0):,} | `{sha256}` |" for name, sha256 in manifest.files.items()
     )
     summary = f"{domain.summary}. " if domain.summary else ""
     return f"""---

@@ -31,13 +31,7 @@ from e4t_cli.files import write_atomically
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.discovery import USER, installed_packages, user_domain, user_domains_folder
 from e4t_cli.registry.domain import Domain, check_name
-from e4t_cli.registry.manifest import (
-    MANIFEST_NAME,
-    MAX_BYTES,
-    Manifest,
-    parse_manifest,
-    read_manifest,
-)
+from e4t_cli.registry.manifest import MANIFEST_NAME, MAX_BYTES, Manifest, parse_manifest, read_manifest
 
 MAX_MEMBERS = 1000
 MAX_ARCHIVE_BYTES = 32 << 30
@@ -66,10 +60,7 @@ class AddedDomain:
 
 
 def add_domain(
-    source: str | os.PathLike[str],
-    *,
-    offline: bool = False,
-    on_progress: ProgressCallback | None = None,
+    source: str | os.PathLike[str], *, offline: bool = False, on_progress: ProgressCallback | None = None
 ) -> AddedDomain:
     """Copy a domain into the user's store, where `find_domain` finds it.
 
@@ -139,9 +130,7 @@ def find_user_folder(name: str) -> Path:
             f"the domain {shown!r} is not your own: it comes with {' and '.join(packages)}",
             hint=f"pip uninstall {packages[0]}",
         )
-    raise UsageError(
-        f"there is no domain {shown!r} among your own", hint="e4t domains list shows them all"
-    )
+    raise UsageError(f"there is no domain {shown!r} among your own", hint="e4t domains list shows them all")
 
 
 def remove_domain(name: str) -> Path:
@@ -169,10 +158,7 @@ def remove_domain(name: str) -> Path:
 
 
 def _resolve_source(
-    source: str | os.PathLike[str],
-    temporary: Path,
-    offline: bool,
-    on_progress: ProgressCallback | None,
+    source: str | os.PathLike[str], temporary: Path, offline: bool, on_progress: ProgressCallback | None
 ) -> tuple[Path, Path]:
     """Return the folder of a source, unpacked or fetched, and the folder its links may point into.
 
@@ -209,9 +195,7 @@ def _resolve_source(
     )
 
 
-def _fetch(
-    repository: str, revision: str, offline: bool, on_progress: ProgressCallback | None
-) -> Path:
+def _fetch(repository: str, revision: str, offline: bool, on_progress: ProgressCallback | None) -> Path:
     """Return the folder of a repository's snapshot, with the files of its manifest only."""
     from e4t_cli.hub.download import fetch_files
     from e4t_cli.hub.paths import HubAccess
@@ -249,18 +233,14 @@ def _unpack(path: Path, folder: Path) -> Path:
         prefix, name = tops[0].removesuffix(MANIFEST_NAME), MANIFEST_NAME
         try:
             with archive.open(tops[0]) as file:
-                manifest = parse_manifest(
-                    file.read(MAX_BYTES + 1), f"the {MANIFEST_NAME} of {shown}"
-                )
+                manifest = parse_manifest(file.read(MAX_BYTES + 1), f"the {MANIFEST_NAME} of {shown}")
             for name in (MANIFEST_NAME, *manifest.files):
                 if prefix + name in members:
                     archive.extract(prefix + name, folder)
         except (
             zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError
         ) as error:  # fmt: skip
-            raise IntegrityError(
-                f"{name} in {shown} is damaged: {printable(str(error))}"
-            ) from error
+            raise IntegrityError(f"{name} in {shown} is damaged: {printable(str(error))}") from error
     return folder / prefix
 
 
@@ -340,10 +320,7 @@ def copy_domain_folder(
     lengths = {name: find(name).stat().st_size for name in manifest.files}
     for name, length in lengths.items():
         if manifest.sizes.get(name, length) != length:
-            raise IntegrityError(
-                f"{name} in {shown} has {length:,} bytes, its manifest says "
-                f"{manifest.sizes[name]:,}"
-            )
+            raise IntegrityError(f"{name} in {shown} has {length:,} bytes, its manifest says {manifest.sizes[name]:,}")
     total, free = sum(lengths.values()), shutil.disk_usage(target).free
     if total > free:
         raise ResourceError(f"{manifest.name} needs {total:,} bytes on disk, {free:,} are free")
@@ -365,9 +342,7 @@ def _copy_checked(file: BinaryIO, sha256: str, about: str, target: BinaryIO) -> 
         digest.update(block)
         target.write(block)
     if digest.hexdigest() != sha256:
-        raise IntegrityError(
-            f"{about} is damaged: its SHA-256 is {digest.hexdigest()}, its manifest says {sha256}"
-        )
+        raise IntegrityError(f"{about} is damaged: its SHA-256 is {digest.hexdigest()}, its manifest says {sha256}")
 
 
 def _check_header(path: Path) -> None:

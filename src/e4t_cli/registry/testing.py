@@ -108,8 +108,7 @@ def _check_preparation(domain: Domain, base: str) -> None:
         about = f"for an image of {image.width}×{image.height} and the base {base!r}"
         try:
             first, again, bare = (
-                image_sha256(prepare_image(domain, image, one).image)
-                for one in (target, target, unmasked)
+                image_sha256(prepare_image(domain, image, one).image) for one in (target, target, unmasked)
             )
         except E4TError as error:
             raise AssertionError(f"{error} ({about})") from error
@@ -181,6 +180,5 @@ def _check_fit(weights: DomainWeights, base: Base) -> None:
     count = len(tokenizer(weights.descriptor, add_special_tokens=False).input_ids)
     if count != 1:
         raise IntegrityError(
-            f"the descriptor {weights.descriptor!r} is {count} tokens to the base {base.name}, "
-            "not one"
+            f"the descriptor {weights.descriptor!r} is {count} tokens to the base {base.name}, not one"
         )

@@ -12,12 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable, printable
-from e4t_cli.hub.bases import (
-    PUBLISHED,
-    converted_weights_folder,
-    hub_weights_folder,
-    installed_bases,
-)
+from e4t_cli.hub.bases import PUBLISHED, converted_weights_folder, hub_weights_folder, installed_bases
 from e4t_cli.registry.config import PretrainingConfig, format_hours
 from e4t_cli.registry.discovery import user_domain, user_domains_folder
 from e4t_cli.registry.domain import Domain, is_remote
@@ -82,8 +77,7 @@ def weights_folder(domain: Domain, base: str) -> Path:
     if is_remote(location):
         repository = printable(location.partition(":")[2])
         raise WeightsUnavailable(
-            f"{about} on the hub ({repository}) and not on this machine",
-            hint=f"e4t fetch {domain.name} --base {base}",
+            f"{about} on the hub ({repository}) and not on this machine", hint=f"e4t fetch {domain.name} --base {base}"
         )
     raise WeightsUnavailable(
         f"{about} not in this installation ({printable(location)})",
@@ -128,9 +122,7 @@ def weights_state(domain: Domain, base: str) -> WeightsState:
         folder = weights_folder(domain, base)
         manifest = read_manifest(folder / MANIFEST_NAME)
         size = sum((folder / name).stat().st_size for name in manifest.files)
-        return WeightsState(
-            base=base, state=READY, size=size, location=location, folder=folder, manifest=manifest
-        )
+        return WeightsState(base=base, state=READY, size=size, location=location, folder=folder, manifest=manifest)
     except WeightsUnavailable as error:
         state = "not on this machine" if location else "none published"
         reason, hint = error.message, error.hint or ""
@@ -142,9 +134,7 @@ def weights_state(domain: Domain, base: str) -> WeightsState:
     size = 0
     if is_remote(location):
         state, size = "to fetch", domain.download_sizes.get(base, 0) or _remembered_size(location)
-    return WeightsState(
-        base=base, state=state, size=size, location=location, reason=reason, hint=hint
-    )
+    return WeightsState(base=base, state=state, size=size, location=location, reason=reason, hint=hint)
 
 
 def _remembered_size(location: str) -> int:

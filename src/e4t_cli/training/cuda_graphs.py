@@ -66,10 +66,7 @@ class CudaGraphCapture:
     def capture(self, work: Captured) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
         # Only the work of this thread: others may be loading weights meanwhile.
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.graph(graph, capture_error_mode="thread_local"),
-        ):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = work()
         return graph.replay, result
 

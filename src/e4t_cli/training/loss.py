@@ -137,7 +137,4 @@ def training_loss(
     text = model.embed_prompts(batch.tokens, e_domain + scale * offset).to(z_t.dtype)
     prediction = up_and_out(unet, down_and_mid(unet, embedded, text), text)
     target = model.target(batch.z_0, batch.epsilon, batch.timesteps)
-    return Losses(
-        diffusion=diffusion_loss(prediction, target, batch.mask),
-        regularization=regularization_loss(offset),
-    )
+    return Losses(diffusion=diffusion_loss(prediction, target, batch.mask), regularization=regularization_loss(offset))

@@ -60,10 +60,7 @@ class Plan:
             parts.append("optimizer in main memory")
         if self.vae_on_cpu:
             parts.append("VAE in main memory meanwhile")
-        return (
-            f"memory: {self.peak / GB:.1f} GB predicted of {self.budget / GB:.1f} GB; "
-            f"{', '.join(parts)}"
-        )
+        return f"memory: {self.peak / GB:.1f} GB predicted of {self.budget / GB:.1f} GB; {', '.join(parts)}"
 
 
 FULL, LORA, CHECKPOINTED = (12.0, 27.0), (10.0, 23.0), (3.4, 3.4)
@@ -201,9 +198,7 @@ def plan_tuning(
     ram = free_ram() if ram is None else ram
     plan = Plan(micro_batch=config.batch_size)
     for candidate in _candidates(config, device, eight_bit):
-        peak = predicted_peak(
-            model, pretrained, config, candidate, sizes, consume=consume, half=half
-        )
+        peak = predicted_peak(model, pretrained, config, candidate, sizes, consume=consume, half=half)
         # Apple's GPUs have no memory of their own: what is offloaded stays where it was.
         room = ram - (peak if device.type == "mps" else 0)
         if candidate.optimizer == "cpu" and offloaded > room * USABLE:

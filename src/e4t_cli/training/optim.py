@@ -24,9 +24,7 @@ BETAS, EPSILON, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 1e-2
 def adamw(*groups: Group) -> torch.optim.AdamW:
     """Return AdamW over the groups; a rate of zero freezes the group's weights."""
     # Fused: one pass over the weights, 40 % of a step on small models on the CPU.
-    return torch.optim.AdamW(
-        _param_groups(groups), betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    return torch.optim.AdamW(_param_groups(groups), betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def _param_groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -100,11 +98,7 @@ class CPUOffloadedAdamW(TuningOptimizer):
     foreach = True
 
     def __init__(
-        self,
-        groups: Sequence[Group],
-        rounded: Sequence[nn.Parameter] = (),
-        *,
-        after: TuningOptimizer | None = None,
+        self, groups: Sequence[Group], rounded: Sequence[nn.Parameter] = (), *, after: TuningOptimizer | None = None
     ) -> None:
         lower, on_device = {id(weight) for weight in rounded}, _param_groups(groups)
         weights: list[nn.Parameter] = []
@@ -167,17 +161,11 @@ def eight_bit_adamw(groups: Sequence[Group]) -> TuningOptimizer:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise UsageError(
-            "the 8-bit optimizer is not installed", hint="pip install 'e4t[8bit]'"
-        ) from error
-    return TuningOptimizer(
-        AdamW8bit(_param_groups(groups), betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY)
-    )
+        raise UsageError("the 8-bit optimizer is not installed", hint="pip install 'e4t[8bit]'") from error
+    return TuningOptimizer(AdamW8bit(_param_groups(groups), betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY))
 
 
-def make_optimizer(
-    kind: str, groups: Sequence[Group], rounded: Sequence[nn.Parameter]
-) -> TuningOptimizer:
+def make_optimizer(kind: str, groups: Sequence[Group], rounded: Sequence[nn.Parameter]) -> TuningOptimizer:
     """Return the optimizer that a plan names: "fused", "8bit" or "cpu"."""
     if kind == "cpu":
         return CPUOffloadedAdamW(groups, rounded)

@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from e4t_cli.models.domain_folder import DomainEncoder
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
-from e4t_cli.nn.adapters import (
-    LoraAdapters,
-    frozen_copy,
-    linear_layers,
-    lora_target_layers,
-    merge_lora,
-)
+from e4t_cli.nn.adapters import LoraAdapters, frozen_copy, linear_layers, lora_target_layers, merge_lora
 from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.nn.randomness import generator
 from e4t_cli.nn.weight_offsets import WeightOffsets
@@ -149,9 +143,7 @@ class LoraFineTuning:
             adapters.to(model.device).attach_to(getattr(self, name))
         rate = config.learning_rate * config.lora_rate
         self.groups: list[Group] = [
-            *self.adapters["unet"].param_groups(
-                rate * config.offsets_rate, rate * config.unet_rate
-            ),
+            *self.adapters["unet"].param_groups(rate * config.offsets_rate, rate * config.unet_rate),
             *self.adapters["encoder"].param_groups(0.0, rate * config.encoder_rate),
         ]
 
@@ -167,16 +159,11 @@ class LoraFineTuning:
             adapters.detach()
             kept |= {f"{name}.{key}": value for key, value in adapters.tensors().items()}
         offsets, encoder = self._start
-        self.unet, self.encoder = merge_lora(
-            self._model.unet, offsets, encoder, kept, dtype=self._final
-        )
+        self.unet, self.encoder = merge_lora(self._model.unet, offsets, encoder, kept, dtype=self._final)
         if self._consume:
             self._model.unet = self.unet
         return kept
 
 
-METHODS: Mapping[str, type[FullFineTuning] | type[LoraFineTuning]] = {
-    "full": FullFineTuning,
-    "lora": LoraFineTuning,
-}
+METHODS: Mapping[str, type[FullFineTuning] | type[LoraFineTuning]] = {"full": FullFineTuning, "lora": LoraFineTuning}
 """`TuningConfig.method` -> what it trains."""

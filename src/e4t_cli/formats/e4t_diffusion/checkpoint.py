@@ -99,9 +99,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             photo=folder / PHOTO if (folder / PHOTO).is_file() else None,
         )  # fmt: skip
     except (OSError, ValueError) as error:
-        raise IntegrityError(
-            f"config.json in {shown} cannot be used: {printable(str(error))}"
-        ) from error
+        raise IntegrityError(f"config.json in {shown} cannot be used: {printable(str(error))}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -144,8 +142,7 @@ def tower_sizes(name: str, *, normalised_patches: bool = False) -> dict[str, Any
     vision = config.get("vision_cfg", {})
     if not {"image_size", "layers", "width", "patch_size"} <= set(vision) <= _PLAIN_TOWER:
         raise IntegrityError(
-            f"the checkpoint's image tower {printable(name)!r} is no plain vision transformer of "
-            "open_clip"
+            f"the checkpoint's image tower {printable(name)!r} is no plain vision transformer of open_clip"
         )
     return {
         "tower_width": vision["width"],
@@ -233,9 +230,7 @@ class ConversionResult:
         )
 
 
-def convert(
-    request: ConversionRequest, target: Path, on_progress: ProgressCallback | None = None
-) -> ConversionResult:
+def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallback | None = None) -> ConversionResult:
     """Convert a checkpoint into a domain folder, in a child process without a network.
 
     Args:
@@ -264,9 +259,7 @@ def convert(
     return result
 
 
-def _run_child(
-    request: ConversionRequest, folder: Path, on_progress: ProgressCallback | None
-) -> ConversionResult:
+def _run_child(request: ConversionRequest, folder: Path, on_progress: ProgressCallback | None) -> ConversionResult:
     command = [sys.executable, "-m", "e4t_cli.formats.e4t_diffusion", str(folder)]
     answer: dict[str, Any] = {}
     with tempfile.TemporaryFile() as stdin, contextlib.ExitStack() as stack:
@@ -307,11 +300,7 @@ def _run_child(
 
 def clean_environment() -> dict[str, str]:
     """Return the environment of the child: without tokens, and offline."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not any(word in name.upper() for word in _SECRETS)
-    }
+    kept = {name: value for name, value in os.environ.items() if not any(word in name.upper() for word in _SECRETS)}
     return {**kept, "HF_HUB_OFFLINE": "1", "E4T_OFFLINE": "1", "NO_PROXY": "*"}
 
 

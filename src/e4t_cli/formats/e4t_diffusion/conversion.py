@@ -24,13 +24,7 @@ from torch import Tensor
 
 from e4t_cli.errors import IntegrityError, printable
 from e4t_cli.files import write_atomically
-from e4t_cli.formats.e4t_diffusion.checkpoint import (
-    ENCODER,
-    MERGED_UNET,
-    UNET,
-    ConversionRequest,
-    ConversionResult,
-)
+from e4t_cli.formats.e4t_diffusion.checkpoint import ENCODER, MERGED_UNET, UNET, ConversionRequest, ConversionResult
 from e4t_cli.models.domain_folder import DomainImageTower, empty_tower
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.nn.patch_encoder import PatchEncoder, PatchEncoderConfig
@@ -66,8 +60,7 @@ def split_networks(state: Mapping[str, Tensor], file: str) -> dict[str, dict[str
     for path, network in networks.items():
         shown = f"{file}: the offset of {printable(path)}"
         width, columns, rows = (  # width is 1 in all known checkpoints
-            network[key].numel() if key in network else 0
-            for key in ("v", "linear1.bias", "linear2.bias")
+            network[key].numel() if key in network else 0 for key in ("v", "linear1.bias", "linear2.bias")
         )
         shapes: dict[str, tuple[int, ...]] = {"v": (width,)}
         for layer, reads, writes in (
@@ -82,17 +75,13 @@ def split_networks(state: Mapping[str, Tensor], file: str) -> dict[str, dict[str
     return networks
 
 
-def _check_shapes(
-    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], owner: str
-) -> None:
+def _check_shapes(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], owner: str) -> None:
     for key in sorted(set(shapes) ^ set(state)):
         has = "lacks the" if key in shapes else "has an unexpected"
         raise IntegrityError(f"{owner} {has} tensor {printable(key, limit=200)}")
     for key, shape in shapes.items():
         if (found := tuple(state[key].shape)) != shape:
-            raise IntegrityError(
-                f"{owner}: {printable(key, limit=200)} has shape {found}, not {shape}"
-            )
+            raise IntegrityError(f"{owner}: {printable(key, limit=200)} has shape {found}, not {shape}")
 
 
 def factor(network: Mapping[str, Tensor]) -> Factors:
@@ -158,9 +147,7 @@ def write_domain_folder(
     state = read_file(ENCODER)
     on_progress(75)
     if not any(key.startswith(_TOWER_PREFIX) for key in state):
-        raise IntegrityError(
-            f"{ENCODER} has no image tower: it was trained with a frozen one, which is not in it"
-        )
+        raise IntegrityError(f"{ENCODER} has no image tower: it was trained with a frozen one, which is not in it")
     config = encoder_config(state, request.tower)
     _check_shapes(state, expected_shapes(config), ENCODER)
     tower = {key: state[key] for key in state if key.startswith(_TOWER_PREFIX)}
@@ -186,9 +173,7 @@ def write_domain_folder(
     )  # fmt: skip
 
 
-def encoder_config(
-    state: Mapping[str, Tensor], tower: Mapping[str, int | float | bool]
-) -> PatchEncoderConfig:
+def encoder_config(state: Mapping[str, Tensor], tower: Mapping[str, int | float | bool]) -> PatchEncoderConfig:
     """Return the encoder's sizes: widths from the shapes, the rest from the tower's description.
 
     Raises:
@@ -215,9 +200,7 @@ def expected_shapes(config: PatchEncoderConfig) -> dict[str, tuple[int, ...]]:
         encoder = PatchEncoder(config)
     own = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
     shapes = {
-        f"{theirs}.{part}": own[f"{ours}.{part}"]
-        for theirs, ours in _RENAMED.items()
-        for part in ("weight", "bias")
+        f"{theirs}.{part}": own[f"{ours}.{part}"] for theirs, ours in _RENAMED.items() for part in ("weight", "bias")
     }
     shapes[f"{_JOINT}.weight"] = (config.hidden_width, config.tower_width + config.hidden_width)
     shapes[f"{_JOINT}.bias"] = (config.hidden_width,)
