@@ -72,8 +72,7 @@ class Face:
 def find_faces(label_map: LabelMap) -> list[Face]:
     """Return the faces in a label map, from left to right.
 
-    A head without eyes, glasses and mouth is a face if it has enough skin; otherwise it is the back
-    of a head.
+    A head without eyes, glasses and mouth is a face if it has enough skin; otherwise it is the back of a head.
     """
     heads = label_map.where(HEAD)
     parts = {"eyes": label_map.where(EYES), "glasses": label_map.where(GLASSES), "mouth": label_map.where(MOUTH)}

@@ -1,10 +1,9 @@
 """Parses prompts: finds the placeholder, and makes training prompts and file names.
 
 A regular expression finds S*, never the tokenizer: a tokenizer lower-cases, splits "S*" in two and,
-once it is in its vocabulary, also finds it inside words. The rule, after NFKC normalisation
-(full-width letters become plain ones): "S*" in either case, or in angle brackets, that touches
-neither a letter, a digit or "_" nor a further "*". So `S*`, `s*`, `S*'s`, `"S*,"`, `S*-style`,
-`<S*>` are the placeholder; `S *`, `S**`, `aS*`, `S*x` are not.
+once it is in its vocabulary, also finds it inside words. The rule, after NFKC normalisation (full-width letters become
+plain ones): "S*" in either case, or in angle brackets, that touches neither a letter, a digit or "_" nor a further
+"*". So `S*`, `s*`, `S*'s`, `"S*,"`, `S*-style`, `<S*>` are the placeholder; `S *`, `S**`, `aS*`, `S*x` are not.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ PLACEHOLDER = "S*"
 MAX_PROMPT_LENGTH = 10_000
 """Characters; far beyond what a text encoder reads (77 tokens), far below what hurts."""
 
-# Paper silent: the prompt templates of training. After the example of Textual Inversion's list;
-# {} is the concept.
+# Paper silent: the prompt templates of training. After the example of Textual Inversion's list; {} is the concept.
 SUBJECT_TEMPLATES = (
     "{}",
     "a photo of {}",

@@ -114,14 +114,12 @@ def sample(
 ) -> Iterator[Image]:
     """Sample one image for each prompt and its seed, in order, each as soon as it is done.
 
-    An image depends on its prompt and seed only. On the CPU in float32 it is the same to the last
-    bit in any batch, because images are sampled one by one: matrix multiplications of other shapes
-    round differently. On accelerators `batch` images are sampled together, and the batch may
-    change an image within rounding.
+    An image depends on its prompt and seed only. On the CPU in float32 it is the same to the last bit in any batch,
+    because images are sampled one by one: matrix multiplications of other shapes round differently. On accelerators
+    `batch` images are sampled together, and the batch may change an image within rounding.
 
     Args:
-        model: the base that `tuned` was made from; for a concept scale other than 1 with its
-            U-Net before tuning.
+        model: the base that `tuned` was made from; for a concept scale other than 1 with its U-Net before tuning.
         tuned: from `tune`, or `TunedModel.plain(model, "face")` for the base without a concept.
         prompts, seeds: of equal length.
         batch: images at a time; None is 1 on the CPU and 8 elsewhere.

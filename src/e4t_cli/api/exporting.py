@@ -52,24 +52,23 @@ def export(
 ) -> Exported:
     """Write a concept as a model that other programs read.
 
-    The U-Net is the tuned one; the word is one new token with a fixed embedding, where this
-    program predicts it anew at every step (`textual_inversion.mean_concept_embedding`).
+    The U-Net is the tuned one; the word is one new token with a fixed embedding, where this program predicts it anew
+    at every step (`textual_inversion.mean_concept_embedding`).
 
     Args:
         concept: from `personalize`, or the file it was saved to.
-        path: must not exist; it appears whole, or not at all. A folder that
-            `StableDiffusionPipeline.from_pretrained` reads, or, if it ends in .safetensors, a
-            single file with the word beside it.
-        lora: write only the change of the base, as a LoRA of this rank, into such a file. It is
-            small and an approximation: `Exported.retained_energy` is the share that it holds.
+        path: must not exist; it appears whole, or not at all. A folder that `StableDiffusionPipeline.from_pretrained`
+            reads, or, if it ends in .safetensors, a single file with the word beside it.
+        lora: write only the change of the base, as a LoRA of this rank, into such a file. It is small and an
+            approximation: `Exported.retained_energy` is the share that it holds.
         placeholder: a folder's token; the concept's own by default.
         vram: gigabytes that may be used, as "8", or "auto" for what is free.
-        options: keywords, the fields of `RunOptions`. dtype "fp32" writes float32; anything else
-            float16, half as large.
+        options: keywords, the fields of `RunOptions`. dtype "fp32" writes float32; anything else float16, half as
+            large.
 
     Raises:
-        UsageError: the path exists, the base has the token in its vocabulary, or is not of the
-            kind that a single file can hold; or a LoRA is to be a folder.
+        UsageError: the path exists, the base has the token in its vocabulary, or is not of the kind that a single file
+            can hold; or a LoRA is to be a folder.
         ResourceError: the disk has no room.
         E4TError: another of its children.
     """

@@ -29,14 +29,12 @@ class RunOptions:
     """The base, the device, and what may be fetched.
 
     Args:
-        base: a name, "owner/name[@revision]" of the hub, a folder in diffusers' layout, or a loaded
-            model. "auto" is Stable Diffusion where there is an accelerator; for a concept, the base
-            it was made with.
+        base: a name, "owner/name[@revision]" of the hub, a folder in diffusers' layout, or a loaded model. "auto" is
+            Stable Diffusion where there is an accelerator; for a concept, the base it was made with.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto", "fp32", "bf16", "fp16".
         offline: use only what is on this machine, and open no socket.
-        accept_license: True accepts the licence of what has to be fetched; a function is called
-            with the question.
+        accept_license: True accepts the licence of what has to be fetched; a function is called with the question.
         on_progress: called with the progress of every stage.
     """
 
@@ -109,14 +107,13 @@ class DomainTrainingOptions(RunOptions):
     """What a domain is pre-trained with; None is the config's value.
 
     Args:
-        descriptor: the everyday word for such things; the installed domain's, or the longest word
-            of a new name that is one token of the base.
+        descriptor: the everyday word for such things; the installed domain's, or the longest word of a new name that
+            is one token of the base.
         steps, batch_size, base_learning_rate, reg_weight: fields of `PretrainingConfig`.
         micro_batch: samples that are in memory at once; None is the whole batch.
-        cache: "on" encodes each image once and keeps the result in the user's cache, "off" encodes
-            it each time; "auto" is on if training passes over the images more than once.
-        strict: stop at the first image that cannot be used; otherwise they are left out, counted
-            and named in a log.
+        cache: "on" encodes each image once and keeps the result in the user's cache, "off" encodes it each time;
+            "auto" is on if training passes over the images more than once.
+        strict: stop at the first image that cannot be used; otherwise they are left out, counted and named in a log.
     """
 
     descriptor: str | None = None

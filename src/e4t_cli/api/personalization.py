@@ -1,7 +1,6 @@
 """`personalize` and `generate`: a photo in, a concept and its images out (section 3.4).
 
-`prepare` does the first part of `personalize` alone, `plan` checks a request without torch and
-without a network.
+`prepare` does the first part of `personalize` alone, `plan` checks a request without torch and without a network.
 """
 
 from __future__ import annotations
@@ -76,10 +75,9 @@ def personalize(
         seed: of tuning and of the first image; None takes a random one, and reports it.
         sampling: `SamplingConfig`, or a mapping of some of its fields.
         placeholder: what the prompts call the concept.
-        options: keywords, see `e4t_cli.api.options`: base, device, dtype, vram, offline,
-            accept_license, safety_checker (`GenerateOptions`); mask, align, face, require_face
-            (`PhotoOptions`); tuning, tune_steps, keep_weights (`PersonalizeOptions`);
-            on_progress, on_prepared, on_image.
+        options: keywords, see `e4t_cli.api.options`: base, device, dtype, vram, offline, accept_license,
+            safety_checker (`GenerateOptions`); mask, align, face, require_face (`PhotoOptions`); tuning, tune_steps,
+            keep_weights (`PersonalizeOptions`); on_progress, on_prepared, on_image.
 
     Raises:
         E4TError: one of its children (errors.py).

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 class _QuietLibraries:
     """Disables the progress bars of transformers and diffusers while any run is inside.
 
-    Their switch belongs to the process, so concurrent runs are counted: the first one disables,
-    the last one restores.
+    Their switch belongs to the process, so concurrent runs are counted: the first one disables, the last one restores.
     """
 
     def __init__(self) -> None:

@@ -104,8 +104,7 @@ class PreparedSaver:
 
     Args:
         console: of the running command.
-        path: a folder, or the name of a PNG file that does not exist; the mask's file has "-mask"
-            in its name.
+        path: a folder, or the name of a PNG file that does not exist; the mask's file has "-mask" in its name.
         photo: as it was given on the command line; names the files in a folder.
 
     Raises:

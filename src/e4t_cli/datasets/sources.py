@@ -278,10 +278,9 @@ def find_source(data: str | os.PathLike[str] | Iterable[Any], *, offline: bool =
     """Return the images that `data` names.
 
     Args:
-        data: a folder (sub-folders count); a tar shard, a pattern such as "dogs-{0000..0099}.tar",
-            or a text file with one shard a line (`e4t[shards]`); a dataset on the hub
-            "hf://owner/name@revision:split", saved in a folder, or a parquet file
-            (`e4t[datasets]`); in Python also any iterable of images.
+        data: a folder (sub-folders count); a tar shard, a pattern such as "dogs-{0000..0099}.tar", or a text file with
+            one shard a line (`e4t[shards]`); a dataset on the hub "hf://owner/name@revision:split", saved in a folder,
+            or a parquet file (`e4t[datasets]`); in Python also any iterable of images.
         offline: open no connection.
 
     Raises:

@@ -1,9 +1,8 @@
 """A concept: one personalized subject, and its `.e4t` file.
 
-The prepared image, its image features (so that no image tower is needed again), the config and the
-seed are enough to repeat the tuning bit for bit, in seconds. The tuned weights can be stored too,
-which saves those seconds. The file is a safetensors file with JSON in its header. Reading is
-strict: no entry missing or unknown, every value finite.
+The prepared image, its image features (so that no image tower is needed again), the config and the seed are enough to
+repeat the tuning bit for bit, in seconds. The tuned weights can be stored too, which saves those seconds. The file is
+a safetensors file with JSON in its header. Reading is strict: no entry missing or unknown, every value finite.
 """
 
 from __future__ import annotations

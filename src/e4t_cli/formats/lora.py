@@ -2,13 +2,12 @@
 
     W ≈ W₀ + up · down                     up (M × r), down (r × N)
 
-W is a weight of the tuned U-Net, offsets merged. ΔW of eq. 3 multiplies W₀ element by element and
-tuning moves every weight, so W - W₀ has full rank: a file of rank r holds its truncated singular
-value decomposition, and loses the rest. Biases and normalisations stay the base's. The diffusers
-folder and the single file lose nothing.
+W is a weight of the tuned U-Net, offsets merged. ΔW of eq. 3 multiplies W₀ element by element and tuning moves every
+weight, so W - W₀ has full rank: a file of rank r holds its truncated singular value decomposition, and loses the rest.
+Biases and normalisations stay the base's. The diffusers folder and the single file lose nothing.
 
-Every layer has the same rank, padded with zeros where it has fewer directions, and alpha = rank:
-diffusers 0.42 scales some layers of files with several ranks wrongly.
+Every layer has the same rank, padded with zeros where it has fewer directions, and alpha = rank: diffusers 0.42 scales
+some layers of files with several ranks wrongly.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """What the name of a base or the location of domain weights stands for: a folder or a repository.
 
-A base is a text-to-image model in a folder in diffusers' layout: model_index.json, unet/, vae/,
-text_encoder/, tokenizer/, scheduler/, image_tower/ and, for a name of its own, base.toml (schema,
-name, licence, revision, resolution, guidance). `mini` is part of the package, those of `PUBLISHED`
-are on the hub. Domain weights are on the hub under "hub:owner/name@commit", or under
-"e4t-diffusion:owner/name" if another program made them and they have to be converted. Nothing in
-this module uses the network.
+A base is a text-to-image model in a folder in diffusers' layout: model_index.json, unet/, vae/, text_encoder/,
+tokenizer/, scheduler/, image_tower/ and, for a name of its own, base.toml (schema, name, licence, revision,
+resolution, guidance). `mini` is part of the package, those of `PUBLISHED` are on the hub. Domain weights are on the
+hub under "hub:owner/name@commit", or under "e4t-diffusion:owner/name" if another program made them and they have to be
+converted. Nothing in this module uses the network.
 """
 
 from __future__ import annotations

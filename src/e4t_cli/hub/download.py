@@ -1,20 +1,18 @@
 """Downloads files of a repository into huggingface_hub's cache and verifies their checksums.
 
-huggingface_hub transfers the files and compares their sizes only: a body of the right size with
-wrong bytes stays in the cache for good. Here each file is also compared with the SHA-256 that the
-hub declares. The result is remembered with the file's size and time of modification; a file of
-which either changed is read again. A file that arrived wrong is deleted, fetched once more, and
-deleted again if it is still wrong.
+huggingface_hub transfers the files and compares their sizes only: a body of the right size with wrong bytes stays in
+the cache for good. Here each file is also compared with the SHA-256 that the hub declares. The result is remembered
+with the file's size and time of modification; a file of which either changed is read again. A file that arrived wrong
+is deleted, fetched once more, and deleted again if it is still wrong.
 
-What the hub declares about a commit never changes, so it is remembered too, and cached files are
-found and verified without a network. A branch is resolved once and stays at that commit until
-`e4t cache rm`: there is no silent upgrade.
+What the hub declares about a commit never changes, so it is remembered too, and cached files are found and verified
+without a network. A branch is resolved once and stays at that commit until `e4t cache rm`: there is no silent upgrade.
 
-Measured with huggingface_hub 2.4.0 on the loopback (tests/hub/fake_hub.py), and why some of its
-functions are not used:
+Measured with huggingface_hub 2.4.0 on the loopback (tests/hub/fake_hub.py), and why some of its functions are not
+used:
 - `snapshot_download`: an interrupt waits for the files in transfer (Ctrl-C during four files of
-  24 MB at 4 MB/s each: 4.1 s, here 0.6 s), and warnings come from threads that cannot be traced to
-  the run that started them.
+  24 MB at 4 MB/s each: 4.1 s, here 0.6 s), and warnings come from threads that cannot be traced to the run that
+  started them.
 - `snapshot_download(dry_run=True)`, `HfApi.verify_repo_checksums`: need the network when all files
   are cached; the first returns no checksums.
 """

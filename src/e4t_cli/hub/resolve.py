@@ -1,9 +1,8 @@
 """Finds a base or domain weights by name: in the cache, or downloaded.
 
-A name is one of `PUBLISHED`, "owner/name[@revision]" of the hub, or a folder. Cached files are used
-without a request. Otherwise the licence is accepted, room on the disk and the model's configs are
-checked, and only then the weights are fetched: safetensors only, one precision only, about 3 of
-the 45 GB of a Stable Diffusion repository.
+A name is one of `PUBLISHED`, "owner/name[@revision]" of the hub, or a folder. Cached files are used without a request.
+Otherwise the licence is accepted, room on the disk and the model's configs are checked, and only then the weights are
+fetched: safetensors only, one precision only, about 3 of the 45 GB of a Stable Diffusion repository.
 """
 
 from __future__ import annotations
@@ -235,8 +234,7 @@ def default_base_name(
 ) -> tuple[str, str]:
     """Return the base that "auto" means here, and a sentence with the reason.
 
-    The checks are ordered by cost. Without an accelerator no library is imported and no socket
-    opened.
+    The checks are ordered by cost. Without an accelerator no library is imported and no socket opened.
 
     Args:
         access: whether the network and the licence question are allowed.

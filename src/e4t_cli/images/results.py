@@ -44,8 +44,7 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
 def write_new(folder: str | os.PathLike[str], name: str, data: bytes, suffix: str = ".png") -> Path:
     """Write a file under the first free name of `name.png`, `name-2.png`, …
 
-    The file system reserves the name, so that many processes can share a folder; no existing file
-    is changed.
+    The file system reserves the name, so that many processes can share a folder; no existing file is changed.
     """
     path = check_folder(folder)
     for number in itertools.count(1):
@@ -82,9 +81,8 @@ def contact_sheet(
 ) -> Image.Image:
     """Return a grid of images, each above its caption.
 
-    Small images are enlarged by an integer factor to about 256 pixels, so that the 64-pixel images
-    of `mini` are easy to see. diffusers' `make_image_grid` has neither captions nor margins, and
-    needs complete rows.
+    Small images are enlarged by an integer factor to about 256 pixels, so that the 64-pixel images of `mini` are easy
+    to see. diffusers' `make_image_grid` has neither captions nor margins, and needs complete rows.
 
     Args:
         images: all are scaled to one size, that of the last one times the factor.

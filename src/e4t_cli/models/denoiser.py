@@ -4,10 +4,9 @@ The concept's embedding is predicted anew from every noisy latent:
 
     z_t ─ U-Net encoder, "" ─> pooled features ─> E ─> e_c ─ text encoder ─> prompt ─> ε_θ
 
-The unconditional pass already computes the U-Net features where the negative prompt is empty, so
-refinement costs 1 % of plain Stable Diffusion's work, not 33 %: unconditional down blocks ->
-features -> embedding -> text -> conditional down blocks -> all up blocks in one batch. The image's
-part of E and ΔW are constants, computed before the loop.
+The unconditional pass already computes the U-Net features where the negative prompt is empty, so refinement costs 1 %
+of plain Stable Diffusion's work, not 33 %: unconditional down blocks -> features -> embedding -> text -> conditional
+down blocks -> all up blocks in one batch. The image's part of E and ΔW are constants, computed before the loop.
 """
 
 from __future__ import annotations

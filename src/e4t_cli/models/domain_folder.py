@@ -5,9 +5,8 @@
     offsets.safetensors    the two factors of each ΔW
     tower.safetensors      the encoder's own visual tower, if it has one
 
-Reading checks every tensor, its shape and hash, and that it is finite; the content of the visual
-tower is checked when it is used. The manifest names one of two encoder architectures, which only
-this module tells apart:
+Reading checks every tensor, its shape and hash, and that it is finite; the content of the visual tower is checked when
+it is used. The manifest names one of two encoder architectures, which only this module tells apart:
 
     e4t             the paper's: [CLS] of every second layer of the base's own visual tower
     e4t-diffusion   [CLS] and patches of a fine-tuned visual tower stored with the domain

@@ -93,10 +93,9 @@ class _InjectedTable(nn.Module):
 def with_embedding(text_encoder: CLIPTextModel, placeholder: Tensor, e_c: Tensor) -> CLIPTextModel:
     """Return a text encoder that shares all layers and returns `e_c` at every placeholder.
 
-    Only the modules between the text encoder and its token table are copied, shallowly: nothing
-    of the shared text encoder changes, so threads can use it at once, each prompt of a batch has
-    an embedding of its own, and gradients reach it. Where the table is in the text encoder differs
-    between versions of transformers and is looked up.
+    Only the modules between the text encoder and its token table are copied, shallowly: nothing of the shared text
+    encoder changes, so threads can use it at once, each prompt of a batch has an embedding of its own, and gradients
+    reach it. Where the table is in the text encoder differs between versions of transformers and is looked up.
 
     Args:
         placeholder: where (batch, length), bool.

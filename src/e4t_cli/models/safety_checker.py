@@ -1,8 +1,7 @@
 """Runs Stable Diffusion's safety checker on results, on by default (section 6 of the paper).
 
-It compares an image's CLIP embedding with those of a list of concepts. A base with a
-`safety_checker/` is checked; a base without one, such as `mini`, which can generate nothing that
-it would find, is not.
+It compares an image's CLIP embedding with those of a list of concepts. A base with a `safety_checker/` is checked; a
+base without one, such as `mini`, which can generate nothing that it would find, is not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The base text-to-image model (section 3.5), `mini` or Stable Diffusion, behind one interface.
 
-It wraps diffusers' U-Net and VAE, transformers' text encoder and open_clip's visual tower, and
-adds what E4T needs: prompts in which one word's embedding is given from outside, latents, and
-[CLS] features. All sizes come from the folder's configs. Every weight is frozen: training works
-on copies, and threads may share a model.
+It wraps diffusers' U-Net and VAE, transformers' text encoder and open_clip's visual tower, and adds what E4T needs:
+prompts in which one word's embedding is given from outside, latents, and [CLS] features. All sizes come from the
+folder's configs. Every weight is frozen: training works on copies, and threads may share a model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The encoder of e4t-diffusion: another E than the paper's, the one that public weights exist for.
 
 Departure: in place of [CLS] from every second layer it reads [CLS] and patches of the last layer.
-With x_0 the [CLS] vector of the image, x_1 … every second of its patches, and v the pooled U-Net
-features,
+With x_0 the [CLS] vector of the image, x_1 … every second of its patches, and v the pooled U-Net features,
 
     u = embed(v)                                        Linear · LeakyReLU · Linear
     E = final( LeakyReLU( mean_i  F_i · (J [x_i ; u] + j) + f_i ) )
@@ -11,8 +10,8 @@ Everything between x_i, u and the last LeakyReLU is linear. Split J = [J_x J_u],
 
     mean_i ( F_i (J_x x_i + j) + f_i )   +   (mean_i F_i) J_u · u
 
-a vector that depends on the image only (`encode_image`) and a constant matrix. Sampling needs the
-vector, and 17 M of the 231 M parameters on Stable Diffusion 1.x (`for_inference`).
+a vector that depends on the image only (`encode_image`) and a constant matrix. Sampling needs the vector, and 17 M of
+the 231 M parameters on Stable Diffusion 1.x (`for_inference`).
 """
 
 from __future__ import annotations
@@ -83,8 +82,7 @@ class PatchEncoderConfig:
         unet_width: pooled U-Net features of all blocks, concatenated.
         hidden_width: of everything between the features and the embedding.
         embedding_width: width of the base's token table.
-        tower_width, tower_layers, tower_heads: the visual tower; the width is also that of its
-            vectors.
+        tower_width, tower_layers, tower_heads: the visual tower; the width is also that of its vectors.
         tower_mlp_ratio: width of its MLPs in units of its width.
         tower_image_size, tower_patch_size: pixels on a side of its images and of a patch.
         tower_quick_gelu: whether its activation is x·sigmoid(1.702 x), as in OpenAI's models.

@@ -24,8 +24,7 @@ class PrecisionPolicy:
     Args:
         device: where the run is.
         base: of the frozen parts: U-Net, text encoder, image encoder.
-        matmul: of the matrix multiplications in training; autocast applies it where the weights
-            have another dtype.
+        matmul: of the matrix multiplications in training; autocast applies it where the weights have another dtype.
         vae: of the VAE.
         sampled: of a tuned U-Net that is sampled with.
         trained: of the weights in training, their gradients and the optimizer's state.
@@ -51,11 +50,10 @@ class PrecisionPolicy:
 
         Args:
             base: the dtype that the base was loaded in.
-            autocast: False multiplies in float32, True in half precision even where it is
-                emulated; None takes half precision where the hardware is faster with it. A user's
-                `--dtype fp32` is False (`requested_autocast`).
-            loss_scaling: whether the training loop can scale its loss, without which float16
-                gradients underflow.
+            autocast: False multiplies in float32, True in half precision even where it is emulated; None takes half
+                precision where the hardware is faster with it. A user's `--dtype fp32` is False
+                (`requested_autocast`).
+            loss_scaling: whether the training loop can scale its loss, without which float16 gradients underflow.
         """
         matmul = torch.float32
         if autocast is not False:
@@ -154,10 +152,9 @@ def half_precision(
                 stack.enter_context(_CAST_CACHE)
             stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=keep_casts))
         if dtype is not None and device.type == "cpu" and keep_casts:
-            # The CPU's fused attention is 6 times slower in its bfloat16 backward than the
-            # composed one: a third of a whole training step of a small U-Net. That one keeps
-            # whole attention matrices, gigabytes of them at 512 pixels, so not where memory is
-            # short; nor would `backward` know of the choice when it recomputes them.
+            # The CPU's fused attention is 6 times slower in its bfloat16 backward than the composed one: a third of a
+            # whole training step of a small U-Net. That one keeps whole attention matrices, gigabytes of them at 512
+            # pixels, so not where memory is short; nor would `backward` know of the choice when it recomputes them.
             stack.enter_context(math_attention())
         yield
 

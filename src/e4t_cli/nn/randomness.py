@@ -30,8 +30,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 def uniforms(seed: int, step: int, batch_size: int) -> Tensor:
     """Return three values in 0 … 1 for each sample of a step's whole batch, (batch, 3).
 
-    The first is its noise level within its range; the others are `Draws.uniform`, without the
-    cost of sampling noise.
+    The first is its noise level within its range; the others are `Draws.uniform`, without the cost of sampling noise.
     """
     source = generator(seed, "draw", step)
     return torch.rand(batch_size, 3, generator=source, dtype=torch.float64)

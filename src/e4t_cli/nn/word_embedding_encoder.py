@@ -2,14 +2,13 @@
 
     e_c = e_domain + s · E(I_c)                                                          (eq. 1)
 
-E averages a hierarchy of features, each through a linear layer of its own: the [CLS] token of
-"each 2nd CLIP layer" (16 vectors of 1280 values from OpenCLIP's ViT-H/14), and the pooled output
-of each block of the U-Net's encoder.
+E averages a hierarchy of features, each through a linear layer of its own: the [CLS] token of "each 2nd CLIP layer"
+(16 vectors of 1280 values from OpenCLIP's ViT-H/14), and the pooled output of each block of the U-Net's encoder.
 
     E = final( LeakyReLU( mean over the hierarchy of linear_i(feature_i) ) )
 
-The image is the same in all steps of tuning and sampling, and nothing before the average is
-nonlinear, so its part of the sum is one vector: `encode_image` once, `predict_offset` at every t.
+The image is the same in all steps of tuning and sampling, and nothing before the average is nonlinear, so its part of
+the sum is one vector: `encode_image` once, `predict_offset` at every t.
 """
 
 from __future__ import annotations
@@ -89,8 +88,7 @@ class Encoder(Protocol):
 class EncoderConfig:
     """Sizes of a `WordEmbeddingEncoder`; all follow from the base.
 
-    `unet_widths` is empty for an encoder that reads the image only, the paper's ablation without
-    iterative refinement.
+    `unet_widths` is empty for an encoder that reads the image only, the paper's ablation without iterative refinement.
     """
 
     image_layers: int  # [CLS] vectors per image, one per second layer of the visual tower

@@ -195,9 +195,8 @@ class Batches:
 class PretrainingLoss(nn.Module):
     """Eq. 5 as a module with one forward pass, whose parameters are those in training.
 
-    Both passes through the U-Net are inside, so that DistributedDataParallel sees each parameter
-    used once a step. The frozen base is not registered as a submodule: it is neither sent to the
-    other processes nor given gradients.
+    Both passes through the U-Net are inside, so that DistributedDataParallel sees each parameter used once a step. The
+    frozen base is not registered as a submodule: it is neither sent to the other processes nor given gradients.
 
     Args:
         autocast_dtype: of matrix multiplications; None for the weights' dtype.

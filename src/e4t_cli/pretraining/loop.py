@@ -168,9 +168,8 @@ def pretrain_domain(
     Args:
         data: from `encode_images` with this model, or any other `TrainingData`.
         config: its batch is one process's share of a step.
-        processes: from `init_distributed`. Each takes its share of the global batch, and the
-            learning rate is base × batch × processes (section 3.5). All of them call this
-            function with the same arguments.
+        processes: from `init_distributed`. Each takes its share of the global batch, and the learning rate is base ×
+            batch × processes (section 3.5). All of them call this function with the same arguments.
 
     Returns:
         The domain. The batch in its config is the global one.

@@ -1,8 +1,7 @@
 """Training data that is encoded on the fly: for one pass over more than a disk should hold.
 
-As with the cache, rows are functions of seed, step and position, and an image that cannot be used
-is replaced by the next one that can, which changes nothing for the others. The next step's images
-are opened while this one trains.
+As with the cache, rows are functions of seed, step and position, and an image that cannot be used is replaced by the
+next one that can, which changes nothing for the others. The next step's images are opened while this one trains.
 """
 
 from __future__ import annotations

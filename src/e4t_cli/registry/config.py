@@ -151,10 +151,9 @@ class PretrainingConfig(_Config):
         batch_size: different images per step.
         embedding_scale: s of eq. 1; tuning and generation use the same one.
         mask: whether the domain's mask restricts the diffusion loss (the paper: only in tuning).
-        encoder_rate, offsets_rate: factors on the learning rate of each parameter group; 1 is the
-            paper. Departure: the shipped weights for `mini` have offsets_rate = 0.01, because their
-            encoder learns at 1e-3, and 1/100 of it keeps the offsets near the paper's 1.6e-5 (no
-            comparison of rates is recorded; mini_world/domains.py).
+        encoder_rate, offsets_rate: factors on the learning rate of each parameter group; 1 is the paper. Departure:
+            the shipped weights for `mini` have offsets_rate = 0.01, because their encoder learns at 1e-3, and 1/100 of
+            it keeps the offsets near the paper's 1.6e-5 (no comparison of rates is recorded; mini_world/domains.py).
     """
 
     steps: int

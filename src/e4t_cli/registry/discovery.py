@@ -110,8 +110,7 @@ def find_domain(name: str) -> Domain:
     """Return the domain of that name; no other one is imported.
 
     Args:
-        name: "face", or "package:face" where two packages claim the name, or the path of a
-            folder with a domain.toml.
+        name: "face", or "package:face" where two packages claim the name, or the path of a folder with a domain.toml.
 
     Raises:
         UsageError: no domain or more than one has that name.

@@ -1,11 +1,10 @@
 """Predicts the memory of a tuning from the sizes of its modules, and plans how to fit into it.
 
-The coefficients were counted on the full-size modules on torch's meta device, by summing what
-autograd keeps (`test_memory_invariants.py` counts again). With S = Σ pixels · channels over the
-residual blocks of a pass and A = the same over its attention blocks, a pass of one sample keeps
-12 S + 27 A values, through LoRA adapters 10 S + 23 A, and 3.4 (S + A) under gradient checkpointing
-beside one block at a time. A weight in training takes 16 bytes (itself, its gradient, two
-moments), 10 with an 8-bit optimizer, and 2 on the device with a CPU-offloaded one.
+The coefficients were counted on the full-size modules on torch's meta device, by summing what autograd keeps
+(`test_memory_invariants.py` counts again). With S = Σ pixels · channels over the residual blocks of a pass and A = the
+same over its attention blocks, a pass of one sample keeps 12 S + 27 A values, through LoRA adapters 10 S + 23 A, and
+3.4 (S + A) under gradient checkpointing beside one block at a time. A weight in training takes 16 bytes (itself, its
+gradient, two moments), 10 with an 8-bit optimizer, and 2 on the device with a CPU-offloaded one.
 """
 
 from __future__ import annotations

@@ -59,8 +59,7 @@ class TrainableParts(Protocol):
 class FullFineTuning:
     """Encoder, offsets and the whole U-Net, all in float32 (section 3.4).
 
-    Float32 whatever the base's dtype is: a whole tuning moves a weight by less than the spacing
-    of bfloat16.
+    Float32 whatever the base's dtype is: a whole tuning moves a weight by less than the spacing of bfloat16.
 
     Args:
         consume: tune the model's U-Net in place of a copy, where nobody needs it afterwards.

@@ -39,12 +39,10 @@ class TuningOptions:
     """How a tuning is computed; what it learns does not depend on it, up to rounding.
 
     Args:
-        plan: how to fit into memory; None takes the whole batch at once. Where memory runs out,
-            micro-batches are halved, then come gradient checkpointing and a CPU-offloaded
-            optimizer, each with a note.
+        plan: how to fit into memory; None takes the whole batch at once. Where memory runs out, micro-batches are
+            halved, then come gradient checkpointing and a CPU-offloaded optimizer, each with a note.
         autocast: see `PrecisionPolicy.resolve`.
-        consume: the model's U-Net becomes the tuned one, without a copy: for whoever loaded it
-            for this one concept.
+        consume: the model's U-Net becomes the tuned one, without a copy: for whoever loaded it for this one concept.
         detach_features: see `training_loss`.
     """
 

@@ -170,8 +170,7 @@ class ConversionRequest:
     Args:
         folder: of the checkpoint.
         weights: its second file, beside encoder.pt.
-        tower: sizes of the image tower, as fields of `PatchEncoderConfig`; its widths follow from
-            the checkpoint.
+        tower: sizes of the image tower, as fields of `PatchEncoderConfig`; its widths follow from the checkpoint.
         sha256: file -> what it must be, as far as it was declared.
         name, descriptor, base, licence, image_tower, notes, templates: for the manifest.
         tuning, pretraining: its configs.
