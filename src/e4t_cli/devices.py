@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import platform
 import sys
 import threading
 from collections.abc import Iterator
@@ -51,6 +52,25 @@ def choose_device(wanted: str) -> torch.device:
             f"the device {printable(wanted)!r} cannot be used on this machine", hint="--device auto picks one that can"
         ) from error
     return device
+
+
+def likely_accelerator(device: str = "auto") -> bool:
+    """Whether there seems to be an accelerator, by files of its driver; without torch."""
+    if device != "auto":
+        return device != "cpu"
+    if platform.system() == "Darwin":
+        return platform.machine() == "arm64"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    if platform.system() == "Windows":
+        return Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "nvcuda.dll").exists()
+    drivers = [*Path("/dev").glob("nvidia[0-9]*"), Path("/dev/dxg"), Path("/dev/kfd")]
+    return any(path.exists() for path in drivers)
+
+
+def captures_graphs(device: torch.device) -> bool:
+    """Whether steps are captured as CUDA graphs on this device; see `training.cuda_graphs`."""
+    return device.type == "cuda" and os.environ.get("E4T_CUDA_GRAPHS") == "1"
 
 
 def choose_dtype(wanted: str, device: torch.device, folder: Path | None = None) -> torch.dtype:

@@ -23,9 +23,8 @@ from e4t_cli.hub.download import forget_repository
 from e4t_cli.hub.paths import HubAccess, user_cache
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.registry.config import TuningConfig
-from e4t_cli.registry.discovery import find_domain, user_domains_folder
+from e4t_cli.registry.discovery import find_domain, user_domains_folder, weights_folder
 from e4t_cli.registry.domain import Domain
-from e4t_cli.registry.weights import weights_folder
 from tests.conftest import drawn_face
 from tests.hub.fake_hub import Fault
 

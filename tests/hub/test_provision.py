@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from e4t_cli.api import resolve
 from e4t_cli.errors import IntegrityError, ResourceError, UsageError, WeightsUnavailable
 from e4t_cli.hub import download
 from e4t_cli.hub import image_tower as towers
-from e4t_cli.hub import resolve as provision
 from e4t_cli.hub.bases import (
     PUBLISHED,
     PublishedBase,
@@ -182,8 +182,8 @@ def test_D13_offline_neither_connects_nor_asks(hub, tiny, made, tmp_path, monkey
     with pytest.raises(WeightsUnavailable, match="offline"):
         fetch_files("owner/restricted", None, ["*.json"], offline, repair=True)
     assert get_repo_info("owner/tiny", None, offline) is None
-    monkeypatch.setattr(provision, "likely_accelerator", lambda device: True)
-    assert provision.default_base_name(offline)[0] == "mini"
+    monkeypatch.setattr(resolve, "likely_accelerator", lambda device: True)
+    assert resolve.default_base_name(offline)[0] == "mini"
     assert len(hub.requests) == asked
 
 

@@ -11,9 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from e4t_cli import sampling
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents
 from e4t_cli.training import cuda_graphs as recording
+from e4t_cli.training import tuning
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, TuningOptions, tune
@@ -73,11 +75,18 @@ def written(operations):
             yield from (one.detach() for one in tree_leaves(result) if torch.is_tensor(one))
 
 
+def capture_with(monkeypatch, found):
+    """Have this capture everything, or nothing."""
+    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
+    for module in (sampling, tuning):
+        monkeypatch.setattr(module, "captures_graphs", lambda device: found is not None)
+
+
 @pytest.fixture
 def lists(monkeypatch):
     """Have everything recorded, on the CPU."""
     found = Lists()
-    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
+    capture_with(monkeypatch, found)
     return found
 
 
@@ -112,7 +121,7 @@ def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method,
 
     expected = tuned()
     found = Lists()
-    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
+    capture_with(monkeypatch, found)
     weights, told = tuned()
     assert (found.recorded, found.played) == (1, 5)
     assert told == expected[1]
@@ -124,7 +133,7 @@ def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
     config = pack.tuning.replace(steps=4)
     found = weights_of(tune(model, pack, face, config, options=TuningOptions(autocast=True)))
     assert lists.played == 3
-    monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
+    capture_with(monkeypatch, None)
     expected = weights_of(tune(model, pack, face, config, options=TuningOptions(autocast=True)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -135,7 +144,7 @@ def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, 
     sampling = SamplingConfig(steps=6, scheduler=scheduler, negative_prompt=negative)
     expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
     found = Lists()
-    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
+    capture_with(monkeypatch, found)
     assert torch.equal(generate_latents(model, tuned, PROMPTS, [1, 2], sampling), expected)
     assert found.recorded == 1 and found.played >= 5
 
@@ -222,7 +231,7 @@ def test_a_tuning_that_cannot_be_recorded_says_so(model, pack, face, lists, monk
     assert [note for note in notes if note] == [
         "no CUDA graph could be captured, steps run one by one: CUDA out of memory."
     ]
-    monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
+    capture_with(monkeypatch, None)
     expected = tune(model, pack, face, config)
     assert all(map(torch.equal, weights_of(found), weights_of(expected)))
 

@@ -45,9 +45,8 @@ from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downl
 from e4t_cli.images.results import Personalization
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import PLACEHOLDER, check_placeholder
-from e4t_cli.registry.discovery import user_domain
+from e4t_cli.registry.discovery import user_domain, weights_folder
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage, check_which
-from e4t_cli.registry.weights import weights_folder
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept

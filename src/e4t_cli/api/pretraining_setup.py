@@ -19,9 +19,8 @@ from e4t_cli.files import free_bytes, shown_size
 from e4t_cli.hub.paths import user_cache
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
-from e4t_cli.registry.discovery import USER, installed_domains, user_domain, user_domains_folder
+from e4t_cli.registry.discovery import USER, installed_domains, user_domain, user_domains_folder, weights_folder
 from e4t_cli.registry.domain import Domain, check_name
-from e4t_cli.registry.weights import weights_folder
 
 if TYPE_CHECKING:
     from e4t_cli.models.text_to_image import TextToImageModel

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from e4t_cli.api.options import RunOptions
 from e4t_cli.api.session import Session
+from e4t_cli.devices import choose_device, likely_accelerator
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import (
+    ACCELERATED,
     EMBEDDED,
+    PUBLISHED,
     Base,
     converted_weights_folder,
     e4t_diffusion_repository,
@@ -25,13 +28,13 @@ from e4t_cli.hub.bases import (
     hub_location,
     hub_weights_folder,
 )
-from e4t_cli.hub.paths import HubAccess
-from e4t_cli.hub.resolve import default_base_name, fetch_base, fetch_domain_weights, likely_accelerator
+from e4t_cli.hub.paths import HubAccess, Terms, is_accepted
+from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, is_reachable
+from e4t_cli.progress import Progress
 from e4t_cli.prompts import Prompt, parse_prompt
 from e4t_cli.registry.config import TUNING_METHODS, TuningConfig
-from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages
+from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages, weights_folder
 from e4t_cli.registry.domain import Domain
-from e4t_cli.registry.weights import weights_folder
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
@@ -155,28 +158,44 @@ def resolve_base_name(
     wanted = os.fspath(base)
     if wanted != "auto":
         return wanted
-
-    def has_weights(name: str) -> bool:
-        if domain is None or name in domain.weights:
-            return True
-        with contextlib.suppress(E4TError):
-            return weights_folder(domain, name).is_dir()
-        return False
-
-    def works() -> bool:
-        from e4t_cli.devices import choose_device  # imports torch, which is needed by now
-
-        return not confirm or choose_device(device).type != "cpu"
-
-    name, why = default_base_name(
-        access,
-        device=device,
-        has_weights=has_weights,
-        confirm=works,
-        what=domain.name if domain is not None else "the domain",
-    )
-    access.remark(why)
+    name, why = default_base_name(access, domain=domain, device=device, confirm=confirm)
+    if access.on_progress is not None:
+        access.on_progress(Progress(stage="fetch", remark=why))
     return name
+
+
+def default_base_name(
+    access: HubAccess, *, domain: Domain | None = None, device: str = "auto", confirm: bool = True
+) -> tuple[str, str]:
+    """Return the base that "auto" means here, and a sentence with the reason; see `resolve_base_name`.
+
+    The checks are ordered by cost. Without an accelerator no library is imported and no socket opened.
+    """
+    mini, large = EMBEDDED[0], ACCELERATED
+    drawings = f"base: {mini} (64 px drawings)"
+    if not likely_accelerator(device):
+        return mini, f"{drawings}: no accelerator; --base {large} makes photographs (slow on CPU)"
+    if domain is not None and not _has_weights(domain, large):
+        return mini, f"{drawings}: {domain.name} has no weights for {large} yet (e4t pretrain makes them)"
+    row = PUBLISHED[large]
+    if not is_cached(large):
+        if access.cut_off:
+            return mini, f"{drawings}: offline, and {large} is not on this machine"
+        terms = Terms(repository=row.repository, licence=row.licence)
+        if terms.asks and not access.accept_license and not is_accepted(terms):
+            return mini, f"{drawings}: e4t fetch {large} asks about the licence of {large} first"
+        if not is_reachable():
+            return mini, f"{drawings}: {large} is not on this machine and the hub does not answer"
+    if confirm and choose_device(device).type == "cpu":  # imports torch, which is needed by now
+        return mini, f"{drawings}: the accelerator of this machine does not work with this torch"
+    return large, f"base {large}: this machine has an accelerator; --base {mini} needs none"
+
+
+def _has_weights(domain: Domain, base: str) -> bool:
+    """Whether a domain has weights for a base, here or on the hub."""
+    with contextlib.suppress(E4TError):
+        return base in domain.weights or weights_folder(domain, base).is_dir()
+    return False
 
 
 def prefers_half(device: str, dtype: str) -> bool:

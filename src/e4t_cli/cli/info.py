@@ -79,12 +79,13 @@ def doctor(json: Json = False) -> None:
     Nothing is fetched, and no secret is shown.
     """
     console = terminal.start(json=json)
+    from e4t_cli.devices import likely_accelerator
     from e4t_cli.files import free_bytes
     from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
     from e4t_cli.hub.download import has_token
     from e4t_cli.hub.image_tower import has_tower
     from e4t_cli.hub.paths import endpoint, hub_cache, is_offline, user_cache
-    from e4t_cli.hub.resolve import is_cached, likely_accelerator
+    from e4t_cli.hub.resolve import is_cached
 
     names = [*EMBEDDED, *PUBLISHED]
     about: dict[str, Any] = {

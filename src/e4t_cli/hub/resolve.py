@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from e4t_cli.errors import IntegrityError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import (
-    ACCELERATED,
     EMBEDDED,
     PUBLISHED,
     Base,
@@ -34,7 +32,7 @@ from e4t_cli.hub.bases import (
 )
 from e4t_cli.hub.download import cached_commit, check_room, fetch_files, get_repo_info
 from e4t_cli.hub.image_tower import VIT_H_14, fetch_image_tower, has_tower, missing_bytes, tower_folder
-from e4t_cli.hub.paths import HubAccess, Terms, accept, endpoint, is_accepted, repository_folder, snapshot_folder
+from e4t_cli.hub.paths import HubAccess, Terms, accept, endpoint, repository_folder, snapshot_folder
 
 # ── what a base needs of a folder or repository in diffusers' layout ──
 
@@ -219,72 +217,14 @@ def _base_in(folder: Path, location: HubLocation, *, half: bool) -> Base:
     )
 
 
-# ── the default base ──
-
-_CONNECT_SECONDS = 2.0  # for the hub to accept a connection
-
-
-def default_base_name(
-    access: HubAccess,
-    *,
-    device: str = "auto",
-    has_weights: Callable[[str], bool] = lambda base: True,
-    confirm: Callable[[], bool] = lambda: True,
-    what: str = "the domain",
-) -> tuple[str, str]:
-    """Return the base that "auto" means here, and a sentence with the reason.
-
-    The checks are ordered by cost. Without an accelerator no library is imported and no socket opened.
-
-    Args:
-        access: whether the network and the licence question are allowed.
-        device: as the user wrote it.
-        has_weights: whether the domain has weights, here or on the hub, for a base.
-        confirm: called last: whether the accelerator works; it may import torch.
-        what: the domain, for the sentence.
-    """
-    mini, large = EMBEDDED[0], ACCELERATED
-    drawings = f"base: {mini} (64 px drawings)"
-    if not likely_accelerator(device):
-        return mini, f"{drawings}: no accelerator; --base {large} makes photographs (slow on CPU)"
-    if not has_weights(large):
-        return mini, f"{drawings}: {what} has no weights for {large} yet (e4t pretrain makes them)"
-    row = PUBLISHED[large]
-    if not is_cached(large):
-        if access.cut_off:
-            return mini, f"{drawings}: offline, and {large} is not on this machine"
-        terms = Terms(repository=row.repository, licence=row.licence)
-        if terms.asks and not access.accept_license and not is_accepted(terms):
-            return mini, f"{drawings}: e4t fetch {large} asks about the licence of {large} first"
-        if not _is_reachable():
-            return mini, f"{drawings}: {large} is not on this machine and the hub does not answer"
-    if not confirm():
-        return mini, f"{drawings}: the accelerator of this machine does not work with this torch"
-    return large, f"base {large}: this machine has an accelerator; --base {mini} needs none"
-
-
-def likely_accelerator(device: str = "auto") -> bool:
-    """Whether there seems to be an accelerator, by files of its driver; without torch."""
-    if device != "auto":
-        return device != "cpu"
-    if platform.system() == "Darwin":
-        return platform.machine() == "arm64"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    if platform.system() == "Windows":
-        return Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "nvcuda.dll").exists()
-    drivers = [*Path("/dev").glob("nvidia[0-9]*"), Path("/dev/dxg"), Path("/dev/kfd")]
-    return any(path.exists() for path in drivers)
-
-
-def _is_reachable() -> bool:
+def is_reachable() -> bool:
     """Whether the hub accepts a connection; through a proxy this is not known beforehand."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
     url = urlsplit(endpoint())
     address = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     try:
-        socket.create_connection(address, timeout=_CONNECT_SECONDS).close()
+        socket.create_connection(address, timeout=2.0).close()
     except OSError:
         return False
     return True
