@@ -73,6 +73,20 @@ def captures_graphs(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("E4T_CUDA_GRAPHS") == "1"
 
 
+def peak_memory(device: torch.device | None = None) -> int:
+    """Return the peak memory in bytes: of a GPU, or of this process; 0 if it is not known."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def choose_dtype(wanted: str, device: torch.device, folder: Path | None = None) -> torch.dtype:
     """Return the dtype of the frozen base; tuned weights are float32 in any case.
 

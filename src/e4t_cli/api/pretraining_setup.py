@@ -215,13 +215,13 @@ class CacheChoice:
 
     Args:
         used: whether they are.
-        pictures: how many images there are, 0 if unknown.
+        images: how many images there are, 0 if unknown.
         size: of the cache, in bytes.
         why: a note for the user if "auto" could not use it, "" otherwise.
     """
 
     used: bool
-    pictures: int
+    images: int
     size: int
     why: str = ""
 
@@ -255,22 +255,22 @@ def choose_cache(
     """
     from e4t_cli.pretraining.encoded_images import bytes_per_image
 
-    pictures = how_many(source)
-    size = pictures * bytes_per_image(model, mask=mask)
+    images = how_many(source)
+    size = images * bytes_per_image(model, mask=mask)
     once = isinstance(source, SinglePassSource)
     if wanted == "off" and once:
         raise UsageError(
             "an iterable can be read once, so its images have to be cached", hint="pass a list, or leave the cache on"
         )
-    if wanted == "off" or (wanted == "auto" and not once and not 0 < pictures < samples):
-        return CacheChoice(used=False, pictures=pictures, size=size)
+    if wanted == "off" or (wanted == "auto" and not once and not 0 < images < samples):
+        return CacheChoice(used=False, images=images, size=size)
     free = free_bytes(user_cache())
     if size > 0.9 * free:
         needed = f"the encoded images need {shown_size(size)}, and {shown_size(free)} are free"
         if wanted == "on":
             raise ResourceError(needed, hint="E4T_CACHE_DIR moves the cache, --cache off trains without it")
-        return CacheChoice(used=False, pictures=pictures, size=size, why=f"{needed}: they are not cached")
-    return CacheChoice(used=True, pictures=pictures, size=size)
+        return CacheChoice(used=False, images=images, size=size, why=f"{needed}: they are not cached")
+    return CacheChoice(used=True, images=images, size=size)
 
 
 @contextlib.contextmanager
@@ -295,10 +295,10 @@ def training_data(
         on_progress(Progress(stage="encode", note=note))
     if choice.used:
         yield EncodingCache(model, reader).encode(
-            source, total=choice.pictures, processes=processes, on_progress=on_progress
+            source, total=choice.images, processes=processes, on_progress=on_progress
         )
         return
-    for note in reader.notes(choice.pictures or None):
+    for note in reader.notes(choice.images or None):
         on_progress(Progress(stage="encode", note=note))
     if isinstance(source, MapStyleSource):
         live: OnTheFlyDataset | StreamingDataset = OnTheFlyDataset(model, source, reader)

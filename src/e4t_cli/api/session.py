@@ -51,8 +51,8 @@ class _QuietLibraries:
         with self._lock:
             self._inside += 1
             if self._inside == 1:
-                both = (transformers_logging, diffusers_logging)
-                self._disabled = [one for one in both if one.is_progress_bar_enabled()]
+                libraries = (transformers_logging, diffusers_logging)
+                self._disabled = [library for library in libraries if library.is_progress_bar_enabled()]
                 for library in self._disabled:
                     library.disable_progress_bar()
 
@@ -74,18 +74,13 @@ def memory_errors() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if memory_ran_out(error):
-            raise ResourceError(
-                "memory ran out", hint="close other programs, or use another --device or a smaller --base"
-            ) from error
+            hint = "close other programs, or use another --device or a smaller --base"
+            raise ResourceError("memory ran out", hint=hint) from error
         raise
 
 
 class ProgressReporter:
-    """Passes progress on, measures stages, and keeps the notes for the result.
-
-    Args:
-        on_progress: the caller's callback.
-    """
+    """Passes progress on to the caller's callback, measures stages, and keeps the notes for the result."""
 
     def __init__(self, on_progress: ProgressCallback | None) -> None:
         self._on_progress = on_progress
@@ -112,8 +107,7 @@ class ProgressReporter:
         try:
             yield
         finally:
-            spent = time.perf_counter() - begun
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
         if not counted:
             self.report(Progress(stage=name, done=1, total=1))
 
@@ -123,23 +117,19 @@ def record_of(
 ) -> GenerationRecord:
     """Return all that it takes to generate an image again; `size` is (width, height) in pixels."""
     return GenerationRecord(
-        prompt=prompt.text,
-        negative_prompt=sampling.negative_prompt,
-        seed=seed,
-        steps=sampling.steps,
-        guidance=float(sampling.guidance or 0),
-        scheduler=sampling.scheduler,
-        concept_scale=sampling.concept_scale,
-        width=size[0],
-        height=size[1],
-        placeholder=prompt.placeholder,
-        domain=concept.domain,
-        base=concept.base_name,
-        base_fingerprint=concept.base_fingerprint,
-        weights_fingerprint=concept.weights_digest,
-        photo_sha256=concept.image_sha256,
+        prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
+        negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
+        steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
+        domain=concept.domain, base=concept.base_name, base_fingerprint=concept.base_fingerprint,
+        weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
         tuning={**concept.config.as_dict(), "seed": concept.seed},
-    )
+    )  # fmt: skip
+
+
+def hub_access(options: RunOptions) -> HubAccess:
+    """Return how the hub may be used."""
+    accept = options.accept_license
+    return HubAccess(offline=options.offline, accept_license=accept, on_progress=options.on_progress)
 
 
 class Session(ProgressReporter):
@@ -162,14 +152,12 @@ class Session(ProgressReporter):
     def __init__(self, options: RunOptions, *, vram: str = "auto", safety: bool = True) -> None:
         super().__init__(options.on_progress)
         if options.dtype != "auto" and options.dtype not in DTYPES:
-            names = ", ".join(["auto", *DTYPES])
-            raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=f"one of {names}")
+            hint = f"one of {', '.join(['auto', *DTYPES])}"
+            raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=hint)
         if vram != "auto":
             budget_of(vram)
         self.options = replace(options, on_progress=self.report)
-        self.access = HubAccess(
-            offline=options.offline, accept_license=options.accept_license, on_progress=self.report
-        )
+        self.access = hub_access(self.options)
         self.vram, self.safety = vram, safety
         self._limits = contextlib.ExitStack()
         self._owns_model = False  # whether the model was loaded for this one request
@@ -237,10 +225,9 @@ class Session(ProgressReporter):
             UsageError: a placeholder comes after the text encoder's last token.
         """
         descriptor = self.model.descriptor_id(self.pretrained.descriptor)
-        if prompts:
-            for dropped in self.model.tokenize(prompts, descriptor).dropped:
-                if dropped:
-                    self.note("load", f"the prompt is too long; left out: {printable(dropped)!r}")
+        for dropped in self.model.tokenize(prompts, descriptor).dropped if prompts else ():
+            if dropped:
+                self.note("load", f"the prompt is too long; left out: {printable(dropped)!r}")
 
     def tune(self, concept: Concept, *, keep_base: bool = False) -> TunedModel:
         """Tune on the concept's image with its config and seed, in the memory that is available.
@@ -258,11 +245,10 @@ class Session(ProgressReporter):
         consume = self._owns_model and not keep_base
         if self._owns_model:
             model.release_tower()  # the photo is encoded by now
+        half = PrecisionPolicy.resolve(device, model.dtype, self.autocast).half
         plan = plan_tuning(
             model, self.pretrained, concept.config,
-            vram=self.vram, consume=consume,
-            half=PrecisionPolicy.resolve(device, model.dtype, self.autocast).half,
-            eight_bit=has_eight_bit(device),
+            vram=self.vram, consume=consume, half=half, eight_bit=has_eight_bit(device),
         )  # fmt: skip
         self.report(Progress(stage="tune", detail=plan.summary()))
         if plan.peak > plan.budget:
@@ -272,9 +258,8 @@ class Session(ProgressReporter):
         with self.stage("tune", counted=True):
             return tune(
                 model, self.pretrained, concept.prepared, concept.config,
-                seed=concept.seed, image_features=concept.image_features,
+                seed=concept.seed, image_features=concept.image_features, on_progress=self.report,
                 options=TuningOptions(plan=plan, consume=consume, autocast=self.autocast),
-                on_progress=self.report,
             )  # fmt: skip
 
     def generate(
@@ -282,10 +267,10 @@ class Session(ProgressReporter):
         concept: Concept,
         tuned: TunedModel,
         prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
         *,
         count: int,
         seed: int,
-        sampling: SamplingConfig,
         on_image: ImageCallback | None,
     ) -> Personalization:
         """Generate `count` images of every prompt; image i of each has the seed `seed + i`."""
@@ -304,10 +289,9 @@ class Session(ProgressReporter):
                 if checker is not None and checker.flags([pixels])[0]:
                     withheld.append(record)
                     continue
-                image = GeneratedImage(image=pixels, prompt=prompt.text, seed=image_seed, record=record)
-                images.append(image)
+                images.append(GeneratedImage(image=pixels, prompt=prompt.text, seed=image_seed, record=record))
                 if on_image is not None:
-                    on_image(image)
+                    on_image(images[-1])
         return Personalization(
             concept=concept, images=images, seed=seed, timings=Timings(**self.seconds),
             notes=tuple(self.notes), withheld=tuple(withheld),

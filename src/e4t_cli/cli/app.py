@@ -21,7 +21,6 @@ import typer
 
 from e4t_cli import __version__
 from e4t_cli.cli import cache, console, domains, export, info, personalize, pretrain
-from e4t_cli.cli import progress as display
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -178,7 +177,7 @@ def _stop_signals() -> Iterator[list[int]]:
     def stop(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
         if len(arrived) > 1:
-            display.show_cursor()
+            console.show_cursor()
             os._exit(128 + number)  # files are renamed into place: nothing can be torn
         request = console.current().stop
         if request is not None and request.ask():
