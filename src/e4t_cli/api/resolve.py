@@ -32,7 +32,7 @@ from e4t_cli.hub.paths import HubAccess, Terms, is_accepted
 from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, is_reachable
 from e4t_cli.progress import Progress
 from e4t_cli.prompts import Prompt, parse_prompt
-from e4t_cli.registry.config import TUNING_METHODS, TuningConfig
+from e4t_cli.registry.config import TUNING_METHODS, PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages, weights_folder
 from e4t_cli.registry.domain import Domain
 
@@ -41,26 +41,20 @@ if TYPE_CHECKING:
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.sampling import SamplingConfig
 
-MAX_SEED = 2**32 - 1
-"""The largest seed that other programs' metadata readers take."""
+MAX_SEED = 2**32 - 1  # the largest that other programs' metadata readers take
+
+# Of a new domain: the paper's values for cats, its domain of objects without masks (section 3.5).
+NEW_TUNING = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
+NEW_PRETRAINING = PretrainingConfig(steps=60_000)
 
 
 def parse_prompts(prompts: str | Sequence[str], placeholder: str) -> list[Prompt]:
-    """Parse one prompt or several.
-
-    Raises:
-        UsageError: one does not name the concept.
-    """
-    wanted = [prompts] if isinstance(prompts, str) else prompts
-    return [parse_prompt(prompt, placeholder) for prompt in wanted]
+    """Parse one prompt or several; raises `UsageError` if one does not name the concept."""
+    return [parse_prompt(one, placeholder) for one in ([prompts] if isinstance(prompts, str) else prompts)]
 
 
 def resolve_seed(seed: int | None, count: int) -> int:
-    """Return the seed of the first image; a random one if none was asked for.
-
-    Raises:
-        UsageError: one of `count` seeds is out of range.
-    """
+    """Return the seed of the first of `count` images, checked; a random one if none was asked for."""
     if not isinstance(count, int) or count < 1:
         raise UsageError(f"the number of images per prompt must be 1 or more, not {count!r}")
     if seed is None:
@@ -71,11 +65,7 @@ def resolve_seed(seed: int | None, count: int) -> int:
 
 
 def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
-    """Return the sampling options as a `SamplingConfig`.
-
-    Raises:
-        UsageError: a field that `SamplingConfig` has not, or one out of range.
-    """
+    """Return the sampling options as a `SamplingConfig`; raises `UsageError` if there is no such field or value."""
     from e4t_cli.sampling import SamplingConfig
 
     if isinstance(wanted, SamplingConfig):
@@ -87,19 +77,13 @@ def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> Sampl
 
 
 def resolve_tuning(config: TuningConfig, method: str | None, steps: int | None) -> TuningConfig:
-    """Return the config with another method and number of steps; None leaves them unchanged.
-
-    Raises:
-        UsageError: there is no such method, or the steps are out of range.
-    """
+    """Return the config with another method and number of steps, checked; None leaves them unchanged."""
     if method is not None and method not in TUNING_METHODS:
-        raise UsageError(
-            f"there is no tuning method {printable(method)!r}", hint=f"--tuning {' or '.join(TUNING_METHODS)}"
-        )
+        hint = f"--tuning {' or '.join(TUNING_METHODS)}"
+        raise UsageError(f"there is no tuning method {printable(method)!r}", hint=hint)
+    changes = {"method": method, "steps": steps}
     try:
-        return config.replace(
-            method=config.method if method is None else method, steps=config.steps if steps is None else steps
-        )
+        return config.replace(**{key: value for key, value in changes.items() if value is not None})
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -122,8 +106,7 @@ def resolve_base(
     if wanted in EMBEDDED:
         return find_base(wanted)
     tower = tower and needs_image_tower(domain, wanted)
-    half = prefers_half(options.device, options.dtype)
-    return fetch_base(wanted, access, half=half, tower=tower, safety=safety)
+    return fetch_base(wanted, access, half=prefers_half(options.device, options.dtype), tower=tower, safety=safety)
 
 
 def needs_image_tower(domain: Domain | None, base: str) -> bool:
@@ -232,13 +215,10 @@ def find_concept_domain(name: str, package: str) -> Domain:
     try:
         return find_domain(name)
     except UsageError as error:
-        hint = error.hint
+        hint = f"it came with the package {printable(package)}: pip install {package}" if package else error.hint
         if package == USER:
             hint = f"it was a user domain: e4t domains add FOLDER brings {name} back"
-        elif package:
-            hint = f"it came with the package {printable(package)}: pip install {package}"
-        message = f"this concept needs the domain {name!r}: {error.message}"
-        raise UsageError(message, hint=hint) from error
+        raise UsageError(f"this concept needs the domain {name!r}: {error.message}", hint=hint) from error
 
 
 def resolve_domain_weights(
