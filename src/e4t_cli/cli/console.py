@@ -33,13 +33,7 @@ LONG_STAGE = 10.0  # seconds after which a stage also shows its remaining time
 
 
 class Console:
-    """The output of one command.
-
-    Args:
-        quiet: stderr keeps errors only.
-        json: products and errors are JSON, one object a line.
-        verbose: 1 adds details, 2 also the traceback of an unexpected error.
-    """
+    """The output of one command; `verbose` 1 adds details, 2 also the traceback of an unexpected error."""
 
     def __init__(self, *, quiet: bool = False, json: bool = False, verbose: int = 0) -> None:
         self.quiet, self.json, self.verbose = quiet, json, verbose
@@ -91,11 +85,7 @@ class Console:
                 self._live.start()
 
     def confirm(self, yes: bool, question: str, *, verb: str = "remove") -> None:
-        """Ask before something is removed or uploaded, unless ``-y`` was given.
-
-        Raises:
-            UsageError: the answer is no.
-        """
+        """Ask before something is removed or uploaded, unless ``-y`` was given; `UsageError` if the answer is no."""
         if not yes and not self.ask(question):
             raise UsageError(f"nothing was {verb.removesuffix('e')}ed", hint=f"-y {verb}s without asking")
 
@@ -122,14 +112,11 @@ class Console:
 
     def error(self, error: E4TError) -> None:
         """Print an error and its hint, also with ``-q``."""
-        message, hint = str(error), error.hint
         if self.json:
-            body = {"code": error.code, "message": message, "hint": hint, "exit": error.exit_code}
-            self._write_stderr(json.dumps({"error": body}))
-            return
-        self._print("error: ", message, style="bold red")
-        if hint:
-            self._print("", hint)
+            body = {"code": error.code, "message": str(error), "hint": error.hint, "exit": error.exit_code}
+            return self._write_stderr(json.dumps({"error": body}))
+        self._print("error: ", str(error), style="bold red")
+        return self._print("", error.hint) if error.hint else None
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None]]:

@@ -175,10 +175,8 @@ class GenerateFlags(RunFlags):
         self, terminal: console.Console, on_progress: ProgressCallback, on_image: ImageCallback
     ) -> GenerateKeywords:
         """Return the keywords of the library."""
-        return {
-            **self.run_keywords(terminal, on_progress),
-            "vram": self.vram, "safety_checker": not self.no_safety_checker, "on_image": on_image,
-        }
+        run, checker = self.run_keywords(terminal, on_progress), not self.no_safety_checker
+        return {**run, "vram": self.vram, "safety_checker": checker, "on_image": on_image}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +203,8 @@ class PersonalizeFlags(GenerateFlags):
 
     def photo_keywords(self) -> PhotoKeywords:
         """Return the keywords of `api.options.PhotoOptions`."""
-        return {
-            "mask": self.mask, "align": not self.no_align, "face": self.face, "require_face": self.require_face,
-        }
+        align = not self.no_align
+        return {"mask": self.mask, "align": align, "face": self.face, "require_face": self.require_face}
 
     def personalize_keywords(
         self, generating: GenerateKeywords, on_prepared: PreparedCallback | None

@@ -6,6 +6,7 @@ it is generated, and its path goes to stdout.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 from collections.abc import Sequence
@@ -33,11 +34,9 @@ MAX_FILE_BYTES = 4_000_000  # a list of prompts, not a book
 def gather_prompts(
     arguments: Sequence[str], file: str | None, *, placeholder: str | None, stdin_taken: bool = False
 ) -> list[str]:
-    """Return all prompts in the order given: arguments first, then the file's lines.
+    """Return all prompts in the order given: arguments first, then the file's lines; ``-`` is stdin.
 
     Args:
-        arguments: prompts as typed; ``-`` stands for the lines of stdin.
-        file: ``-f``, a text file with one prompt a line, or ``-``.
         placeholder: the word that stands for the concept; None if only the concept's file knows.
         stdin_taken: the photo comes from stdin already.
 
@@ -62,11 +61,8 @@ def gather_prompts(
 def _lines(source: str) -> list[str]:
     shown = "stdin" if source == STDIN else printable(source)
     try:
-        if source == STDIN:
-            data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
-        else:
-            with Path(source).open("rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
+        with contextlib.nullcontext(sys.stdin.buffer) if source == STDIN else Path(source).open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise InputError(f"{shown} is longer than {MAX_FILE_BYTES // 10**6} MB of prompts")
         text = data.decode("utf-8-sig")
@@ -90,9 +86,8 @@ def _shell_hint(arguments: Sequence[str], placeholder: str) -> str | None:
     """
     if any(Path(word).exists() for word in arguments if 0 < len(word) < 256 and "\0" not in word):
         return (
-            f"a file's name stands in place of a prompt: quote the prompt, "
-            f'as in "{placeholder} as an astronaut", so that the shell does not expand the *; '
-            "or choose another word with --placeholder '<me>'"
+            f'a file\'s name stands in place of a prompt: quote the prompt, as in "{placeholder} as an astronaut", '
+            "so that the shell does not expand the *; or choose another word with --placeholder '<me>'"
         )
     if len(arguments) > 1 and all(len(word.split()) == 1 for word in arguments):
         first = placeholder if placeholder.casefold() != arguments[0].casefold() else arguments[0]
@@ -105,7 +100,6 @@ class PreparedSaver:
     """Saves a prepared image and, in a second file, its mask; prints both paths.
 
     Args:
-        console: of the running command.
         path: a folder, or the name of a PNG file that does not exist; the mask's file has "-mask" in its name.
         photo: as it was given on the command line; names the files in a folder.
 
@@ -167,7 +161,6 @@ class ImageSaver:
     """Saves the images, the contact sheet and the concept of one command; prints every path.
 
     Args:
-        console: of the running command.
         out: the folder; created now, so that a wrong one fails before tuning.
         metadata: whether prompts and settings go into the files.
         grid: whether there will be a contact sheet.
@@ -205,17 +198,15 @@ class ImageSaver:
         if self.concept is not None:
             result.concept.save(self.concept)
             self.console.product(str(self.concept), {"type": "concept", "path": str(self.concept)})
-        for withheld in result.withheld if self.console.json else ():
-            self.console.product("", {"type": "withheld", **withheld.as_dict(include_prompts=self.metadata)})
+        for record in result.withheld if self.console.json else ():
+            self.console.product("", {"type": "withheld", **record.as_dict(include_prompts=self.metadata)})
         seconds = ", ".join(f"{k} {v:.1f}" for k, v in result.timings.as_dict().items() if v)
         self.console.note(f"seed {result.seed}; {result.timings.total:.1f} s: {seconds}")
         self.console.detail(f"peak memory {peak_memory() / 2**20:.0f} MB")
         if result.withheld:
-            wanted = len(result.images) + len(result.withheld)
-            raise PartialResult(
-                f"the safety checker withheld {len(result.withheld)} of {wanted} images",
-                hint="try another --seed or prompt; --no-safety-checker if it is mistaken",
-            )
+            withheld, wanted = len(result.withheld), len(result.images) + len(result.withheld)
+            message = f"the safety checker withheld {withheld} of {wanted} images"
+            raise PartialResult(message, hint="try another --seed or prompt; --no-safety-checker if it is mistaken")
 
 
 GENERATE_EXAMPLES = """
@@ -230,21 +221,15 @@ OwnPlaceholder = Annotated[
 
 
 def check_concept(concept: Path) -> None:
-    """Raise `UsageError` if there is no such file."""
     if not concept.is_file():
         raise UsageError(f"there is no file {printable(str(concept))}", hint="make one: e4t personalize … --save")
 
 
 @options.grouped
 def generate(
-    concept: Saved,
-    prompts: options.PromptFlags,
-    sampling: options.SamplingFlags,
-    run: options.GenerateFlags,
-    output: options.OutputFlags,
-    terminal: options.TerminalFlags,
-    placeholder: OwnPlaceholder = None,
-) -> None:
+    concept: Saved, prompts: options.PromptFlags, sampling: options.SamplingFlags, run: options.GenerateFlags,
+    output: options.OutputFlags, terminal: options.TerminalFlags, placeholder: OwnPlaceholder = None,
+) -> None:  # fmt: skip
     """Generate images of a saved concept.
 
     The concept is tuned again to the same bits, in seconds, unless it was saved with its weights.
@@ -276,15 +261,10 @@ curl -sL URL | e4t personalize face - "S* in the snow" --save me.e4t
 
 @options.grouped
 def personalize(
-    domain: options.DomainName,
-    image: Photo,
-    prompts: options.PromptFlags,
-    sampling: options.SamplingFlags,
-    run: options.PersonalizeFlags,
-    output: options.PersonalizeOutputFlags,
-    terminal: options.TerminalFlags,
+    domain: options.DomainName, image: Photo, prompts: options.PromptFlags, sampling: options.SamplingFlags,
+    run: options.PersonalizeFlags, output: options.PersonalizeOutputFlags, terminal: options.TerminalFlags,
     placeholder: options.Placeholder = "S*",
-) -> None:
+) -> None:  # fmt: skip
     """Learn a face, a cat, a style from one photo, and generate images of it.
 
     Saved paths go to stdout, one a line. A prompt that begins with a dash goes behind `--`.
@@ -314,15 +294,14 @@ def personalize(
     prepared_saver = None if save_prepared is None else PreparedSaver(console, save_prepared, image)
     if prepared_saver and not wanted and save is None:
         with console.progress() as on_progress:
-            asked = run.run_keywords(console, on_progress)
-            prepared = api.prepare(domain, image, **asked, **run.photo_keywords())
+            keywords = run.run_keywords(console, on_progress)
+            prepared = api.prepare(domain, image, **keywords, **run.photo_keywords())
         return prepared_saver(prepared)
     saver = ImageSaver(console, output.out, metadata=not output.no_metadata, grid=output.grid, concept=save)
     with console.progress() as on_progress:
-        keywords = run.generate_keywords(console, on_progress, saver.save)
+        asked = run.generate_keywords(console, on_progress, saver.save)
         result = api.personalize(
             domain, image, wanted, num_images_per_prompt=prompts.num_images, seed=prompts.seed,
-            sampling=sampling.given(), placeholder=placeholder,
-            **run.personalize_keywords(keywords, prepared_saver),
+            sampling=sampling.given(), placeholder=placeholder, **run.personalize_keywords(asked, prepared_saver),
         )  # fmt: skip
     return saver.finish(result)
