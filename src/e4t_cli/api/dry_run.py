@@ -25,16 +25,10 @@ OPENED = 2000  # of more images than these an evenly spaced sample is opened
 
 
 def plan_pretraining(
-    name: str | Domain,
-    data: Data,
-    *,
-    config: PretrainingConfig | None = None,
-    tuning: TuningConfig | None = None,
+    name: str | Domain, data: Data, *, config: PretrainingConfig | None = None, tuning: TuningConfig | None = None,
     **options: Unpack[DomainTrainingKeywords],
-) -> dict[str, Any]:
-    """Open the images, take a few steps, write nothing, and return what `pretrain` would cost.
-
-    The arguments are those of `pretrain`.
+) -> dict[str, Any]:  # fmt: skip
+    """Open the images, take a few steps, write nothing, and return what `pretrain`, with these arguments, would cost.
 
     Returns:
         Plain values: images found, opened and left out, steps, passes over the data, bytes of cache and memory, and

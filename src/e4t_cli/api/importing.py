@@ -56,10 +56,9 @@ UNSTATED = (
 
 
 def fetch_converted(domain: Domain, base: str, location: str, access: HubAccess, *, repair: bool = False) -> Path:
-    """Return the folder of domain weights converted from a checkpoint of the hub.
+    """Return the folder of domain weights converted from a checkpoint of the hub, for the base of that name.
 
     Args:
-        domain, base: its configs and prompt templates are used; the base's name.
         location: "e4t-diffusion:owner/name", from `Domain.weights`.
         repair: verify the checksums, and convert again if the folder is damaged.
 

@@ -34,7 +34,7 @@ from e4t_cli.api.resolve import (
     resolve_seed,
     resolve_tuning,
 )
-from e4t_cli.api.session import Session, hub_access
+from e4t_cli.api.session import Session
 from e4t_cli.errors import UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import e4t_diffusion_repository
 from e4t_cli.hub.paths import HubAccess
@@ -181,7 +181,7 @@ def prepare(
     asked = PrepareOptions(**options)
     value, _ = resolve_domain(domain)
     photo = open_image(image)
-    access = hub_access(asked)
+    access = HubAccess(offline=asked.offline, accept_license=asked.accept_license, on_progress=asked.on_progress)
     name, size, _ = _look_up_base(value, asked, access)
     if not size:
         raise UsageError(
@@ -250,11 +250,7 @@ NAMED_MASKS = {"auto": MaskSource(kind="auto"), "none": MaskSource(kind="none"),
 
 
 def resolve_mask(mask: ImageInput, photo: OpenedImage) -> MaskSource:
-    """Return where the mask comes from.
-
-    Args:
-        mask: "auto", "none", "words" for the domain's own prompt, "words:a cat", or an image.
-        photo: that it is for.
+    """Return where the mask comes from; `mask` is that of `PhotoOptions`.
 
     Raises:
         UsageError: there is no such file, or no words behind the colon.

@@ -95,20 +95,13 @@ def _like(words: list[str], model: TextToImageModel) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class NewDomain:
-    """A domain about to be pre-trained for a base.
+    """A domain about to be pre-trained for a base."""
 
-    Args:
-        domain: the value; its descriptor counts unless `names_itself`.
-        names_itself: the descriptor is to be found in the name.
-        config, tuning: of the pre-training, and of later personalization.
-        folder: where the domain weights go.
-    """
-
-    domain: Domain
-    names_itself: bool
+    domain: Domain  # its descriptor counts unless:
+    names_itself: bool  # the descriptor is to be found in the name
     config: PretrainingConfig
-    tuning: TuningConfig
-    folder: Path
+    tuning: TuningConfig  # of later personalization
+    folder: Path  # where the domain weights go
 
     @property
     def work(self) -> Path:
@@ -126,20 +119,10 @@ def check_new_name(name: str | Domain) -> None:
 
 
 def plan_domain(
-    name: str | Domain,
-    base: str,
-    options: DomainTrainingOptions,
-    *,
-    config: PretrainingConfig | None = None,
-    tuning: TuningConfig | None = None,
-    folder: str | os.PathLike[str] | None = None,
-) -> NewDomain:
-    """Decide everything about a new domain that does not need its base.
-
-    Args:
-        name: a new domain's, an installed one's that lacks weights for this base, or a value.
-        base: name of the base.
-        options: its descriptor and config fields replace those of the config.
+    name: str | Domain, base: str, options: DomainTrainingOptions, *, config: PretrainingConfig | None = None,
+    tuning: TuningConfig | None = None, folder: str | os.PathLike[str] | None = None,
+) -> NewDomain:  # fmt: skip
+    """Decide everything about a new domain that does not need its base; the options replace fields of the config.
 
     Raises:
         UsageError: a value is out of range, or there are such weights already.
@@ -169,9 +152,9 @@ def _find(name: str | Domain, base: str) -> tuple[Domain, bool]:
     """Return the value, the installed domain of that name, or a new plain one; and which it is."""
     if isinstance(name, Domain):
         return name, False
-    installed = installed_domains()
     # A package's domain precedes the user's folder of that name, which holds weights for it.
-    for listing in sorted(installed, key=lambda one: one.package == USER):
+    installed = sorted(installed_domains(), key=lambda one: one.package == USER)
+    for listing in installed:
         if listing.name == name and listing.domain is not None:
             with contextlib.suppress(WeightsUnavailable):
                 weights_folder(listing.domain, base)
@@ -199,19 +182,12 @@ def _known_configs(known: list[Domain], base: str) -> tuple[TuningConfig, Pretra
 
 @dataclass(frozen=True, kw_only=True)
 class CacheChoice:
-    """Whether encoded images are kept on the disk.
-
-    Args:
-        used: whether they are.
-        images: how many images there are, 0 if unknown.
-        size: of the cache, in bytes.
-        why: a note for the user if "auto" could not use it, "" otherwise.
-    """
+    """Whether encoded images are kept on the disk."""
 
     used: bool
-    images: int
-    size: int
-    why: str = ""
+    images: int  # 0 if unknown
+    size: int  # of the cache, in bytes
+    why: str = ""  # a note for the user if "auto" could not use it
 
 
 def check_cache(wanted: str) -> None:
@@ -223,12 +199,7 @@ def check_cache(wanted: str) -> None:
 def choose_cache(
     wanted: str, source: ImageSource, model: TextToImageModel, samples: int, *, mask: bool
 ) -> CacheChoice:
-    """Decide whether encoded images are kept; "auto" keeps them if images are used repeatedly.
-
-    Args:
-        wanted: "auto", "on" or "off".
-        samples: images that the run will train on, repetitions counted.
-        mask: whether masks are kept too.
+    """Decide whether encoded images, and masks, are kept; "auto" keeps them if `samples` repeat the images.
 
     Raises:
         UsageError: an iterable that can be read once only, and "off".
@@ -257,14 +228,9 @@ def choose_cache(
 
 @contextlib.contextmanager
 def training_data(
-    model: TextToImageModel,
-    source: ImageSource,
-    reader: ImageReader,
-    choice: CacheChoice,
-    *,
-    processes: DistributedContext,
-    on_progress: ProgressCallback,
-) -> Iterator[TrainingData]:
+    model: TextToImageModel, source: ImageSource, reader: ImageReader, choice: CacheChoice, *,
+    processes: DistributedContext, on_progress: ProgressCallback,
+) -> Iterator[TrainingData]:  # fmt: skip
     """Yield a source's images as training data.
 
     Raises:

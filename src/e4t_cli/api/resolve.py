@@ -94,8 +94,6 @@ def resolve_base(
     """Return the base that was asked for, fetched if need be; a loaded model is returned as it is.
 
     Args:
-        options: its device and dtype decide which precision is fetched.
-        access: how the hub may be used.
         domain: "auto" takes a base that this domain has weights for.
         tower: whether a photo will be encoded.
         safety: whether the base's safety checker will be used.
@@ -110,11 +108,7 @@ def resolve_base(
 
 
 def needs_image_tower(domain: Domain | None, base: str) -> bool:
-    """Whether a domain's encoder reads the base's image tower, or brings its own.
-
-    Args:
-        base: a name, or an address of the hub; not "auto".
-    """
+    """Whether a domain's encoder reads the image tower of a base (a name or address), or brings its own."""
     if domain is None:
         return True
     address = hub_location(base)
@@ -126,13 +120,9 @@ def needs_image_tower(domain: Domain | None, base: str) -> bool:
 
 
 def resolve_base_name(
-    base: str | os.PathLike[str],
-    access: HubAccess,
-    *,
-    domain: Domain | None = None,
-    device: str = "auto",
+    base: str | os.PathLike[str], access: HubAccess, *, domain: Domain | None = None, device: str = "auto",
     confirm: bool = True,
-) -> str:
+) -> str:  # fmt: skip
     """Return the base's name; for "auto" the default on this machine, with a remark about why.
 
     Args:
@@ -201,11 +191,7 @@ def resolve_domain(domain: str | os.PathLike[str] | Domain) -> tuple[Domain, str
 
 
 def find_concept_domain(name: str, package: str) -> Domain:
-    """Return the domain that a concept was made with.
-
-    Args:
-        name: of the domain.
-        package: the distribution it came with then, "" if it was not recorded.
+    """Return the domain that a concept was made with, from the package it came with then ("" if not recorded).
 
     Raises:
         UsageError: it is not installed any more; the hint is what brings it back.
@@ -224,10 +210,7 @@ def find_concept_domain(name: str, package: str) -> Domain:
 def resolve_domain_weights(
     domain: Domain, base: Base | TextToImageModel, access: HubAccess, *, repair: bool = False
 ) -> Path:
-    """Return the folder with the domain's weights for a base, fetched if they are on the hub.
-
-    Args:
-        repair: fetch again what is here and damaged.
+    """Return the folder with the domain's weights for a base, fetched if they are on the hub; `repair`: or damaged.
 
     Raises:
         WeightsUnavailable: there are none; the hint is the command that makes them.

@@ -21,7 +21,7 @@ from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
-from e4t_cli.progress import Progress, ProgressCallback
+from e4t_cli.progress import Progress
 from e4t_cli.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -79,16 +79,52 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
-class ProgressReporter:
-    """Passes progress on to the caller's callback, measures stages, and keeps the notes for the result."""
+def record_of(
+    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int]
+) -> GenerationRecord:
+    """Return all that it takes to generate an image again; `size` is (width, height) in pixels."""
+    return GenerationRecord(
+        prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
+        negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
+        steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
+        domain=concept.domain, base=concept.base_name, base_fingerprint=concept.base_fingerprint,
+        weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
+        tuning={**concept.config.as_dict(), "seed": concept.seed},
+    )  # fmt: skip
 
-    def __init__(self, on_progress: ProgressCallback | None) -> None:
-        self._on_progress = on_progress
-        self.seconds: dict[str, float] = {}
+
+class Session:
+    """A base and domain weights, used for one request; measures its stages, and keeps the notes for the result.
+
+    Args:
+        vram: gigabytes that may be used, or "auto".
+        safety: run the base's safety checker, where it has one.
+
+    Attributes:
+        options: of the request, with `on_progress` going through this session.
+    """
+
+    model: TextToImageModel  # set by `load`, as is:
+    pretrained: DomainWeights
+
+    def __init__(self, options: RunOptions, *, vram: str = "auto", safety: bool = True) -> None:
+        self._on_progress = options.on_progress
+        self.seconds: dict[str, float] = {}  # of each stage
         self.notes: list[str] = []
+        if options.dtype != "auto" and options.dtype not in DTYPES:
+            hint = f"one of {', '.join(['auto', *DTYPES])}"
+            raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=hint)
+        if vram != "auto":
+            budget_of(vram)
+        self.options = replace(options, on_progress=self.report)
+        accept = options.accept_license
+        self.access = HubAccess(offline=options.offline, accept_license=accept, on_progress=self.report)
+        self.vram, self.safety = vram, safety
+        self._limits = contextlib.ExitStack()
+        self._owns_model = False  # whether the model was loaded for this one request
 
     def report(self, event: Progress) -> None:
-        """Pass an event on."""
+        """Pass an event on to the caller's callback."""
         if event.note and event.note not in self.notes:
             self.notes.append(event.note)
         if self._on_progress is not None:
@@ -111,57 +147,6 @@ class ProgressReporter:
         if not counted:
             self.report(Progress(stage=name, done=1, total=1))
 
-
-def record_of(
-    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int]
-) -> GenerationRecord:
-    """Return all that it takes to generate an image again; `size` is (width, height) in pixels."""
-    return GenerationRecord(
-        prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
-        negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
-        steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
-        domain=concept.domain, base=concept.base_name, base_fingerprint=concept.base_fingerprint,
-        weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
-        tuning={**concept.config.as_dict(), "seed": concept.seed},
-    )  # fmt: skip
-
-
-def hub_access(options: RunOptions) -> HubAccess:
-    """Return how the hub may be used."""
-    accept = options.accept_license
-    return HubAccess(offline=options.offline, accept_license=accept, on_progress=options.on_progress)
-
-
-class Session(ProgressReporter):
-    """A base and domain weights, used for one request.
-
-    Args:
-        options: of the request.
-        vram: gigabytes that may be used, or "auto".
-        safety: run the base's safety checker, where it has one.
-
-    Attributes:
-        options: of the request, with `on_progress` going through this session.
-        access: how the hub may be used.
-        model, pretrained: set by `load`.
-    """
-
-    model: TextToImageModel
-    pretrained: DomainWeights
-
-    def __init__(self, options: RunOptions, *, vram: str = "auto", safety: bool = True) -> None:
-        super().__init__(options.on_progress)
-        if options.dtype != "auto" and options.dtype not in DTYPES:
-            hint = f"one of {', '.join(['auto', *DTYPES])}"
-            raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=hint)
-        if vram != "auto":
-            budget_of(vram)
-        self.options = replace(options, on_progress=self.report)
-        self.access = hub_access(self.options)
-        self.vram, self.safety = vram, safety
-        self._limits = contextlib.ExitStack()
-        self._owns_model = False  # whether the model was loaded for this one request
-
     @property
     def autocast(self) -> bool | None:
         """See `PrecisionPolicy.resolve`."""
@@ -171,10 +156,7 @@ class Session(ProgressReporter):
 
     @contextlib.contextmanager
     def running(self, base: Base | TextToImageModel | None = None) -> Iterator[None]:
-        """Import torch; inside, libraries show no progress bars, and memory errors are one message.
-
-        Args:
-            base: that will be loaded; the disk reads it during the imports.
+        """Import torch, while the disk reads the base; inside, libraries show no progress bars.
 
         Raises:
             ResourceError: memory ran out.
@@ -189,11 +171,7 @@ class Session(ProgressReporter):
             yield
 
     def load(self, base: Base | TextToImageModel, weights: Path | None) -> None:
-        """Load the base and the domain weights.
-
-        Args:
-            base: where the base is, or a loaded model.
-            weights: the domain folder for that base; None where there is none yet.
+        """Load the base, if it is not a loaded model, and the domain weights, if there are any yet.
 
         Raises:
             UsageError: there is no such device here.
@@ -232,9 +210,7 @@ class Session(ProgressReporter):
     def tune(self, concept: Concept, *, keep_base: bool = False) -> TunedModel:
         """Tune on the concept's image with its config and seed, in the memory that is available.
 
-        Args:
-            keep_base: leave the base's U-Net unchanged. Otherwise the U-Net of a model that was
-                loaded for this request becomes the tuned one, which saves a copy.
+        Unless `keep_base`, the U-Net of a model that was loaded for this request becomes the tuned one: no copy.
         """
         from e4t_cli.nn.precision import PrecisionPolicy
         from e4t_cli.training.memory import plan_tuning

@@ -64,9 +64,8 @@ def e4t_diffusion(
 ) -> None:
     """Make a domain of a checkpoint of mkshing/e4t-diffusion.
 
-    Its files are pickles: they are read once, with torch's restricted loader, by a process that
-    has no network, and kept as safetensors. The domain's folder goes to stdout, with --save the
-    concept's file instead.
+    Its files are pickles: they are read once, with torch's restricted loader, by a process that has no network, and
+    kept as safetensors. The domain's folder goes to stdout, with --save the concept's file instead.
     """
     console = terminal.start()
     if image is not None and save is None:
