@@ -246,9 +246,9 @@ def test_gone_repositories_lead_to_their_mirrors(checkpoint):
     from e4t_cli.api.importing import _base_name
 
     found = read_checkpoint(checkpoint)
-    assert _base_name(found, None) == "sd14"
+    assert _base_name(found, "auto") == "sd14"
     gone = dataclasses.replace(found, base="runwayml/stable-diffusion-v1-5")
-    assert _base_name(gone, None) == "sd15"
+    assert _base_name(gone, "auto") == "sd15"
 
 
 # ── the child process ──

@@ -97,7 +97,7 @@ def _like(words: list[str], model: TextToImageModel) -> str:
 class NewDomain:
     """A domain about to be pre-trained for a base."""
 
-    domain: Domain  # its descriptor counts unless:
+    domain: Domain  # its descriptor counts unless `names_itself`
     names_itself: bool  # the descriptor is to be found in the name
     config: PretrainingConfig
     tuning: TuningConfig  # of later personalization

@@ -210,7 +210,7 @@ def find_concept_domain(name: str, package: str) -> Domain:
 def resolve_domain_weights(
     domain: Domain, base: Base | TextToImageModel, access: HubAccess, *, repair: bool = False
 ) -> Path:
-    """Return the folder with the domain's weights for a base, fetched if they are on the hub; `repair`: or damaged.
+    """Return the folder with the domain's weights for a base, fetched if they are on the hub (`repair`: or damaged).
 
     Raises:
         WeightsUnavailable: there are none; the hint is the command that makes them.

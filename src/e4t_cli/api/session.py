@@ -104,7 +104,7 @@ class Session:
         options: of the request, with `on_progress` going through this session.
     """
 
-    model: TextToImageModel  # set by `load`, as is:
+    model: TextToImageModel  # set by `load`, like the next
     pretrained: DomainWeights
 
     def __init__(self, options: RunOptions, *, vram: str = "auto", safety: bool = True) -> None:

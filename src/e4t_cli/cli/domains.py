@@ -197,10 +197,7 @@ def rm(name: UserDomainName, yes: Yes = False, json: Json = False, quiet: Quiet 
     console.product(path, {"type": "removed", "name": folder.name, "path": path})
 
 
-CHECK_EXAMPLES = """
-In a test: [bold]from e4t_cli import check_domain[/bold], then
-[bold]check_domain("my_dogs")[/bold]
-"""
+CHECK_EXAMPLES = 'In a test: [bold]from e4t_cli import check_domain[/bold], then\n[bold]check_domain("my_dogs")[/bold]'
 
 Subject = Annotated[
     str, typer.Argument(metavar="NAME|DIR", autocompletion=complete_domain, help="A domain, or a domain's folder.")
@@ -256,9 +253,7 @@ def new(
     console.note(f"install it: pip install -e {folder}")
 
 
-PUSH_EXAMPLES = """
-Example: [bold]e4t domains push my_dogs me/e4t-my-dogs --licence CC0-1.0[/bold]
-"""
+PUSH_EXAMPLES = "Example: [bold]e4t domains push my_dogs me/e4t-my-dogs --licence CC0-1.0[/bold]"
 
 Repository = Annotated[str, typer.Argument(metavar="OWNER/REPO", help="The repository; made if there is none.")]
 Which = Annotated[str, typer.Option("--base", metavar="NAME", show_default=False, help="Which weights, of several.")]

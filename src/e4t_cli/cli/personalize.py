@@ -81,8 +81,8 @@ def _lines(source: str) -> list[str]:
 def _shell_hint(arguments: Sequence[str], placeholder: str) -> str | None:
     """Return a hint for a prompt without quotes: the shell split it, and may have expanded ``S*``.
 
-    ``e4t personalize face me.jpg S* as an astronaut`` arrives as single words, and in a folder with
-    ``Screenshot.png`` the shell puts that name where ``S*`` stood.
+    ``e4t personalize face me.jpg S* as an astronaut`` arrives as single words, and in a folder with ``Screenshot.png``
+    the shell puts that name where ``S*`` stood.
     """
     if any(Path(word).exists() for word in arguments if 0 < len(word) < 256 and "\0" not in word):
         return (
@@ -209,9 +209,7 @@ class ImageSaver:
             raise PartialResult(message, hint="try another --seed or prompt; --no-safety-checker if it is mistaken")
 
 
-GENERATE_EXAMPLES = """
-Example: e4t generate me.e4t "S* on the beach" "a pencil sketch of S*" -n 4 --grid
-"""
+GENERATE_EXAMPLES = 'Example: e4t generate me.e4t "S* on the beach" "a pencil sketch of S*" -n 4 --grid'
 
 Saved = Annotated[Path, typer.Argument(metavar="CONCEPT", help="A file made with `e4t personalize --save`.")]
 Photo = Annotated[str, typer.Argument(metavar="IMAGE", help="The one photo: a file, or -.")]
