@@ -33,14 +33,12 @@ from e4t_cli.registry.domain import PreparedImage, check_name
 
 SCHEMA = 1
 
+# Entries of the header; their values are text, but for the seed.
 _REQUIRED = (
-    "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed",
-    "image_sha256", "placeholder",
+    "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed", "image_sha256", "placeholder",
 )  # fmt: skip
 _OPTIONAL = ("package", "photo")
-"""Entries of the header; their values are text, but for the seed."""
-_FIELDS = {"pack_digest": "weights_digest"}
-"""Entry of the header -> field of `Concept`, where the names differ."""
+_FIELDS = {"pack_digest": "weights_digest"}  # entry -> field of `Concept`, where the names differ
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,11 +76,7 @@ class Concept:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self, model: TextToImageModel, pretrained: DomainWeights) -> None:
-        """Refuse another base or other domain weights than the concept was made with.
-
-        Raises:
-            IntegrityError: either is another one.
-        """
+        """Raise IntegrityError for another base or other domain weights than the concept was made with."""
         if model.fingerprint != self.base_fingerprint:
             raise IntegrityError(
                 f"this concept lives on the base {self.base_name} ({self.base_fingerprint[:12]}), "
@@ -123,9 +117,8 @@ class Concept:
         try:
             if adapters:
                 unet, encoder = merge_lora(
-                    model.unet, pretrained.offsets, pretrained.encoder, adapters,
-                    dtype=model.tuned_dtype,
-                )  # fmt: skip
+                    model.unet, pretrained.offsets, pretrained.encoder, adapters, dtype=model.tuned_dtype
+                )
             else:
                 # torch's `to`: diffusers' logs a warning about casts that are intended.
                 unet = copy.deepcopy(model.unet)
@@ -138,12 +131,11 @@ class Concept:
         encoder.to(model.device).requires_grad_(False)
         token = model.descriptor_id(self.descriptor)
         encoded_image = self.weights.get("folded")
-        with torch.no_grad():
-            if encoded_image is None:  # of adapters, or of a file from before `for_inference`
+        if encoded_image is None:  # of adapters, or of a file from before `for_inference`
+            with torch.no_grad():
                 encoded_image = encoder.encode_image(self.image_features[None].to(model.device))
-            encoded_image = encoded_image.to(model.device)
         return TunedModel(
-            unet=unet, encoder=encoder.for_inference(), encoded_image=encoded_image,
+            unet=unet, encoder=encoder.for_inference(), encoded_image=encoded_image.to(model.device),
             e_domain=model.word_embedding(token), descriptor_id=token,
             scale=pretrained.embedding_scale, adapters=adapters,
         )  # fmt: skip
@@ -151,15 +143,10 @@ class Concept:
     def _part(self, part: str) -> dict[str, Tensor]:
         """Return one part's tensors from the stored weights."""
         prefix = f"{part}."
-        names = [key for key in self.weights if key.startswith(prefix)]
-        return {key.removeprefix(prefix): self.weights[key] for key in names}
+        return {key.removeprefix(prefix): value for key, value in self.weights.items() if key.startswith(prefix)}
 
     def save(self, path: str | Path, *, overwrite: bool = True) -> None:
-        """Write the concept to one file.
-
-        Raises:
-            FileExistsError: it exists and may not be overwritten.
-        """
+        """Write the concept to one file; raises FileExistsError if it exists and may not be overwritten."""
         features = self.image_features.float().cpu()
         half = features.half()
         tensors = {
@@ -180,12 +167,7 @@ class Concept:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a concept.
-
-        Raises:
-            UsageError: there is no such file.
-            IntegrityError: it is not a concept, or damaged.
-        """
+        """Read a concept; raises UsageError if there is no such file, IntegrityError if it is not a usable concept."""
         path = Path(path)
         if not path.is_file():
             raise UsageError(f"there is no concept {printable(str(path))}", hint="make one: e4t personalize … --save")

@@ -4,7 +4,7 @@
 
 W is a weight of the tuned U-Net, offsets merged. ΔW of eq. 3 multiplies W₀ element by element and tuning moves every
 weight, so W - W₀ has full rank: a file of rank r holds its truncated singular value decomposition, and loses the rest.
-Biases and normalisations stay the base's. The diffusers folder and the single file lose nothing.
+Biases and normalization layers stay the base's. The diffusers folder and the single file lose nothing.
 
 Every layer has the same rank, padded with zeros where it has fewer directions, and alpha = rank: diffusers 0.42 scales
 some layers of files with several ranks wrongly.
@@ -27,8 +27,7 @@ from e4t_cli.nn.randomness import generator
 from e4t_cli.progress import Progress, ProgressCallback
 
 MAX_RANK = 1024
-OVERSAMPLING, POWER_ITERATIONS = 16, 4
-"""Of the randomized singular value decomposition (Halko et al., 2011)."""
+OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the randomized singular value decomposition (Halko et al., 2011)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,7 +68,7 @@ def write_lora(
         rank: r; a layer that has fewer directions keeps them all.
         on_progress: called after each layer: Stable Diffusion has 280, and takes a minute on a CPU.
 
-    The other arguments are those of `write_with_embedding`, and so are the errors.
+    The other arguments and errors are those of `write_with_embedding`.
 
     Returns:
         The retained energy (see `Lora`).
@@ -93,11 +92,7 @@ def write_lora(
 
 @torch.no_grad()
 def lora_of(base: nn.Module, tuned: nn.Module, rank: int, on_progress: ProgressCallback | None = None) -> Lora:
-    """Return the best approximation of `tuned` - `base` in `rank` directions a layer.
-
-    Args:
-        base, tuned: of the same layers; neither has offsets attached.
-    """
+    """Return the best approximation of `tuned` - `base`, both without offsets, in `rank` directions a layer."""
     weights, total, lost = {}, 0.0, 0.0
     layers, before = _matrices(tuned), _matrices(base)
     rank = min(rank, max(min(weight.flatten(1).shape) for weight in layers.values()))

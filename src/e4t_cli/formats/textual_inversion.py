@@ -1,11 +1,10 @@
 """A concept's word embedding, averaged over noise levels, in the file format of textual inversion.
 
-Departure: section 3.1 predicts e_c anew at every denoising step, which other programs cannot do.
-Here it is the mean over the noise levels of training, each of its own noisy latent of the photo;
-docs/mini.md has what the refinement adds.
+Departure: section 3.1 predicts e_c anew at every denoising step, which other programs cannot do. Here it is the mean
+over the noise levels of training, each of its own noisy latent of the photo; docs/mini.md: what the refinement adds.
 
-Programs that read single-file weights keep word embeddings in a folder of their own and use their
-file names as tokens, so the embedding is a second file beside the weights.
+Programs that read single-file weights keep word embeddings in another folder and use their file names as tokens, so
+the embedding is a second file beside the weights.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from e4t_cli.nn.randomness import draw
 from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features
 from e4t_cli.registry.domain import PreparedImage
 
-NOISE_LEVELS = 16
-"""Each in its own range of time steps, as in a step of tuning."""
+NOISE_LEVELS = 16  # each in its own range of time steps, as in a step of tuning
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,15 +48,14 @@ def mean_concept_embedding(
         return ConceptEmbedding(embedding=tuned.embedding(None)[0], variation=0.0)
     unet = tuned.unet
     assert isinstance(unet, UNet2DConditionModel)
-    draws = draw(
-        seed, 0, range(NOISE_LEVELS), batch_size=NOISE_LEVELS,
-        train_timesteps=model.train_timesteps, shape=model.latent_shape,
-    ).to(model.device)  # fmt: skip
+    levels, steps = range(NOISE_LEVELS), model.train_timesteps
+    draws = draw(seed, 0, levels, batch_size=NOISE_LEVELS, train_timesteps=steps, shape=model.latent_shape)
+    draws = draws.to(model.device)
     z_0 = model.posterior(model.pixels([prepared.image])).sample(draws.posterior)
     z_t = model.add_noise(z_0, draws.epsilon, draws.timesteps).to(unet.dtype)
     empty_prompt = model.uncond_embeds.to(z_t.dtype)
     features = []
-    for level in range(NOISE_LEVELS):  # not as one batch: large images would fill a GPU's memory
+    for level in levels:  # not as one batch: large images would fill a GPU's memory
         one = slice(level, level + 1)
         start = embed_latents(unet, z_t[one], draws.timesteps[one])
         features.append(pooled_features(down_and_mid(unet, start, empty_prompt)).float())

@@ -1,7 +1,6 @@
 """Decodes an image file to upright 8-bit sRGB pixels without metadata.
 
-Orientation, transparency, 16-bit greys and colour profiles are applied; what cannot be decoded is
-refused in one sentence.
+Orientation, transparency, 16-bit greys and colour profiles are applied.
 """
 
 from __future__ import annotations
@@ -52,7 +51,12 @@ def decode(data: bytes, name: str) -> OpenedImage:
     if not data:
         raise InputError(f"{name} is empty")
     if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
-        _register_heic(name)
+        try:
+            import pi_heif
+        except ImportError:
+            message = f"{name} is a HEIC image, which needs one more package"
+            raise InputError(message, hint="pip install 'e4t[heic]'") from None
+        pi_heif.register_heif_opener()
     Image.init()
     formats = [known for known in _FORMATS if known in Image.OPEN]
     notes: list[str] = []
@@ -76,27 +80,15 @@ def decode(data: bytes, name: str) -> OpenedImage:
             upright, alpha = _upright_rgb(image, name, notes)
         return OpenedImage(upright, tuple(notes), hashlib.sha256(data).hexdigest(), alpha)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(
-            f"{name} has more than {MAX_PIXELS // 10**6} megapixels", hint="make it smaller first"
-        ) from None
+        message = f"{name} has more than {MAX_PIXELS // 10**6} megapixels"
+        raise InputError(message, hint="make it smaller first") from None
     except UnidentifiedImageError:
-        raise InputError(
-            f"{name} is not an image in a known format", hint="JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM are"
-        ) from None
+        hint = "JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM are"
+        raise InputError(f"{name} is not an image in a known format", hint=hint) from None
     except InputError:
         raise
     except Exception as error:  # hostile bytes make decoders raise any exception
         raise InputError(f"{name} is damaged: {printable(str(error), limit=120)}") from error
-
-
-def _register_heic(name: str) -> None:
-    try:
-        import pi_heif
-    except ImportError:
-        raise InputError(
-            f"{name} is a HEIC image, which needs one more package", hint="pip install 'e4t[heic]'"
-        ) from None
-    pi_heif.register_heif_opener()
 
 
 def _upright_rgb(image: Image.Image, name: str, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:

@@ -1,8 +1,7 @@
-"""The square of a photo that becomes the prepared image, as a value that crops anything alike.
+"""The square of a photo that becomes the prepared image, upright or rotated.
 
-A `Frame` is a square in the photo's pixels, upright or rotated: its upper left corner and the
-vector along its upper edge. The image, its mask and its alpha channel are cropped with the same
-frame, so that they stay aligned. Coordinates are continuous: pixel i covers i to i + 1.
+The photo, its mask and its alpha channel are cropped with the same `Frame`, so that they stay aligned. Coordinates are
+in pixels of the photo and continuous: pixel i covers i to i + 1.
 """
 
 from __future__ import annotations
@@ -111,8 +110,7 @@ class Frame:
         right, bottom = (self.corner[n] * ratio[n] + self.edge[0] * ratio[n] for n in (0, 1))
         upright = self.edge[1] == 0 and self.edge[0] > 0
         slack = 1e-6 * max(image.size)
-        inside = left >= 0 and top >= 0
-        if upright and inside and right <= image.width + slack and bottom <= image.height + slack:
+        if upright and min(left, top) >= 0 and right <= image.width + slack and bottom <= image.height + slack:
             box = (left, top, min(right, image.width), min(bottom, image.height))
             return image.resize((size, size), Resampling.LANCZOS, box=box)
         return _resampled(image, self, ratio, size, outside)

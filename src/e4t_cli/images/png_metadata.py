@@ -1,8 +1,8 @@
 """Writes and reads how an image was generated, as metadata of its PNG.
 
-`parameters` is the text of AUTOMATIC1111's web UI, which many programs read; `e4t` is our own JSON,
-enough to generate the image again; the XMP packet holds IPTC's mark of generated images, which is
-always written. Neither the photo nor any path or user name is stored.
+`parameters` is the text of AUTOMATIC1111's web UI, which many programs read; `e4t` is JSON, enough to generate the
+image again; the XMP packet with IPTC's mark of generated images is always written. Neither the photo nor any path or
+user name is stored.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,14 +25,10 @@ SCHEMA = 1
 AI_MARK = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _XMP_KEYWORD = "XML:com.adobe.xmp"
 _XMP = (
-    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
-    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
-    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    '<rdf:Description rdf:about=""'
-    ' xmlns:xmp="http://ns.adobe.com/xap/1.0/"'
-    ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
-    f' xmp:CreatorTool="e4t {__version__}"'
-    f' Iptc4xmpExt:DigitalSourceType="{AI_MARK}"/>'
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about=""'
+    ' xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+    f' xmp:CreatorTool="e4t {__version__}" Iptc4xmpExt:DigitalSourceType="{AI_MARK}"/>'
     '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
 # Keys of the JSON since version 0.1, which stay as they are.
@@ -42,10 +39,8 @@ def package_versions() -> dict[str, str]:
     """Return the versions of the packages that an image's pixels depend on."""
     versions = {"e4t": __version__}
     for package in ("torch", "diffusers", "transformers", "open_clip_torch"):
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions
 
 

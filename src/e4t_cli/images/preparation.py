@@ -1,8 +1,7 @@
 """Prepares a photo: the square crop that the domain makes, with the mask of the concept.
 
-The mask comes from, in this order: the user's file, the user's text prompt, the photo's alpha
-channel, the domain's preparation, the domain's text prompt. Text prompts are segmented by CLIPSeg
-(Lüddecke and Ecker, 2022) through transformers; its files are fetched from the hub once.
+The mask comes from, in this order: the user's file, the user's text prompt, the photo's alpha channel, the domain's
+preparation, the domain's text prompt. Text prompts are segmented by CLIPSeg (Lüddecke and Ecker, 2022).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from e4t_cli.hub.download import fetch_files, get_repo_info
 from e4t_cli.hub.paths import HubAccess, Terms, accept
 from e4t_cli.images.decoding import OpenedImage
 from e4t_cli.images.loading import MIN_COVERAGE, center_square, mask_coverage, prepare_image
+from e4t_cli.progress import quiet_libraries
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 if TYPE_CHECKING:
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 
 CLIPSEG = "CIDAS/clipseg-rd64-refined"
 FILES = ("*.json", "*.safetensors")
+# Terms of a repository beside the licence it states.
 KNOWN_TERMS = {"jonathandinu/face-parsing": "made from SegFormer weights and CelebAMask-HQ: for research"}
-"""Terms of a repository beside the licence it states."""
-MIN_PROBABILITY = 0.4
-"""A pixel above it belongs to the mask. CLIPSeg's probabilities are rarely above 0.8."""
+MIN_PROBABILITY = 0.4  # a pixel above it belongs to the mask; CLIPSeg's probabilities are rarely above 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +79,8 @@ def prepare_photo(
     elif mask.kind == "words":
         words = mask.words or domain.mask_words
         if not words:
-            raise UsageError(
-                f"the domain {domain.name!r} has no words for its mask", hint='--mask "words:a cat" finds a cat'
-            )
+            hint = '--mask "words:a cat" finds a cat'
+            raise UsageError(f"the domain {domain.name!r} has no words for its mask", hint=hint)
         prepared = _with_text_mask(prepared, words, target)
     elif alpha is not None:
         prepared = with_mask(prepared, photo.image, alpha)
@@ -98,13 +96,7 @@ def prepare_photo(
 
 
 def with_mask(prepared: PreparedImage, photo: Image.Image, mask: Image.Image) -> PreparedImage:
-    """Return the prepared image with a mask of the photo, cropped and turned alike.
-
-    Args:
-        prepared: of `photo`.
-        photo: before its preparation.
-        mask: mode L, of the photo's proportions.
-    """
+    """Return the preparation of `photo` with a mask (mode L, of the photo's proportions), cropped and turned alike."""
     size, notes, image = prepared.image.width, prepared.notes, prepared.image
     if prepared.frame is not None:
         cropped = prepared.frame.apply_to_mask(mask, size)
@@ -132,9 +124,6 @@ def _checked(prepared: PreparedImage, found: str) -> PreparedImage:
         return prepared
     note = f"{found} less than 1 % of the image: the whole image counts in tuning"
     return replace(prepared, mask=None, notes=(*prepared.notes, note))
-
-
-# ── segmentation networks ──
 
 
 def snapshot_downloader(access: HubAccess) -> Callable[[str], Path]:
@@ -193,6 +182,7 @@ def mask_by_words(image: Image.Image, words: str, target: PreparationTarget) -> 
     """
     import numpy as np
     import torch
+    from torch.nn.functional import interpolate
 
     if target.fetch is None:
         raise WeightsUnavailable(f"masks by words need {CLIPSEG}, which cannot be fetched here")
@@ -209,9 +199,7 @@ def mask_by_words(image: Image.Image, words: str, target: PreparationTarget) -> 
             attention_mask=tokens["attention_mask"].to(target.device),
         ).logits
         probability = logits.reshape(1, 1, *logits.shape[-2:]).float().sigmoid()
-        probability = torch.nn.functional.interpolate(
-            probability, size=(image.height, image.width), mode="bilinear", align_corners=False
-        )
+        probability = interpolate(probability, size=(image.height, image.width), mode="bilinear", align_corners=False)
     inside = (probability[0, 0] >= MIN_PROBABILITY).cpu().numpy()
     return Image.fromarray((inside * 255).astype(np.uint8))
 
@@ -246,19 +234,14 @@ def load_segmenter(kind: Any, folder: Path, what: str) -> Any:
         IntegrityError: it cannot be read, or weights are missing or of other shapes.
     """
     import torch
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model, report = kind.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with quiet_libraries:
+            model, report = kind.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{what} cannot be used: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     # transformers initializes missing weights at random; superfluous ones are harmless.
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:

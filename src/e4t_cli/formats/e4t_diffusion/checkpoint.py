@@ -1,7 +1,7 @@
 """A checkpoint folder of e4t-diffusion: its description, and its conversion in a child process.
 
-This process reads names and config.json alone. The pickles are opened by the child (`__main__`),
-which writes a domain folder and answers in JSON.
+This process reads names and config.json alone. The child (`__main__`) opens the pickles, writes a domain folder and
+answers in JSON.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ MERGED_UNET = "unet.safetensors"
 MAX_CONFIG_BYTES = 1_000_000
 STALE_SECONDS = 24 * 3600
 _DEFAULT_TOWER = "ViT-H-14::laion2b_s32b_b79k"
+# What describes a plain vision transformer; another key means another kind of tower.
 _PLAIN_TOWER = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
-"""What describes a plain vision transformer; another key means another kind of tower."""
-_UNSTATED_QUICK_GELU = {"openai"}
-"""Weights trained with the approximate GELU under names whose configs do not state it."""
+_UNSTATED_QUICK_GELU = {"openai"}  # weights trained with the approximate GELU, which their configs do not state
 _SECRETS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "PROXY", "SSH_AUTH")
 
 
@@ -76,10 +75,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     weights = UNET if (folder / UNET).is_file() else OFFSETS
     for name in ("config.json", ENCODER, weights):
         if not (folder / name).is_file():
-            raise IntegrityError(
-                f"{shown} is not a checkpoint of e4t-diffusion: it has no {name}",
-                hint="give the folder that its training wrote, or that its repository holds",
-            )
+            hint = "give the folder that its training wrote, or that its repository holds"
+            raise IntegrityError(f"{shown} is not a checkpoint of e4t-diffusion: it has no {name}", hint=hint)
     try:
         config = _read_config(folder / "config.json")
         training = config.get("pretrained_args", config)
@@ -136,14 +133,12 @@ def tower_sizes(name: str, *, normalised_patches: bool = False) -> dict[str, Any
     """
     model, _, weights = name.partition("::")
     path = configs_folder() / f"{model}.json"
-    is_name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", model)
-    known = is_name is not None and path.is_file()
+    known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", model) and path.is_file()
     config = json.loads(path.read_text(encoding="utf-8")) if known else {}
     vision = config.get("vision_cfg", {})
     if not {"image_size", "layers", "width", "patch_size"} <= set(vision) <= _PLAIN_TOWER:
-        raise IntegrityError(
-            f"the checkpoint's image tower {printable(name)!r} is no plain vision transformer of open_clip"
-        )
+        shown = f"the checkpoint's image tower {printable(name)!r}"
+        raise IntegrityError(f"{shown} is no plain vision transformer of open_clip")
     return {
         "tower_width": vision["width"],
         "tower_layers": vision["layers"],
@@ -168,12 +163,10 @@ class ConversionRequest:
     """A checkpoint to read and a domain folder to write.
 
     Args:
-        folder: of the checkpoint.
-        weights: its second file, beside encoder.pt.
+        folder, weights: of the checkpoint, and its second file, beside encoder.pt.
         tower: sizes of the image tower, as fields of `PatchEncoderConfig`; its widths follow from the checkpoint.
         sha256: file -> what it must be, as far as it was declared.
-        name, descriptor, base, licence, image_tower, notes, templates: for the manifest.
-        tuning, pretraining: its configs.
+        name, descriptor, base, licence, image_tower, notes, templates, tuning, pretraining: for the manifest.
         keep_unet: write the merged weights of a tuned U-Net, too (`MERGED_UNET`).
     """
 
@@ -200,8 +193,7 @@ class ConversionRequest:
         fields = json.loads(text)
         fields["tuning"] = TuningConfig(**fields["tuning"])
         fields["pretraining"] = PretrainingConfig(**fields["pretraining"])
-        fields["templates"] = tuple(fields["templates"])
-        return cls(**fields)
+        return cls(**{**fields, "templates": tuple(fields["templates"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,9 +215,8 @@ class ConversionResult:
     def summary(self) -> str:
         """Return a sentence for the user."""
         return (
-            f"{self.offset_parameters:,} parameters of weight offsets became "
-            f"{self.offset_bytes / 1e6:.2f} MB of factors; the largest error of a ΔW is "
-            f"{self.offset_error:.1e}, where the largest ΔW is {self.offset_size:.2g}"
+            f"{self.offset_parameters:,} parameters of weight offsets became {self.offset_bytes / 1e6:.2f} MB of "
+            f"factors; the largest error of a ΔW is {self.offset_error:.1e}, where the largest ΔW is {self.offset_size:.2g}"
         )
 
 
@@ -234,15 +225,18 @@ def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallb
 
     Args:
         request: what is converted.
-        target: the domain folder; it appears whole, or not at all. One that appears meanwhile,
-            made by another process from the same files, is kept.
+        target: the domain folder; it appears whole, or not at all. One that another process makes meanwhile is kept.
         on_progress: called as it goes.
 
     Raises:
         IntegrityError: the checkpoint is hostile, damaged, or of another kind.
         ResourceError: there is no room for the result, or memory ran out.
     """
-    _remove_leftovers(target)
+    # What a killed conversion left; a recent one may still be running.
+    for path in target.parent.glob(f".{target.name[:48]}.*~"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
     # Half precision takes half the bytes; the offsets, next to nothing.
     needed = sum(path.stat().st_size for path in Path(request.folder).glob("*.pt")) // 2
     with staging_directory(target, needed) as staging:
@@ -284,28 +278,15 @@ def _run_child(request: ConversionRequest, folder: Path, on_progress: ProgressCa
         exit_code, message, hint = answer["error"]
         kinds: list[type[E4TError]] = [E4TError, *E4TError.__subclasses__()]
         kind = next((one for one in kinds if one.exit_code == exit_code), IntegrityError)
-        hint = None if hint is None else printable(str(hint))
-        raise kind(printable(str(message)), hint=hint)
+        raise kind(printable(str(message)), hint=None if hint is None else printable(str(hint)))
     if code == -9:
-        raise ResourceError(
-            "the conversion was killed, probably because memory ran out",
-            hint="close other programs: it needs about as much memory as its largest file",
-        )
-    raise IntegrityError(
-        f"{printable(request.folder)} could not be converted: reading it ended with code {code}",
-        hint="E4T_DEBUG=1 shows what that process printed",
-    )
+        hint = "close other programs: it needs about as much memory as its largest file"
+        raise ResourceError("the conversion was killed, probably because memory ran out", hint=hint)
+    message = f"{printable(request.folder)} could not be converted: reading it ended with code {code}"
+    raise IntegrityError(message, hint="E4T_DEBUG=1 shows what that process printed")
 
 
 def clean_environment() -> dict[str, str]:
     """Return the environment of the child: without tokens, and offline."""
     kept = {name: value for name, value in os.environ.items() if not any(word in name.upper() for word in _SECRETS)}
     return {**kept, "HF_HUB_OFFLINE": "1", "E4T_OFFLINE": "1", "NO_PROXY": "*"}
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what a killed conversion left; a recent one may still be running."""
-    for path in target.parent.glob(f".{target.name[:48]}.*~"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
