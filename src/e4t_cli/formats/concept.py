@@ -46,13 +46,11 @@ class Concept:
     """The result of personalization, which can be saved, and generated from again.
 
     Args:
-        domain, descriptor: whose encoder encoded the image.
+        domain, descriptor, weights_digest: whose encoder encoded the image.
         base_name, base_fingerprint: the base it was tuned on.
-        weights_digest: of the domain weights.
         prepared: the square image and its mask.
         image_features: by the domain's encoder (vectors, width), float32.
-        config: of the tuning.
-        seed: of the tuning.
+        config, seed: of the tuning.
         image_sha256: of the user's file, "" if there was none.
         placeholder: the concept's token in prompts.
         photo: what preparation found in the photo and changed, such as "1 face, turned 4°".
@@ -78,15 +76,15 @@ class Concept:
     def check(self, model: TextToImageModel, pretrained: DomainWeights) -> None:
         """Raise IntegrityError for another base or other domain weights than the concept was made with."""
         if model.fingerprint != self.base_fingerprint:
+            here = f"{model.base.name} ({model.fingerprint[:12]})"
             raise IntegrityError(
-                f"this concept lives on the base {self.base_name} ({self.base_fingerprint[:12]}), "
-                f"not on this {model.base.name} ({model.fingerprint[:12]})",
+                f"this concept lives on the base {self.base_name} ({self.base_fingerprint[:12]}), not on this {here}",
                 hint="personalize the picture again on this base",
             )
         if pretrained.digest != self.weights_digest:
+            digests = f"({self.weights_digest[:12] or 'unsaved'}, here: {pretrained.digest[:12]})"
             raise IntegrityError(
-                f"this concept was made with another version of the {self.domain} pack "
-                f"({self.weights_digest[:12] or 'unsaved'}, here: {pretrained.digest[:12]})",
+                f"this concept was made with another version of the {self.domain} pack {digests}",
                 hint="personalize the picture again",
             )
 
@@ -148,11 +146,9 @@ class Concept:
     def save(self, path: str | Path, *, overwrite: bool = True) -> None:
         """Write the concept to one file; raises FileExistsError if it exists and may not be overwritten."""
         features = self.image_features.float().cpu()
-        half = features.half()
-        tensors = {
-            "image": torch.from_numpy(numpy.array(self.prepared.image)),
-            "image_features": half if torch.equal(half.float(), features) else features,
-        }
+        if torch.equal(features.half().float(), features):
+            features = features.half()
+        tensors = {"image": torch.from_numpy(numpy.array(self.prepared.image)), "image_features": features}
         if self.prepared.mask is not None:
             tensors["mask"] = torch.from_numpy(numpy.array(self.prepared.mask))
         tensors |= {f"weights.{key}": value for key, value in self.weights.items()}
@@ -193,11 +189,8 @@ class Concept:
         for key, values in tensors.items():
             if values.is_floating_point() and not values.isfinite().all():
                 raise ValueError(f"{key} has numbers that are not finite")
-        mask = tensors.pop("mask", None)
-        prepared = PreparedImage(
-            image=Image.fromarray(tensors.pop("image").numpy()),
-            mask=None if mask is None else Image.fromarray(mask.numpy()),
-        )
+        mask = Image.fromarray(tensors.pop("mask").numpy()) if "mask" in tensors else None
+        prepared = PreparedImage(image=Image.fromarray(tensors.pop("image").numpy()), mask=mask)
         features = tensors.pop("image_features").float()
         if features.dim() != 2 or any(not key.startswith("weights.") for key in tensors):
             raise ValueError("it holds other tensors than a concept")

@@ -69,7 +69,6 @@ def write_folder(
     Args:
         model: the base that `tuned` was made from; it stays as it is.
         embedding: of the token (embedding_width,).
-        folder: must not exist.
         token: what prompts call the concept.
         readme: the text of its README.md.
         dtype: of the stored weights.
@@ -83,7 +82,10 @@ def write_folder(
     parts = {"unet": tuned.unet, "vae": model.vae, "text_encoder": text_encoder}
     base = model.base.folder
     checked = (base / CHECKER / "config.json").is_file() and (base / FEATURE_EXTRACTOR).is_dir()
-    with staging_directory(folder, _size(parts, base if checked else None, dtype)) as staging:
+    size = sum(weight.numel() for part in parts.values() for weight in part.parameters()) * dtype.itemsize
+    if checked:
+        size += min((path.stat().st_size for path in (base / CHECKER).glob("*.safetensors")), default=0)
+    with staging_directory(folder, size) as staging:
         # Not StableDiffusionPipeline.save_pretrained: the pipeline of diffusers 0.42.1 changes the
         # scheduler it is given (steps_offset 0 becomes 1).
         for name, part in parts.items():
@@ -94,9 +96,7 @@ def write_folder(
         schedule: Any = model.noise_schedule  # a scheduler's `config` is not in diffusers' types
         scheduler: Any = DPMSolverMultistepScheduler
         scheduler.from_config(schedule.config).save_pretrained(staging / "scheduler")
-        index: dict[str, Any] = dict(MODEL_INDEX)
-        if checked:
-            index |= _add_checker(base, staging, dtype)
+        index = MODEL_INDEX | (_add_checker(base, staging, dtype) if checked else {})
         save_file({"emb_params": embedding.detach().cpu().float()[None]}, staging / "learned_word.safetensors")
         (staging / "README.md").write_bytes(readme.encode())
         (staging / "model_index.json").write_bytes(json.dumps(index, indent=2).encode())
@@ -175,13 +175,6 @@ def _normalize(folder: Path) -> None:
             # transformers loads this dtype, diffusers float32, unless one is requested of both.
             settings["dtype"] = "float32"
         path.write_bytes(json.dumps(settings, indent=2).encode())
-
-
-def _size(parts: dict[str, nn.Module], checked: Path | None, dtype: torch.dtype) -> int:
-    """Return the bytes of the parts, and of the safety checker in the base `checked`."""
-    count = sum(weight.numel() for part in parts.values() for weight in part.parameters())
-    files = (checked / CHECKER).glob("*.safetensors") if checked is not None else ()
-    return count * dtype.itemsize + min((path.stat().st_size for path in files), default=0)
 
 
 def write_single_file(

@@ -90,8 +90,7 @@ def write_with_embedding(
         path: must not exist, nor its `embedding_path`.
         weights: on any device.
         embedding: of the concept (embedding_width,).
-        dtype: of the stored weights.
-        metadata: for the header of the file of weights.
+        dtype, metadata: of the file of weights.
 
     Raises:
         UsageError: a file exists.
@@ -100,7 +99,10 @@ def write_with_embedding(
     check_both_absent(path)
     size = sum(value.numel() for value in weights.values()) * dtype.itemsize
     with staging_directory(path, size) as staging:
-        stored = {name: _stored(value, dtype) for name, value in weights.items()}
+        stored = {
+            name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+            for name, value in weights.items()
+        }
         save_file(stored, staging / "weights", {"format": "pt", **(metadata or {})})
         save_file({"emb_params": embedding.detach().cpu().float()[None]}, staging / "embedding")
         for name in ("weights", "embedding"):
@@ -113,8 +115,3 @@ def write_with_embedding(
         except BaseException:
             embedding_path(path).unlink()
             raise
-
-
-def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    kept = dtype if value.is_floating_point() else value.dtype
-    return value.detach().to("cpu", kept).contiguous()

@@ -71,17 +71,17 @@ def forbid_network_and_processes() -> None:
 
 
 def read_pickled_tensors(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], str]:
-    """Read a state dict, memory-mapped: its data stays on disk until it is used.
+    """Read a state dict of torch.save, memory-mapped: its data stays on disk until it is used.
 
     Args:
-        path: a file that torch.save wrote.
+        path: the file.
         sha256: what it must be; "" where nobody declared it.
 
     Returns:
         Its tensors by name, and its SHA-256.
 
     Raises:
-        IntegrityError: it is anything but that.
+        IntegrityError: it is anything else.
     """
     import torch
 

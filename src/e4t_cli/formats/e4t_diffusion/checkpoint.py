@@ -28,8 +28,7 @@ from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 
 ENCODER, OFFSETS, UNET, PHOTO = "encoder.pt", "weight_offsets.pt", "unet.pt", "domain.png"
 MERGED_UNET = "unet.safetensors"
-MAX_CONFIG_BYTES = 1_000_000
-STALE_SECONDS = 24 * 3600
+MAX_CONFIG_BYTES, STALE_SECONDS = 1_000_000, 24 * 3600
 _DEFAULT_TOWER = "ViT-H-14::laion2b_s32b_b79k"
 # What describes a plain vision transformer; another key means another kind of tower.
 _PLAIN_TOWER = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
@@ -48,8 +47,7 @@ class Checkpoint:
         tower: open_clip's name of the image tower, and of its initial weights.
         descriptor: the coarse word, "face".
         scale: s of eq. 1.
-        tuned: whether it was tuned on one image.
-        photo: the image it was tuned on, if the folder has it.
+        tuned, photo: whether it was tuned on one image, and that image, if the folder has it.
     """
 
     folder: Path
@@ -114,8 +112,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _text(table: dict[str, Any], key: str, default: str | None = None) -> str:
-    value = table.get(key, default)
-    value = default if value is None else value  # written as null where it was not given
+    value = default if table.get(key) is None else table[key]  # written as null where it was not given
     if not isinstance(value, str) or len(value) > 1000:
         raise ValueError(f"{key} is {value!r}, not a text")
     return value
@@ -214,19 +211,15 @@ class ConversionResult:
 
     def summary(self) -> str:
         """Return a sentence for the user."""
-        return (
-            f"{self.offset_parameters:,} parameters of weight offsets became {self.offset_bytes / 1e6:.2f} MB of "
-            f"factors; the largest error of a ΔW is {self.offset_error:.1e}, where the largest ΔW is {self.offset_size:.2g}"
-        )
+        size = f"{self.offset_parameters:,} parameters of weight offsets became {self.offset_bytes / 1e6:.2f} MB of factors"
+        error = f"the largest error of a ΔW is {self.offset_error:.1e}, where the largest ΔW is {self.offset_size:.2g}"
+        return f"{size}; {error}"
 
 
 def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallback | None = None) -> ConversionResult:
     """Convert a checkpoint into a domain folder, in a child process without a network.
 
-    Args:
-        request: what is converted.
-        target: the domain folder; it appears whole, or not at all. One that another process makes meanwhile is kept.
-        on_progress: called as it goes.
+    `target` appears whole, or not at all. One that another process makes meanwhile from the same files is kept.
 
     Raises:
         IntegrityError: the checkpoint is hostile, damaged, or of another kind.
@@ -254,14 +247,12 @@ def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallb
 
 def _run_child(request: ConversionRequest, folder: Path, on_progress: ProgressCallback | None) -> ConversionResult:
     command = [sys.executable, "-m", "e4t_cli.formats.e4t_diffusion", str(folder)]
+    stderr = None if os.environ.get("E4T_DEBUG") == "1" else subprocess.DEVNULL
     answer: dict[str, Any] = {}
     with tempfile.TemporaryFile() as stdin, contextlib.ExitStack() as stack:
         stdin.write(request.to_json().encode())
         stdin.seek(0)
-        child = subprocess.Popen(
-            command, stdin=stdin, stdout=subprocess.PIPE, env=clean_environment(), close_fds=True,
-            stderr=None if os.environ.get("E4T_DEBUG") == "1" else subprocess.DEVNULL,
-        )  # fmt: skip
+        child = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, env=clean_environment())
         stack.enter_context(child)
         stack.callback(child.kill)  # an interrupt here must not leave it running
         assert child.stdout is not None

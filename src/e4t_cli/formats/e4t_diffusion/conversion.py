@@ -43,7 +43,7 @@ TensorReader = Callable[[Path, str], tuple[dict[str, Tensor], str]]
 
 
 def split_networks(state: Mapping[str, Tensor], file: str) -> dict[str, dict[str, Tensor]]:
-    """Return path of a projection -> its network's tensors, each with the shape it must have.
+    """Return path of a projection -> its network's tensors, checked.
 
     Raises:
         IntegrityError: a tensor is of something else, missing, of another shape, or not finite.
@@ -58,15 +58,12 @@ def split_networks(state: Mapping[str, Tensor], file: str) -> dict[str, dict[str
         raise IntegrityError(f"{file} holds no weight offsets")
     for path, network in networks.items():
         shown = f"{file}: the offset of {printable(path)}"
-        width, columns, rows = (  # width is 1 in all known checkpoints
-            network[key].numel() if key in network else 0 for key in ("v", "linear1.bias", "linear2.bias")
-        )
+        sizes = (network[key].numel() if key in network else 0 for key in ("v", "linear1.bias", "linear2.bias"))
+        width, columns, rows = sizes  # width is 1 in all known checkpoints
         shapes: dict[str, tuple[int, ...]] = {"v": (width,)}
-        for layer, reads, writes in (
-            ("linear1", width, columns), ("linear2", width, rows),
-            ("linear_column", columns, columns), ("linear_row", rows, rows),
-        ):  # fmt: skip
-            shapes |= {f"{layer}.weight": (writes, reads), f"{layer}.bias": (writes,)}
+        ends = {"1": (columns, width), "2": (rows, width), "_column": (columns, columns), "_row": (rows, rows)}
+        for layer, shape in ends.items():
+            shapes |= {f"linear{layer}.weight": shape, f"linear{layer}.bias": shape[:1]}
         _check_shapes(network, shapes, shown)
         for key, value in network.items():
             if not value.isfinite().all():
@@ -117,9 +114,7 @@ def write_domain_folder(
     """Convert a checkpoint.
 
     Args:
-        request: what is converted.
         target: an existing folder for the domain's files, and for a tuned U-Net, offsets merged, if `keep_unet`.
-        read: the reader of checkpoint files.
         on_progress: called with the percentage of work done.
 
     Raises:
@@ -161,11 +156,10 @@ def write_domain_folder(
         f"{error:.1e}.".strip(),
     ).save(target, dtype=torch.float16, offsets_dtype=torch.float32)  # fmt: skip
     on_progress(100)
+    offset_bytes = sum(4 * one.numel() for pair in factors.values() for one in pair)
     return ConversionResult(
-        offset_parameters=offset_parameters,
-        offset_bytes=sum(4 * one.numel() for pair in factors.values() for one in pair),
-        offset_error=error, offset_size=size,
-    )  # fmt: skip
+        offset_parameters=offset_parameters, offset_bytes=offset_bytes, offset_error=error, offset_size=size
+    )
 
 
 def encoder_config(state: Mapping[str, Tensor], tower: Mapping[str, int | float | bool]) -> PatchEncoderConfig:
@@ -235,11 +229,10 @@ def _factors(
 
 def _merged(unet: Mapping[str, Tensor], factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Return W · (1 + ΔW) for every modulated weight, and the others as they are."""
-    missing = [path for path in factors if f"{path}.weight" not in unet]
-    if missing:
-        raise IntegrityError(f"{UNET} has an offset and no weight of {printable(missing[0])}")
     merged = dict(unet)
     for path, (left, right) in factors.items():
+        if f"{path}.weight" not in unet:
+            raise IntegrityError(f"{UNET} has an offset and no weight of {printable(path)}")
         weight = unet[f"{path}.weight"].float()
         if weight.shape != (len(left), right.shape[1]):
             raise IntegrityError(f"{UNET}: the offset of {printable(path)} has another shape")
