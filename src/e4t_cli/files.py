@@ -1,7 +1,4 @@
-"""Writes files and folders atomically: the old content, the complete new content, or nothing.
-
-Every file that this program leaves behind is written through here.
-"""
+"""Writes files and folders atomically: every file that this program leaves is old, complete, or absent."""
 
 from __future__ import annotations
 

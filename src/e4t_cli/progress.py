@@ -15,12 +15,9 @@ class Progress:
 
     Args:
         stage: "load", "prepare", "tune", "generate", "encode", "pretrain" …
-        done: units finished, 0 … total.
-        total: units in this stage; 0 when unknown.
+        done, total: units finished, 0 … total, and units in this stage, 0 when unknown.
         values: to be shown (loss, seconds, …).
-        note: a warning for the user, "" for none.
-        remark: information for the user, "" for none.
-        detail: information for `-v`, "" for none.
+        note, remark, detail: a warning, information, and information for `-v`; "" for none.
         unit: what is counted, where it is not steps: "bytes".
     """
 

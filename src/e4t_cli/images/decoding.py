@@ -14,8 +14,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from e4t_cli.errors import InputError, printable
 
-MAX_PIXELS = 64_000_000
-MIN_SIDE = 64
+MAX_PIXELS, MIN_SIDE = 64_000_000, 64
 # Formats of photos. Left out on purpose: those whose decoders run other programs (EPS).
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "HEIF")
 _HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
@@ -39,11 +38,7 @@ class OpenedImage:
 
 
 def decode(data: bytes, name: str) -> OpenedImage:
-    """Decode a file to an upright 8-bit sRGB image without metadata.
-
-    Args:
-        data: the file's bytes.
-        name: its name in messages.
+    """Decode a file to an upright 8-bit sRGB image without metadata; `name` is for messages.
 
     Raises:
         InputError: it is not an image, or damaged, or too large, or too small.
@@ -129,8 +124,7 @@ def _eight_bit_grey(image: Image.Image, name: str) -> Image.Image:
         # The file does not state its range: the smallest usual one that holds all values.
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         low, high = 0.0, next(top for top in ranges if high <= top)
-    scaled = (values - low) * (255.0 / max(high - low, 1e-12))
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+    return Image.fromarray(np.rint((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None, name: str, notes: list[str]) -> Image.Image:
@@ -141,8 +135,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None, name: str, notes: list[s
             if "sRGB" not in ImageCms.getProfileDescription(source):
                 return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB") or image
         elif image.mode == "LAB":
-            lab = ImageCms.createProfile("LAB")
-            return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+            return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), srgb, outputMode="RGB") or image
     except (ImageCms.PyCMSError, OSError, ValueError):
         notes.append(f"the colour profile in {name} could not be read and is left out")
     return image.convert("RGB")

@@ -36,7 +36,7 @@ def open_image(source: ImageInput) -> OpenedImage:
 
 
 def open_mask(source: ImageInput, image: Image.Image) -> Image.Image:
-    """Open a mask drawn for `image`; returns mode L in its own size.
+    """Open a mask drawn for `image`; returns mode L in the mask's own size.
 
     White is the concept; in a file with transparent pixels, the opaque ones are.
 
@@ -64,9 +64,7 @@ def image_sha256(image: Image.Image) -> str:
 
 
 def prepare_image(domain: Domain, image: Image.Image, target: PreparationTarget) -> PreparedImage:
-    """Run the domain's preparation and check what it returns.
-
-    A mask that covers under 1 % of the image is left out with a note.
+    """Run the domain's preparation and check what it returns; a mask under 1 % of the image is left out with a note.
 
     Raises:
         E4TError: the domain's function failed or returned something else than promised.
@@ -85,10 +83,8 @@ def prepare_image(domain: Domain, image: Image.Image, target: PreparationTarget)
             raise E4TError(message, hint="E4T_DEBUG=1 shows the traceback") from error
         size = getattr(getattr(prepared, "image", None), "size", None)
         if not isinstance(prepared, PreparedImage) or size != (target.size, target.size):
-            raise E4TError(
-                f"{about} must return a PreparedImage of {target.size}×{target.size}, "
-                f"not {type(prepared).__name__} of {size}"
-            )
+            wanted = f"a PreparedImage of {target.size}×{target.size}"
+            raise E4TError(f"{about} must return {wanted}, not {type(prepared).__name__} of {size}")
     notes, side = [], (prepared.frame or frame).side
     wanted = f"smaller than the {target.size} pixels that {target.base} works with: it is scaled up"
     if min(image.size) < target.size:
@@ -154,6 +150,5 @@ def _encoded(image: Image.Image) -> bytes:
     deep = image.mode in ("I", "F", "CMYK", "LAB") or image.mode.startswith("I;16")
     known = deep or image.mode in ("RGB", "RGBA", "L", "LA", "P", "1")
     buffer = io.BytesIO()
-    plain = image if known else image.convert("RGB")
-    plain.save(buffer, "TIFF" if deep else "PNG", exif=image.getexif())
+    (image if known else image.convert("RGB")).save(buffer, "TIFF" if deep else "PNG", exif=image.getexif())
     return buffer.getvalue()

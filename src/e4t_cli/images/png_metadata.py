@@ -128,8 +128,7 @@ def png_bytes(
         if include_prompts:
             info.add_text("parameters", record.parameters())
     else:
-        records = [one.as_dict(include_prompts=include_prompts) for one in record]
-        details = {"schema": SCHEMA, "pictures": records}
+        details = {"schema": SCHEMA, "pictures": [one.as_dict(include_prompts=include_prompts) for one in record]}
     info.add_text("e4t", json.dumps(details, sort_keys=True))
     # Pillow ignores `xmp=` for PNG; readers look for exactly this keyword, uncompressed.
     info.add_itxt(_XMP_KEYWORD, _XMP, zip=False)
@@ -151,17 +150,12 @@ def read_metadata(png: bytes) -> ImageMetadata:
             text: dict[str, str] = dict(image.text)
     except Exception as error:  # hostile bytes make the decoder raise any exception
         raise InputError("this is not a readable PNG") from error
-    details = None
-    if "e4t" in text:
-        try:
-            details = json.loads(text["e4t"])
-        except ValueError as error:
-            raise InputError("the e4t text in this PNG is damaged") from error
-    return ImageMetadata(
-        parameters=text.get("parameters"),
-        details=details if isinstance(details, dict) else None,
-        ai_generated=AI_MARK in text.get(_XMP_KEYWORD, ""),
-    )
+    try:
+        details = json.loads(text.get("e4t", "null"))
+    except ValueError as error:
+        raise InputError("the e4t text in this PNG is damaged") from error
+    details = details if isinstance(details, dict) else None
+    return ImageMetadata(text.get("parameters"), details, ai_generated=AI_MARK in text.get(_XMP_KEYWORD, ""))
 
 
 def _quoted(value: object) -> str:

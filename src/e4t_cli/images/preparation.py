@@ -39,10 +39,9 @@ class MaskSource:
     """The part of the photo that the user says is the concept.
 
     Args:
-        kind: "auto" leaves it to the photo and the domain, "none" is all of it, "words" what a
-            text prompt describes, "image" the white part of a mask.
-        words: the text prompt of kind "words", "" for the domain's.
-        image: the mask of kind "image": mode L, of the photo's proportions.
+        kind: "auto": the photo and the domain decide, "none": all of it, "words" and "image": as below.
+        words: a text prompt for it, "" for the domain's.
+        image: a mask, white on it: mode L, of the photo's proportions.
     """
 
     kind: Literal["auto", "none", "words", "image"]
@@ -57,13 +56,10 @@ def prepare_photo(
 
     Args:
         domain: its preparation crops and turns.
-        photo: opened.
+        photo: its notes come first in the result.
         mask: the user's request.
         target: what the base needs; its `mask` is ignored.
         masked: whether the domain's tuning uses a mask.
-
-    Returns:
-        The prepared image; the photo's notes come first.
 
     Raises:
         UsageError: a mask by text is requested, and there is no text prompt.
@@ -72,8 +68,7 @@ def prepare_photo(
     """
     alpha = photo.alpha if mask.kind == "auto" else None
     automatic = mask.kind == "auto" and alpha is None
-    wanted = replace(target, mask="auto" if automatic else None)
-    prepared = prepare_image(domain, photo.image, wanted)
+    prepared = prepare_image(domain, photo.image, replace(target, mask="auto" if automatic else None))
     if mask.image is not None and mask.kind == "image":
         prepared = with_mask(prepared, photo.image, mask.image)
     elif mask.kind == "words":
@@ -112,10 +107,8 @@ def with_mask(prepared: PreparedImage, photo: Image.Image, mask: Image.Image) ->
 def _with_text_mask(prepared: PreparedImage, words: str, target: PreparationTarget) -> PreparedImage:
     mask = mask_by_words(prepared.image, words, target)
     found = _checked(replace(prepared, mask=mask), f"the words {words!r} were found in")
-    if found.mask is None:
-        return found
     remark = f"{words!r}: mask {mask_coverage(mask):.0%}"
-    return replace(found, remarks=(*found.remarks, remark))
+    return found if found.mask is None else replace(found, remarks=(*found.remarks, remark))
 
 
 def _checked(prepared: PreparedImage, found: str) -> PreparedImage:
@@ -169,12 +162,7 @@ class _ClipSeg(NamedTuple):
 
 
 def mask_by_words(image: Image.Image, words: str, target: PreparationTarget) -> Image.Image:
-    """Return a mask of mode L, 255 where the image shows what the words describe.
-
-    Args:
-        image: mode RGB, any size.
-        words: the text prompt, such as "a cat".
-        target: where the network may be fetched from and run.
+    """Return a mask of mode L, 255 where the image (RGB, any size) shows what the words describe, such as "a cat".
 
     Raises:
         WeightsUnavailable: the network is not on this machine and cannot be fetched.

@@ -117,10 +117,10 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
                 lines.append("")
             lines[-1] += letter
     if len(lines) > CAPTION_LINES:
-        last = lines[CAPTION_LINES - 1]
+        *lines, last = lines[:CAPTION_LINES]
         while font.getlength(last + "…") > width:
             last = last[:-1]
-        lines = [*lines[: CAPTION_LINES - 1], last.rstrip() + "…"]
+        lines.append(last.rstrip() + "…")
     return "\n".join(lines)
 
 

@@ -211,9 +211,9 @@ class ConversionResult:
 
     def summary(self) -> str:
         """Return a sentence for the user."""
-        size = f"{self.offset_parameters:,} parameters of weight offsets became {self.offset_bytes / 1e6:.2f} MB of factors"
+        size, before = f"{self.offset_bytes / 1e6:.2f} MB of factors", f"{self.offset_parameters:,} parameters"
         error = f"the largest error of a ΔW is {self.offset_error:.1e}, where the largest ΔW is {self.offset_size:.2g}"
-        return f"{size}; {error}"
+        return f"{before} of weight offsets became {size}; {error}"
 
 
 def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallback | None = None) -> ConversionResult:
