@@ -118,13 +118,10 @@ def staging_directory(path: Path, needed: int) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    free = free_bytes(path.parent)
+    free, disk = free_bytes(path.parent), printable(str(path.parent))
     if needed + SPARE_BYTES > free:
-        raise ResourceError(
-            f"the model needs {shown_size(needed)}, and {shown_size(free)} are free on the disk of "
-            f"{printable(str(path.parent))}",
-            hint="make room, or choose a place on another disk",
-        )
+        message = f"the model needs {shown_size(needed)}, and {shown_size(free)} are free on the disk of {disk}"
+        raise ResourceError(message, hint="make room, or choose a place on another disk")
     staging = _temporary_path(path)
     try:
         staging.mkdir(parents=True)

@@ -70,10 +70,8 @@ def check_placeholder(placeholder: str) -> str:
     """
     shown = unicodedata.normalize("NFKC", placeholder)
     if not 1 <= len(shown) <= 32 or any(c.isspace() or not c.isprintable() for c in shown):
-        raise UsageError(
-            f"the placeholder {printable(placeholder)!r} must be one word of at most 32 characters",
-            hint='for example: --placeholder "<me>"',
-        )
+        message = f"the placeholder {printable(placeholder)!r} must be one word of at most 32 characters"
+        raise UsageError(message, hint='for example: --placeholder "<me>"')
     return shown
 
 
@@ -89,20 +87,17 @@ def parse_prompt(text: str, placeholder: str = PLACEHOLDER, *, require_placehold
     if not plain:
         raise UsageError("the prompt is empty", hint=f'for example: "{placeholder} on the beach"')
     if len(plain) > MAX_PROMPT_LENGTH:
-        raise UsageError(
-            f"the prompt has {len(plain):,} characters; {MAX_PROMPT_LENGTH:,} is the limit, "
-            "and a text encoder reads about 300"
-        )
+        limits = f"{MAX_PROMPT_LENGTH:,} is the limit, and a text encoder reads about 300"
+        raise UsageError(f"the prompt has {len(plain):,} characters; {limits}")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in plain):
         raise UsageError(f"the prompt {printable(plain, limit=60)!r} contains control characters")
     # None between the parts, and no empty parts.
     separated = [piece for part in _rule(placeholder).split(plain) for piece in (None, part)][1:]
     segments = tuple(piece for piece in separated if piece != "")
     if require_placeholder and None not in segments:
-        raise UsageError(
-            f"the prompt {printable(plain, limit=60)!r} does not name the concept, {placeholder}",
-            hint=f'for example: "{placeholder} as an astronaut" (in quotes: shells expand *)',
-        )
+        hint = f'for example: "{placeholder} as an astronaut" (in quotes: shells expand *)'
+        message = f"the prompt {printable(plain, limit=60)!r} does not name the concept, {placeholder}"
+        raise UsageError(message, hint=hint)
     return Prompt(plain, segments, placeholder)
 
 

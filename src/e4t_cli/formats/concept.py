@@ -32,7 +32,6 @@ from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage, check_name
 
 SCHEMA = 1
-
 # Entries of the header; their values are text, but for the seed.
 _REQUIRED = (
     "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed", "image_sha256", "placeholder",
@@ -76,17 +75,14 @@ class Concept:
     def check(self, model: TextToImageModel, pretrained: DomainWeights) -> None:
         """Raise IntegrityError for another base or other domain weights than the concept was made with."""
         if model.fingerprint != self.base_fingerprint:
+            wanted = f"{self.base_name} ({self.base_fingerprint[:12]})"
             here = f"{model.base.name} ({model.fingerprint[:12]})"
-            raise IntegrityError(
-                f"this concept lives on the base {self.base_name} ({self.base_fingerprint[:12]}), not on this {here}",
-                hint="personalize the picture again on this base",
-            )
+            message = f"this concept lives on the base {wanted}, not on this {here}"
+            raise IntegrityError(message, hint="personalize the picture again on this base")
         if pretrained.digest != self.weights_digest:
             digests = f"({self.weights_digest[:12] or 'unsaved'}, here: {pretrained.digest[:12]})"
-            raise IntegrityError(
-                f"this concept was made with another version of the {self.domain} pack {digests}",
-                hint="personalize the picture again",
-            )
+            message = f"this concept was made with another version of the {self.domain} pack {digests}"
+            raise IntegrityError(message, hint="personalize the picture again")
 
     @staticmethod
     def weights_of(tuned: TunedModel) -> dict[str, Tensor]:

@@ -68,8 +68,7 @@ def write_folder(
 
     Args:
         model: the base that `tuned` was made from; it stays as it is.
-        embedding: of the token (embedding_width,).
-        token: what prompts call the concept.
+        token, embedding: what prompts call the concept, and its embedding (embedding_width,).
         readme: the text of its README.md.
         dtype: of the stored weights.
 
@@ -182,10 +181,8 @@ def write_single_file(
 ) -> None:
     """Write a tuned model as one file, and the concept's embedding beside it: both, or none.
 
-    `model` is the base that `tuned` was made from. The other arguments and errors are those of `write_with_embedding`.
-
-    Raises:
-        UsageError: the base is no Stable Diffusion 1.x.
+    `model` is the base that `tuned` was made from. The other arguments and errors are those of `write_with_embedding`
+    and `check_single_file`.
     """
     check_single_file(model, path)
     assert isinstance(tuned.unet, UNet2DConditionModel)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
@@ -153,14 +153,6 @@ def _fetch_snapshot(repository: str, access: HubAccess) -> Path:
     return fetch_files(repository, None, files, access, repair=True)
 
 
-class _ClipSeg(NamedTuple):
-    model: CLIPSegForImageSegmentation
-    tokenizer: CLIPTokenizer
-    side: int
-    mean: np.ndarray
-    deviation: np.ndarray
-
-
 def mask_by_words(image: Image.Image, words: str, target: PreparationTarget) -> Image.Image:
     """Return a mask of mode L, 255 where the image (RGB, any size) shows what the words describe, such as "a cat".
 
@@ -174,18 +166,14 @@ def mask_by_words(image: Image.Image, words: str, target: PreparationTarget) -> 
 
     if target.fetch is None:
         raise WeightsUnavailable(f"masks by words need {CLIPSEG}, which cannot be fetched here")
-    clipseg = _load_clipseg(target.fetch(CLIPSEG), target.device)
-    small = image.resize((clipseg.side, clipseg.side), Image.Resampling.BICUBIC)
-    pixels = np.asarray(small, dtype=np.float32) / (255 * clipseg.deviation)
-    pixels = (pixels - clipseg.mean / clipseg.deviation).astype(np.float32)
-    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    tokens = clipseg.tokenizer([words], return_tensors="pt", truncation=True)
+    model, tokenizer, side, mean, deviation = _load_clipseg(target.fetch(CLIPSEG), target.device)
+    small = image.resize((side, side), Image.Resampling.BICUBIC)
+    pixels = np.asarray(small, dtype=np.float32) / (255 * deviation)
+    pixels = (pixels - mean / deviation).astype(np.float32)
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, side, side)
+    tokens = tokenizer([words], return_tensors="pt", truncation=True).to(target.device)
     with torch.inference_mode():
-        logits = clipseg.model(
-            pixel_values=batch.to(target.device),  # (1, 3, side, side)
-            input_ids=tokens["input_ids"].to(target.device),
-            attention_mask=tokens["attention_mask"].to(target.device),
-        ).logits
+        logits = model(pixel_values=batch.to(target.device), **tokens).logits
         probability = logits.reshape(1, 1, *logits.shape[-2:]).float().sigmoid()
         probability = interpolate(probability, size=(image.height, image.width), mode="bilinear", align_corners=False)
     inside = (probability[0, 0] >= MIN_PROBABILITY).cpu().numpy()
@@ -193,8 +181,10 @@ def mask_by_words(image: Image.Image, words: str, target: PreparationTarget) -> 
 
 
 @lru_cache(maxsize=1)
-def _load_clipseg(folder: Path, device: str) -> _ClipSeg:
-    """Return the model, its tokenizer, and how images are normalized for it."""
+def _load_clipseg(
+    folder: Path, device: str
+) -> tuple[CLIPSegForImageSegmentation, CLIPTokenizer, int, np.ndarray, np.ndarray]:
+    """Return the model, its tokenizer, the side of its images, and the mean and deviation they are normalized by."""
     import numpy as np
     from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 
@@ -207,7 +197,7 @@ def _load_clipseg(folder: Path, device: str) -> _ClipSeg:
         mean, deviation = (np.array(config[key], np.float32) for key in ("image_mean", "image_std"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{CLIPSEG} cannot be used: {error}") from error
-    return _ClipSeg(model.to(device), tokenizer, side, mean, deviation)
+    return model.to(device), tokenizer, side, mean, deviation
 
 
 def load_segmenter(kind: Any, folder: Path, what: str) -> Any:

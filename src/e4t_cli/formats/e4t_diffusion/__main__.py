@@ -42,10 +42,7 @@ _FORBIDDEN = (
 
 
 def leave_network() -> bool:
-    """Move this process to a new, empty network namespace, before any thread is started; returns whether it worked.
-
-    It takes Linux, and a permission that many systems give.
-    """
+    """Move this process to an empty network namespace, before any thread is started; returns whether Linux let it."""
     if not sys.platform.startswith("linux"):
         return False
     with contextlib.suppress(OSError, AttributeError):

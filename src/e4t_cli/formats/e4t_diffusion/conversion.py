@@ -106,10 +106,7 @@ def evaluate(network: Mapping[str, Tensor]) -> Tensor:
 
 
 def write_domain_folder(
-    request: ConversionRequest,
-    target: Path,
-    read: TensorReader,
-    on_progress: Callable[[int], None] = lambda percent: None,
+    request: ConversionRequest, target: Path, read: TensorReader, on_progress: Callable[[int], None] = lambda _: None
 ) -> ConversionResult:
     """Convert a checkpoint.
 
@@ -120,7 +117,6 @@ def write_domain_folder(
     Raises:
         IntegrityError: the checkpoint is not what it claims to be.
     """
-
     folder, known, hashes = Path(request.folder), request.sha256, {}
     state, hashes[request.weights] = read(folder / request.weights, known.get(request.weights, ""))
     on_progress(5)
@@ -163,11 +159,7 @@ def write_domain_folder(
 
 
 def encoder_config(state: Mapping[str, Tensor], tower: Mapping[str, int | float | bool]) -> PatchEncoderConfig:
-    """Return the encoder's sizes: widths from the shapes, the rest from the tower's description.
-
-    Raises:
-        IntegrityError: there are no such shapes.
-    """
+    """Return the encoder's sizes: widths from the shapes, the rest from the tower's description."""
     try:
         widths = {
             "unet_width": state["unet_feature_embedder.0.weight"].shape[1],
