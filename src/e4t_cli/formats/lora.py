@@ -12,8 +12,8 @@ some layers of files with several ranks wrongly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,7 @@ MAX_RANK = 1024
 OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the randomized singular value decomposition (Halko et al., 2011)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Lora:
+class Lora(NamedTuple):
     """The change of a U-Net at low rank.
 
     Args:
@@ -61,20 +60,14 @@ def write_lora(
     dtype: torch.dtype = torch.float16,
     on_progress: ProgressCallback | None = None,
 ) -> float:
-    """Write the change as one file and the concept's embedding beside it: both, or none.
+    """Write the change as one file and the concept's embedding beside it: both, or none; returns the retained energy.
 
     Args:
         model: the base that `tuned` was made from, its U-Net unchanged.
         rank: r; a layer that has fewer directions keeps them all.
         on_progress: called after each layer: Stable Diffusion has 280, and takes a minute on a CPU.
 
-    The other arguments and errors are those of `write_with_embedding`.
-
-    Returns:
-        The retained energy (see `Lora`).
-
-    Raises:
-        UsageError: the rank is out of range.
+    The other arguments and errors are those of `write_with_embedding` and `check_rank`.
     """
     check_rank(rank)
     found = lora_of(model.unet, tuned.unet, rank, on_progress)

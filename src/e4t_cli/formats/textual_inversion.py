@@ -10,8 +10,8 @@ the embedding is a second file beside the weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -28,8 +28,7 @@ from e4t_cli.registry.domain import PreparedImage
 NOISE_LEVELS = 16  # each in its own range of time steps, as in a step of tuning
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ConceptEmbedding:
+class ConceptEmbedding(NamedTuple):
     """The mean of e_c over noise levels (embedding_width,), in float32.
 
     `variation` is the mean distance of e_c from it, relative to its distance from e_domain.

@@ -98,16 +98,14 @@ def _upright_rgb(image: Image.Image, name: str, notes: list[str]) -> tuple[Image
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
+    if image.mode not in ("RGB", "L", "CMYK", "LAB"):
         image = image.convert("RGB")  # colours only: the profile does not cover alpha
-    elif image.mode not in ("RGB", "L", "CMYK", "LAB"):
-        image = image.convert("RGB")
     image = _to_srgb(image, profile, name, notes)
     # Onto white: hidden colours do not show through, and metadata is dropped.
     canvas = Image.new("RGB", image.size, "white")
     canvas.paste(image, mask=alpha)
-    if alpha is not None and alpha.getextrema()[0] == 255:
-        alpha = None  # opaque everywhere
-    return canvas, alpha
+    opaque = alpha is None or alpha.getextrema()[0] == 255
+    return canvas, None if opaque else alpha
 
 
 def _eight_bit_grey(image: Image.Image, name: str) -> Image.Image:

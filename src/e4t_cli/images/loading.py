@@ -86,11 +86,11 @@ def prepare_image(domain: Domain, image: Image.Image, target: PreparationTarget)
             wanted = f"a PreparedImage of {target.size}×{target.size}"
             raise E4TError(f"{about} must return {wanted}, not {type(prepared).__name__} of {size}")
     notes, side = [], (prepared.frame or frame).side
-    wanted = f"smaller than the {target.size} pixels that {target.base} works with: it is scaled up"
+    too_small = f"smaller than the {target.size} pixels that {target.base} works with: it is scaled up"
     if min(image.size) < target.size:
-        notes.append(f"the image is {image.width}×{image.height}, {wanted}")
+        notes.append(f"the image is {image.width}×{image.height}, {too_small}")
     elif side < target.size * 0.75:  # a little is not worth a warning
-        notes.append(f"the used part of the image is {side:.0f}×{side:.0f}, {wanted}")
+        notes.append(f"the used part of the image is {side:.0f}×{side:.0f}, {too_small}")
     mask = prepared.mask if target.mask else None
     if mask is not None and mask_coverage(mask) < MIN_COVERAGE:
         mask = None

@@ -96,11 +96,9 @@ class GenerationRecord:
             "Concept strength": f"{self.concept_scale:g}" if self.concept_scale != 1 else "",
             "Version": f"e4t {__version__}",
         }
-        lines = [self.prompt]
-        if self.negative_prompt:
-            lines.append(f"Negative prompt: {self.negative_prompt}")
-        lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in pairs.items() if v != ""))
-        return "\n".join(lines)
+        negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
+        settings = ", ".join(f"{k}: {_quoted(v)}" for k, v in pairs.items() if v != "")
+        return f"{self.prompt}\n{negative}{settings}"
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,7 @@ CAPTION_SIZE, CAPTION_LINES, MARGIN = 17, 3, 12
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def contact_sheet(
-    images: Sequence[Image.Image], captions: Sequence[str], *, columns: int | None = None
-) -> Image.Image:
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 0) -> Image.Image:
     """Return a grid of images, each above its caption.
 
     Small images are enlarged by an integer factor to about 256 pixels, so that the 64-pixel images of `mini` are easy
@@ -80,7 +78,7 @@ def contact_sheet(
     Args:
         images: all are scaled to one size, that of the last one times the factor.
         captions: one for each image.
-        columns: images per row; by default as square as possible.
+        columns: images per row; 0 for as square as possible.
     """
     width, height = images[-1].size
     factor = max(1, round(CELL / width))
