@@ -190,10 +190,6 @@ class Concept:
         features = tensors.pop("image_features").float()
         if features.dim() != 2 or any(not key.startswith("weights.") for key in tensors):
             raise ValueError("it holds other tensors than a concept")
-        return cls(
-            prepared=prepared,
-            image_features=features,
-            config=config,
-            weights={key.removeprefix("weights."): value for key, value in tensors.items()},
-            **{_FIELDS.get(key, key): value for key, value in header.items()},
-        )
+        weights = {key.removeprefix("weights."): value for key, value in tensors.items()}
+        fields = {_FIELDS.get(key, key): value for key, value in header.items()}
+        return cls(prepared=prepared, image_features=features, config=config, weights=weights, **fields)

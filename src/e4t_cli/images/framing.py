@@ -107,7 +107,8 @@ class Frame:
         ratio = image.width / self.size[0], image.height / self.size[1]
         left, top = self.corner[0] * ratio[0], self.corner[1] * ratio[1]
         right, bottom = (self.corner[n] * ratio[n] + self.edge[0] * ratio[n] for n in (0, 1))
-        upright, slack = self.edge[1] == 0 and self.edge[0] > 0, 1e-6 * max(image.size)
+        upright = self.edge[1] == 0 and self.edge[0] > 0
+        slack = 1e-6 * max(image.size)
         if upright and min(left, top) >= 0 and right <= image.width + slack and bottom <= image.height + slack:
             box = (left, top, min(right, image.width), min(bottom, image.height))
             return image.resize((size, size), Resampling.LANCZOS, box=box)

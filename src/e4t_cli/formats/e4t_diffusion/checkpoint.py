@@ -41,8 +41,7 @@ class Checkpoint:
     """A checkpoint folder.
 
     Args:
-        folder: with config.json, encoder.pt, and weight_offsets.pt or unet.pt.
-        weights: which of the two it has.
+        folder, weights: with config.json, encoder.pt, and weight_offsets.pt or unet.pt: which of the two.
         base: the model it was trained on, as written there: a hub id or somebody's path.
         tower: open_clip's name of the image tower, and of its initial weights.
         descriptor: the coarse word, "face".
@@ -211,9 +210,9 @@ class ConversionResult:
 
     def summary(self) -> str:
         """Return a sentence for the user."""
-        size, before = f"{self.offset_bytes / 1e6:.2f} MB of factors", f"{self.offset_parameters:,} parameters"
+        became = f"{self.offset_parameters:,} parameters of weight offsets became {self.offset_bytes / 1e6:.2f} MB"
         error = f"the largest error of a ΔW is {self.offset_error:.1e}, where the largest ΔW is {self.offset_size:.2g}"
-        return f"{before} of weight offsets became {size}; {error}"
+        return f"{became} of factors; {error}"
 
 
 def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallback | None = None) -> ConversionResult:
