@@ -32,17 +32,11 @@ SUBJECT_TEMPLATES = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt cut at its placeholders.
+    """A prompt cut at its placeholders."""
 
-    Args:
-        text: the normalized prompt on one line.
-        segments: the text between placeholders in order; None stands for a placeholder.
-        placeholder: as the user spelled it.
-    """
-
-    text: str
-    segments: tuple[str | None, ...]
-    placeholder: str = PLACEHOLDER
+    text: str  # the normalized prompt on one line
+    segments: tuple[str | None, ...]  # the text between placeholders in order; None stands for a placeholder
+    placeholder: str = PLACEHOLDER  # as the user spelled it
 
     @property
     def placeholders(self) -> int:

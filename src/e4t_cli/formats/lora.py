@@ -31,17 +31,11 @@ OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the randomized singular value decom
 
 
 class Lora(NamedTuple):
-    """The change of a U-Net at low rank.
+    """The change of a U-Net at low rank."""
 
-    Args:
-        weights: by kohya-ss's names.
-        rank: of every layer; less than requested where no layer has so many directions.
-        retained_energy: share of the squared Frobenius norm of all W - W₀, 0 to 1.
-    """
-
-    weights: dict[str, Tensor]
-    rank: int
-    retained_energy: float
+    weights: dict[str, Tensor]  # by kohya-ss's names
+    rank: int  # of every layer; less than requested where no layer has so many directions
+    retained_energy: float  # share of the squared Frobenius norm of all W - W₀, 0 to 1
 
 
 def check_rank(rank: int) -> None:

@@ -29,13 +29,10 @@ NOISE_LEVELS = 16  # each in its own range of time steps, as in a step of tuning
 
 
 class ConceptEmbedding(NamedTuple):
-    """The mean of e_c over noise levels (embedding_width,), in float32.
+    """The mean of e_c over noise levels, and how much e_c varies."""
 
-    `variation` is the mean distance of e_c from it, relative to its distance from e_domain.
-    """
-
-    embedding: Tensor
-    variation: float
+    embedding: Tensor  # the mean (embedding_width,), in float32
+    variation: float  # mean distance of e_c from the mean, relative to the mean's distance from e_domain
 
 
 @torch.no_grad()

@@ -22,19 +22,12 @@ _HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """A decoded image.
+    """A decoded image."""
 
-    Args:
-        image: RGB, upright, sRGB, without metadata.
-        notes: sentences for the user about how it was decoded.
-        sha256: of the file's bytes, as `sha256sum` prints it.
-        alpha: mode L, of the image's size, if it has transparent pixels: 255 is opaque.
-    """
-
-    image: Image.Image
-    notes: tuple[str, ...]
-    sha256: str
-    alpha: Image.Image | None = None
+    image: Image.Image  # RGB, upright, sRGB, without metadata
+    notes: tuple[str, ...]  # sentences for the user about how it was decoded
+    sha256: str  # of the file's bytes, as `sha256sum` prints it
+    alpha: Image.Image | None = None  # mode L, of the image's size, if it has transparent pixels: 255 is opaque
 
 
 def decode(data: bytes, name: str) -> OpenedImage:

@@ -46,34 +46,24 @@ def package_versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRecord:
-    """How one image was generated.
-
-    Args:
-        prompt, negative_prompt, seed, steps, guidance, scheduler, concept_scale: of sampling.
-        width, height: in pixels.
-        domain, base, base_fingerprint, weights_fingerprint: the models.
-        placeholder: the spelling of the concept in the prompt.
-        photo_sha256: of the photo's bytes; the photo itself is not stored.
-        tuning: the configuration that was used, as `TuningConfig.as_dict()`, and its seed.
-        versions: of the packages, see `package_versions`.
-    """
+    """How one image was generated."""
 
     prompt: str
     seed: int
     steps: int
     guidance: float
     scheduler: str
-    width: int
+    width: int  # in pixels, as the height
     height: int
     negative_prompt: str = ""
     concept_scale: float = 1.0
-    placeholder: str = "S*"
+    placeholder: str = "S*"  # the spelling of the concept in the prompt
     domain: str = ""
     base: str = ""
     base_fingerprint: str = ""
     weights_fingerprint: str = ""
-    photo_sha256: str = ""
-    tuning: Mapping[str, Any] = field(default_factory=dict)
+    photo_sha256: str = ""  # of the photo's bytes; the photo itself is not stored
+    tuning: Mapping[str, Any] = field(default_factory=dict)  # `TuningConfig.as_dict()`, and the seed
     versions: Mapping[str, str] = field(default_factory=package_versions)
 
     def as_dict(self, *, include_prompts: bool = True) -> dict[str, Any]:
@@ -103,17 +93,11 @@ class GenerationRecord:
 
 @dataclass(frozen=True)
 class ImageMetadata:
-    """The metadata of a PNG.
+    """The metadata of a PNG; None where it has none."""
 
-    Args:
-        parameters: the web UI's text, None without one.
-        details: our JSON (a contact sheet's has the list `pictures`), None without one.
-        ai_generated: whether the mark of generated images is there.
-    """
-
-    parameters: str | None
-    details: dict[str, Any] | None
-    ai_generated: bool
+    parameters: str | None  # the web UI's text
+    details: dict[str, Any] | None  # e4t's JSON; a contact sheet's has the list `pictures`
+    ai_generated: bool  # whether the mark of generated images is there
 
 
 def png_bytes(

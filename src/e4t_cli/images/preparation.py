@@ -36,17 +36,11 @@ MIN_PROBABILITY = 0.4  # a pixel above it belongs to the mask; CLIPSeg's probabi
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSource:
-    """The part of the photo that the user says is the concept.
+    """The part of the photo that is the concept, as requested."""
 
-    Args:
-        kind: "auto": the photo and the domain decide, "none": all of it, "words" and "image": as below.
-        words: a text prompt for it, "" for the domain's.
-        image: a mask, white on it: mode L, of the photo's proportions.
-    """
-
-    kind: Literal["auto", "none", "words", "image"]
-    words: str = ""
-    image: Image.Image | None = None
+    kind: Literal["auto", "none", "words", "image"]  # "auto": the photo and the domain decide, "none": all of it
+    words: str = ""  # a text prompt for it, "" for the domain's
+    image: Image.Image | None = None  # a mask, white on it: mode L, of the photo's proportions
 
 
 def prepare_photo(

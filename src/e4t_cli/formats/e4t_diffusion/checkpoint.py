@@ -38,25 +38,16 @@ _SECRETS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "P
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint folder.
+    """A checkpoint folder."""
 
-    Args:
-        folder, weights: with config.json, encoder.pt, and weight_offsets.pt or unet.pt: which of the two.
-        base: the model it was trained on, as written there: a hub id or somebody's path.
-        tower: open_clip's name of the image tower, and of its initial weights.
-        descriptor: the coarse word, "face".
-        scale: s of eq. 1.
-        tuned, photo: whether it was tuned on one image, and that image, if the folder has it.
-    """
-
-    folder: Path
-    weights: str
-    base: str
-    tower: str
-    descriptor: str
-    scale: float
-    tuned: bool
-    photo: Path | None = None
+    folder: Path  # with config.json, encoder.pt, and weight_offsets.pt or unet.pt
+    weights: str  # the name of the latter
+    base: str  # the model it was trained on, as written there: a hub id or somebody's path
+    tower: str  # open_clip's name of the image tower, and of its initial weights
+    descriptor: str  # the coarse word, "face"
+    scale: float  # s of eq. 1
+    tuned: bool  # on one image
+    photo: Path | None = None  # that image, if the folder has it
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -156,19 +147,11 @@ def configs_folder() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionRequest:
-    """A checkpoint to read and a domain folder to write.
+    """A checkpoint to read and a domain folder to write; fields without a comment are for its manifest."""
 
-    Args:
-        folder, weights: of the checkpoint, and its second file, beside encoder.pt.
-        tower: sizes of the image tower, as fields of `PatchEncoderConfig`; its widths follow from the checkpoint.
-        sha256: file -> what it must be, as far as it was declared.
-        name, descriptor, base, licence, image_tower, notes, templates, tuning, pretraining: for the manifest.
-        keep_unet: write the merged weights of a tuned U-Net, too (`MERGED_UNET`).
-    """
-
-    folder: str
-    weights: str
-    tower: Mapping[str, Any]
+    folder: str  # of the checkpoint
+    weights: str  # its second file, beside encoder.pt
+    tower: Mapping[str, Any]  # sizes as fields of `PatchEncoderConfig`; its widths follow from the checkpoint
     name: str
     descriptor: str
     base: str
@@ -178,8 +161,8 @@ class ConversionRequest:
     licence: str = ""
     image_tower: str = ""
     notes: str = ""
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    keep_unet: bool = False
+    sha256: Mapping[str, str] = field(default_factory=dict)  # file -> what it must be, as far as it was declared
+    keep_unet: bool = False  # write the merged weights of a tuned U-Net, too (`MERGED_UNET`)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -194,19 +177,12 @@ class ConversionRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionResult:
-    """Measurements of a conversion.
+    """Measurements of a conversion."""
 
-    Args:
-        offset_parameters: in the checkpoint.
-        offset_bytes: of the offsets' factors, without the file's header.
-        offset_error: largest difference of any ΔW from what its network computes layer by layer.
-        offset_size: largest |ΔW|, for comparison.
-    """
-
-    offset_parameters: int
-    offset_bytes: int
-    offset_error: float
-    offset_size: float
+    offset_parameters: int  # in the checkpoint
+    offset_bytes: int  # of the offsets' factors, without the file's header
+    offset_error: float  # largest difference of any ΔW from what its network computes layer by layer
+    offset_size: float  # largest |ΔW|, for comparison
 
     def summary(self) -> str:
         """Return a sentence for the user."""
