@@ -255,7 +255,7 @@ MUTANTS = [
         "models/text_to_image.py",
         '["prediction_type"] != "v_prediction"',
         '["prediction_type"] != "v"',
-        "unit/test_base_model.py",
+        TRAINING,
     ),
     Mutant(
         "every pre-training step repeats the draws of the first",
