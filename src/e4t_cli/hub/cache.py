@@ -1,11 +1,11 @@
 """Lists, verifies, prunes and removes cached files.
 
-The hub's cache is shared by all programs: only repositories that e4t fetched, or has a name for,
-are touched. Everything in e4t's own cache can be made again.
+The hub's cache is shared by all programs: only repositories that e4t fetched, or has a name for, are touched.
+Everything in e4t's own cache can be made again.
 
-Not `huggingface_hub.scan_cache_dir` (2.4.0): one dead link hides its repository, which then could
-not be removed; it reads all repositories (0.3 s for 300 of other programs), and its deletions log
-errors instead of raising them. Not `HfApi.verify_repo_checksums`: it needs the network.
+Not `huggingface_hub.scan_cache_dir` (2.4.0): one dead link hides its repository, which then could not be removed; it
+reads all repositories (0.3 s for 300 of other programs), and its deletions log errors instead of raising them. Not
+`HfApi.verify_repo_checksums`: it needs the network.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class CacheItem:
 
     Args:
         name: as on the command line.
-        kind: "repository", "image tower", "converted weights", "encoded images",
-            "partial download", "published tower", "published checkpoint".
+        kind: "repository", "image tower", "converted weights", "encoded images", "partial download", "published
+            tower", "published checkpoint".
         path: a file or a folder.
         size: in bytes, on the disk.
         revision: the commit, of a repository or of converted weights.

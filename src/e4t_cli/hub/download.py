@@ -10,11 +10,10 @@ without a network. A branch is resolved once and stays at that commit until `e4t
 
 Measured with huggingface_hub 2.4.0 on the loopback (tests/hub/fake_hub.py), and why some of its functions are not
 used:
-- `snapshot_download`: an interrupt waits for the files in transfer (Ctrl-C during four files of
-  24 MB at 4 MB/s each: 4.1 s, here 0.6 s), and warnings come from threads that cannot be traced to the run that
-  started them.
-- `snapshot_download(dry_run=True)`, `HfApi.verify_repo_checksums`: need the network when all files
-  are cached; the first returns no checksums.
+- `snapshot_download`: an interrupt waits for the files in transfer (Ctrl-C during four files of 24 MB at 4 MB/s each:
+  4.1 s, here 0.6 s), and warnings come from threads that cannot be traced to the run that started them.
+- `snapshot_download(dry_run=True)`, `HfApi.verify_repo_checksums`: need the network when all files are cached; the
+  first returns no checksums.
 """
 
 from __future__ import annotations
@@ -425,8 +424,8 @@ class ProgressMeter:
                 pass
 
             __exit__ = close = refresh = set_postfix_str = ignore
-            # Xet reports bytes received and bytes written; a class with these two methods gets
-            # both in one bar, and the bytes written are what counts.
+            # Xet reports bytes received and bytes written; a class with these two methods gets both in one bar, and
+            # the bytes written are what counts.
             update_transfer = set_transfer_postfix_str = ignore
 
         return Bar
@@ -438,8 +437,8 @@ _RETRY_HANDLER: ContextVar[_RetryHandler | None] = ContextVar("retry_handler", d
 class _RetryHandler(logging.Handler):
     """Reports the retries of one run as one remark.
 
-    huggingface_hub logs a warning with the address for each of them, on a logger that all threads
-    share. Only records logged in this handler's context are of its run.
+    huggingface_hub logs a warning with the address for each of them, on a logger that all threads share. Only records
+    logged in this handler's context are of its run.
     """
 
     def __init__(self, access: HubAccess) -> None:
@@ -492,8 +491,8 @@ def fetch_files(
 
     Args:
         repository: "owner/name".
-        revision: a commit of 40 hexadecimal digits; or a branch or tag, resolved once and then
-            remembered; None is the branch "main".
+        revision: a commit of 40 hexadecimal digits; or a branch or tag, resolved once and then remembered; None is the
+            branch "main".
         patterns: names as in a shell: "unet/config.json", "*.safetensors" (also in sub-folders).
         access: whether the network may be used, and who gets progress events, in bytes.
         repair: fetch cached files that are damaged again, rather than refuse them.

@@ -1,8 +1,7 @@
 """Maps errors of huggingface_hub, its HTTP library and the disk to E4TError.
 
-These libraries nest causes: a full disk arrives as an OSError, a captive portal as invalid JSON,
-a refused connection as a missing file. The whole chain is examined. Error messages never repeat
-request addresses or tokens.
+These libraries nest causes: a full disk arrives as an OSError, a captive portal as invalid JSON, a refused connection
+as a missing file. The whole chain is examined. Error messages never repeat request addresses or tokens.
 """
 
 from __future__ import annotations

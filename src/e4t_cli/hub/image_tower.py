@@ -1,8 +1,8 @@
 """The image tower of Stable Diffusion bases: the visual half of open_clip's ViT-H/14, in float16.
 
-The published file holds both towers in float32, 3.9 GB. The visual tower in float16 has 1.3 GB;
-it is written once into e4t's cache, in the layout of a base's `image_tower/`, and the published
-file can then be deleted (`e4t cache prune`).
+The published file holds both towers in float32, 3.9 GB. The visual tower in float16 has 1.3 GB; it is written once
+into e4t's cache, in the layout of a base's `image_tower/`, and the published file can then be deleted (`e4t cache
+prune`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a call to the hub may use: cache paths, offline mode, accepted licences.
 
-The environment is read at every call. huggingface_hub reads it once, at import (2.4.0, module
-`constants`), so that a command line option or a test that sets it later would not count.
+The environment is read at every call. huggingface_hub reads it once, at import (2.4.0, module `constants`), so that a
+command line option or a test that sets it later would not count.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class Terms:
 def accept(terms: Terms, access: HubAccess) -> None:
     """Show a licence and, unless it is free or was accepted before, obtain consent.
 
-    Consent is remembered in the user's data folder for one repository and licence: a repository
-    that changes its licence needs a new one.
+    Consent is remembered in the user's data folder for one repository and licence: a repository that changes its
+    licence needs a new one.
 
     Raises:
         WeightsUnavailable: there was no consent.

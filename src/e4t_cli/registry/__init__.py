@@ -1,7 +1,7 @@
 """Domains: the contract, discovery by entry points, and the store of the user's domains.
 
-The names below are what `e4t domains add`, `rm`, `new` and `push` do, for Python. Each is imported
-at its first use: a module that needs only `registry.domain` does not pay for pydantic.
+The names below are what `e4t domains add`, `rm`, `new` and `push` do, for Python. Each is imported at its first use: a
+module that needs only `registry.domain` does not pay for pydantic.
 """
 
 from __future__ import annotations

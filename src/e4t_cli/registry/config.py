@@ -1,7 +1,7 @@
 """The hyperparameters of tuning and of domain pre-training, as validated values.
 
-Part of the contract with the author of a domain (`registry.domain`), who states them; domain
-weights bring the ones that they were made with.
+Part of the contract with the author of a domain (`registry.domain`), who states them; domain weights bring the ones
+that they were made with.
 """
 
 from __future__ import annotations
@@ -103,14 +103,14 @@ class TuningConfig(_Config):
         batch_size: time steps per optimizer step; the paper calls 16 or more crucial (section 3.4).
         gradient_clip: maximum norm of the gradient.
         mask: whether the domain's mask restricts the diffusion loss.
-        encoder_rate, offsets_rate, unet_rate: factors on the learning rate of each parameter
-            group; 0 freezes the group, 1 is the paper.
-        method: "full" tunes all weights, as the paper does; "lora" freezes the base and tunes
-            LoRA adapters of its attention layers and of the encoder.
+        encoder_rate, offsets_rate, unet_rate: factors on the learning rate of each parameter group; 0 freezes the
+            group, 1 is the paper.
+        method: "full" tunes all weights, as the paper does; "lora" freezes the base and tunes LoRA adapters of its
+            attention layers and of the encoder.
         lora_rank: rank of the adapters.
-        lora_rate: a further factor on the learning rate of the adapters, which start at zero and
-            need larger steps than weights do. Paper silent: measured on `mini`
-            (`python -m mini_world.methods face --rates 18 36 60`), where 60 keeps most of a face.
+        lora_rate: a further factor on the learning rate of the adapters, which start at zero and need larger steps
+            than weights do. Paper silent: measured on `mini` (`python -m mini_world.methods face --rates 18 36 60`),
+            where 60 keeps most of a face.
     """
 
     steps: int
@@ -175,8 +175,8 @@ class PretrainingConfig(_Config):
         check_bool(self, "mask")
 
 
-# Forward and backward of one 512-pixel image with W_q, W_k, W_v and the offsets trainable, counted
-# on the configs of Stable Diffusion 1.4; images are encoded beforehand (pretraining/):
+# Forward and backward of one 512-pixel image with W_q, W_k, W_v and the offsets trainable, counted on the configs of
+# Stable Diffusion 1.4; images are encoded beforehand (pretraining/):
 #   U-Net 1.768 + feature pass 0.576 + text encoder 0.027 = 2.371 TFLOP
 TFLOP_PER_IMAGE = 1.768 + 0.576 + 0.027
 COUNTED_AT = 512
@@ -193,8 +193,8 @@ def pretraining_hours(config: PretrainingConfig, gpu: str, resolution: int = COU
     Args:
         config: its steps and batch size count.
         gpu: a key of `SPEEDS`.
-        resolution: side of the images in pixels; the work is taken to grow with their area, though
-            attention grows faster.
+        resolution: side of the images in pixels; the work is taken to grow with their area, though attention grows
+            faster.
     """
     area = (resolution / COUNTED_AT) ** 2
     work = config.steps * config.batch_size * TFLOP_PER_IMAGE * area

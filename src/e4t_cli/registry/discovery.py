@@ -1,8 +1,8 @@
 """Finds domains: entry points of installed packages and folders of the user.
 
-Candidates are listed from metadata alone; only the requested domain is imported. A domain that is
-broken, of the wrong type, or whose name two packages claim affects only who asks for it, and the
-list shows the reason. The domains of this distribution cannot be shadowed.
+Candidates are listed from metadata alone; only the requested domain is imported. A domain that is broken, of the wrong
+type, or whose name two packages claim affects only who asks for it, and the list shows the reason. The domains of this
+distribution cannot be shadowed.
 
 `E4T_DOMAINS=face,cat` restricts what is considered (empty: nothing), for tests and for recovery.
 """
@@ -153,8 +153,8 @@ def find_listing(name: str) -> Listing:
 def _claimants(claims: list[Listing]) -> list[Listing]:
     """Return the candidates of one name that the bare name can mean.
 
-    Ours cannot be shadowed. A folder of the user does not compete with an installed domain but
-    provides weights for it (`weights_folder`): `e4t pretrain` made it for another base.
+    Ours cannot be shadowed. A folder of the user does not compete with an installed domain but provides weights for it
+    (`weights_folder`): `e4t pretrain` made it for another base.
     """
     ours = [c for c in claims if c.package == OURS]
     return ours or [c for c in claims if c.package != USER] or claims

@@ -1,9 +1,9 @@
 """The contract with the author of a domain: `Domain`, and what its `prepare` takes and returns.
 
-A `Domain` is a value: a descriptor word, two configurations, where its weights are, and at most
-one function, `prepare`. It is found through the entry-point group `e4t.domains`
-(domains/README.md). Only the standard library is imported here, so a domain's module costs nothing
-to import. The contract grows only by keyword-only fields with defaults.
+A `Domain` is a value: a descriptor word, two configurations, where its weights are, and at most one function,
+`prepare`. It is found through the entry-point group `e4t.domains` (domains/README.md). Only the standard library is
+imported here, so a domain's module costs nothing to import. The contract grows only by keyword-only fields with
+defaults.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def check_file_name(name: object) -> str:
     """Return `name` if a domain folder may have a file of that name.
 
     Raises:
-        ValueError: it could leave the folder, or is of a kind that can hold code: only safetensors
-            and JSON are allowed, never pickles.
+        ValueError: it could leave the folder, or is of a kind that can hold code: only safetensors and JSON are
+            allowed, never pickles.
     """
     plain = isinstance(name, str) and _FILE_NAME.fullmatch(name)
     if not plain or str(name).partition(".")[0].lower() in _RESERVED:
@@ -117,8 +117,8 @@ class PreparationTarget:
         which: of several subjects, "largest", "left", "right", or its number from the left: "1", …
         required: an image without the subject is refused (`InputError`).
         device: where a segmentation network may run.
-        fetch: returns the folder with a hub repository's configs and safetensors; raises
-            `WeightsUnavailable`. None where nothing may be fetched.
+        fetch: returns the folder with a hub repository's configs and safetensors; raises `WeightsUnavailable`. None
+            where nothing may be fetched.
     """
 
     size: int
@@ -183,19 +183,19 @@ class Domain:
         descriptor: the coarse word whose embedding anchors the concept (e_domain of eq. 1).
         tuning: hyperparameters of tuning. Weights made for a base may bring their own.
         pretraining: hyperparameters of pre-training, None for the paper's usual ones.
-        weights: base name → location: "package:my_package/folder" inside an installed package,
-            "hub:owner/repo@<40-hex commit>", a folder, or "e4t-diffusion:owner/repo" for a
-            checkpoint of that program, which is converted when it is first used.
+        weights: base name → location: "package:my_package/folder" inside an installed package, "hub:owner/repo@<40-hex
+            commit>", a folder, or "e4t-diffusion:owner/repo" for a checkpoint of that program, which is converted when
+            it is first used.
         prepare: takes an upright RGB image and a target; None is the centred square.
-        prompt_templates: prompts of training with "{}" in the place of the concept; none is the
-            generic `SUBJECT_TEMPLATES`.
+        prompt_templates: prompts of training with "{}" in the place of the concept; none is the generic
+            `SUBJECT_TEMPLATES`.
         licence: of the weights and the data they were made from.
         summary: one line for `e4t domains list`.
         download_sizes: base name → bytes to fetch, for weights on the hub; shown in the list.
-        mask_words: the text prompt of the segmentation network, such as "a cat", where a mask is
-            needed and `prepare` returns none.
-        networks: hub repositories that `prepare` passes to `PreparationTarget.fetch` on bases of
-            the hub; `e4t fetch` fetches them beforehand.
+        mask_words: the text prompt of the segmentation network, such as "a cat", where a mask is needed and `prepare`
+            returns none.
+        networks: hub repositories that `prepare` passes to `PreparationTarget.fetch` on bases of the hub; `e4t fetch`
+            fetches them beforehand.
         contract: the contract version it was written for.
     """
 

@@ -1,7 +1,7 @@
 """Reads, checks and writes domain.toml, the manifest of a domain folder.
 
-A domain folder holds the weights of one domain for one base: domain.toml beside the files that its
-[files] table lists, each with its SHA-256. Manifests come from strangers; nothing is trusted.
+A domain folder holds the weights of one domain for one base: domain.toml beside the files that its [files] table
+lists, each with its SHA-256. Manifests come from strangers; nothing is trusted.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def toml_text(manifest: Mapping[str, Any]) -> str:
     """Return TOML for a flat mapping and one level of tables below it."""
 
     def line(key: str, value: Any) -> str:
-        # JSON's strings, numbers, booleans and arrays of them are valid TOML with two exceptions:
-        # TOML has no surrogate escapes, and no bare DEL.
+        # JSON's strings, numbers, booleans and arrays of them are valid TOML with two exceptions: TOML has no
+        # surrogate escapes, and no bare DEL.
         text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         return f"{json.dumps(key) if '.' in key else key} = {text}"
 

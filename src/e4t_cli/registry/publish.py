@@ -66,8 +66,8 @@ def publish_domain(
         on_progress: called while the files are checked.
 
     Raises:
-        UsageError: no licence is given, the weights are ambiguous, the repository's name is
-            invalid, or it should be private and is public already.
+        UsageError: no licence is given, the weights are ambiguous, the repository's name is invalid, or it should be
+            private and is public already.
         WeightsUnavailable: there are no weights here, no token, no network, or no permission.
         IntegrityError: the weights are damaged.
     """

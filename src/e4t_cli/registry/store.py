@@ -1,8 +1,8 @@
 """The user's domain store: adds domains from a folder, a zip or the hub, and removes them.
 
-Everything is checked while it is copied: the manifest, the length and SHA-256 of every file it
-lists (of the very bytes that are written), and the header of each. Copies are made in a temporary
-folder and renamed, so that a domain is in the store completely or not at all.
+Everything is checked while it is copied: the manifest, the length and SHA-256 of every file it lists (of the very
+bytes that are written), and the header of each. Copies are made in a temporary folder and renamed, so that a domain is
+in the store completely or not at all.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def add_domain(
     """Copy a domain into the user's store, where `find_domain` finds it.
 
     Args:
-        source: a folder with a domain.toml, a zip of one, or "owner/repository@revision" of the
-            hub; a revision is a branch, a tag, or best a commit, which never changes.
+        source: a folder with a domain.toml, a zip of one, or "owner/repository@revision" of the hub; a revision is a
+            branch, a tag, or best a commit, which never changes.
         offline: of the hub, use only what is on this machine already.
         on_progress: called while files are copied.
 
@@ -213,8 +213,8 @@ def _unpack(path: Path, folder: Path) -> Path:
 
     Raises:
         InputError: it is not a zip.
-        IntegrityError: a member has a path outside, is a link, is encrypted, or unpacks to
-            absurd sizes. One such member is enough to refuse all.
+        IntegrityError: a member has a path outside, is a link, is encrypted, or unpacks to absurd sizes. One such
+            member is enough to refuse all.
     """
     shown = printable(str(path))
     try:

@@ -60,9 +60,9 @@ def check_domain(domain: Domain | str | Path) -> None:
 def examine_domain(domain: Domain | str | Path) -> Iterator[ContractFinding]:
     """Run every check on a domain and yield the findings one by one.
 
-    The value itself was validated when it was made. Here its prompt templates are parsed, its
-    preparation is run on images of several shapes, for each of its bases and for an unknown one,
-    and its weights on this machine are read completely. Nothing is fetched.
+    The value itself was validated when it was made. Here its prompt templates are parsed, its preparation is run on
+    images of several shapes, for each of its bases and for an unknown one, and its weights on this machine are read
+    completely. Nothing is fetched.
     """
     try:
         if isinstance(domain, str | Path):

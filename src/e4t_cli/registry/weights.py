@@ -48,8 +48,8 @@ class WeightsState:
 def weights_folder(domain: Domain, base: str) -> Path:
     """Return the folder of the domain's weights for a base.
 
-    A folder of the user with the domain's name serves a base for which the domain itself has no
-    weights on this machine: `e4t pretrain` adds weights to an installed domain that way.
+    A folder of the user with the domain's name serves a base for which the domain itself has no weights on this
+    machine: `e4t pretrain` adds weights to an installed domain that way.
 
     Raises:
         WeightsUnavailable: there are none on this machine.
