@@ -19,19 +19,11 @@ from pathlib import Path
 
 from e4t_cli.errors import UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import PROGRAM, PUBLISHED, hub_location, list_converted_weights
-from e4t_cli.hub.download import (
-    ProgressMeter,
-    cached_repo_infos,
-    checksum,
-    checksum_in_name,
-    forget_deleted,
-    forget_repository,
-)
+from e4t_cli.hub.download import ProgressMeter
 from e4t_cli.hub.image_tower import VIT_H_14, has_tower, tower_folder
 from e4t_cli.hub.paths import hub_cache, repository_folder, repository_of, snapshot_folder, user_cache
+from e4t_cli.hub.repo_info import cached_repo_infos, checksum, checksum_in_name, forget_deleted, forget_repository
 from e4t_cli.progress import ProgressCallback
-
-_MAX_WRITE_SECONDS = 3600.0  # a partial file younger than this may belong to a running process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +50,6 @@ class CacheItem:
         return {**asdict(self), "path": str(self.path)}
 
 
-def _item(name: str, kind: str, path: Path, revision: str = "") -> CacheItem:
-    files = path.rglob("*") if path.is_dir() else (path,)
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    return CacheItem(name=name, kind=kind, path=path, size=size, revision=revision)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ChecksumMismatch:
     """A file that is not what it was fetched as."""
@@ -72,6 +58,12 @@ class ChecksumMismatch:
     file: str
     expected: str
     got: str
+
+
+def _item(name: str, kind: str, path: Path, revision: str = "") -> CacheItem:
+    files = path.rglob("*") if path.is_dir() else (path,)
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return CacheItem(name=name, kind=kind, path=path, size=size, revision=revision)
 
 
 def list_cache() -> list[CacheItem]:
@@ -84,27 +76,21 @@ def list_cache() -> list[CacheItem]:
     if has_tower():
         found.append(_item(VIT_H_14.name, "image tower", tower_folder()))
     for weights in list_converted_weights():
-        name = f"{PROGRAM}:{weights.repository}"
-        found.append(_item(name, "converted weights", weights.folder, weights.commit))
+        found.append(_item(f"{PROGRAM}:{weights.repository}", "converted weights", weights.folder, weights.commit))
     for folder in sorted((user_cache() / "pretraining").glob("*/")):
         found.append(_item(f"pretraining/{folder.name}", "encoded images", folder))
     return found
 
 
 def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[ChecksumMismatch]]:
-    """Read every fetched file again and compare it with its checksum.
-
-    Returns:
-        How many files were compared, and those that differ.
-    """
+    """Read every fetched file again; returns how many were compared with a checksum, and those that differ."""
     declared = {(info.repository, info.commit): info.digests for info in cached_repo_infos()}
     files = []
     for repository, commit in _snapshots():
         folder = snapshot_folder(repository, commit)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            digest = declared.get((repository, commit), {}).get(name)
-            if expected := digest or checksum_in_name(path):
+            if expected := declared.get((repository, commit), {}).get(name) or checksum_in_name(path):
                 files.append((repository, name, path, expected))
     total = sum(path.stat().st_size for _, _, path, _ in files)
     meter = ProgressMeter(total, on_progress, "verify")
@@ -120,9 +106,8 @@ def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[Check
 def _repositories() -> list[tuple[str, str]]:
     """Return repositories and commits that e4t fetched or has a name for."""
     known = [(row.repository, row.revision) for row in PUBLISHED.values()]
-    known += [(VIT_H_14.repository, VIT_H_14.revision)]
-    known += [(info.repository, info.commit) for info in cached_repo_infos()]
-    return list(dict.fromkeys(known))
+    fetched = [(info.repository, info.commit) for info in cached_repo_infos()]
+    return list(dict.fromkeys([*known, (VIT_H_14.repository, VIT_H_14.revision), *fetched]))
 
 
 def _snapshots() -> Iterator[tuple[str, str]]:
@@ -133,23 +118,21 @@ def _snapshots() -> Iterator[tuple[str, str]]:
 
 def prunable() -> list[CacheItem]:
     """Return what can go without a loss: partial downloads, and sources of converted files."""
-    partial = [
-        (repository, path)
-        for repository in dict.fromkeys(repository for repository, _ in _repositories())
-        for path in repository_folder(repository).glob("blobs/*.incomplete")
-    ]
+    partial: list[tuple[str, Path]] = []
+    for repository in dict.fromkeys(repository for repository, _ in _repositories()):
+        partial += [(repository, path) for path in repository_folder(repository).glob("blobs/*.incomplete")]
     partial += [("image tower", path) for path in (user_cache() / "towers").glob(".*~")]
     found = []
     for name, path in partial:
         with contextlib.suppress(OSError):  # it is complete, and renamed, by now
-            if time.time() - path.stat().st_mtime > _MAX_WRITE_SECONDS:
+            # A younger file may belong to a running process.
+            if time.time() - path.stat().st_mtime > 3600:
                 found.append(_item(name, "partial download", path))
     published = snapshot_folder(VIT_H_14.repository, VIT_H_14.revision) / VIT_H_14.file
     if has_tower() and published.is_file():
         found.append(_item(VIT_H_14.repository, "published tower", published))
     for weights in list_converted_weights():
-        for path in weights.source_files:
-            found.append(_item(weights.repository, "published checkpoint", path))
+        found += [_item(weights.repository, "published checkpoint", path) for path in weights.source_files]
     return found
 
 
@@ -175,8 +158,7 @@ def find_items(name: str) -> list[CacheItem]:
     Raises:
         UsageError: nothing of that name is cached.
     """
-    location = hub_location(name)
-    repository = location.repository if location is not None else name
+    repository = location.repository if (location := hub_location(name)) is not None else name
     folder = repository_folder(repository)
     found = [item for item in list_cache() if item.name in (name, repository) or folder in item.path.parents]
     if not found:
@@ -190,18 +172,18 @@ def remove(item: CacheItem) -> None:
     Raises:
         WeightsUnavailable: the user has no right to.
     """
-    folder = item.path.parent.parent  # of the repository, whose other commits stay
-    is_repository = item.kind == "repository"
-    if is_repository:
+    path, blobs = item.path, set[Path]()
+    folder = path.parent.parent  # of the repository, whose other commits stay
+    if item.kind == "repository":
         forget_repository(repository_of(folder))
-    only = is_repository and len(list(folder.glob("snapshots/*"))) == 1
-    path = folder if only else item.path
-    blobs = _blobs(item.path)
+        if len(list(folder.glob("snapshots/*"))) == 1:
+            path = folder
+        else:
+            blobs = _blobs(path)
     try:
         shutil.rmtree(path)
-        if is_repository and not only:
-            for blob in blobs - _blobs(folder / "snapshots"):
-                blob.unlink(missing_ok=True)
+        for blob in blobs - _blobs(folder / "snapshots"):
+            blob.unlink(missing_ok=True)
     except OSError as error:
         raise WeightsUnavailable(f"{printable(str(path))} cannot be removed: {error.strerror}") from error
     forget_deleted()

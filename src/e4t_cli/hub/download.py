@@ -1,15 +1,8 @@
-"""Downloads files of a repository into huggingface_hub's cache and verifies their checksums.
+"""Downloads files of a repository into huggingface_hub's cache, with progress reporting, and verifies their checksums.
 
-huggingface_hub transfers the files and compares their sizes only: a body of the right size with wrong bytes stays in
-the cache for good. Here each file is also compared with the SHA-256 that the hub declares. The result is remembered
-with the file's size and time of modification; a file of which either changed is read again. A file that arrived wrong
-is deleted, fetched once more, and deleted again if it is still wrong.
+A file that arrived wrong is deleted, fetched once more, and deleted again if it is still wrong.
 
-What the hub declares about a commit never changes, so it is remembered too, and cached files are found and verified
-without a network. A branch is resolved once and stays at that commit until `e4t cache rm`: there is no silent upgrade.
-
-Measured with huggingface_hub 2.4.0 on the loopback (tests/hub/fake_hub.py), and why some of its functions are not
-used:
+Measured with huggingface_hub 2.4.0 on the loopback (tests/hub/fake_hub.py), and why some functions are not used:
 - `snapshot_download`: an interrupt waits for the files in transfer (Ctrl-C during four files of 24 MB at 4 MB/s each:
   4.1 s, here 0.6 s), and warnings come from threads that cannot be traced to the run that started them.
 - `snapshot_download(dry_run=True)`, `HfApi.verify_repo_checksums`: need the network when all files are cached; the
@@ -19,327 +12,44 @@ used:
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import ContextVar, copy_context
-from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from typing import Any
 
 from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable, printable
-from e4t_cli.files import free_bytes, shown_size, write_atomically
-from e4t_cli.hub.errors import as_e4t_error, is_broken_connection, is_refused_token, is_transient, retry_after
-from e4t_cli.hub.paths import (
-    COMMIT,
-    REPOSITORY,
-    HubAccess,
-    endpoint,
-    hub_cache,
-    repository_folder,
-    repository_of,
-    snapshot_folder,
-    user_cache,
+from e4t_cli.files import free_bytes, shown_size
+from e4t_cli.hub.errors import as_e4t_error, is_broken_connection
+from e4t_cli.hub.paths import HubAccess, endpoint, hub_cache, repository_of, snapshot_folder
+from e4t_cli.hub.repo_info import (
+    TRIES,
+    RepoFile,
+    RepoInfo,
+    cached_commit,
+    cached_repo_info,
+    call_hub,
+    check_repository,
+    checksum_in_name,
+    checksum_mismatch,
+    delete_file,
+    get_repo_info,
 )
 from e4t_cli.progress import Progress, ProgressCallback
 
-if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
-
-_R = TypeVar("_R")
-
 WORKERS = 4
-TRIES = 3
-TIMEOUT = 15.0  # seconds
-MAX_WAIT = 30.0  # seconds: how long to wait before a retry is the user's decision above this
 SPARE_BYTES = 100_000_000  # left free: a full disk breaks more than this program
 _NEVER = ("*.py", "*.sh", "*.exe", "*.so", "*.dll")  # code of a repository is never fetched
-_BLOCK = 1 << 22
-_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-
-
-# ── what a repository contains ──
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepoFile:
-    """One file of a repository, as the hub declares it.
-
-    Args:
-        path: inside the repository, with slashes.
-        size: in bytes.
-        digest: the SHA-256 of a large file, or git's SHA-1 of a small one.
-    """
-
-    path: str
-    size: int
-    digest: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepoInfo:
-    """One commit of a repository."""
-
-    repository: str
-    commit: str
-    licence: str = ""
-    files: tuple[RepoFile, ...] = ()
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """The declared checksums by path."""
-        return {file.path: file.digest for file in self.files}
-
-
-def get_repo_info(repository: str, revision: str | None, access: HubAccess) -> RepoInfo | None:
-    """Return what is in a repository, remembered or requested from the hub.
-
-    Args:
-        revision: a commit, a branch or a tag; None is the branch "main".
-
-    Returns:
-        None if it is not remembered and the network must not be used.
-
-    Raises:
-        WeightsUnavailable: there is no such revision, or the hub does not answer.
-    """
-    check_repository(repository)
-    known = cached_repo_info(repository, revision)
-    if known is not None or access.cut_off:
-        return known
-    info = _request_repo_info(repository, revision or "main", access)
-    folder = _info_folder(repository)
-    with contextlib.suppress(OSError):  # a cache that is read-only costs a request the next time
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{info.commit}.json", json.dumps(asdict(info), indent=1).encode())
-        if not COMMIT.fullmatch(revision or "main"):
-            name = f"ref-{quote(revision or 'main', safe='')}"
-            write_atomically(folder / name, info.commit.encode())
-    return info
-
-
-def cached_repo_info(repository: str, revision: str | None) -> RepoInfo | None:
-    """Return what is remembered about a repository; no network."""
-    commit = cached_commit(repository, revision)
-    if commit is None:
-        return None
-    try:
-        path = _info_folder(repository) / f"{commit}.json"
-        table = json.loads(path.read_text(encoding="utf-8"))
-        files = tuple(RepoFile(**file) for file in table.pop("files"))
-        return RepoInfo(**table, files=files)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # absent or damaged: it will be requested again
-
-
-def cached_commit(repository: str, revision: str | None) -> str | None:
-    """Return the commit that a branch or tag was resolved to, by e4t or by another program."""
-    name = revision or "main"
-    if COMMIT.fullmatch(name):
-        return name
-    for path in (
-        _info_folder(repository) / f"ref-{quote(name, safe='')}",
-        repository_folder(repository) / "refs" / name,
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            found = path.read_text(encoding="utf-8").strip()
-            if COMMIT.fullmatch(found):
-                return found
-    return None
-
-
-def cached_repo_infos() -> list[RepoInfo]:
-    """Return everything that is remembered about repositories."""
-    found = [
-        cached_repo_info(path.parent.name.replace("--", "/", 1), path.stem)
-        for path in sorted((user_cache() / "hub").glob("*/*.json"))
-    ]
-    return [info for info in found if info is not None]
-
-
-def forget_repository(repository: str) -> None:
-    """Forget everything about a repository: its branches will be resolved again."""
-    for path in _info_folder(repository).glob("*"):
-        path.unlink(missing_ok=True)
-
-
-def check_repository(repository: str) -> None:
-    """Refuse what cannot be the name of a repository, before it becomes part of a path.
-
-    Raises:
-        WeightsUnavailable: it cannot.
-    """
-    if not REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
-        raise WeightsUnavailable(f"{printable(repository)!r} cannot be a repository of the hub", hint="owner/name")
-
-
-def has_token() -> bool:
-    """Whether huggingface_hub has a token of the user."""
-    from huggingface_hub import get_token
-
-    return get_token() is not None
-
-
-def _call_hub(call: Callable[[bool | None], _R], access: HubAccess) -> _R:
-    """Call with the user's token and, where the hub does not know it, without one.
-
-    Every request of this module passes here; offline, none does.
-    """
-    if access.cut_off:
-        from huggingface_hub.errors import OfflineModeIsEnabled
-
-        raise OfflineModeIsEnabled
-    try:
-        return call(None)
-    except Exception as error:
-        if not is_refused_token(error) or not has_token():
-            raise
-        try:
-            result = call(False)
-        except Exception:
-            raise error from None
-        access.note("the hub refuses your token (HF_TOKEN, or hf auth login): going on without it")
-        return result
-
-
-def _request_repo_info(repository: str, revision: str, access: HubAccess) -> RepoInfo:
-    from huggingface_hub import HfApi
-
-    def call(token: bool | None) -> ModelInfo:
-        # huggingface_hub 2.4.0 retries transfers of files, not this call.
-        return HfApi(endpoint=endpoint()).model_info(
-            repository, revision=revision, files_metadata=True, token=token, timeout=TIMEOUT
-        )
-
-    for attempt in range(1, TRIES + 1):
-        try:
-            found = _call_hub(call, access)
-            break
-        except Exception as error:  # of huggingface_hub, of its HTTP library, of JSON
-            wait = retry_after(error) or float(attempt)
-            if attempt == TRIES or not is_transient(error) or wait > MAX_WAIT:
-                raise as_e4t_error(error, repository, revision) from error
-            access.remark(f"the hub does not answer as it should: trying again in {wait:.0f} s")
-            time.sleep(wait)
-    if not found.sha or not COMMIT.fullmatch(found.sha):
-        raise as_e4t_error(ValueError(), repository)
-    licence = getattr(found.card_data, "license", None) or ""
-    if licence == "other":
-        licence = getattr(found.card_data, "license_name", None) or licence
-    files = [
-        RepoFile(
-            path=one.rfilename,
-            size=int(one.size or 0),
-            digest=str(one.lfs.sha256 if one.lfs is not None else one.blob_id or ""),
-        )
-        for one in found.siblings or ()
-    ]
-    return RepoInfo(repository=repository, commit=found.sha, licence=str(licence), files=tuple(files))
-
-
-def _info_folder(repository: str) -> Path:
-    return user_cache() / "hub" / repository.replace("/", "--")
-
-
-# ── checksums ──
-
-
-def checksum_mismatch(path: Path, declared: str = "", on_bytes: Callable[[int], None] | None = None) -> str | None:
-    """Compare a file with its declared checksum, unless that was done and it has not changed.
-
-    Args:
-        path: in a snapshot folder of the hub's cache.
-        declared: SHA-256, or git's SHA-1; "" takes the name of the blob.
-        on_bytes: called with the number of bytes of each block read, and of a file not read again.
-
-    Returns:
-        None if it is as declared or nothing was declared, otherwise the checksum it has.
-    """
-    expected = declared or checksum_in_name(path)
-    if not expected:
-        return None
-    about = path.stat()
-    record = {"path": str(path), "size": about.st_size, "mtime_ns": about.st_mtime_ns}
-    record["digest"] = expected
-    verified = _verified_record(path)
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(verified.read_text(encoding="utf-8")) == record:
-            if on_bytes is not None:
-                on_bytes(about.st_size)
-            return None
-    found = checksum(path, expected, on_bytes)
-    if found != expected:
-        return found
-    with contextlib.suppress(OSError):  # read-only: the file is read again the next time
-        verified.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(verified, json.dumps(record).encode())
-    return None
-
-
-def checksum_in_name(path: Path) -> str:
-    """Return the checksum in the name of the blob that a snapshot's link points to, or ""."""
-    with contextlib.suppress(OSError):
-        name = os.path.basename(os.readlink(path))
-        if _DIGEST.fullmatch(name):
-            return name
-    return ""
-
-
-def checksum(path: Path, like: str, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Return the checksum of a file, of the same kind as another one.
-
-    Args:
-        like: 64 digits for SHA-256, 40 for git's SHA-1 of a blob.
-    """
-    if len(like) == 64:
-        digest = hashlib.sha256()
-    else:
-        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            if on_bytes is not None:
-                on_bytes(len(block))
-    return digest.hexdigest()
-
-
-def delete_file(path: Path) -> None:
-    """Delete a file of a snapshot and the blob behind it."""
-    blob = path.parent / os.readlink(path) if path.is_symlink() else None
-    path.unlink(missing_ok=True)
-    if blob is not None:
-        blob.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        _verified_record(path).unlink(missing_ok=True)
-
-
-def forget_deleted() -> None:
-    """Forget the verification of files that no longer exist."""
-    for record in (user_cache() / "verified").glob("*.json"):
-        path = ""
-        with contextlib.suppress(OSError, ValueError):
-            path = json.loads(record.read_text(encoding="utf-8")).get("path", "")
-        if not path or not os.path.exists(path):
-            record.unlink(missing_ok=True)
-
-
-def _verified_record(path: Path) -> Path:
-    name = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return user_cache() / "verified" / f"{name}.json"
 
 
 # ── progress ──
 
-_MIN_SECONDS = 0.1  # between two events
-_MIN_BYTES = 200_000  # less than this is not reported
+_MIN_SECONDS, _MIN_BYTES = 0.1, 200_000  # between two events; less is not reported
 
 
 class ProgressMeter:
@@ -352,9 +62,7 @@ class ProgressMeter:
     """
 
     def __init__(self, total: int, on_progress: ProgressCallback | None, stage: str = "fetch") -> None:
-        self.total, self.stage = total, stage
-        self._on_progress = on_progress
-        self._done = 0
+        self.total, self.stage, self._on_progress, self._done = total, stage, on_progress, 0
         self._started = self._last = time.monotonic()
         self._lock = threading.Lock()
         self._stopped = self._reported = False
@@ -389,16 +97,9 @@ class ProgressMeter:
         self._reported = True
         if self._on_progress is None or self.total < _MIN_BYTES:
             return
-        rate = self._done / 1e6 / max(now - self._started, 1e-3)
-        self._on_progress(
-            Progress(
-                stage=self.stage,
-                done=min(self._done, self.total),
-                total=self.total,
-                unit="bytes",
-                values={"MB/s": rate} if self._done else {},
-            )
-        )
+        done = min(self._done, self.total)
+        rate = {"MB/s": self._done / 1e6 / max(now - self._started, 1e-3)} if self._done else {}
+        self._on_progress(Progress(stage=self.stage, done=done, total=self.total, unit="bytes", values=rate))
 
     def bar_class(self) -> type[Any]:
         """Return a `tqdm_class` for huggingface_hub that shows nothing and counts here.
@@ -435,10 +136,9 @@ _RETRY_HANDLER: ContextVar[_RetryHandler | None] = ContextVar("retry_handler", d
 
 
 class _RetryHandler(logging.Handler):
-    """Reports the retries of one run as one remark.
+    """Reports the retries of one run, the records logged in this handler's context, as one remark.
 
-    huggingface_hub logs a warning with the address for each of them, on a logger that all threads share. Only records
-    logged in this handler's context are of its run.
+    huggingface_hub logs a warning with the address for each of them, on a logger that all threads share.
     """
 
     def __init__(self, access: HubAccess) -> None:
@@ -518,18 +218,15 @@ def fetch_files(
     if info is not None:
         folder = snapshot_folder(repository, info.commit)
     elif commit is None or not folder.is_dir():
-        raise WeightsUnavailable(
-            f"{repository} is not on this machine and e4t is offline", hint=f"with a network: {command}"
-        )
+        message = f"{repository} is not on this machine and e4t is offline"
+        raise WeightsUnavailable(message, hint=f"with a network: {command}")
     wanted = _matching_files(info, folder, patterns)
     missing = [file for file in wanted if not (folder / file.path).is_file()]
     if missing and access.cut_off:
         names = ", ".join(printable(file.path) for file in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise WeightsUnavailable(
-            f"{repository} is not complete on this machine and e4t is offline: {names}{more}",
-            hint=f"with a network: {command}",
-        )
+        message = f"{repository} is not complete on this machine and e4t is offline: {names}{more}"
+        raise WeightsUnavailable(message, hint=f"with a network: {command}")
     if missing:
         needed = total_size(missing)
         if any(file.path.endswith(".safetensors") for file in missing):  # not of config files
@@ -543,13 +240,7 @@ def fetch_files(
 
 
 def _verify(
-    wanted: Sequence[RepoFile],
-    fetched: Sequence[RepoFile],
-    folder: Path,
-    access: HubAccess,
-    *,
-    repair: bool,
-    command: str,
+    wanted: list[RepoFile], fetched: list[RepoFile], folder: Path, access: HubAccess, *, repair: bool, command: str
 ) -> None:
     """Compare files with their checksums, and fetch a wrong one once more.
 
@@ -575,8 +266,7 @@ def _verify(
         found = checksum_mismatch(path, expected)
         if found is not None:
             delete_file(path)  # no program may find it later
-            hint = "something between the hub and here is at fault"
-            raise IntegrityError(damaged + found, hint=hint)
+            raise IntegrityError(damaged + found, hint="something between the hub and here is at fault")
     meter.finish(if_reported=True)
 
 
@@ -585,9 +275,7 @@ def total_size(files: Sequence[RepoFile]) -> int:
     return sum(file.size for file in files)
 
 
-def _download(
-    repository: str, commit: str, files: Sequence[RepoFile], access: HubAccess, *, force: bool = False
-) -> None:
+def _download(repository: str, commit: str, files: list[RepoFile], access: HubAccess, *, force: bool = False) -> None:
     """Download files into the hub's cache, several at a time.
 
     Raises:
@@ -615,7 +303,7 @@ def _download(
                 )
 
             try:
-                _call_hub(call, access)
+                call_hub(call, access)
                 return
             except InterruptedError:
                 raise
@@ -641,10 +329,7 @@ def _download(
 
 
 def _stop_xet() -> None:
-    """Stop transfers by Xet, which run outside of Python.
-
-    Those of other runs in this process break as well; such runs connect again.
-    """
+    """Stop transfers by Xet, which run outside of Python; those of other runs in this process connect again."""
     with contextlib.suppress(ImportError, AttributeError, RuntimeError):
         from huggingface_hub.utils import _xet
 
@@ -683,19 +368,15 @@ def _matching_files(info: RepoInfo | None, folder: Path, patterns: Sequence[str]
     if info is not None:
         files = list(info.files)
     else:
-        files = [
-            RepoFile(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, digest="")
-            for path in folder.rglob("*")
-            if path.is_file()
-        ]
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        files = [RepoFile(path=path.relative_to(folder).as_posix(), size=path.stat().st_size) for path in paths]
     for pattern in patterns:
         if not any(fnmatchcase(file.path, pattern) for file in files):
             if info is not None:
                 raise WeightsUnavailable(f"{info.repository} has no file {printable(pattern)!r} at {info.commit[:12]}")
-            files.append(RepoFile(path=pattern, size=0, digest=""))
-    return [
-        file
-        for file in files
-        if any(fnmatchcase(file.path, one) for one in patterns)
-        and not any(fnmatchcase(file.path, one) for one in _NEVER)
-    ]
+            files.append(RepoFile(path=pattern))
+
+    def matches(file: RepoFile, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(file.path, pattern) for pattern in patterns)
+
+    return [file for file in files if matches(file, patterns) and not matches(file, _NEVER)]

@@ -18,8 +18,9 @@ from typing import Any
 
 from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable
 from e4t_cli.files import free_bytes, shown_size
-from e4t_cli.hub.download import cached_repo_info, checksum, fetch_files
+from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.paths import HubAccess, Terms, accept, snapshot_folder, user_cache
+from e4t_cli.hub.repo_info import cached_repo_info, checksum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +101,9 @@ def fetch_image_tower(access: HubAccess, tower: PublishedTower = VIT_H_14) -> Pa
     # What the hub declares today must be what it declared when the revision was pinned.
     found = declared or checksum(snapshot / tower.file, tower.sha256)
     if found != tower.sha256:
-        raise IntegrityError(
-            f"{repository}/{tower.file} is not the file that e4t knows: expected checksum {tower.sha256}, got {found}",
-            hint=f"e4t cache rm {repository}",
-        )
+        different = f"expected checksum {tower.sha256}, got {found}"
+        message = f"{repository}/{tower.file} is not the file that e4t knows: {different}"
+        raise IntegrityError(message, hint=f"e4t cache rm {repository}")
     access.remark(f"keeping a slim copy of the image tower in {folder}")
     _write_visual_tower(snapshot / tower.file, folder, tower.config)
     return folder
@@ -121,27 +121,22 @@ def _write_visual_tower(published: Path, folder: Path, config: dict[str, Any]) -
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import save_file
 
-    prefix = "visual."
     tensors = {}
     try:
-        with safe_open(published, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118
-                if key.startswith(prefix):
-                    with numpy.errstate(over="ignore"):
-                        tensor = file.get_tensor(key).astype(numpy.float16)
-                    if not numpy.isfinite(tensor).all():
-                        raise IntegrityError(f"{published.name}: {key} has no finite float16")
-                    tensors[key.removeprefix(prefix)] = tensor
+        with safe_open(published, framework="numpy") as file, numpy.errstate(over="ignore"):
+            for key in (key for key in file.keys() if key.startswith("visual.")):  # noqa: SIM118
+                tensor = file.get_tensor(key).astype(numpy.float16)
+                if not numpy.isfinite(tensor).all():
+                    raise IntegrityError(f"{published.name}: {key} has no finite float16")
+                tensors[key.removeprefix("visual.")] = tensor
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{published.name} is not a usable safetensors file") from error
     if not tensors:
         raise IntegrityError(f"{published.name} holds no visual tower")
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), free_bytes(folder)
     if needed > free:
-        raise ResourceError(
-            f"the image tower needs {shown_size(needed)} and {shown_size(free)} are free",
-            hint="make room, or set E4T_CACHE_DIR to a larger disk",
-        )
+        message = f"the image tower needs {shown_size(needed)} and {shown_size(free)} are free"
+        raise ResourceError(message, hint="make room, or set E4T_CACHE_DIR to a larger disk")
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}~")
     try:
         temporary.mkdir(parents=True)
@@ -154,9 +149,7 @@ def _write_visual_tower(published: Path, folder: Path, config: dict[str, Any]) -
     except OSError as error:
         if folder.is_dir():
             return  # another process was faster; its copy is the same
-        raise WeightsUnavailable(
-            f"the image tower cannot be kept in {folder.parent}: {error.strerror}",
-            hint="set E4T_CACHE_DIR to a folder of yours",
-        ) from error
+        message = f"the image tower cannot be kept in {folder.parent}: {error.strerror}"
+        raise WeightsUnavailable(message, hint="set E4T_CACHE_DIR to a folder of yours") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

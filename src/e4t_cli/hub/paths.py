@@ -21,7 +21,6 @@ from e4t_cli.progress import Progress, ProgressCallback
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
-_TRUE = {"1", "on", "yes", "true"}
 
 
 def hub_cache() -> Path:
@@ -45,7 +44,7 @@ def user_cache() -> Path:
 def is_offline() -> bool:
     """Whether an environment variable forbids the network."""
     names = ("E4T_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").lower() in _TRUE for name in names)
+    return any(os.environ.get(name, "").lower() in ("1", "on", "yes", "true") for name in names)
 
 
 def go_offline() -> None:
@@ -73,8 +72,14 @@ def snapshot_folder(repository: str, commit: str) -> Path:
     return repository_folder(repository) / "snapshots" / commit
 
 
-AskLicence = Callable[[str], bool]
-"""Shows a question to the user and returns whether the answer was yes."""
+def write_to_cache(path: Path, data: bytes) -> None:
+    """Write a file that spares work the next time; if it cannot be written, that work is done again."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+
+
+AskLicence = Callable[[str], bool]  # shows a question to the user and returns whether the answer was yes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +112,11 @@ class HubAccess:
             self.on_progress(Progress(stage="fetch", note=sentence))
 
 
+# Licences that need no consent; every other one does, unknown ones included.
 FREE = {
     *("apache-2.0", "mit", "mit-0", "isc", "unlicense", "zlib", "bsl-1.0"),
     *("bsd", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-3.0"),
 }
-"""Licences that need no consent; every other one does, unknown ones included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +170,7 @@ def accept(terms: Terms, access: HubAccess) -> None:
         )
     day = time.strftime("%Y-%m-%d", time.gmtime())
     accepted = {**_accepted(), terms.repository: {"licence": terms.licence, "accepted": day}}
-    with contextlib.suppress(OSError):  # the question will be asked again
-        _consent_file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_consent_file(), json.dumps(accepted, indent=1).encode())
+    write_to_cache(_consent_file(), json.dumps(accepted, indent=1).encode())
 
 
 def is_accepted(terms: Terms) -> bool:

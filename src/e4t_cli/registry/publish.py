@@ -13,9 +13,9 @@ from pathlib import Path
 
 from e4t_cli.errors import UsageError, WeightsUnavailable, printable
 from e4t_cli.files import write_atomically
-from e4t_cli.hub.download import check_repository, has_token
 from e4t_cli.hub.errors import as_e4t_error
 from e4t_cli.hub.paths import endpoint, is_offline
+from e4t_cli.hub.repo_info import check_repository, has_token
 from e4t_cli.progress import ProgressCallback
 from e4t_cli.registry.domain import REPOSITORY, Domain
 from e4t_cli.registry.manifest import MANIFEST_NAME, Manifest, read_manifest, toml_text

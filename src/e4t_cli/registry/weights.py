@@ -139,7 +139,7 @@ def weights_state(domain: Domain, base: str) -> WeightsState:
 
 def _remembered_size(location: str) -> int:
     """Return the bytes of a hub repository whose file list is cached; no request is made."""
-    from e4t_cli.hub.download import cached_repo_info
+    from e4t_cli.hub.repo_info import cached_repo_info
 
     repository, _, commit = location.partition(":")[2].partition("@")
     info = cached_repo_info(repository, commit or None)
