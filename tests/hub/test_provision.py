@@ -115,7 +115,7 @@ def test_what_does_not_mean_the_hub(hub, name):
 def test_a_published_base_is_asked_about_once(hub, made, monkeypatch):
     row = HubLocation(
         name="sd14", repository="CompVis/sd", revision="a" * 40, licence="creativeml-openrail-m",
-        resolution=32, summary="",
+        resolution=32,
     )  # fmt: skip
     monkeypatch.setitem(PUBLISHED, "sd14", row)
     hub.add(row.repository, made, commit=row.revision, licence="creativeml-openrail-m")

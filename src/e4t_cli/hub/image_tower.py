@@ -110,13 +110,7 @@ def fetch_image_tower(access: HubAccess, tower: PublishedTower = VIT_H_14) -> Pa
 
 
 def _write_visual_tower(published: Path, folder: Path, config: dict[str, Any]) -> None:
-    """Write the visual tower of an open_clip file, in float16, as a base's `image_tower/`.
-
-    Raises:
-        IntegrityError: the file has no visual tower, or values that float16 cannot hold.
-        ResourceError: the disk has no room.
-        WeightsUnavailable: the folder cannot be written to.
-    """
+    """Write the visual tower of an open_clip file, in float16, as a base's `image_tower/`."""
     import numpy
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import save_file

@@ -68,13 +68,10 @@ class RepoInfo:
 
 
 def get_repo_info(repository: str, revision: str | None, access: HubAccess) -> RepoInfo | None:
-    """Return what is in a repository, remembered or requested from the hub.
+    """Return what is in a repository, as remembered or requested; None if that needs the network and it is forbidden.
 
     Args:
         revision: a commit, a branch or a tag; None is the branch "main".
-
-    Returns:
-        None if it is not remembered and the network must not be used.
 
     Raises:
         WeightsUnavailable: there is no such revision, or the hub does not answer.
@@ -93,11 +90,8 @@ def get_repo_info(repository: str, revision: str | None, access: HubAccess) -> R
 
 def cached_repo_info(repository: str, revision: str | None) -> RepoInfo | None:
     """Return what is remembered about a repository; no network."""
-    commit = cached_commit(repository, revision)
-    if commit is None:
-        return None
     try:
-        path = _info_folder(repository) / f"{commit}.json"
+        path = _info_folder(repository) / f"{cached_commit(repository, revision)}.json"
         table = json.loads(path.read_text(encoding="utf-8"))
         files = tuple(RepoFile(**file) for file in table.pop("files"))
         return RepoInfo(**table, files=files)
@@ -132,11 +126,7 @@ def forget_repository(repository: str) -> None:
 
 
 def check_repository(repository: str) -> None:
-    """Refuse what cannot be the name of a repository, before it becomes part of a path.
-
-    Raises:
-        WeightsUnavailable: it cannot.
-    """
+    """Raise WeightsUnavailable for what cannot be a repository, before it becomes part of a path."""
     if not REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
         raise WeightsUnavailable(f"{printable(repository)!r} cannot be a repository of the hub", hint="owner/name")
 
@@ -174,12 +164,10 @@ def _request_repo_info(repository: str, revision: str, access: HubAccess) -> Rep
     from huggingface_hub import HfApi
 
     def call(token: bool | None) -> ModelInfo:
-        # huggingface_hub 2.4.0 retries transfers of files, not this call.
-        return HfApi(endpoint=endpoint()).model_info(
-            repository, revision=revision, files_metadata=True, token=token, timeout=TIMEOUT
-        )
+        options = {"revision": revision, "files_metadata": True, "timeout": TIMEOUT}
+        return HfApi(endpoint=endpoint()).model_info(repository, token=token, **options)
 
-    for attempt in range(1, TRIES + 1):
+    for attempt in range(1, TRIES + 1):  # huggingface_hub 2.4.0 retries transfers of files, not this call
         try:
             found = call_hub(call, access)
             break
@@ -206,11 +194,7 @@ def _info_folder(repository: str) -> Path:
 
 
 def _resolved_revision(repository: str, name: str) -> Path:
-    """Return the file with the commit that a branch or tag was resolved to."""
     return _info_folder(repository) / f"ref-{quote(name, safe='')}"
-
-
-# ── checksums ──
 
 
 def checksum_mismatch(path: Path, declared: str = "", on_bytes: Callable[[int], None] | None = None) -> str | None:

@@ -93,10 +93,7 @@ def needed_files(names: Collection[str], *, half: bool, safety: bool, source: st
 
 
 def is_complete(folder: Path, *, half: bool, safety: bool) -> bool:
-    """Whether everything that is needed of a base is in a folder.
-
-    A float32 copy serves where float16 is preferred: it is not fetched again.
-    """
+    """Whether everything that is needed of a base is in a folder; float32 serves where float16 is preferred."""
     names = _names_in(folder)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -128,11 +125,7 @@ def _has_shards(index: Path) -> bool:
 
 
 def check_architecture(folder: Path) -> None:
-    """Refuse a model that is not built like Stable Diffusion 1 or 2, by its configs alone.
-
-    Raises:
-        IntegrityError: it is of another kind; the error message names it.
-    """
+    """Raise IntegrityError if a model's configs are not those of a Stable Diffusion 1 or 2."""
     shown = printable(str(folder))
     try:
         unet = json.loads((folder / "unet/config.json").read_text("utf-8"))
@@ -156,9 +149,6 @@ def check_architecture(folder: Path) -> None:
     raise IntegrityError(f"{shown} cannot be used: {wrong}", hint="Stable Diffusion 1 and 2 can be used")
 
 
-# ── bases in the cache ──
-
-
 def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
     """Whether a base could be used without a network, by the names of cached files."""
     location = hub_location(wanted)
@@ -172,11 +162,7 @@ def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
 
 
 def look_up_base(wanted: str, *, half: bool = True) -> tuple[str, int, bool]:
-    """Return name, resolution (0: unknown) and whether it is cached; no network.
-
-    Raises:
-        E4TError: as `find_base`, for what is not of the hub.
-    """
+    """Return name, resolution (0: unknown) and whether it is cached; no network. Errors as of `find_base`."""
     location = hub_location(wanted)
     if location is None:
         base = find_base(wanted)
@@ -202,9 +188,6 @@ def _base_in(folder: Path, location: HubLocation, *, half: bool) -> Base:
         half=half,
         resolution=location.resolution or base.resolution,
     )
-
-
-# ── the default base ──
 
 
 def default_base_name(
@@ -271,9 +254,6 @@ def _is_reachable() -> bool:
     return False
 
 
-# ── fetching ──
-
-
 def fetch_base(
     wanted: str | os.PathLike[str],
     access: HubAccess,
@@ -322,11 +302,7 @@ def fetch_base(
 
 
 def fetch_domain_weights(location: str, access: HubAccess, *, repair: bool = False) -> Path:
-    """Return the folder of domain weights whose location is "hub:owner/name@commit".
-
-    Raises:
-        WeightsUnavailable, IntegrityError, ResourceError: as `fetch_files`.
-    """
+    """Return the folder of domain weights whose location is "hub:owner/name@commit"; errors as of `fetch_files`."""
     repository, revision = domain_weights_location(location)
     if hub_weights_folder(location) is None and not access.cut_off:
         info = get_repo_info(repository, revision, access)
@@ -335,11 +311,7 @@ def fetch_domain_weights(location: str, access: HubAccess, *, repair: bool = Fal
 
 
 def _cached_base(location: HubLocation, access: HubAccess, *, half: bool, safety: bool) -> Base | None:
-    """Return the base, verified, if it is cached; None if something has to be fetched.
-
-    Raises:
-        IntegrityError: a file has changed, or the model cannot be used.
-    """
+    """Return the base, verified, if it is cached; None if something has to be fetched."""
     commit = cached_commit(location.repository, location.revision)
     if commit is None:
         return None
@@ -360,10 +332,8 @@ def _download_base(location: HubLocation, access: HubAccess, *, half: bool, safe
     info = get_repo_info(location.repository, location.revision, access)
     if info is None:
         state = "incomplete" if repository_folder(location.repository).is_dir() else "not"
-        raise WeightsUnavailable(
-            f"the base {location.name!r} is {state} on this machine, and e4t is offline",
-            hint=f"with a network: {location.fetch_command}",
-        )
+        message = f"the base {location.name!r} is {state} on this machine, and e4t is offline"
+        raise WeightsUnavailable(message, hint=f"with a network: {location.fetch_command}")
     names = [file.path for file in info.files]
     configs, weights = needed_files(names, half=half, safety=safety, source=info.repository)
     folder = snapshot_folder(info.repository, info.commit)

@@ -154,9 +154,6 @@ def remove_domain(name: str) -> Path:
     return folder
 
 
-# ── sources ──
-
-
 def _resolve_source(
     source: str | os.PathLike[str], temporary: Path, offline: bool, on_progress: ProgressCallback | None
 ) -> tuple[Path, Path]:
@@ -272,9 +269,6 @@ def _safe_members(archive: zipfile.ZipFile, shown: str) -> dict[str, zipfile.Zip
     return members
 
 
-# ── copying ──
-
-
 def copy_domain_folder(
     folder: Path,
     target: Path,
@@ -360,9 +354,6 @@ def _check_header(path: Path) -> None:
             file.keys()
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path.name} is not a usable safetensors file: {error}") from error
-
-
-# ── the folder ──
 
 
 def _sweep(store: Path) -> None:
