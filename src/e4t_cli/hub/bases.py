@@ -8,6 +8,7 @@ another program made them and they have to be converted. Nothing in this module 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -115,8 +116,7 @@ PUBLISHED = {
 
 def installed_bases() -> list[Base]:
     """Return the bases that came with the package."""
-    folders = [_embedded(name) for name in EMBEDDED]
-    return [read_base(folder) for folder in folders if (folder / "base.toml").is_file()]
+    return [read_base(folder) for folder in map(_embedded, EMBEDDED) if (folder / "base.toml").is_file()]
 
 
 def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
@@ -132,9 +132,9 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
         name = EMBEDDED[0] if wanted == "auto" else wanted
         folder = _embedded(name)
         if not (folder / "base.toml").is_file():
+            message = f"this installation of e4t has no weights of the base {name!r}"
             raise WeightsUnavailable(
-                f"this installation of e4t has no weights of the base {name!r}",
-                hint="reinstall e4t, or make them in a clone of its repository: make mini",
+                message, hint="reinstall e4t, or make them in a clone of its repository: make mini"
             )
         return read_base(folder)
     shown = printable(wanted)
@@ -151,11 +151,7 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
 
 
 def read_base(folder: Path) -> Base:
-    """Return the base in a folder.
-
-    Raises:
-        IntegrityError: it lacks a part, or its base.toml is invalid.
-    """
+    """Return the base in a folder; IntegrityError if it lacks a part or its base.toml is invalid."""
     if not (folder / "model_index.json").is_file():
         message = f"{printable(str(folder))} is not a base: it has no model_index.json"
         raise IntegrityError(message, hint="--base takes a folder in diffusers' layout")
@@ -234,11 +230,7 @@ def _remembered_location(name: str) -> HubLocation | None:
 
 
 def domain_weights_location(location: str) -> tuple[str, str]:
-    """Return repository and commit of "hub:owner/name@commit".
-
-    Raises:
-        IntegrityError: it is no such location; a branch would be other weights tomorrow.
-    """
+    """Return repository and commit of "hub:owner/name@commit"; IntegrityError for a branch, which can change."""
     repository, _, revision = location.removeprefix("hub:").partition("@")
     if not REPOSITORY.fullmatch(repository) or not COMMIT.fullmatch(revision):
         message = f"{printable(location)!r} is no location of domain weights"
@@ -248,11 +240,11 @@ def domain_weights_location(location: str) -> tuple[str, str]:
 
 def hub_weights_folder(location: str) -> Path | None:
     """Return the cached folder of "hub:owner/name@commit", None if it was not fetched."""
-    try:
+    with contextlib.suppress(IntegrityError):
         folder = snapshot_folder(*domain_weights_location(location))
-    except IntegrityError:
-        return None
-    return folder if (folder / "domain.toml").is_file() else None
+        if (folder / "domain.toml").is_file():
+            return folder
+    return None
 
 
 PROGRAM = "e4t-diffusion"
@@ -261,10 +253,7 @@ FORMAT = 1  # version of what a conversion writes; weights converted by an older
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedWeights:
-    """Domain weights converted from another program's checkpoint, in e4t's cache.
-
-    A location names no commit, as there is no release to rely on: the branch is resolved once.
-    """
+    """Domain weights converted from another program's checkpoint, in e4t's cache; the branch was resolved once."""
 
     repository: str
     commit: str

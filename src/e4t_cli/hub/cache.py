@@ -69,17 +69,16 @@ def _item(name: str, kind: str, path: Path, revision: str = "") -> CacheItem:
 def list_cache() -> list[CacheItem]:
     """Return what e4t has in the hub's cache and in its own."""
     names = {(row.repository, row.revision): row.name for row in PUBLISHED.values()}
-    found = []
-    for repository, commit in _snapshots():
-        name = names.get((repository, commit), repository)
-        found.append(_item(name, "repository", snapshot_folder(repository, commit), commit))
+    found = [
+        _item(names.get((repository, commit), repository), "repository", snapshot_folder(repository, commit), commit)
+        for repository, commit in _snapshots()
+    ]
     if has_tower():
         found.append(_item(VIT_H_14.name, "image tower", tower_folder()))
     for weights in list_converted_weights():
         found.append(_item(f"{PROGRAM}:{weights.repository}", "converted weights", weights.folder, weights.commit))
-    for folder in sorted((user_cache() / "pretraining").glob("*/")):
-        found.append(_item(f"pretraining/{folder.name}", "encoded images", folder))
-    return found
+    folders = sorted((user_cache() / "pretraining").glob("*/"))
+    return found + [_item(f"pretraining/{folder.name}", "encoded images", folder) for folder in folders]
 
 
 def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[ChecksumMismatch]]:
@@ -92,8 +91,7 @@ def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[Check
             name = path.relative_to(folder).as_posix()
             if expected := declared.get((repository, commit), {}).get(name) or checksum_in_name(path):
                 files.append((repository, name, path, expected))
-    total = sum(path.stat().st_size for _, _, path, _ in files)
-    meter = ProgressMeter(total, on_progress, "verify")
+    meter = ProgressMeter(sum(path.stat().st_size for _, _, path, _ in files), on_progress, "verify")
     damaged = []
     for repository, name, path, expected in files:
         got = checksum(path, expected, meter.add)
@@ -153,11 +151,7 @@ def prune(chosen: list[CacheItem] | None = None) -> list[CacheItem]:
 
 
 def find_items(name: str) -> list[CacheItem]:
-    """Return the items that a name on the command line means.
-
-    Raises:
-        UsageError: nothing of that name is cached.
-    """
+    """Return the items that a name on the command line means; UsageError if nothing of that name is cached."""
     repository = location.repository if (location := hub_location(name)) is not None else name
     folder = repository_folder(repository)
     found = [item for item in list_cache() if item.name in (name, repository) or folder in item.path.parents]
@@ -167,11 +161,7 @@ def find_items(name: str) -> list[CacheItem]:
 
 
 def remove(item: CacheItem) -> None:
-    """Delete a repository from the hub's cache, or something from e4t's own.
-
-    Raises:
-        WeightsUnavailable: the user has no right to.
-    """
+    """Delete a repository from the hub's cache, or something from e4t's own; WeightsUnavailable without the right."""
     path, blobs = item.path, set[Path]()
     folder = path.parent.parent  # of the repository, whose other commits stay
     if item.kind == "repository":

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import ContextVar, copy_context
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,6 @@ WORKERS = 4
 SPARE_BYTES = 100_000_000  # left free: a full disk breaks more than this program
 _NEVER = ("*.py", "*.sh", "*.exe", "*.so", "*.dll")  # code of a repository is never fetched
 
-_MIN_SECONDS, _MIN_BYTES = 0.1, 200_000  # between two events; less is not reported
-
 
 class ProgressMeter:
     """Counts the bytes of all files of one call, from any thread.
@@ -69,17 +68,13 @@ class ProgressMeter:
         self._stopped = True
 
     def add(self, count: float) -> None:
-        """Count bytes that arrived; negative for those that have to be fetched again.
-
-        Raises:
-            InterruptedError: `stop` was called.
-        """
+        """Count bytes that arrived, negative for those to fetch again; InterruptedError once `stop` was called."""
         if self._stopped:
             raise InterruptedError
         with self._lock:
             self._done = max(0, self._done + int(count))
             now = time.monotonic()
-            if now - self._last >= _MIN_SECONDS:
+            if now - self._last >= 0.1:  # seconds between two events
                 self._last = now
                 self._report(now)
 
@@ -92,7 +87,7 @@ class ProgressMeter:
 
     def _report(self, now: float) -> None:
         self._reported = True
-        if self._on_progress is None or self.total < _MIN_BYTES:
+        if self._on_progress is None or self.total < 200_000:  # bytes; less is not reported
             return
         done = min(self._done, self.total)
         rate = {"MB/s": self._done / 1e6 / max(now - self._started, 1e-3)} if self._done else {}
@@ -232,7 +227,7 @@ def fetch_files(
 def _verify(
     wanted: list[RepoFile], fetched: list[RepoFile], folder: Path, access: HubAccess, *, repair: bool, command: str
 ) -> None:
-    """Compare files with their checksums; one that is wrong is fetched once more if it was not cached before."""
+    """Compare files with their checksums, and fetch a wrong one once more if it is new or `repair` is set."""
     repository = repository_of(folder.parent.parent)
     meter = ProgressMeter(total_size(wanted), access.on_progress, "verify")
     for file in wanted:
@@ -266,22 +261,14 @@ def _download(repository: str, commit: str, files: list[RepoFile], access: HubAc
     from huggingface_hub import hf_hub_download
 
     meter = ProgressMeter(total_size(files), access.on_progress)
+    download = partial(hf_hub_download, repository, revision=commit, cache_dir=hub_cache(), endpoint=endpoint())
 
     def fetch(name: str) -> None:
         for attempt in range(1, TRIES + 1):
             bar = meter.bar_class()
 
             def call(token: bool | None, bar: type[Any] = bar) -> str:
-                return hf_hub_download(
-                    repository,
-                    name,
-                    revision=commit,
-                    cache_dir=hub_cache(),
-                    endpoint=endpoint(),
-                    token=token,
-                    tqdm_class=bar,
-                    force_download=force,
-                )
+                return download(name, token=token, tqdm_class=bar, force_download=force)
 
             try:
                 call_hub(call, access)

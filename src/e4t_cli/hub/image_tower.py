@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable
-from e4t_cli.files import free_bytes, shown_size
+from e4t_cli.files import free_bytes, shown_size, sync_tree
 from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.paths import HubAccess, Terms, accept, snapshot_folder, user_cache
 from e4t_cli.hub.repo_info import cached_repo_info, checksum
@@ -136,8 +136,7 @@ def _write_visual_tower(published: Path, folder: Path, config: dict[str, Any]) -
         temporary.mkdir(parents=True)
         (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
         save_file(tensors, temporary / "model.safetensors")
-        with (temporary / "model.safetensors").open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_tree(temporary)
         with contextlib.suppress(FileExistsError):
             os.rename(temporary, folder)
     except OSError as error:

@@ -90,9 +90,11 @@ def get_repo_info(repository: str, revision: str | None, access: HubAccess) -> R
 
 def cached_repo_info(repository: str, revision: str | None) -> RepoInfo | None:
     """Return what is remembered about a repository; no network."""
+    commit = cached_commit(repository, revision)
+    if commit is None:
+        return None
     try:
-        path = _info_folder(repository) / f"{cached_commit(repository, revision)}.json"
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads((_info_folder(repository) / f"{commit}.json").read_text(encoding="utf-8"))
         files = tuple(RepoFile(**file) for file in table.pop("files"))
         return RepoInfo(**table, files=files)
     except (OSError, ValueError, TypeError, KeyError):
@@ -164,8 +166,8 @@ def _request_repo_info(repository: str, revision: str, access: HubAccess) -> Rep
     from huggingface_hub import HfApi
 
     def call(token: bool | None) -> ModelInfo:
-        options = {"revision": revision, "files_metadata": True, "timeout": TIMEOUT}
-        return HfApi(endpoint=endpoint()).model_info(repository, token=token, **options)
+        api = HfApi(endpoint=endpoint(), token=token)
+        return api.model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
 
     for attempt in range(1, TRIES + 1):  # huggingface_hub 2.4.0 retries transfers of files, not this call
         try:

@@ -24,10 +24,8 @@ from e4t_cli.errors import E4TError, UsageError, printable
 from e4t_cli.registry.domain import Domain, check_name
 
 GROUP = "e4t.domains"
-OURS = "e4t"
-"""The distribution whose domains cannot be shadowed."""
-USER = "user"
-"""The package name shown for domains that are folders of the user."""
+OURS = "e4t"  # the distribution whose domains cannot be shadowed
+USER = "user"  # the package name shown for domains that are folders of the user
 
 
 def user_domains_folder() -> Path:
@@ -48,10 +46,8 @@ def user_domain(folder: Path) -> Domain:
 
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise UsageError(
-            f"{printable(str(folder))} is no domain: it has no {MANIFEST_NAME}",
-            hint="e4t domains list shows what is installed",
-        )
+        message = f"{printable(str(folder))} is no domain: it has no {MANIFEST_NAME}"
+        raise UsageError(message, hint="e4t domains list shows what is installed")
     manifest = read_manifest(path)
     return Domain(
         name=manifest.name,
@@ -122,11 +118,7 @@ def find_domain(name: str) -> Domain:
 
 
 def find_listing(name: str) -> Listing:
-    """Return the domain of that name with the package that it comes from.
-
-    Raises:
-        E4TError: as `find_domain`.
-    """
+    """Return the domain of that name with the package that it comes from; errors as of `find_domain`."""
     shown = printable(name)
     if "/" in name or os.sep in name:
         if not Path(name).is_dir():
@@ -136,10 +128,9 @@ def find_listing(name: str) -> Listing:
         return Listing(name=domain.name, package=USER, load=load, domain=domain)
     package, _, bare = name.rpartition(":")
     found = _candidates()
-    claims = [c for c in found if c.name == bare and package in ("", c.package)]
-    if package and not claims:
-        claims = [c for c in found if c.name == bare and _normal(c.package) == _normal(package)]
-    claims = _claimants(claims)
+    named = [c for c in found if c.name == bare]
+    claims = [c for c in named if package in ("", c.package)]
+    claims = _claimants(claims or [c for c in named if _normal(c.package) == _normal(package)])
     if not claims:
         near = difflib.get_close_matches(bare, [c.name for c in found], n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
@@ -185,19 +176,14 @@ def _candidates() -> list[Listing]:
         for path in user_domains_folder().glob("*/domain.toml"):
             load = partial(user_domain, path.parent)
             found.append(Listing(name=path.parent.name, package=USER, load=load))
-    chosen = os.environ.get("E4T_DOMAINS")
-    if chosen is not None:
+    if (chosen := os.environ.get("E4T_DOMAINS")) is not None:
         names = {name.strip() for name in chosen.split(",")}
         found = [c for c in found if c.name in names or f"{c.package}:{c.name}" in names]
     return sorted(found, key=lambda c: (c.package != OURS, c.name, c.package))
 
 
 def _load(candidate: Listing) -> Domain:
-    """Import one domain and check it.
-
-    Raises:
-        E4TError: loading failed in any way; the message names the package.
-    """
+    """Import one domain and check it; E4TError if that fails in any way."""
     try:
         check_name(candidate.name)
         # What a plugin prints while it is imported must not mix with results on stdout.
@@ -210,12 +196,10 @@ def _load(candidate: Listing) -> Domain:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin that calls sys.exit() must not end this program
+        what = f"domain {printable(candidate.name)!r} from {printable(candidate.package)}"
         kind = "" if isinstance(error, E4TError) else f"{type(error).__name__}: "
-        raise E4TError(
-            f"domain {printable(candidate.name)!r} from {printable(candidate.package)} "
-            f"did not load: {kind}{printable(str(error))}",
-            hint="E4T_DEBUG=1 shows the traceback",
-        ) from error
+        message = f"{what} did not load: {kind}{printable(str(error))}"
+        raise E4TError(message, hint="E4T_DEBUG=1 shows the traceback") from error
     return value
 
 

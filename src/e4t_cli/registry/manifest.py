@@ -66,8 +66,7 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Manifest:
-        stray = sorted(set(self.sizes) - set(self.files))
-        if stray:
+        if stray := sorted(set(self.sizes) - set(self.files)):
             raise ValueError(f"sizes names {stray[0]!r}, which files does not")
         return self
 
@@ -87,14 +86,11 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, shown: str) -> Manifest:
-    """Check the content of a domain.toml.
+    """Check the content of a domain.toml, of which `MAX_BYTES` + 1 bytes were read; errors as of `read_manifest`.
 
     Args:
-        data: no more than `MAX_BYTES` + 1 bytes need to have been read.
-        shown: its name in error messages.
-
-    Raises:
-        IntegrityError: as `read_manifest`.
+        data: the content.
+        shown: the file's name in error messages.
     """
     if len(data) > MAX_BYTES:
         raise IntegrityError(f"{shown} is larger than a manifest can be")
@@ -104,10 +100,8 @@ def parse_manifest(data: bytes, shown: str) -> Manifest:
         raise IntegrityError(f"{shown} is not TOML: {printable(str(error))}") from error
     schema = table.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
-        raise IntegrityError(
-            f"{shown} was written by a newer e4t (schema {schema}; this one reads {SCHEMA})",
-            hint="pip install --upgrade e4t",
-        )
+        newer = f"{shown} was written by a newer e4t (schema {schema}; this one reads {SCHEMA})"
+        raise IntegrityError(newer, hint="pip install --upgrade e4t")
     try:
         return Manifest.model_validate(table)
     except ValidationError as error:

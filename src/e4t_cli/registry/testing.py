@@ -24,8 +24,7 @@ from e4t_cli.registry.weights import weights_folder
 if TYPE_CHECKING:
     from e4t_cli.models.domain_weights import DomainWeights
 
-SIZES = ((64, 64), (200, 100), (96, 300), (64, 512))
-"""Width and height of the images that a preparation is tested on."""
+SIZES = ((64, 64), (200, 100), (96, 300), (64, 512))  # of the images that a preparation is tested on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +70,7 @@ def examine_domain(domain: Domain | str | Path) -> Iterator[ContractFinding]:
         yield ContractFinding(subject="domain", problem=error.message)
         return
     if not isinstance(domain, Domain):
-        problem = f"it is of type {type(domain).__name__}, not Domain"
-        yield ContractFinding(subject="domain", problem=problem)
+        yield ContractFinding(subject="domain", problem=f"it is of type {type(domain).__name__}, not Domain")
         return
     yield ContractFinding(subject="domain")
     yield _finding("prompt templates", partial(_check_templates, domain))
@@ -81,17 +79,14 @@ def examine_domain(domain: Domain | str | Path) -> Iterator[ContractFinding]:
     for base in domain.weights:
         yield _finding(f"weights for {base}", partial(_check_weights, domain, base))
     if not domain.licence:
-        remark = "it states none, so nobody may use its weights"
-        yield ContractFinding(subject="licence", remark=remark)
+        yield ContractFinding(subject="licence", remark="it states none, so nobody may use its weights")
 
 
 def _finding(subject: str, check: Callable[[], str | None]) -> ContractFinding:
     try:
         return ContractFinding(subject=subject, remark=check() or "")
-    except AssertionError as error:
+    except (AssertionError, E4TError) as error:
         return ContractFinding(subject=subject, problem=str(error))
-    except E4TError as error:
-        return ContractFinding(subject=subject, problem=error.message)
 
 
 def _check_templates(domain: Domain) -> None:
@@ -107,11 +102,10 @@ def _check_preparation(domain: Domain, base: str) -> None:
         unmasked = PreparationTarget(size=64, base=base, mask=None)
         about = f"for an image of {image.width}×{image.height} and the base {base!r}"
         try:
-            first, again, bare = (
-                image_sha256(prepare_image(domain, image, one).image) for one in (target, target, unmasked)
-            )
+            prepared = [prepare_image(domain, image, one).image for one in (target, target, unmasked)]
         except E4TError as error:
             raise AssertionError(f"{error} ({about})") from error
+        first, again, bare = map(image_sha256, prepared)
         if image_sha256(image) != before:
             raise AssertionError(f"prepare changed the image it was given ({about})")
         if first != again:
@@ -131,11 +125,7 @@ def _test_image(size: tuple[int, int]) -> Image.Image:
 
 
 def _check_weights(domain: Domain, base: str) -> str:
-    """Read the weights completely and compare them with their base if it is installed.
-
-    Returns:
-        A remark where something could not be checked.
-    """
+    """Read the weights and compare them with their base if it is installed; returns what could not be checked."""
     try:
         folder = weights_folder(domain, base)
     except WeightsUnavailable as error:
