@@ -28,47 +28,28 @@ ACCELERATED = "sd14"  # the base that "auto" means where there is an accelerator
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """One base on this machine.
+    """One base on this machine."""
 
-    Args:
-        name: the key of `Domain.weights`.
-        folder: its files, in diffusers' layout.
-        licence, revision: of its base.toml; "" and "local" without one.
-        resolution: side in pixels of the images it makes.
-        guidance: default weight of classifier-free guidance.
-        identity: "owner/name@commit" of a base from the hub; "" for others.
-        tower: the folder of the image tower if it is not the base's own.
-        half: whether the float16 files are to be read where there are both.
-    """
-
-    name: str
-    folder: Path
+    name: str  # the key of `Domain.weights`
+    folder: Path  # in diffusers' layout
     licence: str = ""
     revision: str = "local"
-    resolution: int
-    guidance: float = 7.5  # Stable Diffusion's
-    identity: str = ""
-    tower: Path | None = None
-    half: bool = False
+    resolution: int  # side in pixels of the images it makes
+    guidance: float = 7.5  # default weight of classifier-free guidance, Stable Diffusion's
+    identity: str = ""  # "owner/name@commit" of a base from the hub
+    tower: Path | None = None  # the folder of the image tower if it is not the base's own
+    half: bool = False  # whether the float16 files are to be read where there are both
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubLocation:
-    """A base of the hub, and its name here.
+    """A base of the hub, and its name here."""
 
-    Args:
-        name: the key of `Domain.weights`.
-        repository: "owner/name".
-        revision: a commit, a branch or a tag; "" is the branch "main".
-        licence: "": as the repository states it.
-        resolution: side in pixels of the images it makes; 0: as its configs state it.
-    """
-
-    name: str
-    repository: str
-    revision: str = ""
-    licence: str = ""
-    resolution: int = 0
+    name: str  # the key of `Domain.weights`
+    repository: str  # "owner/name"
+    revision: str = ""  # a commit, a branch or a tag; "" is the branch "main"
+    licence: str = ""  # "": as the repository states it
+    resolution: int = 0  # side in pixels of the images it makes; 0: as its configs state it
 
     @property
     def fetch_command(self) -> str:

@@ -28,13 +28,11 @@ from e4t_cli.progress import ProgressCallback
 
 @dataclass(frozen=True, kw_only=True)
 class CacheItem:
-    """Something in a cache.
+    """Something in a cache: a file or a folder, named as on the command line.
 
     Args:
-        name: as on the command line.
         kind: "repository", "image tower", "converted weights", "encoded images", "partial download", "published
             tower", "published checkpoint".
-        path: a file or a folder.
         size: in bytes, on the disk.
         revision: the commit, of a repository or of converted weights.
     """

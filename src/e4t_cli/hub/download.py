@@ -49,12 +49,9 @@ _NEVER = ("*.py", "*.sh", "*.exe", "*.so", "*.dll")  # code of a repository is n
 
 
 class ProgressMeter:
-    """Counts the bytes of all files of one call, from any thread.
+    """Counts the bytes of all files of one call, `total` of them, from any thread, and reports the progress.
 
-    Args:
-        total: bytes expected.
-        on_progress: the caller's, or None.
-        stage: "fetch", or "verify" for files that are only read.
+    The stage is "fetch", or "verify" for files that are only read.
     """
 
     def __init__(self, total: int, on_progress: ProgressCallback | None, stage: str = "fetch") -> None:
@@ -213,7 +210,7 @@ def fetch_files(
         message = f"{repository} is not complete on this machine and e4t is offline: {names}{more}"
         raise WeightsUnavailable(message, hint=f"with a network: {command}")
     if missing:
-        needed = total_size(missing)
+        needed = sum(file.size for file in missing)
         if any(file.path.endswith(".safetensors") for file in missing):  # not of config files
             count = f"{len(missing)} files" if len(missing) > 1 else printable(missing[0].path)
             cache, free = printable(str(hub_cache())), shown_size(free_bytes(hub_cache()))
@@ -229,7 +226,7 @@ def _verify(
 ) -> None:
     """Compare files with their checksums, and fetch a wrong one once more if it is new or `repair` is set."""
     repository = repository_of(folder.parent.parent)
-    meter = ProgressMeter(total_size(wanted), access.on_progress, "verify")
+    meter = ProgressMeter(sum(file.size for file in wanted), access.on_progress, "verify")
     for file in wanted:
         path, name = folder / file.path, printable(file.path)
         expected = file.digest or checksum_in_name(path)
@@ -250,17 +247,12 @@ def _verify(
     meter.finish(if_reported=True)
 
 
-def total_size(files: Sequence[RepoFile]) -> int:
-    """Return the bytes of files together."""
-    return sum(file.size for file in files)
-
-
 def _download(repository: str, commit: str, files: list[RepoFile], access: HubAccess, *, force: bool = False) -> None:
     """Download files into the hub's cache, several at a time; after an error, files that are complete stay."""
     os.environ.setdefault("HF_HUB_DISABLE_SYMLINKS_WARNING", "1")
     from huggingface_hub import hf_hub_download
 
-    meter = ProgressMeter(total_size(files), access.on_progress)
+    meter = ProgressMeter(sum(file.size for file in files), access.on_progress)
     download = partial(hf_hub_download, repository, revision=commit, cache_dir=hub_cache(), endpoint=endpoint())
 
     def fetch(name: str) -> None:
@@ -306,12 +298,7 @@ def _stop_xet() -> None:
 
 
 def check_room(repository: str, needed: int, other: str = "", needed_by_other: int = 0) -> None:
-    """Refuse a download that the disk of the hub's cache has no room for.
-
-    Args:
-        needed: bytes of the repository.
-        other, needed_by_other: a repository that will be fetched afterwards, and its bytes.
-    """
+    """Refuse a download that the disk of the hub's cache has no room for, with what is fetched after it; in bytes."""
     free = free_bytes(hub_cache())
     if needed + needed_by_other + SPARE_BYTES > free:
         more = f" and {shown_size(needed_by_other)} for {other}," if needed_by_other else ""
@@ -331,13 +318,13 @@ def _matching_files(info: RepoInfo | None, folder: Path, patterns: Sequence[str]
     else:
         paths = [path for path in folder.rglob("*") if path.is_file()]
         files = [RepoFile(path=path.relative_to(folder).as_posix(), size=path.stat().st_size) for path in paths]
+
+    def matches(file: RepoFile, *patterns: str) -> bool:
+        return any(fnmatchcase(file.path, pattern) for pattern in patterns)
+
     for pattern in patterns:
-        if not any(fnmatchcase(file.path, pattern) for file in files):
+        if not any(matches(file, pattern) for file in files):
             if info is not None:
                 raise WeightsUnavailable(f"{info.repository} has no file {printable(pattern)!r} at {info.commit[:12]}")
             files.append(RepoFile(path=pattern))
-
-    def matches(file: RepoFile, patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(file.path, pattern) for pattern in patterns)
-
-    return [file for file in files if matches(file, patterns) and not matches(file, _NEVER)]
+    return [file for file in files if matches(file, *patterns) and not matches(file, *_NEVER)]

@@ -27,12 +27,7 @@ class _Request:
 
 
 def as_e4t_error(error: BaseException, repository: str, revision: str = "", file: str = "") -> E4TError:
-    """Return the E4TError for an error of huggingface_hub, its HTTP library, or the disk.
-
-    Args:
-        error: what was raised.
-        repository, revision, file: what was being fetched.
-    """
+    """Return the E4TError for an error of huggingface_hub, its HTTP library, or the disk, raised while fetching."""
     chain = list(_causes(error))
     for one in chain:
         if isinstance(one, E4TError):
@@ -42,8 +37,7 @@ def as_e4t_error(error: BaseException, repository: str, revision: str = "", file
         for one in chain:
             if found := test(one, what):
                 return found
-    kind = type(chain[-1]).__name__
-    return WeightsUnavailable(f"{repository} could not be fetched ({kind})", hint=AGAIN)
+    return WeightsUnavailable(f"{repository} could not be fetched ({type(chain[-1]).__name__})", hint=AGAIN)
 
 
 def is_refused_token(error: BaseException) -> bool:

@@ -25,22 +25,16 @@ from e4t_cli.hub.repo_info import cached_repo_info, checksum
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTower:
-    """A CLIP model of the hub, and the architecture of its visual tower.
+    """A CLIP model of the hub, and the architecture of its visual tower."""
 
-    Args:
-        name: of the folder of the slim copy.
-        repository, revision, file, sha256, size: the published file; the size in bytes.
-        config: open_clip_config.json of the slim copy.
-    """
-
-    name: str
+    name: str  # of the folder of the slim copy
     repository: str
     revision: str
     file: str
     sha256: str
-    size: int
+    size: int  # of the published file, in bytes
     licence: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # open_clip_config.json of the slim copy
 
 
 # open_clip's ViT-H-14.json, and OpenAI's mean and deviation, with which it was trained.
@@ -96,10 +90,9 @@ def fetch_image_tower(access: HubAccess, tower: PublishedTower = VIT_H_14) -> Pa
     if missing_bytes(tower) and not access.cut_off:
         accept(Terms(repository=repository, licence=tower.licence), access)
     snapshot = fetch_files(repository, revision, [tower.file], access, command="e4t fetch sd14")
-    known = cached_repo_info(repository, revision)
-    declared = known.digests.get(tower.file) if known is not None else None
     # What the hub declares today must be what it declared when the revision was pinned.
-    found = declared or checksum(snapshot / tower.file, tower.sha256)
+    known = cached_repo_info(repository, revision)
+    found = (known and known.digests.get(tower.file)) or checksum(snapshot / tower.file, tower.sha256)
     if found != tower.sha256:
         different = f"expected checksum {tower.sha256}, got {found}"
         message = f"{repository}/{tower.file} is not the file that e4t knows: {different}"

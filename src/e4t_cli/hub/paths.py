@@ -84,17 +84,11 @@ AskLicence = Callable[[str], bool]  # shows a question to the user and returns w
 
 @dataclass(frozen=True, kw_only=True)
 class HubAccess:
-    """How the hub may be used.
+    """How the hub may be used."""
 
-    Args:
-        offline: use cached files only and open no socket; environment variables can forbid it too.
-        accept_license: True accepts the licence of what is fetched; a function is called to ask.
-        on_progress: called with every progress event and remark.
-    """
-
-    offline: bool = False
-    accept_license: bool | AskLicence = False
-    on_progress: ProgressCallback | None = None
+    offline: bool = False  # use cached files only and open no socket; environment variables can forbid it too
+    accept_license: bool | AskLicence = False  # True accepts licences of what is fetched; a function is called to ask
+    on_progress: ProgressCallback | None = None  # called with every progress event and remark
 
     @property
     def cut_off(self) -> bool:
@@ -121,17 +115,11 @@ FREE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """The licence of a repository.
+    """The licence of a repository."""
 
-    Args:
-        repository: "owner/name".
-        licence: its identifier, "" where none is stated.
-        note: what else the user should know, in a few words.
-    """
-
-    repository: str
-    licence: str
-    note: str = ""
+    repository: str  # "owner/name"
+    licence: str  # its identifier, "" where none is stated
+    note: str = ""  # what else the user should know, in a few words
 
     @property
     def asks(self) -> bool:
@@ -164,10 +152,8 @@ def accept(terms: Terms, access: HubAccess) -> None:
     if callable(consent):
         consent = consent(f"{terms.sentence}. Do you accept that?")
     if not consent:
-        raise WeightsUnavailable(
-            f"the licence of {terms.repository} has not been accepted",
-            hint=f"read it at {endpoint()}/{terms.repository}, then add --accept-license, once",
-        )
+        hint = f"read it at {endpoint()}/{terms.repository}, then add --accept-license, once"
+        raise WeightsUnavailable(f"the licence of {terms.repository} has not been accepted", hint=hint)
     day = time.strftime("%Y-%m-%d", time.gmtime())
     accepted = {**_accepted(), terms.repository: {"licence": terms.licence, "accepted": day}}
     write_to_cache(_consent_file(), json.dumps(accepted, indent=1).encode())
@@ -179,11 +165,10 @@ def is_accepted(terms: Terms) -> bool:
 
 
 def _accepted() -> dict[str, dict[str, str]]:
-    try:
-        found = json.loads(_consent_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(found := json.loads(_consent_file().read_text(encoding="utf-8")), dict):
+            return found
+    return {}
 
 
 def _consent_file() -> Path:

@@ -34,22 +34,15 @@ _R = TypeVar("_R")
 TRIES = 3
 TIMEOUT = 15.0  # seconds
 MAX_WAIT = 30.0  # seconds: how long to wait before a retry is the user's decision above this
-_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepoFile:
-    """One file of a repository, as the hub declares it.
+    """One file of a repository, as the hub declares it."""
 
-    Args:
-        path: inside the repository, with slashes.
-        size: in bytes.
-        digest: the SHA-256 of a large file, or git's SHA-1 of a small one.
-    """
-
-    path: str
-    size: int = 0
-    digest: str = ""
+    path: str  # inside the repository, with slashes
+    size: int = 0  # bytes
+    digest: str = ""  # the SHA-256 of a large file, or git's SHA-1 of a small one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +197,11 @@ def checksum_mismatch(path: Path, declared: str = "", on_bytes: Callable[[int], 
 
     Args:
         path: in a snapshot folder of the hub's cache.
-        declared: SHA-256, or git's SHA-1; "" takes the name of the blob.
+        declared: SHA-256, or git's SHA-1; "" takes the name of the blob, if that is one.
         on_bytes: called with the number of bytes of each block read, and of a file not read again.
 
     Returns:
-        None if it is as declared or nothing was declared, otherwise the checksum it has.
+        The checksum it has if that is another one, otherwise None.
     """
     expected = declared or checksum_in_name(path)
     if not expected:
@@ -220,8 +213,7 @@ def checksum_mismatch(path: Path, declared: str = "", on_bytes: Callable[[int], 
             if on_bytes is not None:
                 on_bytes(about.st_size)
             return None
-    found = checksum(path, expected, on_bytes)
-    if found != expected:
+    if (found := checksum(path, expected, on_bytes)) != expected:
         return found
     write_to_cache(verified, json.dumps(record).encode())
     return None
@@ -229,11 +221,8 @@ def checksum_mismatch(path: Path, declared: str = "", on_bytes: Callable[[int], 
 
 def checksum_in_name(path: Path) -> str:
     """Return the checksum in the name of the blob that a snapshot's link points to, or ""."""
-    with contextlib.suppress(OSError):
-        name = os.path.basename(os.readlink(path))
-        if _DIGEST.fullmatch(name):
-            return name
-    return ""
+    name = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+    return name if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) else ""
 
 
 def checksum(path: Path, like: str, on_bytes: Callable[[int], None] | None = None) -> str:

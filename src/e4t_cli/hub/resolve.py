@@ -38,8 +38,6 @@ from e4t_cli.hub.image_tower import VIT_H_14, fetch_image_tower, has_tower, miss
 from e4t_cli.hub.paths import HubAccess, Terms, accept, endpoint, is_accepted, repository_folder, snapshot_folder
 from e4t_cli.hub.repo_info import cached_commit, get_repo_info
 
-# ── what a base needs of a folder or repository in diffusers' layout ──
-
 _USABLE = "Stable Diffusion 1 and 2 in diffusers' layout can be used"
 _REQUIRED = {"unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"}
 # Fetched before any weights, to see what the model is.
@@ -53,12 +51,9 @@ _STEMS = {"text_encoder": "model", "safety_checker": "model", "image_tower": "mo
 
 
 def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
-    """Return the file with the weights of one part, or an index and its shards; none without safetensors.
+    """Return the file with the weights of one part, or an index and its shards; nothing without safetensors.
 
-    Args:
-        names: of all files of the repository.
-        part: "unet", "vae", "text_encoder", "safety_checker" or "image_tower".
-        half: prefer float16 where it was published.
+    With `half`, float16 is preferred where it was published, float32 otherwise.
     """
     stem = f"{part}/{_STEMS.get(part, 'diffusion_pytorch_model')}"
     for variant in (".fp16", "") if half else ("", ".fp16"):
@@ -72,11 +67,7 @@ def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
 
 
 def needed_files(names: Collection[str], *, half: bool, safety: bool, source: str) -> tuple[list[str], list[str]]:
-    """Return the configs and the weights that are needed of a repository.
-
-    Args:
-        safety: also the safety checker, where there is one.
-        source: the repository's name, for the error.
+    """Return the configs and the weights that are needed of a repository, `source` in messages.
 
     Raises:
         IntegrityError: a part has no safetensors, or is missing.
@@ -154,11 +145,11 @@ def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
     location = hub_location(wanted)
     if location is None:
         return wanted in EMBEDDED or Path(wanted).is_dir()
-    commit = cached_commit(location.repository, location.revision)
-    folder = snapshot_folder(location.repository, commit or "")
+    folder = _cached_snapshot(location)
+    if folder is None or not is_complete(folder, half=half, safety=False):
+        return False
     own = (folder / "image_tower" / "model.safetensors").is_file()
-    has_encoder = not tower or own or has_tower() or not missing_bytes()
-    return commit is not None and has_encoder and is_complete(folder, half=half, safety=False)
+    return not tower or own or has_tower() or not missing_bytes()
 
 
 def look_up_base(wanted: str, *, half: bool = True) -> tuple[str, int, bool]:
@@ -167,11 +158,17 @@ def look_up_base(wanted: str, *, half: bool = True) -> tuple[str, int, bool]:
     if location is None:
         base = find_base(wanted)
         return base.name, base.resolution, True
-    commit = cached_commit(location.repository, location.revision)
-    if commit is None or not is_cached(wanted, half=half):
+    folder = _cached_snapshot(location)
+    if folder is None or not is_cached(wanted, half=half):
         return location.name, location.resolution, False
-    base = _base_in(snapshot_folder(location.repository, commit), location, half=half)
+    base = _base_in(folder, location, half=half)
     return base.name, base.resolution, True
+
+
+def _cached_snapshot(location: HubLocation) -> Path | None:
+    """Return the snapshot folder of a base, if its revision is known here."""
+    commit = cached_commit(location.repository, location.revision)
+    return snapshot_folder(location.repository, commit) if commit else None
 
 
 def _base_in(folder: Path, location: HubLocation, *, half: bool) -> Base:
@@ -203,11 +200,8 @@ def default_base_name(
     The checks are ordered by cost: without an accelerator no library is imported and no socket opened.
 
     Args:
-        access: whether the network and the licence question are allowed.
-        device: as the user wrote it.
-        has_weights: whether the domain has weights, here or on the hub, for a base.
+        has_weights: whether the domain, called `what` in the sentence, has weights for a base, here or on the hub.
         confirm: called last: whether the accelerator works; it may import torch.
-        what: the domain, for the sentence.
     """
     mini, large = EMBEDDED[0], ACCELERATED
     drawings = f"base: {mini} (64 px drawings)"
@@ -215,11 +209,10 @@ def default_base_name(
         return mini, f"{drawings}: no accelerator; --base {large} makes photographs (slow on CPU)"
     if not has_weights(large):
         return mini, f"{drawings}: {what} has no weights for {large} yet (e4t pretrain makes them)"
-    row = PUBLISHED[large]
     if not is_cached(large):
         if access.cut_off:
             return mini, f"{drawings}: offline, and {large} is not on this machine"
-        terms = Terms(repository=row.repository, licence=row.licence)
+        terms = Terms(repository=PUBLISHED[large].repository, licence=PUBLISHED[large].licence)
         if terms.asks and not access.accept_license and not is_accepted(terms):
             return mini, f"{drawings}: e4t fetch {large} asks about the licence of {large} first"
         if not _is_reachable():
@@ -312,10 +305,9 @@ def fetch_domain_weights(location: str, access: HubAccess, *, repair: bool = Fal
 
 def _cached_base(location: HubLocation, access: HubAccess, *, half: bool, safety: bool) -> Base | None:
     """Return the base, verified, if it is cached; None if something has to be fetched."""
-    commit = cached_commit(location.repository, location.revision)
-    if commit is None:
+    folder = _cached_snapshot(location)
+    if folder is None:
         return None
-    folder = snapshot_folder(location.repository, commit)
     # Offline, float16 does for float32, and a base without its safety checker is still one.
     enough = access.cut_off and is_complete(folder, half=True, safety=False)
     if not enough and not is_complete(folder, half=half, safety=safety):
@@ -324,7 +316,7 @@ def _cached_base(location: HubLocation, access: HubAccess, *, half: bool, safety
     if safety and not is_complete(folder, half=True, safety=True):
         access.note(f"the safety checker of {location.name} is not here: no image is checked")
     configs, weights = needed_files(_names_in(folder), half=half, safety=safety, source=location.repository)
-    _fetch_exactly(configs + weights, commit, location, replace(access, offline=True))
+    _fetch_exactly(configs + weights, folder.name, location, replace(access, offline=True))
     return _base_in(folder, location, half=half)
 
 

@@ -36,12 +36,7 @@ def user_domains_folder() -> Path:
 
 
 def user_domain(folder: Path) -> Domain:
-    """Return the domain of a folder that `e4t pretrain` made.
-
-    Raises:
-        UsageError: there is no domain.toml in it.
-        IntegrityError: its domain.toml is invalid.
-    """
+    """Return the domain of a folder; UsageError if it has no domain.toml, IntegrityError if that is invalid."""
     from e4t_cli.registry.manifest import MANIFEST_NAME, read_manifest  # pydantic takes 0.1 s
 
     path = folder / MANIFEST_NAME
@@ -63,22 +58,14 @@ def user_domain(folder: Path) -> Domain:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """One row of the list of domains.
+    """One row of the list of domains."""
 
-    Args:
-        name: the claimed name.
-        package, version: the distribution it comes from; "user" and "" for the user's folders.
-        load: returns the value, if it is one.
-        domain: the value, or None if it did not load.
-        reason: why the bare name does not give this domain; None if it does.
-    """
-
-    name: str
-    package: str
+    name: str  # as claimed
+    package: str  # the distribution it comes from; "user" for the user's folders
     version: str = ""
-    load: Callable[[], object] = field(repr=False, compare=False)
-    domain: Domain | None = None
-    reason: str | None = None
+    load: Callable[[], object] = field(repr=False, compare=False)  # returns the value, if it is one
+    domain: Domain | None = None  # the value, or None if it did not load
+    reason: str | None = None  # why the bare name does not give this domain
 
 
 def installed_domains() -> list[Listing]:
@@ -94,10 +81,8 @@ def installed_domains() -> list[Listing]:
         claims = _claimants([one for one in found if one.name == row.name])
         others = ", ".join(sorted(one.package for one in claims if one.package != row.package))
         if others and row.domain is not None and row.package != OURS:
-            reason = f"its name is also claimed by {others}"
-            if row.package == USER:
-                reason = f"its weights serve the domain of {others}"
-            row = replace(row, reason=f"{reason}; ask for it as {row.package}:{row.name}")
+            problem = "its weights serve the domain of" if row.package == USER else "its name is also claimed by"
+            row = replace(row, reason=f"{problem} {others}; ask for it as {row.package}:{row.name}")
         rows.append(row)
     return rows
 

@@ -31,18 +31,11 @@ _HUB_LICENCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedDomain:
-    """A domain's weights that are on the hub now.
+    """A domain's weights that are on the hub now."""
 
-    Args:
-        location: "owner/repository@commit": for `e4t domains add`, and after "hub:" in `weights`.
-        private: whether only the owner can read it, if the repository was made just now.
-        size: bytes of its files, for `Domain.download_sizes`.
-        manifest: its domain.toml.
-    """
-
-    location: str
-    private: bool
-    size: int
+    location: str  # "owner/repository@commit": for `e4t domains add`, and after "hub:" in `weights`
+    private: bool  # whether only the owner can read it, if the repository was made just now
+    size: int  # bytes of its files, for `Domain.download_sizes`
     manifest: Manifest
 
 

@@ -65,7 +65,12 @@ def new_domain(
     try:
         for path in (building / "tests", building / module):
             path.mkdir(parents=True)
-        manifest = _ship(Path(weights), building / module / "packs") if weights else None
+        manifest = None
+        if weights:
+            packs = building / module / "packs"
+            packs.mkdir()
+            manifest = copy_domain_folder(Path(weights), packs / "new")
+            (packs / "new").rename(packs / manifest.base)
         location = {manifest.base: f"package:{module}/packs/{manifest.base}"} if manifest else {}
         word = descriptor or (manifest.descriptor if manifest else name)
         values = {
@@ -89,14 +94,6 @@ def new_domain(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target
-
-
-def _ship(weights: Path, folder: Path) -> Manifest:
-    """Copy a domain folder to folder/BASE."""
-    folder.mkdir()
-    manifest = copy_domain_folder(weights, folder / "new")
-    (folder / "new").rename(folder / manifest.base)
-    return manifest
 
 
 def _configs(manifest: Manifest | None) -> str:

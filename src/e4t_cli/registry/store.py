@@ -20,7 +20,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -244,11 +243,10 @@ def copy_domain_folder(
     """Copy a domain folder into a new one, the manifest first, and check every byte.
 
     Args:
-        folder: has a domain.toml.
         target: does not exist yet.
         on_progress: called after each file.
         links_into: links may point anywhere below this folder; by default below `folder`.
-        shown: its name in error messages; by default the folder.
+        shown: the folder's name in error messages.
 
     Raises:
         IntegrityError: a file is missing, differs from the manifest, or has an invalid header.
@@ -327,7 +325,7 @@ def _sweep(store: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _disk_errors(store: Path) -> Iterator[None]:
     """Turn OSErrors of the disk into errors with a message."""
     try:

@@ -29,27 +29,18 @@ SIZES = ((64, 64), (200, 100), (96, 300), (64, 512))  # of the images that a pre
 
 @dataclass(frozen=True, kw_only=True)
 class ContractFinding:
-    """The result of one check.
+    """The result of one check."""
 
-    Args:
-        subject: what was checked.
-        problem: one sentence, or "" if the check passed.
-        remark: further information.
-    """
-
-    subject: str
-    problem: str = ""
-    remark: str = ""
+    subject: str  # what was checked
+    problem: str = ""  # one sentence, or "" if the check passed
+    remark: str = ""  # further information
 
 
 def check_domain(domain: Domain | str | Path) -> None:
-    """Check a domain as the program will use it.
+    """Check a domain as the program will use it; AssertionError with one sentence about the first problem.
 
     Args:
         domain: the value, its name, or a folder with a domain.toml.
-
-    Raises:
-        AssertionError: one sentence about the first problem.
     """
     for finding in examine_domain(domain):
         if finding.problem:
@@ -137,11 +128,11 @@ def _check_weights(domain: Domain, base: str) -> str:
     weights = DomainWeights.load(folder)
     if weights.base_name != base:
         raise IntegrityError(f"they were made for the base {weights.base_name}, not for {base}")
-    for installed in installed_bases():
-        if installed.name == base:
-            _check_fit(weights, installed)
-            return ""
-    return f"whether they fit was not checked: the base {base} does not come with e4t"
+    installed = {one.name: one for one in installed_bases()}
+    if base not in installed:
+        return f"whether they fit was not checked: the base {base} does not come with e4t"
+    _check_fit(weights, installed[base])
+    return ""
 
 
 def _check_fit(weights: DomainWeights, base: Base) -> None:
@@ -169,6 +160,5 @@ def _check_fit(weights: DomainWeights, base: Base) -> None:
     tokenizer = load_settings(CLIPTokenizer, base.folder / "tokenizer")
     count = len(tokenizer(weights.descriptor, add_special_tokens=False).input_ids)
     if count != 1:
-        raise IntegrityError(
-            f"the descriptor {weights.descriptor!r} is {count} tokens to the base {base.name}, not one"
-        )
+        word = weights.descriptor
+        raise IntegrityError(f"the descriptor {word!r} is {count} tokens to the base {base.name}, not one")

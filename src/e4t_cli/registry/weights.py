@@ -24,25 +24,16 @@ READY = "ready"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsState:
-    """The state of a domain's weights for one base.
-
-    Args:
-        base: its name.
-        state: "ready", "to fetch", "none published", "not on this machine", or "broken".
-        size: bytes on this machine, or to fetch; 0 if unknown.
-        location: where the domain states that its weights are, "" if it states nothing.
-        folder, manifest: where they are on this machine, and their domain.toml.
-        reason, hint: why they cannot be used, and the next command.
-    """
+    """The state of a domain's weights for one base."""
 
     base: str
-    state: str
-    size: int = 0
-    location: str = ""
-    folder: Path | None = None
+    state: str  # "ready", "to fetch", "none published", "not on this machine", or "broken"
+    size: int = 0  # bytes on this machine, or to fetch; 0 if unknown
+    location: str = ""  # where the domain states that its weights are
+    folder: Path | None = None  # where they are on this machine
     manifest: Manifest | None = None
-    reason: str = ""
-    hint: str = ""
+    reason: str = ""  # why they cannot be used
+    hint: str = ""  # the next command
 
 
 def weights_folder(domain: Domain, base: str) -> Path:
@@ -121,8 +112,7 @@ def weights_state(domain: Domain, base: str) -> WeightsState:
     except IntegrityError as error:
         return WeightsState(base=base, state="broken", location=location, reason=error.message)
     except OSError as error:
-        state, hint = "broken", ""
-        reason = f"a file that the manifest lists is missing ({error.filename})"
+        state, reason, hint = "broken", f"a file that the manifest lists is missing ({error.filename})", ""
     size = 0
     if is_remote(location):
         repository, _, commit = location.partition(":")[2].partition("@")
