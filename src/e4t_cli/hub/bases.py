@@ -190,18 +190,14 @@ def remember_location(name: str, location: HubLocation, commit: str) -> None:
     """Record what a name stands for, so that a saved concept finds its base again."""
     if name not in PUBLISHED:
         text = json.dumps({"repository": location.repository, "revision": commit})
-        write_to_cache(_location_record(name), text.encode())
-
-
-def _location_record(name: str) -> Path:
-    return user_cache() / "bases" / f"{name}.json"
+        write_to_cache(user_cache() / "bases" / f"{name}.json", text.encode())
 
 
 def _remembered_location(name: str) -> HubLocation | None:
     if not NAME_PATTERN.fullmatch(name):
         return None
     try:
-        table = json.loads(_location_record(name).read_text(encoding="utf-8"))
+        table = json.loads((user_cache() / "bases" / f"{name}.json").read_text(encoding="utf-8"))
         repository, revision = str(table["repository"]), str(table["revision"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

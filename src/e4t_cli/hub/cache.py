@@ -13,16 +13,15 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from e4t_cli.errors import UsageError, WeightsUnavailable, printable
+from e4t_cli.hub import repo_info
 from e4t_cli.hub.bases import PROGRAM, PUBLISHED, hub_location, list_converted_weights
 from e4t_cli.hub.download import ProgressMeter
 from e4t_cli.hub.image_tower import VIT_H_14, has_tower, tower_folder
-from e4t_cli.hub.paths import hub_cache, repository_folder, repository_of, snapshot_folder, user_cache
-from e4t_cli.hub.repo_info import cached_repo_infos, checksum, checksum_in_name, forget_deleted, forget_repository
+from e4t_cli.hub.paths import repository_folder, repository_of, snapshot_folder, user_cache
 from e4t_cli.progress import ProgressCallback
 
 
@@ -81,18 +80,18 @@ def list_cache() -> list[CacheItem]:
 
 def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[ChecksumMismatch]]:
     """Read every fetched file again; returns how many were compared with a checksum, and those that differ."""
-    declared = {(info.repository, info.commit): info.digests for info in cached_repo_infos()}
+    declared = {(info.repository, info.commit): info.digests for info in repo_info.cached_repo_infos()}
     files = []
     for repository, commit in _snapshots():
         folder = snapshot_folder(repository, commit)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            if expected := declared.get((repository, commit), {}).get(name) or checksum_in_name(path):
+            if expected := declared.get((repository, commit), {}).get(name) or repo_info.checksum_in_name(path):
                 files.append((repository, name, path, expected))
     meter = ProgressMeter(sum(path.stat().st_size for _, _, path, _ in files), on_progress, "verify")
     damaged = []
     for repository, name, path, expected in files:
-        got = checksum(path, expected, meter.add)
+        got = repo_info.checksum(path, expected, meter.add)
         if got != expected:
             damaged.append(ChecksumMismatch(repository=repository, file=name, expected=expected, got=got))
     meter.finish(if_reported=True)
@@ -102,14 +101,12 @@ def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[Check
 def _repositories() -> list[tuple[str, str]]:
     """Return repositories and commits that e4t fetched or has a name for."""
     known = [(row.repository, row.revision) for row in PUBLISHED.values()]
-    fetched = [(info.repository, info.commit) for info in cached_repo_infos()]
+    fetched = [(info.repository, info.commit) for info in repo_info.cached_repo_infos()]
     return list(dict.fromkeys([*known, (VIT_H_14.repository, VIT_H_14.revision), *fetched]))
 
 
-def _snapshots() -> Iterator[tuple[str, str]]:
-    for repository, commit in _repositories():
-        if hub_cache().is_dir() and snapshot_folder(repository, commit).is_dir():
-            yield repository, commit
+def _snapshots() -> list[tuple[str, str]]:
+    return [one for one in _repositories() if snapshot_folder(*one).is_dir()]
 
 
 def prunable() -> list[CacheItem]:
@@ -140,11 +137,9 @@ def prune(chosen: list[CacheItem] | None = None) -> list[CacheItem]:
             if item.path.is_dir():
                 shutil.rmtree(item.path)
             else:
-                blob = item.path.resolve()
-                item.path.unlink(missing_ok=True)
-                blob.unlink(missing_ok=True)
+                repo_info.delete_file(item.path)
             removed.append(item)
-    forget_deleted()
+    repo_info.forget_deleted()
     return removed
 
 
@@ -163,7 +158,7 @@ def remove(item: CacheItem) -> None:
     path, blobs = item.path, set[Path]()
     folder = path.parent.parent  # of the repository, whose other commits stay
     if item.kind == "repository":
-        forget_repository(repository_of(folder))
+        repo_info.forget_repository(repository_of(folder))
         if len(list(folder.glob("snapshots/*"))) == 1:
             path = folder
         else:
@@ -174,7 +169,7 @@ def remove(item: CacheItem) -> None:
             blob.unlink(missing_ok=True)
     except OSError as error:
         raise WeightsUnavailable(f"{printable(str(path))} cannot be removed: {error.strerror}") from error
-    forget_deleted()
+    repo_info.forget_deleted()
 
 
 def _blobs(folder: Path) -> set[Path]:

@@ -169,19 +169,14 @@ def fetch_files(
     repair: bool = False,
     command: str = "",
 ) -> Path:
-    """Return a folder with files of a model repository, cached or downloaded, and verified.
+    """Return a snapshot folder, named after the commit, with files of a model repository, downloaded and verified.
 
     Args:
-        repository: "owner/name".
-        revision: a commit of 40 hexadecimal digits; or a branch or tag, resolved once and then remembered; None is the
-            branch "main".
+        revision: a commit, or a branch or tag, resolved once and then remembered; None is the branch "main".
         patterns: names as in a shell: "unet/config.json", "*.safetensors" (also in sub-folders).
         access: whether the network may be used, and who gets progress events, in bytes.
         repair: fetch cached files that are damaged again, rather than refuse them.
         command: fetches or repairs the same files; for the hints of errors.
-
-    Returns:
-        The snapshot's folder, named after the commit, with at least the wanted files.
 
     Raises:
         WeightsUnavailable: not cached, and the network, the hub or the user's rights forbid it.
@@ -310,8 +305,7 @@ def check_room(repository: str, needed: int, other: str = "", needed_by_other: i
 def _matching_files(info: RepoInfo | None, folder: Path, patterns: Sequence[str]) -> list[RepoFile]:
     """Return the files that match a pattern and are no code, of the repository or else of a folder.
 
-    A pattern that nothing in the folder matches is in the list, as a file that is missing; of a repository it is an
-    error.
+    A pattern that matches nothing is an error of the repository, and in the list as a missing file of the folder.
     """
     if info is not None:
         files = list(info.files)

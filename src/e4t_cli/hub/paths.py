@@ -135,23 +135,18 @@ class Terms:
 
 
 def accept(terms: Terms, access: HubAccess) -> None:
-    """Show a licence and, unless it is free or was accepted before, obtain consent.
+    """Show a licence and, unless it is free or was accepted before, obtain consent; WeightsUnavailable without.
 
     Consent is remembered in the user's data folder for one repository and licence: a repository that changes its
     licence needs a new one.
-
-    Raises:
-        WeightsUnavailable: there was no consent.
     """
     if is_accepted(terms):
         return
     access.remark(terms.sentence)
     if not terms.asks:
         return
-    consent = access.accept_license
-    if callable(consent):
-        consent = consent(f"{terms.sentence}. Do you accept that?")
-    if not consent:
+    answer = access.accept_license
+    if not (answer(f"{terms.sentence}. Do you accept that?") if callable(answer) else answer):
         hint = f"read it at {endpoint()}/{terms.repository}, then add --accept-license, once"
         raise WeightsUnavailable(f"the licence of {terms.repository} has not been accepted", hint=hint)
     day = time.strftime("%Y-%m-%d", time.gmtime())

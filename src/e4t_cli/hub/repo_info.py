@@ -193,15 +193,12 @@ def _resolved_revision(repository: str, name: str) -> Path:
 
 
 def checksum_mismatch(path: Path, declared: str = "", on_bytes: Callable[[int], None] | None = None) -> str | None:
-    """Compare a file with its declared checksum, unless that was done and it has not changed.
+    """Return the checksum of a file if it is not the declared one; a file that has not changed is not read again.
 
     Args:
         path: in a snapshot folder of the hub's cache.
         declared: SHA-256, or git's SHA-1; "" takes the name of the blob, if that is one.
         on_bytes: called with the number of bytes of each block read, and of a file not read again.
-
-    Returns:
-        The checksum it has if that is another one, otherwise None.
     """
     expected = declared or checksum_in_name(path)
     if not expected:

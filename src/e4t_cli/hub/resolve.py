@@ -51,10 +51,7 @@ _STEMS = {"text_encoder": "model", "safety_checker": "model", "image_tower": "mo
 
 
 def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
-    """Return the file with the weights of one part, or an index and its shards; nothing without safetensors.
-
-    With `half`, float16 is preferred where it was published, float32 otherwise.
-    """
+    """Return the file with the weights of one part, or an index and its shards: float16 if possible with `half`."""
     stem = f"{part}/{_STEMS.get(part, 'diffusion_pytorch_model')}"
     for variant in (".fp16", "") if half else ("", ".fp16"):
         if (whole := f"{stem}{variant}.safetensors") in names:
@@ -67,11 +64,7 @@ def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
 
 
 def needed_files(names: Collection[str], *, half: bool, safety: bool, source: str) -> tuple[list[str], list[str]]:
-    """Return the configs and the weights that are needed of a repository, `source` in messages.
-
-    Raises:
-        IntegrityError: a part has no safetensors, or is missing.
-    """
+    """Return the configs and the weights that are needed of `source`; IntegrityError if a part has no safetensors."""
     required = ("unet", "vae", "text_encoder")
     weights = []
     for part in (*required, "safety_checker", "image_tower") if safety else (*required, "image_tower"):
@@ -260,7 +253,6 @@ def fetch_base(
 
     Args:
         wanted: a name, "owner/name[@revision]" of the hub, or a folder.
-        access: how the hub may be used.
         half: prefer float16 files, which are half as large.
         safety: also fetch the safety checker where the base has one.
         tower: also fetch the image tower, which encodes photos.

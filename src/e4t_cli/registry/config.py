@@ -59,11 +59,7 @@ class _Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild a configuration from `as_dict()`.
-
-        Raises:
-            ValueError: a key is unknown or missing, or a value is out of range.
-        """
+        """Rebuild a configuration from `as_dict()`; ValueError for unknown or missing keys and invalid values."""
         names = {_KEYS_IN_FILES.get(name, name): name for name in cls.__annotations__}
         if unknown := sorted(set(values) - names.keys()):
             raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}")

@@ -144,9 +144,9 @@ class PreparedImage:
         if self.mask is not None and found != ("L", size):
             raise ValueError(f"PreparedImage.mask must be of mode L and size {size}, not {found}")
         for name in ("notes", "remarks"):
-            if isinstance(getattr(self, name), str):
+            if isinstance(value := getattr(self, name), str):
                 raise ValueError(f"PreparedImage.{name} must be a tuple of strings, not a string")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(value))
         if self.frame is not None and not hasattr(self.frame, "apply_to_mask"):
             raise ValueError(f"PreparedImage.frame must be a Frame, not {self.frame!r}")
 

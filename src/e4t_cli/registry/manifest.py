@@ -34,13 +34,6 @@ class Manifest(BaseModel):
     """The contents of a domain.toml; unknown keys are errors.
 
     Fields with a default may be missing: the first manifests were written without them.
-
-    Args:
-        base_revision: of the base, from its base.toml or its hub commit.
-        base_config_hash: of the configs of U-Net, text encoder and image encoder.
-        image_tower: the CLIP image encoder that the features come from, for people.
-        files, sizes: SHA-256 and length in bytes of each file.
-        limits: what the domain cannot do, for people.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -50,18 +43,19 @@ class Manifest(BaseModel):
     descriptor: Annotated[str, Field(min_length=1, max_length=100)]
     base: Name
     base_fingerprint: ShortText
-    base_revision: ShortText = ""
+    base_revision: ShortText = ""  # from its base.toml, or its hub commit
+    # Of the configs of U-Net, text encoder and image encoder.
     base_config_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
-    image_tower: ShortText = ""
+    image_tower: ShortText = ""  # the CLIP image encoder that the features come from, for people
     tuning: Annotated[TuningConfig, PlainValidator(TuningConfig.from_dict)]
     pretraining: Annotated[PretrainingConfig, PlainValidator(PretrainingConfig.from_dict)]
     files: dict[FileName, Sha256] = {}
-    sizes: dict[FileName, Annotated[int, Field(ge=0)]] = {}
+    sizes: dict[FileName, Annotated[int, Field(ge=0)]] = {}  # bytes
     encoder: dict[str, Any] = {}
     templates: list[Annotated[str, AfterValidator(check_template)]] = []
     images: Annotated[int, Field(ge=0)] = 0
     licence: Text = ""
-    limits: Text = ""
+    limits: Text = ""  # what the domain cannot do, for people
     notes: Text = ""
 
     @model_validator(mode="after")
@@ -72,11 +66,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a domain.toml.
-
-    Raises:
-        IntegrityError: it is too large, not TOML, of a newer schema, or has invalid contents.
-    """
+    """Read and check a domain.toml; IntegrityError if it is too large, not TOML, or has invalid contents."""
     shown = printable(str(path))
     try:
         with path.open("rb") as file:
@@ -86,12 +76,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, shown: str) -> Manifest:
-    """Check the content of a domain.toml, of which `MAX_BYTES` + 1 bytes were read; errors as of `read_manifest`.
-
-    Args:
-        data: the content.
-        shown: the file's name in error messages.
-    """
+    """Check the content of a domain.toml, `shown` in messages, of which `MAX_BYTES` + 1 bytes at most were read."""
     if len(data) > MAX_BYTES:
         raise IntegrityError(f"{shown} is larger than a manifest can be")
     try:

@@ -97,11 +97,7 @@ def add_domain(
 
 
 def find_user_folder(name: str) -> Path:
-    """Return the folder of one of the user's domains, "my_dogs" or "user:my_dogs", even if it does not load.
-
-    Raises:
-        UsageError: there is none of that name; the hint names the package that has it.
-    """
+    """Return the folder of one of the user's domains, "my_dogs" or "user:my_dogs"; UsageError if there is none."""
     shown, bare = printable(name), name.removeprefix(f"{USER}:")
     try:
         folder = user_domains_folder() / check_name(bare)

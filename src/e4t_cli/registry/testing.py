@@ -37,11 +37,7 @@ class ContractFinding:
 
 
 def check_domain(domain: Domain | str | Path) -> None:
-    """Check a domain as the program will use it; AssertionError with one sentence about the first problem.
-
-    Args:
-        domain: the value, its name, or a folder with a domain.toml.
-    """
+    """Check a domain, its name, or a folder with a domain.toml; AssertionError about the first problem."""
     for finding in examine_domain(domain):
         if finding.problem:
             raise AssertionError(finding.problem)
