@@ -37,14 +37,10 @@ class WeightsState:
 
 
 def weights_folder(domain: Domain, base: str) -> Path:
-    """Return the folder of the domain's weights for a base.
+    """Return the folder of the domain's weights for a base; WeightsUnavailable if there is none on this machine.
 
     A folder of the user with the domain's name serves a base for which the domain itself has no weights on this
-    machine: `e4t pretrain` adds weights to an installed domain that way.
-
-    Raises:
-        WeightsUnavailable: there are none on this machine.
-        IntegrityError: the user's folder cannot be read.
+    machine: `e4t pretrain` adds weights to an installed domain that way. IntegrityError if it cannot be read.
     """
     location = domain.weights.get(base)
     for folder in _folders(location) if location else ():
