@@ -12,6 +12,7 @@ from pathlib import Path
 
 from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable
 from e4t_cli.hub.bases import installed_bases
+from e4t_cli.hub.repo_info import cached_repo_info
 from e4t_cli.registry.discovery import user_domain, user_domains_folder, weights_folder
 from e4t_cli.registry.domain import Domain, is_remote
 from e4t_cli.registry.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -21,26 +22,16 @@ READY = "ready"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsState:
-    """The state of a domain's weights for one base.
-
-    Args:
-        base: its name.
-        state: "ready", "to fetch", "none published", "not on this machine", or "broken".
-        size: bytes on this machine, or to fetch; 0 if unknown.
-        location: where the domain states that its weights are, "" if it states nothing.
-        folder: where they are on this machine, if they are.
-        manifest: their domain.toml.
-        reason, hint: why they cannot be used, and the next command.
-    """
+    """The state of a domain's weights for one base."""
 
     base: str
-    state: str
-    size: int = 0
-    location: str = ""
-    folder: Path | None = None
+    state: str  # "ready", "to fetch", "none published", "not on this machine", or "broken"
+    size: int = 0  # bytes on this machine, or to fetch; 0 if unknown
+    location: str = ""  # where the domain states that its weights are
+    folder: Path | None = None  # where they are on this machine
     manifest: Manifest | None = None
-    reason: str = ""
-    hint: str = ""
+    reason: str = ""  # why they cannot be used
+    hint: str = ""  # the next command
 
 
 def weights_states(domain: Domain) -> list[WeightsState]:
@@ -70,18 +61,11 @@ def weights_state(domain: Domain, base: str) -> WeightsState:
     except IntegrityError as error:
         return WeightsState(base=base, state="broken", location=location, reason=error.message)
     except OSError as error:
-        state, hint = "broken", ""
-        reason = f"a file that the manifest lists is missing ({error.filename})"
+        state, reason, hint = "broken", f"a file that the manifest lists is missing ({error.filename})", ""
     size = 0
     if is_remote(location):
-        state, size = "to fetch", domain.download_sizes.get(base, 0) or _remembered_size(location)
+        repository, _, commit = location.partition(":")[2].partition("@")
+        info = cached_repo_info(repository, commit or None)  # no request is made
+        size = domain.download_sizes.get(base, 0) or (sum(file.size for file in info.files) if info else 0)
+        state = "to fetch"
     return WeightsState(base=base, state=state, size=size, location=location, reason=reason, hint=hint)
-
-
-def _remembered_size(location: str) -> int:
-    """Return the bytes of a hub repository whose file list is cached; no request is made."""
-    from e4t_cli.hub.download import cached_repo_info
-
-    repository, _, commit = location.partition(":")[2].partition("@")
-    info = cached_repo_info(repository, commit or None)
-    return sum(file.size for file in info.files) if info else 0
