@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy
 import torch
+from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.utils import logging as transformers_logging
 
 from e4t_cli.errors import IntegrityError, WeightsUnavailable
+from e4t_cli.hub.resolve import weight_files
 from e4t_cli.nn.word_embedding_encoder import ImageTower
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
 CONFIGS = ("unet/config.json", "text_encoder/config.json")
 TOWER_CONFIGS = ("open_clip_config.json", "config.json")
@@ -105,13 +111,21 @@ def folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-# While diffusers and transformers load, torch's default dtype and `register_parameter` are changed
-# for the whole process; two loads at once would leave them changed for good.
-_LOADING = threading.Lock()
+# What older files call the weights of attention (diffusers before 0.13).
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _canonical(key: str) -> str:
+    """Return a key's name without what differs between versions of diffusers and of transformers."""
+    key = key.replace("vision_model.vision_model.", "vision_model.").removeprefix("text_model.")
+    return ".".join(_OLD_NAMES.get(name, name) for name in key.split("."))
 
 
 def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.dtype, *, half: bool = False) -> Any:
     """Read a part that has weights: diffusers' U-Net and VAE, transformers' text encoder.
+
+    Not with `from_pretrained`, which changes torch's default dtype and `nn.Module` for the whole process while it
+    loads: modules that another thread builds meanwhile would get float16 or no weights at all.
 
     Args:
         dtype: in memory, whatever the file has.
@@ -119,31 +133,53 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
     """
     if not (folder / "config.json").is_file():
         raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}/config.json")
-    names = [path.name for path in folder.glob("*.safetensors")]
-    coarse = {name for name in names if ".fp16." in name or ".fp16-" in name}
-    variant = "fp16" if coarse and (half or coarse == set(names)) else None
-    with _LOADING:
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            part, report = kind.from_pretrained(
-                folder,
-                dtype=dtype,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
-        finally:
-            if bars:
-                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    # Both libraries initialize missing weights at random and only log it.
-    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
-    if wrong:
-        raise IntegrityError(f"the base's {folder.name} lacks {len(wrong)} weights, as {wrong[0]}")
-    return part.to(device)
+    try:
+        part = _empty_part(kind, folder, dtype)
+        names = {_canonical(key): key for key in part.state_dict()}
+        tensors = {}
+        for path in _weight_paths(folder, half):
+            for key, value in load_file(path).items():
+                if (name := names.get(_canonical(key))) is not None:
+                    tensors[name] = value.to(dtype) if value.is_floating_point() else value
+        if missing := sorted(names.values() - tensors.keys()):
+            raise IntegrityError(f"the base's {folder.name} lacks {len(missing)} weights, as {missing[0]}")
+        part.load_state_dict(tensors, strict=True, assign=True)
+        for name, buffer in list(part.named_buffers()):
+            if buffer.is_meta:  # no file has it
+                module, _, attribute = name.rpartition(".")
+                if attribute != "position_ids":
+                    raise ValueError(f"nothing is known about {name}")
+                positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+                part.get_submodule(module).register_buffer(attribute, positions, persistent=False)
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
+    return part.eval().to(device)
+
+
+def _empty_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Build a part from its config, its weights on the meta device, which belongs to this thread."""
+    if issubclass(kind, ModelMixin):
+        config = kind.load_config(folder, local_files_only=True)
+        with torch.device("meta"):
+            part = kind.from_config(config)
+        part.register_to_config(_name_or_path=str(folder))
+        return part
+    config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    config.dtype, config.name_or_path = dtype, str(folder)
+    with torch.device("meta"):
+        return kind(config)
+
+
+def _weight_paths(folder: Path, half: bool) -> list[Path]:
+    """Return the safetensors files with the weights of a part: one, or the shards of its index."""
+    files = weight_files([f"{folder.name}/{path.name}" for path in folder.iterdir()], folder.name, half=half)
+    if not files:
+        raise OSError("there are no safetensors")
+    first = folder.parent / files[0]
+    if first.suffix != ".json":
+        return [first]
+    shards = json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
 
 
 def load_settings(kind: Any, folder: Path) -> Any:
@@ -182,3 +218,50 @@ def load_tower(folder: Path) -> ImageTower:
         return ImageTower(visual, preprocess["mean"], preprocess["std"], side)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise IntegrityError(f"the image tower in {folder} cannot be used: {error}") from error
+
+
+CHECKER, FEATURE_EXTRACTOR = "safety_checker", "feature_extractor"
+
+
+class SafetyChecker:
+    """Decides which images are withheld: Stable Diffusion's checker, on by default (section 6 of the paper).
+
+    It compares an image's CLIP embedding with those of a list of concepts. A base without one, such as `mini`, which
+    can generate nothing that it would find, is not checked.
+
+    Args:
+        checker: diffusers' checker.
+        processor: transformers' CLIPImageProcessor; its type differs between versions.
+    """
+
+    def __init__(self, checker: StableDiffusionSafetyChecker, processor: Any) -> None:
+        self.checker = checker.train(False).requires_grad_(False)
+        self.processor = processor
+
+    @classmethod
+    def of_base(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Self | None:
+        """Load the checker of a base, or return None where it has none.
+
+        Raises:
+            IntegrityError: it is damaged; images are not generated unchecked then.
+        """
+        if not (folder / CHECKER / "config.json").is_file():
+            return None
+        # Not at the top: two seconds of imports for the one family of bases that has it.
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+        from transformers import CLIPImageProcessor
+
+        checker = load_part(StableDiffusionSafetyChecker, folder / CHECKER, device, dtype)
+        if not (folder / FEATURE_EXTRACTOR).is_dir():
+            return cls(checker, CLIPImageProcessor())
+        return cls(checker, load_settings(CLIPImageProcessor, folder / FEATURE_EXTRACTOR))
+
+    @torch.no_grad()
+    def flags(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Return for each image whether it has to be withheld."""
+        pixels = self.processor(list(images), return_tensors="pt").pixel_values
+        weight = next(self.checker.parameters())
+        # It blackens flagged images in a second array; only the flags are needed.
+        unused = numpy.zeros((len(images), 1, 1, 3), dtype=numpy.float32)
+        _, flagged = self.checker(pixels.to(weight.device, weight.dtype), unused)
+        return [bool(flag) for flag in flagged]
