@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,17 +92,15 @@ def pair_factors(tensors: Mapping[str, Tensor], shown: str) -> dict[str, Factors
     for key, left in tensors.items():
         path, _, side = key.rpartition(".")
         right = tensors.get(f"{path}.right")
-        if side != "left" or right is None or not left.dim() == right.dim() == 2:
-            continue
-        if left.shape[1] == right.shape[0] == RANK:
+        fits = right is not None and left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0] == RANK
+        if side == "left" and right is not None and fits:
             offsets[path] = left, right
     if len(tensors) != 2 * len(offsets):
         raise IntegrityError(f"{shown} has tensors that are no pairs of factors")
     return offsets
 
 
-DomainEncoder = WordEmbeddingEncoder | PatchEncoder
-"""An encoder that can be trained, saved and loaded."""
+DomainEncoder = WordEmbeddingEncoder | PatchEncoder  # can be trained, saved and loaded
 
 _KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "e4t": (EncoderConfig, WordEmbeddingEncoder),
@@ -145,17 +143,11 @@ def widths_read(encoder: DomainEncoder) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class DomainImageTower:
-    """The visual tower stored with a domain, loaded when an image is encoded.
+    """The visual tower stored with a domain, loaded when an image is encoded."""
 
-    Args:
-        path: its safetensors file.
-        config: of the encoder it belongs to.
-        sha256: of the file, from the manifest; "" while it is being converted.
-    """
-
-    path: Path
-    config: PatchEncoderConfig
-    sha256: str = ""
+    path: Path  # of its safetensors file
+    config: PatchEncoderConfig  # of the encoder it belongs to
+    sha256: str = ""  # of the file, from the manifest; "" while it is being converted
 
     def encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the features of images in −1 … 1: (batch, vectors, tower_width), float32.
@@ -175,8 +167,7 @@ class DomainImageTower:
             raise IntegrityError(f"{self.path.name} is not the domain's tower: {error}") from error
         size, normalised = self.config.tower_image_size, self.config.normalised_patches
         tower = PatchTower(visual, size, normalised_patches=normalised)
-        features: Tensor = tower.to(pixels.device, dtype)(pixels)
-        return features
+        return cast(Tensor, tower.to(pixels.device, dtype)(pixels))
 
 
 def empty_tower(config: PatchEncoderConfig) -> nn.Module:

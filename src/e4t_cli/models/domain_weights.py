@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from e4t_cli.errors import IntegrityError
-from e4t_cli.models.domain_folder import (
-    DomainEncoder,
-    DomainImageTower,
-    read_domain_folder,
-    widths_read,
-    write_domain_folder,
-)
+from e4t_cli.models import domain_folder
+from e4t_cli.models.domain_folder import DomainEncoder, DomainImageTower
 from e4t_cli.models.loading import config_hash, describe_tower
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.unet import feature_widths
@@ -29,8 +24,7 @@ from e4t_cli.nn.weight_offsets import Factors, projection_shapes
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 
-FEW_IMAGES = 100
-"""Below it, the manifest warns of over-fitting."""
+FEW_IMAGES = 100  # below it, the manifest warns of over-fitting
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,23 +79,23 @@ class DomainWeights:
         """
         if not self.base_fingerprint:
             return self._check_shapes(model)
-        if model.fingerprint != self.base_fingerprint:
-            known = self.base_config_hash
-            alike = known and known == config_hash(model.base.folder, model.base.tower)
-            raise IntegrityError(
-                f"the domain {self.name} was made for the base {self.base_name} "
-                f"({self.base_fingerprint[:12]}), not for this {model.base.name} "
-                f"({model.fingerprint[:12]})" + (", which is the same model with other weights" if alike else ""),
-                hint=f"e4t pretrain --domain {self.name} --data FOLDER trains it for this base",
-            )
-        return None
+        if model.fingerprint == self.base_fingerprint:
+            return None
+        known = self.base_config_hash
+        alike = known and known == config_hash(model.base.folder, model.base.tower)
+        raise IntegrityError(
+            f"the domain {self.name} was made for the base {self.base_name} ({self.base_fingerprint[:12]}), not for "
+            f"this {model.base.name} ({model.fingerprint[:12]})"
+            + (", which is the same model with other weights" if alike else ""),
+            hint=f"e4t pretrain --domain {self.name} --data FOLDER trains it for this base",
+        )
 
     def _check_shapes(self, model: TextToImageModel) -> None:
         """Compare all shapes: what can be checked where the base's weights are unknown."""
         found = {path: (len(left), right.shape[1]) for path, (left, right) in self.offsets.items()}
         sizes = (sum(feature_widths(model.unet)), model.embedding_width)
         if isinstance(self.encoder, FixedEmbedding) or (
-            found == projection_shapes(model.unet) and widths_read(self.encoder) == sizes
+            found == projection_shapes(model.unet) and domain_folder.widths_read(self.encoder) == sizes
         ):
             return
         raise IntegrityError(
@@ -129,7 +123,7 @@ class DomainWeights:
             offsets_dtype: of the offsets, if that is another.
         """
         assert not isinstance(self.encoder, FixedEmbedding)
-        write_domain_folder(vars(self), folder, dtype=dtype, offsets_dtype=offsets_dtype)
+        domain_folder.write_domain_folder(vars(self), folder, dtype=dtype, offsets_dtype=offsets_dtype)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -139,7 +133,7 @@ class DomainWeights:
             WeightsUnavailable: it is no domain folder, or a file is missing.
             IntegrityError: a file is damaged or does not match the manifest.
         """
-        return cls(**read_domain_folder(folder))
+        return cls(**domain_folder.read_domain_folder(folder))
 
 
 def facts_about(model: TextToImageModel) -> dict[str, str]:
@@ -157,7 +151,5 @@ def facts_about(model: TextToImageModel) -> dict[str, str]:
 def usual_limits(descriptor: str, base: str, images: int) -> str:
     """Return what any domain of this size cannot do, for the manifest."""
     few = "; so few images may have been learned by heart" if images < FEW_IMAGES else ""
-    return (
-        f"Trained on {images:,} images of {descriptor}; the image quality is that of the base "
-        f"{base}. Anything else in the photo is generated as {descriptor}{few}."
-    )
+    trained = f"Trained on {images:,} images of {descriptor}; the image quality is that of the base {base}."
+    return f"{trained} Anything else in the photo is generated as {descriptor}{few}."

@@ -35,9 +35,8 @@ class Tokens:
 
 
 def tokenize_prompts(
-    tokenizer: CLIPTokenizer, prompts: Sequence[Prompt | str], descriptor_id: int,
-    *, length: int, device: torch.device,
-) -> Tokens:  # fmt: skip
+    tokenizer: CLIPTokenizer, prompts: Sequence[Prompt | str], descriptor_id: int, *, length: int, device: torch.device
+) -> Tokens:
     """Tokenize prompts segment by segment, so that the placeholders' positions are known.
 
     Args:
@@ -61,11 +60,9 @@ def tokenize_prompts(
             tokens += found
             concept += [segment is None] * len(found)
         if any(concept) and not any(concept[:room]):
-            raise UsageError(
-                f"the prompt is {len(tokens)} tokens long, this base reads {room}, and the "
-                "placeholder comes after them",
-                hint="shorten the prompt, or name the concept earlier",
-            )
+            count = f"the prompt is {len(tokens)} tokens long, this base reads {room}"
+            hint = "shorten the prompt, or name the concept earlier"
+            raise UsageError(f"{count}, and the placeholder comes after them", hint=hint)
         dropped.append(str(tokenizer.decode(tokens[room:])).strip())
         tokens, concept = tokens[:room], concept[:room]
         padding = room - len(tokens)

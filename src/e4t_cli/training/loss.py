@@ -20,8 +20,7 @@ from e4t_cli.nn.precision import full_precision
 from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features, up_and_out
 from e4t_cli.nn.word_embedding_encoder import Encoder
 
-MIN_MASK_AREA = 0.01
-"""Share of the image below which a mask counts as a failed one."""
+MIN_MASK_AREA = 0.01  # share of the image below which a mask counts as a failed one
 
 
 def diffusion_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
