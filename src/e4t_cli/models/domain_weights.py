@@ -29,43 +29,26 @@ FEW_IMAGES = 100  # below it, the manifest warns of over-fitting
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DomainWeights:
-    """The result of domain pre-training (section 3.3), from which tuning starts.
-
-    Args:
-        name, descriptor: of the domain.
-        base_name, base_fingerprint: the base it was trained for, and its exact weights; "" where
-            they are unknown, as in checkpoints of other programs.
-        encoder: E of eq. 1; with a `FixedEmbedding` it is a baseline, which cannot be saved.
-        offsets: path of a projection -> the factors of its ΔW (eq. 3).
-        tuning: the config of tuning with these weights.
-        pretraining: the config they were trained with; its `embedding_scale` is s of eq. 1.
-        templates: prompt templates with "{}" in the concept's place.
-        images: the number of training images.
-        tower: the encoder's own visual tower; None for encoders that use the base's.
-        licence, notes: of the weights and the data, as text.
-        limits: what it cannot do, as text.
-        base_revision, base_config_hash, image_tower: more about the base; see `facts_about`.
-    """
+    """The result of domain pre-training (section 3.3), from which tuning starts."""
 
     name: str
     descriptor: str
-    base_name: str
-    base_fingerprint: str
-    encoder: DomainEncoder | FixedEmbedding
-    offsets: Mapping[str, Factors]
-    tuning: TuningConfig
-    pretraining: PretrainingConfig
-    templates: tuple[str, ...]
-    tower: DomainImageTower | None = None
-    images: int = 0
-    licence: str = ""
+    base_name: str  # the base it was trained for
+    base_fingerprint: str  # of its exact weights; "" where they are unknown, as in checkpoints of other programs
+    encoder: DomainEncoder | FixedEmbedding  # E of eq. 1; a `FixedEmbedding` is a baseline, which cannot be saved
+    offsets: Mapping[str, Factors]  # path of a projection -> the factors of its ΔW (eq. 3)
+    tuning: TuningConfig  # the config of tuning with these weights
+    pretraining: PretrainingConfig  # the config they were trained with; its `embedding_scale` is s of eq. 1
+    templates: tuple[str, ...]  # prompt templates with "{}" in the concept's place
+    tower: DomainImageTower | None = None  # the encoder's own visual tower; None for encoders that use the base's
+    images: int = 0  # the number of training images
+    licence: str = ""  # of the weights and the data, as text, like the notes
     notes: str = ""
-    limits: str = ""
-    base_revision: str = ""
+    limits: str = ""  # what it cannot do, as text
+    base_revision: str = ""  # as the next two, more about the base; see `facts_about`
     base_config_hash: str = ""
     image_tower: str = ""
-    digest: str = ""
-    """SHA-256 of its manifest if it was loaded from a folder; recorded in concepts."""
+    digest: str = ""  # SHA-256 of its manifest if it was loaded from a folder; recorded in concepts
 
     @property
     def embedding_scale(self) -> float:

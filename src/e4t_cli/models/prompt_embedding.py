@@ -18,17 +18,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokens:
-    """Tokenized prompts.
+    """Tokenized prompts."""
 
-    Args:
-        ids: token ids, padded (batch, length); the descriptor's id stands for the concept.
-        placeholder: where the concept stands (batch, length), bool.
-        dropped: for each prompt the text that did not fit, "" for none.
-    """
-
-    ids: Tensor
-    placeholder: Tensor
-    dropped: tuple[str, ...] = ()
+    ids: Tensor  # token ids, padded (batch, length); the descriptor's id stands for the concept
+    placeholder: Tensor  # where the concept stands (batch, length), bool
+    dropped: tuple[str, ...] = ()  # for each prompt the text that did not fit, "" for none
 
     def __getitem__(self, index: Tensor | slice) -> Tokens:
         return Tokens(ids=self.ids[index], placeholder=self.placeholder[index])

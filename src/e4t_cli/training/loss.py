@@ -68,23 +68,14 @@ def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingBatch:
-    """The samples that eq. 5 is evaluated on.
+    """The samples that eq. 5 is evaluated on."""
 
-    Args:
-        z_0: latents of the images (batch, channels, height, width).
-        timesteps: t of each sample (batch,).
-        epsilon: the noise, shaped like z_0.
-        encoded_image: `encoder.encode_image` of their features (batch, hidden), differentiable.
-        tokens: a training prompt for each sample.
-        mask: soft weights of the diffusion loss (batch, height, width), or None.
-    """
-
-    z_0: Tensor
-    timesteps: Tensor
-    epsilon: Tensor
-    encoded_image: Tensor
-    tokens: Tokens
-    mask: Tensor | None = None
+    z_0: Tensor  # latents of the images (batch, channels, height, width)
+    timesteps: Tensor  # t of each sample (batch,)
+    epsilon: Tensor  # the noise, shaped like z_0
+    encoded_image: Tensor  # `encoder.encode_image` of their features (batch, hidden), differentiable
+    tokens: Tokens  # a training prompt for each sample
+    mask: Tensor | None = None  # soft weights of the diffusion loss (batch, height, width)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,10 +117,8 @@ def training_loss(
     features = None
     if encoder.reads_unet:
         uncond = model.uncond_embeds.to(z_t.dtype).expand(len(z_t), -1, -1)
-        features = pooled_features(down_and_mid(unet, embedded, uncond))
-        features = features.to(batch.encoded_image.dtype)
-        if detach_features:
-            # Not torch.no_grad around the pass: the main pass shares its cached ΔW.
+        features = pooled_features(down_and_mid(unet, embedded, uncond)).to(batch.encoded_image.dtype)
+        if detach_features:  # not torch.no_grad around the pass: the main pass shares its cached ΔW
             features = features.detach()
     with full_precision(z_t.device):  # a few small layers: exact for free
         offset = encoder.predict_offset(batch.encoded_image, features)
