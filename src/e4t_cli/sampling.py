@@ -87,15 +87,10 @@ def _is_scheduler(name: str) -> bool:
 
 
 def sample(
-    model: TextToImageModel,
-    tuned: TunedModel,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
+    model: TextToImageModel, tuned: TunedModel, prompts: Sequence[Prompt], seeds: Sequence[int],
     sampling: SamplingConfig | None = None,
-    *,
-    batch: int | None = None,
-    on_progress: ProgressCallback | None = None,
-) -> Iterator[Image]:
+    *, batch: int | None = None, on_progress: ProgressCallback | None = None,
+) -> Iterator[Image]:  # fmt: skip
     """Sample one image for each prompt and its seed, in order, each as soon as it is done.
 
     An image depends on its prompt and seed only. On the CPU in float32 it is the same to the last bit in any batch,
@@ -120,14 +115,9 @@ def sample(
 
 
 def _images(
-    model: TextToImageModel,
-    tuned: TunedModel,
-    tokens: Tokens,
-    seeds: list[int],
-    sampling: SamplingConfig,
-    size: int,
-    on_progress: ProgressCallback | None,
-) -> Iterator[Image]:
+    model: TextToImageModel, tuned: TunedModel, tokens: Tokens, seeds: list[int],
+    sampling: SamplingConfig, size: int, on_progress: ProgressCallback | None,
+) -> Iterator[Image]:  # fmt: skip
     # Some schedulers evaluate the U-Net twice in a step.
     steps = len(make_scheduler(model, sampling).timesteps)
     first = 0
@@ -157,12 +147,9 @@ def _images(
 
 
 def generate_latents(
-    model: TextToImageModel,
-    tuned: TunedModel,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
+    model: TextToImageModel, tuned: TunedModel, prompts: Sequence[Prompt], seeds: Sequence[int],
     sampling: SamplingConfig | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return z_0 of images sampled as one batch, (batch, channels, height, width), in float32."""
     sampling = (sampling or SamplingConfig()).resolved(model)
     tuned = tuned.at_concept_scale(model.unet, sampling.concept_scale)
@@ -172,13 +159,9 @@ def generate_latents(
 
 @torch.no_grad()
 def denoise(
-    model: TextToImageModel,
-    tuned: TunedModel,
-    tokens: Tokens,
-    seeds: Sequence[int],
-    sampling: SamplingConfig,
-    report: Callable[..., None] | None = None,
-) -> Tensor:
+    model: TextToImageModel, tuned: TunedModel, tokens: Tokens, seeds: Sequence[int],
+    sampling: SamplingConfig, report: Callable[..., None] | None = None,
+) -> Tensor:  # fmt: skip
     scheduler = make_scheduler(model, sampling)
     # On the CPU and one for each image, so that a seed gives the same noise everywhere.
     sources = [torch.Generator().manual_seed(seed) for seed in seeds]

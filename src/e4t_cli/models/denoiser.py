@@ -103,9 +103,7 @@ class CFGDenoiser:
     def __call__(self, z_t: Tensor, t: Tensor) -> Tensor:
         unet = self.tuned.unet
         start = embed_latents(unet, z_t, t)  # shared by all passes: no text is read here
-        unconditional = None
-        if self.guidance != 1:
-            unconditional = down_and_mid(unet, start, self.negative)
+        unconditional = None if self.guidance == 1 else down_and_mid(unet, start, self.negative)
         text = self.text if self.text is not None else self._refined(start, unconditional)
         conditional = down_and_mid(unet, start, text)
         if unconditional is None:

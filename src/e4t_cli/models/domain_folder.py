@@ -40,7 +40,6 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = No
     """Read a safetensors file in float32, after checking its header.
 
     Args:
-        path: the file.
         expected: key -> shape, compared before anything is allocated; None accepts all.
 
     Raises:
@@ -82,11 +81,8 @@ def check_file(folder: Path, name: str, expected: str) -> None:
 def pair_factors(tensors: Mapping[str, Tensor], shown: str) -> dict[str, Factors]:
     """Return path -> factors of ΔW from "path.left" and "path.right".
 
-    Args:
-        shown: the file, for error messages.
-
     Raises:
-        IntegrityError: there are other tensors.
+        IntegrityError: there are other tensors; the message names the file as `shown`.
     """
     offsets: dict[str, Factors] = {}
     for key, left in tensors.items():
@@ -152,8 +148,8 @@ class DomainImageTower:
     def encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the features of images in −1 … 1: (batch, vectors, tower_width), float32.
 
-        It is a third of all weights and needed once for a photo, so it is loaded on the device of
-        the pixels and freed. Its hash is checked here: sampling a saved concept need not read it.
+        It is a third of all weights and needed once for a photo, so it is loaded for that and freed. Its hash is
+        checked here: sampling a saved concept need not read it.
 
         Raises:
             IntegrityError: the file is no such tower, or has another hash.
@@ -176,14 +172,10 @@ def empty_tower(config: PatchEncoderConfig) -> nn.Module:
 
     with torch.device("meta"):
         visual: Any = VisionTransformer(
-            image_size=config.tower_image_size,
-            patch_size=config.tower_patch_size,
-            width=config.tower_width,
-            layers=config.tower_layers,
-            heads=config.tower_heads,
-            mlp_ratio=config.tower_mlp_ratio,
+            image_size=config.tower_image_size, patch_size=config.tower_patch_size, width=config.tower_width,
+            layers=config.tower_layers, heads=config.tower_heads, mlp_ratio=config.tower_mlp_ratio,
             act_layer=QuickGELU if config.tower_quick_gelu else nn.GELU,
-        )
+        )  # fmt: skip
     visual.proj = None  # e4t-diffusion reads the features before CLIP's projection
     module: nn.Module = visual
     return module

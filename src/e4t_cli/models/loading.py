@@ -52,12 +52,9 @@ def config_hash(folder: Path, tower: Path | None = None) -> str:
 def describe_tower(folder: Path, tower: Path | None = None) -> str:
     """Return a phrase about the CLIP tower of a base: "CLIP ViT, 32 layers of 1280, …"."""
     about = _tower_config(tower or folder / "image_tower")
-    layers = about.get("layers", about.get("num_hidden_layers"))
-    width = about.get("width", about.get("hidden_size"))
-    if not layers or not width:
-        return ""
+    layers, width = about.get("layers", about.get("num_hidden_layers")), about.get("width", about.get("hidden_size"))
     patch, side = about.get("patch_size", "?"), about.get("image_size", "?")
-    return f"CLIP ViT, {layers} layers of {width}, patches of {patch}, {side} px"
+    return f"CLIP ViT, {layers} layers of {width}, patches of {patch}, {side} px" if layers and width else ""
 
 
 def _tower_config(folder: Path) -> dict[str, Any]:

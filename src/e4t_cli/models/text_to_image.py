@@ -35,10 +35,10 @@ from e4t_cli.prompts import Prompt
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Posterior:
-    """The VAE's Gaussian over the latents of an image, in the U-Net's units."""
+    """The VAE's Gaussian over the latents of an image, in the U-Net's units: (batch, channels, height, width)."""
 
-    mean: Tensor  # (batch, channels, height, width)
-    logvar: Tensor  # the same
+    mean: Tensor
+    logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
         """Return latents z_0 for standard normal `noise`."""
@@ -79,16 +79,9 @@ class TextToImageModel:
     """
 
     def __init__(
-        self,
-        *,
-        base: Base,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        noise_schedule: DDPMScheduler,
-        image_tower: ImageTower | None = None,
-    ) -> None:
+        self, *, base: Base, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer, noise_schedule: DDPMScheduler, image_tower: ImageTower | None = None,
+    ) -> None:  # fmt: skip
         try:
             check_unet(unet)
         except ValueError as error:
@@ -172,12 +165,9 @@ class TextToImageModel:
         """
         tower = self.image_tower
         return EncoderConfig(
-            image_layers=len(tower.indices),
-            image_width=tower.width,
-            unet_widths=feature_widths(self.unet),
-            hidden_width=hidden_width or tower.width,
-            embedding_width=self.embedding_width,
-        )
+            image_layers=len(tower.indices), image_width=tower.width, unet_widths=feature_widths(self.unet),
+            hidden_width=hidden_width or tower.width, embedding_width=self.embedding_width,
+        )  # fmt: skip
 
     @property
     def embedding_width(self) -> int:
@@ -227,12 +217,10 @@ class TextToImageModel:
             UsageError: it is not one token of this base.
         """
         ids: list[int] = self.tokenizer(descriptor, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise UsageError(
-                f"the descriptor {descriptor!r} is {len(ids)} tokens to the base {self.base.name}; it has to be one",
-                hint="use a more common word, such as face, cat, dog or art",
-            )
-        return ids[0]
+        if len(ids) == 1:
+            return ids[0]
+        reason = f"the descriptor {descriptor!r} is {len(ids)} tokens to the base {self.base.name}; it has to be one"
+        raise UsageError(reason, hint="use a more common word, such as face, cat, dog or art")
 
     def word_embedding(self, token_id: int) -> Tensor:
         """Return a row of the token table, (embedding_width,): e_domain for a descriptor's id."""

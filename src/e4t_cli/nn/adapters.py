@@ -251,13 +251,9 @@ def frozen_copy(unet: UNet, offsets: Mapping[str, Factors], half: torch.dtype | 
 
 @torch.no_grad()
 def merge_lora(
-    unet: UNet,
-    offsets: Mapping[str, Factors],
-    encoder: Encoder,
-    tensors: Mapping[str, Tensor],
-    *,
-    dtype: torch.dtype | None = None,
-) -> tuple[UNet, Encoder]:
+    unet: UNet, offsets: Mapping[str, Factors], encoder: Encoder, tensors: Mapping[str, Tensor],
+    *, dtype: torch.dtype | None = None,
+) -> tuple[UNet, Encoder]:  # fmt: skip
     """Return a U-Net and a copy of an encoder with stored adapters merged, in float32 before any rounding.
 
     Args:

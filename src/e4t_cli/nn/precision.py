@@ -29,13 +29,9 @@ class PrecisionPolicy:
 
     @classmethod
     def resolve(
-        cls,
-        device: torch.device,
-        base: torch.dtype = torch.float32,
-        autocast: bool | None = None,
-        *,
-        loss_scaling: bool = True,
-    ) -> Self:
+        cls, device: torch.device, base: torch.dtype = torch.float32, autocast: bool | None = None,
+        *, loss_scaling: bool = True,
+    ) -> Self:  # fmt: skip
         """Return the policy of a run.
 
         Args:

@@ -96,15 +96,9 @@ class ActivationSizes:
 
 
 def predicted_peak(
-    model: TextToImageModel,
-    pretrained: DomainWeights,
-    config: TuningConfig,
-    plan: Plan,
-    sizes: ActivationSizes,
-    *,
-    consume: bool = False,
-    half: torch.dtype | None = None,
-) -> int:
+    model: TextToImageModel, pretrained: DomainWeights, config: TuningConfig, plan: Plan, sizes: ActivationSizes,
+    *, consume: bool = False, half: torch.dtype | None = None,
+) -> int:  # fmt: skip
     """Return the bytes on the device at the worst moment of a tuning, by arithmetic alone."""
     unet, base = parameter_count(model.unet), model.dtype.itemsize
     encoder, on_cpu = parameter_count(pretrained.encoder), model.device.type == "cpu"
@@ -146,16 +140,9 @@ def parameter_count(module: Any) -> int:
 
 
 def plan_tuning(
-    model: TextToImageModel,
-    pretrained: DomainWeights,
-    config: TuningConfig,
-    *,
-    vram: str = "auto",
-    consume: bool = False,
-    half: torch.dtype | None = None,
-    eight_bit: bool = False,
-    ram: int | None = None,
-) -> Plan:
+    model: TextToImageModel, pretrained: DomainWeights, config: TuningConfig, *, vram: str = "auto",
+    consume: bool = False, half: torch.dtype | None = None, eight_bit: bool = False, ram: int | None = None,
+) -> Plan:  # fmt: skip
     """Return the fastest way to tune that is predicted to fit, the smallest one where none is.
 
     Args:

@@ -52,14 +52,9 @@ class PhotoSamples:
     """The photo, encoded once, and the samples of each step."""
 
     def __init__(
-        self,
-        model: TextToImageModel,
-        pretrained: DomainWeights,
-        prepared: PreparedImage,
-        config: TuningConfig,
-        seed: int,
-        image_features: Tensor | None = None,
-    ) -> None:
+        self, model: TextToImageModel, pretrained: DomainWeights, prepared: PreparedImage,
+        config: TuningConfig, seed: int, image_features: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.config, self.seed, self.note = model, config, seed, ""
         pixels = model.pixels([prepared.image])
         self.posterior = model.posterior(pixels)
@@ -99,15 +94,9 @@ class Trainer:
     """The weights in training, the photo they are trained on, and one step of them."""
 
     def __init__(
-        self,
-        model: TextToImageModel,
-        pretrained: DomainWeights,
-        prepared: PreparedImage,
-        config: TuningConfig,
-        seed: int = 0,
-        image_features: Tensor | None = None,
-        options: TuningOptions | None = None,
-    ) -> None:
+        self, model: TextToImageModel, pretrained: DomainWeights, prepared: PreparedImage, config: TuningConfig,
+        seed: int = 0, image_features: Tensor | None = None, options: TuningOptions | None = None,
+    ) -> None:  # fmt: skip
         options = options or TuningOptions()
         plan = options.plan or Plan(micro_batch=config.batch_size)
         self.plan = plan.replace(micro_batch=min(plan.micro_batch, config.batch_size))
