@@ -1,8 +1,8 @@
 """Selects the device and the base's dtype, and measures, limits and frees memory.
 
-"auto" takes the fastest device there is. Frozen parts are kept in half precision where the
-hardware multiplies it, unless the base is so small that nothing is gained: in float32 an image is
-the same to the last bit in any batch. What is trained is float32 everywhere.
+"auto" takes the fastest device there is. Frozen parts are kept in half precision where the hardware multiplies it,
+unless the base is too small to gain: in float32 an image is the same to the last bit in any batch. What is trained is
+float32 everywhere.
 
 torch is imported in the functions that use it: a command line is checked before that.
 """
@@ -45,9 +45,8 @@ def choose_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except Exception as error:  # AssertionError, RuntimeError, AcceleratorError: by backend
-        raise UsageError(
-            f"the device {printable(wanted)!r} cannot be used on this machine", hint="--device auto picks one that can"
-        ) from error
+        reason = f"the device {printable(wanted)!r} cannot be used on this machine"
+        raise UsageError(reason, hint="--device auto picks one that can") from error
     return device
 
 
@@ -119,10 +118,7 @@ def free_ram() -> int:
 
 
 def read_ahead(folder: Path) -> None:
-    """Have the system read a base's weights into its cache, while libraries are still importing.
-
-    A hint: where there is no such call, or too little memory for the files, nothing happens.
-    """
+    """Have the system read a base's weights into its cache during imports, if it can and they fit into memory."""
     files = list(folder.glob("*/*.safetensors"))
     if not hasattr(os, "posix_fadvise") or sum(path.stat().st_size for path in files) > free_ram() // 2:
         return
@@ -174,10 +170,10 @@ _unlimited: dict[torch.device, float] = {}  # the fraction of the process before
 
 @contextmanager
 def limited_memory(device: torch.device, vram: str) -> Iterator[None]:
-    """Limit this process to `--vram` gigabytes of a GPU inside a `with` block.
+    """Limit this process to `--vram` gigabytes of a GPU inside a `with` block; CPU and MPS have no such limit.
 
-    torch has one limit for a process: blocks that overlap have the sum of theirs, and after the
-    last one the process has the limit it had before the first. CPU and MPS have no such limit.
+    torch has one limit for a process: blocks that overlap have the sum of theirs, and after the last one the process
+    has the limit it had before the first.
     """
     import torch
 

@@ -192,25 +192,17 @@ _PLAIN = {
 
 
 def write_domain_folder(
-    fields: Mapping[str, Any],
-    folder: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    offsets_dtype: torch.dtype | None = None,
-) -> None:
+    fields: Mapping[str, Any], folder: str | Path,
+    *, dtype: torch.dtype = torch.float32, offsets_dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """Write the fields of a `DomainWeights`, see `DomainWeights.save`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        _ENCODER: fields["encoder"].state_dict(),
-        _OFFSETS: {
-            f"{path}.{side}": factor
-            for path, factors in fields["offsets"].items()
-            for side, factor in zip(("left", "right"), factors, strict=True)
-        },
-    }
+    offsets: dict[str, Tensor] = {}
+    for path, (left, right) in fields["offsets"].items():
+        offsets |= {f"{path}.left": left, f"{path}.right": right}
     hashes, sizes = {}, {}
-    for name, tensors in contents.items():
+    for name, tensors in {_ENCODER: fields["encoder"].state_dict(), _OFFSETS: offsets}.items():
         stored = offsets_dtype or dtype if name == _OFFSETS else dtype
         data = save({key: value.to("cpu", stored).contiguous() for key, value in tensors.items()})
         hashes[name], sizes[name] = hashlib.sha256(data).hexdigest(), len(data)

@@ -1,8 +1,7 @@
 """Loads the parts of a base from its folder, strictly and offline, and hashes its configs.
 
-Domain weights need the very base they were trained for. When a base has other weights, equal
-configs tell another training of the same model from another model; configs that differ may also
-be the same model, saved by another version of its library.
+Domain weights need the very base they were trained for. Where the weights differ, equal configs tell another training
+of the same model from another model; configs may also differ by the version of the library that saved them.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from e4t_cli.nn.word_embedding_encoder import ImageTower
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
+CHECKER, FEATURE_EXTRACTOR = "safety_checker", "feature_extractor"
 CONFIGS = ("unet/config.json", "text_encoder/config.json")
 TOWER_CONFIGS = ("open_clip_config.json", "config.json")
 # Who wrote the file and how it was stored: not part of the model.
@@ -34,19 +34,12 @@ _INCIDENTAL = {"architectures", "dtype", "torch_dtype", "transformers_version", 
 
 
 def config_hash(folder: Path, tower: Path | None = None) -> str:
-    """Return a SHA-256 of the configs of a base, "" if none can be read.
-
-    Args:
-        folder: in diffusers' layout.
-        tower: the folder of the visual tower, if that is outside the base.
-    """
+    """Return a SHA-256 of the configs of a base and of its visual tower, "" if none can be read."""
     found = {name: _essence(table) for name in CONFIGS if (table := _read(folder / name))}
     if about := _tower_config(tower or folder / "image_tower"):
         found["image_tower"] = _essence(about)
-    if not found:
-        return ""
     text = json.dumps(found, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest() if found else ""
 
 
 def describe_tower(folder: Path, tower: Path | None = None) -> str:
@@ -195,10 +188,8 @@ def load_tower(folder: Path) -> ImageTower:
 
     config_path, weights_path = folder / "open_clip_config.json", folder / "model.safetensors"
     if not config_path.is_file() or not weights_path.is_file():
-        raise WeightsUnavailable(
-            f"the base has no image tower: {folder} is incomplete",
-            hint="e4t fetch sd14 downloads the one of Stable Diffusion bases",
-        )
+        hint = "e4t fetch sd14 downloads the one of Stable Diffusion bases"
+        raise WeightsUnavailable(f"the base has no image tower: {folder} is incomplete", hint=hint)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         model, preprocess = config["model_cfg"], config["preprocess_cfg"]
@@ -217,31 +208,20 @@ def load_tower(folder: Path) -> ImageTower:
         raise IntegrityError(f"the image tower in {folder} cannot be used: {error}") from error
 
 
-CHECKER, FEATURE_EXTRACTOR = "safety_checker", "feature_extractor"
-
-
 class SafetyChecker:
     """Decides which images are withheld: Stable Diffusion's checker, on by default (section 6 of the paper).
 
     It compares an image's CLIP embedding with those of a list of concepts. A base without one, such as `mini`, which
     can generate nothing that it would find, is not checked.
-
-    Args:
-        checker: diffusers' checker.
-        processor: transformers' CLIPImageProcessor; its type differs between versions.
     """
 
     def __init__(self, checker: StableDiffusionSafetyChecker, processor: Any) -> None:
         self.checker = checker.train(False).requires_grad_(False)
-        self.processor = processor
+        self.processor = processor  # transformers' CLIPImageProcessor; its type differs between versions
 
     @classmethod
     def of_base(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Self | None:
-        """Load the checker of a base, or return None where it has none.
-
-        Raises:
-            IntegrityError: it is damaged; images are not generated unchecked then.
-        """
+        """Load the checker of a base, None where it has none; IntegrityError if it is damaged."""
         if not (folder / CHECKER / "config.json").is_file():
             return None
         # Not at the top: two seconds of imports for the one family of bases that has it.
@@ -249,16 +229,14 @@ class SafetyChecker:
         from transformers import CLIPImageProcessor
 
         checker = load_part(StableDiffusionSafetyChecker, folder / CHECKER, device, dtype)
-        if not (folder / FEATURE_EXTRACTOR).is_dir():
-            return cls(checker, CLIPImageProcessor())
-        return cls(checker, load_settings(CLIPImageProcessor, folder / FEATURE_EXTRACTOR))
+        settings = folder / FEATURE_EXTRACTOR
+        return cls(checker, load_settings(CLIPImageProcessor, settings) if settings.is_dir() else CLIPImageProcessor())
 
     @torch.no_grad()
     def flags(self, images: Sequence[Image.Image]) -> list[bool]:
         """Return for each image whether it has to be withheld."""
         pixels = self.processor(list(images), return_tensors="pt").pixel_values
         weight = next(self.checker.parameters())
-        # It blackens flagged images in a second array; only the flags are needed.
-        unused = numpy.zeros((len(images), 1, 1, 3), dtype=numpy.float32)
+        unused = numpy.zeros((len(images), 1, 1, 3), dtype=numpy.float32)  # in which it blackens flagged images
         _, flagged = self.checker(pixels.to(weight.device, weight.dtype), unused)
         return [bool(flag) for flag in flagged]

@@ -158,11 +158,7 @@ class TextToImageModel:
         return int(self.noise_schedule.config["num_train_timesteps"])
 
     def encoder_config(self, hidden_width: int | None = None) -> EncoderConfig:
-        """Return the sizes of a word-embedding encoder for this base.
-
-        Args:
-            hidden_width: common width of the hierarchy. Paper silent: the tower's by default.
-        """
+        """Return the sizes of a word-embedding encoder. Paper silent: the hidden width is the tower's by default."""
         tower = self.image_tower
         return EncoderConfig(
             image_layers=len(tower.indices), image_width=tower.width, unet_widths=feature_widths(self.unet),

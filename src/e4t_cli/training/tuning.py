@@ -190,22 +190,20 @@ class Trainer:
 
     def reduce_memory(self) -> str:
         """Take less memory from now on; returns what was done, "" if nothing is left to do."""
-        plan, device = self.plan, self.model.device
+        plan, device, note = self.plan, self.model.device, "memory ran out: "
         self.accumulate.forget()
         self.optimizer.zero_grad()
         if plan.micro_batch > 1:
-            size = (plan.micro_batch + 1) // 2
-            self.plan = plan.replace(micro_batch=size)
-            note = f"memory ran out: {size} at a time from now on, with the same gradient"
+            self.plan = plan.replace(micro_batch=(plan.micro_batch + 1) // 2)
+            note += f"{self.plan.micro_batch} at a time from now on, with the same gradient"
         elif not self.unet.is_gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.plan = plan.replace(checkpointing=True)
-            note = "memory ran out: gradient checkpointing from now on, a third more work"
+            note += "gradient checkpointing from now on, a third more work"
         elif plan.optimizer == "fused" and can_offload(device, self.optimizer.weights):
-            groups, before = self.parts.groups, self.optimizer
-            self.optimizer = CPUOffloadedAdamW(groups, self.rounded, after=before)
+            self.optimizer = CPUOffloadedAdamW(self.parts.groups, self.rounded, after=self.optimizer)
             self.plan = plan.replace(optimizer="cpu")
-            note = "memory ran out: the optimizer moves to main memory"
+            note += "the optimizer moves to main memory"
         else:
             return ""
         free_memory(device)
