@@ -36,7 +36,6 @@ class GraphCapture(Protocol):
         Raises:
             RuntimeError: it cannot be captured.
         """
-        ...
 
 
 class CudaGraphCapture:
