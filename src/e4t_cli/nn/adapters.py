@@ -102,12 +102,9 @@ class LoraAdapters(nn.Module):
         cls, layers: Mapping[str, nn.Linear], rank: int, *, scaled: Collection[str] = (), source: torch.Generator
     ) -> Self:
         """Return fresh adapters of path -> layer; the paths in `scaled` get row and column scales."""
-        return cls(
-            {
-                path: LoraLayer(layer.out_features, layer.in_features, rank, scales=path in scaled, source=source)
-                for path, layer in sorted(layers.items())
-            }
-        )
+        shapes = {path: (layer.out_features, layer.in_features) for path, layer in sorted(layers.items())}
+        made = {path: LoraLayer(*shapes[path], rank, scales=path in scaled, source=source) for path in shapes}
+        return cls(made)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:

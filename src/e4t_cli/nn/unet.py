@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 
 # Options of diffusers for inputs that Stable Diffusion's U-Net does not have.
-OTHER_INPUTS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type",
-                "time_cond_proj_dim")  # fmt: skip
+OTHER_INPUTS = (
+    *("class_embed_type", "num_class_embeds", "addition_embed_type"),
+    *("encoder_hid_dim_type", "time_cond_proj_dim"),
+)
 
 
 class _Block(Protocol):
