@@ -1,11 +1,7 @@
-"""Writes files and folders atomically: the old content, the complete new content, or nothing.
-
-Every file that this program leaves behind is written through here.
-"""
+"""Writes files and folders atomically: every file that this program leaves is old, complete, or absent."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import secrets
@@ -39,7 +35,7 @@ def write_atomically(
     if not overwrite and path.exists():
         raise FileExistsError(f"{path} exists")
     # Not tempfile: its files are private, and the result should be as readable as any other.
-    temporary = path.parent / f".{path.name[:48]}.{secrets.token_hex(8)}~"
+    temporary = _temporary_path(path)
     handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _BINARY, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -54,8 +50,7 @@ def write_atomically(
         else:
             rename_to_free_name(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -76,11 +71,7 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
 
 
 def rename_to_free_name(temporary: Path, path: Path) -> None:
-    """Rename a complete file, but never over another one.
-
-    Raises:
-        FileExistsError: the name is taken; that file stays as it is.
-    """
+    """Rename a complete file; raises FileExistsError if the name is taken, whose file stays as it is."""
     try:
         # A hard link, unlike a rename, fails when the name is taken, even by another process.
         os.link(temporary, path)
@@ -88,10 +79,14 @@ def rename_to_free_name(temporary: Path, path: Path) -> None:
         raise FileExistsError(f"{path} exists") from None
     except OSError:
         # A file system without hard links: reserve the name, then fill it.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        path.touch(exist_ok=False)
         os.replace(temporary, path)
     else:
         os.unlink(temporary)
+
+
+def _temporary_path(path: Path) -> Path:
+    return path.parent / f".{path.name[:48]}.{secrets.token_hex(8)}~"
 
 
 def _sync_folder(folder: Path) -> None:
@@ -123,22 +118,17 @@ def staging_directory(path: Path, needed: int) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    free = free_bytes(path.parent)
+    free, disk = free_bytes(path.parent), printable(str(path.parent))
     if needed + SPARE_BYTES > free:
-        raise ResourceError(
-            f"the model needs {shown_size(needed)}, and {shown_size(free)} are free on the disk of "
-            f"{printable(str(path.parent))}",
-            hint="make room, or choose a place on another disk",
-        )
-    staging = path.parent / f".{path.name[:48]}.{secrets.token_hex(8)}~"
+        message = f"the model needs {shown_size(needed)}, and {shown_size(free)} are free on the disk of {disk}"
+        raise ResourceError(message, hint="make room, or choose a place on another disk")
+    staging = _temporary_path(path)
     try:
         staging.mkdir(parents=True)
         yield staging
     except (OSError, SafetensorError) as error:
-        raise ResourceError(
-            f"{printable(str(path))} could not be written: {printable(str(error))}",
-            hint="choose a place on another disk",
-        ) from error
+        message = f"{printable(str(path))} could not be written: {printable(str(error))}"
+        raise ResourceError(message, hint="choose a place on another disk") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -1,10 +1,12 @@
-"""Progress events, and the request to stop after the current step. Nothing here prints."""
+"""Progress events, the libraries' own progress bars, and the request to stop after the current step."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,12 +15,9 @@ class Progress:
 
     Args:
         stage: "load", "prepare", "tune", "generate", "encode", "pretrain" …
-        done: units finished, 0 … total.
-        total: units in this stage; 0 when unknown.
+        done, total: units finished, 0 … total, and units in this stage, 0 when unknown.
         values: to be shown (loss, seconds, …).
-        note: a warning for the user, "" for none.
-        remark: information for the user, "" for none.
-        detail: information for `-v`, "" for none.
+        note, remark, detail: a warning, information, and information for `-v`; "" for none.
         unit: what is counted, where it is not steps: "bytes".
     """
 
@@ -35,11 +34,44 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
-class StopRequest:
-    """A request to work that can save a checkpoint before it ends.
+class _QuietLibraries:
+    """Disables the progress bars of transformers and diffusers while any thread is inside.
 
-    The command line makes it at the first SIGINT or SIGTERM. Outside `listening` (while a model is
-    loaded, say) waiting would save nothing, and the caller interrupts the work at once.
+    Their switch belongs to the process, so threads are counted: the first one disables, the last one restores.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._disabled: list[Any] = []
+
+    def __enter__(self) -> None:
+        import diffusers.utils.logging as diffusers_logging
+        import transformers.utils.logging as transformers_logging
+
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                both = (transformers_logging, diffusers_logging)
+                self._disabled = [one for one in both if one.is_progress_bar_enabled()]
+                for library in self._disabled:
+                    library.disable_progress_bar()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for library in self._disabled:
+                    library.enable_progress_bar()
+
+
+quiet_libraries = _QuietLibraries()
+
+
+class StopRequest:
+    """A request to end work that can save a checkpoint first, made at the first SIGINT or SIGTERM.
+
+    Outside `listening` (while a model is loaded, say) waiting would save nothing: the caller interrupts the work.
     """
 
     def __init__(self) -> None:
@@ -56,10 +88,6 @@ class StopRequest:
             self._listening = False
 
     def ask(self) -> bool:
-        """Request the end of the work; safe in a signal handler.
-
-        Returns:
-            Whether the work checks the request. If not, interrupt it.
-        """
+        """Request the end of the work, safe in a signal handler; returns False if nothing checks the request."""
         self.asked = self.asked or self._listening
         return self._listening

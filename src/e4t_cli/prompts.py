@@ -1,9 +1,9 @@
 """Parses prompts: finds the placeholder, and makes training prompts and file names.
 
-A regular expression finds S*, never the tokenizer: a tokenizer lower-cases, splits "S*" in two and,
-once it is in its vocabulary, also finds it inside words. The rule, after NFKC normalisation (full-width letters become
-plain ones): "S*" in either case, or in angle brackets, that touches neither a letter, a digit or "_" nor a further
-"*". So `S*`, `s*`, `S*'s`, `"S*,"`, `S*-style`, `<S*>` are the placeholder; `S *`, `S**`, `aS*`, `S*x` are not.
+A regular expression finds S*, never the tokenizer: a tokenizer lower-cases, splits "S*" in two and, once it is in its
+vocabulary, also finds it inside words. The rule, after NFKC normalization (full-width letters become plain ones):
+"S*" in either case, or in angle brackets, that touches neither a letter, a digit or "_" nor a further "*". So `S*`,
+`s*`, `S*'s`, `"S*,"`, `S*-style`, `<S*>` are the placeholder; `S *`, `S**`, `aS*`, `S*x` are not.
 """
 
 from __future__ import annotations
@@ -17,50 +17,26 @@ from e4t_cli.errors import UsageError, printable
 from e4t_cli.registry.domain import Domain
 
 PLACEHOLDER = "S*"
-MAX_PROMPT_LENGTH = 10_000
-"""Characters; far beyond what a text encoder reads (77 tokens), far below what hurts."""
+MAX_PROMPT_LENGTH = 10_000  # characters; far beyond what a text encoder reads (77 tokens), far below what hurts
 
 # Paper silent: the prompt templates of training. After the example of Textual Inversion's list; {} is the concept.
 SUBJECT_TEMPLATES = (
-    "{}",
-    "a photo of {}",
-    "one photo of {}",
-    "a picture of {}",
-    "an image of {}",
-    "a snapshot of {}",
-    "a sharp photo of {}",
-    "a blurry photo of {}",
-    "a bright photo of {}",
-    "a dark photo of {}",
-    "a close-up of {}",
-    "a small picture of {}",
-    "a cropped picture of {}",
-    "a good view of {}",
-    "a view of {}",
-    "a good picture of {}",
-    "a nice picture of {}",
-    "here is {}",
-    "this is {}",
-    "a depiction of {}",
-    "a rendering of {}",
+    "{}", "a photo of {}", "one photo of {}", "a picture of {}", "an image of {}", "a snapshot of {}",
+    "a sharp photo of {}", "a blurry photo of {}", "a bright photo of {}", "a dark photo of {}", "a close-up of {}",
+    "a small picture of {}", "a cropped picture of {}", "a good view of {}", "a view of {}", "a good picture of {}",
+    "a nice picture of {}", "here is {}", "this is {}", "a depiction of {}", "a rendering of {}",
     "a well-lit picture of {}",
-)
+)  # fmt: skip
 """For concepts that are subjects: people, animals, objects."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt cut at its placeholders.
+    """A prompt cut at its placeholders."""
 
-    Args:
-        text: the normalised prompt on one line.
-        segments: the text between placeholders in order; None stands for a placeholder.
-        placeholder: as the user spelled it.
-    """
-
-    text: str
-    segments: tuple[str | None, ...]
-    placeholder: str = PLACEHOLDER
+    text: str  # the normalized prompt on one line
+    segments: tuple[str | None, ...]  # the text between placeholders in order; None stands for a placeholder
+    placeholder: str = PLACEHOLDER  # as the user spelled it
 
     @property
     def placeholders(self) -> int:
@@ -81,17 +57,15 @@ def _rule(placeholder: str) -> re.Pattern[str]:
 
 
 def check_placeholder(placeholder: str) -> str:
-    """Return the normalised placeholder.
+    """Return the normalized placeholder.
 
     Raises:
         UsageError: it is empty, longer than 32 characters, or contains spaces or controls.
     """
     shown = unicodedata.normalize("NFKC", placeholder)
     if not 1 <= len(shown) <= 32 or any(c.isspace() or not c.isprintable() for c in shown):
-        raise UsageError(
-            f"the placeholder {printable(placeholder)!r} must be one word of at most 32 characters",
-            hint='for example: --placeholder "<me>"',
-        )
+        message = f"the placeholder {printable(placeholder)!r} must be one word of at most 32 characters"
+        raise UsageError(message, hint='for example: --placeholder "<me>"')
     return shown
 
 
@@ -107,25 +81,18 @@ def parse_prompt(text: str, placeholder: str = PLACEHOLDER, *, require_placehold
     if not plain:
         raise UsageError("the prompt is empty", hint=f'for example: "{placeholder} on the beach"')
     if len(plain) > MAX_PROMPT_LENGTH:
-        raise UsageError(
-            f"the prompt has {len(plain):,} characters; {MAX_PROMPT_LENGTH:,} is the limit, "
-            "and a text encoder reads about 300"
-        )
+        limits = f"{MAX_PROMPT_LENGTH:,} is the limit, and a text encoder reads about 300"
+        raise UsageError(f"the prompt has {len(plain):,} characters; {limits}")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in plain):
         raise UsageError(f"the prompt {printable(plain, limit=60)!r} contains control characters")
-    parts = _rule(placeholder).split(plain)
-    segments: list[str | None] = []
-    for index, part in enumerate(parts):
-        if index:
-            segments.append(None)
-        if part:
-            segments.append(part)
+    # None between the parts, and no empty parts.
+    separated = [piece for part in _rule(placeholder).split(plain) for piece in (None, part)][1:]
+    segments = tuple(piece for piece in separated if piece != "")
     if require_placeholder and None not in segments:
-        raise UsageError(
-            f"the prompt {printable(plain, limit=60)!r} does not name the concept, {placeholder}",
-            hint=f'for example: "{placeholder} as an astronaut" (in quotes: shells expand *)',
-        )
-    return Prompt(plain, tuple(segments), placeholder)
+        hint = f'for example: "{placeholder} as an astronaut" (in quotes: shells expand *)'
+        message = f"the prompt {printable(plain, limit=60)!r} does not name the concept, {placeholder}"
+        raise UsageError(message, hint=hint)
+    return Prompt(plain, segments, placeholder)
 
 
 def training_templates(domain: Domain) -> tuple[str, ...]:

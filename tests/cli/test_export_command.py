@@ -155,7 +155,7 @@ def test_it_appears_whole_or_not_at_all(run, world, saved, tmp_path, monkeypatch
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(stable_diffusion, "_normalise", fails)
+    monkeypatch.setattr(stable_diffusion, "_normalize", fails)
     ended = run("export", str(saved), "models/me", "--base", str(world.base))
     assert ended.code == code
     assert list((tmp_path / "models").iterdir()) == []

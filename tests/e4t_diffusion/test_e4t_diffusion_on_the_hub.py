@@ -19,8 +19,8 @@ from e4t_cli.hub.bases import (
     e4t_diffusion_repository,
     read_base,
 )
-from e4t_cli.hub.download import forget_repository
 from e4t_cli.hub.paths import HubAccess, user_cache
+from e4t_cli.hub.repo_info import forget_repository
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.discovery import find_domain, user_domains_folder

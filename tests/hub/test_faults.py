@@ -369,7 +369,7 @@ def test_D17_a_branch_stays_where_it_was_found(hub, repository, tmp_path):
     assert hub.add("owner/tiny", newer) != repository
     assert fetch_files("owner/tiny", None, ALL) == first == fetch_files("owner/tiny", "main", ALL)
 
-    from e4t_cli.hub.download import forget_repository
+    from e4t_cli.hub.repo_info import forget_repository
 
     forget_repository("owner/tiny")
     assert fetch_files("owner/tiny", None, ALL) != first

@@ -12,14 +12,15 @@ from e4t_cli.hub import image_tower as towers
 from e4t_cli.hub import resolve as provision
 from e4t_cli.hub.bases import (
     PUBLISHED,
-    PublishedBase,
+    HubLocation,
     domain_weights_location,
     find_base,
     hub_location,
     hub_weights_folder,
 )
-from e4t_cli.hub.download import fetch_files, get_repo_info
+from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.paths import HubAccess, hub_cache, user_cache
+from e4t_cli.hub.repo_info import get_repo_info
 from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, look_up_base
 from tests.hub.fake_hub import Fault
 from tests.hub.repositories import publish_stable_diffusion, write_files
@@ -112,9 +113,9 @@ def test_what_does_not_mean_the_hub(hub, name):
 
 
 def test_a_published_base_is_asked_about_once(hub, made, monkeypatch):
-    row = PublishedBase(
+    row = HubLocation(
         name="sd14", repository="CompVis/sd", revision="a" * 40, licence="creativeml-openrail-m",
-        resolution=32, summary="",
+        resolution=32,
     )  # fmt: skip
     monkeypatch.setitem(PUBLISHED, "sd14", row)
     hub.add(row.repository, made, commit=row.revision, licence="creativeml-openrail-m")

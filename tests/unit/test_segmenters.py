@@ -1,6 +1,7 @@
 """Masks by words, with a CLIPSeg of the real classes and a few thousand random numbers."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -146,3 +147,29 @@ def test_errors_of_another_kind_are_not_swallowed(monkeypatch):
     monkeypatch.setattr(segmenters, "fetch_files", fetch_files)
     with pytest.raises(InputError):
         segmenters.snapshot_downloader(HubAccess())("a/b")
+
+
+def test_loads_in_two_threads_share_the_switch_of_the_progress_bars(tmp_path):
+    from transformers.utils import logging
+
+    shown, first_loads, first_may_end = [], threading.Event(), threading.Event()
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(folder, **_):
+            if folder.name == "first":
+                first_loads.set()
+                assert first_may_end.wait(30)
+            else:
+                first_may_end.set()
+                first.join(30)  # it began before this one, and ends before it
+                shown.append(logging.is_progress_bar_enabled())
+            return torch.nn.Identity(), {"missing_keys": [], "mismatched_keys": []}
+
+    assert logging.is_progress_bar_enabled()
+    first = threading.Thread(target=segmenters.load_segmenter, args=(Loader, tmp_path / "first", "first"))
+    first.start()
+    assert first_loads.wait(30)
+    segmenters.load_segmenter(Loader, tmp_path / "second", "second")
+    assert shown == [False]
+    assert logging.is_progress_bar_enabled()

@@ -35,8 +35,9 @@ from e4t_cli.hub.bases import (
     hub_location,
     read_base,
 )
-from e4t_cli.hub.download import cached_commit, cached_repo_info, fetch_files, get_repo_info
+from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.paths import HubAccess, Terms, accept
+from e4t_cli.hub.repo_info import cached_commit, cached_repo_info, get_repo_info
 from e4t_cli.images.loading import ImageInput, center_square, open_image
 from e4t_cli.progress import Progress
 from e4t_cli.prompts import training_templates

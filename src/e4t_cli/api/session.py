@@ -7,12 +7,11 @@ imported in `Session.running`.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from e4t_cli.api.options import ImageCallback, RunOptions
 from e4t_cli.devices import DTYPES, budget_of, choose_device, choose_dtype, limited_memory, memory_ran_out, read_ahead
@@ -21,7 +20,7 @@ from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
-from e4t_cli.progress import Progress, ProgressCallback
+from e4t_cli.progress import Progress, ProgressCallback, quiet_libraries
 from e4t_cli.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -31,40 +30,6 @@ if TYPE_CHECKING:
     from e4t_cli.models.loading import SafetyChecker
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.sampling import SamplingConfig
-
-
-class _QuietLibraries:
-    """Disables the progress bars of transformers and diffusers while any run is inside.
-
-    Their switch belongs to the process, so concurrent runs are counted: the first one disables, the last one restores.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._disabled: list[Any] = []
-
-    def __enter__(self) -> None:
-        import diffusers.utils.logging as diffusers_logging
-        import transformers.utils.logging as transformers_logging
-
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                both = (transformers_logging, diffusers_logging)
-                self._disabled = [one for one in both if one.is_progress_bar_enabled()]
-                for library in self._disabled:
-                    library.disable_progress_bar()
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                for library in self._disabled:
-                    library.enable_progress_bar()
-
-
-quiet_libraries = _QuietLibraries()
 
 
 @contextlib.contextmanager

@@ -81,9 +81,9 @@ def doctor(json: Json = False) -> None:
     console = terminal.start(json=json)
     from e4t_cli.files import free_bytes
     from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
-    from e4t_cli.hub.download import has_token
     from e4t_cli.hub.image_tower import has_tower
     from e4t_cli.hub.paths import endpoint, hub_cache, is_offline, user_cache
+    from e4t_cli.hub.repo_info import has_token
     from e4t_cli.hub.resolve import is_cached, likely_accelerator
 
     names = [*EMBEDDED, *PUBLISHED]

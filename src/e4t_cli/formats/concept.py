@@ -32,15 +32,12 @@ from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage, check_name
 
 SCHEMA = 1
-
+# Entries of the header; their values are text, but for the seed.
 _REQUIRED = (
-    "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed",
-    "image_sha256", "placeholder",
+    "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed", "image_sha256", "placeholder",
 )  # fmt: skip
 _OPTIONAL = ("package", "photo")
-"""Entries of the header; their values are text, but for the seed."""
-_FIELDS = {"pack_digest": "weights_digest"}
-"""Entry of the header -> field of `Concept`, where the names differ."""
+_FIELDS = {"pack_digest": "weights_digest"}  # entry -> field of `Concept`, where the names differ
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,13 +45,11 @@ class Concept:
     """The result of personalization, which can be saved, and generated from again.
 
     Args:
-        domain, descriptor: whose encoder encoded the image.
+        domain, descriptor, weights_digest: whose encoder encoded the image.
         base_name, base_fingerprint: the base it was tuned on.
-        weights_digest: of the domain weights.
         prepared: the square image and its mask.
         image_features: by the domain's encoder (vectors, width), float32.
-        config: of the tuning.
-        seed: of the tuning.
+        config, seed: of the tuning.
         image_sha256: of the user's file, "" if there was none.
         placeholder: the concept's token in prompts.
         photo: what preparation found in the photo and changed, such as "1 face, turned 4°".
@@ -78,23 +73,16 @@ class Concept:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self, model: TextToImageModel, pretrained: DomainWeights) -> None:
-        """Refuse another base or other domain weights than the concept was made with.
-
-        Raises:
-            IntegrityError: either is another one.
-        """
+        """Raise IntegrityError for another base or other domain weights than the concept was made with."""
         if model.fingerprint != self.base_fingerprint:
-            raise IntegrityError(
-                f"this concept lives on the base {self.base_name} ({self.base_fingerprint[:12]}), "
-                f"not on this {model.base.name} ({model.fingerprint[:12]})",
-                hint="personalize the picture again on this base",
-            )
+            wanted = f"{self.base_name} ({self.base_fingerprint[:12]})"
+            here = f"{model.base.name} ({model.fingerprint[:12]})"
+            message = f"this concept lives on the base {wanted}, not on this {here}"
+            raise IntegrityError(message, hint="personalize the picture again on this base")
         if pretrained.digest != self.weights_digest:
-            raise IntegrityError(
-                f"this concept was made with another version of the {self.domain} pack "
-                f"({self.weights_digest[:12] or 'unsaved'}, here: {pretrained.digest[:12]})",
-                hint="personalize the picture again",
-            )
+            digests = f"({self.weights_digest[:12] or 'unsaved'}, here: {pretrained.digest[:12]})"
+            message = f"this concept was made with another version of the {self.domain} pack {digests}"
+            raise IntegrityError(message, hint="personalize the picture again")
 
     @staticmethod
     def weights_of(tuned: TunedModel) -> dict[str, Tensor]:
@@ -123,9 +111,8 @@ class Concept:
         try:
             if adapters:
                 unet, encoder = merge_lora(
-                    model.unet, pretrained.offsets, pretrained.encoder, adapters,
-                    dtype=model.tuned_dtype,
-                )  # fmt: skip
+                    model.unet, pretrained.offsets, pretrained.encoder, adapters, dtype=model.tuned_dtype
+                )
             else:
                 # torch's `to`: diffusers' logs a warning about casts that are intended.
                 unet = copy.deepcopy(model.unet)
@@ -138,12 +125,11 @@ class Concept:
         encoder.to(model.device).requires_grad_(False)
         token = model.descriptor_id(self.descriptor)
         encoded_image = self.weights.get("folded")
-        with torch.no_grad():
-            if encoded_image is None:  # of adapters, or of a file from before `for_inference`
+        if encoded_image is None:  # of adapters, or of a file from before `for_inference`
+            with torch.no_grad():
                 encoded_image = encoder.encode_image(self.image_features[None].to(model.device))
-            encoded_image = encoded_image.to(model.device)
         return TunedModel(
-            unet=unet, encoder=encoder.for_inference(), encoded_image=encoded_image,
+            unet=unet, encoder=encoder.for_inference(), encoded_image=encoded_image.to(model.device),
             e_domain=model.word_embedding(token), descriptor_id=token,
             scale=pretrained.embedding_scale, adapters=adapters,
         )  # fmt: skip
@@ -151,21 +137,14 @@ class Concept:
     def _part(self, part: str) -> dict[str, Tensor]:
         """Return one part's tensors from the stored weights."""
         prefix = f"{part}."
-        names = [key for key in self.weights if key.startswith(prefix)]
-        return {key.removeprefix(prefix): self.weights[key] for key in names}
+        return {key.removeprefix(prefix): value for key, value in self.weights.items() if key.startswith(prefix)}
 
     def save(self, path: str | Path, *, overwrite: bool = True) -> None:
-        """Write the concept to one file.
-
-        Raises:
-            FileExistsError: it exists and may not be overwritten.
-        """
+        """Write the concept to one file; raises FileExistsError if it exists and may not be overwritten."""
         features = self.image_features.float().cpu()
-        half = features.half()
-        tensors = {
-            "image": torch.from_numpy(numpy.array(self.prepared.image)),
-            "image_features": half if torch.equal(half.float(), features) else features,
-        }
+        if torch.equal(features.half().float(), features):
+            features = features.half()
+        tensors = {"image": torch.from_numpy(numpy.array(self.prepared.image)), "image_features": features}
         if self.prepared.mask is not None:
             tensors["mask"] = torch.from_numpy(numpy.array(self.prepared.mask))
         tensors |= {f"weights.{key}": value for key, value in self.weights.items()}
@@ -180,12 +159,7 @@ class Concept:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a concept.
-
-        Raises:
-            UsageError: there is no such file.
-            IntegrityError: it is not a concept, or damaged.
-        """
+        """Read a concept; raises UsageError if there is no such file, IntegrityError if it is not a usable concept."""
         path = Path(path)
         if not path.is_file():
             raise UsageError(f"there is no concept {printable(str(path))}", hint="make one: e4t personalize … --save")
@@ -211,18 +185,11 @@ class Concept:
         for key, values in tensors.items():
             if values.is_floating_point() and not values.isfinite().all():
                 raise ValueError(f"{key} has numbers that are not finite")
-        mask = tensors.pop("mask", None)
-        prepared = PreparedImage(
-            image=Image.fromarray(tensors.pop("image").numpy()),
-            mask=None if mask is None else Image.fromarray(mask.numpy()),
-        )
+        mask = Image.fromarray(tensors.pop("mask").numpy()) if "mask" in tensors else None
+        prepared = PreparedImage(image=Image.fromarray(tensors.pop("image").numpy()), mask=mask)
         features = tensors.pop("image_features").float()
         if features.dim() != 2 or any(not key.startswith("weights.") for key in tensors):
             raise ValueError("it holds other tensors than a concept")
-        return cls(
-            prepared=prepared,
-            image_features=features,
-            config=config,
-            weights={key.removeprefix("weights."): value for key, value in tensors.items()},
-            **{_FIELDS.get(key, key): value for key, value in header.items()},
-        )
+        weights = {key.removeprefix("weights."): value for key, value in tensors.items()}
+        fields = {_FIELDS.get(key, key): value for key, value in header.items()}
+        return cls(prepared=prepared, image_features=features, config=config, weights=weights, **fields)

@@ -4,7 +4,7 @@
 
 W is a weight of the tuned U-Net, offsets merged. ΔW of eq. 3 multiplies W₀ element by element and tuning moves every
 weight, so W - W₀ has full rank: a file of rank r holds its truncated singular value decomposition, and loses the rest.
-Biases and normalisations stay the base's. The diffusers folder and the single file lose nothing.
+Biases and normalization layers stay the base's. The diffusers folder and the single file lose nothing.
 
 Every layer has the same rank, padded with zeros where it has fewer directions, and alpha = rank: diffusers 0.42 scales
 some layers of files with several ranks wrongly.
@@ -12,8 +12,8 @@ some layers of files with several ranks wrongly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +27,15 @@ from e4t_cli.nn.randomness import generator
 from e4t_cli.progress import Progress, ProgressCallback
 
 MAX_RANK = 1024
-OVERSAMPLING, POWER_ITERATIONS = 16, 4
-"""Of the randomized singular value decomposition (Halko et al., 2011)."""
+OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the randomized singular value decomposition (Halko et al., 2011)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Lora:
-    """The change of a U-Net at low rank.
+class Lora(NamedTuple):
+    """The change of a U-Net at low rank."""
 
-    Args:
-        weights: by kohya-ss's names.
-        rank: of every layer; less than requested where no layer has so many directions.
-        retained_energy: share of the squared Frobenius norm of all W - W₀, 0 to 1.
-    """
-
-    weights: dict[str, Tensor]
-    rank: int
-    retained_energy: float
+    weights: dict[str, Tensor]  # by kohya-ss's names
+    rank: int  # of every layer; less than requested where no layer has so many directions
+    retained_energy: float  # share of the squared Frobenius norm of all W - W₀, 0 to 1
 
 
 def check_rank(rank: int) -> None:
@@ -62,20 +54,14 @@ def write_lora(
     dtype: torch.dtype = torch.float16,
     on_progress: ProgressCallback | None = None,
 ) -> float:
-    """Write the change as one file and the concept's embedding beside it: both, or none.
+    """Write the change as one file and the concept's embedding beside it: both, or none; returns the retained energy.
 
     Args:
         model: the base that `tuned` was made from, its U-Net unchanged.
         rank: r; a layer that has fewer directions keeps them all.
         on_progress: called after each layer: Stable Diffusion has 280, and takes a minute on a CPU.
 
-    The other arguments are those of `write_with_embedding`, and so are the errors.
-
-    Returns:
-        The retained energy (see `Lora`).
-
-    Raises:
-        UsageError: the rank is out of range.
+    The other arguments and errors are those of `write_with_embedding` and `check_rank`.
     """
     check_rank(rank)
     found = lora_of(model.unet, tuned.unet, rank, on_progress)
@@ -93,11 +79,7 @@ def write_lora(
 
 @torch.no_grad()
 def lora_of(base: nn.Module, tuned: nn.Module, rank: int, on_progress: ProgressCallback | None = None) -> Lora:
-    """Return the best approximation of `tuned` - `base` in `rank` directions a layer.
-
-    Args:
-        base, tuned: of the same layers; neither has offsets attached.
-    """
+    """Return the best approximation of `tuned` - `base`, both without offsets, in `rank` directions a layer."""
     weights, total, lost = {}, 0.0, 0.0
     layers, before = _matrices(tuned), _matrices(base)
     rank = min(rank, max(min(weight.flatten(1).shape) for weight in layers.values()))

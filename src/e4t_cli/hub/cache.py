@@ -1,11 +1,11 @@
 """Lists, verifies, prunes and removes cached files.
 
-The hub's cache is shared by all programs: only repositories that e4t fetched, or has a name for,
-are touched. Everything in e4t's own cache can be made again.
+The hub's cache is shared by all programs: only repositories that e4t fetched, or has a name for, are touched.
+Everything in e4t's own cache can be made again.
 
-Not `huggingface_hub.scan_cache_dir` (2.4.0): one dead link hides its repository, which then could
-not be removed; it reads all repositories (0.3 s for 300 of other programs), and its deletions log
-errors instead of raising them. Not `HfApi.verify_repo_checksums`: it needs the network.
+Not `huggingface_hub.scan_cache_dir` (2.4.0): one dead link hides its repository, which then could not be removed; it
+reads all repositories (0.3 s for 300 of other programs), and its deletions log errors instead of raising them. Not
+`HfApi.verify_repo_checksums`: it needs the network.
 """
 
 from __future__ import annotations
@@ -13,36 +13,25 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from e4t_cli.errors import UsageError, WeightsUnavailable, printable
+from e4t_cli.hub import repo_info
 from e4t_cli.hub.bases import PROGRAM, PUBLISHED, hub_location, list_converted_weights
-from e4t_cli.hub.download import (
-    ProgressMeter,
-    cached_repo_infos,
-    checksum,
-    checksum_in_name,
-    forget_deleted,
-    forget_repository,
-)
+from e4t_cli.hub.download import ProgressMeter
 from e4t_cli.hub.image_tower import VIT_H_14, has_tower, tower_folder
-from e4t_cli.hub.paths import hub_cache, repository_folder, repository_of, snapshot_folder, user_cache
+from e4t_cli.hub.paths import repository_folder, repository_of, snapshot_folder, user_cache
 from e4t_cli.progress import ProgressCallback
-
-_MAX_WRITE_SECONDS = 3600.0  # a partial file younger than this may belong to a running process
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheItem:
-    """Something in a cache.
+    """Something in a cache: a file or a folder, named as on the command line.
 
     Args:
-        name: as on the command line.
-        kind: "repository", "image tower", "converted weights", "encoded images",
-            "partial download", "published tower", "published checkpoint".
-        path: a file or a folder.
+        kind: "repository", "image tower", "converted weights", "encoded images", "partial download", "published
+            tower", "published checkpoint".
         size: in bytes, on the disk.
         revision: the commit, of a repository or of converted weights.
     """
@@ -58,12 +47,6 @@ class CacheItem:
         return {**asdict(self), "path": str(self.path)}
 
 
-def _item(name: str, kind: str, path: Path, revision: str = "") -> CacheItem:
-    files = path.rglob("*") if path.is_dir() else (path,)
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    return CacheItem(name=name, kind=kind, path=path, size=size, revision=revision)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ChecksumMismatch:
     """A file that is not what it was fetched as."""
@@ -74,43 +57,41 @@ class ChecksumMismatch:
     got: str
 
 
+def _item(name: str, kind: str, path: Path, revision: str = "") -> CacheItem:
+    files = path.rglob("*") if path.is_dir() else (path,)
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return CacheItem(name=name, kind=kind, path=path, size=size, revision=revision)
+
+
 def list_cache() -> list[CacheItem]:
     """Return what e4t has in the hub's cache and in its own."""
     names = {(row.repository, row.revision): row.name for row in PUBLISHED.values()}
-    found = []
-    for repository, commit in _snapshots():
-        name = names.get((repository, commit), repository)
-        found.append(_item(name, "repository", snapshot_folder(repository, commit), commit))
+    found = [
+        _item(names.get((repository, commit), repository), "repository", snapshot_folder(repository, commit), commit)
+        for repository, commit in _snapshots()
+    ]
     if has_tower():
         found.append(_item(VIT_H_14.name, "image tower", tower_folder()))
     for weights in list_converted_weights():
-        name = f"{PROGRAM}:{weights.repository}"
-        found.append(_item(name, "converted weights", weights.folder, weights.commit))
-    for folder in sorted((user_cache() / "pretraining").glob("*/")):
-        found.append(_item(f"pretraining/{folder.name}", "encoded images", folder))
-    return found
+        found.append(_item(f"{PROGRAM}:{weights.repository}", "converted weights", weights.folder, weights.commit))
+    folders = sorted((user_cache() / "pretraining").glob("*/"))
+    return found + [_item(f"pretraining/{folder.name}", "encoded images", folder) for folder in folders]
 
 
 def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[ChecksumMismatch]]:
-    """Read every fetched file again and compare it with its checksum.
-
-    Returns:
-        How many files were compared, and those that differ.
-    """
-    declared = {(info.repository, info.commit): info.digests for info in cached_repo_infos()}
+    """Read every fetched file again; returns how many were compared with a checksum, and those that differ."""
+    declared = {(info.repository, info.commit): info.digests for info in repo_info.cached_repo_infos()}
     files = []
     for repository, commit in _snapshots():
         folder = snapshot_folder(repository, commit)
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            digest = declared.get((repository, commit), {}).get(name)
-            if expected := digest or checksum_in_name(path):
+            if expected := declared.get((repository, commit), {}).get(name) or repo_info.checksum_in_name(path):
                 files.append((repository, name, path, expected))
-    total = sum(path.stat().st_size for _, _, path, _ in files)
-    meter = ProgressMeter(total, on_progress, "verify")
+    meter = ProgressMeter(sum(path.stat().st_size for _, _, path, _ in files), on_progress, "verify")
     damaged = []
     for repository, name, path, expected in files:
-        got = checksum(path, expected, meter.add)
+        got = repo_info.checksum(path, expected, meter.add)
         if got != expected:
             damaged.append(ChecksumMismatch(repository=repository, file=name, expected=expected, got=got))
     meter.finish(if_reported=True)
@@ -120,36 +101,31 @@ def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[Check
 def _repositories() -> list[tuple[str, str]]:
     """Return repositories and commits that e4t fetched or has a name for."""
     known = [(row.repository, row.revision) for row in PUBLISHED.values()]
-    known += [(VIT_H_14.repository, VIT_H_14.revision)]
-    known += [(info.repository, info.commit) for info in cached_repo_infos()]
-    return list(dict.fromkeys(known))
+    fetched = [(info.repository, info.commit) for info in repo_info.cached_repo_infos()]
+    return list(dict.fromkeys([*known, (VIT_H_14.repository, VIT_H_14.revision), *fetched]))
 
 
-def _snapshots() -> Iterator[tuple[str, str]]:
-    for repository, commit in _repositories():
-        if hub_cache().is_dir() and snapshot_folder(repository, commit).is_dir():
-            yield repository, commit
+def _snapshots() -> list[tuple[str, str]]:
+    return [one for one in _repositories() if snapshot_folder(*one).is_dir()]
 
 
 def prunable() -> list[CacheItem]:
     """Return what can go without a loss: partial downloads, and sources of converted files."""
-    partial = [
-        (repository, path)
-        for repository in dict.fromkeys(repository for repository, _ in _repositories())
-        for path in repository_folder(repository).glob("blobs/*.incomplete")
-    ]
+    partial: list[tuple[str, Path]] = []
+    for repository in dict.fromkeys(repository for repository, _ in _repositories()):
+        partial += [(repository, path) for path in repository_folder(repository).glob("blobs/*.incomplete")]
     partial += [("image tower", path) for path in (user_cache() / "towers").glob(".*~")]
     found = []
     for name, path in partial:
         with contextlib.suppress(OSError):  # it is complete, and renamed, by now
-            if time.time() - path.stat().st_mtime > _MAX_WRITE_SECONDS:
+            # A younger file may belong to a running process.
+            if time.time() - path.stat().st_mtime > 3600:
                 found.append(_item(name, "partial download", path))
     published = snapshot_folder(VIT_H_14.repository, VIT_H_14.revision) / VIT_H_14.file
     if has_tower() and published.is_file():
         found.append(_item(VIT_H_14.repository, "published tower", published))
     for weights in list_converted_weights():
-        for path in weights.source_files:
-            found.append(_item(weights.repository, "published checkpoint", path))
+        found += [_item(weights.repository, "published checkpoint", path) for path in weights.source_files]
     return found
 
 
@@ -161,22 +137,15 @@ def prune(chosen: list[CacheItem] | None = None) -> list[CacheItem]:
             if item.path.is_dir():
                 shutil.rmtree(item.path)
             else:
-                blob = item.path.resolve()
-                item.path.unlink(missing_ok=True)
-                blob.unlink(missing_ok=True)
+                repo_info.delete_file(item.path)
             removed.append(item)
-    forget_deleted()
+    repo_info.forget_deleted()
     return removed
 
 
 def find_items(name: str) -> list[CacheItem]:
-    """Return the items that a name on the command line means.
-
-    Raises:
-        UsageError: nothing of that name is cached.
-    """
-    location = hub_location(name)
-    repository = location.repository if location is not None else name
+    """Return the items that a name on the command line means; UsageError if nothing of that name is cached."""
+    repository = location.repository if (location := hub_location(name)) is not None else name
     folder = repository_folder(repository)
     found = [item for item in list_cache() if item.name in (name, repository) or folder in item.path.parents]
     if not found:
@@ -185,26 +154,22 @@ def find_items(name: str) -> list[CacheItem]:
 
 
 def remove(item: CacheItem) -> None:
-    """Delete a repository from the hub's cache, or something from e4t's own.
-
-    Raises:
-        WeightsUnavailable: the user has no right to.
-    """
-    folder = item.path.parent.parent  # of the repository, whose other commits stay
-    is_repository = item.kind == "repository"
-    if is_repository:
-        forget_repository(repository_of(folder))
-    only = is_repository and len(list(folder.glob("snapshots/*"))) == 1
-    path = folder if only else item.path
-    blobs = _blobs(item.path)
+    """Delete a repository from the hub's cache, or something from e4t's own; WeightsUnavailable without the right."""
+    path, blobs = item.path, set[Path]()
+    folder = path.parent.parent  # of the repository, whose other commits stay
+    if item.kind == "repository":
+        repo_info.forget_repository(repository_of(folder))
+        if len(list(folder.glob("snapshots/*"))) == 1:
+            path = folder
+        else:
+            blobs = _blobs(path)
     try:
         shutil.rmtree(path)
-        if is_repository and not only:
-            for blob in blobs - _blobs(folder / "snapshots"):
-                blob.unlink(missing_ok=True)
+        for blob in blobs - _blobs(folder / "snapshots"):
+            blob.unlink(missing_ok=True)
     except OSError as error:
         raise WeightsUnavailable(f"{printable(str(path))} cannot be removed: {error.strerror}") from error
-    forget_deleted()
+    repo_info.forget_deleted()
 
 
 def _blobs(folder: Path) -> set[Path]:

@@ -1,8 +1,7 @@
 """Maps errors of huggingface_hub, its HTTP library and the disk to E4TError.
 
-These libraries nest causes: a full disk arrives as an OSError, a captive portal as invalid JSON,
-a refused connection as a missing file. The whole chain is examined. Error messages never repeat
-request addresses or tokens.
+These libraries nest causes: a full disk arrives as an OSError, a captive portal as invalid JSON, a refused connection
+as a missing file. The whole chain is examined. Error messages never repeat request addresses or tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from dataclasses import dataclass
 from e4t_cli.errors import E4TError, IntegrityError, ResourceError, WeightsUnavailable, printable
 from e4t_cli.hub.paths import endpoint
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_READ_ONLY = {errno.EACCES, errno.EROFS, errno.EPERM}
 _BROKEN = ("ReadError", "WriteError", "XetDownloadError")
 AGAIN = "the same command goes on: files that are finished are kept"
 
@@ -30,23 +27,17 @@ class _Request:
 
 
 def as_e4t_error(error: BaseException, repository: str, revision: str = "", file: str = "") -> E4TError:
-    """Return the E4TError for an error of huggingface_hub, its HTTP library, or the disk.
-
-    Args:
-        error: what was raised.
-        repository, revision, file: what was being fetched.
-    """
+    """Return the E4TError for an error of huggingface_hub, its HTTP library, or the disk, raised while fetching."""
     chain = list(_causes(error))
     for one in chain:
         if isinstance(one, E4TError):
             return one
-    what = _Request(*(printable(text) for text in (repository, revision, file)))
+    what = _Request(printable(repository), printable(revision), printable(file))
     for test in (_disk_error, _response_error, _content_error, _connection_error):
         for one in chain:
             if found := test(one, what):
                 return found
-    kind = type(chain[-1]).__name__
-    return WeightsUnavailable(f"{repository} could not be fetched ({kind})", hint=AGAIN)
+    return WeightsUnavailable(f"{repository} could not be fetched ({type(chain[-1]).__name__})", hint=AGAIN)
 
 
 def is_refused_token(error: BaseException) -> bool:
@@ -58,8 +49,7 @@ def retry_after(error: BaseException) -> float | None:
     """Return the seconds to wait before the next attempt, as the hub asks for them."""
     for one in _causes(error):
         headers = getattr(getattr(one, "response", None), "headers", None) or {}
-        value = str(headers.get("Retry-After", ""))
-        if value.isdigit():
+        if (value := str(headers.get("Retry-After", ""))).isdigit():
             return float(value)
     return None
 
@@ -83,17 +73,13 @@ def is_transient(error: BaseException) -> bool:
 def _disk_error(one: BaseException, what: _Request) -> E4TError | None:
     if not isinstance(one, OSError):
         return None
-    if one.errno in _FULL:
-        return ResourceError(
-            f"the disk is full: {what.file or what.repository} could not be written",
-            hint=f"make room, or set HF_HOME to a larger disk; {AGAIN}",
-        )
-    if one.errno in _READ_ONLY:
-        return WeightsUnavailable(
-            f"{what.repository} is not on this machine, and the cache cannot be written to "
-            f"({printable(str(one.filename or one.strerror))})",
-            hint="set HF_HOME and E4T_CACHE_DIR to folders of yours",
-        )
+    if one.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        message = f"the disk is full: {what.file or what.repository} could not be written"
+        return ResourceError(message, hint=f"make room, or set HF_HOME to a larger disk; {AGAIN}")
+    if one.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        cause = printable(str(one.filename or one.strerror))
+        message = f"{what.repository} is not on this machine, and the cache cannot be written to ({cause})"
+        return WeightsUnavailable(message, hint="set HF_HOME and E4T_CACHE_DIR to folders of yours")
     return None
 
 
@@ -102,24 +88,18 @@ def _response_error(one: BaseException, what: _Request) -> E4TError | None:
     page = f"{endpoint()}/{repository}"
     wait = retry_after(one)
     when = f"wait {wait:.0f} seconds" if wait else "wait a few minutes"
+    terms = f"{repository} is only for those who have accepted its terms on the hub"
+    absent = f"there is no repository {repository} on the hub, or it is private"
+    busy = "the hub has had too many requests from here (429)"
     explained = {
-        "GatedRepoError": (
-            f"{repository} is only for those who have accepted its terms on the hub",
-            f"accept them at {page}, then: hf auth login",
-        ),
+        "GatedRepoError": (terms, f"accept them at {page}, then: hf auth login"),
         "RevisionNotFoundError": (f"{repository} has no revision {what.revision!r}", None),
         "RemoteEntryNotFoundError": (f"{repository} has no file {what.file!r}", None),
-        "RepositoryNotFoundError": (
-            f"there is no repository {repository} on the hub, or it is private",
-            "check its name; for a private one: hf auth login",
-        ),
+        "RepositoryNotFoundError": (absent, "check its name; for a private one: hf auth login"),
         "HFValidationError": (f"{repository!r} is not a name of the hub", None),
         401: (f"the hub refused the token for {repository} (401)", "hf auth login again, or unset HF_TOKEN"),
         403: (f"the hub does not give {repository} to you (403)", f"look at {page} with your account"),
-        429: (
-            "the hub has had too many requests from here (429)",
-            f"{when}, or: hf auth login, which is allowed more; {AGAIN}",
-        ),
+        429: (busy, f"{when}, or: hf auth login, which is allowed more; {AGAIN}"),
     }
     found = explained.get(type(one).__name__) or explained.get(status or 0)
     if found is None and status is not None and status >= 400:
@@ -132,15 +112,11 @@ def _content_error(one: BaseException, what: _Request) -> E4TError | None:
     if isinstance(one, OSError) and "Consistency check failed" in str(one):
         sizes = [word for word in str(one).replace(")", " ").split() if word.isdigit()][:2]
         length = f" (expected {sizes[0]} bytes, got {sizes[1]})" if len(sizes) == 2 else ""
-        return IntegrityError(
-            f"what arrived as {what.repository}/{what.file} is not that file{length}",
-            hint=f"does this network ask for a sign-in page? if not, {AGAIN}",
-        )
+        message = f"what arrived as {what.repository}/{what.file} is not that file{length}"
+        return IntegrityError(message, hint=f"does this network ask for a sign-in page? if not, {AGAIN}")
     if type(one).__name__ in ("JSONDecodeError", "FileMetadataError", "UnicodeDecodeError"):
-        return WeightsUnavailable(
-            f"what answers at {printable(endpoint())} is not the hub",
-            hint="does this network ask for a sign-in page, or is HF_ENDPOINT wrong?",
-        )
+        message = f"what answers at {printable(endpoint())} is not the hub"
+        return WeightsUnavailable(message, hint="does this network ask for a sign-in page, or is HF_ENDPOINT wrong?")
     return None
 
 
@@ -154,10 +130,8 @@ def _connection_error(one: BaseException, what: _Request) -> E4TError | None:
     if "Timeout" in kind:
         return WeightsUnavailable(f"the hub did not answer in time for {repository}", hint=AGAIN)
     if _is_http(one) or isinstance(one, ConnectionError):
-        return WeightsUnavailable(
-            f"the hub cannot be reached for {repository}",
-            hint="check the network, or use --base mini, which needs none",
-        )
+        message = f"the hub cannot be reached for {repository}"
+        return WeightsUnavailable(message, hint="check the network, or use --base mini, which needs none")
     return None
 
 

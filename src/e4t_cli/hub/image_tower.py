@@ -1,8 +1,8 @@
 """The image tower of Stable Diffusion bases: the visual half of open_clip's ViT-H/14, in float16.
 
-The published file holds both towers in float32, 3.9 GB. The visual tower in float16 has 1.3 GB;
-it is written once into e4t's cache, in the layout of a base's `image_tower/`, and the published
-file can then be deleted (`e4t cache prune`).
+The published file holds both towers in float32, 3.9 GB. The visual tower in float16 has 1.3 GB; it is written once
+into e4t's cache, in the layout of a base's `image_tower/`, and the published file can then be deleted (`e4t cache
+prune`).
 """
 
 from __future__ import annotations
@@ -17,29 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable
-from e4t_cli.files import free_bytes, shown_size
-from e4t_cli.hub.download import cached_repo_info, checksum, fetch_files
+from e4t_cli.files import free_bytes, shown_size, sync_tree
+from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.paths import HubAccess, Terms, accept, snapshot_folder, user_cache
+from e4t_cli.hub.repo_info import cached_repo_info, checksum
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTower:
-    """A CLIP model of the hub, and the architecture of its visual tower.
+    """A CLIP model of the hub, and the architecture of its visual tower."""
 
-    Args:
-        name: of the folder of the slim copy.
-        repository, revision, file, sha256, size: the published file; the size in bytes.
-        config: open_clip_config.json of the slim copy.
-    """
-
-    name: str
+    name: str  # of the folder of the slim copy
     repository: str
     revision: str
     file: str
     sha256: str
-    size: int
+    size: int  # of the published file, in bytes
     licence: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # open_clip_config.json of the slim copy
 
 
 # open_clip's ViT-H-14.json, and OpenAI's mean and deviation, with which it was trained.
@@ -95,68 +90,52 @@ def fetch_image_tower(access: HubAccess, tower: PublishedTower = VIT_H_14) -> Pa
     if missing_bytes(tower) and not access.cut_off:
         accept(Terms(repository=repository, licence=tower.licence), access)
     snapshot = fetch_files(repository, revision, [tower.file], access, command="e4t fetch sd14")
-    known = cached_repo_info(repository, revision)
-    declared = known.digests.get(tower.file) if known is not None else None
     # What the hub declares today must be what it declared when the revision was pinned.
-    found = declared or checksum(snapshot / tower.file, tower.sha256)
+    known = cached_repo_info(repository, revision)
+    found = (known and known.digests.get(tower.file)) or checksum(snapshot / tower.file, tower.sha256)
     if found != tower.sha256:
-        raise IntegrityError(
-            f"{repository}/{tower.file} is not the file that e4t knows: expected checksum {tower.sha256}, got {found}",
-            hint=f"e4t cache rm {repository}",
-        )
+        different = f"expected checksum {tower.sha256}, got {found}"
+        message = f"{repository}/{tower.file} is not the file that e4t knows: {different}"
+        raise IntegrityError(message, hint=f"e4t cache rm {repository}")
     access.remark(f"keeping a slim copy of the image tower in {folder}")
     _write_visual_tower(snapshot / tower.file, folder, tower.config)
     return folder
 
 
 def _write_visual_tower(published: Path, folder: Path, config: dict[str, Any]) -> None:
-    """Write the visual tower of an open_clip file, in float16, as a base's `image_tower/`.
-
-    Raises:
-        IntegrityError: the file has no visual tower, or values that float16 cannot hold.
-        ResourceError: the disk has no room.
-        WeightsUnavailable: the folder cannot be written to.
-    """
+    """Write the visual tower of an open_clip file, in float16, as a base's `image_tower/`."""
     import numpy
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import save_file
 
-    prefix = "visual."
     tensors = {}
     try:
-        with safe_open(published, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118
-                if key.startswith(prefix):
-                    with numpy.errstate(over="ignore"):
-                        tensor = file.get_tensor(key).astype(numpy.float16)
-                    if not numpy.isfinite(tensor).all():
-                        raise IntegrityError(f"{published.name}: {key} has no finite float16")
-                    tensors[key.removeprefix(prefix)] = tensor
+        with safe_open(published, framework="numpy") as file, numpy.errstate(over="ignore"):
+            for key in (key for key in file.keys() if key.startswith("visual.")):  # noqa: SIM118
+                tensor = file.get_tensor(key).astype(numpy.float16)
+                if not numpy.isfinite(tensor).all():
+                    raise IntegrityError(f"{published.name}: {key} has no finite float16")
+                tensors[key.removeprefix("visual.")] = tensor
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{published.name} is not a usable safetensors file") from error
     if not tensors:
         raise IntegrityError(f"{published.name} holds no visual tower")
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), free_bytes(folder)
     if needed > free:
-        raise ResourceError(
-            f"the image tower needs {shown_size(needed)} and {shown_size(free)} are free",
-            hint="make room, or set E4T_CACHE_DIR to a larger disk",
-        )
+        message = f"the image tower needs {shown_size(needed)} and {shown_size(free)} are free"
+        raise ResourceError(message, hint="make room, or set E4T_CACHE_DIR to a larger disk")
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}~")
     try:
         temporary.mkdir(parents=True)
         (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
         save_file(tensors, temporary / "model.safetensors")
-        with (temporary / "model.safetensors").open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_tree(temporary)
         with contextlib.suppress(FileExistsError):
             os.rename(temporary, folder)
     except OSError as error:
         if folder.is_dir():
             return  # another process was faster; its copy is the same
-        raise WeightsUnavailable(
-            f"the image tower cannot be kept in {folder.parent}: {error.strerror}",
-            hint="set E4T_CACHE_DIR to a folder of yours",
-        ) from error
+        message = f"the image tower cannot be kept in {folder.parent}: {error.strerror}"
+        raise WeightsUnavailable(message, hint="set E4T_CACHE_DIR to a folder of yours") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
 """What a call to the hub may use: cache paths, offline mode, accepted licences.
 
-The environment is read at every call. huggingface_hub reads it once, at import (2.4.0, module
-`constants`), so that a command line option or a test that sets it later would not count.
+The environment is read at every call. huggingface_hub reads it once, at import (2.4.0, module `constants`), so that a
+command line option or a test that sets it later would not count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from e4t_cli.progress import Progress, ProgressCallback
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
-_TRUE = {"1", "on", "yes", "true"}
 
 
 def hub_cache() -> Path:
@@ -45,7 +44,7 @@ def user_cache() -> Path:
 def is_offline() -> bool:
     """Whether an environment variable forbids the network."""
     names = ("E4T_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").lower() in _TRUE for name in names)
+    return any(os.environ.get(name, "").lower() in ("1", "on", "yes", "true") for name in names)
 
 
 def go_offline() -> None:
@@ -73,23 +72,23 @@ def snapshot_folder(repository: str, commit: str) -> Path:
     return repository_folder(repository) / "snapshots" / commit
 
 
-AskLicence = Callable[[str], bool]
-"""Shows a question to the user and returns whether the answer was yes."""
+def write_to_cache(path: Path, data: bytes) -> None:
+    """Write a file that spares work the next time; if it cannot be written, that work is done again."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+
+
+AskLicence = Callable[[str], bool]  # shows a question to the user and returns whether the answer was yes
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubAccess:
-    """How the hub may be used.
+    """How the hub may be used."""
 
-    Args:
-        offline: use cached files only and open no socket; environment variables can forbid it too.
-        accept_license: True accepts the licence of what is fetched; a function is called to ask.
-        on_progress: called with every progress event and remark.
-    """
-
-    offline: bool = False
-    accept_license: bool | AskLicence = False
-    on_progress: ProgressCallback | None = None
+    offline: bool = False  # use cached files only and open no socket; environment variables can forbid it too
+    accept_license: bool | AskLicence = False  # True accepts licences of what is fetched; a function is called to ask
+    on_progress: ProgressCallback | None = None  # called with every progress event and remark
 
     @property
     def cut_off(self) -> bool:
@@ -107,26 +106,20 @@ class HubAccess:
             self.on_progress(Progress(stage="fetch", note=sentence))
 
 
+# Licences that need no consent; every other one does, unknown ones included.
 FREE = {
     *("apache-2.0", "mit", "mit-0", "isc", "unlicense", "zlib", "bsl-1.0"),
     *("bsd", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-3.0"),
 }
-"""Licences that need no consent; every other one does, unknown ones included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """The licence of a repository.
+    """The licence of a repository."""
 
-    Args:
-        repository: "owner/name".
-        licence: its identifier, "" where none is stated.
-        note: what else the user should know, in a few words.
-    """
-
-    repository: str
-    licence: str
-    note: str = ""
+    repository: str  # "owner/name"
+    licence: str  # its identifier, "" where none is stated
+    note: str = ""  # what else the user should know, in a few words
 
     @property
     def asks(self) -> bool:
@@ -142,32 +135,23 @@ class Terms:
 
 
 def accept(terms: Terms, access: HubAccess) -> None:
-    """Show a licence and, unless it is free or was accepted before, obtain consent.
+    """Show a licence and, unless it is free or was accepted before, obtain consent; WeightsUnavailable without.
 
-    Consent is remembered in the user's data folder for one repository and licence: a repository
-    that changes its licence needs a new one.
-
-    Raises:
-        WeightsUnavailable: there was no consent.
+    Consent is remembered in the user's data folder for one repository and licence: a repository that changes its
+    licence needs a new one.
     """
     if is_accepted(terms):
         return
     access.remark(terms.sentence)
     if not terms.asks:
         return
-    consent = access.accept_license
-    if callable(consent):
-        consent = consent(f"{terms.sentence}. Do you accept that?")
-    if not consent:
-        raise WeightsUnavailable(
-            f"the licence of {terms.repository} has not been accepted",
-            hint=f"read it at {endpoint()}/{terms.repository}, then add --accept-license, once",
-        )
+    answer = access.accept_license
+    if not (answer(f"{terms.sentence}. Do you accept that?") if callable(answer) else answer):
+        hint = f"read it at {endpoint()}/{terms.repository}, then add --accept-license, once"
+        raise WeightsUnavailable(f"the licence of {terms.repository} has not been accepted", hint=hint)
     day = time.strftime("%Y-%m-%d", time.gmtime())
     accepted = {**_accepted(), terms.repository: {"licence": terms.licence, "accepted": day}}
-    with contextlib.suppress(OSError):  # the question will be asked again
-        _consent_file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_consent_file(), json.dumps(accepted, indent=1).encode())
+    write_to_cache(_consent_file(), json.dumps(accepted, indent=1).encode())
 
 
 def is_accepted(terms: Terms) -> bool:
@@ -176,11 +160,10 @@ def is_accepted(terms: Terms) -> bool:
 
 
 def _accepted() -> dict[str, dict[str, str]]:
-    try:
-        found = json.loads(_consent_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(found := json.loads(_consent_file().read_text(encoding="utf-8")), dict):
+            return found
+    return {}
 
 
 def _consent_file() -> Path:

@@ -7,6 +7,8 @@ fetched: safetensors only, one precision only, about 3 of the 45 GB of a Stable 
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import platform
@@ -24,7 +26,6 @@ from e4t_cli.hub.bases import (
     PUBLISHED,
     Base,
     HubLocation,
-    PublishedBase,
     domain_weights_location,
     find_base,
     hub_location,
@@ -32,35 +33,25 @@ from e4t_cli.hub.bases import (
     read_base,
     remember_location,
 )
-from e4t_cli.hub.download import cached_commit, check_room, fetch_files, get_repo_info
+from e4t_cli.hub.download import check_room, fetch_files
 from e4t_cli.hub.image_tower import VIT_H_14, fetch_image_tower, has_tower, missing_bytes, tower_folder
 from e4t_cli.hub.paths import HubAccess, Terms, accept, endpoint, is_accepted, repository_folder, snapshot_folder
-
-# ── what a base needs of a folder or repository in diffusers' layout ──
+from e4t_cli.hub.repo_info import cached_commit, get_repo_info
 
 _USABLE = "Stable Diffusion 1 and 2 in diffusers' layout can be used"
-_CONFIGS = (
-    *("model_index.json", "base.toml", "scheduler/scheduler_config.json"),
-    *("unet/config.json", "vae/config.json", "text_encoder/config.json"),
-    *("safety_checker/config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
-    *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json"),
-    *("feature_extractor/preprocessor_config.json", "image_tower/open_clip_config.json"),
-)
-"""Fetched before any weights, to see what the model is."""
+_REQUIRED = {"unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"}
+# Fetched before any weights, to see what the model is.
+_CONFIGS = {
+    *_REQUIRED,
+    *("model_index.json", "base.toml", "safety_checker/config.json", "feature_extractor/preprocessor_config.json"),
+    *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"),
+    *("tokenizer/special_tokens_map.json", "image_tower/open_clip_config.json"),
+}
 _STEMS = {"text_encoder": "model", "safety_checker": "model", "image_tower": "model"}
 
 
 def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
-    """Return the files with the weights of one part.
-
-    Args:
-        names: of all files of the repository.
-        part: "unet", "vae", "text_encoder", "safety_checker" or "image_tower".
-        half: prefer float16 where it was published.
-
-    Returns:
-        One file, or an index with its shards; none if there are no safetensors.
-    """
+    """Return the file with the weights of one part, or an index and its shards: float16 if possible with `half`."""
     stem = f"{part}/{_STEMS.get(part, 'diffusion_pytorch_model')}"
     for variant in (".fp16", "") if half else ("", ".fp16"):
         if (whole := f"{stem}{variant}.safetensors") in names:
@@ -73,33 +64,20 @@ def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
 
 
 def needed_files(names: Collection[str], *, half: bool, safety: bool, source: str) -> tuple[list[str], list[str]]:
-    """Return the configs and the weights that are needed of a repository.
-
-    Args:
-        safety: also the safety checker, where there is one.
-        source: the repository's name, for the error.
-
-    Raises:
-        IntegrityError: a part has no safetensors, or is missing.
-    """
+    """Return the configs and the weights that are needed of `source`; IntegrityError if a part has no safetensors."""
+    required = ("unet", "vae", "text_encoder")
     weights = []
-    for part in ("unet", "vae", "text_encoder"):
+    for part in (*required, "safety_checker", "image_tower") if safety else (*required, "image_tower"):
         found = weight_files(names, part, half=half)
-        if not found:
-            raise IntegrityError(
-                f"{printable(source)} has no safetensors for its {part}, and pickles are refused", hint=_USABLE
-            )
+        if part in required and not found:
+            message = f"{printable(source)} has no safetensors for its {part}, and pickles are refused"
+            raise IntegrityError(message, hint=_USABLE)
         weights += found
-    for part in ("safety_checker", "image_tower") if safety else ("image_tower",):
-        weights += weight_files(names, part, half=half)
     return [name for name in names if name in _CONFIGS], weights
 
 
 def is_complete(folder: Path, *, half: bool, safety: bool) -> bool:
-    """Whether everything that is needed of a base is in a folder.
-
-    A float32 copy serves where float16 is preferred: it is not fetched again.
-    """
+    """Whether everything that is needed of a base is in a folder; float32 serves where float16 is preferred."""
     names = _names_in(folder)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -111,13 +89,9 @@ def is_complete(folder: Path, *, half: bool, safety: bool) -> bool:
     listed = index.get("safety_checker") if isinstance(index, dict) else None
     if safety and listed and listed[0] and not weight_files(names, "safety_checker", half=half):
         return False
-    tokenizer = {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= names
-    configs = {*("unet/config.json", "vae/config.json", "text_encoder/config.json"), "scheduler/scheduler_config.json"}
-    return (
-        configs <= names
-        and (tokenizer or "tokenizer/tokenizer.json" in names)
-        and all(_has_shards(folder / name) for name in weights if name.endswith(".json"))
-    )
+    tokenizer = {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= names or "tokenizer/tokenizer.json" in names
+    shards = all(_has_shards(folder / name) for name in weights if name.endswith(".json"))
+    return tokenizer and names >= _REQUIRED and shards
 
 
 def _names_in(folder: Path) -> set[str]:
@@ -135,40 +109,28 @@ def _has_shards(index: Path) -> bool:
 
 
 def check_architecture(folder: Path) -> None:
-    """Refuse a model that is not built like Stable Diffusion 1 or 2, by its configs alone.
-
-    Raises:
-        IntegrityError: it is of another kind; the error message names it.
-    """
+    """Raise IntegrityError if a model's configs are not those of a Stable Diffusion 1 or 2."""
     shown = printable(str(folder))
     try:
-        unet, schedule = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in ("unet/config.json", "scheduler/scheduler_config.json")
-        )
+        unet = json.loads((folder / "unet/config.json").read_text("utf-8"))
+        schedule = json.loads((folder / "scheduler/scheduler_config.json").read_text("utf-8"))
         channels = unet["in_channels"]
         kind = unet.get("_class_name", "UNet2DConditionModel")
         predicts = schedule.get("prediction_type", "epsilon")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(
-            f"{shown} is not a base: it has no U-Net or no noise schedule that can be read", hint=_USABLE
-        ) from error
-    wrong = (
-        f"its denoiser is a {printable(str(kind))}"
-        if kind != "UNet2DConditionModel"
-        else f"its U-Net takes {channels} channels, as those for inpainting do"
-        if channels != 4
-        else "it is a Stable Diffusion XL"
-        if unet.get("addition_embed_type")
-        else f"it predicts {printable(str(predicts))}"
-        if predicts not in ("epsilon", "v_prediction")
-        else ""
-    )
-    if wrong:
-        raise IntegrityError(f"{shown} cannot be used: {wrong}", hint="Stable Diffusion 1 and 2 can be used")
-
-
-# ── bases in the cache ──
+        message = f"{shown} is not a base: it has no U-Net or no noise schedule that can be read"
+        raise IntegrityError(message, hint=_USABLE) from error
+    if kind != "UNet2DConditionModel":
+        wrong = f"its denoiser is a {printable(str(kind))}"
+    elif channels != 4:
+        wrong = f"its U-Net takes {channels} channels, as those for inpainting do"
+    elif unet.get("addition_embed_type"):
+        wrong = "it is a Stable Diffusion XL"
+    elif predicts not in ("epsilon", "v_prediction"):
+        wrong = f"it predicts {printable(str(predicts))}"
+    else:
+        return
+    raise IntegrityError(f"{shown} cannot be used: {wrong}", hint="Stable Diffusion 1 and 2 can be used")
 
 
 def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
@@ -176,52 +138,46 @@ def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
     location = hub_location(wanted)
     if location is None:
         return wanted in EMBEDDED or Path(wanted).is_dir()
-    commit = cached_commit(location.repository, location.revision)
-    folder = snapshot_folder(location.repository, commit or "")
+    folder = _cached_snapshot(location)
+    if folder is None or not is_complete(folder, half=half, safety=False):
+        return False
     own = (folder / "image_tower" / "model.safetensors").is_file()
-    has_encoder = not tower or own or has_tower() or not missing_bytes()
-    return commit is not None and has_encoder and is_complete(folder, half=half, safety=False)
+    return not tower or own or has_tower() or not missing_bytes()
 
 
 def look_up_base(wanted: str, *, half: bool = True) -> tuple[str, int, bool]:
-    """Return name, resolution (0: unknown) and whether it is cached; no network.
-
-    Raises:
-        E4TError: as `find_base`, for what is not of the hub.
-    """
+    """Return name, resolution (0: unknown) and whether it is cached; no network. Errors as of `find_base`."""
     location = hub_location(wanted)
     if location is None:
         base = find_base(wanted)
         return base.name, base.resolution, True
-    if not is_cached(wanted, half=half):
-        resolution = location.resolution if isinstance(location, PublishedBase) else 0
-        return location.name, resolution, False
-    commit = cached_commit(location.repository, location.revision)
-    base = _base_in(snapshot_folder(location.repository, commit or ""), location, half=half)
+    folder = _cached_snapshot(location)
+    if folder is None or not is_cached(wanted, half=half):
+        return location.name, location.resolution, False
+    base = _base_in(folder, location, half=half)
     return base.name, base.resolution, True
+
+
+def _cached_snapshot(location: HubLocation) -> Path | None:
+    """Return the snapshot folder of a base, if its revision is known here."""
+    commit = cached_commit(location.repository, location.revision)
+    return snapshot_folder(location.repository, commit) if commit else None
 
 
 def _base_in(folder: Path, location: HubLocation, *, half: bool) -> Base:
     """Return the base in a snapshot folder, under the name that it has here."""
     base = read_base(folder)
-    row = location if isinstance(location, PublishedBase) else None
     # A repository may name itself, but not take a name that means something here already.
-    named = row is None and (folder / "base.toml").is_file()
-    taken = base.name in EMBEDDED or base.name in PUBLISHED
+    named = location.name not in PUBLISHED and (folder / "base.toml").is_file()
     return replace(
         base,
-        name=base.name if named and not taken else location.name,
+        name=base.name if named and base.name not in (*EMBEDDED, *PUBLISHED) else location.name,
         licence=location.licence or base.licence,
         revision=folder.name,
         identity=f"{location.repository}@{folder.name}",
         half=half,
-        resolution=row.resolution if row is not None else base.resolution,
+        resolution=location.resolution or base.resolution,
     )
-
-
-# ── the default base ──
-
-_CONNECT_SECONDS = 2.0  # for the hub to accept a connection
 
 
 def default_base_name(
@@ -234,14 +190,11 @@ def default_base_name(
 ) -> tuple[str, str]:
     """Return the base that "auto" means here, and a sentence with the reason.
 
-    The checks are ordered by cost. Without an accelerator no library is imported and no socket opened.
+    The checks are ordered by cost: without an accelerator no library is imported and no socket opened.
 
     Args:
-        access: whether the network and the licence question are allowed.
-        device: as the user wrote it.
-        has_weights: whether the domain has weights, here or on the hub, for a base.
+        has_weights: whether the domain, called `what` in the sentence, has weights for a base, here or on the hub.
         confirm: called last: whether the accelerator works; it may import torch.
-        what: the domain, for the sentence.
     """
     mini, large = EMBEDDED[0], ACCELERATED
     drawings = f"base: {mini} (64 px drawings)"
@@ -249,11 +202,10 @@ def default_base_name(
         return mini, f"{drawings}: no accelerator; --base {large} makes photographs (slow on CPU)"
     if not has_weights(large):
         return mini, f"{drawings}: {what} has no weights for {large} yet (e4t pretrain makes them)"
-    row = PUBLISHED[large]
     if not is_cached(large):
         if access.cut_off:
             return mini, f"{drawings}: offline, and {large} is not on this machine"
-        terms = Terms(repository=row.repository, licence=row.licence)
+        terms = Terms(repository=PUBLISHED[large].repository, licence=PUBLISHED[large].licence)
         if terms.asks and not access.accept_license and not is_accepted(terms):
             return mini, f"{drawings}: e4t fetch {large} asks about the licence of {large} first"
         if not _is_reachable():
@@ -283,14 +235,9 @@ def _is_reachable() -> bool:
         return True
     url = urlsplit(endpoint())
     address = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    try:
-        socket.create_connection(address, timeout=_CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True
-
-
-# ── fetching ──
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=2.0):
+        return True
+    return False
 
 
 def fetch_base(
@@ -306,7 +253,6 @@ def fetch_base(
 
     Args:
         wanted: a name, "owner/name[@revision]" of the hub, or a folder.
-        access: how the hub may be used.
         half: prefer float16 files, which are half as large.
         safety: also fetch the safety checker where the base has one.
         tower: also fetch the image tower, which encodes photos.
@@ -335,36 +281,25 @@ def fetch_base(
                 raise
             base = cached
             access.note(f"{error.message}: going on with what is on this machine")
-    if not (base.folder / "image_tower" / "open_clip_config.json").is_file():
-        folder = fetch_image_tower(access) if tower else tower_folder()
-        base = replace(base, tower=folder)
-    return base
+    if (base.folder / "image_tower" / "open_clip_config.json").is_file():
+        return base
+    return replace(base, tower=fetch_image_tower(access) if tower else tower_folder())
 
 
 def fetch_domain_weights(location: str, access: HubAccess, *, repair: bool = False) -> Path:
-    """Return the folder of domain weights whose location is "hub:owner/name@commit".
-
-    Raises:
-        WeightsUnavailable, IntegrityError, ResourceError: as `fetch_files`.
-    """
+    """Return the folder of domain weights whose location is "hub:owner/name@commit"; errors as of `fetch_files`."""
     repository, revision = domain_weights_location(location)
     if hub_weights_folder(location) is None and not access.cut_off:
         info = get_repo_info(repository, revision, access)
         accept(Terms(repository=repository, licence=info.licence if info else ""), access)
-    patterns = ["domain.toml", "*.safetensors"]
-    return fetch_files(repository, revision, patterns, access, repair=repair)
+    return fetch_files(repository, revision, ["domain.toml", "*.safetensors"], access, repair=repair)
 
 
 def _cached_base(location: HubLocation, access: HubAccess, *, half: bool, safety: bool) -> Base | None:
-    """Return the base, verified, if it is cached; None if something has to be fetched.
-
-    Raises:
-        IntegrityError: a file has changed, or the model cannot be used.
-    """
-    commit = cached_commit(location.repository, location.revision)
-    if commit is None:
+    """Return the base, verified, if it is cached; None if something has to be fetched."""
+    folder = _cached_snapshot(location)
+    if folder is None:
         return None
-    folder = snapshot_folder(location.repository, commit)
     # Offline, float16 does for float32, and a base without its safety checker is still one.
     enough = access.cut_off and is_complete(folder, half=True, safety=False)
     if not enough and not is_complete(folder, half=half, safety=safety):
@@ -372,9 +307,8 @@ def _cached_base(location: HubLocation, access: HubAccess, *, half: bool, safety
     check_architecture(folder)
     if safety and not is_complete(folder, half=True, safety=True):
         access.note(f"the safety checker of {location.name} is not here: no image is checked")
-    names, source = _names_in(folder), location.repository
-    configs, weights = needed_files(names, half=half, safety=safety, source=source)
-    _fetch_exactly(configs + weights, commit, location, replace(access, offline=True))
+    configs, weights = needed_files(_names_in(folder), half=half, safety=safety, source=location.repository)
+    _fetch_exactly(configs + weights, folder.name, location, replace(access, offline=True))
     return _base_in(folder, location, half=half)
 
 
@@ -382,18 +316,14 @@ def _download_base(location: HubLocation, access: HubAccess, *, half: bool, safe
     info = get_repo_info(location.repository, location.revision, access)
     if info is None:
         state = "incomplete" if repository_folder(location.repository).is_dir() else "not"
-        raise WeightsUnavailable(
-            f"the base {location.name!r} is {state} on this machine, and e4t is offline",
-            hint=f"with a network: {location.fetch_command}",
-        )
-    configs, weights = needed_files(
-        [file.path for file in info.files], half=half, safety=safety, source=info.repository
-    )
+        message = f"the base {location.name!r} is {state} on this machine, and e4t is offline"
+        raise WeightsUnavailable(message, hint=f"with a network: {location.fetch_command}")
+    names = [file.path for file in info.files]
+    configs, weights = needed_files(names, half=half, safety=safety, source=info.repository)
     folder = snapshot_folder(info.repository, info.commit)
     missing = [name for name in weights if not (folder / name).is_file()]
     if missing and not access.cut_off:
-        licence = location.licence if location.licence is not None else info.licence
-        accept(Terms(repository=info.repository, licence=licence), access)
+        accept(Terms(repository=info.repository, licence=location.licence or info.licence), access)
         # Room for the base and its image tower together, before the first byte.
         needed = sum(file.size for file in info.files if file.path in missing)
         own = any(name.startswith("image_tower/") for name in weights)
@@ -409,6 +339,5 @@ def _download_base(location: HubLocation, access: HubAccess, *, half: bool, safe
 def _fetch_exactly(
     names: list[str], commit: str, location: HubLocation, access: HubAccess, *, repair: bool = False
 ) -> None:
-    patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
-    command = location.fetch_command
-    fetch_files(location.repository, commit, patterns, access, repair=repair, command=command)
+    patterns = [glob.escape(name) for name in names]
+    fetch_files(location.repository, commit, patterns, access, repair=repair, command=location.fetch_command)

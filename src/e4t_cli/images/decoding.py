@@ -1,7 +1,6 @@
 """Decodes an image file to upright 8-bit sRGB pixels without metadata.
 
-Orientation, transparency, 16-bit greys and colour profiles are applied; what cannot be decoded is
-refused in one sentence.
+Orientation, transparency, 16-bit greys and colour profiles are applied.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from e4t_cli.errors import InputError, printable
 
-MAX_PIXELS = 64_000_000
-MIN_SIDE = 64
+MAX_PIXELS, MIN_SIDE = 64_000_000, 64
 # Formats of photos. Left out on purpose: those whose decoders run other programs (EPS).
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "HEIF")
 _HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
@@ -24,27 +22,16 @@ _HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """A decoded image.
+    """A decoded image."""
 
-    Args:
-        image: RGB, upright, sRGB, without metadata.
-        notes: sentences for the user about how it was decoded.
-        sha256: of the file's bytes, as `sha256sum` prints it.
-        alpha: mode L, of the image's size, if it has transparent pixels: 255 is opaque.
-    """
-
-    image: Image.Image
-    notes: tuple[str, ...]
-    sha256: str
-    alpha: Image.Image | None = None
+    image: Image.Image  # RGB, upright, sRGB, without metadata
+    notes: tuple[str, ...]  # sentences for the user about how it was decoded
+    sha256: str  # of the file's bytes, as `sha256sum` prints it
+    alpha: Image.Image | None = None  # mode L, of the image's size, if it has transparent pixels: 255 is opaque
 
 
 def decode(data: bytes, name: str) -> OpenedImage:
-    """Decode a file to an upright 8-bit sRGB image without metadata.
-
-    Args:
-        data: the file's bytes.
-        name: its name in messages.
+    """Decode a file to an upright 8-bit sRGB image without metadata; `name` is for messages.
 
     Raises:
         InputError: it is not an image, or damaged, or too large, or too small.
@@ -52,7 +39,12 @@ def decode(data: bytes, name: str) -> OpenedImage:
     if not data:
         raise InputError(f"{name} is empty")
     if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
-        _register_heic(name)
+        try:
+            import pi_heif
+        except ImportError:
+            message = f"{name} is a HEIC image, which needs one more package"
+            raise InputError(message, hint="pip install 'e4t[heic]'") from None
+        pi_heif.register_heif_opener()
     Image.init()
     formats = [known for known in _FORMATS if known in Image.OPEN]
     notes: list[str] = []
@@ -76,27 +68,15 @@ def decode(data: bytes, name: str) -> OpenedImage:
             upright, alpha = _upright_rgb(image, name, notes)
         return OpenedImage(upright, tuple(notes), hashlib.sha256(data).hexdigest(), alpha)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(
-            f"{name} has more than {MAX_PIXELS // 10**6} megapixels", hint="make it smaller first"
-        ) from None
+        message = f"{name} has more than {MAX_PIXELS // 10**6} megapixels"
+        raise InputError(message, hint="make it smaller first") from None
     except UnidentifiedImageError:
-        raise InputError(
-            f"{name} is not an image in a known format", hint="JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM are"
-        ) from None
+        hint = "JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP and PPM are"
+        raise InputError(f"{name} is not an image in a known format", hint=hint) from None
     except InputError:
         raise
     except Exception as error:  # hostile bytes make decoders raise any exception
         raise InputError(f"{name} is damaged: {printable(str(error), limit=120)}") from error
-
-
-def _register_heic(name: str) -> None:
-    try:
-        import pi_heif
-    except ImportError:
-        raise InputError(
-            f"{name} is a HEIC image, which needs one more package", hint="pip install 'e4t[heic]'"
-        ) from None
-    pi_heif.register_heif_opener()
 
 
 def _upright_rgb(image: Image.Image, name: str, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
@@ -111,16 +91,14 @@ def _upright_rgb(image: Image.Image, name: str, notes: list[str]) -> tuple[Image
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
+    if image.mode not in ("RGB", "L", "CMYK", "LAB"):
         image = image.convert("RGB")  # colours only: the profile does not cover alpha
-    elif image.mode not in ("RGB", "L", "CMYK", "LAB"):
-        image = image.convert("RGB")
     image = _to_srgb(image, profile, name, notes)
     # Onto white: hidden colours do not show through, and metadata is dropped.
     canvas = Image.new("RGB", image.size, "white")
     canvas.paste(image, mask=alpha)
-    if alpha is not None and alpha.getextrema()[0] == 255:
-        alpha = None  # opaque everywhere
-    return canvas, alpha
+    opaque = alpha is None or alpha.getextrema()[0] == 255
+    return canvas, None if opaque else alpha
 
 
 def _eight_bit_grey(image: Image.Image, name: str) -> Image.Image:
@@ -137,8 +115,7 @@ def _eight_bit_grey(image: Image.Image, name: str) -> Image.Image:
         # The file does not state its range: the smallest usual one that holds all values.
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         low, high = 0.0, next(top for top in ranges if high <= top)
-    scaled = (values - low) * (255.0 / max(high - low, 1e-12))
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+    return Image.fromarray(np.rint((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None, name: str, notes: list[str]) -> Image.Image:
@@ -149,8 +126,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None, name: str, notes: list[s
             if "sRGB" not in ImageCms.getProfileDescription(source):
                 return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB") or image
         elif image.mode == "LAB":
-            lab = ImageCms.createProfile("LAB")
-            return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+            return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), srgb, outputMode="RGB") or image
     except (ImageCms.PyCMSError, OSError, ValueError):
         notes.append(f"the colour profile in {name} could not be read and is left out")
     return image.convert("RGB")

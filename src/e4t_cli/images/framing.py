@@ -1,8 +1,7 @@
-"""The square of a photo that becomes the prepared image, as a value that crops anything alike.
+"""The square of a photo that becomes the prepared image, upright or rotated.
 
-A `Frame` is a square in the photo's pixels, upright or rotated: its upper left corner and the
-vector along its upper edge. The image, its mask and its alpha channel are cropped with the same
-frame, so that they stay aligned. Coordinates are continuous: pixel i covers i to i + 1.
+The photo, its mask and its alpha channel are cropped with the same `Frame`, so that they stay aligned. Coordinates are
+in pixels of the photo and continuous: pixel i covers i to i + 1.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ class Frame:
     @classmethod
     def around(cls, size: tuple[int, int], center: Point, side: float, turn: float = 0.0) -> Self:
         """Return the square of that side around a point, rotated clockwise by `turn` degrees."""
-        u = side * math.cos(math.radians(turn))
-        v = side * math.sin(math.radians(turn)) if turn else 0.0
+        u, v = side * math.cos(math.radians(turn)), side * math.sin(math.radians(turn))
         corner = (center[0] - (u - v) / 2, center[1] - (v + u) / 2)
         return cls(size=size, corner=corner, edge=(u, v))
 
@@ -111,8 +109,7 @@ class Frame:
         right, bottom = (self.corner[n] * ratio[n] + self.edge[0] * ratio[n] for n in (0, 1))
         upright = self.edge[1] == 0 and self.edge[0] > 0
         slack = 1e-6 * max(image.size)
-        inside = left >= 0 and top >= 0
-        if upright and inside and right <= image.width + slack and bottom <= image.height + slack:
+        if upright and min(left, top) >= 0 and right <= image.width + slack and bottom <= image.height + slack:
             box = (left, top, min(right, image.width), min(bottom, image.height))
             return image.resize((size, size), Resampling.LANCZOS, box=box)
         return _resampled(image, self, ratio, size, outside)
@@ -133,14 +130,11 @@ def _resampled(image: Image, frame: Frame, ratio: tuple[float, float], size: int
     kept = max(0, low[0]), max(0, low[1]), min(high[0], image.width), min(high[1], image.height)
     if kept[0] >= kept[2] or kept[1] >= kept[3]:
         raise ValueError("the frame does not overlap the photo")
-    part = image.crop(kept)
     side = frame.side * max(ratio)
     factor = max(1, int(side / (2 * size)))
-    if factor > 1:
-        part = part.reduce(factor)
-    overhang = [kept[0] - low[0], kept[1] - low[1], high[0] - kept[2], high[1] - kept[3]]
+    overhang = kept[0] - low[0], kept[1] - low[1], high[0] - kept[2], high[1] - kept[3]
     pads = [math.ceil(max(0, pixels) / factor) for pixels in overhang]
-    part = _padded(part, pads, outside)
+    part = _padded(image.crop(kept).reduce(factor), pads, outside)
 
     def to_part(point: Point) -> Point:
         return (point[0] - kept[0]) / factor + pads[0], (point[1] - kept[1]) / factor + pads[1]
@@ -148,11 +142,9 @@ def _resampled(image: Image, frame: Frame, ratio: tuple[float, float], size: int
     origin, lower, _, upper = (to_part(corner) for corner in corners)
     samples = max(1, math.ceil(side / factor / size))
     fine = size * samples
-    across = [(upper[n] - origin[n]) / fine for n in (0, 1)]
-    down = [(lower[n] - origin[n]) / fine for n in (0, 1)]
+    across, down = ([(end[n] - origin[n]) / fine for n in (0, 1)] for end in (upper, lower))
     matrix = (across[0], down[0], origin[0], across[1], down[1], origin[1])
-    turned = part.transform((fine, fine), Transform.AFFINE, matrix, Resampling.BICUBIC)
-    return turned.reduce(samples) if samples > 1 else turned
+    return part.transform((fine, fine), Transform.AFFINE, matrix, Resampling.BICUBIC).reduce(samples)
 
 
 def _padded(part: Image, pads: list[int], outside: Outside) -> Image:

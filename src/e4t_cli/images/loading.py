@@ -1,8 +1,4 @@
-"""Opens photos and masks, and runs a domain's preparation on them.
-
-A photo is a path, bytes, an open file or a PIL image; it becomes an upright 8-bit sRGB image
-without metadata (`decoding`), and what cannot be used is refused in one sentence.
-"""
+"""Opens photos and masks from paths, bytes, open files or PIL images, and runs a domain's preparation on them."""
 
 from __future__ import annotations
 
@@ -24,8 +20,7 @@ from e4t_cli.images.framing import Frame
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 MAX_BYTES = 256 * 1024 * 1024
-MIN_COVERAGE = 0.01
-"""A mask over a smaller part of the image is left out: the loss divides by its area."""
+MIN_COVERAGE = 0.01  # a mask over a smaller part of the image is left out: the loss divides by its area
 
 ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 
@@ -41,7 +36,7 @@ def open_image(source: ImageInput) -> OpenedImage:
 
 
 def open_mask(source: ImageInput, image: Image.Image) -> Image.Image:
-    """Open a mask drawn for `image`; returns mode L in its own size.
+    """Open a mask drawn for `image`; returns mode L in the mask's own size.
 
     White is the concept; in a file with transparent pixels, the opaque ones are.
 
@@ -52,10 +47,8 @@ def open_mask(source: ImageInput, image: Image.Image) -> Image.Image:
     mask = opened.image if opened.alpha is None else opened.alpha
     difference = mask.width * image.height - mask.height * image.width
     if abs(difference) > 0.01 * mask.width * image.height:
-        raise InputError(
-            f"the mask is {mask.width}×{mask.height} and the image {image.width}×{image.height}: "
-            "they must have the same proportions"
-        )
+        sizes = f"the mask is {mask.width}×{mask.height} and the image {image.width}×{image.height}"
+        raise InputError(f"{sizes}: they must have the same proportions")
     return mask.convert("L")
 
 
@@ -71,9 +64,7 @@ def image_sha256(image: Image.Image) -> str:
 
 
 def prepare_image(domain: Domain, image: Image.Image, target: PreparationTarget) -> PreparedImage:
-    """Run the domain's preparation and check what it returns.
-
-    A mask that covers under 1 % of the image is left out with a note.
+    """Run the domain's preparation and check what it returns; a mask under 1 % of the image is left out with a note.
 
     Raises:
         E4TError: the domain's function failed or returned something else than promised.
@@ -88,17 +79,18 @@ def prepare_image(domain: Domain, image: Image.Image, target: PreparationTarget)
         except E4TError:
             raise
         except Exception as error:
-            raise E4TError(
-                f"{about} failed: " + printable(f"{type(error).__name__}: {error}"),
-                hint="E4T_DEBUG=1 shows the traceback",
-            ) from error
+            message = f"{about} failed: " + printable(f"{type(error).__name__}: {error}")
+            raise E4TError(message, hint="E4T_DEBUG=1 shows the traceback") from error
         size = getattr(getattr(prepared, "image", None), "size", None)
         if not isinstance(prepared, PreparedImage) or size != (target.size, target.size):
-            raise E4TError(
-                f"{about} must return a PreparedImage of {target.size}×{target.size}, "
-                f"not {type(prepared).__name__} of {size}"
-            )
-    notes = _resolution_notes(prepared.frame or frame, image, target)
+            wanted = f"a PreparedImage of {target.size}×{target.size}"
+            raise E4TError(f"{about} must return {wanted}, not {type(prepared).__name__} of {size}")
+    notes, side = [], (prepared.frame or frame).side
+    too_small = f"smaller than the {target.size} pixels that {target.base} works with: it is scaled up"
+    if min(image.size) < target.size:
+        notes.append(f"the image is {image.width}×{image.height}, {too_small}")
+    elif side < target.size * 0.75:  # a little is not worth a warning
+        notes.append(f"the used part of the image is {side:.0f}×{side:.0f}, {too_small}")
     mask = prepared.mask if target.mask else None
     if mask is not None and mask_coverage(mask) < MIN_COVERAGE:
         mask = None
@@ -112,28 +104,16 @@ def mask_coverage(mask: Image.Image) -> float:
     return sum(value * count for value, count in enumerate(histogram)) / (255 * sum(histogram))
 
 
-def _resolution_notes(frame: Frame, image: Image.Image, target: PreparationTarget) -> list[str]:
-    wanted = f"smaller than the {target.size} pixels that {target.base} works with: it is scaled up"
-    if min(image.size) < target.size:
-        return [f"the image is {image.width}×{image.height}, {wanted}"]
-    if frame.side < target.size * 0.75:  # a little is not worth a warning
-        side = round(frame.side)
-        return [f"the used part of the image is {side}×{side}, {wanted}"]
-    return []
-
-
 def _read(source: ImageInput) -> tuple[bytes, str]:
     """Return the bytes and a name for messages; only regular files are read."""
     if isinstance(source, Image.Image):
-        return _encoded(source), "the image"
+        source = _encoded(source)
     if isinstance(source, bytes):
         return source, "the image"
     if isinstance(source, str) and source == "-":
         if sys.stdin.isatty():
-            raise UsageError(
-                "'-' reads the image from standard input, which is the keyboard",
-                hint="for example: cat me.jpg | e4t personalize face - 'S* on the beach'",
-            )
+            hint = "for example: cat me.jpg | e4t personalize face - 'S* on the beach'"
+            raise UsageError("'-' reads the image from standard input, which is the keyboard", hint=hint)
         return _bounded(sys.stdin.buffer, "standard input"), "standard input"
     if not isinstance(source, str | os.PathLike):
         return _bounded(source, "the image"), "the image"
@@ -170,6 +150,5 @@ def _encoded(image: Image.Image) -> bytes:
     deep = image.mode in ("I", "F", "CMYK", "LAB") or image.mode.startswith("I;16")
     known = deep or image.mode in ("RGB", "RGBA", "L", "LA", "P", "1")
     buffer = io.BytesIO()
-    plain = image if known else image.convert("RGB")
-    plain.save(buffer, "TIFF" if deep else "PNG", exif=image.getexif())
+    (image if known else image.convert("RGB")).save(buffer, "TIFF" if deep else "PNG", exif=image.getexif())
     return buffer.getvalue()

@@ -1,8 +1,8 @@
 """Writes and reads how an image was generated, as metadata of its PNG.
 
-`parameters` is the text of AUTOMATIC1111's web UI, which many programs read; `e4t` is our own JSON,
-enough to generate the image again; the XMP packet holds IPTC's mark of generated images, which is
-always written. Neither the photo nor any path or user name is stored.
+`parameters` is the text of AUTOMATIC1111's web UI, which many programs read; `e4t` is JSON, enough to generate the
+image again; the XMP packet with IPTC's mark of generated images is always written. Neither the photo nor any path or
+user name is stored.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,14 +25,10 @@ SCHEMA = 1
 AI_MARK = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _XMP_KEYWORD = "XML:com.adobe.xmp"
 _XMP = (
-    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
-    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
-    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    '<rdf:Description rdf:about=""'
-    ' xmlns:xmp="http://ns.adobe.com/xap/1.0/"'
-    ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
-    f' xmp:CreatorTool="e4t {__version__}"'
-    f' Iptc4xmpExt:DigitalSourceType="{AI_MARK}"/>'
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about=""'
+    ' xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+    f' xmp:CreatorTool="e4t {__version__}" Iptc4xmpExt:DigitalSourceType="{AI_MARK}"/>'
     '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
 # Keys of the JSON since version 0.1, which stay as they are.
@@ -42,43 +39,31 @@ def package_versions() -> dict[str, str]:
     """Return the versions of the packages that an image's pixels depend on."""
     versions = {"e4t": __version__}
     for package in ("torch", "diffusers", "transformers", "open_clip_torch"):
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRecord:
-    """How one image was generated.
-
-    Args:
-        prompt, negative_prompt, seed, steps, guidance, scheduler, concept_scale: of sampling.
-        width, height: in pixels.
-        domain, base, base_fingerprint, weights_fingerprint: the models.
-        placeholder: the spelling of the concept in the prompt.
-        photo_sha256: of the photo's bytes; the photo itself is not stored.
-        tuning: the configuration that was used, as `TuningConfig.as_dict()`, and its seed.
-        versions: of the packages, see `package_versions`.
-    """
+    """How one image was generated."""
 
     prompt: str
     seed: int
     steps: int
     guidance: float
     scheduler: str
-    width: int
+    width: int  # in pixels, as the height
     height: int
     negative_prompt: str = ""
     concept_scale: float = 1.0
-    placeholder: str = "S*"
+    placeholder: str = "S*"  # the spelling of the concept in the prompt
     domain: str = ""
     base: str = ""
     base_fingerprint: str = ""
     weights_fingerprint: str = ""
-    photo_sha256: str = ""
-    tuning: Mapping[str, Any] = field(default_factory=dict)
+    photo_sha256: str = ""  # of the photo's bytes; the photo itself is not stored
+    tuning: Mapping[str, Any] = field(default_factory=dict)  # `TuningConfig.as_dict()`, and the seed
     versions: Mapping[str, str] = field(default_factory=package_versions)
 
     def as_dict(self, *, include_prompts: bool = True) -> dict[str, Any]:
@@ -101,26 +86,18 @@ class GenerationRecord:
             "Concept strength": f"{self.concept_scale:g}" if self.concept_scale != 1 else "",
             "Version": f"e4t {__version__}",
         }
-        lines = [self.prompt]
-        if self.negative_prompt:
-            lines.append(f"Negative prompt: {self.negative_prompt}")
-        lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in pairs.items() if v != ""))
-        return "\n".join(lines)
+        negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
+        settings = ", ".join(f"{k}: {_quoted(v)}" for k, v in pairs.items() if v != "")
+        return f"{self.prompt}\n{negative}{settings}"
 
 
 @dataclass(frozen=True)
 class ImageMetadata:
-    """The metadata of a PNG.
+    """The metadata of a PNG; None where it has none."""
 
-    Args:
-        parameters: the web UI's text, None without one.
-        details: our JSON (a contact sheet's has the list `pictures`), None without one.
-        ai_generated: whether the mark of generated images is there.
-    """
-
-    parameters: str | None
-    details: dict[str, Any] | None
-    ai_generated: bool
+    parameters: str | None  # the web UI's text
+    details: dict[str, Any] | None  # e4t's JSON; a contact sheet's has the list `pictures`
+    ai_generated: bool  # whether the mark of generated images is there
 
 
 def png_bytes(
@@ -133,8 +110,7 @@ def png_bytes(
         if include_prompts:
             info.add_text("parameters", record.parameters())
     else:
-        records = [one.as_dict(include_prompts=include_prompts) for one in record]
-        details = {"schema": SCHEMA, "pictures": records}
+        details = {"schema": SCHEMA, "pictures": [one.as_dict(include_prompts=include_prompts) for one in record]}
     info.add_text("e4t", json.dumps(details, sort_keys=True))
     # Pillow ignores `xmp=` for PNG; readers look for exactly this keyword, uncompressed.
     info.add_itxt(_XMP_KEYWORD, _XMP, zip=False)
@@ -156,17 +132,12 @@ def read_metadata(png: bytes) -> ImageMetadata:
             text: dict[str, str] = dict(image.text)
     except Exception as error:  # hostile bytes make the decoder raise any exception
         raise InputError("this is not a readable PNG") from error
-    details = None
-    if "e4t" in text:
-        try:
-            details = json.loads(text["e4t"])
-        except ValueError as error:
-            raise InputError("the e4t text in this PNG is damaged") from error
-    return ImageMetadata(
-        parameters=text.get("parameters"),
-        details=details if isinstance(details, dict) else None,
-        ai_generated=AI_MARK in text.get(_XMP_KEYWORD, ""),
-    )
+    try:
+        details = json.loads(text.get("e4t", "null"))
+    except ValueError as error:
+        raise InputError("the e4t text in this PNG is damaged") from error
+    details = details if isinstance(details, dict) else None
+    return ImageMetadata(text.get("parameters"), details, ai_generated=AI_MARK in text.get(_XMP_KEYWORD, ""))
 
 
 def _quoted(value: object) -> str:

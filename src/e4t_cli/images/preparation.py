@@ -1,8 +1,7 @@
 """Prepares a photo: the square crop that the domain makes, with the mask of the concept.
 
-The mask comes from, in this order: the user's file, the user's text prompt, the photo's alpha
-channel, the domain's preparation, the domain's text prompt. Text prompts are segmented by CLIPSeg
-(Lüddecke and Ecker, 2022) through transformers; its files are fetched from the hub once.
+The mask comes from, in this order: the user's file, the user's text prompt, the photo's alpha channel, the domain's
+preparation, the domain's text prompt. Text prompts are segmented by CLIPSeg (Lüddecke and Ecker, 2022).
 """
 
 from __future__ import annotations
@@ -12,15 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
 from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavailable
-from e4t_cli.hub.download import fetch_files, get_repo_info
+from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.paths import HubAccess, Terms, accept
+from e4t_cli.hub.repo_info import get_repo_info
 from e4t_cli.images.decoding import OpenedImage
 from e4t_cli.images.loading import MIN_COVERAGE, center_square, mask_coverage, prepare_image
+from e4t_cli.progress import quiet_libraries
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 if TYPE_CHECKING:
@@ -29,26 +30,18 @@ if TYPE_CHECKING:
 
 CLIPSEG = "CIDAS/clipseg-rd64-refined"
 FILES = ("*.json", "*.safetensors")
+# Terms of a repository beside the licence it states.
 KNOWN_TERMS = {"jonathandinu/face-parsing": "made from SegFormer weights and CelebAMask-HQ: for research"}
-"""Terms of a repository beside the licence it states."""
-MIN_PROBABILITY = 0.4
-"""A pixel above it belongs to the mask. CLIPSeg's probabilities are rarely above 0.8."""
+MIN_PROBABILITY = 0.4  # a pixel above it belongs to the mask; CLIPSeg's probabilities are rarely above 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSource:
-    """The part of the photo that the user says is the concept.
+    """The part of the photo that is the concept, as requested."""
 
-    Args:
-        kind: "auto" leaves it to the photo and the domain, "none" is all of it, "words" what a
-            text prompt describes, "image" the white part of a mask.
-        words: the text prompt of kind "words", "" for the domain's.
-        image: the mask of kind "image": mode L, of the photo's proportions.
-    """
-
-    kind: Literal["auto", "none", "words", "image"]
-    words: str = ""
-    image: Image.Image | None = None
+    kind: Literal["auto", "none", "words", "image"]  # "auto": the photo and the domain decide, "none": all of it
+    words: str = ""  # a text prompt for it, "" for the domain's
+    image: Image.Image | None = None  # a mask, white on it: mode L, of the photo's proportions
 
 
 def prepare_photo(
@@ -58,13 +51,10 @@ def prepare_photo(
 
     Args:
         domain: its preparation crops and turns.
-        photo: opened.
+        photo: its notes come first in the result.
         mask: the user's request.
         target: what the base needs; its `mask` is ignored.
         masked: whether the domain's tuning uses a mask.
-
-    Returns:
-        The prepared image; the photo's notes come first.
 
     Raises:
         UsageError: a mask by text is requested, and there is no text prompt.
@@ -73,16 +63,14 @@ def prepare_photo(
     """
     alpha = photo.alpha if mask.kind == "auto" else None
     automatic = mask.kind == "auto" and alpha is None
-    wanted = replace(target, mask="auto" if automatic else None)
-    prepared = prepare_image(domain, photo.image, wanted)
+    prepared = prepare_image(domain, photo.image, replace(target, mask="auto" if automatic else None))
     if mask.image is not None and mask.kind == "image":
         prepared = with_mask(prepared, photo.image, mask.image)
     elif mask.kind == "words":
         words = mask.words or domain.mask_words
         if not words:
-            raise UsageError(
-                f"the domain {domain.name!r} has no words for its mask", hint='--mask "words:a cat" finds a cat'
-            )
+            hint = '--mask "words:a cat" finds a cat'
+            raise UsageError(f"the domain {domain.name!r} has no words for its mask", hint=hint)
         prepared = _with_text_mask(prepared, words, target)
     elif alpha is not None:
         prepared = with_mask(prepared, photo.image, alpha)
@@ -98,13 +86,7 @@ def prepare_photo(
 
 
 def with_mask(prepared: PreparedImage, photo: Image.Image, mask: Image.Image) -> PreparedImage:
-    """Return the prepared image with a mask of the photo, cropped and turned alike.
-
-    Args:
-        prepared: of `photo`.
-        photo: before its preparation.
-        mask: mode L, of the photo's proportions.
-    """
+    """Return the preparation of `photo` with a mask (mode L, of the photo's proportions), cropped and turned alike."""
     size, notes, image = prepared.image.width, prepared.notes, prepared.image
     if prepared.frame is not None:
         cropped = prepared.frame.apply_to_mask(mask, size)
@@ -120,10 +102,8 @@ def with_mask(prepared: PreparedImage, photo: Image.Image, mask: Image.Image) ->
 def _with_text_mask(prepared: PreparedImage, words: str, target: PreparationTarget) -> PreparedImage:
     mask = mask_by_words(prepared.image, words, target)
     found = _checked(replace(prepared, mask=mask), f"the words {words!r} were found in")
-    if found.mask is None:
-        return found
     remark = f"{words!r}: mask {mask_coverage(mask):.0%}"
-    return replace(found, remarks=(*found.remarks, remark))
+    return found if found.mask is None else replace(found, remarks=(*found.remarks, remark))
 
 
 def _checked(prepared: PreparedImage, found: str) -> PreparedImage:
@@ -132,9 +112,6 @@ def _checked(prepared: PreparedImage, found: str) -> PreparedImage:
         return prepared
     note = f"{found} less than 1 % of the image: the whole image counts in tuning"
     return replace(prepared, mask=None, notes=(*prepared.notes, note))
-
-
-# ── segmentation networks ──
 
 
 def snapshot_downloader(access: HubAccess) -> Callable[[str], Path]:
@@ -171,21 +148,8 @@ def _fetch_snapshot(repository: str, access: HubAccess) -> Path:
     return fetch_files(repository, None, files, access, repair=True)
 
 
-class _ClipSeg(NamedTuple):
-    model: CLIPSegForImageSegmentation
-    tokenizer: CLIPTokenizer
-    side: int
-    mean: np.ndarray
-    deviation: np.ndarray
-
-
 def mask_by_words(image: Image.Image, words: str, target: PreparationTarget) -> Image.Image:
-    """Return a mask of mode L, 255 where the image shows what the words describe.
-
-    Args:
-        image: mode RGB, any size.
-        words: the text prompt, such as "a cat".
-        target: where the network may be fetched from and run.
+    """Return a mask of mode L, 255 where the image (RGB, any size) shows what the words describe, such as "a cat".
 
     Raises:
         WeightsUnavailable: the network is not on this machine and cannot be fetched.
@@ -193,32 +157,29 @@ def mask_by_words(image: Image.Image, words: str, target: PreparationTarget) -> 
     """
     import numpy as np
     import torch
+    from torch.nn.functional import interpolate
 
     if target.fetch is None:
         raise WeightsUnavailable(f"masks by words need {CLIPSEG}, which cannot be fetched here")
-    clipseg = _load_clipseg(target.fetch(CLIPSEG), target.device)
-    small = image.resize((clipseg.side, clipseg.side), Image.Resampling.BICUBIC)
-    pixels = np.asarray(small, dtype=np.float32) / (255 * clipseg.deviation)
-    pixels = (pixels - clipseg.mean / clipseg.deviation).astype(np.float32)
-    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    tokens = clipseg.tokenizer([words], return_tensors="pt", truncation=True)
+    model, tokenizer, side, mean, deviation = _load_clipseg(target.fetch(CLIPSEG), target.device)
+    small = image.resize((side, side), Image.Resampling.BICUBIC)
+    pixels = np.asarray(small, dtype=np.float32) / (255 * deviation)
+    pixels = (pixels - mean / deviation).astype(np.float32)
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, side, side)
+    tokens = tokenizer([words], return_tensors="pt", truncation=True).to(target.device)
     with torch.inference_mode():
-        logits = clipseg.model(
-            pixel_values=batch.to(target.device),  # (1, 3, side, side)
-            input_ids=tokens["input_ids"].to(target.device),
-            attention_mask=tokens["attention_mask"].to(target.device),
-        ).logits
+        logits = model(pixel_values=batch.to(target.device), **tokens).logits
         probability = logits.reshape(1, 1, *logits.shape[-2:]).float().sigmoid()
-        probability = torch.nn.functional.interpolate(
-            probability, size=(image.height, image.width), mode="bilinear", align_corners=False
-        )
+        probability = interpolate(probability, size=(image.height, image.width), mode="bilinear", align_corners=False)
     inside = (probability[0, 0] >= MIN_PROBABILITY).cpu().numpy()
     return Image.fromarray((inside * 255).astype(np.uint8))
 
 
 @lru_cache(maxsize=1)
-def _load_clipseg(folder: Path, device: str) -> _ClipSeg:
-    """Return the model, its tokenizer, and how images are normalized for it."""
+def _load_clipseg(
+    folder: Path, device: str
+) -> tuple[CLIPSegForImageSegmentation, CLIPTokenizer, int, np.ndarray, np.ndarray]:
+    """Return the model, its tokenizer, the side of its images, and the mean and deviation they are normalized by."""
     import numpy as np
     from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 
@@ -231,7 +192,7 @@ def _load_clipseg(folder: Path, device: str) -> _ClipSeg:
         mean, deviation = (np.array(config[key], np.float32) for key in ("image_mean", "image_std"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{CLIPSEG} cannot be used: {error}") from error
-    return _ClipSeg(model.to(device), tokenizer, side, mean, deviation)
+    return model.to(device), tokenizer, side, mean, deviation
 
 
 def load_segmenter(kind: Any, folder: Path, what: str) -> Any:
@@ -246,19 +207,14 @@ def load_segmenter(kind: Any, folder: Path, what: str) -> Any:
         IntegrityError: it cannot be read, or weights are missing or of other shapes.
     """
     import torch
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model, report = kind.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with quiet_libraries:
+            model, report = kind.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{what} cannot be used: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     # transformers initializes missing weights at random; superfluous ones are harmless.
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:

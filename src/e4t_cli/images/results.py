@@ -25,12 +25,7 @@ _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows h
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
-    """Make the folder for results; called before the work rather than after it.
-
-    Raises:
-        UsageError: it cannot be made, or may not be written to.
-        ResourceError: the disk is full.
-    """
+    """Make the folder for results, before the work; raises UsageError, or ResourceError if the disk is full."""
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -69,16 +64,12 @@ def _as_e4t_error(error: OSError | ValueError, path: Path) -> UsageError | Resou
     return UsageError(f"{shown} cannot be written: {reason}", hint=hint)
 
 
-CELL = 256
-"""Side in pixels that an image of a contact sheet is scaled to, at least, about."""
-
+CELL = 256  # side in pixels that an image of a contact sheet is scaled to, at least, about
 CAPTION_SIZE, CAPTION_LINES, MARGIN = 17, 3, 12
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def contact_sheet(
-    images: Sequence[Image.Image], captions: Sequence[str], *, columns: int | None = None
-) -> Image.Image:
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 0) -> Image.Image:
     """Return a grid of images, each above its caption.
 
     Small images are enlarged by an integer factor to about 256 pixels, so that the 64-pixel images of `mini` are easy
@@ -87,7 +78,7 @@ def contact_sheet(
     Args:
         images: all are scaled to one size, that of the last one times the factor.
         captions: one for each image.
-        columns: images per row; by default as square as possible.
+        columns: images per row; 0 for as square as possible.
     """
     width, height = images[-1].size
     factor = max(1, round(CELL / width))
@@ -124,10 +115,10 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
                 lines.append("")
             lines[-1] += letter
     if len(lines) > CAPTION_LINES:
-        last = lines[CAPTION_LINES - 1]
+        *lines, last = lines[:CAPTION_LINES]
         while font.getlength(last + "…") > width:
             last = last[:-1]
-        lines = [*lines[: CAPTION_LINES - 1], last.rstrip() + "…"]
+        lines.append(last.rstrip() + "…")
     return "\n".join(lines)
 
 
@@ -169,15 +160,12 @@ class GeneratedImage:
     def save(
         self, folder: str | os.PathLike[str] = "outputs", *, name: str | None = None, include_prompts: bool = True
     ) -> Path:
-        """Write `<name>-<prompt>-<seed>.png`, with a number appended if that name is taken.
+        """Write `<name>-<prompt>-<seed>.png`, with a number appended if that name is taken; returns the path.
 
         Args:
             folder: made if it does not exist.
             name: the beginning of the file's name; the domain's by default.
             include_prompts: False leaves prompts out of the file; the AI mark is always in it.
-
-        Returns:
-            The path written. No existing file is changed.
 
         Raises:
             UsageError: the folder cannot be one, or may not be written to.
@@ -221,6 +209,5 @@ class Personalization:
             captions = [f"{image.prompt} (seed {image.seed})" for image in self.images]
         images = [self.concept.prepared.image, *(image.image for image in self.images)]
         sheet = contact_sheet(images, ["the photo", *captions])
-        records = [image.record for image in self.images]
-        data = png_bytes(sheet, records, include_prompts=include_prompts)
+        data = png_bytes(sheet, [image.record for image in self.images], include_prompts=include_prompts)
         return write_new(folder, f"{slug(name or self.concept.domain, limit=40)}-grid", data)

@@ -1,7 +1,7 @@
 """Domains: the contract, discovery by entry points, and the store of the user's domains.
 
-The names below are what `e4t domains add`, `rm`, `new` and `push` do, for Python. Each is imported
-at its first use: a module that needs only `registry.domain` does not pay for pydantic.
+The names below are what `e4t domains add`, `rm`, `new` and `push` do, for Python. Each is imported at its first use: a
+module that needs only `registry.domain` does not pay for pydantic.
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ if TYPE_CHECKING:
     from .scaffold import new_domain as new_domain
     from .store import AddedDomain as AddedDomain
     from .store import add_domain as add_domain
-    from .store import find_user_folder as find_user_folder
     from .store import remove_domain as remove_domain
-    from .weights import WeightsState as WeightsState
-    from .weights import weights_state as weights_state
-    from .weights import weights_states as weights_states
 
 _MODULES = {
     "publish": ("PublishedDomain", "publish_domain"),
     "scaffold": ("new_domain",),
-    "store": ("AddedDomain", "add_domain", "find_user_folder", "remove_domain"),
-    "weights": ("WeightsState", "weights_state", "weights_states"),
+    "store": ("AddedDomain", "add_domain", "remove_domain"),
 }
 
 

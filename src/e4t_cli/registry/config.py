@@ -1,20 +1,15 @@
 """The hyperparameters of tuning and of domain pre-training, as validated values.
 
-Part of the contract with the author of a domain (`registry.domain`), who states them; domain
-weights bring the ones that they were made with.
+Part of the contract with the author of a domain (`registry.domain`), who states them; domain weights bring the ones
+that they were made with.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance as _Dataclass
-else:
-    _Dataclass = object
+from dataclasses import dataclass
+from typing import Any, Self
 
 
 def check_number(owner: object, name: str, *, above: float = -math.inf, minimum: float = -math.inf) -> None:
@@ -35,8 +30,7 @@ def check_integer(owner: object, name: str, *, minimum: int) -> None:
 
 def check_bool(owner: object, name: str) -> None:
     """Check that an attribute is a bool, or raise ValueError."""
-    value = getattr(owner, name)
-    if not isinstance(value, bool):
+    if not isinstance(value := getattr(owner, name), bool):
         raise ValueError(f"{type(owner).__name__}.{name} must be True or False, not {value!r}")
 
 
@@ -45,8 +39,8 @@ _KEYS_IN_FILES = {"reg_weight": "embedding_penalty", "lora_rank": "adapter_rank"
 _METHODS_IN_FILES = {"full": "exact", "lora": "adapters"}
 
 
-class _Config(_Dataclass):
-    """What both configurations can do."""
+class _Config:
+    """What both configurations, which are dataclasses, can do."""
 
     base_learning_rate: float
     batch_size: int
@@ -58,21 +52,16 @@ class _Config(_Dataclass):
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values under the keys that files use, ready for TOML or JSON."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {_KEYS_IN_FILES.get(name, name): value for name, value in vars(self).items()}
         if "method" in values:
             values["method"] = _METHODS_IN_FILES[values["method"]]
-        return {_KEYS_IN_FILES.get(name, name): value for name, value in values.items()}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild a configuration from `as_dict()`.
-
-        Raises:
-            ValueError: a key is unknown or missing, or a value is out of range.
-        """
-        names = {_KEYS_IN_FILES.get(field.name, field.name): field.name for field in fields(cls)}
-        unknown = sorted(set(values) - names.keys())
-        if unknown:
+        """Rebuild a configuration from `as_dict()`; ValueError for unknown or missing keys and invalid values."""
+        names = {_KEYS_IN_FILES.get(name, name): name for name in cls.__annotations__}
+        if unknown := sorted(set(values) - names.keys()):
             raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}")
         arguments = {names[key]: value for key, value in values.items()}
         methods = {stored: method for method, stored in _METHODS_IN_FILES.items()}
@@ -85,11 +74,10 @@ class _Config(_Dataclass):
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed; unknown names raise TypeError."""
-        return replace(self, **changes)
+        return type(self)(**{**vars(self), **changes})
 
 
-TUNING_METHODS = ("full", "lora")
-"""The methods of tuning, the paper's first."""
+TUNING_METHODS = ("full", "lora")  # the paper's first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +91,14 @@ class TuningConfig(_Config):
         batch_size: time steps per optimizer step; the paper calls 16 or more crucial (section 3.4).
         gradient_clip: maximum norm of the gradient.
         mask: whether the domain's mask restricts the diffusion loss.
-        encoder_rate, offsets_rate, unet_rate: factors on the learning rate of each parameter
-            group; 0 freezes the group, 1 is the paper.
-        method: "full" tunes all weights, as the paper does; "lora" freezes the base and tunes
-            LoRA adapters of its attention layers and of the encoder.
+        encoder_rate, offsets_rate, unet_rate: factors on the learning rate of each parameter group; 0 freezes the
+            group, 1 is the paper.
+        method: "full" tunes all weights, as the paper does; "lora" freezes the base and tunes LoRA adapters of its
+            attention layers and of the encoder.
         lora_rank: rank of the adapters.
-        lora_rate: a further factor on the learning rate of the adapters, which start at zero and
-            need larger steps than weights do. Paper silent: measured on `mini`
-            (`python -m mini_world.methods face --rates 18 36 60`), where 60 keeps most of a face.
+        lora_rate: a further factor on the learning rate of the adapters, which start at zero and need larger steps
+            than weights do. Paper silent: measured on `mini` (`python -m mini_world.methods face --rates 18 36 60`),
+            where 60 keeps most of a face.
     """
 
     steps: int
@@ -175,33 +163,25 @@ class PretrainingConfig(_Config):
         check_bool(self, "mask")
 
 
-# Forward and backward of one 512-pixel image with W_q, W_k, W_v and the offsets trainable, counted
-# on the configs of Stable Diffusion 1.4; images are encoded beforehand (pretraining/):
+# Forward and backward of one 512-pixel image with W_q, W_k, W_v and the offsets trainable, counted on the configs of
+# Stable Diffusion 1.4; images are encoded beforehand (pretraining/):
 #   U-Net 1.768 + feature pass 0.576 + text encoder 0.027 = 2.371 TFLOP
-TFLOP_PER_IMAGE = 1.768 + 0.576 + 0.027
-COUNTED_AT = 512
-# bfloat16 matrix multiplications, TFLOP per second: H200 measured, A100 from published runs.
-SPEEDS = {"A100": 250.0, "H200": 790.0}
-UTILIZATION = 0.5  # of that speed, in a training loop
+_TFLOP_PER_IMAGE = 1.768 + 0.576 + 0.027
+# bfloat16 matrix multiplications, TFLOP per second: A100 from published runs, H200 measured.
+_A100, _H200 = 250.0, 790.0
+_UTILIZATION = 0.5  # of that speed, in a training loop
 
 
-def pretraining_hours(config: PretrainingConfig, gpu: str, resolution: int = COUNTED_AT) -> float:
-    """Return an estimate of the hours of one GPU that pre-training takes on a Stable Diffusion.
+def format_hours(config: PretrainingConfig, resolution: int = 512) -> str:
+    """Return an estimate of how long pre-training on a Stable Diffusion takes: "about 2.5 hours of an A100, …".
 
     face: 30,000 steps × 16 × 2.371 TFLOP = 1.14e6 TFLOP; ÷ (0.5 × 250) = 9,100 s = 2.5 A100 hours.
 
     Args:
         config: its steps and batch size count.
-        gpu: a key of `SPEEDS`.
-        resolution: side of the images in pixels; the work is taken to grow with their area, though
-            attention grows faster.
+        resolution: side of the images in pixels; the work is taken to grow with their area, though attention grows
+            faster.
     """
-    area = (resolution / COUNTED_AT) ** 2
-    work = config.steps * config.batch_size * TFLOP_PER_IMAGE * area
-    return work / (UTILIZATION * SPEEDS[gpu]) / 3600
-
-
-def format_hours(config: PretrainingConfig, resolution: int = COUNTED_AT) -> str:
-    """Return the estimate as a phrase: "about 5.1 hours of an A100, 1.6 of an H200"."""
-    first, *others = (f"{pretraining_hours(config, gpu, resolution):.1f} of an {gpu}" for gpu in SPEEDS)
-    return ", ".join([f"about {first.replace(' of', ' hours of')}", *others])
+    work = config.steps * config.batch_size * _TFLOP_PER_IMAGE * (resolution / 512) ** 2
+    a100, h200 = (work / (_UTILIZATION * speed) / 3600 for speed in (_A100, _H200))
+    return f"about {a100:.1f} hours of an A100, {h200:.1f} of an H200"

@@ -1,8 +1,8 @@
 """Finds domains: entry points of installed packages and folders of the user.
 
-Candidates are listed from metadata alone; only the requested domain is imported. A domain that is
-broken, of the wrong type, or whose name two packages claim affects only who asks for it, and the
-list shows the reason. The domains of this distribution cannot be shadowed.
+Candidates are listed from metadata alone; only the requested domain is imported. A domain that is broken, of the wrong
+type, or whose name two packages claim affects only who asks for it, and the list shows the reason. The domains of this
+distribution cannot be shadowed.
 
 `E4T_DOMAINS=face,cat` restricts what is considered (empty: nothing), for tests and for recovery.
 """
@@ -24,10 +24,8 @@ from e4t_cli.errors import E4TError, UsageError, printable
 from e4t_cli.registry.domain import Domain, check_name
 
 GROUP = "e4t.domains"
-OURS = "e4t"
-"""The distribution whose domains cannot be shadowed."""
-USER = "user"
-"""The package name shown for domains that are folders of the user."""
+OURS = "e4t"  # the distribution whose domains cannot be shadowed
+USER = "user"  # the package name shown for domains that are folders of the user
 
 
 def user_domains_folder() -> Path:
@@ -38,20 +36,13 @@ def user_domains_folder() -> Path:
 
 
 def user_domain(folder: Path) -> Domain:
-    """Return the domain of a folder that `e4t pretrain` made.
-
-    Raises:
-        UsageError: there is no domain.toml in it.
-        IntegrityError: its domain.toml is invalid.
-    """
+    """Return the domain of a folder; UsageError if it has no domain.toml, IntegrityError if that is invalid."""
     from e4t_cli.registry.manifest import MANIFEST_NAME, read_manifest  # pydantic takes 0.1 s
 
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise UsageError(
-            f"{printable(str(folder))} is no domain: it has no {MANIFEST_NAME}",
-            hint="e4t domains list shows what is installed",
-        )
+        message = f"{printable(str(folder))} is no domain: it has no {MANIFEST_NAME}"
+        raise UsageError(message, hint="e4t domains list shows what is installed")
     manifest = read_manifest(path)
     return Domain(
         name=manifest.name,
@@ -67,22 +58,14 @@ def user_domain(folder: Path) -> Domain:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """One row of the list of domains.
+    """One row of the list of domains."""
 
-    Args:
-        name: the claimed name.
-        package, version: the distribution it comes from; "user" and "" for the user's folders.
-        load: returns the value, if it is one.
-        domain: the value, or None if it did not load.
-        reason: why the bare name does not give this domain; None if it does.
-    """
-
-    name: str
-    package: str
+    name: str  # as claimed
+    package: str  # the distribution it comes from; "user" for the user's folders
     version: str = ""
-    load: Callable[[], object] = field(repr=False, compare=False)
-    domain: Domain | None = None
-    reason: str | None = None
+    load: Callable[[], object] = field(repr=False, compare=False)  # returns the value, if it is one
+    domain: Domain | None = None  # the value, or None if it did not load
+    reason: str | None = None  # why the bare name does not give this domain
 
 
 def installed_domains() -> list[Listing]:
@@ -98,10 +81,8 @@ def installed_domains() -> list[Listing]:
         claims = _claimants([one for one in found if one.name == row.name])
         others = ", ".join(sorted(one.package for one in claims if one.package != row.package))
         if others and row.domain is not None and row.package != OURS:
-            reason = f"its name is also claimed by {others}"
-            if row.package == USER:
-                reason = f"its weights serve the domain of {others}"
-            row = replace(row, reason=f"{reason}; ask for it as {row.package}:{row.name}")
+            problem = "its weights serve the domain of" if row.package == USER else "its name is also claimed by"
+            row = replace(row, reason=f"{problem} {others}; ask for it as {row.package}:{row.name}")
         rows.append(row)
     return rows
 
@@ -122,11 +103,7 @@ def find_domain(name: str) -> Domain:
 
 
 def find_listing(name: str) -> Listing:
-    """Return the domain of that name with the package that it comes from.
-
-    Raises:
-        E4TError: as `find_domain`.
-    """
+    """Return the domain of that name with the package that it comes from; errors as of `find_domain`."""
     shown = printable(name)
     if "/" in name or os.sep in name:
         if not Path(name).is_dir():
@@ -136,10 +113,9 @@ def find_listing(name: str) -> Listing:
         return Listing(name=domain.name, package=USER, load=load, domain=domain)
     package, _, bare = name.rpartition(":")
     found = _candidates()
-    claims = [c for c in found if c.name == bare and package in ("", c.package)]
-    if package and not claims:
-        claims = [c for c in found if c.name == bare and _normal(c.package) == _normal(package)]
-    claims = _claimants(claims)
+    named = [c for c in found if c.name == bare]
+    claims = [c for c in named if package in ("", c.package)]
+    claims = _claimants(claims or [c for c in named if _normal(c.package) == _normal(package)])
     if not claims:
         near = difflib.get_close_matches(bare, [c.name for c in found], n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
@@ -153,8 +129,8 @@ def find_listing(name: str) -> Listing:
 def _claimants(claims: list[Listing]) -> list[Listing]:
     """Return the candidates of one name that the bare name can mean.
 
-    Ours cannot be shadowed. A folder of the user does not compete with an installed domain but
-    provides weights for it (`weights_folder`): `e4t pretrain` made it for another base.
+    Ours cannot be shadowed. A folder of the user does not compete with an installed domain but provides weights for it
+    (`weights_folder`): `e4t pretrain` made it for another base.
     """
     ours = [c for c in claims if c.package == OURS]
     return ours or [c for c in claims if c.package != USER] or claims
@@ -185,19 +161,14 @@ def _candidates() -> list[Listing]:
         for path in user_domains_folder().glob("*/domain.toml"):
             load = partial(user_domain, path.parent)
             found.append(Listing(name=path.parent.name, package=USER, load=load))
-    chosen = os.environ.get("E4T_DOMAINS")
-    if chosen is not None:
+    if (chosen := os.environ.get("E4T_DOMAINS")) is not None:
         names = {name.strip() for name in chosen.split(",")}
         found = [c for c in found if c.name in names or f"{c.package}:{c.name}" in names]
     return sorted(found, key=lambda c: (c.package != OURS, c.name, c.package))
 
 
 def _load(candidate: Listing) -> Domain:
-    """Import one domain and check it.
-
-    Raises:
-        E4TError: loading failed in any way; the message names the package.
-    """
+    """Import one domain and check it; E4TError if that fails in any way."""
     try:
         check_name(candidate.name)
         # What a plugin prints while it is imported must not mix with results on stdout.
@@ -210,12 +181,10 @@ def _load(candidate: Listing) -> Domain:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin that calls sys.exit() must not end this program
+        what = f"domain {printable(candidate.name)!r} from {printable(candidate.package)}"
         kind = "" if isinstance(error, E4TError) else f"{type(error).__name__}: "
-        raise E4TError(
-            f"domain {printable(candidate.name)!r} from {printable(candidate.package)} "
-            f"did not load: {kind}{printable(str(error))}",
-            hint="E4T_DEBUG=1 shows the traceback",
-        ) from error
+        message = f"{what} did not load: {kind}{printable(str(error))}"
+        raise E4TError(message, hint="E4T_DEBUG=1 shows the traceback") from error
     return value
 
 

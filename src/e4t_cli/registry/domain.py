@@ -1,9 +1,9 @@
 """The contract with the author of a domain: `Domain`, and what its `prepare` takes and returns.
 
-A `Domain` is a value: a descriptor word, two configurations, where its weights are, and at most
-one function, `prepare`. It is found through the entry-point group `e4t.domains`
-(domains/README.md). Only the standard library is imported here, so a domain's module costs nothing
-to import. The contract grows only by keyword-only fields with defaults.
+A `Domain` is a value: a descriptor word, two configurations, where its weights are, and at most one function,
+`prepare`. It is found through the entry-point group `e4t.domains` (domains/README.md). Only the standard library is
+imported here, so a domain's module costs nothing to import. The contract grows only by keyword-only fields with
+defaults.
 """
 
 from __future__ import annotations
@@ -25,55 +25,37 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # Device names that Windows reserves in every folder.
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.(safetensors|json)")
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-"""A repository of the hub: owner/name."""
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of the hub: owner/name
 _HUB_LOCATION = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
 def check_name(name: object, what: str = "domain name") -> str:
-    """Return `name` if it can safely be a file name and a command-line word.
-
-    Raises:
-        ValueError: it is anything but `[a-z0-9][a-z0-9_-]*`, 64 characters at most.
-    """
+    """Return `name` if it can safely be a file name and a command-line word, or raise ValueError."""
     if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name) or name in _RESERVED:
-        raise ValueError(
-            f"{what} {name!r} must be 1 to 64 of a-z, 0-9, '-' and '_', "
-            "start with a letter or a digit, and not be a reserved device name"
-        )
+        allowed = "1 to 64 of a-z, 0-9, '-' and '_', start with a letter or a digit"
+        raise ValueError(f"{what} {name!r} must be {allowed}, and not be a reserved device name")
     return name
 
 
 def check_file_name(name: object) -> str:
-    """Return `name` if a domain folder may have a file of that name.
+    """Return `name` if a domain folder may have a file of that name, or raise ValueError.
 
-    Raises:
-        ValueError: it could leave the folder, or is of a kind that can hold code: only safetensors
-            and JSON are allowed, never pickles.
+    It must not leave the folder, nor be of a kind that can hold code: safetensors and JSON, never pickles.
     """
-    plain = isinstance(name, str) and _FILE_NAME.fullmatch(name)
-    if not plain or str(name).partition(".")[0].lower() in _RESERVED:
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or name.partition(".")[0].lower() in _RESERVED:
         raise ValueError(f"file name {name!r} must be a plain name that ends in .safetensors or .json")
-    return str(name)
+    return name
 
 
 def check_which(which: object) -> str:
-    """Return `which` if it selects one of several subjects.
-
-    Raises:
-        ValueError: it is none of "largest", "left", "right", or a whole number from 1 on.
-    """
+    """Return `which` if it selects one of several subjects, or raise ValueError."""
     if which in ("largest", "left", "right") or re.fullmatch(r"[1-9]\d{0,3}", str(which)):
         return str(which)
     raise ValueError(f"{which!r} must be largest, left, right, or a number: 1 is the leftmost")
 
 
 def check_location(location: object) -> str:
-    """Return `location` if it is a well-formed location of weights (see `Domain.weights`).
-
-    Raises:
-        ValueError: it is empty, climbs out of its package, or names no exact hub commit.
-    """
+    """Return `location` if it is a well-formed location of weights (see `Domain.weights`), or raise ValueError."""
     if not isinstance(location, str) or not location.strip() or "\0" in location:
         raise ValueError(f"a location of weights must be text, not {location!r}")
     kind, _, rest = location.partition(":")
@@ -101,8 +83,7 @@ def is_remote(location: str) -> bool:
     return location.partition(":")[0] in ("hub", "e4t-diffusion")
 
 
-CONTRACT_VERSION = 1
-"""The version of this contract; a domain written for another one is refused."""
+CONTRACT_VERSION = 1  # a domain written for another version of this contract is refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +98,8 @@ class PreparationTarget:
         which: of several subjects, "largest", "left", "right", or its number from the left: "1", …
         required: an image without the subject is refused (`InputError`).
         device: where a segmentation network may run.
-        fetch: returns the folder with a hub repository's configs and safetensors; raises
-            `WeightsUnavailable`. None where nothing may be fetched.
+        fetch: returns the folder with a hub repository's configs and safetensors; raises `WeightsUnavailable`. None
+            where nothing may be fetched.
     """
 
     size: int
@@ -159,14 +140,13 @@ class PreparedImage:
         size, mode = getattr(self.image, "size", None), getattr(self.image, "mode", None)
         if size is None or mode != "RGB" or size[0] != size[1]:
             raise ValueError(f"PreparedImage.image must be a square RGB image, not {mode} {size}")
-        if self.mask is not None:
-            found = getattr(self.mask, "mode", None), getattr(self.mask, "size", None)
-            if found != ("L", size):
-                raise ValueError(f"PreparedImage.mask must be of mode L and size {size}, not {found}")
+        found = getattr(self.mask, "mode", None), getattr(self.mask, "size", None)
+        if self.mask is not None and found != ("L", size):
+            raise ValueError(f"PreparedImage.mask must be of mode L and size {size}, not {found}")
         for name in ("notes", "remarks"):
-            if isinstance(getattr(self, name), str):
+            if isinstance(value := getattr(self, name), str):
                 raise ValueError(f"PreparedImage.{name} must be a tuple of strings, not a string")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(value))
         if self.frame is not None and not hasattr(self.frame, "apply_to_mask"):
             raise ValueError(f"PreparedImage.frame must be a Frame, not {self.frame!r}")
 
@@ -183,19 +163,19 @@ class Domain:
         descriptor: the coarse word whose embedding anchors the concept (e_domain of eq. 1).
         tuning: hyperparameters of tuning. Weights made for a base may bring their own.
         pretraining: hyperparameters of pre-training, None for the paper's usual ones.
-        weights: base name → location: "package:my_package/folder" inside an installed package,
-            "hub:owner/repo@<40-hex commit>", a folder, or "e4t-diffusion:owner/repo" for a
-            checkpoint of that program, which is converted when it is first used.
+        weights: base name → location: "package:my_package/folder" inside an installed package, "hub:owner/repo@<40-hex
+            commit>", a folder, or "e4t-diffusion:owner/repo" for a checkpoint of that program, which is converted when
+            it is first used.
         prepare: takes an upright RGB image and a target; None is the centred square.
-        prompt_templates: prompts of training with "{}" in the place of the concept; none is the
-            generic `SUBJECT_TEMPLATES`.
+        prompt_templates: prompts of training with "{}" in the place of the concept; none is the generic
+            `SUBJECT_TEMPLATES`.
         licence: of the weights and the data they were made from.
         summary: one line for `e4t domains list`.
         download_sizes: base name → bytes to fetch, for weights on the hub; shown in the list.
-        mask_words: the text prompt of the segmentation network, such as "a cat", where a mask is
-            needed and `prepare` returns none.
-        networks: hub repositories that `prepare` passes to `PreparationTarget.fetch` on bases of
-            the hub; `e4t fetch` fetches them beforehand.
+        mask_words: the text prompt of the segmentation network, such as "a cat", where a mask is needed and `prepare`
+            returns none.
+        networks: hub repositories that `prepare` passes to `PreparationTarget.fetch` on bases of the hub; `e4t fetch`
+            fetches them beforehand.
         contract: the contract version it was written for.
     """
 
@@ -215,25 +195,19 @@ class Domain:
 
     def __post_init__(self) -> None:
         if self.contract != CONTRACT_VERSION:
-            raise ValueError(
-                f"it was written for version {self.contract!r} of the domain contract, "
-                f"this e4t has version {CONTRACT_VERSION}"
-            )
+            written = f"it was written for version {self.contract!r} of the domain contract"
+            raise ValueError(f"{written}, this e4t has version {CONTRACT_VERSION}")
         check_name(self.name)
-        word, before, prepare = self.descriptor, self.pretraining, self.prepare
-        for valid, name, kind in (
-            (isinstance(word, str) and bool(word.strip()), "descriptor", "a word"),
-            (isinstance(self.tuning, TuningConfig), "tuning", "a TuningConfig"),
-            (before is None or isinstance(before, PretrainingConfig), "pretraining",
-             "a PretrainingConfig"),
-            (prepare is None or callable(prepare), "prepare", "a function"),
-            (isinstance(self.weights, Mapping), "weights", "a mapping of base names to locations"),
-            (isinstance(self.licence, str), "licence", "text"),
-            (isinstance(self.summary, str), "summary", "text"),
-            (isinstance(self.mask_words, str), "mask_words", "text"),
-            (not isinstance(self.prompt_templates, str), "prompt_templates", "a tuple of prompts"),
-            (not isinstance(self.networks, str), "networks", "a tuple of hub repositories"),
-        ):  # fmt: skip
+        for name, kind, valid in (
+            ("descriptor", "a word", isinstance(self.descriptor, str) and bool(self.descriptor.strip())),
+            ("tuning", "a TuningConfig", isinstance(self.tuning, TuningConfig)),
+            ("pretraining", "a PretrainingConfig", isinstance(self.pretraining, PretrainingConfig | None)),
+            ("prepare", "a function", self.prepare is None or callable(self.prepare)),
+            ("weights", "a mapping of base names to locations", isinstance(self.weights, Mapping)),
+            *((name, "text", isinstance(getattr(self, name), str)) for name in ("licence", "summary", "mask_words")),
+            ("prompt_templates", "a tuple of prompts", not isinstance(self.prompt_templates, str)),
+            ("networks", "a tuple of hub repositories", not isinstance(self.networks, str)),
+        ):
             if not valid:
                 raise ValueError(f"Domain.{name} must be {kind}, not {getattr(self, name)!r}")
         if self.tuning.steps < 1:
@@ -250,8 +224,7 @@ class Domain:
             if not isinstance(repository, str) or not REPOSITORY.fullmatch(repository):
                 raise ValueError(f"Domain.networks: {repository!r} must look like 'owner/name'")
         # Copies: later changes of the author's dictionary or list do not reach this value.
-        for name, copy in (
-            ("weights", dict), ("download_sizes", dict),
-            ("prompt_templates", tuple), ("networks", tuple),
-        ):  # fmt: skip
-            object.__setattr__(self, name, copy(getattr(self, name)))
+        for name in ("weights", "download_sizes"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+        for name in ("prompt_templates", "networks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))

@@ -1,7 +1,7 @@
 """Reads, checks and writes domain.toml, the manifest of a domain folder.
 
-A domain folder holds the weights of one domain for one base: domain.toml beside the files that its
-[files] table lists, each with its SHA-256. Manifests come from strangers; nothing is trusted.
+A domain folder holds the weights of one domain for one base: domain.toml beside the files that its [files] table
+lists, each with its SHA-256. Manifests come from strangers; nothing is trusted.
 """
 
 from __future__ import annotations
@@ -34,13 +34,6 @@ class Manifest(BaseModel):
     """The contents of a domain.toml; unknown keys are errors.
 
     Fields with a default may be missing: the first manifests were written without them.
-
-    Args:
-        base_revision: of the base, from its base.toml or its hub commit.
-        base_config_hash: of the configs of U-Net, text encoder and image encoder.
-        image_tower: the CLIP image encoder that the features come from, for people.
-        files, sizes: SHA-256 and length in bytes of each file.
-        limits: what the domain cannot do, for people.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -50,34 +43,30 @@ class Manifest(BaseModel):
     descriptor: Annotated[str, Field(min_length=1, max_length=100)]
     base: Name
     base_fingerprint: ShortText
-    base_revision: ShortText = ""
+    base_revision: ShortText = ""  # from its base.toml, or its hub commit
+    # Of the configs of U-Net, text encoder and image encoder.
     base_config_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
-    image_tower: ShortText = ""
+    image_tower: ShortText = ""  # the CLIP image encoder that the features come from, for people
     tuning: Annotated[TuningConfig, PlainValidator(TuningConfig.from_dict)]
     pretraining: Annotated[PretrainingConfig, PlainValidator(PretrainingConfig.from_dict)]
     files: dict[FileName, Sha256] = {}
-    sizes: dict[FileName, Annotated[int, Field(ge=0)]] = {}
+    sizes: dict[FileName, Annotated[int, Field(ge=0)]] = {}  # bytes
     encoder: dict[str, Any] = {}
     templates: list[Annotated[str, AfterValidator(check_template)]] = []
     images: Annotated[int, Field(ge=0)] = 0
     licence: Text = ""
-    limits: Text = ""
+    limits: Text = ""  # what the domain cannot do, for people
     notes: Text = ""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Manifest:
-        stray = sorted(set(self.sizes) - set(self.files))
-        if stray:
+        if stray := sorted(set(self.sizes) - set(self.files)):
             raise ValueError(f"sizes names {stray[0]!r}, which files does not")
         return self
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a domain.toml.
-
-    Raises:
-        IntegrityError: it is too large, not TOML, of a newer schema, or has invalid contents.
-    """
+    """Read and check a domain.toml; IntegrityError if it is too large, not TOML, or has invalid contents."""
     shown = printable(str(path))
     try:
         with path.open("rb") as file:
@@ -87,15 +76,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, shown: str) -> Manifest:
-    """Check the content of a domain.toml.
-
-    Args:
-        data: no more than `MAX_BYTES` + 1 bytes need to have been read.
-        shown: its name in error messages.
-
-    Raises:
-        IntegrityError: as `read_manifest`.
-    """
+    """Check the content of a domain.toml, `shown` in messages, of which `MAX_BYTES` + 1 bytes at most were read."""
     if len(data) > MAX_BYTES:
         raise IntegrityError(f"{shown} is larger than a manifest can be")
     try:
@@ -104,10 +85,8 @@ def parse_manifest(data: bytes, shown: str) -> Manifest:
         raise IntegrityError(f"{shown} is not TOML: {printable(str(error))}") from error
     schema = table.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
-        raise IntegrityError(
-            f"{shown} was written by a newer e4t (schema {schema}; this one reads {SCHEMA})",
-            hint="pip install --upgrade e4t",
-        )
+        newer = f"{shown} was written by a newer e4t (schema {schema}; this one reads {SCHEMA})"
+        raise IntegrityError(newer, hint="pip install --upgrade e4t")
     try:
         return Manifest.model_validate(table)
     except ValidationError as error:
@@ -120,8 +99,8 @@ def toml_text(manifest: Mapping[str, Any]) -> str:
     """Return TOML for a flat mapping and one level of tables below it."""
 
     def line(key: str, value: Any) -> str:
-        # JSON's strings, numbers, booleans and arrays of them are valid TOML with two exceptions:
-        # TOML has no surrogate escapes, and no bare DEL.
+        # JSON's strings, numbers, booleans and arrays of them are valid TOML with two exceptions: TOML has no
+        # surrogate escapes, and no bare DEL.
         text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         return f"{json.dumps(key) if '.' in key else key} = {text}"
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from e4t_cli.errors import UsageError, WeightsUnavailable, printable
 from e4t_cli.files import write_atomically
-from e4t_cli.hub.download import check_repository, has_token
 from e4t_cli.hub.errors import as_e4t_error
 from e4t_cli.hub.paths import endpoint, is_offline
+from e4t_cli.hub.repo_info import check_repository, has_token
 from e4t_cli.progress import ProgressCallback
 from e4t_cli.registry.domain import REPOSITORY, Domain
 from e4t_cli.registry.manifest import MANIFEST_NAME, Manifest, read_manifest, toml_text
@@ -23,26 +23,19 @@ from e4t_cli.registry.store import copy_domain_folder
 from e4t_cli.registry.weights import READY, weights_state, weights_states
 
 # The hub's identifiers of licences; any other is "other", with its name beside it.
-_HUB_LICENCES = (
-    "apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
-    "cc-by-nc-sa-4.0", "creativeml-openrail-m", "openrail", "bsd-3-clause", "gpl-3.0",
-)  # fmt: skip
+_HUB_LICENCES = {
+    *("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
+    *("creativeml-openrail-m", "openrail", "bsd-3-clause", "gpl-3.0"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedDomain:
-    """A domain's weights that are on the hub now.
+    """A domain's weights that are on the hub now."""
 
-    Args:
-        location: "owner/repository@commit": for `e4t domains add`, and after "hub:" in `weights`.
-        private: whether only the owner can read it, if the repository was made just now.
-        size: bytes of its files, for `Domain.download_sizes`.
-        manifest: its domain.toml.
-    """
-
-    location: str
-    private: bool
-    size: int
+    location: str  # "owner/repository@commit": for `e4t domains add`, and after "hub:" in `weights`
+    private: bool  # whether only the owner can read it, if the repository was made just now
+    size: int  # bytes of its files, for `Domain.download_sizes`
     manifest: Manifest
 
 
@@ -66,18 +59,16 @@ def publish_domain(
         on_progress: called while the files are checked.
 
     Raises:
-        UsageError: no licence is given, the weights are ambiguous, the repository's name is
-            invalid, or it should be private and is public already.
+        UsageError: no licence is given, the weights are ambiguous, the repository's name is invalid, or it should be
+            private and is public already.
         WeightsUnavailable: there are no weights here, no token, no network, or no permission.
         IntegrityError: the weights are damaged.
     """
     folder = _folder_to_publish(domain, base)
     licence = (licence or read_manifest(folder / MANIFEST_NAME).licence or domain.licence).strip()
     if not licence or not licence.isprintable():
-        raise UsageError(
-            f"the domain {domain.name!r} has no licence: others could not use it",
-            hint="--licence CC0-1.0, or whatever the weights and their images are under",
-        )
+        message = f"the domain {domain.name!r} has no licence: others could not use it"
+        raise UsageError(message, hint="--licence CC0-1.0, or whatever the weights and their images are under")
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary) / "domain"
         manifest = copy_domain_folder(folder, staged, on_progress, links_into=Path(folder.anchor))
@@ -87,8 +78,7 @@ def publish_domain(
             write_atomically(path, toml_text(table).encode())
             manifest = read_manifest(path)
         write_atomically(staged / "README.md", model_card(manifest, domain, repository).encode())
-        message = f"{manifest.name} for {manifest.base}"
-        location = _upload(staged, repository, private=private, message=message)
+        location = _upload(staged, repository, private=private, title=f"{manifest.name} for {manifest.base}")
         size = sum(path.stat().st_size for path in staged.iterdir())
     return PublishedDomain(location=location, private=private, size=size, manifest=manifest)
 
@@ -100,15 +90,14 @@ def _folder_to_publish(domain: Domain, base: str) -> Path:
         names = " or ".join(state.base for state in found)
         raise UsageError(f"the domain {domain.name!r} has weights for several bases", hint=f"name one: --base {names}")
     if not found or found[0].folder is None:
-        raise WeightsUnavailable(
-            f"the domain {domain.name!r} has no weights on this machine" + (f" for {printable(base)}" if base else ""),
-            hint=f"make them: e4t pretrain --domain {domain.name} --data FOLDER",
-        )
+        which = f" for {printable(base)}" if base else ""
+        message = f"the domain {domain.name!r} has no weights on this machine{which}"
+        raise WeightsUnavailable(message, hint=f"make them: e4t pretrain --domain {domain.name} --data FOLDER")
     return found[0].folder
 
 
-def _upload(folder: Path, repository: str, *, private: bool, message: str) -> str:
-    """Upload a folder and return "owner/name@commit"."""
+def _upload(folder: Path, repository: str, *, private: bool, title: str) -> str:
+    """Upload a folder as a commit of that title and return "owner/name@commit"."""
     try:
         check_repository(repository)
     except WeightsUnavailable as error:
@@ -127,11 +116,9 @@ def _upload(folder: Path, repository: str, *, private: bool, message: str) -> st
         api.create_repo(repository, private=private, exist_ok=True)
         if private and not api.model_info(repository).private:
             # `create_repo` does not change the visibility of a repository that exists.
-            raise UsageError(
-                f"{repository} exists and is open to all: nothing was uploaded",
-                hint="--public uploads into it; another name makes a private one",
-            )
-        done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+            message = f"{repository} exists and is open to all: nothing was uploaded"
+            raise UsageError(message, hint="--public uploads into it; another name makes a private one")
+        done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=title)
     except Exception as error:
         raise as_e4t_error(error, repository) from error
     finally:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -53,6 +54,7 @@ def new_domain(
     for text in (descriptor, licence):
         if not text.isprintable():
             raise UsageError(f"{printable(text)!r} is not a line of plain text")
+    quoted = partial(json.dumps, ensure_ascii=False)  # in the syntax that Python and TOML share
     package = f"e4t-domain-{name.replace('_', '-').strip('-')}"
     module = package.replace("-", "_")
     target = Path(folder if folder is not None else package)
@@ -63,28 +65,29 @@ def new_domain(
     try:
         for path in (building / "tests", building / module):
             path.mkdir(parents=True)
-        manifest = _ship(Path(weights), building / module / "packs") if weights else None
+        manifest = None
+        if weights:
+            packs = building / module / "packs"
+            packs.mkdir()
+            manifest = copy_domain_folder(Path(weights), packs / "new")
+            (packs / "new").rename(packs / manifest.base)
         location = {manifest.base: f"package:{module}/packs/{manifest.base}"} if manifest else {}
         word = descriptor or (manifest.descriptor if manifest else name)
         values = {
             "name": name,
             "package": package,
             "module": module,
-            "descriptor": _quoted(word),
-            "summary": _quoted(f"one {word}, from one photo"),
+            "descriptor": quoted(word),
+            "summary": quoted(f"one {word}, from one photo"),
             "configs": _configs(manifest),
-            "weights": _quoted(location),
-            "licence": _quoted(licence or (manifest.licence if manifest else "")),
+            "weights": quoted(location),
+            "licence": quoted(licence or (manifest.licence if manifest else "")),
         }
         templates = files("e4t_cli") / "registry" / "template"
-        for template, path in (
-            ("pyproject.toml", building / "pyproject.toml"),
-            ("README.md", building / "README.md"),
-            ("module.py", building / module / "__init__.py"),
-            ("test_domain.py", building / "tests" / "test_domain.py"),
-        ):
+        paths = {"module.py": f"{module}/__init__.py", "test_domain.py": "tests/test_domain.py"}
+        for template in ("pyproject.toml", "README.md", *paths):
             text = (templates / f"{template}.template").read_text(encoding="utf-8")
-            write_atomically(path, Template(text).substitute(values).encode())
+            write_atomically(building / paths.get(template, template), Template(text).substitute(values).encode())
         building.replace(target)  # replaces an empty folder, fails on any other
     except OSError as error:
         raise UsageError(f"{shown} cannot be written: {error.strerror}") from error
@@ -93,21 +96,11 @@ def new_domain(
     return target
 
 
-def _ship(weights: Path, folder: Path) -> Manifest:
-    """Copy a domain folder to folder/BASE."""
-    folder.mkdir()
-    manifest = copy_domain_folder(weights, folder / "new")
-    (folder / "new").rename(folder / manifest.base)
-    return manifest
-
-
 def _configs(manifest: Manifest | None) -> str:
     """Return the two configurations as Python arguments, without what equals the defaults."""
-    tuning, pretraining = TUNING, PRETRAINING
-    origin = "Values of the paper for cats (section 3.5)."
+    tuning, pretraining, origin = TUNING, PRETRAINING, "Values of the paper for cats (section 3.5)."
     if manifest:
-        tuning, pretraining = manifest.tuning, manifest.pretraining
-        origin = "Values of the weights in this package."
+        tuning, pretraining, origin = manifest.tuning, manifest.pretraining, "Values of the weights in this package."
     required = ("steps", "base_learning_rate", "reg_weight")
     return (
         f"    # {origin}\n"
@@ -117,13 +110,5 @@ def _configs(manifest: Manifest | None) -> str:
 
 
 def _arguments(config: object, defaults: object, required: tuple[str, ...]) -> str:
-    return ", ".join(
-        f"{name}={value!r}"
-        for name, value in vars(config).items()
-        if name in required or value != getattr(defaults, name)
-    )
-
-
-def _quoted(value: object) -> str:
-    """Return text or a table of texts in the syntax that Python and TOML share."""
-    return json.dumps(value, ensure_ascii=False)
+    chosen = [item for item in vars(config).items() if item[0] in required or item not in vars(defaults).items()]
+    return ", ".join(f"{name}={value!r}" for name, value in chosen)

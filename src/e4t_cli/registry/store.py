@@ -1,8 +1,8 @@
 """The user's domain store: adds domains from a folder, a zip or the hub, and removes them.
 
-Everything is checked while it is copied: the manifest, the length and SHA-256 of every file it
-lists (of the very bytes that are written), and the header of each. Copies are made in a temporary
-folder and renamed, so that a domain is in the store completely or not at all.
+Everything is checked while it is copied: the manifest, the length and SHA-256 of every file it lists (of the very
+bytes that are written), and the header of each. Copies are made in a temporary folder and renamed, so that a domain is
+in the store completely or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,25 +33,16 @@ from e4t_cli.registry.domain import Domain, check_name
 from e4t_cli.registry.manifest import MANIFEST_NAME, MAX_BYTES, Manifest, parse_manifest, read_manifest
 
 MAX_MEMBERS = 1000
-MAX_ARCHIVE_BYTES = 32 << 30
-"""Larger than any domain folder: an encoder for Stable Diffusion takes 0.2 GB."""
-MAX_RATIO = 100
-"""Weights hardly compress; what unpacks to a hundred times its size is a zip bomb."""
+MAX_ARCHIVE_BYTES = 32 << 30  # larger than any domain folder: an encoder for Stable Diffusion takes 0.2 GB
+MAX_RATIO = 100  # weights hardly compress; what unpacks to a hundred times its size is a zip bomb
 _REPOSITORY = re.compile(r"(?:hub:|hf://)?([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,200}))?")
 # Temporary folders of a running or interrupted command; they are swept after a day.
 _ADDING, _REMOVING = ".adding-", ".removing-"
-_DAY = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
 class AddedDomain:
-    """A domain that is now in the store.
-
-    Args:
-        domain: the value, as `find_domain` returns it.
-        folder: where it is.
-        manifest: its domain.toml.
-    """
+    """A domain that is now in the store; `domain` is the value that `find_domain` returns."""
 
     domain: Domain
     folder: Path
@@ -65,8 +55,8 @@ def add_domain(
     """Copy a domain into the user's store, where `find_domain` finds it.
 
     Args:
-        source: a folder with a domain.toml, a zip of one, or "owner/repository@revision" of the
-            hub; a revision is a branch, a tag, or best a commit, which never changes.
+        source: a folder with a domain.toml, a zip of one, or "owner/repository@revision" of the hub; a revision is a
+            branch, a tag, or best a commit, which never changes.
         offline: of the hub, use only what is on this machine already.
         on_progress: called while files are copied.
 
@@ -87,14 +77,11 @@ def add_domain(
         copy = temporary / "domain"
         try:
             folder, root = _resolve_source(source, temporary, offline, on_progress)
-            manifest = copy_domain_folder(
-                folder, copy, on_progress, links_into=root, shown=printable(os.fspath(source))
-            )
+            shown = printable(os.fspath(source))
+            manifest = copy_domain_folder(folder, copy, on_progress, links_into=root, shown=shown)
             target = store / manifest.name
-            taken = UsageError(
-                f"there is a domain in {printable(str(target))} already",
-                hint=f"e4t domains rm {manifest.name} removes it",
-            )
+            message = f"there is a domain in {printable(str(target))} already"
+            taken = UsageError(message, hint=f"e4t domains rm {manifest.name} removes it")
             if target.exists():
                 raise taken
             user_domain(copy)  # a valid manifest can still make no valid Domain
@@ -110,14 +97,7 @@ def add_domain(
 
 
 def find_user_folder(name: str) -> Path:
-    """Return the folder of one of the user's domains, even if it does not load.
-
-    Args:
-        name: "my_dogs" or "user:my_dogs".
-
-    Raises:
-        UsageError: there is none of that name; the hint names the package that has it.
-    """
+    """Return the folder of one of the user's domains, "my_dogs" or "user:my_dogs"; UsageError if there is none."""
     shown, bare = printable(name), name.removeprefix(f"{USER}:")
     try:
         folder = user_domains_folder() / check_name(bare)
@@ -126,19 +106,13 @@ def find_user_folder(name: str) -> Path:
     if os.path.lexists(folder):
         return folder
     if packages := installed_packages(bare):
-        raise UsageError(
-            f"the domain {shown!r} is not your own: it comes with {' and '.join(packages)}",
-            hint=f"pip uninstall {packages[0]}",
-        )
+        message = f"the domain {shown!r} is not your own: it comes with {' and '.join(packages)}"
+        raise UsageError(message, hint=f"pip uninstall {packages[0]}")
     raise UsageError(f"there is no domain {shown!r} among your own", hint="e4t domains list shows them all")
 
 
 def remove_domain(name: str) -> Path:
-    """Remove one of the user's domains and return the folder it had.
-
-    Raises:
-        UsageError: there is none of that name, or it may not be removed.
-    """
+    """Remove one of the user's domains and return the folder it had; UsageError if there is none, or no right to."""
     folder = find_user_folder(name)
     try:
         if folder.is_symlink():
@@ -154,18 +128,10 @@ def remove_domain(name: str) -> Path:
     return folder
 
 
-# ── sources ──
-
-
 def _resolve_source(
     source: str | os.PathLike[str], temporary: Path, offline: bool, on_progress: ProgressCallback | None
 ) -> tuple[Path, Path]:
-    """Return the folder of a source, unpacked or fetched, and the folder its links may point into.
-
-    Args:
-        source, offline, on_progress: as for `add_domain`.
-        temporary: a zip is unpacked below it.
-    """
+    """Return the folder of a source, unpacked below `temporary` or fetched, and the folder its links may lead into."""
     wanted = os.fspath(source)
     shown = printable(wanted)
     if not wanted or "\0" in wanted:
@@ -173,8 +139,8 @@ def _resolve_source(
     path = Path(wanted)
     if path.is_dir():
         if not (path / MANIFEST_NAME).is_file():
-            hint = "e4t pretrain makes such a folder"
-            raise UsageError(f"{shown} is no domain: it has no {MANIFEST_NAME}", hint=hint)
+            message = f"{shown} is no domain: it has no {MANIFEST_NAME}"
+            raise UsageError(message, hint="e4t pretrain makes such a folder")
         return path, path
     if path.is_file():
         folder = _unpack(path, temporary / "unpacked")
@@ -185,14 +151,10 @@ def _resolve_source(
         # A snapshot links to the blobs: repository/snapshots/COMMIT -> repository/blobs.
         return folder, folder.parent.parent
     if repository:
-        raise UsageError(
-            f"there is no folder {shown}; a repository of the hub needs a revision",
-            hint=f"e4t domains add {shown}@COMMIT",
-        )
-    raise UsageError(
-        f"there is no folder or zip {shown}",
-        hint="e4t domains add takes a folder, a zip, or owner/repository@revision",
-    )
+        message = f"there is no folder {shown}; a repository of the hub needs a revision"
+        raise UsageError(message, hint=f"e4t domains add {shown}@COMMIT")
+    hint = "e4t domains add takes a folder, a zip, or owner/repository@revision"
+    raise UsageError(f"there is no folder or zip {shown}", hint=hint)
 
 
 def _fetch(repository: str, revision: str, offline: bool, on_progress: ProgressCallback | None) -> Path:
@@ -211,10 +173,7 @@ def _fetch(repository: str, revision: str, offline: bool, on_progress: ProgressC
 def _unpack(path: Path, folder: Path) -> Path:
     """Unpack what the manifest of a zip lists; it is at the top, or in the one folder there.
 
-    Raises:
-        InputError: it is not a zip.
-        IntegrityError: a member has a path outside, is a link, is encrypted, or unpacks to
-            absurd sizes. One such member is enough to refuse all.
+    One member with a path outside, a link, an encrypted one or absurd sizes are enough to refuse all.
     """
     shown = printable(str(path))
     try:
@@ -225,8 +184,7 @@ def _unpack(path: Path, folder: Path) -> Path:
         raise InputError(f"{shown} cannot be read: {error.strerror}") from error
     with archive:
         members = _safe_members(archive, shown)
-        found = [name for name in members if name.rpartition("/")[2] == MANIFEST_NAME]
-        tops = [name for name in found if name.count("/") <= 1]
+        tops = [name for name in members if name.rpartition("/")[2] == MANIFEST_NAME and name.count("/") <= 1]
         if len(tops) != 1:
             held = "more than one" if tops else "no domain: it has no"
             raise IntegrityError(f"{shown} holds {held} {MANIFEST_NAME} at its top")
@@ -237,9 +195,7 @@ def _unpack(path: Path, folder: Path) -> Path:
             for name in (MANIFEST_NAME, *manifest.files):
                 if prefix + name in members:
                     archive.extract(prefix + name, folder)
-        except (
-            zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError
-        ) as error:  # fmt: skip
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise IntegrityError(f"{name} in {shown} is damaged: {printable(str(error))}") from error
     return folder / prefix
 
@@ -272,9 +228,6 @@ def _safe_members(archive: zipfile.ZipFile, shown: str) -> dict[str, zipfile.Zip
     return members
 
 
-# ── copying ──
-
-
 def copy_domain_folder(
     folder: Path,
     target: Path,
@@ -286,11 +239,10 @@ def copy_domain_folder(
     """Copy a domain folder into a new one, the manifest first, and check every byte.
 
     Args:
-        folder: has a domain.toml.
         target: does not exist yet.
         on_progress: called after each file.
         links_into: links may point anywhere below this folder; by default below `folder`.
-        shown: its name in error messages; by default the folder.
+        shown: the folder's name in error messages.
 
     Raises:
         IntegrityError: a file is missing, differs from the manifest, or has an invalid header.
@@ -311,10 +263,9 @@ def copy_domain_folder(
 
     with find(MANIFEST_NAME).open("rb") as file:
         text = file.read(MAX_BYTES + 1)
-    about = f"the {MANIFEST_NAME} of {shown}"
-    manifest = parse_manifest(text, about)
+    manifest = parse_manifest(text, f"the {MANIFEST_NAME} of {shown}")
     if not manifest.files:
-        raise IntegrityError(f"{about} lists no files: there are no weights")
+        raise IntegrityError(f"the {MANIFEST_NAME} of {shown} lists no files: there are no weights")
     target.mkdir()
     write_atomically(target / MANIFEST_NAME, text)
     lengths = {name: find(name).stat().st_size for name in manifest.files}
@@ -362,18 +313,15 @@ def _check_header(path: Path) -> None:
         raise IntegrityError(f"{path.name} is not a usable safetensors file: {error}") from error
 
 
-# ── the folder ──
-
-
 def _sweep(store: Path) -> None:
     """Remove the temporary folders of commands that crashed; running ones are younger."""
     for left in (*store.glob(f"{_ADDING}*"), *store.glob(f"{_REMOVING}*")):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > _DAY:
+            if time.time() - left.stat().st_mtime > 86_400:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _disk_errors(store: Path) -> Iterator[None]:
     """Turn OSErrors of the disk into errors with a message."""
     try:

@@ -24,34 +24,20 @@ from e4t_cli.registry.weights import weights_folder
 if TYPE_CHECKING:
     from e4t_cli.models.domain_weights import DomainWeights
 
-SIZES = ((64, 64), (200, 100), (96, 300), (64, 512))
-"""Width and height of the images that a preparation is tested on."""
+SIZES = ((64, 64), (200, 100), (96, 300), (64, 512))  # of the images that a preparation is tested on
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContractFinding:
-    """The result of one check.
+    """The result of one check."""
 
-    Args:
-        subject: what was checked.
-        problem: one sentence, or "" if the check passed.
-        remark: further information.
-    """
-
-    subject: str
-    problem: str = ""
-    remark: str = ""
+    subject: str  # what was checked
+    problem: str = ""  # one sentence, or "" if the check passed
+    remark: str = ""  # further information
 
 
 def check_domain(domain: Domain | str | Path) -> None:
-    """Check a domain as the program will use it.
-
-    Args:
-        domain: the value, its name, or a folder with a domain.toml.
-
-    Raises:
-        AssertionError: one sentence about the first problem.
-    """
+    """Check a domain, its name, or a folder with a domain.toml; AssertionError about the first problem."""
     for finding in examine_domain(domain):
         if finding.problem:
             raise AssertionError(finding.problem)
@@ -60,9 +46,9 @@ def check_domain(domain: Domain | str | Path) -> None:
 def examine_domain(domain: Domain | str | Path) -> Iterator[ContractFinding]:
     """Run every check on a domain and yield the findings one by one.
 
-    The value itself was validated when it was made. Here its prompt templates are parsed, its
-    preparation is run on images of several shapes, for each of its bases and for an unknown one,
-    and its weights on this machine are read completely. Nothing is fetched.
+    The value itself was validated when it was made. Here its prompt templates are parsed, its preparation is run on
+    images of several shapes, for each of its bases and for an unknown one, and its weights on this machine are read
+    completely. Nothing is fetched.
     """
     try:
         if isinstance(domain, str | Path):
@@ -71,8 +57,7 @@ def examine_domain(domain: Domain | str | Path) -> Iterator[ContractFinding]:
         yield ContractFinding(subject="domain", problem=error.message)
         return
     if not isinstance(domain, Domain):
-        problem = f"it is of type {type(domain).__name__}, not Domain"
-        yield ContractFinding(subject="domain", problem=problem)
+        yield ContractFinding(subject="domain", problem=f"it is of type {type(domain).__name__}, not Domain")
         return
     yield ContractFinding(subject="domain")
     yield _finding("prompt templates", partial(_check_templates, domain))
@@ -81,17 +66,14 @@ def examine_domain(domain: Domain | str | Path) -> Iterator[ContractFinding]:
     for base in domain.weights:
         yield _finding(f"weights for {base}", partial(_check_weights, domain, base))
     if not domain.licence:
-        remark = "it states none, so nobody may use its weights"
-        yield ContractFinding(subject="licence", remark=remark)
+        yield ContractFinding(subject="licence", remark="it states none, so nobody may use its weights")
 
 
 def _finding(subject: str, check: Callable[[], str | None]) -> ContractFinding:
     try:
         return ContractFinding(subject=subject, remark=check() or "")
-    except AssertionError as error:
+    except (AssertionError, E4TError) as error:
         return ContractFinding(subject=subject, problem=str(error))
-    except E4TError as error:
-        return ContractFinding(subject=subject, problem=error.message)
 
 
 def _check_templates(domain: Domain) -> None:
@@ -107,11 +89,10 @@ def _check_preparation(domain: Domain, base: str) -> None:
         unmasked = PreparationTarget(size=64, base=base, mask=None)
         about = f"for an image of {image.width}×{image.height} and the base {base!r}"
         try:
-            first, again, bare = (
-                image_sha256(prepare_image(domain, image, one).image) for one in (target, target, unmasked)
-            )
+            prepared = [prepare_image(domain, image, one).image for one in (target, target, unmasked)]
         except E4TError as error:
             raise AssertionError(f"{error} ({about})") from error
+        first, again, bare = map(image_sha256, prepared)
         if image_sha256(image) != before:
             raise AssertionError(f"prepare changed the image it was given ({about})")
         if first != again:
@@ -131,11 +112,7 @@ def _test_image(size: tuple[int, int]) -> Image.Image:
 
 
 def _check_weights(domain: Domain, base: str) -> str:
-    """Read the weights completely and compare them with their base if it is installed.
-
-    Returns:
-        A remark where something could not be checked.
-    """
+    """Read the weights and compare them with their base if it is installed; returns what could not be checked."""
     try:
         folder = weights_folder(domain, base)
     except WeightsUnavailable as error:
@@ -147,11 +124,11 @@ def _check_weights(domain: Domain, base: str) -> str:
     weights = DomainWeights.load(folder)
     if weights.base_name != base:
         raise IntegrityError(f"they were made for the base {weights.base_name}, not for {base}")
-    for installed in installed_bases():
-        if installed.name == base:
-            _check_fit(weights, installed)
-            return ""
-    return f"whether they fit was not checked: the base {base} does not come with e4t"
+    installed = {one.name: one for one in installed_bases()}
+    if base not in installed:
+        return f"whether they fit was not checked: the base {base} does not come with e4t"
+    _check_fit(weights, installed[base])
+    return ""
 
 
 def _check_fit(weights: DomainWeights, base: Base) -> None:
@@ -179,6 +156,5 @@ def _check_fit(weights: DomainWeights, base: Base) -> None:
     tokenizer = load_settings(CLIPTokenizer, base.folder / "tokenizer")
     count = len(tokenizer(weights.descriptor, add_special_tokens=False).input_ids)
     if count != 1:
-        raise IntegrityError(
-            f"the descriptor {weights.descriptor!r} is {count} tokens to the base {base.name}, not one"
-        )
+        word = weights.descriptor
+        raise IntegrityError(f"the descriptor {word!r} is {count} tokens to the base {base.name}, not one")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import PUBLISHED, converted_weights_folder, hub_weights_folder, installed_bases
+from e4t_cli.hub.repo_info import cached_repo_info
 from e4t_cli.registry.config import PretrainingConfig, format_hours
 from e4t_cli.registry.discovery import user_domain, user_domains_folder
 from e4t_cli.registry.domain import Domain, is_remote
@@ -23,37 +24,23 @@ READY = "ready"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsState:
-    """The state of a domain's weights for one base.
-
-    Args:
-        base: its name.
-        state: "ready", "to fetch", "none published", "not on this machine", or "broken".
-        size: bytes on this machine, or to fetch; 0 if unknown.
-        location: where the domain states that its weights are, "" if it states nothing.
-        folder: where they are on this machine, if they are.
-        manifest: their domain.toml.
-        reason, hint: why they cannot be used, and the next command.
-    """
+    """The state of a domain's weights for one base."""
 
     base: str
-    state: str
-    size: int = 0
-    location: str = ""
-    folder: Path | None = None
+    state: str  # "ready", "to fetch", "none published", "not on this machine", or "broken"
+    size: int = 0  # bytes on this machine, or to fetch; 0 if unknown
+    location: str = ""  # where the domain states that its weights are
+    folder: Path | None = None  # where they are on this machine
     manifest: Manifest | None = None
-    reason: str = ""
-    hint: str = ""
+    reason: str = ""  # why they cannot be used
+    hint: str = ""  # the next command
 
 
 def weights_folder(domain: Domain, base: str) -> Path:
-    """Return the folder of the domain's weights for a base.
+    """Return the folder of the domain's weights for a base; WeightsUnavailable if there is none on this machine.
 
-    A folder of the user with the domain's name serves a base for which the domain itself has no
-    weights on this machine: `e4t pretrain` adds weights to an installed domain that way.
-
-    Raises:
-        WeightsUnavailable: there are none on this machine.
-        IntegrityError: the user's folder cannot be read.
+    A folder of the user with the domain's name serves a base for which the domain itself has no weights on this
+    machine: `e4t pretrain` adds weights to an installed domain that way. IntegrityError if it cannot be read.
     """
     location = domain.weights.get(base)
     for folder in _folders(location) if location else ():
@@ -69,35 +56,27 @@ def weights_folder(domain: Domain, base: str) -> Path:
             config = domain.pretraining or PretrainingConfig(steps=60_000)
             nobody = ": nobody has published any"
             time = f" ({config.steps:,} steps, {format_hours(config, published.resolution)})"
-        raise WeightsUnavailable(
-            f"domain {domain.name!r} has no weights for the base {printable(base)!r}{nobody}",
-            hint=f"make them: {command}{time}",
-        )
+        message = f"domain {domain.name!r} has no weights for the base {printable(base)!r}{nobody}"
+        raise WeightsUnavailable(message, hint=f"make them: {command}{time}")
     about = f"the weights of domain {domain.name!r} for {base} are"
     if is_remote(location):
-        repository = printable(location.partition(":")[2])
-        raise WeightsUnavailable(
-            f"{about} on the hub ({repository}) and not on this machine", hint=f"e4t fetch {domain.name} --base {base}"
-        )
-    raise WeightsUnavailable(
-        f"{about} not in this installation ({printable(location)})",
-        hint=f"reinstall the package they come with, or make them: {command}",
-    )
+        message = f"{about} on the hub ({printable(location.partition(':')[2])}) and not on this machine"
+        raise WeightsUnavailable(message, hint=f"e4t fetch {domain.name} --base {base}")
+    message = f"{about} not in this installation ({printable(location)})"
+    raise WeightsUnavailable(message, hint=f"reinstall the package they come with, or make them: {command}")
 
 
 def _folders(location: str) -> list[Path]:
     """Return the folders on this machine that a location can mean."""
     kind, _, rest = location.partition(":")
     if is_remote(location):
-        find = hub_weights_folder if kind == "hub" else converted_weights_folder
-        folder = find(location)
+        folder = hub_weights_folder(location) if kind == "hub" else converted_weights_folder(location)
         return [folder] if folder is not None else []
     if kind != "package":
         return [Path(location)]
     package, *parts = rest.split("/")
     with contextlib.suppress(ImportError):
-        spec = find_spec(package)
-        if spec is not None:
+        if spec := find_spec(package):
             return [Path(root, *parts) for root in spec.submodule_search_locations or ()]
     return []
 
@@ -129,18 +108,11 @@ def weights_state(domain: Domain, base: str) -> WeightsState:
     except IntegrityError as error:
         return WeightsState(base=base, state="broken", location=location, reason=error.message)
     except OSError as error:
-        state, hint = "broken", ""
-        reason = f"a file that the manifest lists is missing ({error.filename})"
+        state, reason, hint = "broken", f"a file that the manifest lists is missing ({error.filename})", ""
     size = 0
     if is_remote(location):
-        state, size = "to fetch", domain.download_sizes.get(base, 0) or _remembered_size(location)
+        repository, _, commit = location.partition(":")[2].partition("@")
+        info = cached_repo_info(repository, commit or None)  # no request is made
+        size = domain.download_sizes.get(base, 0) or (sum(file.size for file in info.files) if info else 0)
+        state = "to fetch"
     return WeightsState(base=base, state=state, size=size, location=location, reason=reason, hint=hint)
-
-
-def _remembered_size(location: str) -> int:
-    """Return the bytes of a hub repository whose file list is cached; no request is made."""
-    from e4t_cli.hub.download import cached_repo_info
-
-    repository, _, commit = location.partition(":")[2].partition("@")
-    info = cached_repo_info(repository, commit or None)
-    return sum(file.size for file in info.files) if info else 0

@@ -4,11 +4,11 @@
 
 A `ConversionRequest` on stdin, lines of JSON on stdout, files in FOLDER.
 
-A file of `torch.save` is a zip of raw tensor data and one pickle with their layout. It is hashed,
-its zip directory is checked, and torch's weights-only loader runs the pickle: tensors, dictionaries
-and nothing that could be called. That loader has had holes, and checkpoints come from strangers:
-code that gets through one has no sockets, cannot start programs, and finds none of the user's
-tokens in its environment. On Linux the kernel takes the network away as well, where it permits it.
+A file of `torch.save` is a zip of raw tensor data and one pickle with their layout. It is hashed, its zip directory is
+checked, and torch's weights-only loader runs the pickle: tensors, dictionaries and nothing that could be called. That
+loader has had holes, and checkpoints come from strangers: code that gets through one has no sockets, cannot start
+programs, and finds none of the user's tokens in its environment. On Linux, where permitted, the kernel takes the
+network away as well.
 """
 
 from __future__ import annotations
@@ -31,22 +31,18 @@ from e4t_cli.files import sha256_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+GET_AGAIN = "get the file again from where it was published"
 MAX_ENTRIES = 20_000
-MAX_PICKLE_BYTES = 16_000_000
-"""The layout of 2,000 tensors takes 0.3 MB."""
+MAX_PICKLE_BYTES = 16_000_000  # the layout of 2,000 tensors takes 0.3 MB
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_NEWUSER, CLONE_NEWNET
 _FORBIDDEN = (
-    *("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn"),
-    *("os.startfile", "pty.spawn", "ftplib.", "http.", "urllib.", "smtplib.", "webbrowser."),
-)
+    "socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile",
+    "pty.spawn", "ftplib.", "http.", "urllib.", "smtplib.", "webbrowser.",
+)  # fmt: skip
 
 
 def leave_network() -> bool:
-    """Move this process to a new, empty network namespace, before any thread is started.
-
-    Returns:
-        Whether that worked: it takes Linux, and a permission that many systems give.
-    """
+    """Move this process to an empty network namespace, before any thread is started; returns whether Linux let it."""
     if not sys.platform.startswith("linux"):
         return False
     with contextlib.suppress(OSError, AttributeError):
@@ -56,10 +52,7 @@ def leave_network() -> bool:
 
 
 def forbid_network_and_processes() -> None:
-    """Make every socket and every new process an error, for the rest of this process's life.
-
-    Python has no way to remove an audit hook.
-    """
+    """Make every socket and every new process an error, for good: audit hooks cannot be removed."""
 
     def refuse(*arguments: object, **options: object) -> NoReturn:
         raise PermissionError("a checkpoint that is being read has no network")
@@ -75,17 +68,16 @@ def forbid_network_and_processes() -> None:
 
 
 def read_pickled_tensors(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], str]:
-    """Read a state dict, memory-mapped: its data stays on disk until it is used.
+    """Read a state dict of torch.save, memory-mapped: its data stays on disk until it is used.
 
     Args:
-        path: a file that torch.save wrote.
         sha256: what it must be; "" where nobody declared it.
 
     Returns:
         Its tensors by name, and its SHA-256.
 
     Raises:
-        IntegrityError: it is anything but that.
+        IntegrityError: it is anything else.
     """
     import torch
 
@@ -99,10 +91,8 @@ def read_pickled_tensors(path: Path, sha256: str = "") -> tuple[dict[str, Tensor
         # Without torch's own message: it explains how to read the file without the restriction.
         unwanted = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
         asks = f": it asks for {unwanted[1]}" if unwanted else ""
-        raise IntegrityError(
-            f"{path.name} holds more than tensors, or is damaged, and was not opened{asks}",
-            hint="get the file again from where it was published",
-        ) from error
+        message = f"{path.name} holds more than tensors, or is damaged, and was not opened{asks}"
+        raise IntegrityError(message, hint=GET_AGAIN) from error
     if not isinstance(content, dict) or not content:
         raise IntegrityError(f"{path.name} is not a table of tensors")
     for key, value in content.items():
@@ -111,19 +101,13 @@ def read_pickled_tensors(path: Path, sha256: str = "") -> tuple[dict[str, Tensor
 
 
 def _check_zip(path: Path) -> None:
-    """Check the container before anything is unpacked.
-
-    Raises:
-        IntegrityError: it is not one that torch.save writes, or it would grow in memory.
-    """
+    """Refuse a container that torch.save does not write, or that would grow in memory, before anything is unpacked."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise IntegrityError(
-            f"{path.name} is not a file of torch.save, or only a part of one",
-            hint="get the file again from where it was published",
-        ) from error
+        message = f"{path.name} is not a file of torch.save, or only a part of one"
+        raise IntegrityError(message, hint=GET_AGAIN) from error
     pickles = [one for one in entries if one.filename.endswith(".pkl")]
     stored = all(one.compress_type == zipfile.ZIP_STORED for one in entries)
     if len(entries) > MAX_ENTRIES or not stored or len(pickles) != 1:
@@ -162,9 +146,7 @@ def main() -> int:
     forbid_network_and_processes()
     failure: E4TError
     try:
-        result = write_domain_folder(
-            request, target, read_pickled_tensors, lambda percent: answer(done=percent, total=100)
-        )
+        result = write_domain_folder(request, target, read_pickled_tensors, lambda done: answer(done=done, total=100))
     except E4TError as error:
         failure = error
     except MemoryError:

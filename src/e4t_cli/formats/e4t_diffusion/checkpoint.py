@@ -1,7 +1,7 @@
 """A checkpoint folder of e4t-diffusion: its description, and its conversion in a child process.
 
-This process reads names and config.json alone. The pickles are opened by the child (`__main__`),
-which writes a domain folder and answers in JSON.
+This process reads names and config.json alone. The child (`__main__`) opens the pickles, writes a domain folder and
+answers in JSON.
 """
 
 from __future__ import annotations
@@ -28,39 +28,26 @@ from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 
 ENCODER, OFFSETS, UNET, PHOTO = "encoder.pt", "weight_offsets.pt", "unet.pt", "domain.png"
 MERGED_UNET = "unet.safetensors"
-MAX_CONFIG_BYTES = 1_000_000
-STALE_SECONDS = 24 * 3600
+MAX_CONFIG_BYTES, STALE_SECONDS = 1_000_000, 24 * 3600
 _DEFAULT_TOWER = "ViT-H-14::laion2b_s32b_b79k"
+# What describes a plain vision transformer; another key means another kind of tower.
 _PLAIN_TOWER = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
-"""What describes a plain vision transformer; another key means another kind of tower."""
-_UNSTATED_QUICK_GELU = {"openai"}
-"""Weights trained with the approximate GELU under names whose configs do not state it."""
+_UNSTATED_QUICK_GELU = {"openai"}  # weights trained with the approximate GELU, which their configs do not state
 _SECRETS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "PROXY", "SSH_AUTH")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint folder.
+    """A checkpoint folder."""
 
-    Args:
-        folder: with config.json, encoder.pt, and weight_offsets.pt or unet.pt.
-        weights: which of the two it has.
-        base: the model it was trained on, as written there: a hub id or somebody's path.
-        tower: open_clip's name of the image tower, and of its initial weights.
-        descriptor: the coarse word, "face".
-        scale: s of eq. 1.
-        tuned: whether it was tuned on one image.
-        photo: the image it was tuned on, if the folder has it.
-    """
-
-    folder: Path
-    weights: str
-    base: str
-    tower: str
-    descriptor: str
-    scale: float
-    tuned: bool
-    photo: Path | None = None
+    folder: Path  # with config.json, encoder.pt, and weight_offsets.pt or unet.pt
+    weights: str  # the name of the latter
+    base: str  # the model it was trained on, as written there: a hub id or somebody's path
+    tower: str  # open_clip's name of the image tower, and of its initial weights
+    descriptor: str  # the coarse word, "face"
+    scale: float  # s of eq. 1
+    tuned: bool  # on one image
+    photo: Path | None = None  # that image, if the folder has it
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -76,10 +63,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     weights = UNET if (folder / UNET).is_file() else OFFSETS
     for name in ("config.json", ENCODER, weights):
         if not (folder / name).is_file():
-            raise IntegrityError(
-                f"{shown} is not a checkpoint of e4t-diffusion: it has no {name}",
-                hint="give the folder that its training wrote, or that its repository holds",
-            )
+            hint = "give the folder that its training wrote, or that its repository holds"
+            raise IntegrityError(f"{shown} is not a checkpoint of e4t-diffusion: it has no {name}", hint=hint)
     try:
         config = _read_config(folder / "config.json")
         training = config.get("pretrained_args", config)
@@ -117,8 +102,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _text(table: dict[str, Any], key: str, default: str | None = None) -> str:
-    value = table.get(key, default)
-    value = default if value is None else value  # written as null where it was not given
+    value = default if table.get(key) is None else table[key]  # written as null where it was not given
     if not isinstance(value, str) or len(value) > 1000:
         raise ValueError(f"{key} is {value!r}, not a text")
     return value
@@ -136,14 +120,12 @@ def tower_sizes(name: str, *, normalised_patches: bool = False) -> dict[str, Any
     """
     model, _, weights = name.partition("::")
     path = configs_folder() / f"{model}.json"
-    is_name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", model)
-    known = is_name is not None and path.is_file()
+    known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", model) and path.is_file()
     config = json.loads(path.read_text(encoding="utf-8")) if known else {}
     vision = config.get("vision_cfg", {})
     if not {"image_size", "layers", "width", "patch_size"} <= set(vision) <= _PLAIN_TOWER:
-        raise IntegrityError(
-            f"the checkpoint's image tower {printable(name)!r} is no plain vision transformer of open_clip"
-        )
+        shown = f"the checkpoint's image tower {printable(name)!r}"
+        raise IntegrityError(f"{shown} is no plain vision transformer of open_clip")
     return {
         "tower_width": vision["width"],
         "tower_layers": vision["layers"],
@@ -165,21 +147,11 @@ def configs_folder() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionRequest:
-    """A checkpoint to read and a domain folder to write.
+    """A checkpoint to read and a domain folder to write; fields without a comment are for its manifest."""
 
-    Args:
-        folder: of the checkpoint.
-        weights: its second file, beside encoder.pt.
-        tower: sizes of the image tower, as fields of `PatchEncoderConfig`; its widths follow from the checkpoint.
-        sha256: file -> what it must be, as far as it was declared.
-        name, descriptor, base, licence, image_tower, notes, templates: for the manifest.
-        tuning, pretraining: its configs.
-        keep_unet: write the merged weights of a tuned U-Net, too (`MERGED_UNET`).
-    """
-
-    folder: str
-    weights: str
-    tower: Mapping[str, Any]
+    folder: str  # of the checkpoint
+    weights: str  # its second file, beside encoder.pt
+    tower: Mapping[str, Any]  # sizes as fields of `PatchEncoderConfig`; its widths follow from the checkpoint
     name: str
     descriptor: str
     base: str
@@ -189,8 +161,8 @@ class ConversionRequest:
     licence: str = ""
     image_tower: str = ""
     notes: str = ""
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    keep_unet: bool = False
+    sha256: Mapping[str, str] = field(default_factory=dict)  # file -> what it must be, as far as it was declared
+    keep_unet: bool = False  # write the merged weights of a tuned U-Net, too (`MERGED_UNET`)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -200,49 +172,39 @@ class ConversionRequest:
         fields = json.loads(text)
         fields["tuning"] = TuningConfig(**fields["tuning"])
         fields["pretraining"] = PretrainingConfig(**fields["pretraining"])
-        fields["templates"] = tuple(fields["templates"])
-        return cls(**fields)
+        return cls(**{**fields, "templates": tuple(fields["templates"])})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionResult:
-    """Measurements of a conversion.
+    """Measurements of a conversion."""
 
-    Args:
-        offset_parameters: in the checkpoint.
-        offset_bytes: of the offsets' factors, without the file's header.
-        offset_error: largest difference of any ΔW from what its network computes layer by layer.
-        offset_size: largest |ΔW|, for comparison.
-    """
-
-    offset_parameters: int
-    offset_bytes: int
-    offset_error: float
-    offset_size: float
+    offset_parameters: int  # in the checkpoint
+    offset_bytes: int  # of the offsets' factors, without the file's header
+    offset_error: float  # largest difference of any ΔW from what its network computes layer by layer
+    offset_size: float  # largest |ΔW|, for comparison
 
     def summary(self) -> str:
         """Return a sentence for the user."""
-        return (
-            f"{self.offset_parameters:,} parameters of weight offsets became "
-            f"{self.offset_bytes / 1e6:.2f} MB of factors; the largest error of a ΔW is "
-            f"{self.offset_error:.1e}, where the largest ΔW is {self.offset_size:.2g}"
-        )
+        became = f"{self.offset_parameters:,} parameters of weight offsets became {self.offset_bytes / 1e6:.2f} MB"
+        error = f"the largest error of a ΔW is {self.offset_error:.1e}, where the largest ΔW is {self.offset_size:.2g}"
+        return f"{became} of factors; {error}"
 
 
 def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallback | None = None) -> ConversionResult:
     """Convert a checkpoint into a domain folder, in a child process without a network.
 
-    Args:
-        request: what is converted.
-        target: the domain folder; it appears whole, or not at all. One that appears meanwhile,
-            made by another process from the same files, is kept.
-        on_progress: called as it goes.
+    `target` appears whole, or not at all. One that another process makes meanwhile from the same files is kept.
 
     Raises:
         IntegrityError: the checkpoint is hostile, damaged, or of another kind.
         ResourceError: there is no room for the result, or memory ran out.
     """
-    _remove_leftovers(target)
+    # What a killed conversion left; a recent one may still be running.
+    for path in target.parent.glob(f".{target.name[:48]}.*~"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
     # Half precision takes half the bytes; the offsets, next to nothing.
     needed = sum(path.stat().st_size for path in Path(request.folder).glob("*.pt")) // 2
     with staging_directory(target, needed) as staging:
@@ -260,14 +222,12 @@ def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallb
 
 def _run_child(request: ConversionRequest, folder: Path, on_progress: ProgressCallback | None) -> ConversionResult:
     command = [sys.executable, "-m", "e4t_cli.formats.e4t_diffusion", str(folder)]
+    stderr = None if os.environ.get("E4T_DEBUG") == "1" else subprocess.DEVNULL
     answer: dict[str, Any] = {}
     with tempfile.TemporaryFile() as stdin, contextlib.ExitStack() as stack:
         stdin.write(request.to_json().encode())
         stdin.seek(0)
-        child = subprocess.Popen(
-            command, stdin=stdin, stdout=subprocess.PIPE, env=clean_environment(), close_fds=True,
-            stderr=None if os.environ.get("E4T_DEBUG") == "1" else subprocess.DEVNULL,
-        )  # fmt: skip
+        child = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, env=clean_environment())
         stack.enter_context(child)
         stack.callback(child.kill)  # an interrupt here must not leave it running
         assert child.stdout is not None
@@ -284,28 +244,15 @@ def _run_child(request: ConversionRequest, folder: Path, on_progress: ProgressCa
         exit_code, message, hint = answer["error"]
         kinds: list[type[E4TError]] = [E4TError, *E4TError.__subclasses__()]
         kind = next((one for one in kinds if one.exit_code == exit_code), IntegrityError)
-        hint = None if hint is None else printable(str(hint))
-        raise kind(printable(str(message)), hint=hint)
+        raise kind(printable(str(message)), hint=None if hint is None else printable(str(hint)))
     if code == -9:
-        raise ResourceError(
-            "the conversion was killed, probably because memory ran out",
-            hint="close other programs: it needs about as much memory as its largest file",
-        )
-    raise IntegrityError(
-        f"{printable(request.folder)} could not be converted: reading it ended with code {code}",
-        hint="E4T_DEBUG=1 shows what that process printed",
-    )
+        hint = "close other programs: it needs about as much memory as its largest file"
+        raise ResourceError("the conversion was killed, probably because memory ran out", hint=hint)
+    message = f"{printable(request.folder)} could not be converted: reading it ended with code {code}"
+    raise IntegrityError(message, hint="E4T_DEBUG=1 shows what that process printed")
 
 
 def clean_environment() -> dict[str, str]:
     """Return the environment of the child: without tokens, and offline."""
     kept = {name: value for name, value in os.environ.items() if not any(word in name.upper() for word in _SECRETS)}
     return {**kept, "HF_HUB_OFFLINE": "1", "E4T_OFFLINE": "1", "NO_PROXY": "*"}
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what a killed conversion left; a recent one may still be running."""
-    for path in target.parent.glob(f".{target.name[:48]}.*~"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)

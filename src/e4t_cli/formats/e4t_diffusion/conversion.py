@@ -1,7 +1,7 @@
 """Converts a checkpoint's tensors into a domain folder; runs in the child process.
 
-Its offset networks have the same four linear layers as ours, under other names and in transposed
-order. With p = linear1(v) (N), q = linear2(v) (M), C, c of linear_column and R, r of linear_row,
+Its offset networks have the same four linear layers as ours, under other names and in transposed order. With
+p = linear1(v) (N), q = linear2(v) (M), C, c of linear_column and R, r of linear_row,
 
     X = p qᵀ (N × M);   X ← (Xᵀ Cᵀ + 1 cᵀ)ᵀ;   X ← X Rᵀ + 1 rᵀ;   ΔW = Xᵀ (M × N)
 
@@ -32,19 +32,18 @@ from e4t_cli.nn.weight_offsets import Factors
 
 TOWER = "tower.safetensors"
 _TOWER_PREFIX, _FIRST, _JOINT = "clip_vision.", "first_linears.", "feature_linear"
+_PARTS = ("weight", "bias")
 _RENAMED = {
-    "unet_feature_embedder.0": "embed_unet.0",
-    "unet_feature_embedder.2": "embed_unet.2",
-    "final_linear": "final",
-}
+    "unet_feature_embedder.0": "embed_unet.0", "unet_feature_embedder.2": "embed_unet.2", "final_linear": "final",
+}  # fmt: skip
 _OFFSET = re.compile(r"(.+\.attn[12])\.wo_([qkv])\.(.+)")
 
+# Reads a file of the checkpoint, which must have that SHA-256 if it is not "".
 TensorReader = Callable[[Path, str], tuple[dict[str, Tensor], str]]
-"""Reads a file of the checkpoint, which must have that SHA-256 if it is not ""."""
 
 
 def split_networks(state: Mapping[str, Tensor], file: str) -> dict[str, dict[str, Tensor]]:
-    """Return path of a projection -> its network's tensors, each with the shape it must have.
+    """Return path of a projection -> its network's tensors, checked.
 
     Raises:
         IntegrityError: a tensor is of something else, missing, of another shape, or not finite.
@@ -59,15 +58,12 @@ def split_networks(state: Mapping[str, Tensor], file: str) -> dict[str, dict[str
         raise IntegrityError(f"{file} holds no weight offsets")
     for path, network in networks.items():
         shown = f"{file}: the offset of {printable(path)}"
-        width, columns, rows = (  # width is 1 in all known checkpoints
-            network[key].numel() if key in network else 0 for key in ("v", "linear1.bias", "linear2.bias")
-        )
+        sizes = (network[key].numel() if key in network else 0 for key in ("v", "linear1.bias", "linear2.bias"))
+        width, columns, rows = sizes  # width is 1 in all known checkpoints
         shapes: dict[str, tuple[int, ...]] = {"v": (width,)}
-        for layer, reads, writes in (
-            ("linear1", width, columns), ("linear2", width, rows),
-            ("linear_column", columns, columns), ("linear_row", rows, rows),
-        ):  # fmt: skip
-            shapes |= {f"{layer}.weight": (writes, reads), f"{layer}.bias": (writes,)}
+        ends = {"1": (columns, width), "2": (rows, width), "_column": (columns, columns), "_row": (rows, rows)}
+        for layer, shape in ends.items():
+            shapes |= {f"linear{layer}.weight": shape, f"linear{layer}.bias": shape[:1]}
         _check_shapes(network, shapes, shown)
         for key, value in network.items():
             if not value.isfinite().all():
@@ -84,11 +80,16 @@ def _check_shapes(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
             raise IntegrityError(f"{owner}: {printable(key, limit=200)} has shape {found}, not {shape}")
 
 
+def _vectors(network: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return a network's tensors in float64, p (N,) and q (M,)."""
+    w = {key: value.double() for key, value in network.items()}
+    p, q = (w[f"{layer}.weight"] @ w["v"] + w[f"{layer}.bias"] for layer in ("linear1", "linear2"))
+    return w, p, q
+
+
 def factor(network: Mapping[str, Tensor]) -> Factors:
     """Return left (M, 3) and right (3, N) of one network, in float64."""
-    w = {key: value.double() for key, value in network.items()}
-    p = w["linear1.weight"] @ w["v"] + w["linear1.bias"]  # (N,)
-    q = w["linear2.weight"] @ w["v"] + w["linear2.bias"]  # (M,)
+    w, p, q = _vectors(network)
     over_rows, over_columns = w["linear_row.weight"], w["linear_column.weight"]
     left = torch.stack((over_rows @ q, over_rows.sum(dim=1), w["linear_row.bias"]), dim=1)
     column_bias = w["linear_column.bias"]
@@ -98,40 +99,26 @@ def factor(network: Mapping[str, Tensor]) -> Factors:
 
 def evaluate(network: Mapping[str, Tensor]) -> Tensor:
     """Return ΔW (M, N) layer by layer, as the network itself computes it, in float64."""
-    w = {key: value.double() for key, value in network.items()}
-    p = w["linear1.weight"] @ w["v"] + w["linear1.bias"]
-    q = w["linear2.weight"] @ w["v"] + w["linear2.bias"]
-    crossed = torch.outer(q, p)  # Xᵀ
-    columns = crossed @ w["linear_column.weight"].T + w["linear_column.bias"]  # (M, N)
+    w, p, q = _vectors(network)
+    columns = torch.outer(q, p) @ w["linear_column.weight"].T + w["linear_column.bias"]  # (M, N)
     rows = columns.T @ w["linear_row.weight"].T + w["linear_row.bias"]  # (N, M)
     return rows.T
 
 
 def write_domain_folder(
-    request: ConversionRequest,
-    target: Path,
-    read: TensorReader,
-    on_progress: Callable[[int], None] = lambda percent: None,
+    request: ConversionRequest, target: Path, read: TensorReader, on_progress: Callable[[int], None] = lambda _: None
 ) -> ConversionResult:
     """Convert a checkpoint.
 
     Args:
-        request: what is converted.
-        target: an existing folder for the domain's files, and for a tuned U-Net with its offsets
-            merged if `keep_unet` is set.
-        read: the reader of checkpoint files.
+        target: an existing folder for the domain's files, and for a tuned U-Net, offsets merged, if `keep_unet`.
         on_progress: called with the percentage of work done.
 
     Raises:
         IntegrityError: the checkpoint is not what it claims to be.
     """
-
-    def read_file(name: str) -> dict[str, Tensor]:
-        tensors, hashes[name] = read(Path(request.folder) / name, request.sha256.get(name, ""))
-        return tensors
-
-    hashes: dict[str, str] = {}
-    state = read_file(request.weights)
+    folder, known, hashes = Path(request.folder), request.sha256, {}
+    state, hashes[request.weights] = read(folder / request.weights, known.get(request.weights, ""))
     on_progress(5)
     unet: dict[str, Tensor] = {}
     if request.weights == UNET:
@@ -144,15 +131,14 @@ def write_domain_folder(
     offset_parameters = sum(value.numel() for value in state.values())
     del unet, state, networks
     on_progress(60)
-    state = read_file(ENCODER)
+    state, hashes[ENCODER] = read(folder / ENCODER, known.get(ENCODER, ""))
     on_progress(75)
     if not any(key.startswith(_TOWER_PREFIX) for key in state):
         raise IntegrityError(f"{ENCODER} has no image tower: it was trained with a frozen one, which is not in it")
     config = encoder_config(state, request.tower)
     _check_shapes(state, expected_shapes(config), ENCODER)
-    tower = {key: state[key] for key in state if key.startswith(_TOWER_PREFIX)}
-    # In half precision: images are encoded in the base's own precision anyway.
-    _write(target / TOWER, {key.removeprefix(_TOWER_PREFIX): v for key, v in tower.items()})
+    tower = {key.removeprefix(_TOWER_PREFIX): v for key, v in state.items() if key.startswith(_TOWER_PREFIX)}
+    _write(target / TOWER, tower)  # in half precision: images are encoded in the base's own precision anyway
     on_progress(85)
     files = "; ".join(f"{name} sha256 {digest}" for name, digest in sorted(hashes.items()))
     DomainWeights(
@@ -162,32 +148,25 @@ def write_domain_folder(
         tuning=request.tuning, pretraining=request.pretraining, templates=request.templates,
         tower=DomainImageTower(path=target / TOWER, config=config),
         licence=request.licence, image_tower=request.image_tower,
-        notes=f"{request.notes} Converted from a checkpoint of e4t-diffusion ({files}). Largest "
-        f"error of a ΔW: {error:.1e}.".strip(),
+        notes=f"{request.notes} Converted from a checkpoint of e4t-diffusion ({files}). Largest error of a ΔW: "
+        f"{error:.1e}.".strip(),
     ).save(target, dtype=torch.float16, offsets_dtype=torch.float32)  # fmt: skip
     on_progress(100)
+    offset_bytes = sum(4 * one.numel() for pair in factors.values() for one in pair)
     return ConversionResult(
-        offset_parameters=offset_parameters,
-        offset_bytes=sum(4 * one.numel() for pair in factors.values() for one in pair),
-        offset_error=error, offset_size=size,
-    )  # fmt: skip
+        offset_parameters=offset_parameters, offset_bytes=offset_bytes, offset_error=error, offset_size=size
+    )
 
 
 def encoder_config(state: Mapping[str, Tensor], tower: Mapping[str, int | float | bool]) -> PatchEncoderConfig:
-    """Return the encoder's sizes: widths from the shapes, the rest from the tower's description.
-
-    Raises:
-        IntegrityError: there are no such shapes.
-    """
+    """Return the encoder's sizes: widths from the shapes, the rest from the tower's description."""
     try:
-        return PatchEncoderConfig.from_dict(
-            {
-                **tower,
-                "unet_width": state["unet_feature_embedder.0.weight"].shape[1],
-                "hidden_width": state["feature_linear.weight"].shape[0],
-                "embedding_width": state["final_linear.weight"].shape[0],
-            }
-        )
+        widths = {
+            "unet_width": state["unet_feature_embedder.0.weight"].shape[1],
+            "hidden_width": state["feature_linear.weight"].shape[0],
+            "embedding_width": state["final_linear.weight"].shape[0],
+        }
+        return PatchEncoderConfig.from_dict({**tower, **widths})
     except KeyError as error:
         raise IntegrityError(f"{ENCODER} lacks the tensor {error.args[0]}") from error
     except (IndexError, TypeError, ValueError) as error:
@@ -199,9 +178,7 @@ def expected_shapes(config: PatchEncoderConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         encoder = PatchEncoder(config)
     own = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
-    shapes = {
-        f"{theirs}.{part}": own[f"{ours}.{part}"] for theirs, ours in _RENAMED.items() for part in ("weight", "bias")
-    }
+    shapes = {f"{theirs}.{part}": own[f"{ours}.{part}"] for theirs, ours in _RENAMED.items() for part in _PARTS}
     shapes[f"{_JOINT}.weight"] = (config.hidden_width, config.tower_width + config.hidden_width)
     shapes[f"{_JOINT}.bias"] = (config.hidden_width,)
     for index in range(config.vectors):
@@ -212,18 +189,14 @@ def expected_shapes(config: PatchEncoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _encoder(state: Mapping[str, Tensor], config: PatchEncoderConfig) -> PatchEncoder:
-    tensors = {
-        f"{ours}.{part}": _half(f"{theirs}.{part}", state[f"{theirs}.{part}"], ENCODER)
-        for theirs, ours in _RENAMED.items()
-        for part in ("weight", "bias")
-    }
-    joint = _half(f"{_JOINT}.weight", state[f"{_JOINT}.weight"], ENCODER)
+    halves = {key: _half(key, value, ENCODER) for key, value in state.items() if not key.startswith(_TOWER_PREFIX)}
+    tensors = {f"{ours}.{part}": halves[f"{theirs}.{part}"] for theirs, ours in _RENAMED.items() for part in _PARTS}
+    joint = halves[f"{_JOINT}.weight"]
     tensors["join_picture.weight"] = joint[:, : config.tower_width].contiguous()
-    tensors["join_picture.bias"] = _half(f"{_JOINT}.bias", state[f"{_JOINT}.bias"], ENCODER)
+    tensors["join_picture.bias"] = halves[f"{_JOINT}.bias"]
     tensors["join_unet.weight"] = joint[:, config.tower_width :].contiguous()
-    for ours, part in (("first_weights", "weight"), ("first_biases", "bias")):
-        keys = [f"{_FIRST}{index}.{part}" for index in range(config.vectors)]
-        tensors[ours] = torch.stack([_half(key, state[key], ENCODER) for key in keys])
+    for ours, part in zip(("first_weights", "first_biases"), _PARTS, strict=True):
+        tensors[ours] = torch.stack([halves[f"{_FIRST}{index}.{part}"] for index in range(config.vectors)])
     with torch.device("meta"):
         encoder = PatchEncoder(config)
     encoder.load_state_dict(tensors, assign=True)
@@ -248,11 +221,10 @@ def _factors(
 
 def _merged(unet: Mapping[str, Tensor], factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Return W · (1 + ΔW) for every modulated weight, and the others as they are."""
-    missing = [path for path in factors if f"{path}.weight" not in unet]
-    if missing:
-        raise IntegrityError(f"{UNET} has an offset and no weight of {printable(missing[0])}")
     merged = dict(unet)
     for path, (left, right) in factors.items():
+        if f"{path}.weight" not in unet:
+            raise IntegrityError(f"{UNET} has an offset and no weight of {printable(path)}")
         weight = unet[f"{path}.weight"].float()
         if weight.shape != (len(left), right.shape[1]):
             raise IntegrityError(f"{UNET}: the offset of {printable(path)} has another shape")
