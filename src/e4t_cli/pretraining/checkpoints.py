@@ -18,11 +18,8 @@ from torch import Tensor, nn
 from e4t_cli.errors import DivergedError, IntegrityError, ResourceError, UsageError, printable
 from e4t_cli.files import write_atomically
 
-LATEST = "latest"
-"""File that names the checkpoint to resume from; written when that one is safe on the disk."""
-
-LAYOUT = ("processes", "micro_batch", "steps")
-"""Settings that may change when a run is resumed."""
+LATEST = "latest"  # file that names the checkpoint to resume from; written when that one is safe on the disk
+LAYOUT = ("processes", "micro_batch", "steps")  # settings that may change when a run is resumed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +44,14 @@ class TrainingState:
 class Checkpoints:
     """The files step-N.safetensors in a folder, each whole or absent.
 
-    A checkpoint is written under another name, synced and renamed; then `latest` is made to point
-    to it in the same way; only then is the oldest one removed. So at every moment, also after a
-    power cut, `latest` names a whole checkpoint.
+    A checkpoint is written under another name, synced and renamed; then `latest` is made to point to it in the same
+    way; only then is the oldest one removed. So at every moment, also after a power cut, `latest` names a whole
+    checkpoint.
 
     Args:
         folder: created if it does not exist.
-        run: the settings that decide every value of the run. `processes` and `recipe.batch_size`
-            count as their product, the global batch.
+        run: the settings that decide every value of the run. `processes` and `recipe.batch_size` count as their
+            product, the global batch.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
@@ -72,15 +69,13 @@ class Checkpoints:
         Raises:
             ResourceError: the disk is full; the checkpoints before are intact.
         """
-        tensors = {f"encoder.{key}": value for key, value in state.encoder.state_dict().items()}
-        tensors |= {f"offsets.{key}": value for key, value in state.offsets.state_dict().items()}
-        for index, moments in state.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
+        parts = {"encoder": state.encoder.state_dict(), "offsets": state.offsets.state_dict()}
+        parts |= {f"optimizer.{index}": moments for index, moments in state.optimizer.state_dict()["state"].items()}
+        tensors = {f"{part}.{key}": value.cpu() for part, values in parts.items() for key, value in values.items()}
         path = self.folder / f"step-{step:08d}.safetensors"
         metadata = {"step": str(step), "run": json.dumps(self.run)}
-        content = save({key: value.cpu() for key, value in tensors.items()}, metadata)
         try:
-            write_atomically(path, content)
+            write_atomically(path, save(tensors, metadata))
             write_atomically(self.folder / LATEST, f"{path.name}\n".encode())
         except OSError as error:
             raise self._unwritable(error, f"the checkpoint of step {step}") from error
@@ -146,11 +141,7 @@ class Checkpoints:
         return max(self._all(), default=None)
 
     def _compare(self, saved: Mapping[str, Any], force: bool) -> None:
-        """Refuse the state of another run, and add remarks on what may differ.
-
-        Raises:
-            UsageError: with the old and the new settings.
-        """
+        """Raise UsageError if `saved` is another run, and add remarks on what may differ."""
         old, new = _flat(saved), _flat(self.run)
         changed = [
             f"{key} {_shown(old.get(key))} → {_shown(new.get(key))}"
@@ -170,8 +161,7 @@ class Checkpoints:
                 self.remarks.append(f"{old[key]} {word} before, {new[key]} now{'' if changed else same}")
 
     def _all(self) -> list[Path]:
-        pattern = re.compile(r"step-\d{8,}\.safetensors")
-        names = [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
+        names = [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}\.safetensors", path.name)]
         return sorted(names, key=lambda path: int(path.stem.partition("-")[2]))
 
     def _unwritable(self, error: OSError, what: str) -> ResourceError:
