@@ -242,7 +242,7 @@ def test_an_interrupted_encoding_goes_on_where_it_was(model, folder, monkeypatch
     def stop(self, *arguments):
         if self.encoded == 2 * CHUNK:
             raise KeyboardInterrupt
-        make(self, *arguments)
+        return make(self, *arguments)
 
     monkeypatch.setattr(EncodingCache, "_make", stop)
     with pytest.raises(KeyboardInterrupt):

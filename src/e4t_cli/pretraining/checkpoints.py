@@ -20,6 +20,7 @@ from e4t_cli.files import write_atomically
 
 LATEST = "latest"  # file that names the checkpoint to resume from; written when that one is safe on the disk
 LAYOUT = ("processes", "micro_batch", "steps")  # settings that may change when a run is resumed
+_OPTIMIZER = "optimizer."  # prefix of the optimizer's tensors; those of the modules have their own names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +31,6 @@ class CheckpointOptions:
     every: int = 500  # steps
     resume: bool = True  # from the latest checkpoint in the folder, if there is one
     force: bool = False  # also from that of a run with other settings
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingState:
-    """What a checkpoint holds."""
-
-    encoder: nn.Module
-    offsets: nn.Module
-    optimizer: torch.optim.Optimizer
 
 
 class Checkpoints:
@@ -63,19 +55,19 @@ class Checkpoints:
         except OSError as error:
             raise self._unwritable(error, "the folder of checkpoints") from error
 
-    def write(self, step: int, state: TrainingState) -> None:
+    def write(self, step: int, modules: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Save the state after `step`.
 
         Raises:
             ResourceError: the disk is full; the checkpoints before are intact.
         """
-        parts = {"encoder": state.encoder.state_dict(), "offsets": state.offsets.state_dict()}
-        parts |= {f"optimizer.{index}": moments for index, moments in state.optimizer.state_dict()["state"].items()}
-        tensors = {f"{part}.{key}": value.cpu() for part, values in parts.items() for key, value in values.items()}
+        tensors = modules.state_dict()
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in moments.items()}
         path = self.folder / f"step-{step:08d}.safetensors"
         metadata = {"step": str(step), "run": json.dumps(self.run)}
         try:
-            write_atomically(path, save(tensors, metadata))
+            write_atomically(path, save({key: value.cpu() for key, value in tensors.items()}, metadata))
             write_atomically(self.folder / LATEST, f"{path.name}\n".encode())
         except OSError as error:
             raise self._unwritable(error, f"the checkpoint of step {step}") from error
@@ -84,8 +76,8 @@ class Checkpoints:
             if old not in self.kept:
                 old.unlink(missing_ok=True)
 
-    def restore(self, state: TrainingState, *, force: bool = False) -> int:
-        """Load the latest checkpoint into `state`; return the steps done, 0 without one.
+    def restore(self, modules: nn.Module, optimizer: torch.optim.Optimizer, *, force: bool = False) -> int:
+        """Load the latest checkpoint; return the steps done, 0 without one.
 
         Args:
             force: also one of a run with other settings, as far as its tensors fit.
@@ -109,19 +101,13 @@ class Checkpoints:
                 f"the checkpoint {path.name} cannot be read: {error}", hint="remove it to resume from the one before"
             ) from error
         self._compare(run, force)
-        parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "offsets": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            part, _, rest = key.partition(".")
-            parts[part][rest] = value
         moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in parts["optimizer"].items():
-            index, _, moment = key.partition(".")
-            moments.setdefault(int(index), {})[moment] = value
-        groups = state.optimizer.state_dict()["param_groups"]
+        for key in [key for key in tensors if key.startswith(_OPTIMIZER)]:
+            index, _, moment = key.removeprefix(_OPTIMIZER).partition(".")
+            moments.setdefault(int(index), {})[moment] = tensors.pop(key)
         try:
-            state.encoder.load_state_dict(parts["encoder"])
-            state.offsets.load_state_dict(parts["offsets"])
-            state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            modules.load_state_dict(tensors)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         except (RuntimeError, ValueError) as error:
             raise UsageError(
                 f"the checkpoint {path.name} has other shapes than this run: it cannot be forced",
@@ -143,18 +129,15 @@ class Checkpoints:
     def _compare(self, saved: Mapping[str, Any], force: bool) -> None:
         """Raise UsageError if `saved` is another run, and add remarks on what may differ."""
         old, new = _flat(saved), _flat(self.run)
-        changed = [
-            f"{key} {_shown(old.get(key))} → {_shown(new.get(key))}"
-            for key in sorted(old.keys() | new.keys())
-            if key not in LAYOUT and old.get(key) != new.get(key)
-        ]
+        keys = [key for key in sorted(old.keys() | new.keys()) if key not in LAYOUT and old.get(key) != new.get(key)]
+        changed = ", ".join(f"{key} {_shown(old.get(key))} → {_shown(new.get(key))}" for key in keys)
         if changed and not force:
             raise UsageError(
-                f"the checkpoints in {printable(str(self.folder))} are of another run: {', '.join(changed)}",
+                f"the checkpoints in {printable(str(self.folder))} are of another run: {changed}",
                 hint="give the settings of before, or --force to continue with the new ones",
             )
         if changed:
-            self.remarks.append(f"continuing with other settings: {', '.join(changed)}")
+            self.remarks.append(f"continuing with other settings: {changed}")
         same = ": the samples of each step stay the same, their sums are rounded in another order"
         for key, word in (("processes", "processes"), ("micro_batch", "samples at a time")):
             if key in old and old[key] != new[key]:
@@ -173,16 +156,11 @@ class Checkpoints:
         )
 
 
-def check_weights(step: int, *modules: nn.Module, kept: int) -> None:
-    """Make sure that all weights are finite, with one transfer from the device for each module.
-
-    Raises:
-        DivergedError: some weight is not finite.
-    """
-    for module in modules:
-        norms = torch._foreach_norm([weight.detach() for weight in module.parameters()])
-        if not torch.stack([norm.float() for norm in norms]).isfinite().all():
-            raise diverged(step, "a weight is not a finite number", good=kept, kept=kept)
+def check_weights(step: int, modules: nn.Module, *, kept: int) -> None:
+    """Raise DivergedError if a weight is not finite, with one transfer from the device."""
+    norms = torch._foreach_norm([weight.detach() for weight in modules.parameters()])
+    if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+        raise diverged(step, "a weight is not a finite number", good=kept, kept=kept)
 
 
 def diverged(step: int, reason: str, *, good: int, kept: int) -> DivergedError:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from e4t_cli.models.domain_weights import DomainWeights, facts_about, usual_limits
@@ -22,7 +22,7 @@ from e4t_cli.nn.randomness import generator
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder
 from e4t_cli.pretraining.batches import Batches, DistributedContext, PretrainingLoss
-from e4t_cli.pretraining.checkpoints import CheckpointOptions, Checkpoints, TrainingState, check_weights, diverged
+from e4t_cli.pretraining.checkpoints import CheckpointOptions, Checkpoints, check_weights, diverged
 from e4t_cli.pretraining.encoded_images import TrainingData
 from e4t_cli.progress import Progress, ProgressCallback, StopRequest
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -183,7 +183,7 @@ def pretrain_domain(
     optimizer = adamw((list(encoder.parameters()), encoder_rate), (list(offsets.parameters()), offsets_rate))
     descriptor_id = model.descriptor_id(domain.descriptor)
     batches = Batches(model, data, config, domain.templates, descriptor_id, seed, total_batch)
-    state = TrainingState(encoder=encoder, offsets=offsets, optimizer=optimizer)
+    modules = nn.ModuleDict({"encoder": encoder, "offsets": offsets})  # whose names are those in checkpoints
     run = {
         "name": domain.name,
         "descriptor": domain.descriptor,
@@ -199,7 +199,9 @@ def pretrain_domain(
         "micro_batch": size,
     }
     history = Checkpoints(checkpoints.folder, run) if checkpoints.folder is not None else None
-    done = history.restore(state, force=checkpoints.force) if history is not None and checkpoints.resume else 0
+    done = 0
+    if history is not None and checkpoints.resume:
+        done = history.restore(modules, optimizer, force=checkpoints.force)
     processes.check_same(done, "the step of their last checkpoint")
     offsets.attach_to(unet)
     trained = processes.wrap(
@@ -263,9 +265,9 @@ def pretrain_domain(
                 if on_progress:
                     on_progress(progress)
             if saving and history is not None:
-                check_weights(finished, encoder, offsets, kept=kept)
+                check_weights(finished, modules, kept=kept)
                 if processes.first:
-                    history.write(finished, state)
+                    history.write(finished, modules, optimizer)
                 kept = finished
             if on_step:
                 taken = PretrainingStep(
@@ -278,5 +280,5 @@ def pretrain_domain(
                 remark(f"stopped after step {finished} of {config.steps}, {saved}")
                 raise KeyboardInterrupt
     if history is None:
-        check_weights(config.steps, encoder, offsets, kept=kept)
+        check_weights(config.steps, modules, kept=kept)
     return snapshot()
