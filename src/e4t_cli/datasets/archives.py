@@ -30,7 +30,6 @@ class ShardSource(IterableSource):
 
     Args:
         shards: paths and URLs, in order.
-        title: what the user called them.
         offline: open no connection.
 
     Raises:
@@ -65,13 +64,12 @@ class ShardSource(IterableSource):
         """Extrapolated from the first shard by size; 0 with remote shards."""
         if self.remote:
             return 0
-        try:
+        with contextlib.suppress(OSError, tarfile.TarError):
             with tarfile.open(self.shards[0]) as shard:  # headers alone
                 count = sum(member.name.rpartition(".")[2].lower() in _EXTENSIONS for member in shard)
-        except (OSError, tarfile.TarError):
-            return 0
-        sizes = [os.path.getsize(shard) for shard in self.shards]
-        return count if len(sizes) == 1 else round(count * sum(sizes) / sizes[0])
+            sizes = [os.path.getsize(shard) for shard in self.shards]
+            return count if len(sizes) == 1 else round(count * sum(sizes) / sizes[0])
+        return 0
 
     def __iter__(self) -> Iterator[ImageItem]:
         return self._read(self.shards)
@@ -116,11 +114,7 @@ class ShardSource(IterableSource):
 
 
 def shard_paths(pattern: str) -> list[str]:
-    """Return the shards that a pattern names: `{0000..0099}`, `*`, or a file that lists them.
-
-    Raises:
-        UsageError: no file matches.
-    """
+    """Return the shards that `{0000..0099}`, `*` or a file names, one a line; UsageError if no file matches."""
     if pattern.endswith(LISTS) and Path(pattern).is_file():
         text = Path(pattern).read_text(encoding="utf-8", errors="surrogateescape")
         entries = filter(None, map(str.strip, text.splitlines()))
@@ -136,12 +130,12 @@ def _expanded(pattern: str) -> list[str]:
         import braceexpand  # comes with webdataset
 
         return list(braceexpand.braceexpand(pattern))
-    if glob.has_magic(pattern) and "://" not in pattern:
-        found = sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            raise UsageError(f"no file matches {printable(pattern)}")
-        return found
-    return [pattern]
+    if "://" in pattern or not glob.has_magic(pattern):
+        return [pattern]
+    found = sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise UsageError(f"no file matches {printable(pattern)}")
+    return found
 
 
 _HUB = re.compile(

@@ -128,11 +128,8 @@ class ImageReader:
 
     @property
     def key(self) -> str:
-        """Identifies what preparation does to an image, also when a domain's author changes it.
-
-        What decodes images is part of it: a HEIC file is bad until its package is installed.
-        """
-        heic = "heic" if find_spec("pi_heif") else ""
+        """Identifies what decodes an image and what preparation does to it, also when a domain's author changes it."""
+        heic = "heic" if find_spec("pi_heif") else ""  # such a file is bad until its package is installed
         target = f"{self.target.size} {self.target.mask} {self.target.align}"
         return f"{_function_key(self.domain)} {target} Pillow {PIL.__version__} {heic}"
 
@@ -196,9 +193,8 @@ class ImageReader:
 
     def empty_error(self) -> InputError:
         """Return the error for a source without a usable image."""
-        if self.left_out:
-            return InputError(f"no image can be used; the first: {self._first()}")
-        return InputError("there are no images to train on")
+        first = f"no image can be used; the first: {self._first()}" if self.left_out else ""
+        return InputError(first or "there are no images to train on")
 
     def notes(self, usable: int | None) -> list[str]:
         """Return warnings for the user: images left out, too few `usable` ones (None if unknown yet), duplicates."""

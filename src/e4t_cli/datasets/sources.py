@@ -7,6 +7,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,17 +27,11 @@ MAX_HELD_OUT = 4  # images of a contact sheet
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageItem:
-    """One image of a source, not opened yet.
+    """One image of a source, not opened yet."""
 
-    Args:
-        name: unique in its source; for a file its path below the source's folder.
-        image: a path, bytes, a PIL image, or an image that is prepared already.
-        fault: why there is none, if that is known already.
-    """
-
-    name: str
+    name: str  # unique in its source; for a file its path below the source's folder
     image: ImageInput | PreparedImage
-    fault: str = ""
+    fault: str = ""  # why there is no image, if that is known already
 
     def digest(self) -> bytes:
         """Return a hash of the content, whatever its name: 32 bytes.
@@ -74,11 +69,10 @@ class ImageItem:
         if not isinstance(self.image, str | os.PathLike):
             return None
         path = os.path.abspath(self.image)
-        try:
+        with suppress(OSError):
             about = os.stat(path)
-        except OSError:
-            return None
-        return f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}"
+            return f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}"
+        return None
 
     def prepare(self, domain: Domain, target: PreparationTarget) -> PreparedImage:
         """Open the image as `personalize` opens a photo, and run the domain's preparation.
@@ -107,13 +101,7 @@ def _file_digest(path: Path) -> bytes:
 
 
 class ImageSource(ABC):
-    """Unopened images in a fixed order.
-
-    Args:
-        title: its name in messages.
-        notes: warnings for the user.
-        other_files: how many of its files are no images.
-    """
+    """Unopened images in a fixed order; `notes` are warnings for the user, `other_files` are counted only."""
 
     def __init__(self, title: str, notes: Iterable[str] = (), other_files: int = 0) -> None:
         self.title, self.notes, self.other_files = title, list(notes), other_files
@@ -164,10 +152,7 @@ class FolderSource(MapStyleSource):
     """The files of a folder and its sub-folders, sorted; hidden ones are left out.
 
     Links to folders are followed, each real folder once, so a loop of links ends. One pass over the disk; after that
-    only the names are kept, about a hundred bytes an image.
-
-    Raises:
-        InputError: it cannot be read, or there is no file in it.
+    only the names are kept, about a hundred bytes an image. InputError if it cannot be read or is empty.
     """
 
     def __init__(self, root: Path) -> None:
@@ -175,7 +160,7 @@ class FolderSource(MapStyleSource):
         self.root = root
         self._unreadable: list[str] = []
         self._visited: set[tuple[int, int]] = set()
-        self._names: list[str] = list(self._walk(str(root), ""))
+        self._names = list(self._walk(str(root), ""))
         if self._unreadable:
             folders = "1 folder" if len(self._unreadable) == 1 else f"{len(self._unreadable)} folders"
             self.notes.append(f"{folders} could not be read, as {printable(self._unreadable[0])}")
@@ -199,10 +184,9 @@ class FolderSource(MapStyleSource):
     def _walk(self, folder: str, inside: str) -> Iterator[str]:
         try:
             about = os.stat(folder)
-            inode = about.st_dev, about.st_ino
-            if inode in self._visited:
+            if (about.st_dev, about.st_ino) in self._visited:
                 return
-            self._visited.add(inode)
+            self._visited.add((about.st_dev, about.st_ino))
             with os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
@@ -277,8 +261,7 @@ def find_source(data: str | os.PathLike[str] | Iterable[Any], *, offline: bool =
         InputError: there is, and it cannot be used.
         WeightsUnavailable: it is not on this machine, and could not or must not be fetched.
     """
-    # These classes extend those of this module.
-    from e4t_cli.datasets import archives
+    from e4t_cli.datasets import archives  # whose classes extend those of this module
 
     if not isinstance(data, str | os.PathLike):
         return SequenceSource(data) if isinstance(data, Sequence) else SinglePassSource(data)

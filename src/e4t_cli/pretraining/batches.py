@@ -75,10 +75,8 @@ class DistributedContext:
 
             values = gather(torch.tensor([value], device=self.device)).tolist()
         if min(values) != max(values):
-            raise UsageError(
-                f"the processes differ in {what}: {min(values)} and {max(values)}",
-                hint="give all of them the same folder, on a disk that they share",
-            )
+            message = f"the processes differ in {what}: {min(values)} and {max(values)}"
+            raise UsageError(message, hint="give all of them the same folder, on a disk that they share")
 
     def _reduce(self, values: Tensor, reduction: str) -> Tensor:
         if self.count > 1:

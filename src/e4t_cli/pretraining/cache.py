@@ -58,11 +58,7 @@ class Chunk:
 def write_chunk(
     path: Path, rows: EncodedRows, *, bad: dict[int, str], digests: list[bytes], signatures: list[bytes]
 ) -> None:
-    """Write a chunk with its checksum, unless another process was first; rows of bad images count.
-
-    Raises:
-        ResourceError: the disk is full, or not writable.
-    """
+    """Write a chunk with its checksum, unless another process was first; `rows` include those of bad images."""
     found = {name: getattr(rows, name) for name in _ROWS}
     tensors = {name: value.contiguous() for name, value in found.items() if value is not None}
     tensors["good"] = torch.tensor([index not in bad for index in range(len(digests))]).byte()
@@ -103,19 +99,14 @@ def read_chunk(path: Path, count: int) -> Chunk:
 
 
 def _map_rows(path: Path) -> dict[str, Any]:
-    """Return the rows of a chunk by name, read from the disk where they are indexed.
-
-    Raises:
-        IntegrityError: the file was removed since the run began.
-    """
+    """Return the rows of a chunk by name, read from the disk where they are indexed."""
     try:
         file: Any = safe_open(path, framework="pt")
         return {name: file.get_slice(name) for name in file.keys() if name in _ROWS}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise IntegrityError(
-            f"the cache of encoded images in {path.parent} changed during the run",
-            hint="the same command makes it again and resumes from the last checkpoint",
-        ) from error
+        message = f"the cache of encoded images in {path.parent} changed during the run"
+        hint = "the same command makes it again and resumes from the last checkpoint"
+        raise IntegrityError(message, hint=hint) from error
 
 
 def _write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
@@ -125,10 +116,8 @@ def _write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
     except FileExistsError:  # another process was first, with the same content
         pass
     except OSError as error:
-        raise ResourceError(
-            f"the cache in {path.parent} cannot be written: {error.strerror}",
-            hint="E4T_CACHE_DIR moves it, --cache off trains without it",
-        ) from error
+        hint = "E4T_CACHE_DIR moves it, --cache off trains without it"
+        raise ResourceError(f"the cache in {path.parent} cannot be written: {error.strerror}", hint=hint) from error
 
 
 class CachedDataset:
@@ -141,8 +130,7 @@ class CachedDataset:
     """
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
-        self._size = len(chunks[0].good)
-        self._paths = [chunk.path for chunk in chunks]
+        self._size, self._paths = len(chunks[0].good), [chunk.path for chunk in chunks]
         good = numpy.concatenate([chunk.good.numpy() for chunk in chunks])
         usable = numpy.flatnonzero(good)
         self._count, self._usable = len(good), len(usable)
@@ -197,8 +185,7 @@ class EncodingCache:
             InputError: no image can be used, or one cannot and the reader is strict.
             ResourceError: the disk is full.
         """
-        self._report, self._total = on_progress or self._report, total
-        processes = processes or DistributedContext()
+        self._report, self._total, processes = on_progress or self._report, total, processes or DistributedContext()
         known: dict[int, Chunk] = {}
         if processes.count > 1 and not isinstance(source, SinglePassSource):
             for number, items in _chunks(source):

@@ -97,9 +97,8 @@ class Checkpoints:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             step, run = int(metadata["step"]), json.loads(metadata["run"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise IntegrityError(
-                f"the checkpoint {path.name} cannot be read: {error}", hint="remove it to resume from the one before"
-            ) from error
+            message = f"the checkpoint {path.name} cannot be read: {error}"
+            raise IntegrityError(message, hint="remove it to resume from the one before") from error
         self._compare(run, force)
         moments: dict[int, dict[str, Tensor]] = {}
         for key in [key for key in tensors if key.startswith(_OPTIMIZER)]:
@@ -109,10 +108,8 @@ class Checkpoints:
             modules.load_state_dict(tensors)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         except (RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"the checkpoint {path.name} has other shapes than this run: it cannot be forced",
-                hint="start anew, or in another folder",
-            ) from error
+            message = f"the checkpoint {path.name} has other shapes than this run: it cannot be forced"
+            raise UsageError(message, hint="start anew, or in another folder") from error
         found = self._all()
         self.kept = found[: found.index(path) + 1][-2:]
         return step
@@ -132,10 +129,8 @@ class Checkpoints:
         keys = [key for key in sorted(old.keys() | new.keys()) if key not in LAYOUT and old.get(key) != new.get(key)]
         changed = ", ".join(f"{key} {_shown(old.get(key))} → {_shown(new.get(key))}" for key in keys)
         if changed and not force:
-            raise UsageError(
-                f"the checkpoints in {printable(str(self.folder))} are of another run: {changed}",
-                hint="give the settings of before, or --force to continue with the new ones",
-            )
+            message = f"the checkpoints in {printable(str(self.folder))} are of another run: {changed}"
+            raise UsageError(message, hint="give the settings of before, or --force to continue with the new ones")
         if changed:
             self.remarks.append(f"continuing with other settings: {changed}")
         same = ": the samples of each step stay the same, their sums are rounded in another order"
@@ -150,10 +145,8 @@ class Checkpoints:
     def _unwritable(self, error: OSError, what: str) -> ResourceError:
         intact = self.latest() if self.folder.is_dir() else None
         kept = f"; {intact.name} before it is intact" if intact is not None else ""
-        return ResourceError(
-            f"{what} could not be written in {printable(str(self.folder))}: {error.strerror or error}{kept}",
-            hint="make room; the same command then resumes from there",
-        )
+        message = f"{what} could not be written in {printable(str(self.folder))}: {error.strerror or error}{kept}"
+        return ResourceError(message, hint="make room; the same command then resumes from there")
 
 
 def check_weights(step: int, modules: nn.Module, *, kept: int) -> None:
@@ -171,10 +164,8 @@ def diverged(step: int, reason: str, *, good: int, kept: int) -> DivergedError:
         kept: steps of the last checkpoint, 0 for none.
     """
     saved = f"the checkpoint of step {kept} is kept" if kept else "nothing was saved"
-    return DivergedError(
-        f"pre-training diverged at step {step}: {reason}; the last good step was {good}, {saved}",
-        hint="try a smaller learning rate, --base-lr",
-    )
+    message = f"pre-training diverged at step {step}: {reason}; the last good step was {good}, {saved}"
+    return DivergedError(message, hint="try a smaller learning rate, --base-lr")
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,17 +136,13 @@ def encode_images(
     autocast: bool | None = False,
     on_progress: ProgressCallback | None = None,
 ) -> EncodedImages:
-    """Encode every image once: latents, [CLS] features, masks; in float16 on the CPU.
+    """Encode every image once: latents, [CLS] features, masks; in float16 on the CPU. InputError if there are none.
 
     Args:
-        images: prepared images; masks are kept if every image has one.
+        images: masks are kept if every image has one.
         batch_size: None for as many as a small GPU holds.
         total: how many there are, for progress reports.
-        autocast: encode in bfloat16, which is less exact than what is stored; None where the hardware multiplies
-            bfloat16.
-
-    Raises:
-        InputError: there are none.
+        autocast: encode in bfloat16, which is less exact than what is stored; None where the hardware multiplies it.
     """
     precision = PrecisionPolicy.resolve(model.device, model.dtype, autocast, loss_scaling=False)
     # The VAE's first layers are the largest tensors of all: about eight images of 512 pixels.
@@ -173,8 +169,7 @@ def encode_images(
 
 def bytes_per_image(model: TextToImageModel, *, mask: bool) -> int:
     """Return the size of an encoded image in the cache."""
-    channels, height, width = model.latent_shape
-    tower = model.image_tower
+    (channels, height, width), tower = model.latent_shape, model.image_tower
     values = 2 * channels * height * width + len(tower.indices) * int(tower.width)
     return 2 * (values + (height * width if mask else 0)) + 33 + SIGNATURE
 

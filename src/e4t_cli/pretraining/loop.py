@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from e4t_cli.models.domain_weights import DomainWeights, facts_about, usual_limits
@@ -97,20 +97,16 @@ class RunningLosses:
     def __init__(self, config: PretrainingConfig, done: int) -> None:
         self.config, self.reported = config, done
         self.recent: list[Tensor] = []
-        self.since = time.perf_counter()
+        self.since, self.seconds = time.perf_counter(), math.inf  # seconds of a step
         self.smooth = self.weight = 0.0
-        self.seconds = math.inf
 
     def add(self, diffusion: Tensor, penalty: Tensor) -> None:
         self.recent.append(torch.stack((diffusion.mean(), penalty.mean())))
 
     def report(self, step: int, kept: int, processes: DistributedContext) -> Progress:
-        """Return the means since the last report.
+        """Return the means since the last report, or raise DivergedError if one of them is not finite.
 
         Paper silent: no gradient clipping here, so a bad value shows in the loss.
-
-        Raises:
-            DivergedError: one of them is not finite.
         """
         now = time.perf_counter()
         spent = (now - self.since) / len(self.recent)
@@ -125,8 +121,7 @@ class RunningLosses:
         loss, diffusion, penalty = torch.tensor(rows).mean(dim=0).tolist()
         self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
         self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
-        self.recent.clear()
-        self.since, self.reported = now, step
+        self.recent, self.since, self.reported = [], now, step
         values = {"loss": loss, "diffusion": diffusion, "penalty": penalty}
         values |= {"smoothed": self.smooth / self.weight, "it/s": 1 / max(self.seconds, 1e-9)}
         return Progress(stage="pretrain", done=step, total=self.config.steps, values=values)
@@ -183,35 +178,29 @@ def pretrain_domain(
     optimizer = adamw((list(encoder.parameters()), encoder_rate), (list(offsets.parameters()), offsets_rate))
     descriptor_id = model.descriptor_id(domain.descriptor)
     batches = Batches(model, data, config, domain.templates, descriptor_id, seed, total_batch)
-    modules = nn.ModuleDict({"encoder": encoder, "offsets": offsets})  # whose names are those in checkpoints
-    run = {
-        "name": domain.name,
-        "descriptor": domain.descriptor,
-        "base": model.fingerprint,
-        "data": data.fingerprint,
-        "seed": seed,
-        "templates": list(domain.templates),
-        "autocast": precision.half is not None,
-        "detach_features": options.detach_features,
-        "encoder": encoder.config.as_dict(),
-        "recipe": {key: value for key, value in config.as_dict().items() if key != "steps"},
-        "processes": processes.count,
-        "micro_batch": size,
-    }
+    loss = PretrainingLoss(
+        model, unet, encoder, offsets,
+        e_domain=model.word_embedding(descriptor_id), scale=config.embedding_scale,
+        autocast_dtype=precision.half, detach_features=options.detach_features,
+    )  # fmt: skip
+    run: dict[str, Any] = {"name": domain.name, "descriptor": domain.descriptor, "base": model.fingerprint}
+    run |= {"data": data.fingerprint, "seed": seed, "templates": list(domain.templates)}
+    run |= {"autocast": precision.half is not None, "detach_features": options.detach_features}
+    run |= {"encoder": encoder.config.as_dict()}
+    run |= {"recipe": {key: value for key, value in config.as_dict().items() if key != "steps"}}
+    run |= {"processes": processes.count, "micro_batch": size}
     history = Checkpoints(checkpoints.folder, run) if checkpoints.folder is not None else None
     done = 0
     if history is not None and checkpoints.resume:
-        done = history.restore(modules, optimizer, force=checkpoints.force)
+        done = history.restore(loss, optimizer, force=checkpoints.force)
     processes.check_same(done, "the step of their last checkpoint")
     offsets.attach_to(unet)
-    trained = processes.wrap(
-        PretrainingLoss(
-            model, unet, encoder, offsets,
-            e_domain=model.word_embedding(descriptor_id), scale=config.embedding_scale,
-            autocast_dtype=precision.half, detach_features=options.detach_features,
-        )
-    )  # fmt: skip
+    trained = processes.wrap(loss)
     on_progress, on_step = (callbacks.on_progress, callbacks.on_step) if processes.first else (None, None)
+
+    def report(event: Progress) -> None:
+        if on_progress:
+            on_progress(event)
 
     def snapshot() -> DomainWeights:
         facts: dict[str, Any] = {**facts_about(model), **vars(domain)}
@@ -223,10 +212,6 @@ def pretrain_domain(
             limits=usual_limits(domain.descriptor, model.base.name, len(data)),
             **facts,
         )
-
-    def remark(sentence: str) -> None:
-        if on_progress:
-            on_progress(Progress(stage="pretrain", remark=sentence))
 
     def train_step(step: int) -> tuple[Tensor, Tensor]:
         """Take an optimizer step; return both losses of this process's samples (batch,)."""
@@ -242,14 +227,14 @@ def pretrain_domain(
             losses.append((found.diffusion.detach(), found.regularization.detach()))
         optimizer.step()
         optimizer.zero_grad()
-        diffusion, penalty = (torch.cat(both) for both in zip(*losses, strict=True))
-        return diffusion, penalty
+        diffusion, penalty = zip(*losses, strict=True)
+        return torch.cat(diffusion), torch.cat(penalty)
 
-    for sentence in history.remarks if history is not None else []:
-        remark(sentence)
     factors = f"batch {config.batch_size} × {processes.count} process{'es' if processes.count > 1 else ''}"
     resuming = f"; resuming from step {done}" if done else ""
-    remark(f"learning rate {rate:.3g} = {config.base_learning_rate:.3g} × {factors}{resuming}")
+    rates = f"learning rate {rate:.3g} = {config.base_learning_rate:.3g} × {factors}{resuming}"
+    for remark in [*(history.remarks if history is not None else []), rates]:
+        report(Progress(stage="pretrain", remark=remark))
     running, kept = RunningLosses(config, done), done
     with stop.listening():
         for finished in range(done + 1, config.steps + 1):
@@ -261,13 +246,11 @@ def pretrain_domain(
             stopping = agreeing and not ended and processes.any(stop.asked)
             saving = history is not None and (stopping or ended or finished % checkpoints.every == 0)
             if saving or ended or finished % REPORT_EVERY == 0:
-                progress = running.report(finished, kept, processes)
-                if on_progress:
-                    on_progress(progress)
+                report(running.report(finished, kept, processes))
             if saving and history is not None:
-                check_weights(finished, modules, kept=kept)
+                check_weights(finished, loss, kept=kept)
                 if processes.first:
-                    history.write(finished, modules, optimizer)
+                    history.write(finished, loss, optimizer)
                 kept = finished
             if on_step:
                 taken = PretrainingStep(
@@ -277,8 +260,9 @@ def pretrain_domain(
                 on_step(taken)
             if stopping:
                 saved = "saved" if saving else "not saved: there is no folder for checkpoints"
-                remark(f"stopped after step {finished} of {config.steps}, {saved}")
+                remark = f"stopped after step {finished} of {config.steps}, {saved}"
+                report(Progress(stage="pretrain", remark=remark))
                 raise KeyboardInterrupt
     if history is None:
-        check_weights(config.steps, modules, kept=kept)
+        check_weights(config.steps, loss, kept=kept)
     return snapshot()
