@@ -141,11 +141,10 @@ class ImageReader:
             reason = printable(error.message)
             self.leave_out(item.name, reason)
             return reason
-        if self.target.mask is None:
-            return found if found.mask is None else replace(found, mask=None)
-        if found.mask is None:  # which means all of it, explicit where others have a mask
-            return replace(found, mask=Image.new("L", found.image.size, 255))
-        return found
+        if (found.mask is None) == (self.target.mask is None):
+            return found
+        # No mask means all of the image, explicit where others have a mask.
+        return replace(found, mask=None if self.target.mask is None else Image.new("L", found.image.size, 255))
 
     def blank(self) -> PreparedImage:
         """Return a black image with an all-white mask, such as preparation returns."""
@@ -205,8 +204,9 @@ class ImageReader:
             named = f"; all are named in {printable(str(self.log))}" if self.log else ""
             found.append(f"{were} left out; the first: {self._first()}{named}")
         if usable is not None and usable < FEW:
-            images = _images(usable, "is", "are")
-            found.append(f"{images} few: the domain may overfit to them; {FEW} or more are better")
+            found.append(
+                f"{_images(usable, 'is', 'are')} few: the domain may overfit to them; {FEW} or more are better"
+            )
         return found + self.duplicates.notes()
 
     def _first(self) -> str:

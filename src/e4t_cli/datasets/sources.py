@@ -188,7 +188,7 @@ class FolderSource(MapStyleSource):
                 return
             self._visited.add((about.st_dev, about.st_ino))
             with os.scandir(folder) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
+                found = [entry for entry in sorted(entries, key=lambda entry: entry.name) if entry.name[0] != "."]
         except OSError as error:
             if not inside:
                 raise InputError(f"{printable(folder)} cannot be read: {error.strerror}") from error
@@ -196,8 +196,6 @@ class FolderSource(MapStyleSource):
             return
         for entry in found:
             name = f"{inside}{entry.name}"
-            if entry.name.startswith("."):
-                continue
             if entry.is_dir():
                 yield from self._walk(entry.path, f"{name}/")
             elif not entry.is_file() or os.path.splitext(name)[1].lower() in _ANNOTATIONS:
@@ -265,13 +263,11 @@ def find_source(data: str | os.PathLike[str] | Iterable[Any], *, offline: bool =
 
     if not isinstance(data, str | os.PathLike):
         return SequenceSource(data) if isinstance(data, Sequence) else SinglePassSource(data)
-    place = os.fspath(data)
-    shown = printable(place)
+    place, path, shown = os.fspath(data), Path(data), printable(os.fspath(data))
     if "\0" in place:
         raise UsageError(f"{shown} cannot be the name of a folder")
     if archives.is_arrow(place):
         return archives.ArrowSource(place, offline=offline)
-    path = Path(place)
     if path.is_dir():
         return FolderSource(path)
     if place.endswith(archives.SUFFIXES) or (path.is_file() and place.endswith(archives.LISTS)):
@@ -287,8 +283,7 @@ def find_source(data: str | os.PathLike[str] | Iterable[Any], *, offline: bool =
 def hold_out(source: ImageSource, reader: ImageReader) -> tuple[ImageSource, list[PreparedImage]]:
     """Return the source without a few of its images, and these, prepared.
 
-    At most one in ten is held out, evenly spread over a map-style source, the first ones of an iterable one: the same
-    ones whenever the same source is given.
+    At most one in ten, evenly spread over a map-style source, the first ones of an iterable one: always the same ones.
     """
     if isinstance(source, MapStyleSource):
         count = min(MAX_HELD_OUT, len(source) // 10)

@@ -46,10 +46,6 @@ class DistributedContext:
     def first(self) -> bool:
         return self.rank == 0
 
-    def positions(self, batch_size: int) -> range:
-        """Return this process's positions in the global batch of `count * batch_size` samples."""
-        return range(self.rank * batch_size, (self.rank + 1) * batch_size)
-
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return a module whose backward pass averages gradients over all processes."""
         if self.count == 1:
@@ -61,11 +57,15 @@ class DistributedContext:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over all processes."""
-        return self._reduce(values, "mean")
+        if self.count > 1:
+            from accelerate.utils import reduce
+
+            values = reduce(values, "mean")
+        return values
 
     def any(self, flag: bool) -> bool:
         """Return whether it holds in any process; all of them have to call this."""
-        return bool(self._reduce(torch.tensor(float(flag), device=self.device), "sum"))
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
     def check_same(self, value: int, what: str) -> None:
         """Raise UsageError if the processes hold different values."""
@@ -77,13 +77,6 @@ class DistributedContext:
         if min(values) != max(values):
             message = f"the processes differ in {what}: {min(values)} and {max(values)}"
             raise UsageError(message, hint="give all of them the same folder, on a disk that they share")
-
-    def _reduce(self, values: Tensor, reduction: str) -> Tensor:
-        if self.count > 1:
-            from accelerate.utils import reduce
-
-            values = reduce(values, reduction)
-        return values
 
 
 @contextlib.contextmanager

@@ -56,11 +56,7 @@ class Checkpoints:
             raise self._unwritable(error, "the folder of checkpoints") from error
 
     def write(self, step: int, modules: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Save the state after `step`.
-
-        Raises:
-            ResourceError: the disk is full; the checkpoints before are intact.
-        """
+        """Save the state after `step`; ResourceError if the disk is full, with the checkpoints before intact."""
         tensors = modules.state_dict()
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in moments.items()}
@@ -157,12 +153,7 @@ def check_weights(step: int, modules: nn.Module, *, kept: int) -> None:
 
 
 def diverged(step: int, reason: str, *, good: int, kept: int) -> DivergedError:
-    """Return the error of a run with a value that is not finite, the first one at `step`.
-
-    Args:
-        good: the last step before it whose values were finite.
-        kept: steps of the last checkpoint, 0 for none.
-    """
+    """Return the error of a run with a value that is not finite, first at `step`; `good` and `kept` steps are before."""
     saved = f"the checkpoint of step {kept} is kept" if kept else "nothing was saved"
     message = f"pre-training diverged at step {step}: {reason}; the last good step was {good}, {saved}"
     return DivergedError(message, hint="try a smaller learning rate, --base-lr")

@@ -226,13 +226,10 @@ class OnTheFlyDataset(_OnTheFly):
 
 
 class StreamingDataset(_OnTheFly):
-    """An iterable source: every process reads its own share, from front to back, epoch by epoch.
+    """An iterable source: process `rank` of `ranks` reads its own share, from front to back, epoch by epoch.
 
     A resumed run skips what it has used without opening it. When an earlier position than before is requested, the
     stream starts again.
-
-    Args:
-        rank, ranks: this process among those that train together.
     """
 
     def __init__(

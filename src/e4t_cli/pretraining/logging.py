@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from PIL import Image
@@ -61,8 +60,6 @@ class TrainingLogger:
     """Records one run; its `on_progress` and `on_step` are callbacks of `pretrain_domain`.
 
     Args:
-        model: the base in training.
-        name: of the domain.
         settings: of the run, plain values for the trackers.
         on_progress: called with warnings about what could not be recorded.
 
@@ -92,9 +89,7 @@ class TrainingLogger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._each_tracker(lambda tracker: tracker.finish())
 
     def on_progress(self, event: Progress) -> None:

@@ -48,20 +48,15 @@ class DomainInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How `pretrain_domain` computes.
-
-    Args:
-        autocast: run the U-Net in bfloat16, with the trained weights in float32; None where the hardware multiplies
-            bfloat16.
-        micro_batch: samples in one forward pass; gradients are accumulated over the batch, so that it changes memory
-            and rounding, nothing else. None is all.
-    """
+    """How `pretrain_domain` computes."""
 
     seed: int = 0  # of the initial weights and of all noise
-    autocast: bool | None = None
+    autocast: bool | None = (
+        None  # U-Net in bfloat16, trained weights in float32; None where the hardware multiplies it
+    )
     detach_features: bool = False  # see `training_loss`
     hidden_width: int | None = None  # of the encoder; None for the image encoder's width
-    micro_batch: int | None = None
+    micro_batch: int | None = None  # samples in one forward pass: changes memory and rounding only; None is all
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,17 +73,13 @@ class PretrainingStep:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingCallbacks:
-    """What `pretrain_domain` calls, the functions in the first process only.
+    """What `pretrain_domain` calls, the functions in the first process only."""
 
-    Args:
-        stop: when it is set, the step is finished and saved, and KeyboardInterrupt raised.
-        on_progress: called every few steps with the mean losses since then, the smoothed loss and the speed.
-        on_step: called after each step.
-    """
-
+    # When it is set, the step is finished and saved, and KeyboardInterrupt raised.
     stop: StopRequest = field(default_factory=StopRequest)
+    # Every few steps, with the mean losses since then, the smoothed loss and the speed.
     on_progress: ProgressCallback | None = None
-    on_step: Callable[[PretrainingStep], None] | None = None
+    on_step: Callable[[PretrainingStep], None] | None = None  # after each step
 
 
 class RunningLosses:
@@ -163,7 +154,7 @@ def pretrain_domain(
     callbacks, processes = callbacks or TrainingCallbacks(), processes or DistributedContext()
     seed, stop = options.seed, callbacks.stop
     total_batch = config.batch_size * processes.count
-    positions = processes.positions(config.batch_size)
+    positions = range(total_batch)[processes.rank * config.batch_size :][: config.batch_size]  # of this process
     size = min(options.micro_batch or config.batch_size, config.batch_size)
     micro_batches = [positions[first : first + size] for first in range(0, len(positions), size)]
     rate = config.learning_rate * processes.count
