@@ -204,9 +204,8 @@ class ImageReader:
             named = f"; all are named in {printable(str(self.log))}" if self.log else ""
             found.append(f"{were} left out; the first: {self._first()}{named}")
         if usable is not None and usable < FEW:
-            found.append(
-                f"{_images(usable, 'is', 'are')} few: the domain may overfit to them; {FEW} or more are better"
-            )
+            few = _images(usable, "is few", "are few")
+            found.append(f"{few}: the domain may overfit to them; {FEW} or more are better")
         return found + self.duplicates.notes()
 
     def _first(self) -> str:

@@ -59,8 +59,7 @@ def write_chunk(
     path: Path, rows: EncodedRows, *, bad: dict[int, str], digests: list[bytes], signatures: list[bytes]
 ) -> None:
     """Write a chunk with its checksum, unless another process was first; `rows` include those of bad images."""
-    found = {name: getattr(rows, name) for name in _ROWS}
-    tensors = {name: value.contiguous() for name, value in found.items() if value is not None}
+    tensors = {name: value.contiguous() for name, value in vars(rows).items() if value is not None}
     tensors["good"] = torch.tensor([index not in bad for index in range(len(digests))]).byte()
     for name, column in (("digests", digests), ("signatures", signatures)):
         tensors[name] = torch.frombuffer(bytearray(b"".join(column)), dtype=torch.uint8).view(len(column), -1)

@@ -112,12 +112,11 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """Return the checkpoint to resume from: that of the pointer, else the newest."""
+        found = self._all()
         with contextlib.suppress(OSError, UnicodeDecodeError):
             name = (self.folder / LATEST).read_text(encoding="utf-8").strip()
-            found = [path for path in self._all() if path.name == name]
-            if found:
-                return found[0]
-        return max(self._all(), default=None)
+            found = [path for path in found if path.name == name] or found
+        return max(found, default=None)
 
     def _compare(self, saved: Mapping[str, Any], force: bool) -> None:
         """Raise UsageError if `saved` is another run, and add remarks on what may differ."""
@@ -153,7 +152,7 @@ def check_weights(step: int, modules: nn.Module, *, kept: int) -> None:
 
 
 def diverged(step: int, reason: str, *, good: int, kept: int) -> DivergedError:
-    """Return the error of a run with a value that is not finite, first at `step`; `good` and `kept` steps are before."""
+    """Return the error of a run with a value that is not finite, first at `step`; the last `good` step is before."""
     saved = f"the checkpoint of step {kept} is kept" if kept else "nothing was saved"
     message = f"pre-training diverged at step {step}: {reason}; the last good step was {good}, {saved}"
     return DivergedError(message, hint="try a smaller learning rate, --base-lr")

@@ -51,9 +51,7 @@ class TrainingOptions:
     """How `pretrain_domain` computes."""
 
     seed: int = 0  # of the initial weights and of all noise
-    autocast: bool | None = (
-        None  # U-Net in bfloat16, trained weights in float32; None where the hardware multiplies it
-    )
+    autocast: bool | None = None  # the U-Net in bfloat16, trained weights in float32; None: where the GPU has it
     detach_features: bool = False  # see `training_loss`
     hidden_width: int | None = None  # of the encoder; None for the image encoder's width
     micro_batch: int | None = None  # samples in one forward pass: changes memory and rounding only; None is all
@@ -154,9 +152,10 @@ def pretrain_domain(
     callbacks, processes = callbacks or TrainingCallbacks(), processes or DistributedContext()
     seed, stop = options.seed, callbacks.stop
     total_batch = config.batch_size * processes.count
-    positions = range(total_batch)[processes.rank * config.batch_size :][: config.batch_size]  # of this process
+    first = processes.rank * config.batch_size
+    positions = range(first, first + config.batch_size)  # of this process in the global batch
     size = min(options.micro_batch or config.batch_size, config.batch_size)
-    micro_batches = [positions[first : first + size] for first in range(0, len(positions), size)]
+    micro_batches = [positions[start : start + size] for start in range(0, len(positions), size)]
     rate = config.learning_rate * processes.count
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "initial").initial_seed())
