@@ -66,12 +66,10 @@ class ImageItem:
 
     def stamp(self) -> str | None:
         """Return path, size and times of a file, without reading it; None for anything else."""
-        if not isinstance(self.image, str | os.PathLike):
-            return None
-        path = os.path.abspath(self.image)
-        with suppress(OSError):
-            about = os.stat(path)
-            return f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}"
+        if isinstance(self.image, str | os.PathLike):
+            with suppress(OSError):
+                path, about = os.path.abspath(self.image), os.stat(self.image)
+                return f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}"
         return None
 
     def prepare(self, domain: Domain, target: PreparationTarget) -> PreparedImage:

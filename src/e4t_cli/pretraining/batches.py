@@ -113,11 +113,7 @@ class SampleBatch:
 
 
 class Batches:
-    """The samples of each step, or those at some positions of its batch.
-
-    Args:
-        batch_size: of the whole batch of a step, over all processes and micro-batches.
-    """
+    """The samples of each step, or those at some positions of its batch."""
 
     def __init__(
         self,
@@ -127,7 +123,7 @@ class Batches:
         templates: Sequence[str],
         descriptor_id: int,
         seed: int,
-        batch_size: int | None = None,
+        batch_size: int | None = None,  # of all processes and micro-batches together
     ) -> None:
         self.model, self.data, self.config, self.seed = model, data, config, seed
         self.batch_size = batch_size or config.batch_size
@@ -141,14 +137,13 @@ class Batches:
         draws = self._draws(step)[positions].to(device)
         rows = self.data.rows(seed=self.seed, step=step, positions=positions, batch_size=self.batch_size)
         posterior = Posterior(mean=sent(rows.means, device).float(), logvar=sent(rows.logvars, device).float())
-        masks = sent(rows.masks, device).float() if self.config.mask and rows.masks is not None else None
         return SampleBatch(
             z_0=posterior.sample(draws.posterior),
             timesteps=draws.timesteps,
             epsilon=draws.epsilon,
             image_features=sent(rows.image_features, device).float(),
             tokens=self.tokens[draws.sentences(len(self.tokens.ids))],
-            mask=masks,
+            mask=sent(rows.masks, device).float() if self.config.mask and rows.masks is not None else None,
         )
 
     def _draw(self, step: int) -> Draws:
@@ -161,9 +156,6 @@ class PretrainingLoss(nn.Module):
 
     Both passes through the U-Net are inside, so that DistributedDataParallel sees each parameter used once a step. The
     frozen base is not registered as a submodule: it is neither sent to the other processes nor given gradients.
-
-    Args:
-        autocast_dtype: of matrix multiplications; None for the weights' dtype.
     """
 
     def __init__(
@@ -175,7 +167,7 @@ class PretrainingLoss(nn.Module):
         *,
         e_domain: Tensor,
         scale: float,
-        autocast_dtype: torch.dtype | None = None,
+        autocast_dtype: torch.dtype | None = None,  # of matrix multiplications; None for the weights' dtype
         detach_features: bool = False,
     ) -> None:
         super().__init__()

@@ -70,12 +70,7 @@ def write_chunk(
 
 
 def read_chunk(path: Path, count: int) -> Chunk:
-    """Return a chunk of `count` images, every byte of it checked.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or another one.
-    """
+    """Return a chunk of `count` images; FileNotFoundError if there is none, ValueError if it is damaged or another."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -122,10 +117,8 @@ def _write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
 class CachedDataset:
     """A source's encoded images, read row by row from memory-mapped chunks.
 
-    An image that could not be used is replaced by the next usable one, which changes nothing for the others.
-
-    Args:
-        chunks: all of the source, in its order; equally many images in each but the last.
+    An image that could not be used is replaced by the next usable one, which changes nothing for the others. `chunks`
+    are all of the source, in its order, with equally many images in each but the last.
     """
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
@@ -135,8 +128,7 @@ class CachedDataset:
         self._count, self._usable = len(good), len(usable)
         later = numpy.searchsorted(usable, numpy.arange(len(good)))
         self._stand_in = usable[later % len(usable)]
-        names = "\n".join(path.name for path in self._paths)
-        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:32]
+        self.fingerprint = hashlib.sha256("\n".join(path.name for path in self._paths).encode()).hexdigest()[:32]
         self._open = lru_cache(maxsize=OPEN_AT_ONCE)(_map_rows)
 
     def __len__(self) -> int:

@@ -51,7 +51,7 @@ class TrainingOptions:
     """How `pretrain_domain` computes."""
 
     seed: int = 0  # of the initial weights and of all noise
-    autocast: bool | None = None  # the U-Net in bfloat16, trained weights in float32; None: where the GPU has it
+    autocast: bool | None = None  # the U-Net in bfloat16, trained weights in float32; None: if the hardware can
     detach_features: bool = False  # see `training_loss`
     hidden_width: int | None = None  # of the encoder; None for the image encoder's width
     micro_batch: int | None = None  # samples in one forward pass: changes memory and rounding only; None is all
