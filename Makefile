@@ -9,7 +9,7 @@ READY := $(VENV)/.installed
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: help demo test lint types dist hooks bench mini
+.PHONY: help demo test lint types dist hooks mutants bench mini
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,7 +29,7 @@ demo: $(READY) ## one drawn face in eight new scenes: outputs/demo-grid.png
 test: $(READY) ## run the test suite on the CPU, offline (e.g. make test ARGS="-k images -x")
 	$(RUN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-lint: $(VENV)/.linter ## check style, formatting and spelling: ruff and typos
+lint: $(VENV)/.linter types ## check style, formatting, spelling and types: ruff, typos, mypy
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/typos
@@ -42,6 +42,9 @@ dist: $(VENV)/.linter ## build a wheel and a source archive in dist/
 
 hooks: $(VENV)/.linter ## run lint and types before each commit: pre-commit
 	$(RUN)/pre-commit install
+
+mutants: $(READY) ## check that the tests notice small faults in the method (20 minutes)
+	$(RUN)/python -m tests.mutants $(ARGS)
 
 bench: $(READY) ## measure time and memory (Stable Diffusion's size on a GPU, a small model on a CPU)
 	$(RUN)/python -m benchmarks $(ARGS)

@@ -5,13 +5,17 @@
 # torch.autocast() and torch.inference_mode() do. A server may then train one model in one thread
 # and sample another in a second thread.
 #
-# Behaviour: three context managers set state of the whole process.
+# Behaviour: three context managers set state of the whole process, and a fourth shares a cache.
 #   - torch.nn.utils.parametrize.cached(): while any thread is inside, every parametrized weight of
 #     every model in the process is cached. A thread that never entered it, and that changes a
 #     parameter of its own model, reads the weight from before the change, without an error.
 #   - torch.nn.attention.sdpa_kernel(...): the flags of the attention backends are global, so the
 #     block of one thread selects the kernel, and with it the last bits, of all others; and of two
 #     blocks that overlap, the one that ends first resets the other.
+#   - torch.autocast(): the mode belongs to the thread, but the cache of weights that were cast is one
+#     for the process, and the end of any thread's outermost block empties it. A second use of a weight
+#     in another thread's block then casts it again: two nodes in the autograd graph in place of
+#     one, so its gradient is rounded in another order, and the bits depend on the other thread.
 #   - torch.random.fork_rng(): the generator that it saves and restores is the one that the other
 #     threads draw from.
 #
@@ -32,8 +36,10 @@ import threading
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Scale(nn.Module):
@@ -89,10 +95,31 @@ with InAnotherThread(lambda: sdpa_kernel(SDPBackend.MATH)):
 with InAnotherThread(lambda: torch.random.fork_rng(devices=[]), lambda: torch.manual_seed(7)):
     show("random.fork_rng()", torch.initial_seed() == 7)
 
+class CountCasts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].shape == (64, 64):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def bfloat16():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+weight, x = torch.randn(64, 64, requires_grad=True), torch.randn(8, 64)
+with bfloat16(), CountCasts() as casts:
+    functional.linear(x, weight)
+    with InAnotherThread(bfloat16):
+        pass  # the other thread's block has ended here
+    functional.linear(x, weight)
+show("autocast(), its cache", casts.count == 2)
+
 with InAnotherThread(torch.no_grad):
     show("no_grad()", not torch.is_grad_enabled())
-with InAnotherThread(lambda: torch.autocast("cpu", dtype=torch.bfloat16)):
-    show("autocast()", torch.is_autocast_enabled("cpu"))
+with InAnotherThread(bfloat16):
+    show("autocast(), the mode", torch.is_autocast_enabled("cpu"))
 with InAnotherThread(torch.inference_mode):
     show("inference_mode()", torch.is_inference_mode_enabled())
 PROBE
@@ -101,8 +128,9 @@ cat > "$work/expected" <<'EXPECTED'
 parametrize.cached()    crosses
 sdpa_kernel(MATH)       crosses
 random.fork_rng()       crosses
+autocast(), its cache   crosses
 no_grad()               stays in its thread
-autocast()              stays in its thread
+autocast(), the mode    stays in its thread
 inference_mode()        stays in its thread
 EXPECTED
 

@@ -121,13 +121,14 @@ def test_an_empty_negative_prompt_in_words_is_the_shared_pass(model, tuned):
     assert torch.equal(shared, apart)
 
 
-def test_the_plain_word_is_plain_stable_diffusion(model):
+@pytest.mark.parametrize("name", ["ddim", "euler"])  # euler scales the first latents and its inputs
+def test_the_plain_word_is_plain_stable_diffusion(model, name):
     """Without refinement, our loop is diffusers' pipeline to the last bit of its latents."""
     from diffusers import StableDiffusionPipeline
 
     from e4t_cli.sampling import make_scheduler
 
-    sampling = SamplingConfig(steps=3, guidance=4.0, scheduler="ddim")
+    sampling = SamplingConfig(steps=3, guidance=4.0, scheduler=name)
     pipeline = StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,

@@ -49,6 +49,15 @@ def test_the_factored_form_is_the_dense_network_in_value_and_gradient():
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_an_attached_weight_is_the_base_times_one_plus_delta():
+    """Eq. 3, element by element, with the offset network evaluated layer by layer."""
+    torch.manual_seed(0)
+    layer, offset = torch.nn.Linear(5, 6).double(), stirred(WeightOffset(6, 5).double())
+    base = layer.weight.detach().clone()
+    parametrize.register_parametrization(layer, "weight", offset)
+    torch.testing.assert_close(layer.weight, base + base * dense_delta(offset), rtol=1e-12, atol=1e-12)
+
+
 def test_factors_carry_the_same_offsets(model):
     offsets = stirred(WeightOffsets.for_unet(model.unet))
     again = WeightOffsets.from_factors(offsets.factors())

@@ -205,6 +205,23 @@ def test_samples_are_a_function_of_their_place_in_the_batch(model, data):
         assert torch.equal(torch.cat([parts[i].tokens.ids for i in (1, 2, 0)]), whole.tokens.ids)
 
 
+def test_every_step_has_its_own_noise_and_noise_levels(model, data):
+    batches = Batches(model, data, RECIPE, ("{}",), model.descriptor_id("face"), 0)
+    first, second = batches.of(0), batches.of(1)
+    assert not torch.equal(first.epsilon, second.epsilon)
+    assert not torch.equal(first.timesteps, second.timesteps)
+
+
+def test_the_regularization_weight_is_heeded(pretrain):
+    """λ_r of eq. 5: with a large one the encoder's output stays small."""
+    sizes = {}
+    for weight in (0.0, 1000.0):
+        norms = []
+        pretrain(RECIPE.replace(reg_weight=weight), on_step=lambda step, norms=norms: norms.append(step.penalty))
+        sizes[weight] = norms[-1].mean().item()
+    assert 0 < sizes[1000.0] < 0.5 * sizes[0.0]
+
+
 def test_another_picture_of_the_same_concept_may_be_shown(model, data):
     paired = dataclasses.replace(data, encoder_index=torch.tensor([[(i + 1) % PICTURES] for i in range(PICTURES)]))
     shown = Batches(model, paired, RECIPE, ("{}",), model.descriptor_id("face"), 0).of(0)
