@@ -46,6 +46,10 @@ class DistributedContext:
     def first(self) -> bool:
         return self.rank == 0
 
+    def positions(self, batch_size: int) -> range:
+        """Return this process's positions in the global batch of `count * batch_size` samples."""
+        return range(self.rank * batch_size, (self.rank + 1) * batch_size)
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return a module whose backward pass averages gradients over all processes."""
         if self.count == 1:
@@ -94,8 +98,7 @@ def init_distributed(device: str = "auto") -> Iterator[DistributedContext]:
     # Without `cpu=True`, accelerate 1.15.0 finds no other process on a machine without GPUs.
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     try:
-        device_of_process = torch.device(state.device)
-        yield DistributedContext(rank=state.process_index, count=state.num_processes, device=device_of_process)
+        yield DistributedContext(rank=state.process_index, count=state.num_processes, device=state.device)
     finally:
         state.destroy_process_group()
 

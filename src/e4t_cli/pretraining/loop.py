@@ -152,8 +152,7 @@ def pretrain_domain(
     callbacks, processes = callbacks or TrainingCallbacks(), processes or DistributedContext()
     seed, stop = options.seed, callbacks.stop
     total_batch = config.batch_size * processes.count
-    first = processes.rank * config.batch_size
-    positions = range(first, first + config.batch_size)  # of this process in the global batch
+    positions = processes.positions(config.batch_size)
     size = min(options.micro_batch or config.batch_size, config.batch_size)
     micro_batches = [positions[start : start + size] for start in range(0, len(positions), size)]
     rate = config.learning_rate * processes.count
