@@ -290,7 +290,7 @@ def training_data(
         InputError: no image can be used, or one cannot and the reader is strict.
     """
     from e4t_cli.pretraining.cache import EncodingCache
-    from e4t_cli.pretraining.streaming import OnTheFlyDataset, StreamingDataset
+    from e4t_cli.pretraining.encoded_images import OnTheFlyDataset, StreamingDataset
 
     for note in (*source.notes, *([choice.why] if choice.why else [])):
         on_progress(Progress(stage="encode", note=note))
@@ -305,7 +305,7 @@ def training_data(
         live: OnTheFlyDataset | StreamingDataset = OnTheFlyDataset(model, source, reader)
     else:
         assert isinstance(source, IterableSource)
-        live = StreamingDataset(model, source, reader, processes)
+        live = StreamingDataset(model, source, reader, processes.rank, processes.count)
     try:
         yield live
     finally:
