@@ -260,8 +260,8 @@ MUTANTS = [
     Mutant(
         "every pre-training step repeats the draws of the first",
         "pretraining/batches.py",
-        "self.seed, step, range(self.batch_size)",
-        "self.seed, 0, range(self.batch_size)",
+        "self.seed, step, range(size)",
+        "self.seed, 0, range(size)",
         PRETRAINING,
     ),
     Mutant(

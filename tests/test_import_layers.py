@@ -105,6 +105,14 @@ def test_the_mathematics_needs_torch_only(path):
         assert package in allowed, f"{path.name}:{line} imports {name}"
 
 
+def test_the_paper_is_short():
+    """What CONTRIBUTING lists as the paper's mathematics stays short enough to be read in an hour."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`((?:nn|training|models)/\w+[.]py)`", page.partition("The paper's mathematics")[2])
+    assert len(listed) == 6
+    assert sum(len((SOURCE / name).read_text(encoding="utf-8").splitlines()) for name in listed) <= 1200
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_names_are_resolved_in_the_api(path):
     """Below the api, functions take a Domain, never its name."""

@@ -1,8 +1,8 @@
 """Selects the device and the base's dtype, and measures, limits and frees memory.
 
-"auto" takes the fastest device there is. Frozen parts are kept in half precision where the
-hardware multiplies it, unless the base is so small that nothing is gained: in float32 an image is
-the same to the last bit in any batch. What is trained is float32 everywhere.
+"auto" takes the fastest device there is. Frozen parts are kept in half precision where the hardware multiplies it,
+unless the base is too small to gain: in float32 an image is the same to the last bit in any batch. What is trained is
+float32 everywhere.
 
 torch is imported in the functions that use it: a command line is checked before that.
 """
@@ -16,9 +16,9 @@ import platform
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from e4t_cli.errors import UsageError, printable
 
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-SMALL = 100_000_000
-"""Weights of a U-Net under which half precision gains nothing."""
-
+SMALL = 100_000_000  # weights of a U-Net under which half precision gains nothing
 GB = 1 << 30
 
 
@@ -48,9 +46,8 @@ def choose_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except Exception as error:  # AssertionError, RuntimeError, AcceleratorError: by backend
-        raise UsageError(
-            f"the device {printable(wanted)!r} cannot be used on this machine", hint="--device auto picks one that can"
-        ) from error
+        reason = f"the device {printable(wanted)!r} cannot be used on this machine"
+        raise UsageError(reason, hint="--device auto picks one that can") from error
     return device
 
 
@@ -98,9 +95,7 @@ def choose_dtype(wanted: str, device: torch.device, folder: Path | None = None) 
     import torch
 
     if wanted != "auto":
-        dtype = getattr(torch, DTYPES[wanted])
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+        return cast("torch.dtype", getattr(torch, DTYPES[wanted]))
     if device.type == "cpu" or (folder is not None and _weights(folder / "unet") < SMALL):
         return torch.float32
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -120,15 +115,11 @@ def budget_of(vram: str) -> int:
     Raises:
         UsageError: it is no number of gigabytes.
     """
-    try:
-        size = float(vram)
-        if not 0.5 <= size <= 1024:
-            raise ValueError
-    except ValueError:
-        raise UsageError(
-            f"--vram must be auto or a number of gigabytes, not {printable(vram)!r}", hint="for example --vram 8"
-        ) from None
-    return int(size * GB)
+    with suppress(ValueError):
+        if 0.5 <= float(vram) <= 1024:
+            return int(float(vram) * GB)
+    reason = f"--vram must be auto or a number of gigabytes, not {printable(vram)!r}"
+    raise UsageError(reason, hint="for example --vram 8")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -146,34 +137,24 @@ def free_bytes(device: torch.device) -> int:
 def free_ram() -> int:
     """Return the bytes of main memory that a program can have without swapping."""
     found = []
-    try:
+    with suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    except (OSError, ValueError):
-        pass
-    try:  # a container's own limit
-        most = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+    with suppress(OSError, ValueError):  # a container's own limit
+        most, used = (
+            int(Path("/sys/fs/cgroup", name).read_text("ascii")) for name in ("memory.max", "memory.current")
+        )
         found.append(max(0, most - used))
-    except (OSError, ValueError):
-        pass
     if not found:
-        try:
+        with suppress(OSError, ValueError, AttributeError):
             found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-        except (ValueError, OSError, AttributeError):
-            found.append(8 * GB)  # Windows reports it through ctypes only
-    return min(found)
+    return min(found, default=8 * GB)  # Windows reports it through ctypes only
 
 
 def read_ahead(folder: Path) -> None:
-    """Have the system read a base's weights into its cache, while libraries are still importing.
-
-    A hint: where there is no such call, or too little memory for the files, nothing happens.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return
+    """Have the system read a base's weights into its cache during imports, if it can and they fit into memory."""
     files = list(folder.glob("*/*.safetensors"))
-    if sum(path.stat().st_size for path in files) > free_ram() // 2:
+    if not hasattr(os, "posix_fadvise") or sum(path.stat().st_size for path in files) > free_ram() // 2:
         return
     for path in files:
         with path.open("rb") as file:
@@ -183,15 +164,14 @@ def read_ahead(folder: Path) -> None:
 def memory_ran_out(error: BaseException) -> bool:
     """Return whether an error means that memory ran out.
 
-    torch has a class for it, which only CUDA raises: the allocators of MPS and of the CPU and the
-    libraries below raise a RuntimeError, which only its message tells from others.
+    torch has a class for it, a RuntimeError that only CUDA raises: those of the allocators of MPS and of the CPU and
+    of the libraries below only their message tells from others.
     """
     import torch
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
     signs = ("out of memory", "can't allocate memory", "_alloc_failed")
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    found = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    return found or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def free_memory(device: torch.device) -> None:
@@ -208,10 +188,9 @@ def free_memory(device: torch.device) -> None:
 
 
 def trim_heap() -> None:
-    """Release freed memory that the C library keeps for later.
+    """Release freed memory that the C library keeps: glibc's blocks of less than 32 MB, as many activations are.
 
-    glibc keeps blocks of less than 32 MB, which many activations and moments are. It has a cost:
-    the system zeroes what is allocated next.
+    It has a cost: the system zeroes what is allocated next.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -219,18 +198,16 @@ def trim_heap() -> None:
 
 
 _limits_lock = threading.Lock()
-_limits: dict[torch.device, list[float]] = {}
-"""The fractions of a GPU's memory that running limits allow each."""
-_unlimited: dict[torch.device, float] = {}
-"""The fraction of the process before the first of them."""
+_limits: dict[torch.device, list[float]] = {}  # the fractions of a GPU's memory that running limits allow each
+_unlimited: dict[torch.device, float] = {}  # the fraction of the process before the first of them
 
 
 @contextmanager
 def limited_memory(device: torch.device, vram: str) -> Iterator[None]:
-    """Limit this process to `--vram` gigabytes of a GPU inside a `with` block.
+    """Limit this process to `--vram` gigabytes of a GPU inside a `with` block; CPU and MPS have no such limit.
 
-    torch has one limit for a process: blocks that overlap have the sum of theirs, and after the
-    last one the process has the limit it had before the first. CPU and MPS have no such limit.
+    torch has one limit for a process: blocks that overlap have the sum of theirs, and after the last one the process
+    has the limit it had before the first.
     """
     import torch
 

@@ -25,6 +25,7 @@ from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import Prompt
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
 
+# Short name -> class of diffusers, and options beyond the base's noise schedule.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
@@ -36,26 +37,18 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-"""Short name -> class of diffusers, and options beyond the base's noise schedule."""
+BATCH = 8  # images sampled together on an accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How images are sampled.
+    """How images are sampled."""
 
-    Args:
-        steps: denoising steps.
-        guidance: scale of classifier-free guidance, 1 for none; None takes the base's default.
-        scheduler: a key of `SCHEDULERS`, or the name of any scheduler class of diffusers.
-        negative_prompt: in place of "" in the unconditional pass; costs a separate feature pass.
-        concept_scale: see `TunedModel.at_concept_scale`.
-    """
-
-    steps: int = 20
-    guidance: float | None = None
-    scheduler: str = "dpm++"
-    negative_prompt: str = ""
-    concept_scale: float = 1.0
+    steps: int = 20  # of denoising
+    guidance: float | None = None  # scale of classifier-free guidance, 1 for none; None takes the base's default
+    scheduler: str = "dpm++"  # a key of `SCHEDULERS`, or the name of any scheduler class of diffusers
+    negative_prompt: str = ""  # in place of "" in the unconditional pass; costs a separate feature pass
+    concept_scale: float = 1.0  # see `TunedModel.at_concept_scale`
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
@@ -65,16 +58,12 @@ class SamplingConfig:
         if not 0 <= self.concept_scale <= 2:
             raise UsageError(f"the concept scale must be 0 to 2, not {self.concept_scale!r}")
         if self.scheduler not in SCHEDULERS and not _is_scheduler(self.scheduler):
-            raise UsageError(
-                f"there is no scheduler {self.scheduler!r}",
-                hint=f"one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers",
-            )
+            hint = f"one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers"
+            raise UsageError(f"there is no scheduler {self.scheduler!r}", hint=hint)
 
     def resolved(self, model: TextToImageModel) -> SamplingConfig:
         """Return the config with the base's guidance where none is given."""
-        if self.guidance is not None:
-            return self
-        return replace(self, guidance=model.base.guidance)
+        return replace(self, guidance=model.base.guidance) if self.guidance is None else self
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for records."""
@@ -84,8 +73,7 @@ class SamplingConfig:
 def make_scheduler(model: TextToImageModel, sampling: SamplingConfig) -> Any:
     """Return a diffusers scheduler on the base's noise schedule, its time steps set.
 
-    They are on the CPU, as its tables are: a lookup with a value on a GPU would synchronize in
-    each step.
+    They are on the CPU, as its tables are: a lookup with a value on a GPU would synchronize in each step.
     """
     name, options = SCHEDULERS.get(sampling.scheduler, (sampling.scheduler, {}))
     scheduler = getattr(diffusers, name).from_config(model.noise_schedule.config, **options)
@@ -98,20 +86,11 @@ def _is_scheduler(name: str) -> bool:
     return inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)
 
 
-BATCH = 8
-"""Images sampled together on an accelerator."""
-
-
 def sample(
-    model: TextToImageModel,
-    tuned: TunedModel,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
+    model: TextToImageModel, tuned: TunedModel, prompts: Sequence[Prompt], seeds: Sequence[int],
     sampling: SamplingConfig | None = None,
-    *,
-    batch: int | None = None,
-    on_progress: ProgressCallback | None = None,
-) -> Iterator[Image]:
+    *, batch: int | None = None, on_progress: ProgressCallback | None = None,
+) -> Iterator[Image]:  # fmt: skip
     """Sample one image for each prompt and its seed, in order, each as soon as it is done.
 
     An image depends on its prompt and seed only. On the CPU in float32 it is the same to the last bit in any batch,
@@ -136,14 +115,9 @@ def sample(
 
 
 def _images(
-    model: TextToImageModel,
-    tuned: TunedModel,
-    tokens: Tokens,
-    seeds: list[int],
-    sampling: SamplingConfig,
-    size: int,
-    on_progress: ProgressCallback | None,
-) -> Iterator[Image]:
+    model: TextToImageModel, tuned: TunedModel, tokens: Tokens, seeds: list[int],
+    sampling: SamplingConfig, size: int, on_progress: ProgressCallback | None,
+) -> Iterator[Image]:  # fmt: skip
     # Some schedulers evaluate the U-Net twice in a step.
     steps = len(make_scheduler(model, sampling).timesteps)
     first = 0
@@ -158,8 +132,7 @@ def _images(
 
         images = None
         try:
-            latents = denoise(model, tuned, tokens[some], seeds[some], sampling, report)
-            images = model.decode(latents)
+            images = model.decode(denoise(model, tuned, tokens[some], seeds[some], sampling, report))
         except (MemoryError, RuntimeError) as error:
             if size == 1 or not memory_ran_out(error):
                 raise
@@ -167,20 +140,16 @@ def _images(
             size = (size + 1) // 2
             free_memory(model.device)
             if on_progress:
-                note = f"out of memory: {size} images at a time from now on"
-                on_progress(Progress(stage="generate", note=note))
+                on_progress(Progress(stage="generate", note=f"out of memory: {size} images at a time from now on"))
             continue
         yield from images
         first += together
 
 
 def generate_latents(
-    model: TextToImageModel,
-    tuned: TunedModel,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
+    model: TextToImageModel, tuned: TunedModel, prompts: Sequence[Prompt], seeds: Sequence[int],
     sampling: SamplingConfig | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return z_0 of images sampled as one batch, (batch, channels, height, width), in float32."""
     sampling = (sampling or SamplingConfig()).resolved(model)
     tuned = tuned.at_concept_scale(model.unet, sampling.concept_scale)
@@ -190,20 +159,15 @@ def generate_latents(
 
 @torch.no_grad()
 def denoise(
-    model: TextToImageModel,
-    tuned: TunedModel,
-    tokens: Tokens,
-    seeds: Sequence[int],
-    sampling: SamplingConfig,
-    report: Callable[..., None] | None = None,
-) -> Tensor:
+    model: TextToImageModel, tuned: TunedModel, tokens: Tokens, seeds: Sequence[int],
+    sampling: SamplingConfig, report: Callable[..., None] | None = None,
+) -> Tensor:  # fmt: skip
     scheduler = make_scheduler(model, sampling)
     # On the CPU and one for each image, so that a seed gives the same noise everywhere.
     sources = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = [torch.randn(model.latent_shape, generator=source) for source in sources]
     z_t: Tensor = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma
-    samples = "generator" in inspect.signature(scheduler.step).parameters
-    random = {"generator": sources} if samples else {}
+    random = {"generator": sources} if "generator" in inspect.signature(scheduler.step).parameters else {}
     assert sampling.guidance is not None, "resolve the sampling config first"
     denoiser = CFGDenoiser(model, tuned, tokens, guidance=sampling.guidance, negative_prompt=sampling.negative_prompt)
     predict: Callable[..., Tensor] = denoiser

@@ -10,8 +10,7 @@ from PIL import Image
 
 from e4t_cli.errors import IntegrityError
 from e4t_cli.images.png_metadata import read_metadata
-from e4t_cli.models import safety_checker as safety
-from e4t_cli.models.safety_checker import SafetyChecker
+from e4t_cli.models.loading import SafetyChecker
 
 
 def test_the_checker_says_what_diffusers_checker_says(checked_base):
@@ -44,7 +43,7 @@ def one_of_two(monkeypatch):
         seen.extend(images)
         return [len(seen) % 2 == 1 for _ in images]
 
-    monkeypatch.setattr(safety.SafetyChecker, "flags", flags)
+    monkeypatch.setattr(SafetyChecker, "flags", flags)
     return seen
 
 

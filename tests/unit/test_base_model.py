@@ -1,15 +1,19 @@
 import json
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
 from e4t_cli.models.loading import folder_fingerprint
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.precision import half_precision
+from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset
 from e4t_cli.prompts import parse_prompt
 from tests.conftest import drawn_face
 
@@ -44,6 +48,59 @@ def test_half_precision_files_with_a_variant_name(copy, model):
     loaded = TextToImageModel.load(copy)
     expected = model.unet.conv_in.weight.half().float()
     assert torch.equal(loaded.unet.conv_in.weight, expected)
+
+
+def test_loading_changes_nothing_in_another_thread(base_folder):
+    """diffusers and transformers set torch's default dtype and patch `nn.Module` while they load."""
+    loads = [lambda: TextToImageModel.load(base_folder, dtype=torch.float16)] * 10
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:  # two loads at once, while this thread builds modules
+            running = [pool.submit(load) for load in loads]
+            built = 0
+            while built < 100 or not all(one.done() for one in running):
+                for module in (
+                    nn.Linear(4, 4),
+                    WeightOffset(4, 4),
+                    FactoredWeightOffset(torch.zeros(4, 3), torch.eye(3)),
+                ):
+                    for value in module.parameters():
+                        assert (value.dtype, value.device.type) == (torch.float32, "cpu")
+                built += 1
+            for one in running:
+                assert one.result().unet.dtype == torch.float16
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize(
+    ("part", "rename"),
+    [
+        ("text_encoder", lambda key: f"text_model.{key}"),
+        ("text_encoder", lambda key: key.removeprefix("text_model.")),
+        ("vae", lambda key: key.replace("to_q", "query").replace("to_k", "key").replace("to_out.0", "proj_attn")),
+    ],
+)
+def test_weights_under_the_names_of_older_versions(copy, model, part, rename):
+    path = next((copy / part).glob("*.safetensors"))
+    tensors = {rename(key): value for key, value in load_file(path).items()}
+    save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(3)}, path, {"format": "pt"})
+    loaded, expected = getattr(TextToImageModel.load(copy), part), getattr(model, part)
+    for (name, value), (_, other) in zip(loaded.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert torch.equal(value, other), name
+    assert all(torch.equal(one, other) for one, other in zip(loaded.buffers(), expected.buffers(), strict=True))
+
+
+def test_weights_in_several_files(copy, model):
+    path = next((copy / "unet").glob("*.safetensors"))
+    shutil.rmtree(copy / "unet")
+    model.unet.save_pretrained(copy / "unet", max_shard_size="60KB")
+    assert not path.exists()
+    loaded = TextToImageModel.load(copy).unet
+    assert all(
+        torch.equal(one, other) for one, other in zip(loaded.parameters(), model.unet.parameters(), strict=True)
+    )
 
 
 def test_a_missing_weight_is_never_made_up(copy):

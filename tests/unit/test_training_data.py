@@ -22,11 +22,12 @@ from e4t_cli.pretraining.cache import EncodingCache, write_chunk
 from e4t_cli.pretraining.encoded_images import (
     EncodedImages,
     EncodedRows,
+    OnTheFlyDataset,
+    StreamingDataset,
     bytes_per_image,
     encode_images,
     epoch_indices,
 )
-from e4t_cli.pretraining.streaming import OnTheFlyDataset, StreamingDataset
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 from tests.conftest import RESOLUTION, drawn_face
@@ -241,7 +242,7 @@ def test_an_interrupted_encoding_goes_on_where_it_was(model, folder, monkeypatch
     def stop(self, *arguments):
         if self.encoded == 2 * CHUNK:
             raise KeyboardInterrupt
-        make(self, *arguments)
+        return make(self, *arguments)
 
     monkeypatch.setattr(EncodingCache, "_make", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -404,8 +405,8 @@ class Stream(IterableSource):
         return (items[int(index)] for index in order[rank::ranks])
 
 
-def stream(model, pictures, processes=None):
-    return StreamingDataset(model, Stream(pictures), reader(), processes)
+def stream(model, pictures, rank=0, ranks=1):
+    return StreamingDataset(model, Stream(pictures), reader(), rank, ranks)
 
 
 def test_a_stream_goes_on_where_a_stopped_run_was(model):
@@ -424,7 +425,7 @@ def test_processes_take_their_own_parts_of_a_stream(model):
     pictures = [png(index) for index in range(8)]
     seen = []
     for rank in range(2):
-        data = stream(model, pictures, DistributedContext(rank=rank, count=2))
+        data = stream(model, pictures, rank, 2)
         for step in range(2):
             found = rows(data, step=step, positions=range(2 * rank, 2 * rank + 2), batch_size=4)
             seen += [one.half().numpy().tobytes() for one in found.means]

@@ -237,7 +237,7 @@ def training_data(
         InputError: no image can be used, or one cannot and the reader is strict.
     """
     from e4t_cli.pretraining.cache import EncodingCache
-    from e4t_cli.pretraining.streaming import OnTheFlyDataset, StreamingDataset
+    from e4t_cli.pretraining.encoded_images import OnTheFlyDataset, StreamingDataset
 
     def report(*notes: str) -> None:
         for note in filter(None, notes):
@@ -254,7 +254,7 @@ def training_data(
         live: OnTheFlyDataset | StreamingDataset = OnTheFlyDataset(model, source, reader)
     else:
         assert isinstance(source, IterableSource)
-        live = StreamingDataset(model, source, reader, processes)
+        live = StreamingDataset(model, source, reader, processes.rank, processes.count)
     try:
         yield live
     finally:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
     from e4t_cli.models.denoiser import TunedModel
     from e4t_cli.models.domain_weights import DomainWeights
-    from e4t_cli.models.safety_checker import SafetyChecker
+    from e4t_cli.models.loading import SafetyChecker
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.sampling import SamplingConfig
 
@@ -240,9 +240,7 @@ class Session:
 
     def _safety_checker(self) -> SafetyChecker | None:
         """Return the base's safety checker, if it has one and it is not disabled."""
-        folder = self.model.base.folder
-        if not self.safety or not (folder / "safety_checker" / "config.json").is_file():
-            return None
-        from e4t_cli.models.safety_checker import SafetyChecker
+        from e4t_cli.models.loading import SafetyChecker
 
-        return SafetyChecker.of_base(folder, self.model.device, self.model.dtype)
+        model = self.model
+        return SafetyChecker.of_base(model.base.folder, model.device, model.dtype) if self.safety else None

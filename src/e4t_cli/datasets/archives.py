@@ -21,8 +21,7 @@ from e4t_cli.errors import E4TError, InputError, UsageError, WeightsUnavailable,
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LISTS = (".txt", ".list", ".urls")
 _EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "gif", "tif", "tiff", "bmp", "ppm", "heic")
-SHUFFLE_BUFFER = 1000
-"""Samples among which the next one is chosen: the memory that shuffling a stream costs."""
+SHUFFLE_BUFFER = 1000  # samples among which the next one is chosen: the memory that shuffling a stream costs
 _REMOTE = re.compile(r"(https?|gs)://[\w.~:/?#\[\]@!&=+,%-]+", re.ASCII)
 
 
@@ -31,7 +30,6 @@ class ShardSource(IterableSource):
 
     Args:
         shards: paths and URLs, in order.
-        title: what the user called them.
         offline: open no connection.
 
     Raises:
@@ -46,17 +44,14 @@ class ShardSource(IterableSource):
         self.shards = shards
         self.remote = [shard for shard in shards if "://" in shard]
         for shard in shards:
-            if "://" in shard or shard.startswith("pipe:"):
-                if not _REMOTE.fullmatch(shard):
-                    # webdataset would run `pipe:` as a command of this machine's shell.
-                    raise UsageError(f"shards are read from files, https and gs, not {printable(shard)!r}")
-            elif not Path(shard).is_file():
+            remote = "://" in shard or shard.startswith("pipe:")
+            if remote and not _REMOTE.fullmatch(shard):  # webdataset would run `pipe:` as a shell command
+                raise UsageError(f"shards are read from files, https and gs, not {printable(shard)!r}")
+            if not remote and not Path(shard).is_file():
                 raise InputError(f"there is no shard {printable(shard)}")
         if offline and self.remote:
-            raise WeightsUnavailable(
-                f"{printable(self.remote[0])} is not on this machine, and e4t is offline",
-                hint="download the shards and give --data their paths",
-            )
+            message = f"{printable(self.remote[0])} is not on this machine, and e4t is offline"
+            raise WeightsUnavailable(message, hint="download the shards and give --data their paths")
 
     @property
     def fingerprint(self) -> str:
@@ -69,13 +64,12 @@ class ShardSource(IterableSource):
         """Extrapolated from the first shard by size; 0 with remote shards."""
         if self.remote:
             return 0
-        try:
+        with contextlib.suppress(OSError, tarfile.TarError):
             with tarfile.open(self.shards[0]) as shard:  # headers alone
                 count = sum(member.name.rpartition(".")[2].lower() in _EXTENSIONS for member in shard)
-        except (OSError, tarfile.TarError):
-            return 0
-        sizes = [os.path.getsize(shard) for shard in self.shards]
-        return count if len(sizes) == 1 else round(count * sum(sizes) / sizes[0])
+            sizes = [os.path.getsize(shard) for shard in self.shards]
+            return count if len(sizes) == 1 else round(count * sum(sizes) / sizes[0])
+        return 0
 
     def __iter__(self) -> Iterator[ImageItem]:
         return self._read(self.shards)
@@ -83,16 +77,14 @@ class ShardSource(IterableSource):
     def shuffled(self, seed: int, epoch: int, rank: int, ranks: int) -> Iterator[ImageItem]:
         """Return one process's share of an epoch (see `IterableSource`).
 
-        Whole shards are distributed where there are enough of them; else every process reads all
-        and takes every `ranks`-th image.
+        Whole shards are distributed where there are enough of them; else every process reads all and takes every
+        `ranks`-th image.
         """
         shards = list(self.shards)
         random.Random(f"{seed}/shards/{epoch}").shuffle(shards)
         if len(shards) >= ranks:
-            order = random.Random(f"{seed}/pictures/{epoch}/{rank}")
-            return self._read(shards[rank::ranks], order)
-        order = random.Random(f"{seed}/pictures/{epoch}")
-        return itertools.islice(self._read(shards, order), rank, None, ranks)
+            return self._read(shards[rank::ranks], random.Random(f"{seed}/pictures/{epoch}/{rank}"))
+        return itertools.islice(self._read(shards, random.Random(f"{seed}/pictures/{epoch}")), rank, None, ranks)
 
     def _read(self, shards: list[str], order: random.Random | None = None) -> Iterator[ImageItem]:
         wds = _package("webdataset", "shards")
@@ -104,13 +96,9 @@ class ShardSource(IterableSource):
             broken.setdefault(shard, text.partition(" @ ")[0])
             return True  # what was read of the shard counts, and the next one follows
 
+        # Not split here but in `shuffled`, in a way that a resumed run can repeat.
         data = wds.WebDataset(
-            shards,
-            shardshuffle=False,
-            nodesplitter=None,  # split in `shuffled`, in a way that a resumed run can repeat
-            workersplitter=None,
-            empty_check=False,
-            handler=handler,
+            shards, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False, handler=handler
         )
         if order is not None:
             data = data.shuffle(SHUFFLE_BUFFER, rng=order)
@@ -126,16 +114,11 @@ class ShardSource(IterableSource):
 
 
 def shard_paths(pattern: str) -> list[str]:
-    """Return the shards that a pattern names: `{0000..0099}`, `*`, or a file that lists them.
-
-    Raises:
-        UsageError: no file matches.
-    """
+    """Return the shards that `{0000..0099}`, `*` or a file names, one a line; UsageError if no file matches."""
     if pattern.endswith(LISTS) and Path(pattern).is_file():
         text = Path(pattern).read_text(encoding="utf-8", errors="surrogateescape")
-        entries = [line.strip() for line in text.splitlines()]
-        listed = [entry for entry in entries if entry and not entry.startswith("#")]
-        return [shard for entry in listed for shard in _expanded(entry)]
+        entries = filter(None, map(str.strip, text.splitlines()))
+        return [shard for entry in entries if not entry.startswith("#") for shard in _expanded(entry)]
     return _expanded(pattern)
 
 
@@ -147,16 +130,17 @@ def _expanded(pattern: str) -> list[str]:
         import braceexpand  # comes with webdataset
 
         return list(braceexpand.braceexpand(pattern))
-    if glob.has_magic(pattern) and "://" not in pattern:
-        found = sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            raise UsageError(f"no file matches {printable(pattern)}")
-        return found
-    return [pattern]
+    if "://" in pattern or not glob.has_magic(pattern):
+        return [pattern]
+    found = sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise UsageError(f"no file matches {printable(pattern)}")
+    return found
 
 
-_HUB = re.compile(r"hf://(?:datasets/)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?"
-                  r"(?::(?P<split>[\w\[\]%:+-]+))?")  # fmt: skip
+_HUB = re.compile(
+    r"hf://(?:datasets/)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w\[\]%:+-]+))?"
+)
 _SAVED = ("dataset_dict.json", "state.json")
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
@@ -164,19 +148,16 @@ _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 def is_arrow(data: str) -> bool:
     """Whether `data` is something that the `datasets` library opens."""
     path = Path(data)
-    return (
-        data.startswith("hf://")
-        or (path.suffix in _FILES and path.is_file())
-        or any((path / name).is_file() for name in _SAVED)
-    )
+    local = path.is_file() if path.suffix in _FILES else any((path / name).is_file() for name in _SAVED)
+    return local or data.startswith("hf://")
 
 
 class ArrowSource(MapStyleSource):
     """The image column of a dataset of the `datasets` library, read from its memory-mapped table.
 
     Args:
-        data: "hf://owner/name@revision:split" (revision and split may be left out), a folder
-            that `save_to_disk` wrote, or a parquet or arrow file.
+        data: "hf://owner/name@revision:split" (revision and split may be left out), a folder that `save_to_disk`
+            wrote, or a parquet or arrow file.
         offline: open no connection.
 
     Raises:
@@ -193,8 +174,7 @@ class ArrowSource(MapStyleSource):
 
         columns = [name for name, kind in table.features.items() if isinstance(kind, Image)]
         if not columns:
-            names = ", ".join(map(repr, table.features))
-            raise InputError(f"{printable(data)} has no column of images, only {names}")
+            raise InputError(f"{printable(data)} has no column of images, only {', '.join(map(repr, table.features))}")
         if len(columns) > 1:
             self.notes.append(f"{printable(data)} has {len(columns)} columns of images; {columns[0]!r} is used")
         if not len(table):
@@ -208,11 +188,9 @@ class ArrowSource(MapStyleSource):
 
     def __getitem__(self, index: int) -> ImageItem:
         found = self._table[index][self._column] or {}
-        name = f"row {index}"
-        if found.get("bytes") is not None:
-            return ImageItem(name=name, image=found["bytes"])
+        content = found.get("bytes")
         # An empty row is a bad image like any other.
-        return ImageItem(name=name, image=found["path"] if found.get("path") else b"")
+        return ImageItem(name=f"row {index}", image=(found.get("path") or b"") if content is None else content)
 
     @property
     def fingerprint(self) -> str:
@@ -225,7 +203,6 @@ def _hub_offline() -> Iterator[None]:
     from huggingface_hub import constants
 
     config = _package("datasets", "datasets").config
-
     before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
@@ -235,11 +212,7 @@ def _hub_offline() -> Iterator[None]:
 
 
 def _package(name: str, extra: str) -> Any:
-    """Import an optional package.
-
-    Raises:
-        UsageError: it is not installed.
-    """
+    """Import an optional package, or raise UsageError."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -263,14 +236,11 @@ def _open(data: str) -> Any:
     except E4TError:
         raise
     except ConnectionError as error:
-        raise WeightsUnavailable(
-            f"the dataset {printable(data)} could not be fetched: {printable(str(error))}"
-        ) from error
+        message = f"the dataset {printable(data)} could not be fetched: {printable(str(error))}"
+        raise WeightsUnavailable(message) from error
     except Exception as error:  # the library raises whatever its readers raise
-        raise InputError(
-            f"{printable(data)} cannot be opened as a dataset: {printable(str(error), limit=200)}"
-        ) from error
+        message = f"{printable(data)} cannot be opened as a dataset: {printable(str(error), limit=200)}"
+        raise InputError(message) from error
     if isinstance(found, dict):
-        name = "train" if "train" in found else next(iter(found))
-        found = found[name]
+        return found["train" if "train" in found else next(iter(found))]
     return found

@@ -24,14 +24,13 @@ from e4t_cli.errors import InputError, UsageError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
-SIGNATURE = 8 + 4 * 4 * 3
-"""Bytes of a signature."""
-COMPARED = 50_000
-"""Images among which near duplicates are searched."""
-REMEMBERED = 2_000_000
-"""Images among which exact duplicates are searched."""
+SIGNATURE = 8 + 4 * 4 * 3  # bytes of a signature
+COMPARED = 50_000  # images among which near duplicates are searched
+REMEMBERED = 2_000_000  # images among which exact duplicates are searched
+FEW = 100  # with fewer images a domain tends to overfit to them
 _BITS, _COLOUR, _NOISE = 3, 12, 4
 _BUCKET = 32  # of images that agree in a band, the first ones stand for all
+_NAMED = 10_000  # of the images left out; more are only counted
 
 
 def signature(image: Image.Image) -> bytes:
@@ -46,8 +45,8 @@ def signature(image: Image.Image) -> bytes:
 class NearDuplicateFilter:
     """Counts exact and near duplicates in one pass, in bounded memory.
 
-    Near duplicates differ in at most three bits of the hash, which finds copies that were scaled
-    or compressed again, and in no colour by much, which keeps apart images of the same outline.
+    Near duplicates differ in at most three bits of the hash, which finds copies that were scaled or compressed again,
+    and in no colour by much, which keeps apart images of the same outline.
     """
 
     def __init__(self) -> None:
@@ -56,7 +55,6 @@ class NearDuplicateFilter:
         self.first_near: tuple[str, str] | None = None
         self._digests: dict[int, str | None] = {}
         self._compared: list[tuple[str, bytes]] = []
-        # Of four bands of 16 bits, one is equal when at most three bits differ.
         self._bands: dict[tuple[int, bytes], list[int]] = defaultdict(list)
 
     def add(self, name: str, digest: bytes, signature: bytes) -> None:
@@ -66,8 +64,7 @@ class NearDuplicateFilter:
             self.same += 1
             self.first_same = self.first_same or (name, self._digests[key] or "another")
             return
-        if len(self._digests) < REMEMBERED:
-            # Names are for the first example only.
+        if len(self._digests) < REMEMBERED:  # names are for the first example only
             self._digests[key] = name if len(self._digests) < COMPARED else None
         if len(self._compared) >= COMPARED:
             return
@@ -75,54 +72,46 @@ class NearDuplicateFilter:
         if other is not None:
             self.near += 1
             self.first_near = self.first_near or (name, other)
-        index = len(self._compared)
+        for band in _bands(signature):
+            if len(self._bands[band]) < _BUCKET:
+                self._bands[band].append(len(self._compared))
         self._compared.append((name, signature))
-        for band in range(4):
-            bucket = self._bands[band, signature[2 * band : 2 * band + 2]]
-            if len(bucket) < _BUCKET:
-                bucket.append(index)
 
     def notes(self) -> list[str]:
         """Return warnings for the user; none without duplicates."""
         found = []
         if self.first_same:
-            names = " and ".join(self.first_same)
-            found.append(f"{_images(self.same, 'is', 'are')} there twice, as {names}")
+            found.append(f"{_images(self.same, 'is', 'are')} there twice, as {' and '.join(self.first_same)}")
         if self.first_near:
-            names = " and ".join(self.first_near)
-            verb = _images(self.near, "is a near duplicate", "are near duplicates")
-            found.append(f"{verb}, as {names}")
+            near = _images(self.near, "is a near duplicate", "are near duplicates")
+            found.append(f"{near}, as {' and '.join(self.first_near)}")
         return found
 
     def _near(self, signature: bytes) -> str | None:
         bits = int.from_bytes(signature[:8], "big")
         colours = numpy.frombuffer(signature, numpy.uint8, offset=8).astype(numpy.int16)
-        for band in range(4):
-            for index in self._bands.get((band, signature[2 * band : 2 * band + 2]), ()):
+        for band in _bands(signature):
+            for index in self._bands.get(band, ()):
                 name, other = self._compared[index]
-                if (bits ^ int.from_bytes(other[:8], "big")).bit_count() > _BITS:
-                    continue
-                theirs = numpy.frombuffer(other, numpy.uint8, offset=8)
-                if numpy.abs(colours - theirs).max() <= _COLOUR:
+                alike = (bits ^ int.from_bytes(other[:8], "big")).bit_count() <= _BITS
+                if alike and numpy.abs(colours - numpy.frombuffer(other, numpy.uint8, offset=8)).max() <= _COLOUR:
                     return name
         return None
+
+
+def _bands(signature: bytes) -> list[tuple[int, bytes]]:
+    """Return the hash as four numbered bands of 16 bits: one is equal when at most three bits differ."""
+    return [(band, signature[2 * band : 2 * band + 2]) for band in range(4)]
 
 
 def _images(count: int, one: str, many: str) -> str:
     return f"1 image {one}" if count == 1 else f"{count:,} images {many}"
 
 
-FEW = 100
-"""With fewer images a domain tends to overfit to them."""
-_NAMED = 10_000  # of the images left out; more are only counted
-
-
 class ImageReader:
     """Opens images and runs a domain's preparation on them.
 
     Args:
-        domain: whose preparation it is.
-        target: size, and whether a mask is wanted.
         strict: stop at the first image that cannot be used.
         log: file that names those left out; None keeps them in memory.
     """
@@ -139,31 +128,23 @@ class ImageReader:
 
     @property
     def key(self) -> str:
-        """Identifies what preparation does to an image, also when a domain's author changes it.
-
-        What decodes images is part of it: a HEIC file is bad until its package is installed.
-        """
-        heic = "heic" if find_spec("pi_heif") else ""
+        """Identifies what decodes an image and what preparation does to it, also when a domain's author changes it."""
+        heic = "heic" if find_spec("pi_heif") else ""  # such a file is bad until its package is installed
         target = f"{self.target.size} {self.target.mask} {self.target.align}"
         return f"{_function_key(self.domain)} {target} Pillow {PIL.__version__} {heic}"
 
     def prepare(self, item: ImageItem) -> PreparedImage | str:
-        """Return the prepared image, or why it cannot be used.
-
-        Raises:
-            InputError: it cannot be used, and `strict` is set.
-        """
+        """Return the prepared image, or why it cannot be used; raise InputError instead if `strict` is set."""
         try:
             found = item.prepare(self.domain, self.target)
         except (InputError, UsageError) as error:
             reason = printable(error.message)
             self.leave_out(item.name, reason)
             return reason
-        if self.target.mask is None:
-            return found if found.mask is None else replace(found, mask=None)
-        if found.mask is None:  # which means all of it, explicit where others have a mask
-            return replace(found, mask=Image.new("L", found.image.size, 255))
-        return found
+        if (found.mask is None) == (self.target.mask is None):
+            return found
+        # No mask means all of the image, explicit where others have a mask.
+        return replace(found, mask=None if self.target.mask is None else Image.new("L", found.image.size, 255))
 
     def blank(self) -> PreparedImage:
         """Return a black image with an all-white mask, such as preparation returns."""
@@ -188,16 +169,10 @@ class ImageReader:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Count and name an image that cannot be used.
-
-        Raises:
-            InputError: `strict` is set.
-        """
+        """Count and name an image that cannot be used; raise InputError if `strict` is set."""
         reason = printable(reason)
         if self.strict:
-            # Some reasons name the file already.
-            named = reason if name in reason else f"{printable(name)}: {reason}"
-            raise InputError(named, hint="without --strict such images are left out")
+            raise InputError(_named(name, reason), hint="without --strict such images are left out")
         with self._lock:
             fresh = name not in self.left_out
             if len(self.left_out) < _NAMED:
@@ -217,31 +192,28 @@ class ImageReader:
 
     def empty_error(self) -> InputError:
         """Return the error for a source without a usable image."""
-        if self.left_out:
-            return InputError(f"no image can be used; the first: {self._first()}")
-        return InputError("there are no images to train on")
+        first = f"no image can be used; the first: {self._first()}" if self.left_out else ""
+        return InputError(first or "there are no images to train on")
 
     def notes(self, usable: int | None) -> list[str]:
-        """Return warnings for the user: images left out, too few images, duplicates.
-
-        Args:
-            usable: how many can be used; None if that is not known yet.
-        """
+        """Return warnings for the user: images left out, too few `usable` ones (None if unknown yet), duplicates."""
         found = []
         if self.left_out:
             count = len(self.left_out)
-            were = _images(count, "was", "were")
-            were = were if count < _NAMED else f"more than {were}"
+            were = ("" if count < _NAMED else "more than ") + _images(count, "was", "were")
             named = f"; all are named in {printable(str(self.log))}" if self.log else ""
             found.append(f"{were} left out; the first: {self._first()}{named}")
         if usable is not None and usable < FEW:
-            images = _images(usable, "is", "are")
-            found.append(f"{images} few: the domain may overfit to them; {FEW} or more are better")
+            few = _images(usable, "is few", "are few")
+            found.append(f"{few}: the domain may overfit to them; {FEW} or more are better")
         return found + self.duplicates.notes()
 
     def _first(self) -> str:
-        name, why = min(self.left_out.items())
-        return why if name in why else f"{printable(name)}: {why}"
+        return _named(*min(self.left_out.items()))
+
+
+def _named(name: str, reason: str) -> str:
+    return reason if name in reason else f"{printable(name)}: {reason}"  # some reasons name the file already
 
 
 def _function_key(domain: Domain) -> str:

@@ -7,7 +7,9 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +22,23 @@ from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 if TYPE_CHECKING:
     from e4t_cli.datasets.reader import ImageReader
 
-MAX_HELD_OUT = 4
-"""Images of a contact sheet."""
+MAX_HELD_OUT = 4  # images of a contact sheet
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageItem:
-    """One image of a source, not opened yet.
+    """One image of a source, not opened yet."""
 
-    Args:
-        name: unique in its source; for a file its path below the source's folder.
-        image: a path, bytes, a PIL image, or an image that is prepared already.
-        fault: why there is none, if that is known already.
-    """
-
-    name: str
+    name: str  # unique in its source; for a file its path below the source's folder
     image: ImageInput | PreparedImage
-    fault: str = ""
+    fault: str = ""  # why there is no image, if that is known already
 
     def digest(self) -> bytes:
         """Return a hash of the content, whatever its name: 32 bytes.
 
         Raises:
-            InputError: it cannot be read. Caches hash these messages in place of the content, so
-                their wording is part of the format.
+            InputError: it cannot be read. Caches hash these messages in place of the content, so their wording is part
+                of the format.
         """
         image = self.image
         if self.fault:
@@ -53,8 +48,7 @@ class ImageItem:
             return hashlib.sha256(" ".join(parts).encode()).digest()
         try:
             if isinstance(image, Image.Image):
-                exif = image.getexif().tobytes()
-                return hashlib.sha256(image_sha256(image).encode() + exif).digest()
+                return hashlib.sha256(image_sha256(image).encode() + image.getexif().tobytes()).digest()
             if isinstance(image, bytes):
                 return hashlib.sha256(image).digest()
             if isinstance(image, str | os.PathLike):
@@ -72,14 +66,11 @@ class ImageItem:
 
     def stamp(self) -> str | None:
         """Return path, size and times of a file, without reading it; None for anything else."""
-        if not isinstance(self.image, str | os.PathLike):
-            return None
-        path = os.path.abspath(self.image)
-        try:
-            about = os.stat(path)
-        except OSError:
-            return None
-        return f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}"
+        if isinstance(self.image, str | os.PathLike):
+            with suppress(OSError):
+                path, about = os.path.abspath(self.image), os.stat(self.image)
+                return f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}"
+        return None
 
     def prepare(self, domain: Domain, target: PreparationTarget) -> PreparedImage:
         """Open the image as `personalize` opens a photo, and run the domain's preparation.
@@ -108,13 +99,7 @@ def _file_digest(path: Path) -> bytes:
 
 
 class ImageSource(ABC):
-    """Unopened images in a fixed order.
-
-    Args:
-        title: its name in messages.
-        notes: warnings for the user.
-        other_files: how many of its files are no images.
-    """
+    """Unopened images in a fixed order; `notes` are warnings for the user, `other_files` are counted only."""
 
     def __init__(self, title: str, notes: Iterable[str] = (), other_files: int = 0) -> None:
         self.title, self.notes, self.other_files = title, list(notes), other_files
@@ -154,24 +139,18 @@ class IterableSource(ImageSource):
         """Return one process's share of an epoch, in an order that the four numbers decide."""
 
 
+# What data sets keep beside their images; counted, and never reported as damaged.
 _ANNOTATIONS = {
     *(".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml"),
     *(".md", ".html", ".npy", ".npz", ".safetensors", ".parquet", ".db", ".ini", ".log", ".py"),
 }
-"""What data sets keep beside their images; counted, and never reported as damaged."""
 
 
 class FolderSource(MapStyleSource):
     """The files of a folder and its sub-folders, sorted; hidden ones are left out.
 
-    Links to folders are followed, each real folder once, so a loop of links ends. One pass over
-    the disk; after that only the names are kept, about a hundred bytes an image.
-
-    Args:
-        root: the folder.
-
-    Raises:
-        InputError: it cannot be read, or there is no file in it.
+    Links to folders are followed, each real folder once, so a loop of links ends. One pass over the disk; after that
+    only the names are kept, about a hundred bytes an image. InputError if it cannot be read or is empty.
     """
 
     def __init__(self, root: Path) -> None:
@@ -179,10 +158,9 @@ class FolderSource(MapStyleSource):
         self.root = root
         self._unreadable: list[str] = []
         self._visited: set[tuple[int, int]] = set()
-        self._names: list[str] = list(self._walk(str(root), ""))
+        self._names = list(self._walk(str(root), ""))
         if self._unreadable:
-            count = len(self._unreadable)
-            folders = "1 folder" if count == 1 else f"{count} folders"
+            folders = "1 folder" if len(self._unreadable) == 1 else f"{len(self._unreadable)} folders"
             self.notes.append(f"{folders} could not be read, as {printable(self._unreadable[0])}")
         if not self._names:
             raise InputError(f"there is no image in {printable(str(root))}")
@@ -191,8 +169,7 @@ class FolderSource(MapStyleSource):
         return len(self._names)
 
     def __getitem__(self, index: int) -> ImageItem:
-        name = self._names[index]
-        return ImageItem(name=name, image=self.root / name)
+        return ImageItem(name=self._names[index], image=self.root / self._names[index])
 
     @property
     def fingerprint(self) -> str:
@@ -205,14 +182,11 @@ class FolderSource(MapStyleSource):
     def _walk(self, folder: str, inside: str) -> Iterator[str]:
         try:
             about = os.stat(folder)
-            inode = about.st_dev, about.st_ino
-            if inode in self._visited:
+            if (about.st_dev, about.st_ino) in self._visited:
                 return
-            self._visited.add(inode)
+            self._visited.add((about.st_dev, about.st_ino))
             with os.scandir(folder) as entries:
-                found = sorted(
-                    (entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name
-                )
+                found = [entry for entry in sorted(entries, key=lambda entry: entry.name) if entry.name[0] != "."]
         except OSError as error:
             if not inside:
                 raise InputError(f"{printable(folder)} cannot be read: {error.strerror}") from error
@@ -229,11 +203,7 @@ class FolderSource(MapStyleSource):
 
 
 class SequenceSource(MapStyleSource):
-    """A Python sequence of images.
-
-    Raises:
-        InputError: it is empty.
-    """
+    """A Python sequence of images; InputError if it is empty."""
 
     def __init__(self, images: Sequence[Any]) -> None:
         if not len(images):
@@ -246,8 +216,8 @@ class SequenceSource(MapStyleSource):
 
     def __getitem__(self, index: int) -> ImageItem:
         image = self._images[index]
-        name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
-        return ImageItem(name=f"image {index}" if name is None else str(name), image=image)
+        name = str(os.fspath(image)) if isinstance(image, str | os.PathLike) else f"image {index}"
+        return ImageItem(name=name, image=image)
 
     @property
     def fingerprint(self) -> str:
@@ -270,8 +240,7 @@ class SinglePassSource(ImageSource):
         self._images = images
 
     def __iter__(self) -> Iterator[ImageItem]:
-        for index, image in enumerate(self._images):
-            yield ImageItem(name=f"image {index}", image=image)
+        return (ImageItem(name=f"image {index}", image=image) for index, image in enumerate(self._images))
 
 
 def find_source(data: str | os.PathLike[str] | Iterable[Any], *, offline: bool = False) -> ImageSource:
@@ -288,18 +257,15 @@ def find_source(data: str | os.PathLike[str] | Iterable[Any], *, offline: bool =
         InputError: there is, and it cannot be used.
         WeightsUnavailable: it is not on this machine, and could not or must not be fetched.
     """
-    # These classes extend those of this module.
-    from e4t_cli.datasets import archives
+    from e4t_cli.datasets import archives  # whose classes extend those of this module
 
     if not isinstance(data, str | os.PathLike):
         return SequenceSource(data) if isinstance(data, Sequence) else SinglePassSource(data)
-    place = os.fspath(data)
-    shown = printable(place)
+    place, path, shown = os.fspath(data), Path(data), printable(os.fspath(data))
     if "\0" in place:
         raise UsageError(f"{shown} cannot be the name of a folder")
     if archives.is_arrow(place):
         return archives.ArrowSource(place, offline=offline)
-    path = Path(place)
     if path.is_dir():
         return FolderSource(path)
     if place.endswith(archives.SUFFIXES) or (path.is_file() and place.endswith(archives.LISTS)):
@@ -307,18 +273,15 @@ def find_source(data: str | os.PathLike[str] | Iterable[Any], *, offline: bool =
     if path.is_file():
         raise UsageError(f"{shown} is one file", hint="--data takes a folder, shards (.tar) or a dataset")
     if "://" in place:
-        raise UsageError(
-            f"{shown} is neither shards nor a dataset",
-            hint="shards end in .tar; a dataset on the hub is hf://owner/name",
-        )
+        hint = "shards end in .tar; a dataset on the hub is hf://owner/name"
+        raise UsageError(f"{shown} is neither shards nor a dataset", hint=hint)
     raise UsageError(f"there is no folder {shown}")
 
 
 def hold_out(source: ImageSource, reader: ImageReader) -> tuple[ImageSource, list[PreparedImage]]:
     """Return the source without a few of its images, and these, prepared.
 
-    At most one in ten is held out, evenly spread over a map-style source, the first ones of an
-    iterable one: the same ones whenever the same source is given.
+    At most one in ten, evenly spread over a map-style source, the first ones of an iterable one: always the same ones.
     """
     if isinstance(source, MapStyleSource):
         count = min(MAX_HELD_OUT, len(source) // 10)
@@ -326,7 +289,7 @@ def hold_out(source: ImageSource, reader: ImageReader) -> tuple[ImageSource, lis
         items = [source[index] for index in indices]
         rest: ImageSource = _WithoutIndices(source, indices)
     elif isinstance(source, IterableSource):
-        items = [item for item, _ in zip(source, range(MAX_HELD_OUT), strict=False)]
+        items = list(islice(source, MAX_HELD_OUT))
         rest = _WithoutNames(source, {item.name for item in items})
     else:
         return source, []  # it can be read once only
@@ -363,8 +326,7 @@ class _WithoutNames(IterableSource):
 
     @property
     def fingerprint(self) -> str:
-        names = sorted(self._without)
-        return hashlib.sha256(f"{self._source.fingerprint} {names}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._source.fingerprint} {sorted(self._without)}".encode()).hexdigest()
 
     def __iter__(self) -> Iterator[ImageItem]:
         return (item for item in self._source if item.name not in self._without)

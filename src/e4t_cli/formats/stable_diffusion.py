@@ -32,10 +32,9 @@ from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import check_absent, staging_directory, sync_tree
 from e4t_cli.formats.textual_inversion import check_both_absent, write_with_embedding
 from e4t_cli.models.denoiser import TunedModel
-from e4t_cli.models.loading import load_part
+from e4t_cli.models.loading import CHECKER, FEATURE_EXTRACTOR, load_part
 from e4t_cli.models.text_to_image import TextToImageModel
 
-CHECKER, FEATURE_EXTRACTOR = "safety_checker", "feature_extractor"
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],

@@ -28,25 +28,15 @@ from e4t_cli.nn.word_embedding_encoder import Encoder, FixedEmbedding
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TunedModel:
-    """A base tuned to one concept: everything that sampling it needs.
+    """A base tuned to one concept: everything that sampling it needs."""
 
-    Args:
-        unet: a plain diffusers U-Net, offsets merged.
-        encoder: E of eq. 1, tuned.
-        encoded_image: the image's contribution to E (1, hidden), from `encoder.encode_image`.
-        e_domain: embedding of the descriptor (embedding_width,).
-        descriptor_id: its token.
-        scale: s of eq. 1.
-        adapters: the LoRA adapters, if these were trained; already merged into both.
-    """
-
-    unet: UNet2DConditionModel
-    encoder: Encoder
-    encoded_image: Tensor
-    e_domain: Tensor
-    descriptor_id: int
-    scale: float
-    adapters: Mapping[str, Tensor] = field(default_factory=dict)
+    unet: UNet2DConditionModel  # a plain one, offsets merged
+    encoder: Encoder  # E of eq. 1, tuned
+    encoded_image: Tensor  # the image's contribution to E (1, hidden), from `encoder.encode_image`
+    e_domain: Tensor  # embedding of the descriptor (embedding_width,)
+    descriptor_id: int  # its token
+    scale: float  # s of eq. 1
+    adapters: Mapping[str, Tensor] = field(default_factory=dict)  # if trained; already merged into both
 
     def embedding(self, unet_features: Tensor | None) -> Tensor:
         """Return e_c = e_domain + s · E (eq. 1), (batch, embedding_width).
@@ -89,13 +79,9 @@ class TunedModel:
         token = model.descriptor_id(descriptor)
         e_domain = model.word_embedding(token)
         return cls(
-            unet=model.unet,
-            encoder=FixedEmbedding(torch.zeros_like(e_domain)),
-            encoded_image=e_domain.new_zeros(1, 0),
-            e_domain=e_domain,
-            descriptor_id=token,
-            scale=1.0,
-        )
+            unet=model.unet, encoder=FixedEmbedding(torch.zeros_like(e_domain)),
+            encoded_image=e_domain.new_zeros(1, 0), e_domain=e_domain, descriptor_id=token, scale=1.0,
+        )  # fmt: skip
 
 
 class CFGDenoiser:
@@ -117,9 +103,7 @@ class CFGDenoiser:
     def __call__(self, z_t: Tensor, t: Tensor) -> Tensor:
         unet = self.tuned.unet
         start = embed_latents(unet, z_t, t)  # shared by all passes: no text is read here
-        unconditional = None
-        if self.guidance != 1:
-            unconditional = down_and_mid(unet, start, self.negative)
+        unconditional = None if self.guidance == 1 else down_and_mid(unet, start, self.negative)
         text = self.text if self.text is not None else self._refined(start, unconditional)
         conditional = down_and_mid(unet, start, text)
         if unconditional is None:

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,7 +40,6 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = No
     """Read a safetensors file in float32, after checking its header.
 
     Args:
-        path: the file.
         expected: key -> shape, compared before anything is allocated; None accepts all.
 
     Raises:
@@ -82,27 +81,22 @@ def check_file(folder: Path, name: str, expected: str) -> None:
 def pair_factors(tensors: Mapping[str, Tensor], shown: str) -> dict[str, Factors]:
     """Return path -> factors of ΔW from "path.left" and "path.right".
 
-    Args:
-        shown: the file, for error messages.
-
     Raises:
-        IntegrityError: there are other tensors.
+        IntegrityError: there are other tensors; the message names the file as `shown`.
     """
     offsets: dict[str, Factors] = {}
     for key, left in tensors.items():
         path, _, side = key.rpartition(".")
         right = tensors.get(f"{path}.right")
-        if side != "left" or right is None or not left.dim() == right.dim() == 2:
-            continue
-        if left.shape[1] == right.shape[0] == RANK:
+        fits = right is not None and left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0] == RANK
+        if side == "left" and right is not None and fits:
             offsets[path] = left, right
     if len(tensors) != 2 * len(offsets):
         raise IntegrityError(f"{shown} has tensors that are no pairs of factors")
     return offsets
 
 
-DomainEncoder = WordEmbeddingEncoder | PatchEncoder
-"""An encoder that can be trained, saved and loaded."""
+DomainEncoder = WordEmbeddingEncoder | PatchEncoder  # can be trained, saved and loaded
 
 _KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "e4t": (EncoderConfig, WordEmbeddingEncoder),
@@ -145,23 +139,17 @@ def widths_read(encoder: DomainEncoder) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class DomainImageTower:
-    """The visual tower stored with a domain, loaded when an image is encoded.
+    """The visual tower stored with a domain, loaded when an image is encoded."""
 
-    Args:
-        path: its safetensors file.
-        config: of the encoder it belongs to.
-        sha256: of the file, from the manifest; "" while it is being converted.
-    """
-
-    path: Path
-    config: PatchEncoderConfig
-    sha256: str = ""
+    path: Path  # of its safetensors file
+    config: PatchEncoderConfig  # of the encoder it belongs to
+    sha256: str = ""  # of the file, from the manifest; "" while it is being converted
 
     def encode(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the features of images in −1 … 1: (batch, vectors, tower_width), float32.
 
-        It is a third of all weights and needed once for a photo, so it is loaded on the device of
-        the pixels and freed. Its hash is checked here: sampling a saved concept need not read it.
+        It is a third of all weights and needed once for a photo, so it is loaded for that and freed. Its hash is
+        checked here: sampling a saved concept need not read it.
 
         Raises:
             IntegrityError: the file is no such tower, or has another hash.
@@ -175,8 +163,7 @@ class DomainImageTower:
             raise IntegrityError(f"{self.path.name} is not the domain's tower: {error}") from error
         size, normalised = self.config.tower_image_size, self.config.normalised_patches
         tower = PatchTower(visual, size, normalised_patches=normalised)
-        features: Tensor = tower.to(pixels.device, dtype)(pixels)
-        return features
+        return cast(Tensor, tower.to(pixels.device, dtype)(pixels))
 
 
 def empty_tower(config: PatchEncoderConfig) -> nn.Module:
@@ -185,14 +172,10 @@ def empty_tower(config: PatchEncoderConfig) -> nn.Module:
 
     with torch.device("meta"):
         visual: Any = VisionTransformer(
-            image_size=config.tower_image_size,
-            patch_size=config.tower_patch_size,
-            width=config.tower_width,
-            layers=config.tower_layers,
-            heads=config.tower_heads,
-            mlp_ratio=config.tower_mlp_ratio,
+            image_size=config.tower_image_size, patch_size=config.tower_patch_size, width=config.tower_width,
+            layers=config.tower_layers, heads=config.tower_heads, mlp_ratio=config.tower_mlp_ratio,
             act_layer=QuickGELU if config.tower_quick_gelu else nn.GELU,
-        )
+        )  # fmt: skip
     visual.proj = None  # e4t-diffusion reads the features before CLIP's projection
     module: nn.Module = visual
     return module
@@ -209,25 +192,17 @@ _PLAIN = {
 
 
 def write_domain_folder(
-    fields: Mapping[str, Any],
-    folder: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    offsets_dtype: torch.dtype | None = None,
-) -> None:
+    fields: Mapping[str, Any], folder: str | Path,
+    *, dtype: torch.dtype = torch.float32, offsets_dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """Write the fields of a `DomainWeights`, see `DomainWeights.save`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        _ENCODER: fields["encoder"].state_dict(),
-        _OFFSETS: {
-            f"{path}.{side}": factor
-            for path, factors in fields["offsets"].items()
-            for side, factor in zip(("left", "right"), factors, strict=True)
-        },
-    }
+    offsets: dict[str, Tensor] = {}
+    for path, (left, right) in fields["offsets"].items():
+        offsets |= {f"{path}.left": left, f"{path}.right": right}
     hashes, sizes = {}, {}
-    for name, tensors in contents.items():
+    for name, tensors in {_ENCODER: fields["encoder"].state_dict(), _OFFSETS: offsets}.items():
         stored = offsets_dtype or dtype if name == _OFFSETS else dtype
         data = save({key: value.to("cpu", stored).contiguous() for key, value in tensors.items()})
         hashes[name], sizes[name] = hashlib.sha256(data).hexdigest(), len(data)

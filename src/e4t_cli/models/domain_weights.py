@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from e4t_cli.errors import IntegrityError
-from e4t_cli.models.domain_folder import (
-    DomainEncoder,
-    DomainImageTower,
-    read_domain_folder,
-    widths_read,
-    write_domain_folder,
-)
+from e4t_cli.models import domain_folder
+from e4t_cli.models.domain_folder import DomainEncoder, DomainImageTower
 from e4t_cli.models.loading import config_hash, describe_tower
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.unet import feature_widths
@@ -29,49 +24,31 @@ from e4t_cli.nn.weight_offsets import Factors, projection_shapes
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 
-FEW_IMAGES = 100
-"""Below it, the manifest warns of over-fitting."""
+FEW_IMAGES = 100  # below it, the manifest warns of over-fitting
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DomainWeights:
-    """The result of domain pre-training (section 3.3), from which tuning starts.
-
-    Args:
-        name, descriptor: of the domain.
-        base_name, base_fingerprint: the base it was trained for, and its exact weights; "" where
-            they are unknown, as in checkpoints of other programs.
-        encoder: E of eq. 1; with a `FixedEmbedding` it is a baseline, which cannot be saved.
-        offsets: path of a projection -> the factors of its ΔW (eq. 3).
-        tuning: the config of tuning with these weights.
-        pretraining: the config they were trained with; its `embedding_scale` is s of eq. 1.
-        templates: prompt templates with "{}" in the concept's place.
-        images: the number of training images.
-        tower: the encoder's own visual tower; None for encoders that use the base's.
-        licence, notes: of the weights and the data, as text.
-        limits: what it cannot do, as text.
-        base_revision, base_config_hash, image_tower: more about the base; see `facts_about`.
-    """
+    """The result of domain pre-training (section 3.3), from which tuning starts."""
 
     name: str
     descriptor: str
-    base_name: str
-    base_fingerprint: str
-    encoder: DomainEncoder | FixedEmbedding
-    offsets: Mapping[str, Factors]
-    tuning: TuningConfig
-    pretraining: PretrainingConfig
-    templates: tuple[str, ...]
-    tower: DomainImageTower | None = None
-    images: int = 0
-    licence: str = ""
+    base_name: str  # the base it was trained for
+    base_fingerprint: str  # of its exact weights; "" where they are unknown, as in checkpoints of other programs
+    encoder: DomainEncoder | FixedEmbedding  # E of eq. 1; a `FixedEmbedding` is a baseline, which cannot be saved
+    offsets: Mapping[str, Factors]  # path of a projection -> the factors of its ΔW (eq. 3)
+    tuning: TuningConfig  # the config of tuning with these weights
+    pretraining: PretrainingConfig  # the config they were trained with; its `embedding_scale` is s of eq. 1
+    templates: tuple[str, ...]  # prompt templates with "{}" in the concept's place
+    tower: DomainImageTower | None = None  # the encoder's own visual tower; None for encoders that use the base's
+    images: int = 0  # the number of training images
+    licence: str = ""  # of the weights and the data, as text, like the notes
     notes: str = ""
-    limits: str = ""
-    base_revision: str = ""
+    limits: str = ""  # what it cannot do, as text
+    base_revision: str = ""  # as the next two, more about the base; see `facts_about`
     base_config_hash: str = ""
     image_tower: str = ""
-    digest: str = ""
-    """SHA-256 of its manifest if it was loaded from a folder; recorded in concepts."""
+    digest: str = ""  # SHA-256 of its manifest if it was loaded from a folder; recorded in concepts
 
     @property
     def embedding_scale(self) -> float:
@@ -85,23 +62,23 @@ class DomainWeights:
         """
         if not self.base_fingerprint:
             return self._check_shapes(model)
-        if model.fingerprint != self.base_fingerprint:
-            known = self.base_config_hash
-            alike = known and known == config_hash(model.base.folder, model.base.tower)
-            raise IntegrityError(
-                f"the domain {self.name} was made for the base {self.base_name} "
-                f"({self.base_fingerprint[:12]}), not for this {model.base.name} "
-                f"({model.fingerprint[:12]})" + (", which is the same model with other weights" if alike else ""),
-                hint=f"e4t pretrain --domain {self.name} --data FOLDER trains it for this base",
-            )
-        return None
+        if model.fingerprint == self.base_fingerprint:
+            return None
+        known = self.base_config_hash
+        alike = known and known == config_hash(model.base.folder, model.base.tower)
+        raise IntegrityError(
+            f"the domain {self.name} was made for the base {self.base_name} ({self.base_fingerprint[:12]}), not for "
+            f"this {model.base.name} ({model.fingerprint[:12]})"
+            + (", which is the same model with other weights" if alike else ""),
+            hint=f"e4t pretrain --domain {self.name} --data FOLDER trains it for this base",
+        )
 
     def _check_shapes(self, model: TextToImageModel) -> None:
         """Compare all shapes: what can be checked where the base's weights are unknown."""
         found = {path: (len(left), right.shape[1]) for path, (left, right) in self.offsets.items()}
         sizes = (sum(feature_widths(model.unet)), model.embedding_width)
         if isinstance(self.encoder, FixedEmbedding) or (
-            found == projection_shapes(model.unet) and widths_read(self.encoder) == sizes
+            found == projection_shapes(model.unet) and domain_folder.widths_read(self.encoder) == sizes
         ):
             return
         raise IntegrityError(
@@ -129,7 +106,7 @@ class DomainWeights:
             offsets_dtype: of the offsets, if that is another.
         """
         assert not isinstance(self.encoder, FixedEmbedding)
-        write_domain_folder(vars(self), folder, dtype=dtype, offsets_dtype=offsets_dtype)
+        domain_folder.write_domain_folder(vars(self), folder, dtype=dtype, offsets_dtype=offsets_dtype)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -139,7 +116,7 @@ class DomainWeights:
             WeightsUnavailable: it is no domain folder, or a file is missing.
             IntegrityError: a file is damaged or does not match the manifest.
         """
-        return cls(**read_domain_folder(folder))
+        return cls(**domain_folder.read_domain_folder(folder))
 
 
 def facts_about(model: TextToImageModel) -> dict[str, str]:
@@ -157,7 +134,5 @@ def facts_about(model: TextToImageModel) -> dict[str, str]:
 def usual_limits(descriptor: str, base: str, images: int) -> str:
     """Return what any domain of this size cannot do, for the manifest."""
     few = "; so few images may have been learned by heart" if images < FEW_IMAGES else ""
-    return (
-        f"Trained on {images:,} images of {descriptor}; the image quality is that of the base "
-        f"{base}. Anything else in the photo is generated as {descriptor}{few}."
-    )
+    trained = f"Trained on {images:,} images of {descriptor}; the image quality is that of the base {base}."
+    return f"{trained} Anything else in the photo is generated as {descriptor}{few}."

@@ -1,26 +1,32 @@
 """Loads the parts of a base from its folder, strictly and offline, and hashes its configs.
 
-Domain weights need the very base they were trained for. When a base has other weights, equal
-configs tell another training of the same model from another model; configs that differ may also
-be the same model, saved by another version of its library.
+Domain weights need the very base they were trained for. Where the weights differ, equal configs tell another training
+of the same model from another model; configs may also differ by the version of the library that saved them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy
 import torch
+from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.utils import logging as transformers_logging
 
 from e4t_cli.errors import IntegrityError, WeightsUnavailable
+from e4t_cli.hub.resolve import weight_files
 from e4t_cli.nn.word_embedding_encoder import ImageTower
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+CHECKER, FEATURE_EXTRACTOR = "safety_checker", "feature_extractor"
 CONFIGS = ("unet/config.json", "text_encoder/config.json")
 TOWER_CONFIGS = ("open_clip_config.json", "config.json")
 # Who wrote the file and how it was stored: not part of the model.
@@ -28,30 +34,20 @@ _INCIDENTAL = {"architectures", "dtype", "torch_dtype", "transformers_version", 
 
 
 def config_hash(folder: Path, tower: Path | None = None) -> str:
-    """Return a SHA-256 of the configs of a base, "" if none can be read.
-
-    Args:
-        folder: in diffusers' layout.
-        tower: the folder of the visual tower, if that is outside the base.
-    """
+    """Return a SHA-256 of the configs of a base and of its visual tower, "" if none can be read."""
     found = {name: _essence(table) for name in CONFIGS if (table := _read(folder / name))}
     if about := _tower_config(tower or folder / "image_tower"):
         found["image_tower"] = _essence(about)
-    if not found:
-        return ""
     text = json.dumps(found, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest() if found else ""
 
 
 def describe_tower(folder: Path, tower: Path | None = None) -> str:
     """Return a phrase about the CLIP tower of a base: "CLIP ViT, 32 layers of 1280, …"."""
     about = _tower_config(tower or folder / "image_tower")
-    layers = about.get("layers", about.get("num_hidden_layers"))
-    width = about.get("width", about.get("hidden_size"))
-    if not layers or not width:
-        return ""
+    layers, width = about.get("layers", about.get("num_hidden_layers")), about.get("width", about.get("hidden_size"))
     patch, side = about.get("patch_size", "?"), about.get("image_size", "?")
-    return f"CLIP ViT, {layers} layers of {width}, patches of {patch}, {side} px"
+    return f"CLIP ViT, {layers} layers of {width}, patches of {patch}, {side} px" if layers and width else ""
 
 
 def _tower_config(folder: Path) -> dict[str, Any]:
@@ -105,13 +101,21 @@ def folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-# While diffusers and transformers load, torch's default dtype and `register_parameter` are changed
-# for the whole process; two loads at once would leave them changed for good.
-_LOADING = threading.Lock()
+# What older files call the weights of attention (diffusers before 0.13).
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _canonical(key: str) -> str:
+    """Return a key's name without what differs between versions of diffusers and of transformers."""
+    key = key.replace("vision_model.vision_model.", "vision_model.").removeprefix("text_model.")
+    return ".".join(_OLD_NAMES.get(name, name) for name in key.split("."))
 
 
 def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.dtype, *, half: bool = False) -> Any:
     """Read a part that has weights: diffusers' U-Net and VAE, transformers' text encoder.
+
+    Not with `from_pretrained`, which changes torch's default dtype and `nn.Module` for the whole process while it
+    loads: modules that another thread builds meanwhile would get float16 or no weights at all.
 
     Args:
         dtype: in memory, whatever the file has.
@@ -119,31 +123,53 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
     """
     if not (folder / "config.json").is_file():
         raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}/config.json")
-    names = [path.name for path in folder.glob("*.safetensors")]
-    coarse = {name for name in names if ".fp16." in name or ".fp16-" in name}
-    variant = "fp16" if coarse and (half or coarse == set(names)) else None
-    with _LOADING:
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            part, report = kind.from_pretrained(
-                folder,
-                dtype=dtype,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
-        finally:
-            if bars:
-                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    # Both libraries initialize missing weights at random and only log it.
-    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
-    if wrong:
-        raise IntegrityError(f"the base's {folder.name} lacks {len(wrong)} weights, as {wrong[0]}")
-    return part.to(device)
+    try:
+        part = _empty_part(kind, folder, dtype)
+        names = {_canonical(key): key for key in part.state_dict()}
+        tensors = {}
+        for path in _weight_paths(folder, half):
+            for key, value in load_file(path).items():
+                if (name := names.get(_canonical(key))) is not None:
+                    tensors[name] = value.to(dtype) if value.is_floating_point() else value
+        if missing := sorted(names.values() - tensors.keys()):
+            raise IntegrityError(f"the base's {folder.name} lacks {len(missing)} weights, as {missing[0]}")
+        part.load_state_dict(tensors, strict=True, assign=True)
+        for name, buffer in list(part.named_buffers()):
+            if buffer.is_meta:  # no file has it
+                module, _, attribute = name.rpartition(".")
+                if attribute != "position_ids":
+                    raise ValueError(f"nothing is known about {name}")
+                positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+                part.get_submodule(module).register_buffer(attribute, positions, persistent=False)
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
+    return part.eval().to(device)
+
+
+def _empty_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Build a part from its config, its weights on the meta device, which belongs to this thread."""
+    if issubclass(kind, ModelMixin):
+        config = kind.load_config(folder, local_files_only=True)
+        with torch.device("meta"):
+            part = kind.from_config(config)
+        part.register_to_config(_name_or_path=str(folder))
+        return part
+    config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    config.dtype, config.name_or_path = dtype, str(folder)
+    with torch.device("meta"):
+        return kind(config)
+
+
+def _weight_paths(folder: Path, half: bool) -> list[Path]:
+    """Return the safetensors files with the weights of a part: one, or the shards of its index."""
+    files = weight_files([f"{folder.name}/{path.name}" for path in folder.iterdir()], folder.name, half=half)
+    if not files:
+        raise OSError("there are no safetensors")
+    first = folder.parent / files[0]
+    if first.suffix != ".json":
+        return [first]
+    shards = json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
 
 
 def load_settings(kind: Any, folder: Path) -> Any:
@@ -162,10 +188,8 @@ def load_tower(folder: Path) -> ImageTower:
 
     config_path, weights_path = folder / "open_clip_config.json", folder / "model.safetensors"
     if not config_path.is_file() or not weights_path.is_file():
-        raise WeightsUnavailable(
-            f"the base has no image tower: {folder} is incomplete",
-            hint="e4t fetch sd14 downloads the one of Stable Diffusion bases",
-        )
+        hint = "e4t fetch sd14 downloads the one of Stable Diffusion bases"
+        raise WeightsUnavailable(f"the base has no image tower: {folder} is incomplete", hint=hint)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         model, preprocess = config["model_cfg"], config["preprocess_cfg"]
@@ -182,3 +206,37 @@ def load_tower(folder: Path) -> ImageTower:
         return ImageTower(visual, preprocess["mean"], preprocess["std"], side)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise IntegrityError(f"the image tower in {folder} cannot be used: {error}") from error
+
+
+class SafetyChecker:
+    """Decides which images are withheld: Stable Diffusion's checker, on by default (section 6 of the paper).
+
+    It compares an image's CLIP embedding with those of a list of concepts. A base without one, such as `mini`, which
+    can generate nothing that it would find, is not checked.
+    """
+
+    def __init__(self, checker: StableDiffusionSafetyChecker, processor: Any) -> None:
+        self.checker = checker.train(False).requires_grad_(False)
+        self.processor = processor  # transformers' CLIPImageProcessor; its type differs between versions
+
+    @classmethod
+    def of_base(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Self | None:
+        """Load the checker of a base, None where it has none; IntegrityError if it is damaged."""
+        if not (folder / CHECKER / "config.json").is_file():
+            return None
+        # Not at the top: two seconds of imports for the one family of bases that has it.
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+        from transformers import CLIPImageProcessor
+
+        checker = load_part(StableDiffusionSafetyChecker, folder / CHECKER, device, dtype)
+        settings = folder / FEATURE_EXTRACTOR
+        return cls(checker, load_settings(CLIPImageProcessor, settings) if settings.is_dir() else CLIPImageProcessor())
+
+    @torch.no_grad()
+    def flags(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Return for each image whether it has to be withheld."""
+        pixels = self.processor(list(images), return_tensors="pt").pixel_values
+        weight = next(self.checker.parameters())
+        unused = numpy.zeros((len(images), 1, 1, 3), dtype=numpy.float32)  # in which it blackens flagged images
+        _, flagged = self.checker(pixels.to(weight.device, weight.dtype), unused)
+        return [bool(flag) for flag in flagged]

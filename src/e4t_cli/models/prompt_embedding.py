@@ -18,26 +18,19 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokens:
-    """Tokenized prompts.
+    """Tokenized prompts."""
 
-    Args:
-        ids: token ids, padded (batch, length); the descriptor's id stands for the concept.
-        placeholder: where the concept stands (batch, length), bool.
-        dropped: for each prompt the text that did not fit, "" for none.
-    """
-
-    ids: Tensor
-    placeholder: Tensor
-    dropped: tuple[str, ...] = ()
+    ids: Tensor  # token ids, padded (batch, length); the descriptor's id stands for the concept
+    placeholder: Tensor  # where the concept stands (batch, length), bool
+    dropped: tuple[str, ...] = ()  # for each prompt the text that did not fit, "" for none
 
     def __getitem__(self, index: Tensor | slice) -> Tokens:
         return Tokens(ids=self.ids[index], placeholder=self.placeholder[index])
 
 
 def tokenize_prompts(
-    tokenizer: CLIPTokenizer, prompts: Sequence[Prompt | str], descriptor_id: int,
-    *, length: int, device: torch.device,
-) -> Tokens:  # fmt: skip
+    tokenizer: CLIPTokenizer, prompts: Sequence[Prompt | str], descriptor_id: int, *, length: int, device: torch.device
+) -> Tokens:
     """Tokenize prompts segment by segment, so that the placeholders' positions are known.
 
     Args:
@@ -61,11 +54,9 @@ def tokenize_prompts(
             tokens += found
             concept += [segment is None] * len(found)
         if any(concept) and not any(concept[:room]):
-            raise UsageError(
-                f"the prompt is {len(tokens)} tokens long, this base reads {room}, and the "
-                "placeholder comes after them",
-                hint="shorten the prompt, or name the concept earlier",
-            )
+            count = f"the prompt is {len(tokens)} tokens long, this base reads {room}"
+            hint = "shorten the prompt, or name the concept earlier"
+            raise UsageError(f"{count}, and the placeholder comes after them", hint=hint)
         dropped.append(str(tokenizer.decode(tokens[room:])).strip())
         tokens, concept = tokens[:room], concept[:room]
         padding = room - len(tokens)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import numpy
 import torch
@@ -35,10 +35,10 @@ from e4t_cli.prompts import Prompt
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Posterior:
-    """The VAE's Gaussian over the latents of an image, in the U-Net's units."""
+    """The VAE's Gaussian over the latents of an image, in the U-Net's units: (batch, channels, height, width)."""
 
-    mean: Tensor  # (batch, channels, height, width)
-    logvar: Tensor  # the same
+    mean: Tensor
+    logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
         """Return latents z_0 for standard normal `noise`."""
@@ -47,12 +47,8 @@ class Posterior:
 
 def to_uint8(images: Sequence[Image.Image], side: int, mode: str) -> Tensor:
     """Return images as bytes: (batch, side, side, 3) for RGB, without the 3 for L."""
-    arrays = []
-    for image in images:
-        image = image.convert(mode)
-        if image.size != (side, side):
-            image = image.resize((side, side), Image.Resampling.LANCZOS)
-        arrays.append(numpy.asarray(image))
+    converted = (image.convert(mode) for image in images)  # `resize` to the same size only copies
+    arrays = [numpy.asarray(image.resize((side, side), Image.Resampling.LANCZOS)) for image in converted]
     return torch.from_numpy(numpy.stack(arrays))
 
 
@@ -63,16 +59,13 @@ def to_pil(decoded: Tensor) -> list[Image.Image]:
         DivergedError: a value is not finite; the image would be black.
     """
     if not decoded.isfinite().all():
-        raise DivergedError(
-            "an image has values that are not finite: they are too large for this dtype",
-            hint="generate it again with --dtype fp32",
-        )
+        reason = "an image has values that are not finite: they are too large for this dtype"
+        raise DivergedError(reason, hint="generate it again with --dtype fp32")
     colours = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(one) for one in colours.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-DECODED_PIXELS = 512 * 512
-"""Pixels that the VAE decodes at once, at least one image."""
+DECODED_PIXELS = 512 * 512  # that the VAE decodes at once, at least one image
 
 
 class TextToImageModel:
@@ -86,30 +79,21 @@ class TextToImageModel:
     """
 
     def __init__(
-        self,
-        *,
-        base: Base,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        noise_schedule: DDPMScheduler,
-        image_tower: ImageTower | None = None,
-    ) -> None:
+        self, *, base: Base, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer, noise_schedule: DDPMScheduler, image_tower: ImageTower | None = None,
+    ) -> None:  # fmt: skip
         try:
             check_unet(unet)
         except ValueError as error:
             raise IntegrityError(f"the base {base.name} cannot be used: {error}") from error
         if (kind := noise_schedule.config["prediction_type"]) not in ("epsilon", "v_prediction"):
             raise IntegrityError(f"the base {base.name} predicts {kind!r}, which is not supported")
-        self.base = base
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
         self.unet = unet.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
         self.text_encoder = text_encoder.train(False).requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.noise_schedule = noise_schedule
+        self.base, self.tokenizer, self.noise_schedule = base, tokenizer, noise_schedule
         self._given_tower = image_tower is not None
         if image_tower is not None:
             self.__dict__["image_tower"] = image_tower
@@ -130,23 +114,17 @@ class TextToImageModel:
         """
         base = folder if isinstance(folder, Base) else read_base(Path(folder))
         device = torch.device(device)
-
-        def part(kind: Any, name: str) -> Any:
-            return load_part(kind, base.folder / name, device, dtype, half=base.half)
-
-        def convolutional(kind: Any, name: str) -> Any:
-            # Tensor cores need this memory format, and would convert to it at each call.
-            found, fast = part(kind, name), device.type == "cuda" and dtype.itemsize == 2
-            return found.to(memory_format=torch.channels_last) if fast else found
-
-        return cls(
-            base=base,
-            unet=convolutional(UNet2DConditionModel, "unet"),
-            vae=convolutional(AutoencoderKL, "vae"),
-            text_encoder=part(CLIPTextModel, "text_encoder"),
-            tokenizer=load_settings(CLIPTokenizer, base.folder / "tokenizer"),
-            noise_schedule=load_settings(DDPMScheduler, base.folder / "scheduler"),
-        )
+        kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+        parts = {
+            name: load_part(kind, base.folder / name, device, dtype, half=base.half) for name, kind in kinds.items()
+        }
+        if device.type == "cuda" and dtype.itemsize == 2:
+            for name in ("unet", "vae"):
+                # Tensor cores need this memory format for convolutions, and would convert to it at each call.
+                parts[name] = parts[name].to(memory_format=torch.channels_last)
+        tokenizer = load_settings(CLIPTokenizer, base.folder / "tokenizer")
+        noise_schedule = load_settings(DDPMScheduler, base.folder / "scheduler")
+        return cls(base=base, tokenizer=tokenizer, noise_schedule=noise_schedule, **parts)
 
     @cached_property
     def image_tower(self) -> ImageTower:
@@ -180,19 +158,12 @@ class TextToImageModel:
         return int(self.noise_schedule.config["num_train_timesteps"])
 
     def encoder_config(self, hidden_width: int | None = None) -> EncoderConfig:
-        """Return the sizes of a word-embedding encoder for this base.
-
-        Args:
-            hidden_width: common width of the hierarchy. Paper silent: the tower's by default.
-        """
+        """Return the sizes of a word-embedding encoder. Paper silent: the hidden width is the tower's by default."""
         tower = self.image_tower
         return EncoderConfig(
-            image_layers=len(tower.indices),
-            image_width=tower.width,
-            unet_widths=feature_widths(self.unet),
-            hidden_width=hidden_width or tower.width,
-            embedding_width=self.embedding_width,
-        )
+            image_layers=len(tower.indices), image_width=tower.width, unet_widths=feature_widths(self.unet),
+            hidden_width=hidden_width or tower.width, embedding_width=self.embedding_width,
+        )  # fmt: skip
 
     @property
     def embedding_width(self) -> int:
@@ -202,9 +173,7 @@ class TextToImageModel:
     @cached_property
     def fingerprint(self) -> str:
         """Identify the weights, so that domain weights are used with the base they belong to."""
-        if self.base.identity:
-            # A commit of the hub identifies its content, in float32 and float16 alike, and each
-            # file was verified against it.
+        if self.base.identity:  # a commit of the hub, in float32 and float16 alike; each file was verified against it
             return hashlib.sha256(self.base.identity.encode()).hexdigest()[:32]
         return folder_fingerprint(self.base.folder)
 
@@ -220,8 +189,7 @@ class TextToImageModel:
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
         """Return [CLS] of every second layer of the tower, (batch, layers, width), float32."""
-        features: Tensor = self.image_tower(pixels)
-        return features
+        return cast(Tensor, self.image_tower(pixels))
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> Posterior:
@@ -235,11 +203,8 @@ class TextToImageModel:
         """Return the images of latents in the U-Net's units."""
         latents = (latents / self.vae.config["scaling_factor"]).to(self.dtype)
         # Large images one by one: one uses the whole device, and eight might not fit its memory.
-        count = max(1, DECODED_PIXELS // self.resolution**2)
-        images = []
-        for part in torch.split(latents, count):
-            images += to_pil(self.vae.decode(part).sample)
-        return images
+        parts = torch.split(latents, max(1, DECODED_PIXELS // self.resolution**2))
+        return [image for part in parts for image in to_pil(self.vae.decode(part).sample)]
 
     def descriptor_id(self, descriptor: str) -> int:
         """Return the token of a domain's descriptor.
@@ -248,12 +213,10 @@ class TextToImageModel:
             UsageError: it is not one token of this base.
         """
         ids: list[int] = self.tokenizer(descriptor, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise UsageError(
-                f"the descriptor {descriptor!r} is {len(ids)} tokens to the base {self.base.name}; it has to be one",
-                hint="use a more common word, such as face, cat, dog or art",
-            )
-        return ids[0]
+        if len(ids) == 1:
+            return ids[0]
+        reason = f"the descriptor {descriptor!r} is {len(ids)} tokens to the base {self.base.name}; it has to be one"
+        raise UsageError(reason, hint="use a more common word, such as face, cat, dog or art")
 
     def word_embedding(self, token_id: int) -> Tensor:
         """Return a row of the token table, (embedding_width,): e_domain for a descriptor's id."""
@@ -262,11 +225,8 @@ class TextToImageModel:
 
     def tokenize(self, prompts: Sequence[Prompt | str], descriptor_id: int) -> Tokens:
         """Tokenize prompts for this base, see `tokenize_prompts`."""
-        longest = self.text_encoder.config.max_position_embeddings
-        return tokenize_prompts(
-            self.tokenizer, prompts, descriptor_id,
-            length=min(self.tokenizer.model_max_length, longest), device=self.device,
-        )  # fmt: skip
+        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        return tokenize_prompts(self.tokenizer, prompts, descriptor_id, length=length, device=self.device)
 
     def embed_prompts(self, tokens: Tokens, e_c: Tensor | None = None) -> Tensor:
         """Run the text encoder, with e_c as the word embedding at every placeholder.
@@ -278,34 +238,29 @@ class TextToImageModel:
         Returns:
             (batch, length, width), differentiable in e_c.
         """
-        text_encoder = self.text_encoder
-        if e_c is not None:
-            text_encoder = with_embedding(text_encoder, tokens.placeholder, e_c)
-        embedded: Tensor = text_encoder(tokens.ids).last_hidden_state
-        return embedded
+        plain = self.text_encoder
+        text_encoder = plain if e_c is None else with_embedding(plain, tokens.placeholder, e_c)
+        return cast(Tensor, text_encoder(tokens.ids).last_hidden_state)
 
     @cached_property
     def uncond_embeds(self) -> Tensor:
         """The text encoder's output for "", (1, length, width): what the feature pass reads.
 
-        Paper silent: the prompt of the feature pass. With the empty one it is the unconditional
-        pass of classifier-free guidance, which sampling computes anyway.
+        Paper silent: the prompt of the feature pass. With the empty one it is the unconditional pass of
+        classifier-free guidance, which sampling computes anyway.
         """
-        # Cached, so its bits must not depend on the first caller: training is under autocast and
-        # MATH attention, sampling under neither, and a fused kernel gives other last bits.
+        # Cached, so its bits must not depend on the first caller: training is under autocast and MATH attention,
+        # sampling under neither, and a fused kernel gives other last bits.
         with torch.no_grad(), full_precision(self.device), math_attention():
             return self.embed_prompts(self.tokenize([""], self.tokenizer.eos_token_id))
 
     def add_noise(self, z_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
         """Return z_t."""
         # diffusers' annotation of t excludes int64, which it accepts.
-        z_t: Tensor = self.noise_schedule.add_noise(z_0, epsilon, cast(torch.IntTensor, t))
-        return z_t
+        return self.noise_schedule.add_noise(z_0, epsilon, cast(torch.IntTensor, t))
 
     def target(self, z_0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
         """Return what the U-Net predicts: ε of eq. 4, or v for models trained with it."""
         if self.noise_schedule.config["prediction_type"] != "v_prediction":
             return epsilon
-        t = cast(torch.IntTensor, t)
-        velocity: Tensor = self.noise_schedule.get_velocity(z_0, epsilon, t)
-        return velocity
+        return self.noise_schedule.get_velocity(z_0, epsilon, cast(torch.IntTensor, t))

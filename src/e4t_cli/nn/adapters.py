@@ -4,10 +4,9 @@ With `--tuning lora` a concept's change of a weight has few parameters:
 
     W = (diag(1 + a) · W₀ + up · down) · diag(1 + b)        up (M × r), down (r × N)
 
-W₀ stays frozen, so neither its gradient nor an optimizer's state of it exists. `a` and `b` are
-there on the projections that carry an offset (eq. 3): they scale the rows and columns of
-1 + ΔW, which is all of ΔW that can be trained without the gradient of the full matrix, and keep
-its rank. On Stable Diffusion 1.x with r = 8 that is 1.7 M parameters in place of 860 M.
+W₀ stays frozen, without a gradient or an optimizer's state. `a` and `b` are there on the projections that carry an
+offset (eq. 3): they scale the rows and columns of 1 + ΔW, all of ΔW that can be trained without the gradient of the
+full matrix, and keep its rank. On Stable Diffusion 1.x with r = 8 that is 1.7 M parameters in place of 860 M.
 
 Departure: section 3.4 tunes every weight of the U-Net. docs/mini.md has the difference.
 """
@@ -39,8 +38,7 @@ class LoraLayer(nn.Module):
         rows, columns: M and N, the shape of its weight.
         rank: r; at most M and N.
         scales: whether `a` and `b` are there.
-        source: of the random start of `down`; `up`, `a` and `b` start at zero, so that a fresh
-            adapter changes nothing.
+        source: of the random start of `down`; the others start at zero, so that a fresh adapter changes nothing.
     """
 
     row_scale: nn.Parameter | None
@@ -57,17 +55,15 @@ class LoraLayer(nn.Module):
         self.converted: dict[str, Tensor] = {}
 
     def _as(self, name: str, dtype: torch.dtype) -> Tensor:
-        found = self.converted.get(name)
         parameter: Tensor = getattr(self, name)
-        return parameter.to(dtype) if found is None else found
+        return self.converted[name] if name in self.converted else parameter.to(dtype)
 
     def before(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Scale the input of the layer: a forward pre-hook."""
         if self.column_scale is None:
             return None
         x = inputs[0]
-        # As x + b·x, not (1 + b)·x: half precision would round 1 + b to 1. Not with `addcmul`,
-        # whose gradient multiplies both factors by 1 first, all of x.
+        # Not (1 + b)·x: half precision would round 1 + b to 1. Not `addcmul`: its gradient multiplies all of x by 1.
         return (x + x * self._as("column_scale", x.dtype), *inputs[1:])
 
     def after(self, layer: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -86,13 +82,10 @@ class LoraLayer(nn.Module):
         if self.row_scale is not None:
             changed = torch.addcmul(changed, changed, self.row_scale[:, None])
         changed = changed + self.up @ self.down
-        if self.column_scale is not None:
-            changed = torch.addcmul(changed, changed, self.column_scale)
-        return changed
+        return changed if self.column_scale is None else torch.addcmul(changed, changed, self.column_scale)
 
 
-_STORED = {"row_scale": "row_gains", "column_scale": "column_gains"}
-"""Parameters with another name in files."""
+_STORED = {"row_scale": "row_gains", "column_scale": "column_gains"}  # parameters with another name in files
 
 
 class LoraAdapters(nn.Module):
@@ -108,17 +101,10 @@ class LoraAdapters(nn.Module):
     def for_layers(
         cls, layers: Mapping[str, nn.Linear], rank: int, *, scaled: Collection[str] = (), source: torch.Generator
     ) -> Self:
-        """Return fresh adapters.
-
-        Args:
-            layers: path -> layer.
-            scaled: the paths that get row and column scales.
-        """
-        adapters = {}
-        for path, layer in sorted(layers.items()):
-            rows, columns = layer.weight.shape
-            adapters[path] = LoraLayer(rows, columns, rank, scales=path in scaled, source=source)
-        return cls(adapters)
+        """Return fresh adapters of path -> layer; the paths in `scaled` get row and column scales."""
+        shapes = {path: (layer.out_features, layer.in_features) for path, layer in sorted(layers.items())}
+        made = {path: LoraLayer(*shapes[path], rank, scales=path in scaled, source=source) for path in shapes}
+        return cls(made)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
@@ -134,14 +120,12 @@ class LoraAdapters(nn.Module):
             parts.setdefault(path, {})[names.get(stored, stored)] = value.float()
         adapters = {}
         for path, part in sorted(parts.items()):
-            source, scales = torch.Generator(), "row_scale" in part
             try:
                 (rows, rank), columns = part["up"].shape, part["down"].shape[1]
-                adapter = LoraLayer(rows, columns, rank, scales=scales, source=source)
-                adapter.load_state_dict(part)
+                adapters[path] = LoraLayer(rows, columns, rank, scales="row_scale" in part, source=torch.Generator())
+                adapters[path].load_state_dict(part)
             except (KeyError, IndexError, ValueError, RuntimeError) as error:
                 raise ValueError(f"the adapter of {path} is damaged: {error}") from error
-            adapters[path] = adapter
         return cls(adapters)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -154,18 +138,16 @@ class LoraAdapters(nn.Module):
 
     def param_groups(self, scales: float, others: float) -> list[tuple[list[nn.Parameter], float]]:
         """Return the parameters in two groups, each with its learning rate."""
-        named = list(self.named_parameters())
-        return [
-            ([value for name, value in named if name.endswith("_scale")], scales),
-            ([value for name, value in named if not name.endswith("_scale")], others),
-        ]
+        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+        for name, value in self.named_parameters():
+            groups[not name.endswith("_scale")].append(value)
+        return list(zip(groups, (scales, others), strict=True))
 
     def attach_to(self, root: nn.Module) -> None:
         """Make every adapted layer of `root` behave as if it had the changed weight."""
         for path, adapter in self._items():
             layer = root.get_submodule(path)
-            self._hooks.append(layer.register_forward_pre_hook(adapter.before))
-            self._hooks.append(layer.register_forward_hook(adapter.after))
+            self._hooks += layer.register_forward_pre_hook(adapter.before), layer.register_forward_hook(adapter.after)
 
     def detach(self) -> None:
         """Remove the adapters from the layers."""
@@ -174,10 +156,7 @@ class LoraAdapters(nn.Module):
 
     @contextmanager
     def converted(self, dtype: torch.dtype) -> Iterator[None]:
-        """Convert all parameters at once, for every pass inside a `with` block.
-
-        One by one that is a kernel launch for each of them in each forward and backward pass.
-        """
+        """Convert all parameters at once inside a `with` block: singly each is a kernel launch in every pass."""
         parameters = list(self.parameters())
         flat = torch.cat([parameter.flatten() for parameter in parameters]).to(dtype)
         pieces = iter(torch.split(flat, [parameter.numel() for parameter in parameters]))
@@ -207,8 +186,7 @@ class LoraAdapters(nn.Module):
         return zip(self.paths, cast(Iterable[LoraLayer], self.adapters), strict=True)
 
 
-ADAPTED = (".to_q", ".to_k", ".to_v", ".to_out.0")
-"""The adapted layers of an attention block, as the ends of their paths."""
+ADAPTED = (".to_q", ".to_k", ".to_v", ".to_out.0")  # the ends of the paths of an attention block's adapted layers
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -229,18 +207,15 @@ def lora_target_layers(unet: nn.Module) -> dict[str, nn.Linear]:
     """
     layers = attention_layers(unet)
     first = next(iter(layers), "").rpartition(".")[0]
-    if first.endswith(".attn1"):
-        for name in ("to_q", "to_k", "to_v"):
-            layers.pop(f"{first}.{name}", None)
-    return layers
+    skipped = {first + end for end in ADAPTED[:3]} if first.endswith(".attn1") else set()
+    return {path: layer for path, layer in layers.items() if path not in skipped}
 
 
 @torch.no_grad()
 def copy_sharing_weights(unet: UNet, offsets: Mapping[str, Factors], *, dtype: torch.dtype | None = None) -> UNet:
-    """Return a copy of `unet` that shares all of its weights but those of its attention layers.
+    """Return a copy of `unet`, which must not change: it shares all weights but those of its attention layers.
 
     Args:
-        unet: must not change: the copy has the same parameters.
         offsets: path -> factors of ΔW, merged into the copy's own weights in float32.
         dtype: of those; that of the original by default.
     """
@@ -268,26 +243,19 @@ def frozen_copy(unet: UNet, offsets: Mapping[str, Factors], half: torch.dtype | 
         half: dtype of the matrix multiplications, None for float32.
     """
     copied = copy_sharing_weights(unet, offsets)
-    if half is None:
-        _convert(copied, torch.float32)
-    return copied
+    return copied if half else _convert(copied, torch.float32)
 
 
 @torch.no_grad()
 def merge_lora(
-    unet: UNet,
-    offsets: Mapping[str, Factors],
-    encoder: Encoder,
-    tensors: Mapping[str, Tensor],
-    *,
-    dtype: torch.dtype | None = None,
-) -> tuple[UNet, Encoder]:
-    """Return a U-Net and an encoder with stored adapters merged, in float32 before any rounding.
+    unet: UNet, offsets: Mapping[str, Factors], encoder: Encoder, tensors: Mapping[str, Tensor],
+    *, dtype: torch.dtype | None = None,
+) -> tuple[UNet, Encoder]:  # fmt: skip
+    """Return a U-Net and a copy of an encoder with stored adapters merged, in float32 before any rounding.
 
     Args:
         unet: the base's; the result shares what was neither adapted nor is of another dtype.
         offsets: path -> factors of ΔW.
-        encoder: of the domain; it is copied.
         tensors: "unet." and "encoder." before the keys of `LoraAdapters.tensors`.
         dtype: of the U-Net; that of `unet` by default.
 
@@ -303,15 +271,15 @@ def merge_lora(
     first = next(unet.parameters())
     merged = copy_sharing_weights(unet, offsets, dtype=torch.float32)
     LoraAdapters.from_tensors(parts["unet"]).to(first.device).merge_into(merged)
-    _convert(merged, dtype or first.dtype)
     encoder = copy.deepcopy(encoder).to(first.device)
     LoraAdapters.from_tensors(parts["encoder"]).to(first.device).merge_into(encoder)
-    return merged, encoder.requires_grad_(False)
+    return _convert(merged, dtype or first.dtype), encoder.requires_grad_(False)
 
 
-def _convert(module: nn.Module, dtype: torch.dtype) -> None:
+def _convert(module: UNet, dtype: torch.dtype) -> UNet:
     """Convert a module's weights, replacing those of another dtype: other modules share them."""
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
             if weight.dtype != dtype:
                 setattr(part, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+    return module

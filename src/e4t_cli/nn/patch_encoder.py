@@ -26,13 +26,9 @@ from torch.nn import functional
 
 from e4t_cli.nn.word_embedding_encoder import MAX_SIZE
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's normalization of pixels in 0 … 1, for visual towers of every size."""
-
-SLOPE = 0.01
-"""Of both LeakyReLUs: torch's default."""
-
+# CLIP's normalization of pixels in 0 … 1, for visual towers of every size.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SLOPE = 0.01  # of both LeakyReLUs: torch's default
 MAX_VECTORS = 1 << 14
 
 
@@ -49,15 +45,13 @@ class PatchTower(nn.Module):
     def __init__(self, visual: Any, size: int, *, normalised_patches: bool = False) -> None:
         super().__init__()
         self.visual = visual.requires_grad_(False)
-        self.size = size
-        self.normalised_patches = normalised_patches
+        self.size, self.normalised_patches = size, normalised_patches
         self.eval()
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (batch, vectors, width) in float32 for pixels in −1 … 1."""
-        side = (self.size, self.size)
-        # Without antialiasing, with aligned corners and unclamped, as those weights were trained.
+        side = (self.size, self.size)  # without antialiasing and unclamped, as those weights were trained
         sized = functional.interpolate(pixels.float(), size=side, mode="bicubic", align_corners=True, antialias=False)
         mean, std = (sized.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
         found = self.visual.forward_intermediates(
@@ -76,30 +70,19 @@ class PatchTower(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class PatchEncoderConfig:
-    """Sizes of a `PatchEncoder` and of the visual tower that belongs to it.
+    """Sizes of a `PatchEncoder` and of the visual tower that belongs to it."""
 
-    Args:
-        unet_width: pooled U-Net features of all blocks, concatenated.
-        hidden_width: of everything between the features and the embedding.
-        embedding_width: width of the base's token table.
-        tower_width, tower_layers, tower_heads: the visual tower; the width is also that of its vectors.
-        tower_mlp_ratio: width of its MLPs in units of its width.
-        tower_image_size, tower_patch_size: pixels on a side of its images and of a patch.
-        tower_quick_gelu: whether its activation is x·sigmoid(1.702 x), as in OpenAI's models.
-        normalised_patches: whether patches pass the tower's last LayerNorm, as [CLS] always does.
-    """
-
-    unet_width: int
-    hidden_width: int
-    embedding_width: int
-    tower_width: int
+    unet_width: int  # pooled U-Net features of all blocks, concatenated
+    hidden_width: int  # of everything between the features and the embedding
+    embedding_width: int  # of the base's token table
+    tower_width: int  # also of its vectors
     tower_layers: int
     tower_heads: int
-    tower_image_size: int
+    tower_image_size: int  # pixels on a side
     tower_patch_size: int
-    tower_mlp_ratio: float = 4.0
-    tower_quick_gelu: bool = False
-    normalised_patches: bool = False
+    tower_mlp_ratio: float = 4.0  # width of its MLPs in units of its width
+    tower_quick_gelu: bool = False  # x·sigmoid(1.702 x), as in OpenAI's models
+    normalised_patches: bool = False  # whether patches pass the tower's last LayerNorm, as [CLS] always does
 
     @property
     def vectors(self) -> int:
@@ -125,8 +108,7 @@ class PatchEncoderConfig:
             elif entry.type == "float":
                 fits = isinstance(value, float | int) and 0 < value <= 64
             else:
-                whole = isinstance(value, int) and not isinstance(value, bool)
-                fits = whole and 0 < value <= MAX_SIZE
+                fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
             if not fits:
                 raise ValueError(f"{entry.name} of an encoder cannot be {value!r}")
         if config.tower_width % config.tower_heads:
@@ -137,11 +119,7 @@ class PatchEncoderConfig:
 
 
 class PatchEncoder(nn.Module):
-    """E of e4t-diffusion, in the form it is trained in.
-
-    The linear layers of the hierarchy are one tensor: they are summed in one matrix
-    multiplication, and an optimizer has 2 tensors instead of 258.
-    """
+    """E of e4t-diffusion, as it is trained: the F_i are one tensor, for an optimizer 2 tensors instead of 258."""
 
     reads_unet = True
 
@@ -149,9 +127,8 @@ class PatchEncoder(nn.Module):
         super().__init__()
         self.config = config
         count, hidden = config.vectors, config.hidden_width
-        self.embed_unet = nn.Sequential(
-            nn.Linear(config.unet_width, hidden), nn.LeakyReLU(SLOPE), nn.Linear(hidden, hidden)
-        )
+        first = nn.Linear(config.unet_width, hidden)
+        self.embed_unet = nn.Sequential(first, nn.LeakyReLU(SLOPE), nn.Linear(hidden, hidden))
         self.join_picture = nn.Linear(config.tower_width, hidden)  # J_x, j
         self.join_unet = nn.Linear(hidden, hidden, bias=False)  # J_u
         self.first_weights = nn.Parameter(torch.empty(count, hidden, hidden))  # F_i

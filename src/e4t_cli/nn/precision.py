@@ -13,57 +13,40 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-TENSOR_CORES = (7, 0)
-"""The first CUDA compute capability with fast float16 matrix multiplications."""
+TENSOR_CORES = (7, 0)  # the first CUDA compute capability with fast float16 matrix multiplications
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionPolicy:
-    """The dtypes of one run.
-
-    Args:
-        device: where the run is.
-        base: of the frozen parts: U-Net, text encoder, image encoder.
-        matmul: of the matrix multiplications in training; autocast applies it where the weights have another dtype.
-        vae: of the VAE.
-        sampled: of a tuned U-Net that is sampled with.
-        trained: of the weights in training, their gradients and the optimizer's state.
-    """
+    """The dtypes of one run."""
 
     device: torch.device
-    base: torch.dtype
-    matmul: torch.dtype
+    base: torch.dtype  # of the frozen parts: U-Net, text encoder, image encoder
+    matmul: torch.dtype  # in training; autocast applies it where the weights have another dtype
     vae: torch.dtype
-    sampled: torch.dtype
-    trained: torch.dtype = torch.float32
+    sampled: torch.dtype  # of a tuned U-Net that is sampled with
+    trained: torch.dtype = torch.float32  # weights in training, their gradients and the optimizer's state
 
     @classmethod
     def resolve(
-        cls,
-        device: torch.device,
-        base: torch.dtype = torch.float32,
-        autocast: bool | None = None,
-        *,
-        loss_scaling: bool = True,
-    ) -> Self:
+        cls, device: torch.device, base: torch.dtype = torch.float32, autocast: bool | None = None,
+        *, loss_scaling: bool = True,
+    ) -> Self:  # fmt: skip
         """Return the policy of a run.
 
         Args:
             base: the dtype that the base was loaded in.
             autocast: False multiplies in float32, True in half precision even where it is emulated; None takes half
-                precision where the hardware is faster with it. A user's `--dtype fp32` is False
-                (`requested_autocast`).
+                precision where the hardware is faster with it. `--dtype fp32` is False (`requested_autocast`).
             loss_scaling: whether the training loop can scale its loss, without which float16 gradients underflow.
         """
         matmul = torch.float32
         if autocast is not False:
             matmul = _fast_dtype(device, loss_scaling) or (torch.bfloat16 if autocast else torch.float32)
-        # Fifteen steps at the paper's rate move a weight by one or two spacings of bfloat16, and
-        # a third of that is lost in the rounding; float16, as fast, loses 4 % (a test measures
-        # it). On a CPU float16 is slow, and bfloat16 is used there only on request.
+        # Fifteen steps at the paper's rate move a weight by one or two spacings of bfloat16, and a third of that is
+        # lost in the rounding; float16, as fast, loses 4 % (a test measures it), but is slow on a CPU.
         coarse = base == torch.bfloat16 and device.type != "cpu"
-        sampled = torch.float16 if coarse else base
-        return cls(device=device, base=base, matmul=matmul, vae=base, sampled=sampled)
+        return cls(device=device, base=base, matmul=matmul, vae=base, sampled=torch.float16 if coarse else base)
 
     @property
     def half(self) -> torch.dtype | None:
@@ -85,12 +68,7 @@ def requested_autocast(dtype: str) -> bool | None:
 
 
 def _fast_dtype(device: torch.device, loss_scaling: bool) -> torch.dtype | None:
-    """Return the half precision that the device trains fastest in, None for float32.
-
-    bfloat16 where there is a choice, since it has float32's range. Not float16 on MPS, where its
-    speed was never measured.
-    """
-    if multiplies_bfloat16(device):
+    if multiplies_bfloat16(device):  # first: it has float32's range
         return torch.bfloat16
     return torch.float16 if loss_scaling and multiplies_float16(device) else None
 
@@ -107,7 +85,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def multiplies_float16(device: torch.device) -> bool:
-    """Return whether the device multiplies float16 faster than float32."""
+    """Return whether the device multiplies float16 faster than float32; False on MPS, where it was never measured."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES
 
 
@@ -140,11 +118,10 @@ def half_precision(
 
     Args:
         dtype: of the matrix multiplications, None for that of the weights.
-        keep_casts: cache the half-precision copy of each weight until the end of the block, for
-            code that runs over it twice; without, gradient checkpointing holds one block's copies
-            at a time. Without, attention also takes little memory.
-        cast: False where all weights have that dtype already: CUDA's autocast would still convert
-            every normalisation to float32 and back.
+        keep_casts: cache the half-precision copy of each weight until the end of the block, for code that uses it
+            twice; without, gradient checkpointing holds one block's copies at a time, attention takes little memory.
+        cast: False where all weights have that dtype already: CUDA's autocast would still convert every normalisation
+            to float32 and back.
     """
     with ExitStack() as stack:
         if dtype is not None and cast:
@@ -176,9 +153,8 @@ class math_attention(TorchFunctionMode):
 
 
 def _math_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any,
-    **kwargs: Any,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
     """Call the MATH backend as `scaled_dot_product_attention` does, also under autocast."""
     device = query.device
     if _autocasts(device):

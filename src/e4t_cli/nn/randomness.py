@@ -16,10 +16,9 @@ from torch import Tensor
 
 def generator(seed: int, *counters: int | str) -> torch.Generator:
     """Return a generator for one purpose, on the CPU so that a seed is the same on every device."""
-    label = "/".join(str(counter) for counter in (seed, *counters))
+    label = "/".join(map(str, (seed, *counters)))
     digest = hashlib.blake2b(label.encode(), digest_size=8).digest()
-    # manual_seed takes a signed 64-bit integer, so the highest bit is dropped.
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # it takes a signed integer
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
@@ -32,34 +31,22 @@ def uniforms(seed: int, step: int, batch_size: int) -> Tensor:
 
     The first is its noise level within its range; the others are `Draws.uniform`, without the cost of sampling noise.
     """
-    source = generator(seed, "draw", step)
-    return torch.rand(batch_size, 3, generator=source, dtype=torch.float64)
+    return torch.rand(batch_size, 3, generator=generator(seed, "draw", step), dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draws:
-    """Everything random about some samples of one optimizer step.
+    """Everything random about some samples of one optimizer step."""
 
-    Args:
-        timesteps: (batch,), int64.
-        epsilon: the noise to predict (batch, *shape).
-        posterior: the noise that samples the VAE's posterior (batch, *shape).
-        uniform: values in 0 … 1 for discrete choices (batch, 2), float64, always on the CPU.
-    """
-
-    timesteps: Tensor
-    epsilon: Tensor
-    posterior: Tensor
-    uniform: Tensor
+    timesteps: Tensor  # (batch,), int64
+    epsilon: Tensor  # the noise to predict (batch, *shape)
+    posterior: Tensor  # the noise that samples the VAE's posterior (batch, *shape)
+    uniform: Tensor  # values in 0 … 1 for discrete choices (batch, 2), float64, always on the CPU
 
     def to(self, device: torch.device) -> Draws:
         """Move all but `uniform`."""
-        return replace(
-            self,
-            timesteps=sent(self.timesteps, device),
-            epsilon=sent(self.epsilon, device),
-            posterior=sent(self.posterior, device),
-        )
+        moved = {name: sent(getattr(self, name), device) for name in ("timesteps", "epsilon", "posterior")}
+        return replace(self, **moved)
 
     def sentences(self, count: int) -> Tensor:
         """Choose one of `count` prompt templates for each sample: (batch,), on epsilon's device."""
@@ -92,10 +79,8 @@ def draw(
     values = torch.rand(batch_size, 3, generator=source, dtype=torch.float64)
     level = (torch.arange(batch_size) + values[:, 0]) / batch_size
     noise = torch.randn(2, batch_size, *shape, generator=source)
-    whole = Draws(
-        timesteps=choose(level, train_timesteps), epsilon=noise[0], posterior=noise[1], uniform=values[:, 1:]
-    )
-    return whole[positions]
+    timesteps = choose(level, train_timesteps)
+    return Draws(timesteps=timesteps, epsilon=noise[0], posterior=noise[1], uniform=values[:, 1:])[positions]
 
 
 def choose(uniform: Tensor, count: int) -> Tensor:

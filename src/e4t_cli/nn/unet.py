@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
+# Options of diffusers for inputs that Stable Diffusion's U-Net does not have.
 OTHER_INPUTS = (
-    "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type",
-    "time_cond_proj_dim",
-)  # fmt: skip
-"""Options of diffusers for inputs that Stable Diffusion's U-Net does not have."""
+    *("class_embed_type", "num_class_embeds", "addition_embed_type"),
+    *("encoder_hid_dim_type", "time_cond_proj_dim"),
+)
 
 
 class _Block(Protocol):
@@ -39,19 +39,12 @@ class _Block(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UNetState:
-    """A U-Net's forward pass, stopped after some of the down blocks or the mid block.
+    """A U-Net's forward pass, stopped after some of the down blocks or the mid block."""
 
-    Args:
-        hidden: the current feature map (batch, channels, height, width).
-        skips: the outputs kept for the up blocks.
-        time: the embedding of t (batch, time_width).
-        blocks_done: down blocks already run.
-    """
-
-    hidden: Tensor
-    skips: tuple[Tensor, ...]
-    time: Tensor
-    blocks_done: int
+    hidden: Tensor  # the current feature map (batch, channels, height, width)
+    skips: tuple[Tensor, ...]  # the outputs kept for the up blocks
+    time: Tensor  # the embedding of t (batch, time_width)
+    blocks_done: int  # down blocks already run
 
     @classmethod
     def cat(cls, states: Sequence[Self]) -> Self:
@@ -91,11 +84,7 @@ def embed_latents(unet: UNet2DConditionModel, z_t: Tensor, t: Tensor) -> UNetSta
 
 
 def down_and_mid(unet: UNet2DConditionModel, state: UNetState, text: Tensor) -> UNetState:
-    """Run the remaining down blocks and the mid block, after `embed_latents`.
-
-    Args:
-        text: text encoder output (batch, tokens, width).
-    """
+    """Run the remaining down blocks and the mid block on the text encoder's output (batch, tokens, width)."""
     hidden, skips, time = state.hidden, state.skips, state.time
     for block in list(unet.down_blocks)[state.blocks_done :]:
         hidden, outputs = block(hidden_states=hidden, temb=time, **_text(block, text))
@@ -157,8 +146,7 @@ def check_unet(unet: UNet2DConditionModel) -> None:
             raise ValueError(f"its U-Net has an input that Stable Diffusion has not ({option})")
     read, written = unet.config["in_channels"], unet.config["out_channels"]
     if read != written:
-        reason = "inpainting models are not supported"
-        raise ValueError(f"its U-Net reads {read} channels and writes {written}: {reason}")
+        raise ValueError(f"its U-Net reads {read} channels and writes {written}: inpainting models are not supported")
 
 
 def _reads_text(block: nn.Module) -> bool:

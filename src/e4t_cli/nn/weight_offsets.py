@@ -29,12 +29,8 @@ from torch.nn.utils import parametrize
 
 from e4t_cli.nn.precision import full_precision
 
-Factors = tuple[Tensor, Tensor]
-"""left (M, 3) and right (3, N), whose product is ΔW."""
-
-PROJECTIONS = ("to_q", "to_k", "to_v")
-"""The modulated projections of an attention layer; W_o is not modulated (section 3.2, table 1)."""
-
+Factors = tuple[Tensor, Tensor]  # left (M, 3) and right (3, N), whose product is ΔW
+PROJECTIONS = ("to_q", "to_k", "to_v")  # modulated; W_o is not (section 3.2, table 1)
 RANK = 3
 
 
@@ -145,20 +141,14 @@ class WeightOffsets(nn.Module):
     def from_factors(cls, factors: Mapping[str, Factors]) -> Self:
         """Rebuild trainable, unattached offsets from `factors()`; the tensors are copied."""
         # Sorted, so that sums over all of them do not depend on where the factors came from.
-        copied = {
-            path: FactoredWeightOffset(left.detach().clone(), right.detach().clone())
-            for path, (left, right) in sorted(factors.items())
-        }
-        return cls(copied)
+        ordered = sorted(factors.items())
+        return cls({path: FactoredWeightOffset(*(one.detach().clone() for one in pair)) for path, pair in ordered})
 
     @torch.no_grad()
     def factors(self) -> dict[str, Factors]:
         """Return path -> (left, right), detached copies in float32."""
-        return {
-            path: (left.float().clone(), right.float().clone())
-            for path, modulation in self._items()
-            for left, right in (modulation.factors(),)
-        }
+        pairs = {path: modulation.factors() for path, modulation in self._items()}
+        return {path: (left.float().clone(), right.float().clone()) for path, (left, right) in pairs.items()}
 
     def attach_to(self, unet: nn.Module) -> None:
         """Make every modulated weight of `unet` read as W₀ · (1 + ΔW).
@@ -203,9 +193,8 @@ class WeightOffsets(nn.Module):
     def cached(self) -> Iterator[None]:
         """Evaluate each W once for the feature pass and the main pass, inside a `with` block.
 
-        The cache belongs to these offsets, this block and this thread. Weights must not change
-        inside the block. Nothing is cached under gradient checkpointing, where the backward pass
-        has to recompute what the forward pass computed.
+        The cache belongs to these offsets, this block and this thread; weights must not change inside. Nothing is
+        cached under gradient checkpointing, where the backward pass has to recompute what the forward pass computed.
         """
         if any(getattr(unet, "is_gradient_checkpointing", False) for unet in self._attached):
             yield

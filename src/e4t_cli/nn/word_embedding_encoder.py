@@ -37,8 +37,7 @@ class ImageTower(nn.Module):
     def __init__(self, visual: Any, mean: Sequence[float], std: Sequence[float], size: int) -> None:
         super().__init__()
         # Paper silent: the backbone stays as CLIP training left it, so an image is encoded once.
-        self.visual = visual.requires_grad_(False)
-        self.size = size
+        self.visual, self.size = visual.requires_grad_(False), size
         self.width: int = visual.class_embedding.shape[0]
         self.indices = list(range(1, len(visual.transformer.resblocks), 2))  # every 2nd layer
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -49,24 +48,19 @@ class ImageTower(nn.Module):
         """Return (batch, layers, width) in float32 for pixels in −1 … 1."""
         colours = (pixels.float() + 1) / 2
         if pixels.shape[-1] != self.size:
-            colours = functional.interpolate(
-                colours, size=(self.size, self.size), mode="bicubic", antialias=True
-            ).clamp(0, 1)
+            side = (self.size, self.size)
+            colours = functional.interpolate(colours, size=side, mode="bicubic", antialias=True).clamp(0, 1)
         found = self.visual.forward_intermediates(
             ((colours - self.mean.float()) / self.std.float()).to(self.visual.conv1.weight.dtype),
-            indices=self.indices,
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )["image_intermediates_prefix"]
+            indices=self.indices, stop_early=True,
+            intermediates_only=True, output_fmt="NLC", output_extra_tokens=True,
+        )["image_intermediates_prefix"]  # fmt: skip
         # Paper silent: through the tower's final LayerNorm, since raw [CLS] grows with depth.
         features: Tensor = self.visual.ln_post(torch.cat(found, dim=1))
         return features.float()
 
 
-MAX_SIZE = 1 << 16
-"""Above every real width; a manifest with a larger one is damaged."""
+MAX_SIZE = 1 << 16  # above every real width; a manifest with a larger one is damaged
 
 
 class Encoder(Protocol):
@@ -81,7 +75,6 @@ class Encoder(Protocol):
 
     def for_inference(self) -> Encoder:
         """Return an encoder with the same `predict_offset`, without what only training needs."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +154,9 @@ class WordEmbeddingEncoder(nn.Module):
             assert unet_features is not None
             # Paper silent: the spatial means range over two orders of magnitude between blocks
             # and noise levels, while [CLS] has passed a LayerNorm; so each is normalized, too.
-            parts = [
-                functional.layer_norm(part, part.shape[-1:])
-                for part in torch.split(unet_features, list(self.config.unet_widths), dim=1)
-            ]
-            average = average + self._share(self.unet_linears, parts)
+            parts = torch.split(unet_features, list(self.config.unet_widths), dim=1)
+            normalized = [functional.layer_norm(part, part.shape[-1:]) for part in parts]
+            average = average + self._share(self.unet_linears, normalized)
         offset: Tensor = self.final(self.activation(average))
         return offset
 
@@ -182,18 +173,15 @@ class WordEmbeddingEncoder(nn.Module):
 class FixedEmbedding(nn.Module):
     """An `Encoder` that reads nothing: the same offset for every image and time step.
 
-    With zeros it gives the descriptor's embedding; with a rare word's difference from it, divided
-    by s, DreamBooth's identifier; trained, Textual Inversion's vector.
-
-    Args:
-        offset: E, (embedding_width,).
+    With zeros it gives the descriptor's embedding; with a rare word's difference from it, divided by s, DreamBooth's
+    identifier; trained, Textual Inversion's vector.
     """
 
     reads_unet = False
 
     def __init__(self, offset: Tensor) -> None:
         super().__init__()
-        self.offset = nn.Parameter(offset.detach().clone())
+        self.offset = nn.Parameter(offset.detach().clone())  # E, (embedding_width,)
 
     def encode_image(self, image_features: Tensor) -> Tensor:
         """Return the batch size only, (batch, 0)."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -34,18 +34,13 @@ from e4t_cli.training.loss import Losses, TrainingBatch, training_loss
 class DistributedContext:
     """This process among those that train together, from `init_distributed`; alone by default.
 
-    Every process holds the whole model, takes its positions of the global batch, and averages
-    gradients with the others after each step.
-
-    Args:
-        rank: 0 … count - 1. Rank 0 reports and saves.
-        count: number of processes.
-        device: of this process; None leaves the choice to whoever loads the model.
+    Every process holds the whole model, takes its positions of the global batch, and averages gradients with the
+    others after each step.
     """
 
-    rank: int = 0
-    count: int = 1
-    device: torch.device | None = None
+    rank: int = 0  # 0 … count - 1; rank 0 reports and saves
+    count: int = 1  # processes
+    device: torch.device | None = None  # of this process; None leaves the choice to whoever loads the model
 
     @property
     def first(self) -> bool:
@@ -59,50 +54,33 @@ class DistributedContext:
         """Return a module whose backward pass averages gradients over all processes."""
         if self.count == 1:
             return module
-        # Not `Accelerator.prepare` (accelerate 1.15.0): on GPUs it follows a launcher's FSDP or
-        # DeepSpeed settings, which shard the parameters that checkpoints hold as a whole.
-        cuda = self.device is not None and self.device.type == "cuda"
-        return DistributedDataParallel(module, device_ids=[self.device] if cuda else None, broadcast_buffers=False)
+        # Not `Accelerator.prepare` (accelerate 1.15.0): on GPUs it follows a launcher's FSDP or DeepSpeed settings,
+        # which shard the parameters that checkpoints hold as a whole.
+        devices = [self.device] if self.device is not None and self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over all processes."""
-        return self._reduce(values, "mean")
+        if self.count > 1:
+            from accelerate.utils import reduce
+
+            values = reduce(values, "mean")
+        return values
 
     def any(self, flag: bool) -> bool:
         """Return whether it holds in any process; all of them have to call this."""
-        return bool(self._reduce(torch.tensor(float(flag), device=self.device), "sum"))
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
     def check_same(self, value: int, what: str) -> None:
-        """Make sure that all processes hold the same value.
-
-        Raises:
-            UsageError: they do not.
-        """
+        """Raise UsageError if the processes hold different values."""
         values = [value]
         if self.count > 1:
             from accelerate.utils import gather
 
             values = gather(torch.tensor([value], device=self.device)).tolist()
         if min(values) != max(values):
-            raise UsageError(
-                f"the processes differ in {what}: {min(values)} and {max(values)}",
-                hint="give all of them the same folder, on a disk that they share",
-            )
-
-    def _reduce(self, values: Tensor, reduction: str) -> Tensor:
-        if self.count == 1:
-            return values
-        from accelerate.utils import reduce
-
-        reduced: Tensor = reduce(values, reduction)
-        return reduced
-
-
-def no_sync(trained: nn.Module) -> AbstractContextManager[None]:
-    """Accumulate gradients without averaging them over processes, inside a `with` block."""
-    if isinstance(trained, DistributedDataParallel):
-        return trained.no_sync()
-    return contextlib.nullcontext()
+            message = f"the processes differ in {what}: {min(values)} and {max(values)}"
+            raise UsageError(message, hint="give all of them the same folder, on a disk that they share")
 
 
 @contextlib.contextmanager
@@ -110,8 +88,7 @@ def init_distributed(device: str = "auto") -> Iterator[DistributedContext]:
     """Join the other processes that torchrun or `accelerate launch` has started, if any.
 
     Args:
-        device: "cpu" for the CPU, anything else for the GPU of this process where there are some.
-            Processes communicate through NCCL on GPUs and gloo on CPUs.
+        device: "cpu" for the CPU (gloo), anything else for the GPU of this process where there are some (NCCL).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield DistributedContext()
@@ -121,9 +98,7 @@ def init_distributed(device: str = "auto") -> Iterator[DistributedContext]:
     # Without `cpu=True`, accelerate 1.15.0 finds no other process on a machine without GPUs.
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     try:
-        yield DistributedContext(
-            rank=state.process_index, count=state.num_processes, device=torch.device(state.device)
-        )
+        yield DistributedContext(rank=state.process_index, count=state.num_processes, device=state.device)
     finally:
         state.destroy_process_group()
 
@@ -141,11 +116,7 @@ class SampleBatch:
 
 
 class Batches:
-    """The samples of each step, or those at some positions of its batch.
-
-    Args:
-        batch_size: of the whole batch of a step, over all processes and micro-batches.
-    """
+    """The samples of each step, or those at some positions of its batch."""
 
     def __init__(
         self,
@@ -155,12 +126,12 @@ class Batches:
         templates: Sequence[str],
         descriptor_id: int,
         seed: int,
-        batch_size: int | None = None,
+        batch_size: int | None = None,  # of all processes and micro-batches together
     ) -> None:
         self.model, self.data, self.config, self.seed = model, data, config, seed
         self.batch_size = batch_size or config.batch_size
         self.tokens: Tokens = model.tokenize(training_prompts(tuple(templates)), descriptor_id)
-        self._last: tuple[int, Draws] | None = None
+        self._draws = lru_cache(maxsize=1)(self._draw)  # sampled once for all micro-batches of a step
 
     def of(self, step: int, positions: range | None = None) -> SampleBatch:
         """Return the samples at `positions` of a step's batch; None is all of it."""
@@ -169,27 +140,18 @@ class Batches:
         draws = self._draws(step)[positions].to(device)
         rows = self.data.rows(seed=self.seed, step=step, positions=positions, batch_size=self.batch_size)
         posterior = Posterior(mean=sent(rows.means, device).float(), logvar=sent(rows.logvars, device).float())
-        masks = None
-        if self.config.mask and rows.masks is not None:
-            masks = sent(rows.masks, device).float()
         return SampleBatch(
             z_0=posterior.sample(draws.posterior),
             timesteps=draws.timesteps,
             epsilon=draws.epsilon,
             image_features=sent(rows.image_features, device).float(),
             tokens=self.tokens[draws.sentences(len(self.tokens.ids))],
-            mask=masks,
+            mask=sent(rows.masks, device).float() if self.config.mask and rows.masks is not None else None,
         )
 
-    def _draws(self, step: int) -> Draws:
-        """Return the noise of the whole batch, generated once for all micro-batches of a step."""
-        if self._last is None or self._last[0] != step:
-            draws = draw(
-                self.seed, step, range(self.batch_size), batch_size=self.batch_size,
-                train_timesteps=self.model.train_timesteps, shape=self.model.latent_shape,
-            )  # fmt: skip
-            self._last = (step, draws)
-        return self._last[1]
+    def _draw(self, step: int) -> Draws:
+        size, shape, timesteps = self.batch_size, self.model.latent_shape, self.model.train_timesteps
+        return draw(self.seed, step, range(size), batch_size=size, train_timesteps=timesteps, shape=shape)
 
 
 class PretrainingLoss(nn.Module):
@@ -197,9 +159,6 @@ class PretrainingLoss(nn.Module):
 
     Both passes through the U-Net are inside, so that DistributedDataParallel sees each parameter used once a step. The
     frozen base is not registered as a submodule: it is neither sent to the other processes nor given gradients.
-
-    Args:
-        autocast_dtype: of matrix multiplications; None for the weights' dtype.
     """
 
     def __init__(
@@ -211,19 +170,18 @@ class PretrainingLoss(nn.Module):
         *,
         e_domain: Tensor,
         scale: float,
-        autocast_dtype: torch.dtype | None = None,
+        autocast_dtype: torch.dtype | None = None,  # of matrix multiplications; None for the weights' dtype
         detach_features: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.offsets = encoder, offsets
         self._frozen = (model, unet, e_domain)  # nn.Module registers no modules in a tuple
-        self.scale, self.detach_features = scale, detach_features
-        self.autocast_dtype = autocast_dtype
+        self.scale, self.detach_features, self.autocast_dtype = scale, detach_features, autocast_dtype
 
     def forward(self, samples: SampleBatch) -> Losses:
-        model, unet, e_domain = self._frozen
+        (model, unet, e_domain), encoder = self._frozen, self.encoder
         with full_precision(model.device):
-            encoded_image = self.encoder.encode_image(samples.image_features)
+            encoded_image = encoder.encode_image(samples.image_features)
         batch = TrainingBatch(
             z_0=samples.z_0, timesteps=samples.timesteps, epsilon=samples.epsilon,
             encoded_image=encoded_image, tokens=samples.tokens, mask=samples.mask,
@@ -231,6 +189,5 @@ class PretrainingLoss(nn.Module):
         cast = unet.dtype != self.autocast_dtype
         with self.offsets.cached(), half_precision(model.device, self.autocast_dtype, cast=cast):
             return training_loss(
-                model, unet, self.encoder, batch,
-                e_domain=e_domain, scale=self.scale, detach_features=self.detach_features,
-            )  # fmt: skip
+                model, unet, encoder, batch, e_domain=e_domain, scale=self.scale, detach_features=self.detach_features
+            )

@@ -3,9 +3,9 @@
     <cache>/pretraining/<settings>/<content>.safetensors    up to 256 images: latents, features
     <cache>/pretraining/<settings>/stamps/<stamps>          the content that files with these had
 
-The first name is a hash of everything that decides how an image is encoded (base, resolution,
-dtype, preparation), the second one of the images' bytes. So a chunk is right whoever wrote it:
-another run, another folder with the same images, a process that was faster.
+The first name is a hash of everything that decides how an image is encoded (base, resolution, dtype, preparation), the
+second one of the images' bytes. So a chunk is right whoever wrote it: another run, another folder with the same
+images, a process that was faster.
 """
 
 from __future__ import annotations
@@ -39,10 +39,8 @@ from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.domain import PreparedImage
 
 CHUNK_FORMAT = "1"
-CHUNK = 256
-"""Images in a file: what an interrupted encoding can lose."""
-OPEN_AT_ONCE = 256
-"""Chunks that stay mapped; the operating system decides what of them is in memory."""
+CHUNK = 256  # images in a file: what an interrupted encoding can lose
+OPEN_AT_ONCE = 256  # chunks that stay mapped; the operating system decides what of them is in memory
 _ROWS = ("means", "logvars", "image_features", "masks")
 
 
@@ -58,20 +56,13 @@ class Chunk:
 
 
 def write_chunk(
-    path: Path, rows: EncodedRows, *,
-    bad: dict[int, str], digests: list[bytes], signatures: list[bytes],
-) -> None:  # fmt: skip
-    """Write a chunk with its checksum, unless another process was first; rows of bad images count.
-
-    Raises:
-        ResourceError: the disk is full, or not writable.
-    """
-    found = {name: getattr(rows, name) for name in _ROWS}
-    tensors = {name: value.contiguous() for name, value in found.items() if value is not None}
+    path: Path, rows: EncodedRows, *, bad: dict[int, str], digests: list[bytes], signatures: list[bytes]
+) -> None:
+    """Write a chunk with its checksum, unless another process was first; `rows` include those of bad images."""
+    tensors = {name: value.contiguous() for name, value in vars(rows).items() if value is not None}
     tensors["good"] = torch.tensor([index not in bad for index in range(len(digests))]).byte()
-    for name, rows_of_bytes in (("digests", digests), ("signatures", signatures)):
-        joined = torch.frombuffer(bytearray(b"".join(rows_of_bytes)), dtype=torch.uint8)
-        tensors[name] = joined.view(len(rows_of_bytes), -1)
+    for name, column in (("digests", digests), ("signatures", signatures)):
+        tensors[name] = torch.frombuffer(bytearray(b"".join(column)), dtype=torch.uint8).view(len(column), -1)
     plain = save(tensors)
     data = memoryview(plain)[8 + int.from_bytes(plain[:8], "little") :]
     about = {"format": CHUNK_FORMAT, "bad": json.dumps(bad), "sha256": hashlib.sha256(data).hexdigest()}
@@ -79,12 +70,7 @@ def write_chunk(
 
 
 def read_chunk(path: Path, count: int) -> Chunk:
-    """Return a chunk of `count` images, every byte of it checked.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or another one.
-    """
+    """Return a chunk of `count` images; FileNotFoundError if there is none, ValueError if it is damaged or another."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -107,19 +93,14 @@ def read_chunk(path: Path, count: int) -> Chunk:
 
 
 def _map_rows(path: Path) -> dict[str, Any]:
-    """Return the rows of a chunk by name, read from the disk where they are indexed.
-
-    Raises:
-        IntegrityError: the file was removed since the run began.
-    """
+    """Return the rows of a chunk by name, read from the disk where they are indexed."""
     try:
         file: Any = safe_open(path, framework="pt")
         return {name: file.get_slice(name) for name in file.keys() if name in _ROWS}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise IntegrityError(
-            f"the cache of encoded images in {path.parent} changed during the run",
-            hint="the same command makes it again and resumes from the last checkpoint",
-        ) from error
+        message = f"the cache of encoded images in {path.parent} changed during the run"
+        hint = "the same command makes it again and resumes from the last checkpoint"
+        raise IntegrityError(message, hint=hint) from error
 
 
 def _write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
@@ -129,33 +110,25 @@ def _write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
     except FileExistsError:  # another process was first, with the same content
         pass
     except OSError as error:
-        raise ResourceError(
-            f"the cache in {path.parent} cannot be written: {error.strerror}",
-            hint="E4T_CACHE_DIR moves it, --cache off trains without it",
-        ) from error
+        hint = "E4T_CACHE_DIR moves it, --cache off trains without it"
+        raise ResourceError(f"the cache in {path.parent} cannot be written: {error.strerror}", hint=hint) from error
 
 
 class CachedDataset:
     """A source's encoded images, read row by row from memory-mapped chunks.
 
-    In place of an image that could not be used comes the next usable one, so that all other
-    samples are the same as without it.
-
-    Args:
-        chunks: all of the source, in its order; equally many images in each but the last.
+    An image that could not be used is replaced by the next usable one, which changes nothing for the others. `chunks`
+    are all of the source, in its order, with equally many images in each but the last.
     """
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
-        self._size = len(chunks[0].good)
-        self._paths = [chunk.path for chunk in chunks]
+        self._size, self._paths = len(chunks[0].good), [chunk.path for chunk in chunks]
         good = numpy.concatenate([chunk.good.numpy() for chunk in chunks])
         usable = numpy.flatnonzero(good)
-        self._usable = len(usable)
+        self._count, self._usable = len(good), len(usable)
         later = numpy.searchsorted(usable, numpy.arange(len(good)))
         self._stand_in = usable[later % len(usable)]
-        self._count = len(good)
-        names = "\n".join(path.name for path in self._paths)
-        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:32]
+        self.fingerprint = hashlib.sha256("\n".join(path.name for path in self._paths).encode()).hexdigest()[:32]
         self._open = lru_cache(maxsize=OPEN_AT_ONCE)(_map_rows)
 
     def __len__(self) -> int:
@@ -177,13 +150,8 @@ class EncodingCache:
 
     def __init__(self, model: TextToImageModel, reader: ImageReader) -> None:
         self.model, self.reader = model, reader
-        settings = {
-            "format": CHUNK_FORMAT,
-            "base": model.fingerprint,
-            "resolution": model.resolution,
-            "dtype": str(model.dtype),
-            "preparation": reader.key,
-        }
+        settings = {"format": CHUNK_FORMAT, "base": model.fingerprint, "resolution": model.resolution}
+        settings |= {"dtype": str(model.dtype), "preparation": reader.key}
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = user_cache() / "pretraining" / name
         self.encoded = self.repaired = 0
@@ -208,8 +176,7 @@ class EncodingCache:
             InputError: no image can be used, or one cannot and the reader is strict.
             ResourceError: the disk is full.
         """
-        self._report, self._total = on_progress or self._report, total
-        processes = processes or DistributedContext()
+        self._report, self._total, processes = on_progress or self._report, total, processes or DistributedContext()
         known: dict[int, Chunk] = {}
         if processes.count > 1 and not isinstance(source, SinglePassSource):
             for number, items in _chunks(source):
@@ -227,8 +194,8 @@ class EncodingCache:
         if not usable:
             raise self.reader.empty_error()
         self._report(Progress(stage="encode", done=count, total=count))
-        repaired = f"{self.repaired} damaged files of the cache were made again"
-        for note in [*self.reader.notes(usable), *([repaired] if self.repaired else [])]:
+        repaired = [f"{self.repaired} damaged files of the cache were made again"] if self.repaired else []
+        for note in self.reader.notes(usable) + repaired:
             self._report(Progress(stage="encode", note=note))
         return CachedDataset(chunks)
 
@@ -244,13 +211,11 @@ class EncodingCache:
             content = hashlib.sha256(b"".join(digests)).hexdigest()
             found = self._find(content, len(items))
             if found is None:
-                self._make(self._path(content), items, unread, digests, number * CHUNK)
-                found = read_chunk(self._path(content), len(items))
+                found = self._make(content, items, unread, digests, number * CHUNK)
                 self.encoded += len(items)
             if all(stamps) and not unread:  # a disk that failed once may not fail again
                 _write(note, content.encode())
-        done = number * CHUNK + len(items)
-        self._report(Progress(stage="encode", done=done, total=self._total))
+        self._report(Progress(stage="encode", done=number * CHUNK + len(items), total=self._total))
         return found
 
     def _path(self, content: str) -> Path:
@@ -261,27 +226,25 @@ class EncodingCache:
         try:
             return read_chunk(self._path(content), count)
         except FileNotFoundError:
-            return None
+            pass
         except ValueError:
             self._path(content).unlink(missing_ok=True)
             self.repaired += 1
-            return None
+        return None
 
     def _make(
-        self, path: Path, items: list[ImageItem], unread: dict[int, str],
-        digests: list[bytes], first: int,
-    ) -> None:  # fmt: skip
+        self, content: str, items: list[ImageItem], unread: dict[int, str], digests: list[bytes], first: int
+    ) -> Chunk:
         """Encode a chunk's images and write them."""
         bad, signatures = dict(unread), []
-        # A blank stands for a bad image, so that the others go through the model in the same
-        # batches as if it were a good one, and come out in the same bits.
+        # A blank stands for a bad image, so that the others go through the model in the same batches as if it were a
+        # good one, and come out in the same bits.
         blank = self.reader.blank()
 
         def images() -> Iterator[PreparedImage]:
             for index, why in unread.items():
                 self.reader.leave_out(items[index].name, why)
-            readable = [item for index, item in enumerate(items) if index not in unread]
-            prepared = self.reader.prepare_all(readable)
+            prepared = self.reader.prepare_all(item for index, item in enumerate(items) if index not in unread)
             for index in range(len(items)):
                 one = unread.get(index) or next(prepared)
                 if isinstance(one, str):
@@ -293,7 +256,8 @@ class EncodingCache:
             self._report(replace(event, done=first + event.done, total=self._total))
 
         rows = encode_images(self.model, images(), on_progress=advance)
-        write_chunk(path, rows, bad=bad, digests=digests, signatures=signatures)
+        write_chunk(self._path(content), rows, bad=bad, digests=digests, signatures=signatures)
+        return read_chunk(self._path(content), len(items))
 
     def _count(self, chunk: Chunk, items: list[ImageItem]) -> None:
         """Count a chunk's unusable and duplicate images, whoever has encoded them."""

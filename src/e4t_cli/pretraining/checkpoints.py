@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from e4t_cli.errors import DivergedError, IntegrityError, ResourceError, UsageError, printable
 from e4t_cli.files import write_atomically
 
-LATEST = "latest"
-"""File that names the checkpoint to resume from; written when that one is safe on the disk."""
-
-LAYOUT = ("processes", "micro_batch", "steps")
-"""Settings that may change when a run is resumed."""
+LATEST = "latest"  # file that names the checkpoint to resume from; written when that one is safe on the disk
+LAYOUT = ("processes", "micro_batch", "steps")  # settings that may change when a run is resumed
+_OPTIMIZER = "optimizer."  # prefix of the optimizer's tensors; those of the modules have their own names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +33,17 @@ class CheckpointOptions:
     force: bool = False  # also from that of a run with other settings
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingState:
-    """What a checkpoint holds."""
-
-    encoder: nn.Module
-    offsets: nn.Module
-    optimizer: torch.optim.Optimizer
-
-
 class Checkpoints:
     """The files step-N.safetensors in a folder, each whole or absent.
 
-    A checkpoint is written under another name, synced and renamed; then `latest` is made to point
-    to it in the same way; only then is the oldest one removed. So at every moment, also after a
-    power cut, `latest` names a whole checkpoint.
+    A checkpoint is written under another name, synced and renamed; then `latest` is made to point to it in the same
+    way; only then is the oldest one removed. So at every moment, also after a power cut, `latest` names a whole
+    checkpoint.
 
     Args:
         folder: created if it does not exist.
-        run: the settings that decide every value of the run. `processes` and `recipe.batch_size`
-            count as their product, the global batch.
+        run: the settings that decide every value of the run. `processes` and `recipe.batch_size` count as their
+            product, the global batch.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
@@ -66,21 +55,15 @@ class Checkpoints:
         except OSError as error:
             raise self._unwritable(error, "the folder of checkpoints") from error
 
-    def write(self, step: int, state: TrainingState) -> None:
-        """Save the state after `step`.
-
-        Raises:
-            ResourceError: the disk is full; the checkpoints before are intact.
-        """
-        tensors = {f"encoder.{key}": value for key, value in state.encoder.state_dict().items()}
-        tensors |= {f"offsets.{key}": value for key, value in state.offsets.state_dict().items()}
-        for index, moments in state.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
+    def write(self, step: int, modules: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Save the state after `step`; ResourceError if the disk is full, with the checkpoints before intact."""
+        tensors = modules.state_dict()
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in moments.items()}
         path = self.folder / f"step-{step:08d}.safetensors"
         metadata = {"step": str(step), "run": json.dumps(self.run)}
-        content = save({key: value.cpu() for key, value in tensors.items()}, metadata)
         try:
-            write_atomically(path, content)
+            write_atomically(path, save({key: value.cpu() for key, value in tensors.items()}, metadata))
             write_atomically(self.folder / LATEST, f"{path.name}\n".encode())
         except OSError as error:
             raise self._unwritable(error, f"the checkpoint of step {step}") from error
@@ -89,8 +72,8 @@ class Checkpoints:
             if old not in self.kept:
                 old.unlink(missing_ok=True)
 
-    def restore(self, state: TrainingState, *, force: bool = False) -> int:
-        """Load the latest checkpoint into `state`; return the steps done, 0 without one.
+    def restore(self, modules: nn.Module, optimizer: torch.optim.Optimizer, *, force: bool = False) -> int:
+        """Load the latest checkpoint; return the steps done, 0 without one.
 
         Args:
             force: also one of a run with other settings, as far as its tensors fit.
@@ -110,103 +93,69 @@ class Checkpoints:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             step, run = int(metadata["step"]), json.loads(metadata["run"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise IntegrityError(
-                f"the checkpoint {path.name} cannot be read: {error}", hint="remove it to resume from the one before"
-            ) from error
+            message = f"the checkpoint {path.name} cannot be read: {error}"
+            raise IntegrityError(message, hint="remove it to resume from the one before") from error
         self._compare(run, force)
-        parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "offsets": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            part, _, rest = key.partition(".")
-            parts[part][rest] = value
         moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in parts["optimizer"].items():
-            index, _, moment = key.partition(".")
-            moments.setdefault(int(index), {})[moment] = value
-        groups = state.optimizer.state_dict()["param_groups"]
+        for key in [key for key in tensors if key.startswith(_OPTIMIZER)]:
+            index, _, moment = key.removeprefix(_OPTIMIZER).partition(".")
+            moments.setdefault(int(index), {})[moment] = tensors.pop(key)
         try:
-            state.encoder.load_state_dict(parts["encoder"])
-            state.offsets.load_state_dict(parts["offsets"])
-            state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            modules.load_state_dict(tensors)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         except (RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"the checkpoint {path.name} has other shapes than this run: it cannot be forced",
-                hint="start anew, or in another folder",
-            ) from error
+            message = f"the checkpoint {path.name} has other shapes than this run: it cannot be forced"
+            raise UsageError(message, hint="start anew, or in another folder") from error
         found = self._all()
         self.kept = found[: found.index(path) + 1][-2:]
         return step
 
     def latest(self) -> Path | None:
         """Return the checkpoint to resume from: that of the pointer, else the newest."""
+        found = self._all()
         with contextlib.suppress(OSError, UnicodeDecodeError):
             name = (self.folder / LATEST).read_text(encoding="utf-8").strip()
-            found = [path for path in self._all() if path.name == name]
-            if found:
-                return found[0]
-        return max(self._all(), default=None)
+            found = [path for path in found if path.name == name] or found
+        return max(found, default=None)
 
     def _compare(self, saved: Mapping[str, Any], force: bool) -> None:
-        """Refuse the state of another run, and add remarks on what may differ.
-
-        Raises:
-            UsageError: with the old and the new settings.
-        """
+        """Raise UsageError if `saved` is another run, and add remarks on what may differ."""
         old, new = _flat(saved), _flat(self.run)
-        changed = [
-            f"{key} {_shown(old.get(key))} → {_shown(new.get(key))}"
-            for key in sorted(old.keys() | new.keys())
-            if key not in LAYOUT and old.get(key) != new.get(key)
-        ]
+        keys = [key for key in sorted(old.keys() | new.keys()) if key not in LAYOUT and old.get(key) != new.get(key)]
+        changed = ", ".join(f"{key} {_shown(old.get(key))} → {_shown(new.get(key))}" for key in keys)
         if changed and not force:
-            raise UsageError(
-                f"the checkpoints in {printable(str(self.folder))} are of another run: {', '.join(changed)}",
-                hint="give the settings of before, or --force to continue with the new ones",
-            )
+            message = f"the checkpoints in {printable(str(self.folder))} are of another run: {changed}"
+            raise UsageError(message, hint="give the settings of before, or --force to continue with the new ones")
         if changed:
-            self.remarks.append(f"continuing with other settings: {', '.join(changed)}")
+            self.remarks.append(f"continuing with other settings: {changed}")
         same = ": the samples of each step stay the same, their sums are rounded in another order"
         for key, word in (("processes", "processes"), ("micro_batch", "samples at a time")):
             if key in old and old[key] != new[key]:
                 self.remarks.append(f"{old[key]} {word} before, {new[key]} now{'' if changed else same}")
 
     def _all(self) -> list[Path]:
-        pattern = re.compile(r"step-\d{8,}\.safetensors")
-        names = [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
+        names = [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}\.safetensors", path.name)]
         return sorted(names, key=lambda path: int(path.stem.partition("-")[2]))
 
     def _unwritable(self, error: OSError, what: str) -> ResourceError:
         intact = self.latest() if self.folder.is_dir() else None
         kept = f"; {intact.name} before it is intact" if intact is not None else ""
-        return ResourceError(
-            f"{what} could not be written in {printable(str(self.folder))}: {error.strerror or error}{kept}",
-            hint="make room; the same command then resumes from there",
-        )
+        message = f"{what} could not be written in {printable(str(self.folder))}: {error.strerror or error}{kept}"
+        return ResourceError(message, hint="make room; the same command then resumes from there")
 
 
-def check_weights(step: int, *modules: nn.Module, kept: int) -> None:
-    """Make sure that all weights are finite, with one transfer from the device for each module.
-
-    Raises:
-        DivergedError: some weight is not finite.
-    """
-    for module in modules:
-        norms = torch._foreach_norm([weight.detach() for weight in module.parameters()])
-        if not torch.stack([norm.float() for norm in norms]).isfinite().all():
-            raise diverged(step, "a weight is not a finite number", good=kept, kept=kept)
+def check_weights(step: int, modules: nn.Module, *, kept: int) -> None:
+    """Raise DivergedError if a weight is not finite, with one transfer from the device."""
+    norms = torch._foreach_norm([weight.detach() for weight in modules.parameters()])
+    if not torch.stack([norm.float() for norm in norms]).isfinite().all():
+        raise diverged(step, "a weight is not a finite number", good=kept, kept=kept)
 
 
 def diverged(step: int, reason: str, *, good: int, kept: int) -> DivergedError:
-    """Return the error of a run with a value that is not finite, the first one at `step`.
-
-    Args:
-        good: the last step before it whose values were finite.
-        kept: steps of the last checkpoint, 0 for none.
-    """
+    """Return the error of a run with a value that is not finite, first at `step`; the last `good` step is before."""
     saved = f"the checkpoint of step {kept} is kept" if kept else "nothing was saved"
-    return DivergedError(
-        f"pre-training diverged at step {step}: {reason}; the last good step was {good}, {saved}",
-        hint="try a smaller learning rate, --base-lr",
-    )
+    message = f"pre-training diverged at step {step}: {reason}; the last good step was {good}, {saved}"
+    return DivergedError(message, hint="try a smaller learning rate, --base-lr")
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:

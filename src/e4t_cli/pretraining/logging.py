@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from PIL import Image
@@ -29,24 +29,17 @@ from e4t_cli.registry.domain import PreparedImage
 from e4t_cli.sampling import SamplingConfig, sample
 from e4t_cli.training.tuning import tune
 
-PROMPTS = ("a photo of S*", "S* on the beach", "a drawing of S*")
-"""Of the contact sheets: one to recognise, one to place, one to restyle."""
+PROMPTS = ("a photo of S*", "S* on the beach", "a drawing of S*")  # of contact sheets: to recognise, place, restyle
+# Trackers that can work without a network, and their arguments for that.
 OFFLINE_TRACKERS: dict[str, dict[str, str]] = {"tensorboard": {}, "wandb": {"mode": "offline"}}
-"""Trackers that can work without a network, and their arguments for that."""
 
 
 def check_trackers(trackers: Sequence[Any], *, offline: bool) -> None:
-    """Make sure that trackers open no connection when offline; instances are the user's code.
-
-    Raises:
-        UsageError: one of them would.
-    """
+    """Raise UsageError if a tracker would open a connection when offline; instances are the user's code."""
     for name in trackers if offline else ():
         if isinstance(name, str) and name not in OFFLINE_TRACKERS:
-            raise UsageError(
-                f"the tracker {printable(name, limit=40)} may use the network, and e4t is offline",
-                hint=f"without a network: --tracker {' or '.join(OFFLINE_TRACKERS)}",
-            )
+            message = f"the tracker {printable(name, limit=40)} may use the network, and e4t is offline"
+            raise UsageError(message, hint=f"without a network: --tracker {' or '.join(OFFLINE_TRACKERS)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,9 +60,6 @@ class TrainingLogger:
     """Records one run; its `on_progress` and `on_step` are callbacks of `pretrain_domain`.
 
     Args:
-        config: what to record.
-        model: the base in training.
-        name: of the domain.
         settings: of the run, plain values for the trackers.
         on_progress: called with warnings about what could not be recorded.
 
@@ -99,20 +89,16 @@ class TrainingLogger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._each_tracker(lambda tracker: tracker.finish())
 
     def on_progress(self, event: Progress) -> None:
         """Record the values of an event, if it has any."""
         if event.values:
-            line = {"step": event.done, **event.values}
-            self._try("the log of losses", lambda: self._log(line))
+            self._try("the log of losses", lambda: self._log({"step": event.done, **event.values}))
             if self._trackers is None:
                 self._start_trackers()
-            values = dict(event.values)
-            self._each_tracker(lambda tracker: tracker.log(values, step=event.done))
+            self._each_tracker(lambda tracker: tracker.log(dict(event.values), step=event.done))
 
     def on_step(self, step: PretrainingStep) -> None:
         """Make a contact sheet, if this is a step for one."""
@@ -137,13 +123,11 @@ class TrainingLogger:
             name = printable(str(getattr(one, "name", one)), limit=40)
             try:
                 found = self._start_tracker(one)
+                if not found:
+                    self._tracker_failed(name, "is not installed")
+                self._trackers += [(name, tracker) for tracker in found[:1]]
             except Exception as error:  # whatever a service's library raises
                 self._tracker_failed(name, "failed", error)
-                continue
-            if found:
-                self._trackers.append((name, found[0]))
-            else:
-                self._tracker_failed(name, "is not installed")
 
     def _start_tracker(self, one: Any) -> list[Any]:
         """Start a tracker with accelerate; empty if its library is not installed."""
@@ -159,36 +143,34 @@ class TrainingLogger:
         return list(accelerator.trackers)
 
     def _each_tracker(self, act: Callable[[Any], object]) -> None:
-        for one in list(self._trackers or []):
+        for name, tracker in list(self._trackers or []):
             try:
-                act(one[1])
+                act(tracker)
             except Exception as error:
-                self._trackers = [other for other in self._trackers or [] if other is not one]
-                self._tracker_failed(one[0], "failed", error)
+                self._trackers = [other for other in self._trackers or [] if other[1] is not tracker]
+                self._tracker_failed(name, "failed", error)
 
     def _tracker_failed(self, name: str, what: str, error: Exception | None = None) -> None:
         reason = f": {printable(str(error), limit=160) or type(error).__name__}" if error else ""
         self._note(f"the tracker {name} {what}, and training continues without it{reason}")
 
     def _write_sheet(self, step: PretrainingStep) -> None:
-        images: list[Image.Image] = []
-        captions, records = [], []
         weights = step.snapshot()
+        images: list[Image.Image] = []
+        captions: list[str] = []
+        records: list[GenerationRecord] = []
         for number, prepared in enumerate(self.config.images):
-            images.append(prepared.image)
-            captions.append(f"held out {number + 1}, step {step.step:,}")
-            for image, record in self._samples(weights, number, prepared):
-                images.append(image)
-                captions.append(record.prompt)
-                records.append(record)
+            samples, row = self._samples(weights, number, prepared)
+            images += [prepared.image, *samples]
+            captions += [f"held out {number + 1}, step {step.step:,}", *(record.prompt for record in row)]
+            records += row
         sheet = contact_sheet(images, captions, columns=1 + len(self._prompts))
         self.config.folder.mkdir(parents=True, exist_ok=True)
-        path = self.config.folder / f"step-{step.step:08d}.png"
-        write_atomically(path, png_bytes(sheet, records))
+        write_atomically(self.config.folder / f"step-{step.step:08d}.png", png_bytes(sheet, records))
 
     def _samples(
         self, weights: DomainWeights, number: int, prepared: PreparedImage
-    ) -> list[tuple[Image.Image, GenerationRecord]]:
+    ) -> tuple[list[Image.Image], list[GenerationRecord]]:
         """Generate one held-out image's row from the encoder's prediction, without tuning."""
         model, sampling = self.model, self.config.sampling.resolved(self.model)
         if len(self._features) == number:  # the image never changes: encoded once
@@ -196,18 +178,13 @@ class TrainingLogger:
         tuning = weights.tuning.replace(steps=0)
         tuned = tune(model, weights, prepared, tuning, image_features=self._features[number])
         seeds = [self.config.seed + index for index in range(len(self._prompts))]
-        samples = sample(model, tuned, self._prompts, seeds, sampling)
+        samples = list(sample(model, tuned, self._prompts, seeds, sampling))
         assert sampling.guidance is not None
-        return [
-            (
-                image,
-                GenerationRecord(
-                    prompt=prompt.text, seed=seed, steps=sampling.steps,
-                    guidance=sampling.guidance, scheduler=sampling.scheduler,
-                    width=image.width, height=image.height, domain=weights.name,
-                    base=weights.base_name, base_fingerprint=weights.base_fingerprint,
-                    tuning=tuning.as_dict(),
-                ),
+        return samples, [
+            GenerationRecord(
+                prompt=prompt.text, seed=seed, steps=sampling.steps, guidance=sampling.guidance,
+                scheduler=sampling.scheduler, width=image.width, height=image.height, domain=weights.name,
+                base=weights.base_name, base_fingerprint=weights.base_fingerprint, tuning=tuning.as_dict(),
             )
             for image, prompt, seed in zip(samples, self._prompts, seeds, strict=True)
         ]  # fmt: skip
@@ -231,9 +208,6 @@ def read_losses(path: Path) -> list[dict[str, float]]:
     lines = []
     if path.exists():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-                lines.append({key: float(value) for key, value in line.items()})
-            except (ValueError, TypeError, AttributeError):
-                continue
+            with suppress(ValueError, TypeError, AttributeError):
+                lines.append({key: float(value) for key, value in json.loads(text).items()})
     return [line for line in lines if "step" in line and "loss" in line]

@@ -1,15 +1,12 @@
 """Captures a function as a CUDA graph and replays it.
 
-A step of tuning is over 5,000 kernels. Where the CPU takes longer to launch them than the GPU to
-run them, the GPU waits; a graph of all of them is launched as one.
+A step of tuning is over 5,000 kernels; where the GPU waits for the CPU to launch them, a graph launches all as one.
 
-A function of tensors can be captured whose work is the same every time: no branch and no Python
-value changes between calls but through its arguments, nothing is read back, and what it reads or
-writes beside its arguments stays where it is. `test_cuda_graphs_invariants.py` holds a step of
-tuning and of sampling to that without a GPU, by replaying a list of operations.
+A function of tensors can be captured whose work is the same every time: no branch and no Python value changes between
+calls but through its arguments, nothing is read back, and what it reads or writes beside its arguments stays where it
+is. `test_cuda_graphs_invariants.py` holds a step of tuning and of sampling to that by replaying a list of operations.
 
-Not the default: no GPU was available to measure it on. `E4T_CUDA_GRAPHS=1` turns it on, and
-`make bench` on a GPU prints both.
+Not the default: no GPU was available to measure it on. `E4T_CUDA_GRAPHS=1` turns it on, `make bench` prints both.
 """
 
 from __future__ import annotations
@@ -22,9 +19,7 @@ from torch import Tensor
 
 from e4t_cli.devices import captures_graphs, free_memory
 
-MIN_CALLS = 4
-"""Calls from which on a capture can pay: the first two run without a graph, or nearly so."""
-
+MIN_CALLS = 4  # from which on a capture can pay: the first two run without a graph, or nearly so
 Captured = Callable[[], Tensor]
 
 
@@ -40,7 +35,6 @@ class GraphCapture(Protocol):
         Raises:
             RuntimeError: it cannot be captured.
         """
-        ...
 
 
 class CudaGraphCapture:
@@ -50,8 +44,7 @@ class CudaGraphCapture:
         self.device = device
 
     def warm_up(self, work: Captured) -> Tensor:
-        # On a side stream, as torch requires: what libraries set up in their first call, such as
-        # choosing among algorithms, must be over before a capture begins.
+        # On a side stream, as torch requires: what libraries set up in their first call must be over before a capture.
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -86,13 +79,9 @@ class CudaGraphRunner:
     """
 
     def __init__(
-        self,
-        work: Callable[..., Tensor],
-        device: torch.device,
-        *,
-        calls: int,
+        self, work: Callable[..., Tensor], device: torch.device, *, calls: int,
         on_trouble: Callable[[str], None] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.work, self.device, self.on_trouble = work, device, on_trouble
         self.graph = graph_capture_for(device) if calls >= MIN_CALLS else None
         self._inputs: list[Tensor] = []
@@ -107,9 +96,15 @@ class CudaGraphRunner:
             return self.graph.warm_up(lambda: self.work(*self._inputs))
         for captured, value in zip(self._inputs, inputs, strict=True):
             captured.copy_(value)
-        if self._captured is None and (reason := self._capture(self.graph)):
+        if self._captured is None:
+            try:
+                self._captured = self.graph.capture(lambda: self.work(*self._inputs))
+            except RuntimeError as error:
+                # Nothing was run yet. Memory that ran out is among the reasons, since a graph keeps its own; as long
+                # as the error exists, it keeps that memory, too.
+                reason = str(error).partition("\n")[0] or type(error).__name__
+        if self._captured is None:
             return self._without(reason)
-        assert self._captured is not None
         replay, result = self._captured
         replay()
         return result.clone()  # the next call writes where this result is
@@ -118,19 +113,8 @@ class CudaGraphRunner:
         """Free the graph and the memory it works in."""
         self._inputs, self._captured = [], None
 
-    def _capture(self, graph: GraphCapture) -> str:
-        """Capture the work; returns why it could not be, "" if it could."""
-        try:
-            self._captured = graph.capture(lambda: self.work(*self._inputs))
-        except RuntimeError as error:
-            # Nothing was run yet. Memory that ran out is among the reasons, since a graph keeps
-            # its own; as long as the error exists, it keeps that memory, too.
-            return str(error).partition("\n")[0] or type(error).__name__
-        return ""
-
     def _without(self, reason: str) -> Tensor:
-        inputs = self._inputs
-        self.graph = None
+        inputs, self.graph = self._inputs, None
         self.forget()
         free_memory(self.device)
         if self.on_trouble:

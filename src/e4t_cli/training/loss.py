@@ -20,8 +20,7 @@ from e4t_cli.nn.precision import full_precision
 from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features, up_and_out
 from e4t_cli.nn.word_embedding_encoder import Encoder
 
-MIN_MASK_AREA = 0.01
-"""Share of the image below which a mask counts as a failed one."""
+MIN_MASK_AREA = 0.01  # share of the image below which a mask counts as a failed one
 
 
 def diffusion_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -69,23 +68,14 @@ def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingBatch:
-    """The samples that eq. 5 is evaluated on.
+    """The samples that eq. 5 is evaluated on."""
 
-    Args:
-        z_0: latents of the images (batch, channels, height, width).
-        timesteps: t of each sample (batch,).
-        epsilon: the noise, shaped like z_0.
-        encoded_image: `encoder.encode_image` of their features (batch, hidden), differentiable.
-        tokens: a training prompt for each sample.
-        mask: soft weights of the diffusion loss (batch, height, width), or None.
-    """
-
-    z_0: Tensor
-    timesteps: Tensor
-    epsilon: Tensor
-    encoded_image: Tensor
-    tokens: Tokens
-    mask: Tensor | None = None
+    z_0: Tensor  # latents of the images (batch, channels, height, width)
+    timesteps: Tensor  # t of each sample (batch,)
+    epsilon: Tensor  # the noise, shaped like z_0
+    encoded_image: Tensor  # `encoder.encode_image` of their features (batch, hidden), differentiable
+    tokens: Tokens  # a training prompt for each sample
+    mask: Tensor | None = None  # soft weights of the diffusion loss (batch, height, width)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,10 +117,8 @@ def training_loss(
     features = None
     if encoder.reads_unet:
         uncond = model.uncond_embeds.to(z_t.dtype).expand(len(z_t), -1, -1)
-        features = pooled_features(down_and_mid(unet, embedded, uncond))
-        features = features.to(batch.encoded_image.dtype)
-        if detach_features:
-            # Not torch.no_grad around the pass: the main pass shares its cached ΔW.
+        features = pooled_features(down_and_mid(unet, embedded, uncond)).to(batch.encoded_image.dtype)
+        if detach_features:  # not torch.no_grad around the pass: the main pass shares its cached ΔW
             features = features.detach()
     with full_precision(z_t.device):  # a few small layers: exact for free
         offset = encoder.predict_offset(batch.encoded_image, features)

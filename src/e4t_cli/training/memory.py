@@ -26,23 +26,14 @@ from e4t_cli.registry.config import TuningConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a tuning fits into memory; every plan gives the same gradient.
+    """How a tuning fits into memory; every plan gives the same gradient."""
 
-    Args:
-        micro_batch: samples per backward pass.
-        checkpointing: recompute activations instead of keeping them, a third more work.
-        optimizer: "fused" on the device, "8bit" there, or "cpu" in main memory.
-        vae_on_cpu: move the VAE to main memory while tuning.
-        peak: bytes that this is predicted to take; 0 for a plan without a prediction.
-        budget: bytes there are.
-    """
-
-    micro_batch: int
-    checkpointing: bool = False
-    optimizer: str = "fused"
-    vae_on_cpu: bool = False
-    peak: int = 0
-    budget: int = 0
+    micro_batch: int  # samples per backward pass
+    checkpointing: bool = False  # recompute activations instead of keeping them, a third more work
+    optimizer: str = "fused"  # on the device, "8bit" there, or "cpu" in main memory
+    vae_on_cpu: bool = False  # move the VAE to main memory while tuning
+    peak: int = 0  # bytes that this is predicted to take; 0 for a plan without a prediction
+    budget: int = 0  # bytes there are
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some entries changed."""
@@ -50,26 +41,22 @@ class Plan:
 
     def summary(self) -> str:
         """Describe the plan in one line."""
-        parts = [f"{self.micro_batch} at a time"]
-        if self.checkpointing:
-            parts.append("gradient checkpointing")
-        if self.optimizer == "8bit":
-            parts.append("8-bit optimizer")
-        if self.optimizer == "cpu":
-            parts.append("optimizer in main memory")
-        if self.vae_on_cpu:
-            parts.append("VAE in main memory meanwhile")
-        return f"memory: {self.peak / GB:.1f} GB predicted of {self.budget / GB:.1f} GB; {', '.join(parts)}"
+        parts = {
+            f"{self.micro_batch} at a time": True,
+            "gradient checkpointing": self.checkpointing,
+            "8-bit optimizer": self.optimizer == "8bit",
+            "optimizer in main memory": self.optimizer == "cpu",
+            "VAE in main memory meanwhile": self.vae_on_cpu,
+        }
+        shown = ", ".join(part for part, applies in parts.items() if applies)
+        return f"memory: {self.peak / GB:.1f} GB predicted of {self.budget / GB:.1f} GB; {shown}"
 
 
-FULL, LORA, CHECKPOINTED = (12.0, 27.0), (10.0, 23.0), (3.4, 3.4)
-"""Values that autograd keeps for each of S and A."""
-
-ONE_BLOCK = 40.0
-"""Values of the largest attention block while it is recomputed."""
-
-OVERHEAD = {"cpu": 900 << 20, "cuda": 700 << 20}
-"""Libraries, kernels and the allocator's needs."""
+FULL, LORA, CHECKPOINTED = (12.0, 27.0), (10.0, 23.0), (3.4, 3.4)  # values that autograd keeps for each of S and A
+ONE_BLOCK = 40.0  # values of the largest attention block while it is recomputed
+OVERHEAD = {"cpu": 900 << 20, "cuda": 700 << 20}  # libraries, kernels and the allocator's needs
+USABLE = 0.92  # share of a memory that one process can have: fragments and other programs take the rest
+CPU_BYTES = 16  # main memory of a CPU-offloaded optimizer for a weight: itself, its gradient, two moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +96,9 @@ class ActivationSizes:
 
 
 def predicted_peak(
-    model: TextToImageModel,
-    pretrained: DomainWeights,
-    config: TuningConfig,
-    plan: Plan,
-    sizes: ActivationSizes,
-    *,
-    consume: bool = False,
-    half: torch.dtype | None = None,
-) -> int:
+    model: TextToImageModel, pretrained: DomainWeights, config: TuningConfig, plan: Plan, sizes: ActivationSizes,
+    *, consume: bool = False, half: torch.dtype | None = None,
+) -> int:  # fmt: skip
     """Return the bytes on the device at the worst moment of a tuning, by arithmetic alone."""
     unet, base = parameter_count(model.unet), model.dtype.itemsize
     encoder, on_cpu = parameter_count(pretrained.encoder), model.device.type == "cpu"
@@ -133,10 +114,9 @@ def predicted_peak(
         state = max(state, (unet + encoder) * 4)
         if half and not rounded and not plan.checkpointing:
             state += unet * 2  # autocast's copies of the weights
-        # A weight that is used twice has two new gradients for a moment, beside the one they are
-        # added to; the largest of e4t-diffusion's encoder has 211 M values.
-        weights = [weight.numel() for weight in pretrained.encoder.parameters()]
-        state += 2 * 4 * max(weights, default=0)
+        # A weight that is used twice has two new gradients for a moment, beside the one they are added to; the largest
+        # of e4t-diffusion's encoder has 211 M values.
+        state += 2 * 4 * max((weight.numel() for weight in pretrained.encoder.parameters()), default=0)
     else:
         adapted = sum(layer.weight.numel() for layer in attention_layers(model.unet).values())
         state = (unet + adapted) * base + encoder * 8
@@ -148,8 +128,7 @@ def predicted_peak(
     activations = sum(c * w for one in passes for c, w in zip(coefficients, one, strict=True))
     if plan.checkpointing:
         activations += ONE_BLOCK * sizes.largest
-    if half and on_cpu:
-        # There composed attention is the faster one in bfloat16, and keeps its matrices.
+    if half and on_cpu:  # there composed attention is the faster one in bfloat16, and keeps its matrices
         activations += 3 * sizes.matrix * (1 if plan.checkpointing else 5)
     overhead = OVERHEAD.get(model.device.type, OVERHEAD["cuda"])
     return int(frozen + state + activations * value * plan.micro_batch + overhead)
@@ -160,25 +139,11 @@ def parameter_count(module: Any) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-USABLE = 0.92
-"""Share of a memory that one process can have: fragments and other programs take the rest."""
-
-CPU_BYTES = 16
-"""Main memory of a CPU-offloaded optimizer for a weight: itself, its gradient, two moments."""
-
-
 def plan_tuning(
-    model: TextToImageModel,
-    pretrained: DomainWeights,
-    config: TuningConfig,
-    *,
-    vram: str = "auto",
-    consume: bool = False,
-    half: torch.dtype | None = None,
-    eight_bit: bool = False,
-    ram: int | None = None,
-) -> Plan:
-    """Return the fastest way to tune that is predicted to fit.
+    model: TextToImageModel, pretrained: DomainWeights, config: TuningConfig, *, vram: str = "auto",
+    consume: bool = False, half: torch.dtype | None = None, eight_bit: bool = False, ram: int | None = None,
+) -> Plan:  # fmt: skip
+    """Return the fastest way to tune that is predicted to fit, the smallest one where none is.
 
     Args:
         vram: "auto" for what is free on the device, or gigabytes.
@@ -186,9 +151,6 @@ def plan_tuning(
         half: the dtype of matrix multiplications, if it is not float32.
         eight_bit: whether the 8-bit optimizer is available.
         ram: bytes of main memory that an optimizer may have; None for what is free.
-
-    Returns:
-        A plan; the smallest one where none is predicted to fit.
     """
     device = model.device
     budget = int((free_bytes(device) if vram == "auto" else budget_of(vram)) * USABLE)

@@ -31,20 +31,13 @@ TrainableEncoder = DomainEncoder | FixedEmbedding
 
 
 class TrainableParts(Protocol):
-    """The copies in training.
+    """The copies in training."""
 
-    Args:
-        unet, encoder: to run; their output depends on the trained weights.
-        groups: the trained weights and their learning rates.
-        rounded: the weights that may be in bfloat16 on the device; see `CPUOffloadedAdamW`.
-        detach_features: whether the method stops the gradient at the feature pass.
-    """
-
-    unet: UNet2DConditionModel
+    unet: UNet2DConditionModel  # to run, as `encoder`: its output depends on the trained weights
     encoder: TrainableEncoder
     groups: list[Group]
-    rounded: list[nn.Parameter]
-    detach_features: bool
+    rounded: list[nn.Parameter]  # that may be in bfloat16 on the device; see `CPUOffloadedAdamW`
+    detach_features: bool  # whether the method stops the gradient at the feature pass
 
     def cached(self) -> AbstractContextManager[None]:
         """Evaluate weight offsets once for both passes, see `WeightOffsets.cached`."""
@@ -68,15 +61,9 @@ class FullFineTuning:
     detach_features = False
 
     def __init__(
-        self,
-        model: TextToImageModel,
-        pretrained: DomainWeights,
-        config: TuningConfig,
-        seed: int,
-        *,
-        precision: PrecisionPolicy,
-        consume: bool = False,
-    ) -> None:
+        self, model: TextToImageModel, pretrained: DomainWeights, config: TuningConfig, seed: int,
+        *, precision: PrecisionPolicy, consume: bool = False,
+    ) -> None:  # fmt: skip
         self._final = precision.sampled
         unet = model.unet if consume else copy.deepcopy(model.unet)
         self.unet: UNet2DConditionModel = nn.Module.to(unet, precision.trained)
@@ -101,8 +88,7 @@ class FullFineTuning:
     def finish(self) -> dict[str, Tensor]:
         if self.offsets.paths:
             self.offsets.merge()
-        # torch's own `to`: diffusers' logs a warning about intended casts.
-        nn.Module.to(self.unet, self._final)
+        nn.Module.to(self.unet, self._final)  # diffusers' `to` logs a warning about intended casts
         return {}
 
 
@@ -116,26 +102,18 @@ class LoraFineTuning:
     detach_features = True
 
     def __init__(
-        self,
-        model: TextToImageModel,
-        pretrained: DomainWeights,
-        config: TuningConfig,
-        seed: int,
-        *,
-        precision: PrecisionPolicy,
-        consume: bool = False,
-    ) -> None:
+        self, model: TextToImageModel, pretrained: DomainWeights, config: TuningConfig, seed: int,
+        *, precision: PrecisionPolicy, consume: bool = False,
+    ) -> None:  # fmt: skip
         self._model, self._final = model, precision.sampled
-        self._start = pretrained.offsets, pretrained.encoder
+        self._offsets, self._encoder = pretrained.offsets, pretrained.encoder
         self._consume = consume  # for the end: while tuning, the base's weights are shared anyway
         self.unet = frozen_copy(model.unet, pretrained.offsets, precision.half)
         self.rounded: list[nn.Parameter] = []
-        self.encoder: TrainableEncoder = copy.deepcopy(pretrained.encoder).to(model.device)
-        self.encoder.requires_grad_(False)
-        source, rank = generator(seed, "adapters"), config.lora_rank
-        layers, scaled = lora_target_layers(self.unet), set(pretrained.offsets)
+        self.encoder: TrainableEncoder = copy.deepcopy(pretrained.encoder).to(model.device).requires_grad_(False)
+        source, rank, layers = generator(seed, "adapters"), config.lora_rank, lora_target_layers(self.unet)
         self.adapters = {
-            "unet": LoraAdapters.for_layers(layers, rank, scaled=scaled, source=source),
+            "unet": LoraAdapters.for_layers(layers, rank, scaled=set(pretrained.offsets), source=source),
             "encoder": LoraAdapters.for_layers(linear_layers(self.encoder), rank, source=source),
         }
         for name, adapters in self.adapters.items():
@@ -157,12 +135,12 @@ class LoraFineTuning:
         for name, adapters in self.adapters.items():
             adapters.detach()
             kept |= {f"{name}.{key}": value for key, value in adapters.tensors().items()}
-        offsets, encoder = self._start
-        self.unet, self.encoder = merge_lora(self._model.unet, offsets, encoder, kept, dtype=self._final)
+        base = self._model.unet
+        self.unet, self.encoder = merge_lora(base, self._offsets, self._encoder, kept, dtype=self._final)
         if self._consume:
             self._model.unet = self.unet
         return kept
 
 
+# `TuningConfig.method` -> what it trains.
 METHODS: Mapping[str, type[FullFineTuning] | type[LoraFineTuning]] = {"full": FullFineTuning, "lora": LoraFineTuning}
-"""`TuningConfig.method` -> what it trains."""

@@ -38,39 +38,28 @@ from e4t_cli.training.trainable import METHODS, TrainableParts
 class TuningOptions:
     """How a tuning is computed; what it learns does not depend on it, up to rounding.
 
-    Args:
-        plan: how to fit into memory; None takes the whole batch at once. Where memory runs out, micro-batches are
-            halved, then come gradient checkpointing and a CPU-offloaded optimizer, each with a note.
-        autocast: see `PrecisionPolicy.resolve`.
-        consume: the model's U-Net becomes the tuned one, without a copy: for whoever loaded it for this one concept.
-        detach_features: see `training_loss`.
+    Where memory runs out, micro-batches are halved, then come gradient checkpointing and a CPU-offloaded optimizer,
+    each with a note.
     """
 
-    plan: Plan | None = None
-    autocast: bool | None = None
-    consume: bool = False
-    detach_features: bool = False
+    plan: Plan | None = None  # how to fit into memory; None takes the whole batch at once
+    autocast: bool | None = None  # see `PrecisionPolicy.resolve`
+    consume: bool = False  # the model's U-Net becomes the tuned one, without a copy, if nobody needs it afterwards
+    detach_features: bool = False  # see `training_loss`
 
 
 class PhotoSamples:
     """The photo, encoded once, and the samples of each step."""
 
     def __init__(
-        self,
-        model: TextToImageModel,
-        pretrained: DomainWeights,
-        prepared: PreparedImage,
-        config: TuningConfig,
-        seed: int,
-        image_features: Tensor | None = None,
-    ) -> None:
+        self, model: TextToImageModel, pretrained: DomainWeights, prepared: PreparedImage,
+        config: TuningConfig, seed: int, image_features: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.config, self.seed, self.note = model, config, seed, ""
         pixels = model.pixels([prepared.image])
         self.posterior = model.posterior(pixels)
-        if image_features is None:
-            self.image_features = pretrained.image_features(model, pixels)
-        else:
-            self.image_features = image_features[None].to(model.device).float()
+        given = None if image_features is None else image_features[None].to(model.device).float()
+        self.image_features = pretrained.image_features(model, pixels) if given is None else given
         self.mask: Tensor | None = None
         if config.mask and prepared.mask is not None:
             whole = model.masks([prepared.mask])
@@ -83,12 +72,10 @@ class PhotoSamples:
     def of(self, step: int) -> tuple[Tensor, ...]:
         """Return what differs between steps, on the device and always in the same shapes."""
         model, size = self.model, self.config.batch_size
-        samples = draw(
-            self.seed, step, range(size), batch_size=size,
-            train_timesteps=model.train_timesteps, shape=model.latent_shape,
-        ).to(model.device)  # fmt: skip
-        prompts = samples.sentences(len(self.tokens.ids))
-        return samples.posterior, samples.epsilon, samples.timesteps, prompts
+        steps, shape = model.train_timesteps, model.latent_shape
+        samples = draw(self.seed, step, range(size), batch_size=size, train_timesteps=steps, shape=shape)
+        samples = samples.to(model.device)
+        return samples.posterior, samples.epsilon, samples.timesteps, samples.sentences(len(self.tokens.ids))
 
     def batch(self, samples: Sequence[Tensor], encoder: Encoder) -> TrainingBatch:
         """Return what eq. 5 is evaluated on, from what `of` returned or the same rows of each."""
@@ -107,15 +94,9 @@ class Trainer:
     """The weights in training, the photo they are trained on, and one step of them."""
 
     def __init__(
-        self,
-        model: TextToImageModel,
-        pretrained: DomainWeights,
-        prepared: PreparedImage,
-        config: TuningConfig,
-        seed: int = 0,
-        image_features: Tensor | None = None,
-        options: TuningOptions | None = None,
-    ) -> None:
+        self, model: TextToImageModel, pretrained: DomainWeights, prepared: PreparedImage, config: TuningConfig,
+        seed: int = 0, image_features: Tensor | None = None, options: TuningOptions | None = None,
+    ) -> None:  # fmt: skip
         options = options or TuningOptions()
         plan = options.plan or Plan(micro_batch=config.batch_size)
         self.plan = plan.replace(micro_batch=min(plan.micro_batch, config.batch_size))
@@ -124,7 +105,7 @@ class Trainer:
         self.scaler = loss_scaler(model.device, enabled=self.precision.scales_loss)
         trains = max(config.encoder_rate, config.offsets_rate, config.unet_rate) > 0
         self.steps = config.steps if trains else 0
-        # Encoding the photo comes first: the VAE may leave before the weights in training come.
+        # First: the VAE may leave before the weights in training come.
         self.samples = PhotoSamples(model, pretrained, prepared, config, seed, image_features)
         self.note = self.samples.note
         if self.plan.vae_on_cpu:
@@ -172,14 +153,13 @@ class Trainer:
                 half_precision(device, half, keep_casts=keep_casts, cast=self.unet.dtype != half),
             ):
                 losses = training_loss(
-                    self.model, self.unet, self.encoder, batch, e_domain=self.e_domain,
-                    scale=self.scale, detach_features=self.detach_features,
+                    self.model, self.unet, self.encoder, batch,
+                    e_domain=self.e_domain, scale=self.scale, detach_features=self.detach_features,
                 )  # fmt: skip
             share = len(batch.timesteps) / self.config.batch_size
             loss = losses.total(self.config.reg_weight) * share
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            means = torch.stack((losses.diffusion.mean(), losses.regularization.mean()))
-            total += share * means.detach()
+            total += share * torch.stack((losses.diffusion.mean(), losses.regularization.mean())).detach()
             if trims:
                 trim_heap()
         return total
@@ -187,10 +167,8 @@ class Trainer:
     def _leave_half_precision(self) -> None:
         """Multiply in float32 from now on, where float16 overflows whatever the loss's factor."""
         if any(weight.dtype == torch.float16 for weight in self.unet.parameters()):
-            raise DivergedError(
-                f"the values of the base {self.model.base.name} are too large for float16",
-                hint="keep it in float32: --dtype fp32",
-            )
+            reason = f"the values of the base {self.model.base.name} are too large for float16"
+            raise DivergedError(reason, hint="keep it in float32: --dtype fp32")
         self.note = "values too large for float16: float32 from now on, slower"
         self.precision = self.precision.without_half()
         self.scaler = loss_scaler(self.model.device, enabled=False)
@@ -219,22 +197,20 @@ class Trainer:
 
     def reduce_memory(self) -> str:
         """Take less memory from now on; returns what was done, "" if nothing is left to do."""
-        plan, device = self.plan, self.model.device
+        plan, device, note = self.plan, self.model.device, "memory ran out: "
         self._forget_graph()
         self.optimizer.zero_grad()
         if plan.micro_batch > 1:
-            size = (plan.micro_batch + 1) // 2
-            self.plan = plan.replace(micro_batch=size)
-            note = f"memory ran out: {size} at a time from now on, with the same gradient"
+            self.plan = plan.replace(micro_batch=(plan.micro_batch + 1) // 2)
+            note += f"{self.plan.micro_batch} at a time from now on, with the same gradient"
         elif not self.unet.is_gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.plan = plan.replace(checkpointing=True)
-            note = "memory ran out: gradient checkpointing from now on, a third more work"
+            note += "gradient checkpointing from now on, a third more work"
         elif plan.optimizer == "fused" and can_offload(device, self.optimizer.weights):
-            groups, before = self.parts.groups, self.optimizer
-            self.optimizer = CPUOffloadedAdamW(groups, self.rounded, after=before)
+            self.optimizer = CPUOffloadedAdamW(self.parts.groups, self.rounded, after=self.optimizer)
             self.plan = plan.replace(optimizer="cpu")
-            note = "memory ran out: the optimizer moves to main memory"
+            note += "the optimizer moves to main memory"
         else:
             return ""
         free_memory(device)
@@ -255,16 +231,13 @@ class Trainer:
             nn.Module.to(self.model.vae, self.model.device)
         unet, encoder = self.parts.unet, self.parts.encoder
         return TunedModel(
-            unet=unet.requires_grad_(False),
-            encoder=encoder.requires_grad_(False).for_inference(),
+            unet=unet.requires_grad_(False), encoder=encoder.requires_grad_(False).for_inference(),
             encoded_image=encoder.encode_image(self.samples.image_features),
-            e_domain=self.e_domain, descriptor_id=self.descriptor_id, scale=self.scale,
-            adapters=kept,
+            e_domain=self.e_domain, descriptor_id=self.descriptor_id, scale=self.scale, adapters=kept,
         )  # fmt: skip
 
 
-LOG_EVERY = 5
-"""Steps between two reads of the losses on an accelerator, which has to stop for each."""
+LOG_EVERY = 5  # steps between two reads of the losses on an accelerator, which has to stop for each
 
 
 def tune(
@@ -298,9 +271,8 @@ def tune(
     run = Trainer(model, pretrained, prepared, config, seed, image_features, options)
 
     def report(done: int, note: str = "", **values: float) -> None:
-        event = Progress(stage="tune", done=done, total=config.steps, note=note, values=values)
         if on_progress and (note or values):
-            on_progress(event)
+            on_progress(Progress(stage="tune", done=done, total=config.steps, note=note, values=values))
 
     report(0, run.take_note())
     waiting: list[Tensor] = []
@@ -314,12 +286,9 @@ def tune(
                     raise
             # Only here: as long as the error exists, it keeps all that the step has computed.
             if losses is None:
-                note = run.reduce_memory()
-                if not note:
-                    raise ResourceError(
-                        "tuning does not fit into memory, even one sample at a time",
-                        hint="try --tuning lora, a smaller base, or another device",
-                    )
+                if not (note := run.reduce_memory()):
+                    reason = "tuning does not fit into memory, even one sample at a time"
+                    raise ResourceError(reason, hint="try --tuning lora, a smaller base, or another device")
                 report(step, note)
         report(step, run.take_note())
         norm = run.optimizer.step(config.gradient_clip)
@@ -328,10 +297,8 @@ def tune(
             found = torch.stack(waiting).tolist()
             for number, values in enumerate(found, start=step + 2 - len(waiting)):
                 if not all(map(math.isfinite, values)):
-                    raise DivergedError(
-                        f"tuning diverged at step {number}: a loss or a gradient is not finite",
-                        hint="try a smaller learning rate",
-                    )
+                    reason = f"tuning diverged at step {number}: a loss or a gradient is not finite"
+                    raise DivergedError(reason, hint="try a smaller learning rate")
                 diffusion, regularization, _ = values
                 loss = diffusion + config.reg_weight * regularization
                 report(number, loss=loss, diffusion=diffusion, penalty=regularization)
