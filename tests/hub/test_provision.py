@@ -276,7 +276,8 @@ def test_pickles_are_not_fetched(hub, made, tmp_path):
 def test_shards_are_fetched_with_their_index(hub, made, tmp_path):
     folder = shutil.copytree(made, tmp_path / "other")
     whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    from e4t_cli.hub.resolve import is_complete, weight_files
+    from e4t_cli.hub.bases import weight_files
+    from e4t_cli.hub.resolve import is_complete
 
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     parts = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]

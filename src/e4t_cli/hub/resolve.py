@@ -11,7 +11,6 @@ import contextlib
 import glob
 import json
 import os
-import re
 import socket
 from collections.abc import Collection
 from dataclasses import replace
@@ -30,6 +29,7 @@ from e4t_cli.hub.bases import (
     hub_weights_folder,
     read_base,
     remember_location,
+    weight_files,
 )
 from e4t_cli.hub.download import check_room, fetch_files
 from e4t_cli.hub.image_tower import VIT_H_14, fetch_image_tower, has_tower, missing_bytes, tower_folder
@@ -45,20 +45,6 @@ _CONFIGS = {
     *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"),
     *("tokenizer/special_tokens_map.json", "image_tower/open_clip_config.json"),
 }
-_STEMS = {"text_encoder": "model", "safety_checker": "model", "image_tower": "model"}
-
-
-def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
-    """Return the file with the weights of one part, or an index and its shards: float16 if possible with `half`."""
-    stem = f"{part}/{_STEMS.get(part, 'diffusion_pytorch_model')}"
-    for variant in (".fp16", "") if half else ("", ".fp16"):
-        if (whole := f"{stem}{variant}.safetensors") in names:
-            return [whole]
-        if (index := f"{stem}.safetensors.index{variant}.json") in names:
-            # diffusers writes stem.fp16-00001-of-00002.safetensors, transformers the same.
-            shards = f"{re.escape(stem + variant)}-.*\\.safetensors"
-            return [index, *(name for name in names if re.fullmatch(shards, name))]
-    return []
 
 
 def needed_files(names: Collection[str], *, half: bool, safety: bool, source: str) -> tuple[list[str], list[str]]:
