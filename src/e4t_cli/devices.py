@@ -1,4 +1,4 @@
-"""Selects the device and the base's dtype, and measures, limits and frees memory.
+"""Process-wide state of a run: device, default dtype, memory, and the progress bars of the libraries.
 
 "auto" takes the fastest device there is. Frozen parts are kept in half precision where the hardware multiplies it,
 unless the base is too small to gain: in float32 an image is the same to the last bit in any batch. What is trained is
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from e4t_cli.errors import UsageError, printable
 
@@ -232,3 +232,37 @@ def limited_memory(device: torch.device, vram: str) -> Iterator[None]:
         with _limits_lock:
             _limits[device].remove(fraction)
             apply()
+
+
+class _QuietLibraries:
+    """Disables the progress bars of transformers and diffusers while any thread is inside.
+
+    Their switch belongs to the process, so threads are counted: the first one disables, the last one restores.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._disabled: list[Any] = []
+
+    def __enter__(self) -> None:
+        import diffusers.utils.logging as diffusers_logging
+        import transformers.utils.logging as transformers_logging
+
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                both = (transformers_logging, diffusers_logging)
+                self._disabled = [one for one in both if one.is_progress_bar_enabled()]
+                for library in self._disabled:
+                    library.disable_progress_bar()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for library in self._disabled:
+                    library.enable_progress_bar()
+
+
+quiet_libraries = _QuietLibraries()

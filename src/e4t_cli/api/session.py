@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from e4t_cli.api.options import ImageCallback, RunOptions
-from e4t_cli.devices import DTYPES, budget_of, choose_device, choose_dtype, limited_memory, memory_ran_out, read_ahead
+from e4t_cli.devices import (
+    DTYPES,
+    budget_of,
+    choose_device,
+    choose_dtype,
+    limited_memory,
+    memory_ran_out,
+    quiet_libraries,
+    read_ahead,
+)
 from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
-from e4t_cli.progress import Progress, quiet_libraries
+from e4t_cli.progress import Progress
 from e4t_cli.prompts import Prompt
 
 if TYPE_CHECKING:
