@@ -122,7 +122,7 @@ def budget_of(vram: str) -> int:
     raise UsageError(reason, hint="for example --vram 8")
 
 
-def free_bytes(device: torch.device) -> int:
+def free_memory_bytes(device: torch.device) -> int:
     """Return what is free on a device: in a GPU's memory, or in the machine's."""
     import torch
 

@@ -27,7 +27,7 @@ from e4t_cli.formats.e4t_diffusion.checkpoint import (
     convert,
     read_checkpoint,
 )
-from e4t_cli.formats.e4t_diffusion.conversion import split_networks, write_domain_folder
+from e4t_cli.formats.e4t_diffusion.conversion import convert_to_domain_folder, split_networks
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.registry.discovery import user_domains_folder
 from tests.conftest import drawn_face
@@ -159,7 +159,7 @@ def spoilt(conversion, tmp_path, encoder=None, weights=None):
     target = tmp_path / "target"
     target.mkdir(exist_ok=True)
     with pytest.raises(IntegrityError) as caught:
-        write_domain_folder(conversion, target, read)
+        convert_to_domain_folder(conversion, target, read)
     assert not (target / "domain.toml").exists()
     return str(caught.value)
 
@@ -426,4 +426,4 @@ def test_a_tuned_unet_of_another_model_is_refused(checkpoint, encoder, offsets, 
             conversion_request(read_checkpoint(folder), None, "face", "tiny"), keep_unet=True
         )
         with pytest.raises(E4TError, match=match):
-            write_domain_folder(conversion, tmp_path, read_pickled_tensors)
+            convert_to_domain_folder(conversion, tmp_path, read_pickled_tensors)
