@@ -379,7 +379,7 @@ def test_room_for_the_tower_is_counted_before_the_base_is_fetched(hub, made, tmp
     assert not hub.count("GET", "*.safetensors")
 
 
-# ── packs ──
+# ── domain weights ──
 
 
 def test_a_pack_of_the_hub(hub, tmp_path):

@@ -1,4 +1,4 @@
-"""Laws of `--tuning lora`: changes that are nothing at first, and merge to what they were."""
+"""Invariants of `--tuning lora`: fresh adapters change nothing; merged and attached adapters agree."""
 
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ def config(pack):
 
 
 def loud(adapters, seed=0):
-    """Give fresh adapters something to say."""
+    """Give fresh adapters random values, so that they have an effect."""
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in adapters.parameters():
@@ -113,7 +113,7 @@ def test_scales_have_the_gradient_of_the_dense_weight():
         torch.testing.assert_close(one, other)
 
 
-def test_a_branch_shares_what_it_does_not_change(model, pack):
+def test_a_copy_shares_the_weights_it_does_not_change(model, pack):
     twin = copy_sharing_weights(model.unet, pack.offsets)
     own = {f"{path}.weight" for path in attention_layers(model.unet)}
     for name, weight in twin.named_parameters():
@@ -160,7 +160,7 @@ def test_a_rate_of_zero_freezes_its_group(model, pack, face, config, group, stil
     assert any(ups.values())
 
 
-def test_without_steps_both_methods_are_one(model, pack, face, config):
+def test_without_steps_both_methods_give_the_same_model(model, pack, face, config):
     one = tune(model, pack, face, config.replace(steps=0))
     other = tune(model, pack, face, pack.tuning.replace(steps=0))
     for key, value in other.unet.state_dict().items():
@@ -181,7 +181,7 @@ def test_micro_batches_and_checkpointing_change_nothing(model, pack, face, confi
         assert (found - whole).norm() / whole.norm() < 1e-5
 
 
-def test_kept_adapters_are_small_and_draw_the_same_pictures(model, pack, face, config, tmp_path):
+def test_saved_adapters_are_small_and_generate_the_same_images(model, pack, face, config, tmp_path):
     tuned = tune(model, pack, face, config, seed=5)
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
@@ -224,7 +224,7 @@ def test_a_half_precision_base_is_merged_in_float32(base_folder, pack, face, con
 
 
 def test_a_delta_that_bfloat16_would_lose_survives_the_merge(model):
-    """Trap: fifteen steps move a weight by less than one spacing of bfloat16 numbers."""
+    """Fifteen steps move a weight by less than one spacing of bfloat16 values."""
     layers = attention_layers(model.unet)
     path = min(layers)
     weight = layers[path].weight
@@ -252,7 +252,7 @@ def test_encoders_without_layers_have_nothing_to_adapt(model, pack, face, config
         merge_lora(model.unet, {}, plain.encoder, {"vae.x.up": torch.ones(1, 1)})
 
 
-def test_weights_converted_at_once_are_as_good_as_converted_one_by_one(model, pack, face, config):
+def test_weights_converted_at_once_equal_weights_converted_one_by_one(model, pack, face, config):
     def gradient(autocast, at_once):
         run = Trainer(model, pack, face, config, options=TuningOptions(autocast=autocast))
         loud(run.parts.adapters["unet"])

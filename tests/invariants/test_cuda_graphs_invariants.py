@@ -1,9 +1,9 @@
-"""Laws of recorded work: shown once and played back, it is the work.
+"""Invariants of CUDA graphs: a captured and replayed function gives the results of the function.
 
-A CUDA graph is the same kernels on the same addresses, and nothing that Python decided meanwhile.
-So is the recorder here, for the CPU: a list of torch's operations and of the very tensors that they
-read and wrote, done again one after another. What a step takes from Python and not from its
-arguments stays what it was when it was recorded, and gives other numbers than the step itself.
+A CUDA graph runs the same kernels on the same addresses, without any Python in between.
+The recorder here does the same on the CPU: it lists torch's operations with the tensors that they
+read and wrote, and runs them again in order. A value that a step takes from Python and not from its
+arguments stays what it was at capture, and gives other results than the step itself.
 """
 
 import pytest
@@ -24,7 +24,7 @@ READS_BACK = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
 
 
 class Listing(TorchDispatchMode):
-    """Lists operations; does them too, unlike a card, which has only been told of them."""
+    """Lists operations and executes them, unlike a GPU, which only enqueues them during capture."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class Lists:
             result = work()
         for value in written(listing.operations):
             if value.is_floating_point():
-                value.fill_(float("nan"))  # only told of: nothing of it is there yet
+                value.fill_(float("nan"))  # as in a capture: no result exists yet
         self.recorded += 1
         return lambda: self.play(listing.operations), result
 
@@ -67,7 +67,7 @@ class Lists:
 
 
 def written(operations):
-    """Yield what the operations made anew, and neither looked at nor changed in place."""
+    """Yield the outputs of operations that are neither views nor changed in place."""
     for function, _, _, result in operations:
         if all(one.alias_info is None for one in function._schema.returns):
             yield from (one.detach() for one in tree_leaves(result) if torch.is_tensor(one))
@@ -75,7 +75,7 @@ def written(operations):
 
 @pytest.fixture
 def lists(monkeypatch):
-    """Have everything recorded, on the CPU."""
+    """Capture everything, on the CPU."""
     found = Lists()
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
     return found
@@ -89,12 +89,12 @@ def weights_of(tuned):
     ]
 
 
-# ── tuning and drawing ──
+# ── tuning and sampling ──
 
 
 @pytest.mark.parametrize("micro_batch", [4, 3])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method, micro_batch):
+def test_captured_tuning_gives_the_same_model(model, pack, face, monkeypatch, method, micro_batch):
     config = pack.tuning.replace(method=method, steps=6)
 
     def tuned():
@@ -119,8 +119,8 @@ def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method,
     assert all(torch.equal(a, b) for a, b in zip(weights, expected[0], strict=True))
 
 
-def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
-    """With the casts of autocast, which are kept for the length of a step."""
+def test_captured_tuning_gives_the_same_model_in_half_precision(model, pack, face, lists, monkeypatch):
+    """With the casts of autocast, which are cached for the length of a step."""
     config = pack.tuning.replace(steps=4)
     found = weights_of(tune(model, pack, face, config, options=TuningOptions(autocast=True)))
     assert lists.played == 3
@@ -130,7 +130,7 @@ def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
 
 
 @pytest.mark.parametrize(("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")])
-def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, negative):
+def test_captured_sampling_gives_the_same_images(model, pack, face, monkeypatch, scheduler, negative):
     tuned = Trainer(model, pack, face, pack.tuning.replace(steps=0)).finish()
     sampling = SamplingConfig(steps=6, scheduler=scheduler, negative_prompt=negative)
     expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
@@ -140,7 +140,7 @@ def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, 
     assert found.recorded == 1 and found.played >= 5
 
 
-def test_a_plan_that_changes_is_recorded_anew(model, pack, face, lists):
+def test_a_changed_plan_is_captured_again(model, pack, face, lists):
     run = Trainer(model, pack, face, pack.tuning.replace(steps=9), options=TuningOptions(autocast=False))
     whole = [run.gradients(step) for step in range(3)]
     assert run.reduce_memory().startswith("memory ran out: 2 at a time")
@@ -151,7 +151,7 @@ def test_a_plan_that_changes_is_recorded_anew(model, pack, face, lists):
 
 
 @pytest.mark.parametrize("plan", [{"checkpointing": True}, {"optimizer": "cpu"}])
-def test_what_is_not_the_same_each_time_is_not_recorded(model, pack, face, lists, plan):
+def test_steps_that_vary_are_not_captured(model, pack, face, lists, plan):
     tune(
         model,
         pack,
@@ -162,12 +162,12 @@ def test_what_is_not_the_same_each_time_is_not_recorded(model, pack, face, lists
     assert lists.recorded == 0
 
 
-def test_few_steps_are_not_recorded(model, pack, face, lists):
+def test_few_steps_are_not_captured(model, pack, face, lists):
     tune(model, pack, face, pack.tuning.replace(steps=3))
     assert lists.recorded == 0
 
 
-# ── a recording by itself ──
+# ── a capture by itself ──
 
 
 def test_results_do_not_share_memory(lists):
@@ -177,7 +177,7 @@ def test_results_do_not_share_memory(lists):
     assert (lists.recorded, lists.played) == (1, 4)
 
 
-def test_weights_that_move_meanwhile_are_read_where_they_are(lists):
+def test_a_replay_reads_weights_changed_in_place(lists):
     weight = torch.ones(1)
     scaled = CudaGraphRunner(lambda x: weight * x, HERE, calls=9)
     for number in range(1, 5):
@@ -185,8 +185,8 @@ def test_weights_that_move_meanwhile_are_read_where_they_are(lists):
         weight.add_(1)
 
 
-def test_the_stand_in_would_notice(lists):
-    """A check that cannot fail is none: numbers of Python's are those of the recording."""
+def test_the_stand_in_detects_violations(lists):
+    """The check can fail: Python values stay those of the capture."""
     count = 0
 
     def counted(x):
@@ -198,7 +198,7 @@ def test_the_stand_in_would_notice(lists):
     assert [recorded(torch.zeros(1)).item() for _ in range(4)] == [1, 2, 2, 2]
 
 
-def test_what_cannot_be_recorded_is_done_as_ever(lists):
+def test_functions_that_cannot_be_captured_run_eagerly(lists):
     told = []
 
     def looked_at(x):
@@ -211,7 +211,7 @@ def test_what_cannot_be_recorded_is_done_as_ever(lists):
     assert lists.played == 0
 
 
-def test_a_tuning_that_cannot_be_recorded_says_so(model, pack, face, lists, monkeypatch):
+def test_a_tuning_that_cannot_be_captured_reports_it(model, pack, face, lists, monkeypatch):
     def refuse(work):
         work()
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -227,7 +227,7 @@ def test_a_tuning_that_cannot_be_recorded_says_so(model, pack, face, lists, monk
     assert all(map(torch.equal, weights_of(found), weights_of(expected)))
 
 
-def test_nobody_records_unasked(monkeypatch):
+def test_nothing_is_captured_by_default(monkeypatch):
     monkeypatch.delenv("E4T_CUDA_GRAPHS", raising=False)
     assert recording.graph_capture_for(torch.device("cuda")) is None
     monkeypatch.setenv("E4T_CUDA_GRAPHS", "1")

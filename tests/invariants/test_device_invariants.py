@@ -1,7 +1,7 @@
-"""Laws of other devices, where there is none: what would stop, slow or coarsen a card is seen here.
+"""Invariants of other devices, checked without one: no mixed devices, synchronisation or lost precision.
 
-The meta device stands in for one. It refuses to mix its tensors with the CPU's and to have a
-number read back, as a card would wait for; and what is float64 on it could not be on Apple's.
+The meta device stands in for a GPU. It refuses to mix its tensors with the CPU's and to read a
+value back, for which a GPU would synchronise; and float64 on it would fail on Apple's MPS.
 """
 
 import copy
@@ -47,7 +47,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 class NothingOfTheHosts(TorchDispatchMode):
-    """What is recorded on a card may neither read from main memory nor write there."""
+    """What is captured on a GPU may neither read from main memory nor write there."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
@@ -71,7 +71,7 @@ def elsewhere(model):
 
 
 def public_encoder(model):
-    """An encoder of e4t-diffusion's kind, and what it sees of a picture."""
+    """An encoder of e4t-diffusion's kind, and the image features that it takes."""
     config = PatchEncoderConfig(
         unet_width=sum(feature_widths(model.unet)), hidden_width=32, embedding_width=24,
         tower_width=32, tower_layers=4, tower_heads=2, tower_image_size=32, tower_patch_size=8,
@@ -96,7 +96,7 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack, face, method):
+def test_a_captured_tuning_step_uses_no_cpu_tensor(elsewhere, pack, face, method):
     config = pack.tuning.replace(method=method, mask=False)
     run = Trainer(elsewhere, pack, face, config, options=TuningOptions(plan=Plan(micro_batch=3)))
     samples = run.samples.of(0)
@@ -108,7 +108,7 @@ def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack,
 
 
 @pytest.mark.parametrize("negative", ["", "a hat"])
-def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
+def test_a_captured_sampling_step_uses_no_cpu_tensor(elsewhere, pack, face, negative):
     tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False)).finish()
     predict = CFGDenoiser(
         elsewhere,
@@ -125,7 +125,7 @@ def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
 
 
 @pytest.mark.parametrize(("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")])
-def test_drawing_stays_on_its_device(elsewhere, pack, face, scheduler, negative):
+def test_sampling_stays_on_its_device(elsewhere, pack, face, scheduler, negative):
     tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False)).finish()
     sampling = SamplingConfig(steps=4, scheduler=scheduler, negative_prompt=negative)
     with NoFloat64():
@@ -152,8 +152,8 @@ def test_a_pretraining_step_stays_on_its_device(elsewhere, pack):
     assert all(weight.grad is not None for weight in objective.parameters())
 
 
-def test_the_stand_in_would_notice(model):
-    """A check that cannot fail is none."""
+def test_the_stand_in_detects_violations(model):
+    """The check can fail."""
     draws = draw(0, 0, range(2), batch_size=2, train_timesteps=1000, shape=(4, 8, 8))
     with NoFloat64(), pytest.raises(AssertionError, match="float64"):
         draws.uniform.to(THERE)
@@ -163,10 +163,10 @@ def test_the_stand_in_would_notice(model):
         draws.to(THERE).epsilon + draws.epsilon
 
 
-# ── what a tuned U-Net is drawn in ──
+# ── the dtype that a tuned U-Net is sampled in ──
 
 
-def test_a_card_draws_a_tuned_model_in_float16():
+def test_a_gpu_samples_a_tuned_model_in_float16():
     def on(device, dtype):
         model = SimpleNamespace(device=torch.device(device), dtype=dtype)
         return TextToImageModel.tuned_dtype.fget(model)
@@ -188,7 +188,7 @@ def sampled_in(dtype, monkeypatch):
 
 @pytest.fixture
 def coarse(base_folder, monkeypatch):
-    """The tiny base as it is kept on a card."""
+    """The tiny base as it is kept on a GPU."""
     sampled_in(torch.float16, monkeypatch)
     return TextToImageModel.load(base_folder, dtype=torch.bfloat16)
 
@@ -222,7 +222,7 @@ def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
 
 @pytest.mark.parametrize("consume", [False, True])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consume):
+def test_a_tuned_model_has_one_dtype_and_generates(coarse, pack, face, method, consume):
     before = copy.deepcopy(coarse.unet)
     config = pack.tuning.replace(method=method, steps=1)
     tuned = tune(coarse, pack, face, config, seed=3, options=TuningOptions(autocast=True, consume=consume))
@@ -246,7 +246,7 @@ def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consu
     assert next(sample(coarse, again, PROMPTS, [1, 2], few)).tobytes() == picture.tobytes()
 
 
-def test_a_picture_without_numbers_is_refused(model):
+def test_an_image_that_is_not_finite_is_refused(model):
     latents = torch.zeros(1, *model.latent_shape)
     assert len(model.decode(latents)) == 1
     with pytest.raises(DivergedError) as caught:
@@ -266,7 +266,7 @@ WORDS_FOR_IT = [
 
 
 @pytest.mark.parametrize("error", WORDS_FOR_IT, ids=lambda error: str(error)[:20])
-def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(model, pack, face, monkeypatch, error):
+def test_T4_tensors_of_a_failed_step_are_freed_before_the_retry(model, pack, face, monkeypatch, error):
     gradients, reduce_memory, left = Trainer.gradients, Trainer.reduce_memory, []
 
     def short_of_memory(self, step):
@@ -287,7 +287,7 @@ def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(model, 
 
 
 @pytest.mark.parametrize("error", WORDS_FOR_IT, ids=lambda error: str(error)[:20])
-def test_T4_so_it_is_in_drawing(model, monkeypatch, error):
+def test_T4_tensors_of_a_failed_sampling_are_freed_before_the_retry(model, monkeypatch, error):
     from e4t_cli import sampling as loop
 
     denoise, free_memory, left = loop.denoise, loop.free_memory, []
@@ -310,7 +310,7 @@ def test_T4_so_it_is_in_drawing(model, monkeypatch, error):
     assert len(left) == 1
 
 
-def test_other_errors_are_not_taken_for_it(model, pack, face, monkeypatch):
+def test_other_errors_are_not_taken_for_out_of_memory(model, pack, face, monkeypatch):
     def broken(self, step):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -323,7 +323,7 @@ def test_other_errors_are_not_taken_for_it(model, pack, face, monkeypatch):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, None])
-def test_a_frozen_branch_owns_what_it_changes_and_no_more(base_folder, pack, half):
+def test_a_frozen_copy_owns_only_the_weights_it_changes(base_folder, pack, half):
     base = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
     before = {name: weight.clone() for name, weight in base.unet.state_dict().items()}
     twin = frozen_copy(base.unet, pack.offsets, half)
@@ -337,7 +337,7 @@ def test_a_frozen_branch_owns_what_it_changes_and_no_more(base_folder, pack, hal
 
 
 def test_a_base_in_bfloat16_is_pretrained_on_as_its_float32_copy_would_be(base_folder, pack):
-    """In half precision products round W₀ · (1 + ΔW) anyway: a float32 copy of W₀ adds nothing."""
+    """In half precision, matrix multiplications round W₀ · (1 + ΔW) anyway: a float32 copy of W₀ adds nothing."""
     data = EncodedImages(
         means=torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
         logvars=torch.full((6, 4, 8, 8), -9.0),
@@ -368,7 +368,7 @@ def test_a_base_in_bfloat16_is_pretrained_on_as_its_float32_copy_would_be(base_f
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 def test_weights_rounded_on_the_device_give_the_same_gradient(base_folder, pack, face, kept, checkpointing):
-    """With an optimiser in the host's memory; whatever format the rest of the base is in."""
+    """With a CPU-offloaded optimizer; whatever dtype the rest of the base has."""
 
     def gradient(dtype, autocast, plan):
         base = TextToImageModel.load(base_folder, dtype=dtype)

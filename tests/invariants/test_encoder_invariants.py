@@ -1,4 +1,4 @@
-"""Laws of the word-embedding encoder and its U-Net features: section 3.1, eq. 1."""
+"""Invariants of the word-embedding encoder and its U-Net features: section 3.1, eq. 1."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_the_three_pieces_are_the_unet_bit_for_bit(model):
 
 
 @torch.no_grad()
-def test_pooled_features_are_the_means_of_every_block_on_the_way_down(model):
+def test_pooled_features_are_the_means_of_every_down_block(model):
     seen = []
     hooks = [
         module.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -57,20 +57,20 @@ def test_pooled_features_are_the_means_of_every_block_on_the_way_down(model):
 
 @torch.no_grad()
 def test_the_shared_feature_pass_is_the_separate_one(model):
-    """With an empty negative prompt the unconditional way down is the feature pass."""
+    """With an empty negative prompt the unconditional down blocks are the feature pass."""
     z_t, t, text = inputs()
     unet, nothing = model.unet, model.uncond_embeds.expand(2, -1, -1)
     separate = pooled_features(down_and_mid(unet, embed_latents(unet, z_t, t), nothing))
     shared = down_and_mid(unet, embed_latents(unet, z_t, t), nothing)
     assert torch.equal(pooled_features(shared), separate)
-    # And that branch ends in what the whole U-Net says to the empty prompt.
+    # And the unconditional output is that of the whole U-Net with the empty prompt.
     conditional = down_and_mid(unet, embed_latents(unet, z_t, t), text)
     both = up_and_out(unet, UNetState.cat((shared, conditional)), torch.cat((nothing, text))).chunk(2)
     torch.testing.assert_close(both[0], unet(z_t, t, nothing).sample, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(both[1], unet(z_t, t, text).sample, rtol=1e-5, atol=1e-5)
 
 
-def test_a_folded_picture_is_the_picture(pack):
+def test_folded_image_features_equal_the_formula(pack):
     image, unet = features(pack)
     whole = pack.encoder(image, unet)
     assert torch.equal(pack.encoder.predict_offset(pack.encoder.encode_image(image), unet), whole)
@@ -85,7 +85,7 @@ def test_a_folded_picture_is_the_picture(pack):
     torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_fresh_encoder_says_the_descriptor(model):
+def test_a_fresh_encoder_returns_the_descriptor_embedding(model):
     encoder = WordEmbeddingEncoder(model.encoder_config())
     token = model.descriptor_id("face")
     image, unet = torch.randn(1, 2, 32), torch.randn(3, sum(encoder.config.unet_widths))

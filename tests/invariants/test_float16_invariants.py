@@ -1,4 +1,4 @@
-"""Laws of tuning in float16, on cards that have no bfloat16: the same tuning, up to rounding."""
+"""Invariants of tuning in float16, on GPUs without bfloat16: the same tuning, up to rounding."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 
 @pytest.fixture(autouse=True)
 def _a_card_with_float16(monkeypatch, request):
-    """The CPU multiplies float16 as such a card does, only slowly."""
+    """The CPU multiplies float16 as such a GPU does, only slowly."""
     if "capability" in request.fixturenames:
         return
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
@@ -30,7 +30,7 @@ def _a_card_with_float16(monkeypatch, request):
         (False, (6, 1), None),  # GeForce 10: its float16 is slower than its float32
     ],
 )
-def test_T9_the_format_that_a_card_multiplies_fastest(monkeypatch, bfloat16, capability, found):
+def test_T9_the_dtype_that_a_gpu_multiplies_fastest(monkeypatch, bfloat16, capability, found):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     card = torch.device("cuda")
@@ -66,7 +66,7 @@ def test_a_scaled_gradient_is_the_gradient(model, pack, face, method, optimizer)
 
 
 def test_without_a_scale_small_gradients_would_vanish(model, pack, face, monkeypatch):
-    """As small as they are where a mean runs over 16 times 16,384 numbers."""
+    """As small as they are where a mean runs over 16 times 16,384 values."""
     small = pack.tuning.replace(reg_weight=0.0)
     whole, _, _ = gradient(model, pack, face, small, autocast=False)
     training_loss = step.training_loss
@@ -84,7 +84,7 @@ def test_without_a_scale_small_gradients_would_vanish(model, pack, face, monkeyp
     assert error.pop(1.0) > 0.1 > 0.02 > max(error.values())
 
 
-def test_an_overflow_is_made_again_with_a_smaller_factor(model, pack, face, monkeypatch):
+def test_an_overflowed_step_is_repeated_with_a_smaller_loss_scale(model, pack, face, monkeypatch):
     expected, _, _ = gradient(model, pack, face, pack.tuning)
     monkeypatch.setattr(loss_scale, "INITIAL_SCALE", 2.0**40)
     accumulated, seen = Trainer._accumulate, []
@@ -100,7 +100,7 @@ def test_an_overflow_is_made_again_with_a_smaller_factor(model, pack, face, monk
     assert (found - expected).norm() / expected.norm() < 0.01
     seen.clear()
     run.gradients(1)
-    assert len(seen) == 1  # what was found out is kept
+    assert len(seen) == 1  # the reduced scale is kept
 
 
 def test_a_base_too_large_for_float16_is_tuned_in_float32(model, pack, face, monkeypatch):
@@ -126,7 +126,7 @@ def test_a_base_too_large_for_float16_is_tuned_in_float32(model, pack, face, mon
         assert torch.equal(found[key], value)
 
 
-def test_a_frozen_base_in_float16_that_overflows_is_one_sentence(base_folder, pack, face):
+def test_a_frozen_base_in_float16_that_overflows_is_one_error(base_folder, pack, face):
     half = TextToImageModel.load(base_folder, dtype=torch.float16)
     with torch.no_grad():
         half.unet.conv_in.weight.mul_(torch.inf)
@@ -146,5 +146,5 @@ def test_a_base_in_float16_is_tuned_as_in_float32(base_folder, model, pack, face
     for key, value in plain.unet.state_dict().items():
         error += (found.unet.state_dict()[key].float() - value).square().sum().item()
         change += (value - model.unet.state_dict()[key]).square().sum().item()
-    # Not less: where a gradient is next to nothing, Adam's first steps follow its rounded sign.
+    # No tighter bound: where a gradient is close to zero, Adam's first steps follow its rounded sign.
     assert (error / change) ** 0.5 < 0.1

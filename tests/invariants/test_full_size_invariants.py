@@ -1,4 +1,4 @@
-"""The whole of Stable Diffusion 1.4 on the meta device: shapes and work, without a number in it."""
+"""Invariants of Stable Diffusion 1.4 at full size, on the meta device: shapes, FLOP and memory plans."""
 
 import re
 from dataclasses import replace
@@ -68,7 +68,7 @@ def stable_diffusion(tmp_path_factory):
         noise_schedule=DDPMScheduler(beta_schedule="scaled_linear"),
         image_tower=image_tower,
     )
-    # The tokenizer above is a small one: what it says to "" is put in by hand.
+    # The tokenizer above is a small one: its tokens of "" are set by hand.
     model.__dict__["uncond_embeds"] = torch.empty(1, 77, 768, device="meta")
     return model
 
@@ -92,7 +92,7 @@ def tokens(count):
 
 
 def test_layout(stable_diffusion, encoder):
-    """96 offsets, 13 feature vectors, 10,880 numbers."""
+    """96 offsets, 13 feature vectors, 10,880 values."""
     with torch.device("meta"):
         offsets = WeightOffsets.for_unet(stable_diffusion.unet)
     assert len(offsets.paths) == 96
@@ -126,7 +126,7 @@ def flops(work):
 
 
 @pytest.mark.parametrize("count", [1, 8])
-def test_drawing_costs_what_plain_stable_diffusion_costs(stable_diffusion, encoder, count):
+def test_sampling_costs_what_plain_stable_diffusion_costs(stable_diffusion, encoder, count):
     """Under guidance the refinement is 1 % of the work: the feature pass is shared."""
     model = stable_diffusion
     tuned = TunedModel(
@@ -148,8 +148,8 @@ def test_drawing_costs_what_plain_stable_diffusion_costs(stable_diffusion, encod
     assert 1.0 < ours / plain <= 1.01
 
 
-def test_the_picture_is_looked_at_once(stable_diffusion):
-    """ViT-H/14 and the VAE's encoder see one picture, not 16 copies: 0.34 and 1.12 TFLOP."""
+def test_the_image_is_encoded_once(stable_diffusion):
+    """ViT-H/14 and the VAE's encoder encode one image, not 16 copies: 0.34 and 1.12 TFLOP."""
     model = stable_diffusion
     pixels = torch.empty(1, 3, 512, 512, device="meta")
     assert 0.3e12 < flops(lambda: model.image_features(pixels)) < 0.37e12
@@ -161,7 +161,7 @@ def test_the_picture_is_looked_at_once(stable_diffusion):
 
 @pytest.fixture
 def on(stable_diffusion):
-    """The same model as it would be on a device, for whoever only counts."""
+    """The same model as it would be on a device, for counting only."""
 
     def model(device, dtype):
         return SimpleNamespace(
@@ -222,7 +222,7 @@ def test_the_plan_of_the_full_size_rehearsal_is_what_it_took(on, pack):
 
 
 class Started(TorchDispatchMode):
-    """Count the operations that a device has to be told of; views are none."""
+    """Count the operations that launch a kernel; views launch none."""
 
     VIEWS = {
         "view", "t", "transpose", "expand", "slice", "detach", "permute", "unsqueeze", "squeeze",
@@ -236,8 +236,8 @@ class Started(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_a_processor_has_to_start_in_one_exact_step(stable_diffusion, pack):
-    """benchmarks/README.md has the number: it is what a card waits for."""
+def test_the_number_of_kernels_that_one_full_step_launches(stable_diffusion, pack):
+    """benchmarks/README.md has the number: launching them from the CPU is what a GPU waits for."""
     page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
     step, _ = prepared_step(stable_diffusion, pack, pack.tuning)
     with Started() as started:
@@ -284,14 +284,14 @@ def one_step(model, pack, config):
     return work, sum(weight.numel() for weight in trained)
 
 
-def test_one_exact_tuning_step(stable_diffusion, pack):
-    """U-Net, feature pass, text encoder and offsets, forwards and backwards: 51.6 TFLOP."""
+def test_one_full_tuning_step(stable_diffusion, pack):
+    """U-Net, feature pass, text encoder and offsets, forward and backward: 51.6 TFLOP."""
     work, trained = one_step(stable_diffusion, pack, pack.tuning)
     assert 45e12 < work <= 51.6e12
     assert 890e6 < trained < 910e6
 
 
-def test_one_step_through_adapters(stable_diffusion, pack):
+def test_one_lora_tuning_step(stable_diffusion, pack):
     """No gradient of a weight of the base, and none through the feature pass: 31.9 TFLOP."""
     work, trained = one_step(stable_diffusion, pack, pack.tuning.replace(method="lora"))
     assert 28e12 < work <= 31.9e12

@@ -1,4 +1,4 @@
-"""Laws of memory: what is predicted is what autograd keeps, and every plan gives one gradient."""
+"""Invariants of memory: estimates match what autograd saves, and every plan gives one gradient."""
 
 import math
 import platform
@@ -52,7 +52,7 @@ def meta_unet(name):
 
 
 def kept_numbers(unet, *, exact):
-    """Count what autograd keeps of one sample, in numbers, on the meta device."""
+    """Count the values that autograd saves for one sample, on the meta device."""
     unet.requires_grad_(exact)
     for layer in attention_layers(unet).values():
         layer.requires_grad_(True)
@@ -80,7 +80,7 @@ def kept_numbers(unet, *, exact):
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_arithmetic_is_what_autograd_keeps(name, method, checkpointing, monkeypatch):
+def test_the_estimate_is_what_autograd_saves(name, method, checkpointing, monkeypatch):
     monkeypatch.setattr(
         functional,
         "scaled_dot_product_attention",
@@ -102,7 +102,7 @@ def test_the_arithmetic_is_what_autograd_keeps(name, method, checkpointing, monk
 
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
-    """SD 1.4 without a number in it, and a pack."""
+    """SD 1.4 on the meta device, and domain weights for it."""
     from types import SimpleNamespace
 
     unet = meta_unet("sd14")
@@ -118,7 +118,7 @@ def stable_diffusion(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("vram", ["6", "8", "12", "16", "24", "80"])
-def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, method, vram):
+def test_every_gpu_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, method, vram):
     model, domain = stable_diffusion
     config = pack.tuning.replace(batch_size=16, method=method)
     found = plan_tuning(
@@ -135,8 +135,8 @@ def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, metho
         assert found.optimizer == "fused"
 
 
-def test_an_optimiser_goes_only_where_there_is_room(stable_diffusion, pack):
-    """A T4 with 15 GB often has 12 beside it, where the system would end the process."""
+def test_an_optimizer_is_offloaded_only_if_main_memory_suffices(stable_diffusion, pack):
+    """A machine with a T4 of 15 GB often has 12 GB of main memory, where the system would kill the process."""
     model, domain = stable_diffusion
     config = pack.tuning.replace(batch_size=16)
 
@@ -152,16 +152,16 @@ def test_an_optimiser_goes_only_where_there_is_room(stable_diffusion, pack):
     assert 13 * GB < CPU_BYTES * sum(numbers) < 15 * GB
     roomy, tight, eight = plan("cuda", 32), plan("cuda", 12), plan("cuda", 12, eight_bit=True)
     assert roomy.optimizer == "cpu" and roomy.peak <= roomy.budget
-    assert tight.optimizer == "fused" and tight.peak > tight.budget  # said before it starts
+    assert tight.optimizer == "fused" and tight.peak > tight.budget  # raised before it starts
     assert tight.micro_batch == 1 and tight.checkpointing
     assert eight.optimizer == "8bit" and eight.peak <= eight.budget
-    # Apple's memory is one: what goes to the host is still there.
+    # Apple's memory is unified: offloading to the CPU frees nothing.
     assert plan("mps", 16, vram="10").optimizer == "fused"
     assert plan("mps", 64, vram="10").optimizer == "cpu"
 
 
 def test_a_full_size_rehearsal_fits_into_20_gigabytes_of_main_memory(stable_diffusion, pack):
-    """SD 1.4, exactly, in float32 on a CPU: possible because the base is used up, not copied."""
+    """SD 1.4, full fine-tuning, in float32 on a CPU: possible because the base is consumed, not copied."""
     model, domain = stable_diffusion
     config = pack.tuning.replace(batch_size=16)
     found, copied = (
@@ -190,7 +190,7 @@ def test_the_tiny_base_takes_its_whole_batch(model, pack):
 
 
 @pytest.mark.parametrize("wrong", ["0", "a lot", "-8", "nan", "1e9"])
-def test_what_is_no_budget(wrong):
+def test_invalid_budgets_are_refused(wrong):
     with pytest.raises(UsageError, match="gigabytes"):
         budget_of(wrong)
     assert budget_of("8") == 8 * GB
@@ -216,7 +216,7 @@ def test_every_plan_tunes_to_the_same_model(model, pack, face, plan):
     assert model.vae.device == model.device
 
 
-def test_what_is_computed_twice_is_computed_alike_in_half_precision(model, pack, face):
+def test_recomputation_gives_the_same_bits_in_half_precision(model, pack, face):
     """Attention too, whose kernel on a CPU is another one in bfloat16."""
     plan = Plan(micro_batch=8)
     once = tune(model, pack, face, options=TuningOptions(autocast=True, plan=plan))
@@ -257,8 +257,8 @@ def walk(optimizer, own, steps=4, start=0):
     return norm
 
 
-def test_the_host_holds_what_the_device_rounds(model, pack, face):
-    """Under bfloat16 products the U-Net may be bfloat16 too: the tuned one is not."""
+def test_offloaded_weights_keep_what_the_device_rounds(model, pack, face):
+    """With bfloat16 matrix multiplications the U-Net may be bfloat16 too: the tuned one is not."""
     plan = Plan(micro_batch=4, optimizer="cpu")
     host = tune(model, pack, face, options=TuningOptions(autocast=True, plan=plan))
     plain = tune(model, pack, face, options=TuningOptions(autocast=True))
@@ -271,7 +271,7 @@ def test_the_host_holds_what_the_device_rounds(model, pack, face):
     assert torch.cosine_similarity(moved["host"], moved["plain"], dim=0) > 0.9
 
 
-def test_the_optimisers_are_torchs_adamw():
+def test_the_optimizers_equal_torchs_adamw():
     reference = weights()
     theirs = torch.optim.AdamW(
         [{"params": reference[:2], "lr": 1e-2}, {"params": reference[2:], "lr": 1e-3}],
@@ -291,7 +291,7 @@ def test_the_optimisers_are_torchs_adamw():
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_the_host_goes_on_where_the_device_was():
+def test_the_offloaded_optimizer_continues_from_the_devices_state():
     groups = lambda own: [(own, 1e-2)]  # noqa: E731
     straight, moved = weights(), weights()
     walk(optimizers.fused_adamw(groups(straight)), straight)
@@ -303,7 +303,7 @@ def test_the_host_goes_on_where_the_device_was():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_half_precision_on_the_device_keeps_the_whole_delta_on_the_host():
+def test_half_precision_on_the_device_keeps_the_whole_delta_on_the_cpu():
     own, exact = weights(), weights()
     walk(optimizers.fused_adamw([(exact, 1e-6)]), exact)
     host = optimizers.CPUOffloadedAdamW([(own, 1e-6)], own)
@@ -315,7 +315,7 @@ def test_half_precision_on_the_device_keeps_the_whole_delta_on_the_host():
         torch.testing.assert_close(one - start, other - first, rtol=0.1, atol=2e-7)
 
 
-def test_T4_memory_runs_out_step_by_step_and_says_so(model, pack, face, monkeypatch):
+def test_T4_memory_use_is_reduced_step_by_step_and_reported(model, pack, face, monkeypatch):
     gradients, notes = Trainer.gradients, []
 
     def short_of_memory(self, step):
@@ -340,7 +340,7 @@ def test_T4_memory_runs_out_step_by_step_and_says_so(model, pack, face, monkeypa
         torch.testing.assert_close(found.unet.state_dict()[key], value, rtol=0, atol=3e-5)
 
 
-def test_T4_the_last_resort_is_one_sentence(model, pack, face, monkeypatch):
+def test_T4_without_a_smaller_plan_there_is_one_error(model, pack, face, monkeypatch):
     def no_memory(self, step):
         raise torch.OutOfMemoryError("no more")
 
@@ -350,10 +350,10 @@ def test_T4_the_last_resort_is_one_sentence(model, pack, face, monkeypatch):
     assert caught.value.exit_code == 6 and "--tuning lora" in caught.value.hint
 
 
-# ── devices and numbers ──
+# ── devices and dtypes ──
 
 
-def test_T9_a_working_number_format_is_picked(tmp_path):
+def test_T9_a_working_dtype_is_picked(tmp_path):
     cpu, card = choose_device("cpu"), torch.device("cuda")
     assert choose_dtype("auto", cpu) is torch.float32
     assert choose_dtype("fp16", cpu) is torch.float16
@@ -365,7 +365,7 @@ def test_T9_a_working_number_format_is_picked(tmp_path):
 
 
 @pytest.mark.parametrize(("native", "kind"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_T9_half_precision_by_what_the_card_multiplies(monkeypatch, native, kind):
+def test_T9_half_precision_by_what_the_gpu_multiplies(monkeypatch, native, kind):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert choose_dtype("auto", torch.device("cuda")) is kind
     assert choose_dtype("auto", torch.device("mps")) is torch.float16
@@ -390,7 +390,7 @@ print(before - resident(), sum(float(pin.sum()) for pin in pins))
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's")
-def test_what_is_freed_between_what_stays_goes_back_to_the_system():
+def test_memory_freed_between_live_blocks_is_returned_to_the_system():
     ran = subprocess.run([sys.executable, "-c", SCATTERED], capture_output=True, check=True)
     given_back, kept = map(float, ran.stdout.split())
     assert given_back > 300  # of the 360 MB that were freed

@@ -1,4 +1,4 @@
-"""Laws of the weight offsets: section 3.2, eq. 3."""
+"""Invariants of the weight offsets: section 3.2, eq. 3."""
 
 import copy
 
@@ -10,7 +10,7 @@ from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset, Weight
 
 
 def stirred(offsets):
-    """Give fresh offsets random numbers, so that they are felt."""
+    """Give fresh offsets random values, so that they have an effect."""
     source = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in offsets.parameters():
@@ -90,7 +90,7 @@ def test_every_projection_of_every_attention_layer_and_nothing_else(model):
 
 
 @torch.no_grad()
-def test_attach_then_detach_leaves_nothing_behind(model):
+def test_attach_then_detach_restores_the_unet(model):
     before = copy.deepcopy(model.unet)
     kept = dict(model.unet.named_parameters())
     offsets = stirred(WeightOffsets.for_unet(model.unet))
@@ -106,7 +106,7 @@ def test_attach_then_detach_leaves_nothing_behind(model):
 
 
 @torch.no_grad()
-def test_bake_leaves_a_plain_unet_with_the_same_output(model):
+def test_merging_gives_a_plain_unet_with_the_same_output(model):
     unet = copy.deepcopy(model.unet)
     offsets = stirred(WeightOffsets.for_unet(unet))
     offsets.attach_to(unet)
@@ -126,7 +126,7 @@ def test_bias_keeps_its_place():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_product_is_made_in_float32(dtype):
+def test_the_product_is_computed_in_float32(dtype):
     """A delta under one spacing of half-precision numbers is not lost before the product."""
     torch.manual_seed(1)
     original = torch.randn(64, 64, dtype=torch.float32) * 0.02
@@ -138,7 +138,7 @@ def test_the_product_is_made_in_float32(dtype):
     moved = (merged - original).norm() / (expected - original).norm()
     assert merged.dtype == torch.float32
     assert 0.99 < moved < 1.01
-    # In the weight's own precision the result is the nearest number, not a sum of rounded parts.
+    # In the weight's own precision the result is the nearest value, not a sum of rounded parts.
     assert torch.equal(offset(original.to(dtype)), (original.to(dtype).float() * (1 + offset.delta())).to(dtype))
 
 

@@ -119,7 +119,7 @@ def test_a_requested_fp32_is_float32_in_tuning(monkeypatch, model, pack, face):
 
 
 def test_an_objective_is_a_module(model, pack):
-    """`half` is torch's: what a module of its own calls its dtype has another name."""
+    """`half` is a method of torch modules: the attribute for the dtype has another name."""
     objective = PretrainingLoss(
         model, model.unet, pack.encoder, pack.encoder, e_domain=torch.zeros(24), scale=1.0,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def test_math_attention_is_that_of_its_thread():
         thread = threading.Thread(target=lambda: found.append(attended()))
         thread.start()
         thread.join()
-    assert not torch.equal(own, plain)  # else this test could not fail
+    assert not torch.equal(own, plain)  # otherwise this test could not fail
     assert torch.equal(found[0], plain) and torch.equal(attended(), plain)
 
 

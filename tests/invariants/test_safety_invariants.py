@@ -1,4 +1,4 @@
-"""Laws of the safety checker: on where the base has one, and what it flags is not written (T8)."""
+"""Invariants of the safety checker: on where the base has one; flagged images are not written (T8)."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from e4t_cli.images.png_metadata import read_metadata
 from e4t_cli.models.loading import SafetyChecker
 
 
-def test_the_checker_says_what_diffusers_checker_says(checked_base):
+def test_the_checker_agrees_with_diffusers_checker(checked_base):
     checker = SafetyChecker.of_base(checked_base, torch.device("cpu"), torch.float32)
     pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "white")]
     pixels = checker.processor(pictures, return_tensors="pt").pixel_values
@@ -27,7 +27,7 @@ def test_a_base_without_one_is_not_checked(base_folder):
     assert SafetyChecker.of_base(base_folder, torch.device("cpu"), torch.float32) is None
 
 
-def test_a_damaged_checker_is_not_passed_over(checked_base, tmp_path):
+def test_a_damaged_checker_is_an_error(checked_base, tmp_path):
     shutil.copytree(checked_base / "safety_checker", tmp_path / "safety_checker")
     (tmp_path / "safety_checker" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(IntegrityError):
@@ -36,7 +36,7 @@ def test_a_damaged_checker_is_not_passed_over(checked_base, tmp_path):
 
 @pytest.fixture
 def one_of_two(monkeypatch):
-    """A checker that flags every second picture."""
+    """A checker that flags every second image."""
     seen = []
 
     def flags(self, images):
@@ -47,7 +47,7 @@ def one_of_two(monkeypatch):
     return seen
 
 
-def test_T8_a_flagged_picture_is_not_written_and_the_command_says_so(
+def test_T8_a_flagged_image_is_not_written_and_the_command_reports_it(
     checked_base, pack, one_of_two, tmp_path, capsys, monkeypatch
 ):
     from e4t_cli.cli import app

@@ -1,4 +1,4 @@
-"""Laws of what is kept: packs and concepts come back as they were, or not at all."""
+"""Invariants of storage: domain weights and concepts load as they were saved, or not at all."""
 
 import dataclasses
 import json
@@ -40,17 +40,17 @@ def draw(model, tuned):
 
 
 def resign(folder):
-    """Make the card agree with the files again, as somebody with bad intentions would."""
+    """Make the manifest agree with the files again, as an attacker would."""
     card = (folder / "domain.toml").read_text().split("[files]")[0]
     hashes = {name: sha256_of(folder / name) for name in ("encoder.safetensors", "offsets.safetensors")}
     (folder / "domain.toml").write_text(card + toml_text({"files": hashes}))
 
 
-# ── packs ──
+# ── domain weights ──
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_pack_comes_back_as_it_was(pack, model, tmp_path, dtype):
+def test_domain_weights_load_as_they_were_saved(pack, model, tmp_path, dtype):
     pack.save(tmp_path, dtype=dtype)
     again = DomainWeights.load(tmp_path)
     again.check_base(model)
@@ -64,13 +64,13 @@ def test_a_pack_comes_back_as_it_was(pack, model, tmp_path, dtype):
     for name in plain:
         assert getattr(again, name) == getattr(pack, name)
     assert again.encoder.config == pack.encoder.config
-    # And once more: nothing drifts.
+    # Saved and loaded once more: nothing drifts.
     again.save(tmp_path / "copy", dtype=dtype)
     for name in ("encoder.safetensors", "offsets.safetensors", "domain.toml"):
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_tuning_from_a_loaded_pack_is_tuning_from_the_pack(pack, model, face, tmp_path):
+def test_tuning_from_loaded_domain_weights_gives_the_same_model(pack, model, face, tmp_path):
     pack.save(tmp_path)
     one = tune(model, pack, face)
     other = tune(model, DomainWeights.load(tmp_path), face)
@@ -78,12 +78,12 @@ def test_tuning_from_a_loaded_pack_is_tuning_from_the_pack(pack, model, face, tm
     assert torch.equal(one.unet.conv_in.weight, other.unet.conv_in.weight)
 
 
-def test_a_pack_for_another_base_is_refused(pack, model):
+def test_domain_weights_for_another_base_are_refused(pack, model):
     with pytest.raises(IntegrityError, match="was made for the base"):
         dataclasses.replace(pack, base_fingerprint="0" * 32).check_base(model)
 
 
-def test_no_pack_and_half_a_pack(pack, tmp_path):
+def test_missing_and_incomplete_domain_weights_are_refused(pack, tmp_path):
     with pytest.raises(WeightsUnavailable, match=r"domain\.toml"):
         DomainWeights.load(tmp_path)
     pack.save(tmp_path)
@@ -121,7 +121,7 @@ def changed(folder, name, change):
         ("offsets.safetensors", lambda t: t[min(t)].fill_(torch.inf), "not finite"),
     ],
 )
-def test_wrong_tensors_are_refused_whatever_the_card_says(pack, tmp_path, name, change, said):
+def test_wrong_tensors_are_refused_even_if_the_manifest_agrees(pack, tmp_path, name, change, said):
     pack.save(tmp_path)
     changed(tmp_path, name, change)
     with pytest.raises(IntegrityError, match=said):
@@ -152,7 +152,7 @@ def test_other_files_are_refused(tmp_path, content):
         read_tensors(path)
 
 
-def test_sizes_that_no_encoder_has_are_refused(pack, tmp_path):
+def test_impossible_encoder_sizes_are_refused(pack, tmp_path):
     pack.save(tmp_path)
     card = (tmp_path / "domain.toml").read_text()
     (tmp_path / "domain.toml").write_text(card.replace("image_layers = 2", "image_layers = 10000000"))
@@ -163,7 +163,7 @@ def test_sizes_that_no_encoder_has_are_refused(pack, tmp_path):
 # ── concepts ──
 
 
-def test_a_concept_comes_back_and_is_tuned_to_the_same_bits(model, pack, concept, tmp_path):
+def test_a_loaded_concept_is_tuned_to_the_same_bits(model, pack, concept, tmp_path):
     concept.save(tmp_path / "me.e4t")
     again = Concept.load(tmp_path / "me.e4t")
     assert again.prepared.image.tobytes() == concept.prepared.image.tobytes()
@@ -180,7 +180,7 @@ def test_a_concept_comes_back_and_is_tuned_to_the_same_bits(model, pack, concept
     assert (tmp_path / "me.e4t").stat().st_size < 20_000
 
 
-def test_kept_weights_draw_the_same_pictures(model, pack, concept, face, tmp_path):
+def test_saved_weights_generate_the_same_images(model, pack, concept, face, tmp_path):
     tuned = tune(model, pack, face, concept.config, seed=concept.seed)
     kept = dataclasses.replace(concept, weights=Concept.weights_of(tuned))
     kept.save(tmp_path / "me.e4t")
@@ -198,7 +198,7 @@ def test_a_concept_without_a_mask(concept, tmp_path):
         plain.save(tmp_path / "me.e4t", overwrite=False)
 
 
-def test_another_base_or_pack_is_refused(model, pack, concept):
+def test_another_base_or_other_domain_weights_are_refused(model, pack, concept):
     concept.check(model, pack)
     with pytest.raises(IntegrityError, match="lives on the base"):
         dataclasses.replace(concept, base_fingerprint="0" * 32).check(model, pack)
@@ -220,7 +220,7 @@ def test_another_base_or_pack_is_refused(model, pack, concept):
         {"placeholder": None},
     ],
 )
-def test_a_changed_card_is_refused(concept, tmp_path, change):
+def test_a_changed_manifest_is_refused(concept, tmp_path, change):
     path = tmp_path / "me.e4t"
     concept.save(path)
     from safetensors import safe_open
@@ -233,7 +233,7 @@ def test_a_changed_card_is_refused(concept, tmp_path, change):
         Concept.load(path)
 
 
-def test_what_is_no_concept(concept, tmp_path):
+def test_invalid_concept_files_are_refused(concept, tmp_path):
     with pytest.raises(UsageError, match="no concept"):
         Concept.load(tmp_path / "nobody.e4t")
     path = tmp_path / "me.e4t"

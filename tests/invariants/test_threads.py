@@ -1,4 +1,4 @@
-"""Invariants of threads: what runs at once gives bit for bit what it gives one after the other."""
+"""Invariants of threads: concurrent calls give bit for bit what they give one after the other."""
 
 import copy
 import sys
@@ -98,7 +98,7 @@ def test_concepts_are_sampled_at_once(models, which, pack):
         )  # fmt: skip
 
     def work(model, concept, seed):
-        model.__dict__.pop("uncond_embeds", None)  # computed anew, by whoever is first
+        model.__dict__.pop("uncond_embeds", None)  # computed again, by the first thread
         return [generate_latents(model, concept, prompts, [seed], SamplingConfig(steps=6)) for _ in range(2)]
 
     concepts = [(m, tuned(m, seed), seed) for seed, m in enumerate(models[which])]

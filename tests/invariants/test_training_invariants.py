@@ -1,4 +1,4 @@
-"""Laws of eq. 5 and of tuning: section 3.3 and 3.4."""
+"""Invariants of eq. 5 and of tuning: sections 3.3 and 3.4."""
 
 import dataclasses
 import math
@@ -59,7 +59,7 @@ def test_masked_pixels_give_no_gradient():
     assert (gradient[~outside] != 0).all()
 
 
-def test_a_mask_is_reduced_by_area_and_an_empty_one_is_the_whole_picture():
+def test_a_mask_is_reduced_by_area_and_an_empty_one_is_the_whole_image():
     mask = torch.zeros(2, 8, 8)
     mask[0, :2, :3] = 1
     small = latent_mask(mask, (4, 4))
@@ -67,7 +67,7 @@ def test_a_mask_is_reduced_by_area_and_an_empty_one_is_the_whole_picture():
     assert torch.equal(small[1], torch.ones(4, 4))
 
 
-def test_velocity_is_predicted_where_the_base_was_trained_so(model):
+def test_velocity_is_predicted_if_the_base_was_trained_for_it(model):
     z_0, epsilon, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     assert model.target(z_0, epsilon, t) is epsilon
     alpha = model.noise_schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -154,7 +154,7 @@ def test_tuning_moves_all_three_groups_and_not_the_base(model, pack, face):
     assert not any(weight.requires_grad for weight in tuned.unet.parameters())
 
 
-def test_without_steps_the_offsets_are_merged_and_that_is_all(model, pack, face):
+def test_without_steps_the_offsets_are_merged_and_nothing_else_changes(model, pack, face):
     tuned = tune(model, pack, face, pack.tuning.replace(steps=0))
     own, base = tuned.unet.state_dict(), model.unet.state_dict()
     for key in base:
@@ -199,7 +199,7 @@ def test_a_rate_of_zero_freezes_its_group(model, pack, face, group):
     assert any(moved.values())
 
 
-def test_dreambooth_is_another_value_and_not_another_code(model, pack, face):
+def test_dreambooth_is_a_config_and_no_code_of_its_own(model, pack, face):
     rare = model.word_embedding(9) - model.word_embedding(model.descriptor_id("face"))
     baseline = dataclasses.replace(
         pack,
@@ -215,7 +215,7 @@ def test_dreambooth_is_another_value_and_not_another_code(model, pack, face):
     assert same_weights(frozen, tune(model, pack, face, pack.tuning.replace(steps=0)))
 
 
-def test_an_empty_mask_is_said_and_not_used(model, pack, face):
+def test_an_empty_mask_is_reported_and_not_used(model, pack, face):
     from PIL import Image
 
     notes = []
@@ -225,7 +225,7 @@ def test_an_empty_mask_is_said_and_not_used(model, pack, face):
     assert same_weights(masked, tune(model, pack, PreparedImage(image=face.image)))
 
 
-def test_features_that_were_kept_are_as_good_as_the_tower(model, pack, face):
+def test_cached_features_equal_the_image_encoders(model, pack, face):
     kept = model.image_features(model.pixels([face.image]))[0]
     calls = []
     hook = model.image_tower.register_forward_hook(lambda *args: calls.append(1))

@@ -42,7 +42,7 @@ def test_R1_stopped_at_any_step_it_resumes_to_the_same_bits(pretrain, tmp_path, 
     pretrain(checkpoints=tmp_path / "whole", **options)
     with pytest.raises(Interrupted):
         pretrain(checkpoints=tmp_path / "cut", on_step=interrupt_after(stopped), **options)
-    torch.manual_seed(stopped)  # the global generator has no say
+    torch.manual_seed(stopped)  # the global generator has no influence
     seen = []
     pretrain(checkpoints=tmp_path / "cut", on_step=lambda at: seen.append(at.step), **options)
     assert seen[0] == stopped // 2 * 2 + 1

@@ -1,4 +1,4 @@
-"""Laws of a pack's card: what it states is so, what is older still loads, sizes are small."""
+"""Invariants of domain weights' manifests: facts are checked, older manifests load, sizes are small."""
 
 import dataclasses
 import json
@@ -62,8 +62,8 @@ def test_pretraining_states_them(model, tmp_path):
     assert set(card.sizes) == set(card.files)
 
 
-def test_another_training_of_the_same_model_is_told(model, pack):
-    """Same shapes, other weights: refused all the same, and said."""
+def test_another_training_of_the_same_model_is_refused(model, pack):
+    """Same shapes, other weights: refused, with the reason."""
     stated = dataclasses.replace(pack, **facts_about(model))
     odd = dataclasses.replace(stated, base_fingerprint="0" * 32)
     with pytest.raises(IntegrityError, match="the same model with other weights"):
@@ -75,8 +75,8 @@ def test_another_training_of_the_same_model_is_told(model, pack):
 
 
 @pytest.mark.parametrize("name", ["face", "cat", "art"])
-def test_packs_from_before_load(name):
-    """The shipped packs state none of it."""
+def test_domain_weights_of_older_versions_load(name):
+    """The shipped domain weights state none of these facts."""
     folder = weights_folder(find_domain(name), "mini")
     text = (folder / "domain.toml").read_text()
     pack = DomainWeights.load(folder)
@@ -86,7 +86,7 @@ def test_packs_from_before_load(name):
     assert pack.images > 0
 
 
-def test_a_card_without_the_new_fields_loads(pack, tmp_path):
+def test_a_manifest_without_the_new_fields_loads(pack, tmp_path):
     pack.save(tmp_path)
     lines = (tmp_path / "domain.toml").read_text().split("\n[sizes]")[0].splitlines()
     old = [line for line in lines if not line.startswith(NEW)]
@@ -120,7 +120,7 @@ def offsets_of_sd14():
 
 
 def test_offsets_of_sd14_take_less_than_2_MB(pack, offsets_of_sd14, tmp_path, capfd):
-    """96 exact factors of rank 3; as full matrices they would be 143 times as many numbers."""
+    """96 exact factors of rank 3; as full matrices they would be 143 times as many values."""
     big = dataclasses.replace(pack, name="big", base_name="sd14", offsets=offsets_of_sd14, licence="MIT")
     folder = tmp_path / "big"
     big.save(folder, dtype=torch.float16)
@@ -132,7 +132,7 @@ def test_offsets_of_sd14_take_less_than_2_MB(pack, offsets_of_sd14, tmp_path, ca
     for path, factors in offsets_of_sd14.items():
         for one, other in zip(factors, again.offsets[path], strict=True):
             assert torch.equal(one.half().float(), other)
-    # And people are told.
+    # The documentation has the size.
     assert app.run(["domains", "info", f"{folder}/"]) == 0
     told = capfd.readouterr().out
     line = next(line for line in told.splitlines() if line.startswith("sd14: offsets"))
