@@ -227,7 +227,7 @@ def face():
 
 
 @pytest.fixture
-def pack(model):
+def domain_weights(model):
     """A pre-trained domain with random weights, loud enough to be heard in every result."""
     from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.nn.weight_offsets import WeightOffsets

@@ -37,7 +37,7 @@ def both(request, example):
     """The same photo, seed and recipe through the library and through the example."""
     torch.set_num_threads(1)
     domain, _, masked = request.param.partition(" ")
-    pack = example.PACKS / domain / "mini"
+    domain_folder = example.PACKS / domain / "mini"
     with Image.open(EXAMPLES / ("me.png" if masked else "tiger.png")) as photo:
         image, mask = center_square(photo.convert("RGB"), 64), None
     if masked:
@@ -45,7 +45,7 @@ def both(request, example):
         ImageDraw.Draw(mask).ellipse((9, 6, 50, 61), fill=255)  # its border cuts through latents
         ImageDraw.Draw(mask).rectangle((20, 55, 41, 63), fill=100)
 
-    model, pretrained = TextToImageModel.load(example.BASE), DomainWeights.load(pack)
+    model, pretrained = TextToImageModel.load(example.BASE), DomainWeights.load(domain_folder)
     # The gradients of `mini` are smaller than the pack's limit, which would leave it untested.
     config = pretrained.tuning.replace(steps=2 if masked else 3, gradient_clip=0.01)
     told = []
@@ -60,7 +60,7 @@ def both(request, example):
     )
     (picture,) = sample(model, tuned, [parse_prompt(PROMPT)], [SEED])
 
-    e4t = example.E4T(example.BASE, pack)
+    e4t = example.E4T(example.BASE, domain_folder)
     e4t.info["tuning"] |= {"steps": config.steps, "gradient_clip": config.gradient_clip}
     history = e4t.tune(image, mask, SEED)
     return SimpleNamespace(

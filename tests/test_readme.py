@@ -163,11 +163,11 @@ def test_the_readmes_second_story_runs(checkout, capfd):
         "pretrain": ["--steps", "2", "--batch", "2", "-q"],
         "personalize": ["--steps", "2", "--tune-steps", "1", "-q"],
     }
-    story = readme_commands("A domain of your own", *shorter)
-    assert [words[0] for words in story] == ["pretrain", "personalize"]
+    commands = readme_commands("A domain of your own", *shorter)
+    assert [words[0] for words in commands] == ["pretrain", "personalize"]
     for number in range(4, 200):  # four pictures tell as much as two hundred
         (checkout / "examples" / "dogs" / f"dog-{number:03d}.png").unlink()
-    for words in story:
+    for words in commands:
         capfd.readouterr()
         code = app.run([*words, *shorter[words[0]]])
         out, err = capfd.readouterr()
@@ -191,8 +191,8 @@ def test_the_marked_python_blocks_run_in_order(checkout, capsys, monkeypatch):
     whole = DomainWeights.load
 
     def load(folder):
-        pack = whole(folder)
-        return dataclasses.replace(pack, tuning=pack.tuning.replace(steps=2))
+        domain_weights = whole(folder)
+        return dataclasses.replace(domain_weights, tuning=domain_weights.tuning.replace(steps=2))
 
     monkeypatch.setattr(DomainWeights, "load", load)
     (checkout / "outputs").mkdir()

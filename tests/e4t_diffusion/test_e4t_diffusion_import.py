@@ -346,16 +346,16 @@ def test_import_and_personalize(checkpoint, base_folder, tmp_path, capfd):
         "domain.toml", "encoder.safetensors", "offsets.safetensors", "tower.safetensors",
     }  # fmt: skip
     assert [path.name for path in folder.parent.iterdir()] == ["people"]
-    pack = DomainWeights.load(folder)
-    assert sha256 in pack.notes
-    assert pack.base_name == "tiny"
-    assert pack.embedding_scale == 0.1
-    assert pack.tuning.mask  # the config of the installed domain with its descriptor
+    domain_weights = DomainWeights.load(folder)
+    assert sha256 in domain_weights.notes
+    assert domain_weights.base_name == "tiny"
+    assert domain_weights.embedding_scale == 0.1
+    assert domain_weights.tuning.mask  # the config of the installed domain with its descriptor
 
     # The tiny base reads 14 tokens, fewer than some training sentences have.
-    card = (folder / "domain.toml").read_text()
-    start, end = card.index("templates = ["), card.index("]\n", card.index("templates = [")) + 2
-    (folder / "domain.toml").write_text(card[:start] + 'templates = ["{}"]\n' + card[end:])
+    manifest = (folder / "domain.toml").read_text()
+    start, end = manifest.index("templates = ["), manifest.index("]\n", manifest.index("templates = [")) + 2
+    (folder / "domain.toml").write_text(manifest[:start] + 'templates = ["{}"]\n' + manifest[end:])
     photo = tmp_path / "photo.png"
     drawn_face(size=80)[0].save(photo)
     done = e4t_cli.personalize(
@@ -396,16 +396,16 @@ def test_a_tuned_checkpoint_becomes_a_concept(checkpoint, encoder, offsets, mode
     assert sorted(path.name for path in made.folder.iterdir()) == [
         "domain.toml", "encoder.safetensors", "offsets.safetensors", "tower.safetensors",
     ]  # fmt: skip
-    pack = DomainWeights.load(made.folder)
+    domain_weights = DomainWeights.load(made.folder)
     concept = Concept.load(tmp_path / "me.e4t")
-    tuned = concept.tuned(model, pack)
-    for path in pack.offsets:
+    tuned = concept.tuned(model, domain_weights)
+    for path in domain_weights.offsets:
         weight = state[f"{path}.weight"].double()
         dense = checkpoints.dense_offset(offsets, path.replace(".to_", ".wo_"))
         found = tuned.unet.get_submodule(path).weight.double()
         torch.testing.assert_close(found, weight * (1 + dense), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(tuned.unet.conv_in.weight, state["conv_in.weight"], rtol=1e-3, atol=1e-4)
-    means = torch.randn(1, pack.encoder.config.unet_width)
+    means = torch.randn(1, domain_weights.encoder.config.unet_width)
     pixels = model.pixels([concept.prepared.image])
     expected = checkpoints.dense_encoder(encoder, pixels, means)
     e_c = tuned.embedding(means)

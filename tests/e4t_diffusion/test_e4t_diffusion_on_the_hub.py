@@ -116,11 +116,11 @@ def test_the_licence_first_then_once_and_for_all(
     assert "non-commercial" in questions[0]
     assert folder == converted_weights_path(THEIRS, published)
     assert user_cache() in folder.parents
-    pack = DomainWeights.load(folder)
-    assert "non-commercial" in pack.licence
-    assert THEIRS in pack.notes
-    assert published in pack.notes
-    assert pack.tuning == domain.tuning
+    domain_weights = DomainWeights.load(folder)
+    assert "non-commercial" in domain_weights.licence
+    assert THEIRS in domain_weights.notes
+    assert published in domain_weights.notes
+    assert domain_weights.tuning == domain.tuning
     assert len(conversions) == 1
     # The child compares with what the hub declares, too.
     assert set(conversions[0].sha256) == {"encoder.pt", "weight_offsets.pt"}
@@ -200,17 +200,17 @@ def test_who_brings_a_tower_needs_none_of_the_base(hub, converted, domain):
     assert needs_image_tower(find_domain("face"), "mini")
     assert needs_image_tower(find_domain("cat"), "sd14")
     assert needs_image_tower(None, "sd14")
-    pack, _, _ = converted
+    domain_weights, _, _ = converted
     own = user_domains_folder() / "cat"
-    dataclasses.replace(pack, name="cat", base_name="sd14").save(own)
+    dataclasses.replace(domain_weights, name="cat", base_name="sd14").save(own)
     assert not needs_image_tower(find_domain("cat"), "sd14")
 
 
 def test_weights_that_the_user_made_come_first(hub, converted, domain, sd14):
     """A pack of the user's own for that base serves before four gigabytes are fetched."""
-    pack, _, _ = converted
+    domain_weights, _, _ = converted
     own = user_domains_folder() / "face"
-    dataclasses.replace(pack, base_name="sd14").save(own)
+    dataclasses.replace(domain_weights, base_name="sd14").save(own)
     assert resolve_domain_weights(domain, sd14, YES) == own
     assert not hub.requests
     assert "sd14" in PUBLISHED

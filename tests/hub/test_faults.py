@@ -316,10 +316,10 @@ def test_D16_what_the_hub_says_no_with(hub, repository, monkeypatch, status, whe
     hub.faults.append(Fault("status", where, status=status, headers=headers))
     with pytest.raises(WeightsUnavailable, match=sentence) as caught:
         fetch_files("owner/tiny", repository, ALL)
-    said = f"{caught.value.message} {caught.value.hint}"
-    assert "hf_good" not in said and "127.0.0.1" not in caught.value.message
+    message = f"{caught.value.message} {caught.value.hint}"
+    assert "hf_good" not in message and "127.0.0.1" not in caught.value.message
     if status == 429 and where == "/api/*":
-        assert "wait 600 seconds" in said and hub.count("GET", "/api/*") == 1
+        assert "wait 600 seconds" in message and hub.count("GET", "/api/*") == 1
     if status >= 500 and where == "/api/*":
         assert hub.count("GET", "/api/*") == 3
 
@@ -393,9 +393,9 @@ def test_D19_a_token_that_the_hub_does_not_know(hub, repository, monkeypatch):
         HubAccess(on_progress=lambda event: notes.append(event.note)),
     )
     assert intact(folder) and "Bearer hf_expired_secret" in hub.authorizations
-    said = [note for note in notes if note]
-    assert said and all("going on without it" in note for note in said)
-    assert not any("hf_expired" in note for note in said)
+    message = [note for note in notes if note]
+    assert message and all("going on without it" in note for note in message)
+    assert not any("hf_expired" in note for note in message)
 
 
 def test_D19_a_good_token_is_used_and_never_kept(hub, repository, monkeypatch, tmp_path):

@@ -281,9 +281,9 @@ def test_a_terminal_is_asked(hub, tiny, tmp_path, answer, code):
     os.close(theirs)
     os.write(ours, f"{answer}\n".encode())
     out, _ = process.communicate(timeout=60)
-    said = os.read(ours, 10_000).decode()
+    output = os.read(ours, 10_000).decode()
     os.close(ours)
-    assert process.returncode == code and "remove owner/tiny" in said and "[y/N]" in said
+    assert process.returncode == code and "remove owner/tiny" in output and "[y/N]" in output
     assert folder.is_dir() == (answer == "n") and bool(out) == (answer == "y")
 
 

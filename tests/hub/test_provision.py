@@ -245,22 +245,22 @@ def test_what_another_program_fetched_is_used_and_checked(hub, tiny):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"in_channels": 9}, "for inpainting"),
         ({"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
         ({"_class_name": "SD3Transformer2DModel"}, "a SD3Transformer2DModel"),
     ],
 )
-def test_a_model_of_another_kind_costs_no_gigabytes(hub, made, tmp_path, change, said):
+def test_a_model_of_another_kind_costs_no_gigabytes(hub, made, tmp_path, change, expected):
     folder = shutil.copytree(made, tmp_path / "other")
     config = folder / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     hub.add("owner/other", folder)
-    with pytest.raises(IntegrityError, match=said):
+    with pytest.raises(IntegrityError, match=expected):
         fetch_base("owner/other", YES)
     assert not hub.count("GET", "*.safetensors")
-    with pytest.raises(IntegrityError, match=said):
+    with pytest.raises(IntegrityError, match=expected):
         fetch_base(folder, HubAccess())
 
 

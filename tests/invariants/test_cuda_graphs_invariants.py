@@ -94,14 +94,14 @@ def weights_of(tuned):
 
 @pytest.mark.parametrize("micro_batch", [4, 3])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_captured_tuning_gives_the_same_model(model, pack, face, monkeypatch, method, micro_batch):
-    config = pack.tuning.replace(method=method, steps=6)
+def test_captured_tuning_gives_the_same_model(model, domain_weights, face, monkeypatch, method, micro_batch):
+    config = domain_weights.tuning.replace(method=method, steps=6)
 
     def tuned():
         told = []
         found = tune(
             model,
-            pack,
+            domain_weights,
             face,
             config,
             seed=3,
@@ -119,19 +119,19 @@ def test_captured_tuning_gives_the_same_model(model, pack, face, monkeypatch, me
     assert all(torch.equal(a, b) for a, b in zip(weights, expected[0], strict=True))
 
 
-def test_captured_tuning_gives_the_same_model_in_half_precision(model, pack, face, lists, monkeypatch):
+def test_captured_tuning_gives_the_same_model_in_half_precision(model, domain_weights, face, lists, monkeypatch):
     """With the casts of autocast, which are cached for the length of a step."""
-    config = pack.tuning.replace(steps=4)
-    found = weights_of(tune(model, pack, face, config, options=TuningOptions(autocast=True)))
+    config = domain_weights.tuning.replace(steps=4)
+    found = weights_of(tune(model, domain_weights, face, config, options=TuningOptions(autocast=True)))
     assert lists.played == 3
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
-    expected = weights_of(tune(model, pack, face, config, options=TuningOptions(autocast=True)))
+    expected = weights_of(tune(model, domain_weights, face, config, options=TuningOptions(autocast=True)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")])
-def test_captured_sampling_gives_the_same_images(model, pack, face, monkeypatch, scheduler, negative):
-    tuned = Trainer(model, pack, face, pack.tuning.replace(steps=0)).finish()
+def test_captured_sampling_gives_the_same_images(model, domain_weights, face, monkeypatch, scheduler, negative):
+    tuned = Trainer(model, domain_weights, face, domain_weights.tuning.replace(steps=0)).finish()
     sampling = SamplingConfig(steps=6, scheduler=scheduler, negative_prompt=negative)
     expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
     found = Lists()
@@ -140,8 +140,10 @@ def test_captured_sampling_gives_the_same_images(model, pack, face, monkeypatch,
     assert found.recorded == 1 and found.played >= 5
 
 
-def test_a_changed_plan_is_captured_again(model, pack, face, lists):
-    run = Trainer(model, pack, face, pack.tuning.replace(steps=9), options=TuningOptions(autocast=False))
+def test_a_changed_plan_is_captured_again(model, domain_weights, face, lists):
+    run = Trainer(
+        model, domain_weights, face, domain_weights.tuning.replace(steps=9), options=TuningOptions(autocast=False)
+    )
     whole = [run.gradients(step) for step in range(3)]
     assert run.reduce_memory().startswith("memory ran out: 2 at a time")
     halves = [run.gradients(step) for step in range(3)]
@@ -151,19 +153,19 @@ def test_a_changed_plan_is_captured_again(model, pack, face, lists):
 
 
 @pytest.mark.parametrize("plan", [{"checkpointing": True}, {"optimizer": "cpu"}])
-def test_steps_that_vary_are_not_captured(model, pack, face, lists, plan):
+def test_steps_that_vary_are_not_captured(model, domain_weights, face, lists, plan):
     tune(
         model,
-        pack,
+        domain_weights,
         face,
-        pack.tuning.replace(steps=5),
+        domain_weights.tuning.replace(steps=5),
         options=TuningOptions(plan=Plan(micro_batch=4, **plan)),
     )
     assert lists.recorded == 0
 
 
-def test_few_steps_are_not_captured(model, pack, face, lists):
-    tune(model, pack, face, pack.tuning.replace(steps=3))
+def test_few_steps_are_not_captured(model, domain_weights, face, lists):
+    tune(model, domain_weights, face, domain_weights.tuning.replace(steps=3))
     assert lists.recorded == 0
 
 
@@ -211,19 +213,19 @@ def test_functions_that_cannot_be_captured_run_eagerly(lists):
     assert lists.played == 0
 
 
-def test_a_tuning_that_cannot_be_captured_reports_it(model, pack, face, lists, monkeypatch):
+def test_a_tuning_that_cannot_be_captured_reports_it(model, domain_weights, face, lists, monkeypatch):
     def refuse(work):
         work()
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    config, notes = pack.tuning.replace(steps=5), []
+    config, notes = domain_weights.tuning.replace(steps=5), []
     monkeypatch.setattr(lists, "capture", refuse)
-    found = tune(model, pack, face, config, on_progress=lambda progress: notes.append(progress.note))
+    found = tune(model, domain_weights, face, config, on_progress=lambda progress: notes.append(progress.note))
     assert [note for note in notes if note] == [
         "no CUDA graph could be captured, steps run one by one: CUDA out of memory."
     ]
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
-    expected = tune(model, pack, face, config)
+    expected = tune(model, domain_weights, face, config)
     assert all(map(torch.equal, weights_of(found), weights_of(expected)))
 
 

@@ -17,12 +17,12 @@ FEW = SamplingConfig(steps=3)
 
 
 @pytest.fixture
-def tuned(model, pack, face):
-    return tune(model, pack, face, pack.tuning.replace(steps=1))
+def tuned(model, domain_weights, face):
+    return tune(model, domain_weights, face, domain_weights.tuning.replace(steps=1))
 
 
-def pixels(pictures):
-    return [picture.tobytes() for picture in pictures]
+def pixels(images):
+    return [image.tobytes() for image in images]
 
 
 def test_the_same_seed_generates_the_same_pixels(model, tuned):
@@ -48,10 +48,10 @@ def test_a_batch_differs_by_rounding_only(model, tuned):
 
 def test_images_are_yielded_one_by_one_with_progress(model, tuned):
     events = []
-    pictures = sample(model, tuned, PROMPTS, [1, 2, 3], FEW, on_progress=events.append)
-    next(pictures)
+    images = sample(model, tuned, PROMPTS, [1, 2, 3], FEW, on_progress=events.append)
+    next(images)
     assert [event.done for event in events] == [1, 2, 3]
-    list(pictures)
+    list(images)
     assert [event.done for event in events] == list(range(1, 10))
     assert {event.total for event in events} == {9}
     events.clear()

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset, WeightOffsets
 
 
-def stirred(offsets):
+def randomized(offsets):
     """Give fresh offsets random values, so that they have an effect."""
     source = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def dense_delta(offset):
 def test_the_factored_form_is_the_dense_network_in_value_and_gradient():
     torch.manual_seed(0)
     for rows, columns, seed_width in ((6, 5, 1), (4, 9, 3)):
-        offset = stirred(WeightOffset(rows, columns, seed_width=seed_width).double())
+        offset = randomized(WeightOffset(rows, columns, seed_width=seed_width).double())
         weights = list(offset.parameters())
         probe = torch.randn(rows, columns, dtype=torch.float64)
         dense, factored = dense_delta(offset), offset.delta()
@@ -52,14 +52,14 @@ def test_the_factored_form_is_the_dense_network_in_value_and_gradient():
 def test_an_attached_weight_is_the_base_times_one_plus_delta():
     """Eq. 3, element by element, with the offset network evaluated layer by layer."""
     torch.manual_seed(0)
-    layer, offset = torch.nn.Linear(5, 6).double(), stirred(WeightOffset(6, 5).double())
+    layer, offset = torch.nn.Linear(5, 6).double(), randomized(WeightOffset(6, 5).double())
     base = layer.weight.detach().clone()
     parametrize.register_parametrization(layer, "weight", offset)
     torch.testing.assert_close(layer.weight, base + base * dense_delta(offset), rtol=1e-12, atol=1e-12)
 
 
 def test_factors_carry_the_same_offsets(model):
-    offsets = stirred(WeightOffsets.for_unet(model.unet))
+    offsets = randomized(WeightOffsets.for_unet(model.unet))
     again = WeightOffsets.from_factors(offsets.factors())
     assert set(again.paths) == set(offsets.paths)
     deltas = dict(zip(offsets.paths, offsets.modulations, strict=True))
@@ -93,7 +93,7 @@ def test_every_projection_of_every_attention_layer_and_nothing_else(model):
 def test_attach_then_detach_restores_the_unet(model):
     before = copy.deepcopy(model.unet)
     kept = dict(model.unet.named_parameters())
-    offsets = stirred(WeightOffsets.for_unet(model.unet))
+    offsets = randomized(WeightOffsets.for_unet(model.unet))
     plain = model.unet(*inputs()).sample
     with offsets.attached_to(model.unet):
         assert not torch.equal(model.unet(*inputs()).sample, plain)
@@ -108,7 +108,7 @@ def test_attach_then_detach_restores_the_unet(model):
 @torch.no_grad()
 def test_merging_gives_a_plain_unet_with_the_same_output(model):
     unet = copy.deepcopy(model.unet)
-    offsets = stirred(WeightOffsets.for_unet(unet))
+    offsets = randomized(WeightOffsets.for_unet(unet))
     offsets.attach_to(unet)
     attached = unet(*inputs()).sample
     offsets.merge()

@@ -48,15 +48,15 @@ def one_of_two(monkeypatch):
 
 
 def test_T8_a_flagged_image_is_not_written_and_the_command_reports_it(
-    checked_base, pack, one_of_two, tmp_path, capsys, monkeypatch
+    checked_base, domain_weights, one_of_two, tmp_path, capsys, monkeypatch
 ):
     from e4t_cli.cli import app
     from e4t_cli.models.text_to_image import TextToImageModel
 
     monkeypatch.chdir(tmp_path)
     own = dataclasses.replace(
-        pack, base_fingerprint=TextToImageModel.load(checked_base).fingerprint,
-        tuning=pack.tuning.replace(steps=1, batch_size=2),
+        domain_weights, base_fingerprint=TextToImageModel.load(checked_base).fingerprint,
+        tuning=domain_weights.tuning.replace(steps=1, batch_size=2),
     )  # fmt: skip
     own.save(tmp_path / "face")
     Image.new("RGB", (64, 64), "orange").save("me.png")
@@ -67,9 +67,9 @@ def test_T8_a_flagged_image_is_not_written_and_the_command_reports_it(
     code = app.run([*command, "--json", "-o", "one"])
     captured = capsys.readouterr()
     assert code == 8, captured.err
-    told = [json.loads(line) for line in captured.out.splitlines()]
-    assert [one["type"] for one in told] == ["image", "withheld"]
-    assert told[1]["seed"] == 1 and told[0]["seed"] == 2
+    events = [json.loads(line) for line in captured.out.splitlines()]
+    assert [one["type"] for one in events] == ["image", "withheld"]
+    assert events[1]["seed"] == 1 and events[0]["seed"] == 2
     assert json.loads(captured.err.splitlines()[-1])["error"]["code"] == "partial"
     (written,) = (tmp_path / "one").glob("*.png")
     assert read_metadata(written.read_bytes()).ai_generated

@@ -203,11 +203,11 @@ def domain(**weights):
 
 
 def test_weights_in_a_package(site):
-    pack = site / "dogs" / "packs" / "toy"
-    pack.mkdir(parents=True)
+    domain_folder = site / "dogs" / "packs" / "toy"
+    domain_folder.mkdir(parents=True)
     (site / "dogs" / "__init__.py").write_text("1 / 0  # looking for weights imports nothing")
-    (pack / "domain.toml").touch()
-    assert weights_folder(domain(toy="package:dogs/packs/toy"), "toy") == pack
+    (domain_folder / "domain.toml").touch()
+    assert weights_folder(domain(toy="package:dogs/packs/toy"), "toy") == domain_folder
 
 
 NOWHERE = ["package:dogs/nowhere", "package:no_such/x", "/no/where"]

@@ -113,11 +113,11 @@ def test_R11_the_command_under_a_launcher(start, base_folder, tmp_path):
 
     both, alone = command("both", 2, 2), command("alone", 4, 1)
     assert both.wait() == alone.wait() == 0, both.said() + alone.said()
-    packs = [tmp_path / home / "e4t" / "domains" / "faces" for home in ("alone", "both")]
-    assert both.said().splitlines().count(str(packs[1])) == 1
+    domain_folders = [tmp_path / home / "e4t" / "domains" / "faces" for home in ("alone", "both")]
+    assert both.said().splitlines().count(str(domain_folders[1])) == 1
     assert both.said().count("learning rate 0.0004 = 0.0001 × batch 2 × 2 processes") == 1
     for name in ("encoder.safetensors", "offsets.safetensors"):
-        close(packs[0] / name, packs[1] / name, 1e-4)
-    cards = [tomllib.loads((pack / "domain.toml").read_text()) for pack in packs]
-    assert [card["pretraining"]["batch_size"] for card in cards] == [4, 4]
-    assert [card["images"] for card in cards] == [6, 6]
+        close(domain_folders[0] / name, domain_folders[1] / name, 1e-4)
+    manifests = [tomllib.loads((domain_folder / "domain.toml").read_text()) for domain_folder in domain_folders]
+    assert [manifest["pretraining"]["batch_size"] for manifest in manifests] == [4, 4]
+    assert [manifest["images"] for manifest in manifests] == [6, 6]

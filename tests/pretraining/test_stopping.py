@@ -112,9 +112,9 @@ def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
             "--base-lr", "1e-4", "--checkpoint-every", 1, "--sample-every", 0, "--device", "cpu",
         )  # fmt: skip
 
-    def pack(home):
-        (card,) = (tmp_path / home).glob("e4t/domains/faces/domain.toml")
-        return card.parent
+    def domain_folder(home):
+        (manifest,) = (tmp_path / home).glob("e4t/domains/faces/domain.toml")
+        return manifest.parent
 
     # A machine may be fast or slow: moments are chosen by what a run takes when left alone.
     whole, begun = command("whole"), time.monotonic()  # the first one waits for the server
@@ -146,7 +146,7 @@ def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
     assert last.wait() == 0, last.said()
     assert "resuming from step" in last.said()
     for name in ("encoder.safetensors", "offsets.safetensors"):
-        assert (pack("cut") / name).read_bytes() == (pack("whole") / name).read_bytes()
+        assert (domain_folder("cut") / name).read_bytes() == (domain_folder("whole") / name).read_bytes()
     assert not list((tmp_path / "cut" / "e4t" / "domains").glob(".*"))
 
 

@@ -36,7 +36,7 @@ def test_a_folder_without_a_card_is_named_and_measured(folder):
 
 
 @pytest.mark.parametrize(
-    "card",
+    "manifest",
     [
         "schema = ",
         CARD.replace("schema = 1", "schema = 2"),
@@ -46,8 +46,8 @@ def test_a_folder_without_a_card_is_named_and_measured(folder):
         CARD.replace("resolution = 32\n", ""),
     ],
 )
-def test_bad_cards(folder, card):
-    (folder / "base.toml").write_text(card)
+def test_bad_cards(folder, manifest):
+    (folder / "base.toml").write_text(manifest)
     with pytest.raises(IntegrityError, match="base.toml cannot be used"):
         find_base(folder)
 

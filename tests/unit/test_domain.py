@@ -81,7 +81,7 @@ def test_names_are_safe_as_file_names(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "expected"),
     [
         ({"descriptor": " "}, "descriptor"),
         ({"tuning": {"steps": 5}}, "tuning"),
@@ -101,8 +101,8 @@ def test_names_are_safe_as_file_names(name):
         ({"contract": 2}, "version 2"),
     ],
 )
-def test_domains_are_checked(change, says):
-    with pytest.raises(ValueError, match=says):
+def test_domains_are_checked(change, expected):
+    with pytest.raises(ValueError, match=expected):
         domain(**change)
 
 

@@ -26,9 +26,9 @@ FULL_RANK = 1024
 
 
 @pytest.fixture
-def tuned(model, pack, face):
-    config = pack.tuning.replace(steps=2, base_learning_rate=1e-3)
-    return tune(model, pack, face, config, options=TuningOptions(autocast=False))
+def tuned(model, domain_weights, face):
+    config = domain_weights.tuning.replace(steps=2, base_learning_rate=1e-3)
+    return tune(model, domain_weights, face, config, options=TuningOptions(autocast=False))
 
 
 def added(base, weights):

@@ -80,10 +80,10 @@ def test_a_mask_of_the_pictures_size_that_depends_on_picture_and_words(clipseg, 
 
 
 def test_loaded_once(clipseg):
-    picture = Image.new("RGB", (32, 32))
-    segmenters.mask_by_words(picture, "a cat", target(clipseg))
+    image = Image.new("RGB", (32, 32))
+    segmenters.mask_by_words(image, "a cat", target(clipseg))
     (clipseg / "config.json").unlink()
-    segmenters.mask_by_words(picture, "a dog", target(clipseg))
+    segmenters.mask_by_words(image, "a dog", target(clipseg))
     assert segmenters._load_clipseg.cache_info().misses == 1
 
 

@@ -288,13 +288,13 @@ def test_R7_one_outline_in_other_colours_is_another_picture():
 
 
 def test_held_out_pictures_are_the_same_ones_and_not_trained_on():
-    pictures = [png(index) for index in range(45)]
-    rest, held_out = hold_out(find_source(pictures), ImageReader(DOGS, TARGET))
-    again, _ = hold_out(find_source(pictures), ImageReader(DOGS, TARGET))
+    images = [png(index) for index in range(45)]
+    rest, held_out = hold_out(find_source(images), ImageReader(DOGS, TARGET))
+    again, _ = hold_out(find_source(images), ImageReader(DOGS, TARGET))
     assert len(held_out) == 4
     assert len(rest) == 41
     kept = [f"image {i}" for i in range(45) if i not in (0, 11, 22, 33)]
     assert names(rest) == names(again) == kept
-    assert rest.fingerprint == again.fingerprint != find_source(pictures).fingerprint
-    few, none = hold_out(find_source(pictures[:9]), ImageReader(DOGS, TARGET))
+    assert rest.fingerprint == again.fingerprint != find_source(images).fingerprint
+    few, none = hold_out(find_source(images[:9]), ImageReader(DOGS, TARGET))
     assert len(few) == 9 and none == []

@@ -41,9 +41,9 @@ def test_a_report_goes_on_after_a_problem():
     assert found["domain"] == found["licence"] == ""
 
 
-def test_weights_in_a_folder(pack, tmp_path):
+def test_weights_in_a_folder(domain_weights, tmp_path):
     """All of it is read; a base that is not installed is reported."""
-    pack.save(tmp_path / "face")
+    domain_weights.save(tmp_path / "face")
     check_domain(tmp_path / "face")
     found = {one.subject: one for one in examine_domain(tmp_path / "face")}
     assert "the base tiny does not come with e4t" in found["weights for tiny"].remark
@@ -53,17 +53,17 @@ def test_weights_in_a_folder(pack, tmp_path):
         check_domain(tmp_path / "face")
 
 
-def test_weights_that_do_not_fit_their_base(pack, tmp_path):
+def test_weights_that_do_not_fit_their_base(domain_weights, tmp_path):
     """Weights for `tiny` that claim to be for mini: another base, or no fingerprint but shapes."""
     import dataclasses
 
-    for fingerprint, says in (
+    for fingerprint, expected in (
         ("a" * 32, "another base than this mini"),
         ("", "does not fit|no offset"),
     ):
-        liar = dataclasses.replace(pack, base_name="mini", base_fingerprint=fingerprint)
+        liar = dataclasses.replace(domain_weights, base_name="mini", base_fingerprint=fingerprint)
         liar.save(tmp_path / "liar")
-        with pytest.raises(AssertionError, match=says):
+        with pytest.raises(AssertionError, match=expected):
             check_domain(tmp_path / "liar")
 
 
@@ -87,7 +87,7 @@ def indecisive(image, target):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "expected"),
     [
         (7, "of type int, not Domain"),
         ("fase", "no domain 'fase' is installed"),
@@ -101,6 +101,6 @@ def indecisive(image, target):
         (domain(prompt_templates=("S* and {}",)), "more than once"),
     ],
 )
-def test_bad_domains(wrong, says):
-    with pytest.raises(AssertionError, match=says):
+def test_bad_domains(wrong, expected):
+    with pytest.raises(AssertionError, match=expected):
         check_domain(wrong)

@@ -57,9 +57,9 @@ def reader(mask=None, **options):
     return ImageReader(options.pop("domain", FACES), target, **options)
 
 
-def encode(model, pictures, **options):
+def encode(model, images, **options):
     cache = EncodingCache(model, reader(**options))
-    data = cache.encode(find_source(pictures))
+    data = cache.encode(find_source(images))
     return data, cache
 
 
@@ -124,12 +124,12 @@ def test_rows_are_a_function_of_their_place(model, folder):
 
 def test_masks_are_kept_where_training_wants_them(model):
     image, mask = drawn_face()
-    pictures = [PreparedImage(image=image, mask=mask), PreparedImage(image=image)]
-    data, _ = encode(model, pictures, mask="auto")
+    images = [PreparedImage(image=image, mask=mask), PreparedImage(image=image)]
+    data, _ = encode(model, images, mask="auto")
     found = rows(data, positions=range(2), batch_size=2).masks
     covered = sorted(one.float().mean().item() for one in found)
     assert 0.2 < covered[0] < 0.8 and covered[1] == 1
-    assert rows(encode(model, pictures)[0]).masks is None
+    assert rows(encode(model, images)[0]).masks is None
 
 
 # ── R5: a bad picture ──
@@ -328,8 +328,8 @@ def test_what_a_picture_takes_is_known_before(model, folder):
     for mask in (None, "auto"):
         _, cache = encode(model, folder, mask=mask)
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
-        told = 10 * bytes_per_image(model, mask=mask is not None)
-        assert 0 <= size - told < 3 * 1500  # three headers
+        estimate = 10 * bytes_per_image(model, mask=mask is not None)
+        assert 0 <= size - estimate < 3 * 1500  # three headers
 
 
 # ── R12: more than memory holds ──
@@ -344,7 +344,7 @@ def test_R12_pictures_and_rows_pass_through_and_do_not_stay(model, monkeypatch):
     def gone():
         alive[0] -= 1
 
-    def pictures(count):
+    def images(count):
         for index in range(count):
             image, _ = drawn_face(index)
             image.putpixel((0, 0), (index % 256, index // 256, 0))
@@ -356,7 +356,7 @@ def test_R12_pictures_and_rows_pass_through_and_do_not_stay(model, monkeypatch):
     def peak(count):
         most.clear()
         tracemalloc.start()
-        data = EncodingCache(model, reader()).encode(find_source(pictures(count)))
+        data = EncodingCache(model, reader()).encode(find_source(images(count)))
         for step in range(4):
             rows(data, step=step)
         held = tracemalloc.get_traced_memory()[0]
@@ -387,9 +387,9 @@ class Stream(IterableSource):
 
     fingerprint = "stream"
 
-    def __init__(self, pictures):
+    def __init__(self, images):
         super().__init__("a stream")
-        self.pictures, self.opened = pictures, 0
+        self.pictures, self.opened = images, 0
 
     @property
     def approximate_len(self):
@@ -405,15 +405,15 @@ class Stream(IterableSource):
         return (items[int(index)] for index in order[rank::ranks])
 
 
-def stream(model, pictures, rank=0, ranks=1):
-    return StreamingDataset(model, Stream(pictures), reader(), rank, ranks)
+def stream(model, images, rank=0, ranks=1):
+    return StreamingDataset(model, Stream(images), reader(), rank, ranks)
 
 
 def test_a_stream_goes_on_where_a_stopped_run_was(model):
-    pictures = [png(index) for index in range(7)]
-    whole = stream(model, pictures)
+    images = [png(index) for index in range(7)]
+    whole = stream(model, images)
     each = [rows(whole, step=step) for step in range(5)]  # three epochs
-    resumed = stream(model, pictures)
+    resumed = stream(model, images)
     for step in (3, 4):
         assert same(rows(resumed, step=step), each[step])
     assert same(rows(resumed, step=1), each[1])  # back again: read from the beginning
@@ -422,10 +422,10 @@ def test_a_stream_goes_on_where_a_stopped_run_was(model):
 
 
 def test_processes_take_their_own_parts_of_a_stream(model):
-    pictures = [png(index) for index in range(8)]
+    images = [png(index) for index in range(8)]
     seen = []
     for rank in range(2):
-        data = stream(model, pictures, rank, 2)
+        data = stream(model, images, rank, 2)
         for step in range(2):
             found = rows(data, step=step, positions=range(2 * rank, 2 * rank + 2), batch_size=4)
             seen += [one.half().numpy().tobytes() for one in found.means]
@@ -434,9 +434,9 @@ def test_processes_take_their_own_parts_of_a_stream(model):
 
 
 def test_R5_a_bad_picture_in_a_stream_is_replaced_by_the_next(model):
-    pictures = [png(index) for index in range(6)]
-    before = stream(model, pictures)
-    bad = [*pictures[:2], b"no picture", *pictures[3:]]
+    images = [png(index) for index in range(6)]
+    before = stream(model, images)
+    bad = [*images[:2], b"no picture", *images[3:]]
     after = stream(model, bad)
     changed = 0
     for step in range(3):
@@ -451,8 +451,8 @@ def test_R5_a_bad_picture_in_a_stream_is_replaced_by_the_next(model):
 
 
 def test_an_empty_stream_ends(model):
-    for pictures, words in (([], "there is no image in a stream"), ([b"no"], "can be used")):
-        data = stream(model, pictures)
+    for images, words in (([], "there is no image in a stream"), ([b"no"], "can be used")):
+        data = stream(model, images)
         with pytest.raises(InputError, match=words):
             rows(data)
         data.close()
@@ -489,14 +489,16 @@ def test_a_disk_that_is_too_small(model, monkeypatch):
 @pytest.mark.parametrize("wanted", ["on", "off"])
 def test_training_data_tells_what_was_left_out(model, folder, tmp_path, wanted):
     (folder / "7.png").write_bytes(b"no picture")
-    told = []
+    estimate = []
     source = find_source(folder)
     choice = choose_cache(wanted, source, model, 100, mask=False)
     opens = reader(log=tmp_path / "left-out.tsv")
-    with training_data(model, source, opens, choice, processes=DistributedContext(), on_progress=told.append) as data:
+    with training_data(
+        model, source, opens, choice, processes=DistributedContext(), on_progress=estimate.append
+    ) as data:
         for step in range(3):
             rows(data, step=step)
-    notes = [event.note for event in told if event.note]
+    notes = [event.note for event in estimate if event.note]
     assert any("1 image was left out; the first: " in note and "7.png" in note for note in notes)
     assert any("are few" in note for note in notes)
     assert (tmp_path / "left-out.tsv").read_text().startswith("7.png\t")
