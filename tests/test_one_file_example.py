@@ -1,4 +1,4 @@
-"""The method written a second time, examples/e4t_in_one_file.py, agrees with the library."""
+"""examples/e4t_in_one_file.py, a second implementation of the method, agrees with the library."""
 
 import ast
 import importlib.util
@@ -34,7 +34,7 @@ def example():
 
 @pytest.fixture(scope="module", params=["cat", "face with a mask"])
 def both(request, example):
-    """The same photo, seed and recipe through the library and through the example."""
+    """The same photo, seed and config through the library and through the example."""
     torch.set_num_threads(1)
     domain, _, masked = request.param.partition(" ")
     domain_folder = example.PACKS / domain / "mini"
@@ -46,7 +46,7 @@ def both(request, example):
         ImageDraw.Draw(mask).rectangle((20, 55, 41, 63), fill=100)
 
     model, pretrained = TextToImageModel.load(example.BASE), DomainWeights.load(domain_folder)
-    # The gradients of `mini` are smaller than the pack's limit, which would leave it untested.
+    # The gradients of `mini` are smaller than the domain's clipping limit, which would leave it untested.
     config = pretrained.tuning.replace(steps=2 if masked else 3, gradient_clip=0.01)
     told = []
     tuned = tune(
@@ -93,7 +93,7 @@ def test_the_tuned_weights_are_the_same(both):
     assert differences.square().mean().sqrt() < 5e-4  # measured: 8e-6
 
 
-def test_the_pictures_are_the_same(both):
+def test_the_images_are_the_same(both):
     found, expected = (numpy.asarray(one).astype(int) for one in (both.drawn, both.picture))
     assert abs(found - expected).max() <= 1  # measured: 0
     assert (found != expected).mean() < 0.01
@@ -113,7 +113,7 @@ def test_it_is_short_and_stands_alone():
     assert not own & {name.partition(".")[0] for name in imported}
 
 
-def test_it_runs_as_its_first_lines_say(tmp_path, monkeypatch, capsys):
+def test_it_runs_as_its_docstring_describes(tmp_path, monkeypatch, capsys):
     output = tmp_path / "new" / "tiger.png"
     photo = EXAMPLES / "tiger.png"
     monkeypatch.setattr("sys.argv", list(map(str, [FILE, photo, PROMPT, "--output", output])))

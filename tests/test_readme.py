@@ -1,4 +1,4 @@
-"""What the README and the guides say is what the program does.
+"""The README and the guides agree with the program.
 
 Command lines in fenced blocks are parsed by the program's own parser; the README's daily commands
 and the marked Python blocks of docs/python.md are run on the packaged base.
@@ -54,7 +54,7 @@ DOCUMENTED = [
 
 
 def packaged(domain: str) -> bool:
-    """Whether this checkout has the embedded base, the domain's pack for it, and the photo."""
+    """Whether this checkout has the embedded base, the domain's weights for it, and the photo."""
     value: Domain = find_domain(domain)
     try:
         return bool([weights_folder(value, base.name) for base in installed_bases()])
@@ -99,7 +99,7 @@ def test_documented_commands_are_understood(words, monkeypatch):
 
 
 def stand_in(callback, note):
-    """Return a function with the command's signature that only says it was reached."""
+    """Return a function with the command's signature that only raises `Reached`."""
     import functools
 
     @functools.wraps(callback)
@@ -157,7 +157,7 @@ def test_the_readmes_daily_lines_run(checkout, capfd, monkeypatch):
 
 
 @needs_weights
-def test_the_readmes_second_story_runs(checkout, capfd):
+def test_the_readmes_pretraining_example_runs(checkout, capfd):
     """A folder of dogs becomes a domain that knows a dog, in fewer steps than the reader takes."""
     shorter = {
         "pretrain": ["--steps", "2", "--batch", "2", "-q"],
@@ -165,7 +165,7 @@ def test_the_readmes_second_story_runs(checkout, capfd):
     }
     commands = readme_commands("A domain of your own", *shorter)
     assert [words[0] for words in commands] == ["pretrain", "personalize"]
-    for number in range(4, 200):  # four pictures tell as much as two hundred
+    for number in range(4, 200):  # four images test as much as two hundred
         (checkout / "examples" / "dogs" / f"dog-{number:03d}.png").unlink()
     for words in commands:
         capfd.readouterr()
@@ -187,7 +187,7 @@ def test_python_blocks_compile():
 
 @needs_weights
 def test_the_marked_python_blocks_run_in_order(checkout, capsys, monkeypatch):
-    """Those that leave the steps to the recipe take two: what they show is not how good it is."""
+    """Those that leave the steps to the config take two: the quality is not tested."""
     whole = DomainWeights.load
 
     def load(folder):

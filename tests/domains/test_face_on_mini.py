@@ -1,4 +1,4 @@
-"""The parser that came with the package, on drawings as they are and as people would hold them."""
+"""The packaged face parser, on upright and on turned drawings."""
 
 from pathlib import Path
 

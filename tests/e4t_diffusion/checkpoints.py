@@ -15,7 +15,7 @@ HIDDEN = 32
 
 
 def random_values(source, *shape, scale=0.3, around=0.0):
-    """Random numbers that half precision holds exactly."""
+    """Random values that half precision represents exactly."""
     return (around + torch.randn(shape, generator=source) * scale).half().float()
 
 
@@ -156,7 +156,7 @@ def write_checkpoint(folder, encoder, weights, settings=None, *, name="weight_of
 
 
 def write_open_clip_config(folder):
-    """The tiny tower, as open_clip describes its own."""
+    """The config of the tiny visual tower, as open_clip writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"embed_dim": 16, "vision_cfg": TOWER, "text_cfg": {}}
     (folder / "ViT-tiny.json").write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""A checkpoint of the layout, names and sizes of the public face weights, with random numbers."""
+"""A checkpoint of the layout, names and sizes of the public face weights, with random values."""
 
 import torch
 

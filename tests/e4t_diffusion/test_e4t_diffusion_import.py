@@ -1,4 +1,4 @@
-"""A checkpoint of e4t-diffusion, from its folder to images, and what it must not do on the way."""
+"""Importing checkpoints of e4t-diffusion: conversion, refusal of unsafe or wrong files, generation."""
 
 import dataclasses
 import json
@@ -89,7 +89,7 @@ def test_nothing_imports_the_process_that_reads():
     assert importers == set()
 
 
-def test_F1_a_pickle_that_wants_to_act_is_not_run(tmp_path):
+def test_F1_a_pickle_with_code_is_not_run(tmp_path):
     torch.save({"a": Evil(tmp_path / "ran")}, tmp_path / "zip.pt")
     error = refused(tmp_path / "zip.pt", "more than tensors")
     assert "io.open" in str(error)
@@ -98,7 +98,7 @@ def test_F1_a_pickle_that_wants_to_act_is_not_run(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     refused(tmp_path / "old.pt", r"not a file of torch\.save")
     assert not (tmp_path / "ran").exists()
-    # The same bytes do act when they are loaded without the restriction.
+    # The same bytes do run code when they are loaded without the restriction.
     torch.load(tmp_path / "zip.pt", weights_only=False)["a"].close()
     assert (tmp_path / "ran").exists()
 
@@ -329,7 +329,7 @@ def test_requests_survive_serialization(conversion):
     assert ConversionRequest.from_json(conversion.to_json()) == conversion
 
 
-# ── from the folder to pictures ──
+# ── from the folder to images ──
 
 
 def test_import_and_personalize(checkpoint, base_folder, tmp_path, capfd):
@@ -352,7 +352,7 @@ def test_import_and_personalize(checkpoint, base_folder, tmp_path, capfd):
     assert domain_weights.embedding_scale == 0.1
     assert domain_weights.tuning.mask  # the config of the installed domain with its descriptor
 
-    # The tiny base reads 14 tokens, fewer than some training sentences have.
+    # The tiny base reads 14 tokens, fewer than some prompt templates have.
     manifest = (folder / "domain.toml").read_text()
     start, end = manifest.index("templates = ["), manifest.index("]\n", manifest.index("templates = [")) + 2
     (folder / "domain.toml").write_text(manifest[:start] + 'templates = ["{}"]\n' + manifest[end:])
@@ -382,7 +382,7 @@ def tuned_state(model, offsets):
 
 
 def test_a_tuned_checkpoint_becomes_a_concept(checkpoint, encoder, offsets, model, base_folder, tmp_path):
-    """Its U-Net with W·(1 + ΔW) merged, and its encoder, are what the concept draws with."""
+    """The concept generates with its U-Net, W·(1 + ΔW) merged, and its encoder."""
     state = tuned_state(model, offsets)
     settings = {"pretrained_model_name_or_path": "./theirs", "train_image_path": "me.png",
                 "domain_embed_scale": 0.1, "pretrained_args": checkpoints.config()}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The public checkpoint from a hub: licence, fetch, one conversion, and no questions after it."""
+"""The public checkpoint from a hub: licence, download, and one conversion that is cached."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ YES = HubAccess(accept_license=True)
 
 @pytest.fixture
 def domain():
-    """As `face`, with sentences that the tiny base can read to the end."""
+    """As `face`, with prompt templates that fit the context length of the tiny base."""
     return Domain(
         name="face",
         descriptor="face",
@@ -83,7 +83,7 @@ def test_the_face_domain_names_the_public_weights():
 
 
 @pytest.mark.parametrize(("name", "hours"), [("cat", "5.1 hours"), ("art", "8.4 hours")])
-def test_nobody_published_cat_and_art(name, hours):
+def test_cat_and_art_have_no_public_weights(name, hours):
     domain = find_domain(name)
     with pytest.raises(WeightsUnavailable, match="nobody has published any") as caught:
         weights_folder(domain, "sd14")
@@ -126,7 +126,7 @@ def test_the_licence_first_then_once_and_for_all(
     assert set(conversions[0].sha256) == {"encoder.pt", "weight_offsets.pt"}
     assert any("largest error of a ΔW" in event.remark for event in said)
     assert "fetch" in {event.stage for event in said}
-    # From now on: no question, no request, no conversion, no network at all.
+    # From here on: no question, no request, no conversion, no network at all.
     asked = len(hub.requests)
     hub.faults.append(Fault("hang"))
     assert resolve_domain_weights(domain, sd14, HubAccess(offline=True)) == folder
@@ -146,7 +146,7 @@ def test_the_licence_first_then_once_and_for_all(
 
 
 def test_a_damaged_conversion_is_made_again(hub, published, domain, conversions):
-    """`e4t fetch` repairs; the originals can be pruned, and the pack removed."""
+    """`e4t fetch` repairs; the originals can be pruned, and the domain weights removed."""
     folder = fetch_converted(domain, "sd14", LOCATION, YES)
     whole = (folder / "offsets.safetensors").read_bytes()
     with (folder / "offsets.safetensors").open("r+b") as file:
@@ -193,8 +193,8 @@ def test_a_repository_that_lacks_a_file(hub, checkpoint, domain):
         fetch_converted(domain, "sd14", LOCATION, YES)
 
 
-def test_who_brings_a_tower_needs_none_of_the_base(hub, converted, domain):
-    """The public weights need no 3.9 GB of a CLIP tower that nothing would look through."""
+def test_weights_with_a_tower_need_none_of_the_base(hub, converted, domain):
+    """The public weights bring their image tower: the base's 3.9 GB are not fetched."""
     assert not needs_image_tower(domain, "sd14")
     assert not needs_image_tower(domain, "CompVis/stable-diffusion-v1-4")
     assert needs_image_tower(find_domain("face"), "mini")
@@ -207,7 +207,7 @@ def test_who_brings_a_tower_needs_none_of_the_base(hub, converted, domain):
 
 
 def test_weights_that_the_user_made_come_first(hub, converted, domain, sd14):
-    """A pack of the user's own for that base serves before four gigabytes are fetched."""
+    """The user's domain weights for that base are used before four gigabytes are fetched."""
     domain_weights, _, _ = converted
     own = user_domains_folder() / "face"
     dataclasses.replace(domain_weights, base_name="sd14").save(own)

@@ -1,6 +1,6 @@
-"""A hub on the loopback: real sockets, real files, and every fault that a line or a hub can have.
+"""A fake hub on the loopback interface: real sockets, real files, and injected faults.
 
-It speaks what huggingface_hub asks of a model hub: the list of a repository's files, HEAD and GET
+It implements what huggingface_hub requests of a model hub: the list of a repository's files, HEAD and GET
 of a file with its checksum and parts of it by Range, and what an upload needs. Files are served
 from disk, so repositories of full size are fine:
 
@@ -40,7 +40,7 @@ class Fault:
 
     Args:
         kind: "drop" cuts the connection half-way, "short" closes it there in good order,
-            "corrupt" sends as many wrong bytes, "portal" answers with a page of the hotel's,
+            "corrupt" sends as many wrong bytes, "portal" answers with the page of a captive portal,
             "status" with another status, "hang" with nothing at all.
         path: a pattern for the address.
         times: how many requests it meets.
@@ -82,7 +82,7 @@ class Repository:
 
 
 class FakeHub:
-    """A server with repositories, faults to come, and a memory of what was asked."""
+    """A server with repositories, pending faults, and a log of requests."""
 
     def __init__(self, port: int = 0) -> None:
         self.repositories: dict[str, dict[str, Repository]] = {}
@@ -306,7 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
                 yield block
 
     def _cut(self, *, politely: bool) -> None:
-        """End the connection, with a goodbye or as a pulled plug does, with a reset."""
+        """End the connection, in order or with a reset."""
         self.wfile.flush()
         if not politely:
             linger = struct.pack("ii", 1, 0)

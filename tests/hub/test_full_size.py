@@ -1,4 +1,4 @@
-"""The rehearsal's files are what a Stable Diffusion repository is: shown on small ones."""
+"""The full-size rehearsal's files have the layout of a Stable Diffusion repository (small ones here)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Bases and packs by name: what they mean, what is fetched of them, and when nobody is asked."""
+"""Bases and domain weights by name: resolution, which files are fetched, and when licences are confirmed."""
 
 import json
 import shutil
@@ -141,7 +141,7 @@ def test_a_licence_that_is_unstated_or_restricts_is_asked_about(hub, made, licen
     assert fetch_base("owner/tiny", YES)
 
 
-def test_a_free_licence_is_said_and_not_asked_about(hub, tiny):
+def test_a_free_licence_is_printed_and_not_asked_about(hub, tiny):
     remarks = []
     access = HubAccess(on_progress=lambda event: remarks.append(event.remark))
     fetch_base("owner/tiny", access)
@@ -206,7 +206,7 @@ def test_the_safety_checker_comes_with_the_base(hub, with_checker):
     assert not (base.folder / "safety_checker/model.safetensors").exists()
     notes = []
     telling = HubAccess(accept_license=True, on_progress=lambda event: notes.append(event.note))
-    # On a day without a network: it goes on, and says so.
+    # Without a network it goes on, and reports it.
     hub.faults.append(Fault("status", status=503))
     assert fetch_base("owner/checked", telling) == base
     assert any("in trouble (503)" in note and "going on with" in note for note in notes)
@@ -234,7 +234,7 @@ def test_a_damaged_base_is_noticed_and_repaired_by_fetch(hub, tiny, tmp_path):
 
 
 def test_what_another_program_fetched_is_used_and_checked(hub, tiny):
-    """As an existing Stable Diffusion of the user's: nothing of it was ever remembered here."""
+    """As an existing Stable Diffusion of the user's, of which no checksums are cached here."""
     fetch_base("owner/tiny", YES)
     shutil.rmtree(user_cache())
     assert fetch_base(f"owner/tiny@{tiny}", HubAccess(offline=True)).revision == tiny
@@ -382,7 +382,7 @@ def test_room_for_the_tower_is_counted_before_the_base_is_fetched(hub, made, tmp
 # ── domain weights ──
 
 
-def test_a_pack_of_the_hub(hub, tmp_path):
+def test_domain_weights_of_the_hub(hub, tmp_path):
     folder = write_files(tmp_path / "pack", domain_toml=b"schema = 1", encoder_safetensors=b"x" * 9, run_py=b"1")
     commit = hub.add("owner/pack", folder, licence="")
     location = f"hub:owner/pack@{commit}"
@@ -395,7 +395,7 @@ def test_a_pack_of_the_hub(hub, tmp_path):
 
 
 @pytest.mark.parametrize("location", ["hub:owner/pack@main", "hub:owner/pack", "hub:../x@" + "a" * 40])
-def test_a_pack_needs_a_commit(location):
+def test_domain_weights_need_a_commit(location):
     with pytest.raises(IntegrityError, match="no location of domain weights"):
         domain_weights_location(location)
     assert hub_weights_folder(location) is None

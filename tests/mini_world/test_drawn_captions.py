@@ -1,4 +1,4 @@
-"""What is said of a picture: the context always, the identity only where it is the picture's."""
+"""Captions of drawings: the context always, the identity only where it is the drawing's."""
 
 import random
 import re
@@ -101,8 +101,8 @@ def test_wordings_vary_and_repeat_with_their_chooser(pictures):
 
 
 @pytest.mark.parametrize("name", ["face", "cat", "art"])
-def test_the_sentences_of_training_name_no_attribute(name):
-    """Else a picture could keep an attribute because the sentence said it."""
+def test_the_prompt_templates_name_no_attribute(name):
+    """Otherwise a drawing could keep an attribute because the template names it."""
     for template in training_templates(find_domain(name)):
         said = set(re.findall(r"[a-z]+", template.lower())) & EVERY_ATTRIBUTE_WORD
         assert not said, (template, said)
@@ -159,6 +159,6 @@ def test_the_prompts_of_the_evaluation_ask_for_their_scenes(kind):
         assert (task.thing is not None) == (kind == "art")
         if task.thing is not None:
             assert says(task.prompt, task.thing)
-        # "red" is the hat's; nothing else of a look may be asked for.
+        # "red" is the hat's; no other attribute may be named.
         said = set(task.prompt.replace("a red hat", "").split()) & EVERY_ATTRIBUTE_WORD
         assert not said, task.prompt

@@ -1,4 +1,4 @@
-"""The tables of docs/mini.md: what is counted, and how it is written down."""
+"""The tables of docs/mini.md: metrics and their formatting."""
 
 import numpy
 import pytest
@@ -26,7 +26,7 @@ from mini_world.world import Scene
 
 
 class Oracle(nn.Module):
-    """A judge that was told what some pictures show, and knows them again by their pixels."""
+    """A judge with known labels of some drawings, which it recognises by their pixels."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +125,7 @@ def test_pixels_are_as_the_judge_takes_them(pictures):
     assert pixels[0, 2, 40, 5] == pytest.approx(blue / 127.5 - 1)
 
 
-# ── on paper ──
+# ── tables ──
 
 
 def test_summaries_are_means_over_identities():

@@ -43,7 +43,7 @@ def text_encoder(tokenizer):
     torch.manual_seed(0)
     encoder = build_text_encoder(tokenizer).eval().requires_grad_(False)
     with torch.no_grad():
-        encoder.get_input_embeddings().weight.mul_(10)  # louder than the places they stand at
+        encoder.get_input_embeddings().weight.mul_(10)  # larger than the position embeddings
     return encoder
 
 
@@ -102,7 +102,7 @@ def test_folding_is_a_sum_of_word_embeddings(caption_encoder, tokenizer, text_en
     torch.testing.assert_close(ends, expected_ends)
     plain, _ = caption_encoder([Caption(FOLDED.text, "face")])
     place = 1 + ids(tokenizer, FOLDED.text).index(face)
-    # The encoder reads forwards: nothing before the word can know.
+    # Attention is causal: nothing before the word depends on it.
     assert torch.equal(hidden[:, :place], plain[:, :place])
     assert (hidden[:, place:] - plain[:, place:]).abs().amax(-1).min() > 1e-3
 
@@ -112,7 +112,7 @@ def test_the_other_rows_of_a_batch_do_not_notice(caption_encoder):
     without, _ = caption_encoder([PLAIN[0], PLAIN[2], *PLAIN[1:]])
     assert torch.equal(among[[0, 2, 3]], without[[0, 2, 3]])
     assert not torch.equal(among[1], without[1])
-    # Nothing stays behind.
+    # No state remains.
     again, _ = caption_encoder([PLAIN[0], PLAIN[2], *PLAIN[1:]])
     assert torch.equal(again, without)
 

@@ -12,7 +12,7 @@ from mini_world.text import build_text_encoder, build_tokenizer
 
 
 class Stopped(Exception):
-    """What ends a training from outside."""
+    """Raised to end a training from outside."""
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_the_average_is_what_is_returned(tmp_path):
         smooth = smooth * decay + weight * (1 - decay)
     torch.testing.assert_close(layer.weight.detach(), smooth)
     assert not torch.allclose(layer.weight, last, atol=1e-5)
-    # And again, by whoever asks once everything is done.
+    # And again, once everything is done.
     assert same(layer, run(tmp_path, steps=4))
 
 
@@ -128,7 +128,7 @@ def test_every_stage_can_be_run():
 
 @pytest.mark.parametrize("text_encoder_lr", [0.0, 1e-3])
 def test_the_words_learn_with_the_denoiser_where_they_are_asked_to(tmp_path, text_encoder_lr):
-    """Their table never does: it is what personalization writes in."""
+    """Their embedding table never does: personalization writes into it."""
     drawings = load_drawings(tmp_path, "some", 6, seed=4)
     tokenizer = build_tokenizer(tmp_path / "tokenizer")
     torch.manual_seed(0)

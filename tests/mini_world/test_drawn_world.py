@@ -1,4 +1,4 @@
-"""The drawn world: the same everywhere, split for good, and drawn as its label maps say."""
+"""The drawn world: deterministic, with a fixed split, and consistent with its label maps."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ def words(picture):
     return None if picture.who is None else tuple(picture.who.values.items())
 
 
-# ── the same picture ──
+# ── the same drawing ──
 
 
 def test_a_number_is_a_picture():
@@ -126,7 +126,7 @@ def test_masks_are_the_subject(pictures):
 
 
 def test_labels_lie_where_the_drawing_is():
-    """A face without its face: what the labels call background has not changed, the head has."""
+    """A face with its head removed: the pixels labelled background have not changed, the head has."""
     who = draw_identity("face", random.Random(1), held_out=False)
     picture = draw(who, Scene(), random.Random(2))
     other = draw(draw_identity("face", random.Random(4), held_out=False), Scene(), random.Random(2))
@@ -149,7 +149,7 @@ def test_every_part_of_a_scene_is_visible(field, values):
 
 
 def test_every_attribute_is_visible():
-    """Two identities that differ in one value differ in the picture: else no encoder could tell."""
+    """Two identities that differ in one value differ in the drawing: otherwise no encoder could separate them."""
     from mini_world.identities import Identity
 
     for kind, attributes in ATTRIBUTES.items():

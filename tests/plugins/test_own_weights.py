@@ -1,4 +1,4 @@
-"""A folder of the user's with an installed domain's name serves it as weights, and is no rival."""
+"""A user's folder with an installed domain's name provides its weights, without a name conflict."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def own(monkeypatch):
 
 
 def write_card(folder: Path, monkeypatch):
-    """A manifest whose reading is not what is tested here."""
+    """A minimal manifest."""
     from e4t_cli.registry import discovery as finding
     from e4t_cli.registry import weights
     from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -83,7 +83,7 @@ def test_the_bare_name_stays_the_installed_domain(install, good, own, monkeypatc
     assert rows["user"].reason == f"its weights serve the domain of {package}; ask for it as user:dog"
 
 
-def test_two_packages_are_still_rivals(install, good, own, monkeypatch):
+def test_two_packages_of_one_name_still_conflict(install, good, own, monkeypatch):
     install("e4t-dog", dog=good)
     install("zoo", dog=good)
     write_card(own("dog"), monkeypatch)

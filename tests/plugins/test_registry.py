@@ -1,4 +1,4 @@
-"""Domains of all sorts (rows G1-G4 of the reliability table): the bad ones hurt nobody else."""
+"""The domain registry (rows G1-G4 of the reliability table): broken domains do not affect others."""
 
 import sys
 
@@ -41,7 +41,7 @@ def user_folder(name, text=None):
     return folder
 
 
-def test_ours_come_by_the_same_road():
+def test_built_in_domains_are_entry_points_too():
     rows = installed_domains()
     assert [r.name for r in rows] == OURS
     assert all(r.domain and r.reason is None and r.package == "e4t" for r in rows)
@@ -85,7 +85,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_ones_hurt_only_who_asks(install, good, name):
+def test_broken_ones_fail_only_when_requested(install, good, name):
     source, says = BROKEN[name]
     dog = "\n".join(line[4:] for line in good.replace("{name}", "dog").splitlines())
     install("e4t-broken", **{name: source.replace("{good}", dog)})

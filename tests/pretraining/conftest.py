@@ -1,4 +1,4 @@
-"""A tiny run of pre-training: eight drawn faces, batches of four, a second or two in all."""
+"""Fixtures of a tiny pre-training run: eight drawn faces, batches of four, a second or two in all."""
 
 import contextlib
 import json
@@ -106,7 +106,7 @@ def environment(home):
 
 
 class Run:
-    """`run.py` as a process of its own; what it says is in a file."""
+    """`run.py` as a separate process; its output is in a file."""
 
     def __init__(self, log):
         self.log = log
@@ -176,7 +176,7 @@ def server(tmp_path_factory):
     ) as process:  # fmt: skip
         assert process.stdout.readline() == "ready\n"
         yield process
-        process.kill()  # it has nothing to tidy up
+        process.kill()  # it has nothing to clean up
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a checkpoint promises: whole or absent, the last two kept, and never of another run."""
+"""Invariants of checkpoints: atomic, the last two kept, and never resumed by another run."""
 
 import dataclasses
 import errno
@@ -91,7 +91,7 @@ def test_R4_another_run_is_refused_with_what_differs(pretrain, tmp_path, data):
         assert "--force" in refused.value.hint
 
 
-def test_R4_forced_it_goes_on_and_says_with_what(pretrain, tmp_path):
+def test_R4_forced_it_goes_on_and_reports_the_differences(pretrain, tmp_path):
     pretrain(checkpoints=tmp_path)
     said, seen = [], []
     pretrain(
@@ -110,7 +110,7 @@ def test_R4_another_shape_cannot_be_forced(pretrain, tmp_path):
 
 
 def test_R4_more_processes_only_with_the_same_global_batch(pretrain, tmp_path):
-    """What two processes would check, before they meet: the settings, and what they are told."""
+    """What two processes would check before they connect: the settings, and the error."""
     pretrain(RECIPE.replace(steps=1), checkpoints=tmp_path)
     with safe_open(Checkpoints(tmp_path, {}).latest(), framework="pt") as file:
         run = json.loads(file.metadata()["run"])
@@ -124,8 +124,8 @@ def test_R4_more_processes_only_with_the_same_global_batch(pretrain, tmp_path):
     four._compare(run, force=True)
 
 
-def test_the_card_and_the_rate_count_all_processes(pretrain, monkeypatch):
-    """Two processes of which the other one is silent: rates and positions, without a network."""
+def test_the_manifest_and_the_rate_count_all_processes(pretrain, monkeypatch):
+    """One of two processes, without the other: rates and positions, without a network."""
     monkeypatch.setattr(DistributedContext, "wrap", lambda self, module: module)
     monkeypatch.setattr(DistributedContext, "mean", lambda self, values: values)
     monkeypatch.setattr(DistributedContext, "any", lambda self, flag: flag)
@@ -148,7 +148,7 @@ def test_the_card_and_the_rate_count_all_processes(pretrain, monkeypatch):
 # ── files ──
 
 
-def test_latest_says_where_to_go_on(pretrain, tmp_path):
+def test_latest_names_the_checkpoint_to_resume(pretrain, tmp_path):
     """Killed between the checkpoint and the pointer: the one before is as good."""
     whole = pretrain(checkpoints=tmp_path, checkpoint_every=3)
     assert sorted(os.listdir(tmp_path)) == [
@@ -244,14 +244,14 @@ def test_R9_the_old_ones_go_only_when_the_new_one_is_durable(pretrain, tmp_path,
     ]
 
 
-# ── numbers out of range ──
+# ── values that are not finite ──
 
 
 def test_a_nan_in_the_loss_names_the_last_good_step(pretrain, data, tmp_path):
     class Poisoned(Breaking):
         def rows(self, *, step, **place):
             rows = self.data.rows(step=step, **place)
-            if step == 4:  # the fifth step's pictures
+            if step == 4:  # the fifth step's images
                 rows.means[0, 0, 0, 0] = torch.nan
             return rows
 
@@ -270,7 +270,7 @@ def test_a_nan_in_the_loss_names_the_last_good_step(pretrain, data, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(pretrain, tmp_path, monkeypatch):
-    """The loss is still finite when a gradient overflows: what is saved is looked at."""
+    """The loss is still finite when a gradient overflows: the saved tensors are checked."""
 
     def poison(step):
         if step.step == 5:

@@ -1,4 +1,4 @@
-"""R8, R11: two processes that meet through gloo on the CPU, started by torchrun."""
+"""R8, R11: distributed pre-training in two processes with gloo on the CPU, started by torchrun."""
 
 import signal
 import time
@@ -77,7 +77,7 @@ def test_R4_R8_one_process_killed_ends_all_and_the_run_resumes(
     for name in ("encoder.safetensors", "offsets.safetensors"):
         one, other = (tmp_path / folder / "pack" / name for folder in ("cut", "whole"))
         assert one.read_bytes() == other.read_bytes()
-    # The same global batch in one process: allowed, and said.
+    # The same global batch in one process: allowed, and reported.
     alone = start(*world("cut", batch=4, steps=9, every=3))
     assert alone.wait() == 0, alone.said()
     assert "2 processes before, 1 now" in alone.said()
@@ -97,7 +97,7 @@ def test_R3_a_signal_to_the_launcher_stops_all_of_them(start, world, tmp_path):
 
 
 def test_R11_the_command_under_a_launcher(start, base_folder, tmp_path):
-    """`e4t pretrain` in two processes: one cache, one voice, one domain."""
+    """`e4t pretrain` in two processes: one cache, one output, one domain."""
     pictures = tmp_path / "faces"
     pictures.mkdir()
     for index in range(6):

@@ -1,4 +1,4 @@
-"""R2, R3: signals and kills, sent to real processes, and what comes of what they leave."""
+"""R2, R3: signals and kills of real processes, and resuming from what they leave."""
 
 import random
 import signal
@@ -17,7 +17,7 @@ from tests.pretraining.conftest import same
 @pytest.mark.parametrize("asked", [1, 4, 5])
 def test_R3_asked_to_stop_it_finishes_the_step_and_saves(pretrain, tmp_path, asked):
     stop, seen, said = StopRequest(), [], []
-    assert not stop.ask()  # nobody listens yet: interrupt it
+    assert not stop.ask()  # no handler is installed yet: interrupt it
 
     def ask(step):
         seen.append(step.step)
@@ -43,7 +43,7 @@ def test_R3_asked_in_the_last_step_it_is_simply_done(pretrain, tmp_path):
     assert same(domain, pretrain())
 
 
-def test_a_request_is_only_taken_by_those_who_listen():
+def test_a_stop_request_needs_an_installed_handler():
     stop = StopRequest()
     assert not stop.ask()
     assert not stop.asked  # a run that begins later is not stopped by it
@@ -57,7 +57,7 @@ def test_a_request_is_only_taken_by_those_who_listen():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_R3_a_signal_saves_and_says_how_to_go_on(start, world, tmp_path, number, code):
+def test_R3_a_signal_saves_and_prints_how_to_resume(start, world, tmp_path, number, code):
     arguments = world("cut", slow=0.3, every=100)
     run = start(*arguments)
     run.wait_for("done 2")
@@ -83,7 +83,7 @@ def test_R3_a_signal_saves_and_says_how_to_go_on(start, world, tmp_path, number,
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_R3_a_second_signal_leaves_at_once_and_tears_nothing(start, world, tmp_path):
+def test_R3_a_second_signal_exits_at_once_without_corruption(start, world, tmp_path):
     run = start(*world("cut", slow=1.5, every=2))
     run.wait_for("done 2")
     run.send(signal.SIGINT)
@@ -98,7 +98,7 @@ def test_R3_a_second_signal_leaves_at_once_and_tears_nothing(start, world, tmp_p
 
 
 def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
-    """Kill a real `e4t pretrain` again and again; its domain is that of one left alone."""
+    """Kill a real `e4t pretrain` repeatedly; its domain equals that of an uninterrupted run."""
     pictures = tmp_path / "faces"
     pictures.mkdir()
     for index in range(6):
@@ -133,7 +133,7 @@ def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
                 assert run.code() is None, f"ended before kill {kill}: {run.said()}"
                 time.sleep(0.005)
             time.sleep(source.uniform(0, 4 * a_step))
-        else:  # or while it loads, looks at the pictures, or finds its checkpoint
+        else:  # or while it loads, encodes the images, or finds its checkpoint
             time.sleep(source.uniform(0, loading))
         assert run.code() is None, f"ended before kill {kill}: {run.said()}"
         run.send(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""`add_domain`: whole and checked, or not at all (reliability rows F1, F2, F8, F9, D9)."""
+"""Invariants of `add_domain`: complete and verified, or nothing is added (reliability rows F1, F2, F8, F9, D9)."""
 
 import os
 import shutil

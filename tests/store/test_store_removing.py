@@ -1,4 +1,4 @@
-"""`remove_domain`: the user's own, and nothing else."""
+"""`remove_domain` removes user domains, and nothing else."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What a base is, told from its configs."""
+"""The architecture of a base, derived from its configs."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A frame is one cut for everything: the photo, its mask, its transparency."""
+"""Frames: the same crop for the photo, its mask and its transparency."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_what_it_was_made_of(turn):
 
 
 def marked(size, points, r=7):
-    """A dark picture with a bright disc at each point."""
+    """A dark image with a bright disc at each point."""
     image = Image.new("RGB", size, (20, 20, 20))
     for (x, y), colour in zip(points, ("red", "lime", "blue"), strict=True):
         # Pillow draws both ends of the box: one pixel less, and the centre is the point.
@@ -68,7 +68,7 @@ def test_points_land_where_the_frame_says(size, turn):
         assert math.dist(place, expected) < 0.1 + size / 2000
 
 
-def test_a_frame_over_the_border_mirrors_pictures_and_blackens_masks():
+def test_a_frame_over_the_border_mirrors_images_and_blackens_masks():
     image = noise((100, 100))
     frame = Frame.around((100, 100), (20.0, 50.0), 100.0)
     cut = np.asarray(frame.apply(image, 100), dtype=int)

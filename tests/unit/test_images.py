@@ -1,4 +1,4 @@
-"""Every kind of picture file: rows I1-I10 and I12 of the table; I11 is in tests/domains."""
+"""Reading image files: rows I1-I10 and I12 of the reliability table; I11 is in tests/domains."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def gradient(width=80, height=70):
-    """A picture in which every corner differs, with smooth changes that JPEG keeps."""
+    """An image in which every corner differs, with smooth changes that JPEG keeps."""
     x = np.linspace(0, 200, width)[None, :] + np.zeros((height, 1))
     y = np.linspace(0, 180, height)[:, None] + np.zeros((1, width))
     return Image.fromarray(np.stack([x, y, 220 - x], axis=-1).astype(np.uint8))
@@ -51,7 +51,7 @@ def test_path_bytes_file_and_stdin_are_one(tmp_path, monkeypatch):
         assert opened.notes == ()
 
 
-def test_I9_things_that_are_no_picture_file(tmp_path):
+def test_I9_files_that_are_no_image(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not a picture")
     fifo = tmp_path / "fifo"
@@ -77,7 +77,7 @@ def test_formats_that_run_programs_are_not_opened():
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n")
 
 
-def test_escape_sequences_in_names_are_shown_not_obeyed(tmp_path):
+def test_escape_sequences_in_names_are_escaped(tmp_path):
     path = tmp_path / "\x1b[31m.png"
     path.write_bytes(b"?")
     with pytest.raises(InputError) as caught:
@@ -128,7 +128,7 @@ def test_I1_truncated(kind):
         open_image(data[: len(data) * 2 // 3])
 
 
-def test_damaged_bytes_give_a_picture_or_a_sentence():
+def test_damaged_bytes_give_an_image_or_an_input_error():
     """Three hundred damaged files of every format: nothing but InputError comes out."""
     draw = random.Random(0)
     options = {"icc_profile": swapped_profile(), "exif": Image.Exif()}
@@ -280,7 +280,7 @@ def test_I10_display_p3_becomes_srgb(colour):
         assert opened.notes == ()
         assert np.abs(np.array(opened.image.getpixel((9, 9))) - 255 * expected).max() <= 3
     if len(set(colour)) > 1:
-        assert np.abs(255 * expected - np.array(colour)).max() > 5  # it would be seen
+        assert np.abs(255 * expected - np.array(colour)).max() > 5  # the difference would be visible
 
 
 def test_I4_cmyk_jpegs_as_printers_make_them():
@@ -290,7 +290,7 @@ def test_I4_cmyk_jpegs_as_printers_make_them():
     assert red > 200 and green < 90 and blue < 90
 
 
-def test_I3_panoramas_are_pictures():
+def test_I3_panoramas_are_accepted():
     opened = open_image(encoded(Image.new("RGB", (6000, 70), "teal"), "JPEG"))
     assert opened.image.size == (6000, 70)
     prepared = prepare_image(domain_with(None), opened.image, PreparationTarget(size=512, base="sd14"))
@@ -303,7 +303,7 @@ def test_I4_what_is_opaque_is_remembered():
     assert open_image(encoded(picture)).alpha is None
     picture.paste((0, 0, 0, 0), (0, 0, 64, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # held sideways: the alpha is turned with the picture
+    exif[0x0112] = 6  # held sideways: the alpha is turned with the image
     alpha = open_image(encoded(picture, exif=exif)).alpha
     assert alpha.size == (80, 64)
     assert alpha.getpixel((75, 30)) == 0 and alpha.getpixel((30, 30)) == 255
@@ -323,7 +323,7 @@ def test_I10_srgb_profile_changes_nothing_and_a_broken_one_is_noted():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_I8_all_orientations_give_the_same_pixels(kind):
     upright = gradient()
-    # How a camera held that way stores the picture: the inverse of what the tag asks for.
+    # How a camera held that way stores the image: the inverse of the tag's rotation.
     stored = {
         1: [],
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
@@ -373,7 +373,7 @@ def test_pixels_have_a_hash_of_their_own():
     assert image_sha256(gradient(80, 70)) != image_sha256(gradient(70, 80))
 
 
-def test_masks_must_have_the_proportions_of_the_picture():
+def test_masks_must_have_the_proportions_of_the_image():
     mask = encoded(Image.new("L", (160, 140), 255))
     assert open_mask(mask, gradient()).mode == "L"
     with pytest.raises(InputError, match="proportions"):
@@ -423,7 +423,7 @@ def test_no_mask_asked_no_mask_given():
     assert prepare_image(domain_with(prepare), gradient(), bare).mask is None
 
 
-def test_a_preparation_that_breaks_its_promise_is_named():
+def test_a_preparation_that_breaks_the_contract_is_named():
     def wrong_size(image, target):
         return PreparedImage(image=Image.new("RGB", (32, 32)))
 

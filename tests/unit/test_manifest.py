@@ -1,4 +1,4 @@
-"""domain.toml is read with suspicion (rows F8 and F9 of the reliability table)."""
+"""Validation of domain.toml (rows F8 and F9 of the reliability table)."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_a_good_one(read):
     assert manifest.files == {"encoder.safetensors": "b" * 64}
 
 
-def test_a_newer_one_says_upgrade(read):
+def test_a_newer_one_asks_for_an_upgrade(read):
     with pytest.raises(IntegrityError, match="newer") as caught:
         read(GOOD.replace("schema = 1", "schema = 2"))
     assert "upgrade" in caught.value.hint

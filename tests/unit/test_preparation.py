@@ -33,7 +33,7 @@ def photo(size=(200, 120), alpha=None):
 
 
 def turned(image, target):
-    """A preparation that looks around a place of its own, turned."""
+    """A preparation that crops around a fixed point, turned."""
     frame = Frame.around(image.size, (135.0, 65.0), 90.0, 20.0)
     picture = frame.apply(image, target.size)
     mask = None if target.mask is None else Image.new("L", picture.size, 255)
@@ -41,7 +41,7 @@ def turned(image, target):
 
 
 def off(prepared):
-    """Part of the pixels at which the mask does not say what the picture shows."""
+    """Fraction of the pixels at which mask and image disagree."""
     white = np.asarray(prepared.image.convert("L")) > 128
     return ((np.asarray(prepared.mask) > 128) != white).mean()
 
@@ -100,7 +100,7 @@ def test_a_preparation_that_returns_no_frame():
 
 @pytest.fixture
 def found(monkeypatch):
-    """What is looked for by words, and an answer."""
+    """The prompts of mask_by_words, and its result."""
     asked = []
 
     def mask_by_words(image, words, target):
@@ -131,7 +131,7 @@ def test_words(found):
     assert nothing.mask is None and "less than 1 %" in nothing.notes[-1]
 
 
-def test_the_domains_words_where_a_mask_is_wanted_and_there_is_none(found):
+def test_the_domains_prompt_is_used_if_a_mask_is_requested_and_missing(found):
     opened, _ = photo()
     assert prepare_photo(domain(None, "a dog"), opened, AUTO, TARGET, masked=True).mask is not None
     assert prepare_photo(domain(None, "a dog"), opened, AUTO, TARGET, masked=False).mask is None

@@ -67,7 +67,7 @@ def test_diffusers_reads_it_back(real):
     assert theirs.infer_diffusers_model_type(written) == "v1" or not real
 
 
-def test_names_that_everybody_knows():
+def test_published_key_names():
     """Written down by hand from the published checkpoint of Stable Diffusion 1.4."""
     written = dict(compvis_state_dict(*parts(real=True)))
     for name, shape in {

@@ -1,4 +1,4 @@
-"""Where a domain's pictures come from, without any model (rows R5 to R7 and I9 of the faults)."""
+"""Sources of training images, without any model (rows R5 to R7 and I9 of the reliability table)."""
 
 import io
 import os
@@ -128,7 +128,7 @@ def test_what_is_no_source(tmp_path, monkeypatch, data, words):
         find_source(data)
 
 
-# ── single pictures ──
+# ── single images ──
 
 
 def test_content_has_the_same_digest_wherever_it_is(tmp_path):
@@ -158,13 +158,13 @@ def test_a_stamp_changes_with_the_file(tmp_path):
     changed = bytearray(png(0))
     changed[-1] ^= 1
     path.write_bytes(changed)
-    os.utime(path, ns=(0, int(before.split("\0")[2])))  # as if nothing had happened
+    os.utime(path, ns=(0, int(before.split("\0")[2])))  # with the old modification time
     assert ImageItem(name="a", image=path).stamp() != before
     assert ImageItem(name="a", image=tmp_path / "gone").stamp() is None
     assert ImageItem(name="a", image=png()).stamp() is None
 
 
-def test_what_cannot_be_read_is_a_sentence(tmp_path):
+def test_what_cannot_be_read_is_one_error(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for picture, words in (
         (tmp_path / "gone.png", "No such file"),
@@ -178,7 +178,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path):
 # ── preparing them (R5) ──
 
 
-def test_R5_bad_pictures_are_counted_and_named(tmp_path):
+def test_R5_bad_images_are_counted_and_named(tmp_path):
     bad = [b"", b"no picture", png()[:200]]
     reader = ImageReader(DOGS, TARGET, log=tmp_path / "work" / "left-out.tsv")
     items = [ImageItem(name=f"{i}.png", image=one) for i, one in enumerate([png(), *bad, png(1)])]
@@ -201,7 +201,7 @@ def test_R5_strict_stops_at_the_first():
     assert "without --strict" in caught.value.hint
 
 
-def test_few_pictures_are_warned_about():
+def test_few_images_are_warned_about():
     reader = ImageReader(DOGS, TARGET)
     assert "99 images are few" in reader.notes(99)[0]
     assert reader.notes(100) == reader.notes(None) == []
@@ -271,7 +271,7 @@ def test_R7_duplicates_and_near_duplicates_are_found():
     assert (seen.same, seen.near) == (1, 2)
 
 
-def test_R7_one_outline_in_other_colours_is_another_picture():
+def test_R7_one_outline_in_other_colours_is_another_image():
     face = drawn_face(0, 128)[0]
     seen = NearDuplicateFilter()
     seen.add("a", b"a" * 32, signature(face))
@@ -287,7 +287,7 @@ def test_R7_one_outline_in_other_colours_is_another_picture():
 # ── holding some out ──
 
 
-def test_held_out_pictures_are_the_same_ones_and_not_trained_on():
+def test_held_out_images_are_the_same_ones_and_not_trained_on():
     images = [png(index) for index in range(45)]
     rest, held_out = hold_out(find_source(images), ImageReader(DOGS, TARGET))
     again, _ = hold_out(find_source(images), ImageReader(DOGS, TARGET))

@@ -1,4 +1,4 @@
-"""Laws of training data: kept or looked at anew, it is the same; a bad picture changes only itself.
+"""Invariants of training data: cached and live data are equal; a bad image changes only its own sample.
 
 Rows R5, R6 and R12 of the faults, and the cache: half-way, damaged, shared, changed.
 """
@@ -83,7 +83,7 @@ NEARLY = {"rtol": 2e-3, "atol": 2e-3}
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ten pictures in a folder."""
+    """Ten images in a folder."""
     data = tmp_path / "data"
     data.mkdir()
     for index in range(10):
@@ -132,11 +132,11 @@ def test_masks_are_kept_where_training_wants_them(model):
     assert rows(encode(model, images)[0]).masks is None
 
 
-# ── R5: a bad picture ──
+# ── R5: a bad image ──
 
 
 @pytest.mark.parametrize("bad", [0, 5, 9])
-def test_R5_a_bad_picture_changes_only_the_samples_that_it_would_be(model, folder, bad):
+def test_R5_a_bad_image_changes_only_its_own_samples(model, folder, bad):
     before, _ = encode(model, folder)
     (folder / f"{bad}.png").write_bytes(b"no picture")
     after, cache = encode(model, folder)
@@ -183,19 +183,19 @@ def test_R5_strict_stops_also_at_what_the_cache_knows_to_be_bad(model, folder):
 # ── the cache ──
 
 
-def test_nothing_is_looked_at_twice(model, folder, monkeypatch):
+def test_nothing_is_encoded_twice(model, folder, monkeypatch):
     first, cache = encode(model, folder)
     assert cache.encoded == 10
     again, cache = encode(model, folder)
     assert cache.encoded == 0
     assert again.fingerprint == first.fingerprint
-    # Under other names too; and a picture more costs the chunk that it is in.
+    # Under other names too; one more image costs the chunk that it is in.
     folder.rename(folder.with_name("moved"))
     moved, cache = encode(model, folder.with_name("moved"))
     assert (cache.encoded, moved.fingerprint) == (0, first.fingerprint)
     (folder.with_name("moved") / "9b.png").write_bytes(png(10))
     more, cache = encode(model, folder.with_name("moved"))
-    assert cache.encoded == 3  # the last chunk: two pictures, and the new one
+    assert cache.encoded == 3  # the last chunk: two images, and the new one
     assert more.fingerprint != first.fingerprint
 
 
@@ -207,7 +207,7 @@ def test_files_that_did_not_change_are_not_read_again(model, folder, monkeypatch
     assert encode(model, folder)[1].encoded == 0
 
 
-def test_changed_pictures_and_settings_are_looked_at_again(model, folder):
+def test_changed_images_and_settings_are_encoded_again(model, folder):
     first, _ = encode(model, folder)
     about = os.stat(folder / "3.png")
     (folder / "3.png").write_bytes(png(30)[: about.st_size])
@@ -219,7 +219,7 @@ def test_changed_pictures_and_settings_are_looked_at_again(model, folder):
     assert cache.encoded == 10
 
 
-def test_a_picture_that_could_not_be_read_once_is_read_again(model, folder, monkeypatch):
+def test_an_image_that_could_not_be_read_once_is_read_again(model, folder, monkeypatch):
     from e4t_cli.datasets import sources as items
 
     read = items._file_digest
@@ -268,7 +268,7 @@ def test_a_damaged_file_is_made_again(model, folder, damage):
 
 def test_two_processes_share_the_work_and_find_the_same(model, folder):
     class Rank(DistributedContext):
-        """A process whose partner has done its share when they meet."""
+        """A process whose partner has finished its share at the barrier."""
 
         def any(self, flag):
             partner.encode(find_source(folder), processes=Alone(rank=1, count=2))
@@ -276,7 +276,7 @@ def test_two_processes_share_the_work_and_find_the_same(model, folder):
 
     class Alone(DistributedContext):
         def any(self, flag):
-            raise InterruptedError  # its own share is what is looked at
+            raise InterruptedError  # only its own share is encoded
 
     partner = EncodingCache(model, reader())
     cache = EncodingCache(model, reader())
@@ -324,7 +324,7 @@ def test_a_cache_that_cannot_be_written(model, folder, monkeypatch):
     assert "--cache off" in caught.value.hint
 
 
-def test_what_a_picture_takes_is_known_before(model, folder):
+def test_the_size_of_an_image_is_known_before(model, folder):
     for mask in (None, "auto"):
         _, cache = encode(model, folder, mask=mask)
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
@@ -335,8 +335,8 @@ def test_what_a_picture_takes_is_known_before(model, folder):
 # ── R12: more than memory holds ──
 
 
-def test_R12_pictures_and_rows_pass_through_and_do_not_stay(model, monkeypatch):
-    """Twenty times the pictures, the same memory: nothing but names and flags grows."""
+def test_R12_images_and_rows_are_not_kept_in_memory(model, monkeypatch):
+    """Twenty times the images, the same memory: nothing but names and flags grows."""
     import weakref
 
     alive, most = [0], []
@@ -368,7 +368,7 @@ def test_R12_pictures_and_rows_pass_through_and_do_not_stay(model, monkeypatch):
     few, little = peak(20)
     many, much = peak(400)
     assert many == few <= 3 * CHUNK
-    assert (much - little) / 380 < 2500  # bytes a picture, of CHUNK = 4; at 256 it is far less
+    assert (much - little) / 380 < 2500  # bytes per image, of CHUNK = 4; at 256 it is far less
 
 
 def test_R12_no_more_chunks_are_open_than_allowed(model, monkeypatch):
@@ -430,10 +430,10 @@ def test_processes_take_their_own_parts_of_a_stream(model):
             found = rows(data, step=step, positions=range(2 * rank, 2 * rank + 2), batch_size=4)
             seen += [one.half().numpy().tobytes() for one in found.means]
         data.close()
-    assert len(set(seen)) == 8  # one epoch, and nobody saw what the other saw
+    assert len(set(seen)) == 8  # one epoch, in disjoint parts
 
 
-def test_R5_a_bad_picture_in_a_stream_is_replaced_by_the_next(model):
+def test_R5_a_bad_image_in_a_stream_is_replaced_by_the_next(model):
     images = [png(index) for index in range(6)]
     before = stream(model, images)
     bad = [*images[:2], b"no picture", *images[3:]]
@@ -461,7 +461,7 @@ def test_an_empty_stream_ends(model):
 # ── on or off ──
 
 
-def test_auto_keeps_what_is_needed_twice(model, monkeypatch):
+def test_auto_caches_what_is_needed_twice(model, monkeypatch):
     source = find_source([png(index) for index in range(10)])
     used = {samples: choose_cache("auto", source, model, samples, mask=False).used for samples in (5, 10, 11, 1000)}
     assert used == {5: False, 10: False, 11: True, 1000: True}
@@ -487,7 +487,7 @@ def test_a_disk_that_is_too_small(model, monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", ["on", "off"])
-def test_training_data_tells_what_was_left_out(model, folder, tmp_path, wanted):
+def test_training_data_reports_what_was_left_out(model, folder, tmp_path, wanted):
     (folder / "7.png").write_bytes(b"no picture")
     estimate = []
     source = find_source(folder)
