@@ -73,15 +73,15 @@ def test_the_public_parser_is_fetched_for_photographs(tmp_path):
     plan = {"size": {"height": 96, "width": 96}, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}
     folder = parser(tmp_path, chosen=2)
     (folder / "preprocessor_config.json").write_text(json.dumps(plan))
-    asked = []
+    calls = []
 
     def fetch(repository):
-        asked.append(repository)
+        calls.append(repository)
         return folder
 
     target = PreparationTarget(size=64, base="sd14", fetch=fetch)
     prepared = module.prepare(Image.new("RGB", (90, 70)), target)
-    assert set(asked) == set(module.face.networks) == {"jonathandinu/face-parsing"}
+    assert set(calls) == set(module.face.networks) == {"jonathandinu/face-parsing"}
     assert prepared.mask.size == prepared.image.size == (64, 64)
     loaded = face_parsing.load_parser(folder)
     assert (loaded.side, loaded.names[2]) == (96, "skin")
@@ -96,16 +96,16 @@ def unreachable(repository):
 def test_without_the_parser_a_prompt_makes_the_mask(monkeypatch):
     import e4t_cli
 
-    asked = []
+    calls = []
 
     def mask_by_words(image, words, target):
-        asked.append((words, image.size))
+        calls.append((words, image.size))
         return Image.new("L", image.size, 255)
 
     monkeypatch.setattr(e4t_cli, "mask_by_words", mask_by_words, raising=False)
     target = PreparationTarget(size=64, base="sd14", fetch=unreachable)
     prepared = module.prepare(Image.new("RGB", (90, 70)), target)
-    assert asked == [("a face", (64, 64))]
+    assert calls == [("a face", (64, 64))]
     assert prepared.mask.getextrema() == (255, 255)
     (note,) = prepared.notes
     assert "'a face'" in note and "not aligned" in note and "face-parsing" in note

@@ -180,7 +180,7 @@ def test_eyes_behind_glasses_and_a_hidden_mouth():
     assert align(face, (SIDE, SIDE), FFHQ).turn == pytest.approx(20, abs=0.7)
 
 
-def test_near_enough_is_left_alone():
+def test_well_aligned_photos_are_left_unchanged():
     size = (SIDE, SIDE)
     centred = Frame.centered(size)
     near = Frame.around(size, (258.0, 256.0), 505.0, 1.0)

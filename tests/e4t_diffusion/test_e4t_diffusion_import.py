@@ -147,7 +147,7 @@ def test_the_hash_comes_before_the_pickle(tmp_path):
 # ── what a checkpoint has to be ──
 
 
-def spoilt(conversion, tmp_path, encoder=None, weights=None):
+def message_for(conversion, tmp_path, encoder=None, weights=None):
     """Convert with some tensors replaced; None removes one."""
 
     def read(path, sha256):
@@ -166,17 +166,17 @@ def spoilt(conversion, tmp_path, encoder=None, weights=None):
 
 def test_F4_F5_F6_wrong_encoders(conversion, tmp_path, encoder):
     first = "first_linears.3.weight"
-    assert f"lacks the tensor {first}" in spoilt(conversion, tmp_path, {first: None})
-    assert "unexpected tensor more" in spoilt(conversion, tmp_path, {"more": torch.ones(1)})
-    assert "has shape (2, 2), not (32, 32)" in spoilt(conversion, tmp_path, {first: torch.ones(2, 2)})
+    assert f"lacks the tensor {first}" in message_for(conversion, tmp_path, {first: None})
+    assert "unexpected tensor more" in message_for(conversion, tmp_path, {"more": torch.ones(1)})
+    assert "has shape (2, 2), not (32, 32)" in message_for(conversion, tmp_path, {first: torch.ones(2, 2)})
     for key in (first, "clip_vision.conv1.weight", "final_linear.bias"):
         nan = encoder[key].clone()
         nan.flatten()[0] = float("nan")
-        assert f"{key.removeprefix('clip_vision.')} has numbers that" in spoilt(conversion, tmp_path, {key: nan})
+        assert f"{key.removeprefix('clip_vision.')} has numbers that" in message_for(conversion, tmp_path, {key: nan})
     towerless = {key: None for key in encoder if key.startswith("clip_vision.")}
-    assert "no image tower" in spoilt(conversion, tmp_path, towerless)
-    assert "lacks the tensor feature_linear" in spoilt(conversion, tmp_path, {"feature_linear.weight": None})
-    assert "no usable size" in spoilt(conversion, tmp_path, {"final_linear.weight": torch.ones(())})
+    assert "no image tower" in message_for(conversion, tmp_path, towerless)
+    assert "lacks the tensor feature_linear" in message_for(conversion, tmp_path, {"feature_linear.weight": None})
+    assert "no usable size" in message_for(conversion, tmp_path, {"final_linear.weight": torch.ones(())})
 
 
 def test_F4_F5_F6_wrong_offsets(offsets):
@@ -410,8 +410,10 @@ def test_a_tuned_checkpoint_becomes_a_concept(checkpoint, encoder, offsets, mode
     expected = checkpoints.dense_encoder(encoder, pixels, means)
     e_c = tuned.embedding(means)
     torch.testing.assert_close(e_c, tuned.e_domain + 0.1 * expected, rtol=1e-3, atol=1e-3)
-    drawn = e4t_cli.generate(concept, "S* on the beach", base=base_folder, seed=3, sampling={"steps": 2}, device="cpu")
-    assert len(drawn.images) == 1
+    generated = e4t_cli.generate(
+        concept, "S* on the beach", base=base_folder, seed=3, sampling={"steps": 2}, device="cpu"
+    )
+    assert len(generated.images) == 1
 
 
 def test_a_tuned_unet_of_another_model_is_refused(checkpoint, encoder, offsets, model, tmp_path):

@@ -26,7 +26,7 @@ from e4t_cli.training.tuning import tune
 from tests.e4t_diffusion import checkpoints
 
 
-def draw(model, tuned):
+def generate(model, tuned):
     prompts = [parse_prompt("S* on the beach")]
     return next(sample(model, tuned, prompts, [1], SamplingConfig(steps=2))).tobytes()
 
@@ -109,7 +109,7 @@ def test_imported_domain_weights_are_tuned_and_sampled(converted, model, face):
     domain_weights.check_base(model)
     plain = tune(model, domain_weights, face, domain_weights.tuning.replace(steps=0))
     tuned = tune(model, domain_weights, face)
-    assert draw(model, plain) != draw(model, tuned)
+    assert generate(model, plain) != generate(model, tuned)
     # The part of the encoder that sampling needs is small, and agrees with the whole.
     means = torch.randn(1, domain_weights.encoder.config.unet_width)
     whole = domain_weights.encoder(domain_weights.image_features(model, model.pixels([face.image])), means)
@@ -171,10 +171,10 @@ def test_an_imported_concept_is_small_and_loads(converted, model, face, tmp_path
     assert (tmp_path / "me.e4t").stat().st_size < image + 2 * features.numel() + 3000
     one = tune(model, domain_weights, face, seed=5, image_features=features)
     other = tune(model, domain_weights, again.prepared, seed=5, image_features=again.image_features)
-    assert draw(model, one) == draw(model, other)
-    kept = dataclasses.replace(concept, weights=Concept.weights_of(one))
-    kept.save(tmp_path / "kept.e4t")
-    assert draw(model, Concept.load(tmp_path / "kept.e4t").tuned(model, domain_weights)) == draw(model, one)
+    assert generate(model, one) == generate(model, other)
+    saved = dataclasses.replace(concept, weights=Concept.weights_of(one))
+    saved.save(tmp_path / "kept.e4t")
+    assert generate(model, Concept.load(tmp_path / "kept.e4t").tuned(model, domain_weights)) == generate(model, one)
 
 
 def test_full_size_counts():

@@ -105,10 +105,10 @@ def test_the_licence_first_then_once_and_for_all(
         resolve_domain_weights(domain, sd14, HubAccess())
     assert "--accept-license" in caught.value.hint
     assert not hub.count("GET", "*.pt")
-    questions, said = [], []
+    questions, events = [], []
     asking = HubAccess(
         accept_license=lambda question: bool(questions.append(question) or True),
-        on_progress=said.append,
+        on_progress=events.append,
     )
     folder = resolve_domain_weights(domain, sd14, asking)
     assert len(questions) == 1
@@ -124,16 +124,16 @@ def test_the_licence_first_then_once_and_for_all(
     assert len(conversions) == 1
     # The child compares with what the hub declares, too.
     assert set(conversions[0].sha256) == {"encoder.pt", "weight_offsets.pt"}
-    assert any("largest error of a ΔW" in event.remark for event in said)
-    assert "fetch" in {event.stage for event in said}
+    assert any("largest error of a ΔW" in event.remark for event in events)
+    assert "fetch" in {event.stage for event in events}
     # From here on: no question, no request, no conversion, no network at all.
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     hub.faults.append(Fault("hang"))
     assert resolve_domain_weights(domain, sd14, HubAccess(offline=True)) == folder
     assert weights_folder(domain, "sd14") == folder
     forget_repository(THEIRS)
     assert converted_weights_folder(LOCATION) == folder
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests_before
     assert len(conversions) == 1
     photo = tmp_path / "photo.png"
     drawn_face(size=80)[0].save(photo)

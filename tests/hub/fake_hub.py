@@ -262,9 +262,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, repository: Repository, file: File, fault: Fault | None) -> None:
         start = 0
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked:
-            start = int(asked[1])
+        request = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if request:
+            start = int(request[1])
         self.send_response(206 if start else 200)
         length = file.size - start
         kind = fault.kind if fault is not None else ""
@@ -323,12 +323,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.headers.get("Authorization") and not path.startswith("/lfs/"):
             return self._send(401, b"{}", {})
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request.get('organization') or 'me'}/{request['name']}"
             if name in self.hub.repositories:
                 body = {"error": "it exists", "url": f"{self.hub.url}/{name}"}
                 return self._send(409, json.dumps(body).encode(), {})
-            private = asked.get("visibility", "public") == "private" or asked.get("private", False)
+            private = request.get("visibility", "public") == "private" or request.get("private", False)
             self.hub.uploads[name] = {"private": json.dumps(private).encode()}
             return self._json({"url": f"{self.hub.url}/{name}", "name": name})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/.+", path):

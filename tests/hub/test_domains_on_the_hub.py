@@ -174,7 +174,7 @@ def test_damaged_weights_are_not_published(hub, token, dogs):
 
 
 @pytest.mark.parametrize("repository", ["dogs", "../dogs", "me/", "a/b/c", "me/do gs"])
-def test_names_that_are_none(hub, token, dogs, repository):
+def test_invalid_repository_names(hub, token, dogs, repository):
     with pytest.raises(UsageError):
         publish_domain(dogs, repository)
     assert hub.uploads == {}

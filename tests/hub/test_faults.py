@@ -59,9 +59,9 @@ def test_a_plain_fetch(hub, repository):
     assert len(remarks) == 1 and "300 kB" in remarks[0] and "free there" in remarks[0]
     last = [event for event in events if event.stage == "fetch" and event.total][-1]
     assert last.done == last.total > 300_000 and last.unit == "bytes"
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     assert fetch_files("owner/tiny", repository, ALL) == folder
-    assert len(hub.requests) == asked, "what is here needs no question"
+    assert len(hub.requests) == requests_before, "what is here needs no question"
 
 
 @pytest.mark.parametrize("reporter", [True, False])
@@ -289,11 +289,11 @@ def test_D14_offline_and_incomplete_reports_what_is_missing(hub, repository):
 def test_D15_a_hanging_network_does_not_matter_to_what_is_here(hub, repository, monkeypatch):
     folder = fetch_files("owner/tiny", repository, ALL)
     hub.faults.append(Fault("hang"))
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     begun = time.perf_counter()
     assert fetch_files("owner/tiny", repository, ALL) == folder
     assert fetch_files("owner/tiny", repository, ["config.json"]) == folder
-    assert time.perf_counter() - begun < 1 and len(hub.requests) == asked
+    assert time.perf_counter() - begun < 1 and len(hub.requests) == requests_before
 
 
 STATUSES = {
@@ -407,7 +407,7 @@ def test_D19_a_good_token_is_used_and_never_kept(hub, repository, monkeypatch, t
             assert b"hf_good" not in path.read_bytes()
 
 
-def test_an_inventory_that_is_damaged_is_asked_for_again(hub, repository):
+def test_a_damaged_inventory_is_requested_again(hub, repository):
     fetch_files("owner/tiny", repository, ALL)
     (note,) = (user_cache() / "hub").rglob("*.json")
     json.loads(note.read_text())

@@ -244,7 +244,7 @@ def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch)
         raise AssertionError("a socket was opened")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     for command in (
         (*learn, "--base", "tiny", "--offline"),
         ("generate", "me.e4t", *quick, "--offline"),
@@ -252,7 +252,7 @@ def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch)
         code, out, err = run(*command)
         assert code == 0, err
         assert Image.open(tmp_path / out.splitlines()[0]).tobytes() == first.tobytes()
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests_before
 
 
 def test_a_dry_run_fetches_nothing(hub, tiny, tmp_path, run):

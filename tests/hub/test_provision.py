@@ -63,11 +63,11 @@ def test_a_base_by_its_id_is_what_it_needs_and_no_more(hub, tiny, half):
     }
     assert not [name for name in names if name.endswith((".py", ".bin", ".ckpt"))]
     assert is_cached("owner/tiny", half=half) and look_up_base("owner/tiny", half=half)[2]
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     hub.faults.append(Fault("hang"))
     assert fetch_base("owner/tiny", HubAccess(), half=half) == base
     assert fetch_base("tiny", HubAccess(), half=half).folder == base.folder, "by the name it has here"
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests_before
 
 
 def test_the_same_base_in_either_precision_is_one_base(hub, tiny):
@@ -170,7 +170,7 @@ def test_D13_offline_neither_connects_nor_asks(hub, tiny, made, tmp_path, monkey
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     offline = HubAccess(offline=True, accept_license=refuse)
     for repair in (False, True):
         for name in ("sd14", "owner/tiny", "owner/restricted", f"owner/restricted@{restricted}"):
@@ -185,7 +185,7 @@ def test_D13_offline_neither_connects_nor_asks(hub, tiny, made, tmp_path, monkey
     assert get_repo_info("owner/tiny", None, offline) is None
     monkeypatch.setattr(provision, "likely_accelerator", lambda device: True)
     assert provision.default_base_name(offline)[0] == "mini"
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests_before
 
 
 @pytest.fixture
@@ -341,8 +341,8 @@ def test_the_tower_is_kept_slim(hub, made, small_tower, tmp_path):
     assert model.image_features(pixels).isfinite().all()
     # The published file can go; the slim copy is enough.
     shutil.rmtree(hub_cache() / "models--laion--small")
-    asked = len(hub.requests)
-    assert fetch_base("owner/plain", HubAccess()) == base and len(hub.requests) == asked
+    requests_before = len(hub.requests)
+    assert fetch_base("owner/plain", HubAccess()) == base and len(hub.requests) == requests_before
     # A folder of the user's without a tower takes the same one.
     assert fetch_base(folder, HubAccess()).tower == base.tower
 

@@ -29,7 +29,7 @@ def config(domain_weights):
     return domain_weights.tuning.replace(method="lora", lora_rank=2)
 
 
-def loud(adapters, seed=0):
+def randomized(adapters, seed=0):
     """Give fresh adapters random values, so that they have an effect."""
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_a_fresh_adapter_changes_nothing(model):
     adapters = fresh(attention_layers(model.unet), scaled=attention_layers(model.unet))
     with attach(adapters, model.unet):
         assert torch.equal(run(model.unet), before)
-    with attach(loud(adapters), model.unet):
+    with attach(randomized(adapters), model.unet):
         assert not torch.allclose(run(model.unet), before)
     assert torch.equal(run(model.unet), before)
 
@@ -71,7 +71,7 @@ def test_a_fresh_adapter_changes_nothing(model):
 def test_merged_is_attached(model):
     """In float64, so that nothing but the formula is compared."""
     unet = copy.deepcopy(model.unet).double()
-    adapters = loud(fresh(attention_layers(unet), scaled=set(attention_layers(unet)))).double()
+    adapters = randomized(fresh(attention_layers(unet), scaled=set(attention_layers(unet)))).double()
     source = torch.Generator().manual_seed(1)
     z_t = torch.randn(2, 4, 8, 8, generator=source).double()
     text = torch.randn(2, 5, 24, generator=source).double()
@@ -88,7 +88,7 @@ def test_merged_is_attached(model):
 
 def test_the_layer_with_a_bias_by_hand():
     layer = torch.nn.Linear(3, 4)
-    adapters = loud(LoraAdapters({"0": LoraLayer(4, 3, 2, scales=True, source=torch.Generator())}))
+    adapters = randomized(LoraAdapters({"0": LoraLayer(4, 3, 2, scales=True, source=torch.Generator())}))
     adapter, x = adapters.adapters[0], torch.randn(5, 3)
     with attach(adapters, torch.nn.Sequential(layer)):
         found = layer(x)
@@ -102,7 +102,7 @@ def test_scales_have_the_gradient_of_the_dense_weight():
     layer = torch.nn.Linear(3, 4, bias=False, dtype=torch.float64)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     adapters = LoraAdapters({"0": LoraLayer(4, 3, 2, scales=True, source=torch.Generator())})
-    loud(adapters).double()
+    randomized(adapters).double()
     adapter = adapters.adapters[0]
     with attach(adapters, torch.nn.Sequential(layer)):
         cheap = torch.autograd.grad(layer(x).square().sum(), list(adapter.parameters()))
@@ -172,7 +172,7 @@ def test_micro_batches_and_checkpointing_change_nothing(model, domain_weights, f
     def gradients(micro_batch, checkpointing=False):
         plan = Plan(micro_batch=micro_batch, checkpointing=checkpointing)
         run = Trainer(model, domain_weights, face, config, options=TuningOptions(autocast=False, plan=plan))
-        loud(run.parts.adapters["unet"])
+        randomized(run.parts.adapters["unet"])
         run.gradients(0)
         return torch.cat([weight.grad.flatten() for weight in run.optimizer.weights])
 
@@ -190,11 +190,11 @@ def test_saved_adapters_are_small_and_generate_the_same_images(model, domain_wei
     )  # fmt: skip
     concept.save(tmp_path / "me.e4t")
     again = Concept.load(tmp_path / "me.e4t")
-    drawn = [
+    generated = [
         next(sample(model, one, [parse_prompt("S* on the beach")], [1], SamplingConfig(steps=2)))
         for one in (tuned, again.tuned(model, domain_weights))
     ]
-    assert drawn[0].tobytes() == drawn[1].tobytes()
+    assert generated[0].tobytes() == generated[1].tobytes()
     exact = sum(value.nbytes for value in Concept.weights_of(tune(model, domain_weights, face)).values())
     assert (tmp_path / "me.e4t").stat().st_size < exact / 20
     assert all(value.dtype == torch.float16 for value in again.weights.values())
@@ -255,7 +255,7 @@ def test_encoders_without_layers_have_nothing_to_adapt(model, domain_weights, fa
 def test_weights_converted_at_once_equal_weights_converted_one_by_one(model, domain_weights, face, config):
     def gradient(autocast, at_once):
         run = Trainer(model, domain_weights, face, config, options=TuningOptions(autocast=autocast))
-        loud(run.parts.adapters["unet"])
+        randomized(run.parts.adapters["unet"])
         if not at_once:
             run.parts.converted = lambda dtype: nullcontext()
         run.gradients(0)

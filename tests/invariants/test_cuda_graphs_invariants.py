@@ -23,7 +23,7 @@ PROMPTS = [parse_prompt("S* on the beach"), parse_prompt("a photo of S*")]
 READS_BACK = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
 
 
-class Listing(TorchDispatchMode):
+class OperationLog(TorchDispatchMode):
     """Lists operations and executes them, unlike a GPU, which only enqueues them during capture."""
 
     def __init__(self):
@@ -38,7 +38,7 @@ class Listing(TorchDispatchMode):
         return result
 
 
-class Lists:
+class CpuCapture:
     """A `Recorder` for the CPU."""
 
     def __init__(self):
@@ -48,13 +48,13 @@ class Lists:
         return work()
 
     def capture(self, work):
-        with Listing() as listing:
+        with OperationLog() as log:
             result = work()
-        for value in written(listing.operations):
+        for value in written(log.operations):
             if value.is_floating_point():
                 value.fill_(float("nan"))  # as in a capture: no result exists yet
         self.recorded += 1
-        return lambda: self.play(listing.operations), result
+        return lambda: self.play(log.operations), result
 
     @torch.no_grad()
     def play(self, operations):
@@ -74,9 +74,9 @@ def written(operations):
 
 
 @pytest.fixture
-def lists(monkeypatch):
+def cpu_capture(monkeypatch):
     """Capture everything, on the CPU."""
-    found = Lists()
+    found = CpuCapture()
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
     return found
 
@@ -98,32 +98,32 @@ def test_captured_tuning_gives_the_same_model(model, domain_weights, face, monke
     config = domain_weights.tuning.replace(method=method, steps=6)
 
     def tuned():
-        told = []
+        events = []
         found = tune(
             model,
             domain_weights,
             face,
             config,
             seed=3,
-            on_progress=lambda progress: told.append(progress.values),
+            on_progress=lambda progress: events.append(progress.values),
             options=TuningOptions(autocast=False, plan=Plan(micro_batch=micro_batch)),
         )
-        return weights_of(found), told
+        return weights_of(found), events
 
     expected = tuned()
-    found = Lists()
+    found = CpuCapture()
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
-    weights, told = tuned()
+    weights, events = tuned()
     assert (found.recorded, found.played) == (1, 5)
-    assert told == expected[1]
+    assert events == expected[1]
     assert all(torch.equal(a, b) for a, b in zip(weights, expected[0], strict=True))
 
 
-def test_captured_tuning_gives_the_same_model_in_half_precision(model, domain_weights, face, lists, monkeypatch):
+def test_captured_tuning_gives_the_same_model_in_half_precision(model, domain_weights, face, cpu_capture, monkeypatch):
     """With the casts of autocast, which are cached for the length of a step."""
     config = domain_weights.tuning.replace(steps=4)
     found = weights_of(tune(model, domain_weights, face, config, options=TuningOptions(autocast=True)))
-    assert lists.played == 3
+    assert cpu_capture.played == 3
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
     expected = weights_of(tune(model, domain_weights, face, config, options=TuningOptions(autocast=True)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -134,26 +134,26 @@ def test_captured_sampling_gives_the_same_images(model, domain_weights, face, mo
     tuned = Trainer(model, domain_weights, face, domain_weights.tuning.replace(steps=0)).finish()
     sampling = SamplingConfig(steps=6, scheduler=scheduler, negative_prompt=negative)
     expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
-    found = Lists()
+    found = CpuCapture()
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
     assert torch.equal(generate_latents(model, tuned, PROMPTS, [1, 2], sampling), expected)
     assert found.recorded == 1 and found.played >= 5
 
 
-def test_a_changed_plan_is_captured_again(model, domain_weights, face, lists):
+def test_a_changed_plan_is_captured_again(model, domain_weights, face, cpu_capture):
     run = Trainer(
         model, domain_weights, face, domain_weights.tuning.replace(steps=9), options=TuningOptions(autocast=False)
     )
     whole = [run.gradients(step) for step in range(3)]
     assert run.reduce_memory().startswith("memory ran out: 2 at a time")
     halves = [run.gradients(step) for step in range(3)]
-    assert lists.recorded == 2
+    assert cpu_capture.recorded == 2
     for one, other in zip(whole, halves, strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("plan", [{"checkpointing": True}, {"optimizer": "cpu"}])
-def test_steps_that_vary_are_not_captured(model, domain_weights, face, lists, plan):
+def test_steps_that_vary_are_not_captured(model, domain_weights, face, cpu_capture, plan):
     tune(
         model,
         domain_weights,
@@ -161,25 +161,25 @@ def test_steps_that_vary_are_not_captured(model, domain_weights, face, lists, pl
         domain_weights.tuning.replace(steps=5),
         options=TuningOptions(plan=Plan(micro_batch=4, **plan)),
     )
-    assert lists.recorded == 0
+    assert cpu_capture.recorded == 0
 
 
-def test_few_steps_are_not_captured(model, domain_weights, face, lists):
+def test_few_steps_are_not_captured(model, domain_weights, face, cpu_capture):
     tune(model, domain_weights, face, domain_weights.tuning.replace(steps=3))
-    assert lists.recorded == 0
+    assert cpu_capture.recorded == 0
 
 
 # ── a capture by itself ──
 
 
-def test_results_do_not_share_memory(lists):
+def test_results_do_not_share_memory(cpu_capture):
     double = CudaGraphRunner(lambda x: 2 * x, HERE, calls=9)
     found = [double(torch.tensor([float(number)])) for number in range(5)]
     assert [one.item() for one in found] == [0, 2, 4, 6, 8]
-    assert (lists.recorded, lists.played) == (1, 4)
+    assert (cpu_capture.recorded, cpu_capture.played) == (1, 4)
 
 
-def test_a_replay_reads_weights_changed_in_place(lists):
+def test_a_replay_reads_weights_changed_in_place(cpu_capture):
     weight = torch.ones(1)
     scaled = CudaGraphRunner(lambda x: weight * x, HERE, calls=9)
     for number in range(1, 5):
@@ -187,7 +187,7 @@ def test_a_replay_reads_weights_changed_in_place(lists):
         weight.add_(1)
 
 
-def test_the_stand_in_detects_violations(lists):
+def test_the_stand_in_detects_violations(cpu_capture):
     """The check can fail: Python values stay those of the capture."""
     count = 0
 
@@ -200,26 +200,26 @@ def test_the_stand_in_detects_violations(lists):
     assert [recorded(torch.zeros(1)).item() for _ in range(4)] == [1, 2, 2, 2]
 
 
-def test_functions_that_cannot_be_captured_run_eagerly(lists):
-    told = []
+def test_functions_that_cannot_be_captured_run_eagerly(cpu_capture):
+    events = []
 
-    def looked_at(x):
+    def read_back(x):
         return x + 1 if x.sum().item() > 0 else x - 1
 
-    work = CudaGraphRunner(looked_at, HERE, calls=9, on_trouble=told.append)
+    work = CudaGraphRunner(read_back, HERE, calls=9, on_trouble=events.append)
     given = torch.tensor([1.0, -1.0, 2.0, -2.0])
     assert torch.cat([work(number) for number in given.split(1)]).tolist() == [2, -2, 3, -3]
-    assert len(told) == 1 and "operation not permitted" in told[0]
-    assert lists.played == 0
+    assert len(events) == 1 and "operation not permitted" in events[0]
+    assert cpu_capture.played == 0
 
 
-def test_a_tuning_that_cannot_be_captured_reports_it(model, domain_weights, face, lists, monkeypatch):
+def test_a_tuning_that_cannot_be_captured_reports_it(model, domain_weights, face, cpu_capture, monkeypatch):
     def refuse(work):
         work()
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     config, notes = domain_weights.tuning.replace(steps=5), []
-    monkeypatch.setattr(lists, "capture", refuse)
+    monkeypatch.setattr(cpu_capture, "capture", refuse)
     found = tune(model, domain_weights, face, config, on_progress=lambda progress: notes.append(progress.note))
     assert [note for note in notes if note] == [
         "no CUDA graph could be captured, steps run one by one: CUDA out of memory."

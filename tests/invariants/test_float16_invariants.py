@@ -14,7 +14,7 @@ from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 
 
 @pytest.fixture(autouse=True)
-def _a_card_with_float16(monkeypatch, request):
+def _a_gpu_with_float16(monkeypatch, request):
     """The CPU multiplies float16 as such a GPU does, only slowly."""
     if "capability" in request.fixturenames:
         return

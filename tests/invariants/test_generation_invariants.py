@@ -59,7 +59,7 @@ def test_images_are_yielded_one_by_one_with_progress(model, tuned):
     assert [event.done for event in events] == [2, 4, 6, 7, 8, 9]
 
 
-def test_the_embedding_is_predicted_anew_at_every_step(model, tuned, monkeypatch):
+def test_the_embedding_is_predicted_again_at_every_step(model, tuned, monkeypatch):
     seen = []
     embedding = TunedModel.embedding
     monkeypatch.setattr(
@@ -212,7 +212,7 @@ def test_in_half_precision_it_is_rounded_once(model, tuned):
      {"steps": 0}, {"steps": 2.5}, {"guidance": -1.0}, {"guidance": float("nan")},
      {"scheduler": "magic"}, {"scheduler": "UNet2DConditionModel"}],
 )  # fmt: skip
-def test_impossible_samplings_are_refused(wrong):
+def test_invalid_sampling_configs_are_refused(wrong):
     with pytest.raises(UsageError):
         SamplingConfig(**wrong)
 

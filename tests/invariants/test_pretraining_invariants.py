@@ -133,13 +133,13 @@ def test_checkpoints_of_another_run_are_refused(pretrain, tmp_path):
 
 
 def test_a_step_can_be_inspected_and_sampled_from(model, pretrain, face):
-    def look(step):
+    def inspect(step):
         if step.step == 2:
             domain = step.snapshot()
             tuned = tune(model, domain, face, TUNING.replace(steps=0))
             assert tuned.embedding(torch.zeros(1, 224)).shape == (1, 24)
 
-    assert same(pretrain(on_step=look), pretrain())
+    assert same(pretrain(on_step=inspect), pretrain())
 
 
 def test_a_number_that_is_not_finite_stops_the_run(model, data, tmp_path):

@@ -15,12 +15,12 @@ from e4t_cli.models.loading import SafetyChecker
 
 def test_the_checker_agrees_with_diffusers_checker(checked_base):
     checker = SafetyChecker.of_base(checked_base, torch.device("cpu"), torch.float32)
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "white")]
-    pixels = checker.processor(pictures, return_tensors="pt").pixel_values
+    photos = [Image.new("RGB", (64, 64), colour) for colour in ("red", "white")]
+    pixels = checker.processor(photos, return_tensors="pt").pixel_values
     assert pixels.shape == (2, 3, 32, 32)
-    assert checker.flags(pictures) == [False, False]
+    assert checker.flags(photos) == [False, False]
     checker.checker.concept_embeds_weights.fill_(-2.0)
-    assert checker.flags(pictures) == [True, True]
+    assert checker.flags(photos) == [True, True]
 
 
 def test_a_base_without_one_is_not_checked(base_folder):

@@ -183,8 +183,8 @@ def test_a_loaded_concept_is_tuned_to_the_same_bits(model, domain_weights, conce
 
 def test_saved_weights_generate_the_same_images(model, domain_weights, concept, face, tmp_path):
     tuned = tune(model, domain_weights, face, concept.config, seed=concept.seed)
-    kept = dataclasses.replace(concept, weights=Concept.weights_of(tuned))
-    kept.save(tmp_path / "me.e4t")
+    saved = dataclasses.replace(concept, weights=Concept.weights_of(tuned))
+    saved.save(tmp_path / "me.e4t")
     again = Concept.load(tmp_path / "me.e4t").tuned(model, domain_weights)
     assert generate(model, again) == generate(model, tuned)
 

@@ -70,7 +70,7 @@ def random(*shape, seed=0):
 
 
 @pytest.mark.parametrize("which", ["shared", "apart"])
-def test_prompts_are_embedded_at_once(models, which):
+def test_prompts_are_embedded_concurrently(models, which):
     def work(model, seed):
         prompts = [parse_prompt("a photo of S*"), parse_prompt("S* on the beach")]
         tokens = model.tokenize(prompts[: 1 + seed % 2], model.descriptor_id("face"))
@@ -82,7 +82,7 @@ def test_prompts_are_embedded_at_once(models, which):
 
 
 @pytest.mark.parametrize("which", ["shared", "apart"])
-def test_concepts_are_sampled_at_once(models, which, domain_weights):
+def test_concepts_are_sampled_concurrently(models, which, domain_weights):
     prompts = [parse_prompt("a photo of S*")]
 
     def tuned(model, seed):
@@ -108,7 +108,7 @@ def test_concepts_are_sampled_at_once(models, which, domain_weights):
         assert_same_at_once(*(lambda parts=parts: work(*parts) for parts in concepts))
 
 
-def test_models_are_loaded_at_once(base_folder):
+def test_models_are_loaded_concurrently(base_folder):
     def work(dtype):
         model = TextToImageModel.load(base_folder, dtype=dtype)
         parts = (model.unet, model.vae, model.text_encoder)
@@ -138,7 +138,7 @@ def trained(unet, offsets, seed):
     return [*outputs, *(weight.detach() for weight in offsets.parameters())]
 
 
-def test_offsets_are_trained_at_once(model, domain_weights):
+def test_offsets_are_trained_concurrently(model, domain_weights):
     def work(seed):
         unet = copy.deepcopy(model.unet)
         offsets = WeightOffsets.from_factors(domain_weights.offsets)
@@ -148,7 +148,7 @@ def test_offsets_are_trained_at_once(model, domain_weights):
     assert_same_at_once(*(lambda seed=seed: work(seed) for seed in range(THREADS)))
 
 
-def test_offsets_of_one_unet_are_evaluated_at_once(model, domain_weights):
+def test_offsets_of_one_unet_are_evaluated_concurrently(model, domain_weights):
     """One thread caches with a gradient, others do without either on the same U-Net."""
     unet = copy.deepcopy(model.unet)
     offsets = WeightOffsets.from_factors(domain_weights.offsets)

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def pictures():
+def drawings():
     """Two hundred drawings of every kind, in pairs of one identity."""
     from mini_world.world import sample
 

@@ -26,10 +26,10 @@ def test_shapes():
         start += size
 
 
-def test_degraded_images_are_still_images(pictures):
+def test_degraded_images_are_still_images(drawings):
     from mini_world.evaluate import pixels_of
 
-    pixels = pixels_of([picture.image for picture in pictures[:32]])
+    pixels = pixels_of([drawing.image for drawing in drawings[:32]])
     kept = pixels.clone()
     worse = _augment(pixels, torch.Generator().manual_seed(1))
     assert torch.equal(pixels, kept)

@@ -187,7 +187,7 @@ def test_a_damaged_folder_is_a_row(text):
             find_domain(str(folder))
 
 
-def test_folders_that_are_none(tmp_path):
+def test_folders_that_are_no_domains(tmp_path):
     with pytest.raises(UsageError, match="no folder"):
         find_domain("./nowhere")
     with pytest.raises(UsageError, match="no domain.toml"):
@@ -227,7 +227,7 @@ def test_looking_for_weights_on_the_hub_fetches_nothing():
 
 
 @pytest.mark.parametrize("place", [*NOWHERE, "hub:me/dogs@" + "0" * 40])
-def test_what_the_hint_leads_to_is_found(place):
+def test_weights_made_by_the_hints_command_are_found(place):
     """`e4t pretrain --domain dog --base toy` writes the user's folder of that name."""
     dog = domain(toy=place, other=place)
     folder = user_folder("dog")

@@ -112,20 +112,20 @@ class Run:
         self.log = log
         self.log.touch()
 
-    def said(self):
+    def output(self):
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def wait_for(self, words, seconds=120):
         end = time.monotonic() + seconds
-        while words not in self.said():
-            assert time.monotonic() < end, f"waited {seconds} s for {words!r}: {self.said()}"
-            assert self.code() is None, f"ended without {words!r}: {self.said()}"
+        while words not in self.output():
+            assert time.monotonic() < end, f"waited {seconds} s for {words!r}: {self.output()}"
+            assert self.code() is None, f"ended without {words!r}: {self.output()}"
             time.sleep(0.01)
 
     def wait(self, seconds=240):
         end = time.monotonic() + seconds
         while self.code() is None:
-            assert time.monotonic() < end, f"still there after {seconds} s: {self.said()}"
+            assert time.monotonic() < end, f"still there after {seconds} s: {self.output()}"
             time.sleep(0.01)
         return self.code()
 

@@ -68,7 +68,7 @@ def test_micro_batches_take_the_step_of_the_whole_batch(pretrain, micro):
         torch.testing.assert_close(split.encoder.state_dict()[name], value, atol=3e-6, rtol=3e-4)
 
 
-def test_numbers_for_choices_are_those_of_the_draws():
+def test_random_choices_match_the_sampled_noise():
     draws = draw(5, 7, range(2, 6), batch_size=8, train_timesteps=1000, shape=(1, 2, 2))
     assert torch.equal(uniforms(5, 7, 8)[2:6, 1:], draws.uniform)
 
@@ -93,14 +93,14 @@ def test_R4_another_run_is_refused_with_what_differs(pretrain, tmp_path, data):
 
 def test_R4_forced_it_goes_on_and_reports_the_differences(pretrain, tmp_path):
     pretrain(checkpoints=tmp_path)
-    said, seen = [], []
+    remarks, seen = [], []
     pretrain(
         RECIPE.replace(steps=8, reg_weight=0.5), seed=4, checkpoints=tmp_path, force=True,
-        on_progress=lambda event: said.append(event.remark),
+        on_progress=lambda event: remarks.append(event.remark),
         on_step=lambda at: seen.append(at.step),
     )  # fmt: skip
     assert seen == [8]
-    assert "continuing with other settings: recipe.embedding_penalty 0.01 → 0.5, seed 3 → 4" in said
+    assert "continuing with other settings: recipe.embedding_penalty 0.01 → 0.5, seed 3 → 4" in remarks
 
 
 def test_R4_another_shape_cannot_be_forced(pretrain, tmp_path):
@@ -130,13 +130,13 @@ def test_the_manifest_and_the_rate_count_all_processes(pretrain, monkeypatch):
     monkeypatch.setattr(DistributedContext, "mean", lambda self, values: values)
     monkeypatch.setattr(DistributedContext, "any", lambda self, flag: flag)
     monkeypatch.setattr(DistributedContext, "check_same", lambda self, number, what: None)
-    said = []
+    remarks = []
     domain = pretrain(
         RECIPE.replace(steps=1), processes=DistributedContext(rank=0, count=2),
-        on_progress=lambda event: said.append(event.remark),
+        on_progress=lambda event: remarks.append(event.remark),
     )  # fmt: skip
     assert domain.pretraining.batch_size == 8
-    assert "learning rate 0.0008 = 0.0001 × batch 4 × 2 processes" in said
+    assert "learning rate 0.0008 = 0.0001 × batch 4 × 2 processes" in remarks
     silent = []
     pretrain(
         RECIPE.replace(steps=1), processes=DistributedContext(rank=1, count=2),

@@ -65,7 +65,7 @@ def test_R3_a_signal_saves_and_prints_how_to_resume(start, world, tmp_path, numb
     begun = time.monotonic()
     assert run.wait() == code
     assert time.monotonic() - begun < 30
-    said = run.said()
+    said = run.output()
     assert "of 12, saved" in said
     assert "error: interrupted" in said or "error: terminated" in said
     assert "Traceback" not in said
@@ -74,8 +74,8 @@ def test_R3_a_signal_saves_and_prints_how_to_resume(start, world, tmp_path, numb
     assert latest == f"step-{done:08d}.safetensors\n"
     again = start(*world("cut", every=100))
     assert again.wait() == 0
-    assert f"done {done + 1}\n" in again.said()
-    assert f"resuming from step {done}" in again.said()
+    assert f"done {done + 1}\n" in again.output()
+    assert f"resuming from step {done}" in again.output()
     whole = start(*world("whole", every=100))
     assert whole.wait() == 0
     for name in ("encoder.safetensors", "offsets.safetensors"):
@@ -119,10 +119,10 @@ def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
     # A machine may be fast or slow: moments are chosen by what a run takes when left alone.
     whole, begun = command("whole"), time.monotonic()  # the first one waits for the server
     while not latest(tmp_path / "whole"):
-        assert whole.code() is None, whole.said()
+        assert whole.code() is None, whole.output()
         time.sleep(0.005)
     loading = time.monotonic() - begun
-    assert whole.wait() == 0, whole.said()
+    assert whole.wait() == 0, whole.output()
     a_step = (time.monotonic() - begun - loading) / steps
     source = random.Random(20)
     for kill in range(kills):
@@ -130,12 +130,12 @@ def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
         if kill % 3:  # at work: some moments after another checkpoint
             moved = latest(tmp_path / "cut")
             while latest(tmp_path / "cut") == moved:
-                assert run.code() is None, f"ended before kill {kill}: {run.said()}"
+                assert run.code() is None, f"ended before kill {kill}: {run.output()}"
                 time.sleep(0.005)
             time.sleep(source.uniform(0, 4 * a_step))
         else:  # or while it loads, encodes the images, or finds its checkpoint
             time.sleep(source.uniform(0, loading))
-        assert run.code() is None, f"ended before kill {kill}: {run.said()}"
+        assert run.code() is None, f"ended before kill {kill}: {run.output()}"
         run.send(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
         if latest(tmp_path / "cut"):  # whatever it names is whole
@@ -143,8 +143,8 @@ def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
             load_file(named)
     assert latest(tmp_path / "cut")
     last = command("cut")
-    assert last.wait() == 0, last.said()
-    assert "resuming from step" in last.said()
+    assert last.wait() == 0, last.output()
+    assert "resuming from step" in last.output()
     for name in ("encoder.safetensors", "offsets.safetensors"):
         assert (domain_folder("cut") / name).read_bytes() == (domain_folder("whole") / name).read_bytes()
     assert not list((tmp_path / "cut" / "e4t" / "domains").glob(".*"))

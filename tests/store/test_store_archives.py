@@ -109,7 +109,7 @@ def test_a_cut_archive(archive):
     refused(archive, "is not a zip", InputError)
 
 
-def test_no_domain_and_two(tmp_path, folder):
+def test_archives_with_no_domain_or_two(tmp_path, folder):
     empty = tmp_path / "empty.zip"
     with zipfile.ZipFile(empty, "w") as archive:
         archive.writestr("readme.txt", "hello")

@@ -103,7 +103,7 @@ def test_weights_in_several_files(copy, model):
     )
 
 
-def test_a_missing_weight_is_never_made_up(copy):
+def test_a_missing_weight_is_never_initialised(copy):
     path = next((copy / "unet").glob("*.safetensors"))
     tensors = load_file(path)
     tensors.pop("conv_in.bias")
@@ -194,9 +194,9 @@ def test_latents_are_in_the_units_of_the_unet(model):
     noise = torch.randn(posterior.mean.shape)
     expected = (own.mean + own.std * noise) * scale
     torch.testing.assert_close(posterior.sample(noise), expected, rtol=1e-4, atol=1e-5)
-    (picture,) = model.decode(posterior.mean)
-    assert picture.size == (32, 32)
-    assert picture.mode == "RGB"
+    (decoded,) = model.decode(posterior.mean)
+    assert decoded.size == (32, 32)
+    assert decoded.mode == "RGB"
 
 
 def test_images_of_another_size_and_mode_are_fitted(model):

@@ -58,7 +58,7 @@ def found(image):
 
 @pytest.mark.parametrize("size", [32, 128, 300, 700])
 @pytest.mark.parametrize("turn", [0.0, 12.0, -40.0, 90.0, 180.0])
-def test_points_land_where_the_frame_says(size, turn):
+def test_points_land_where_the_frame_maps_them(size, turn):
     points = [(260.0, 180.0), (340.0, 200.0), (300.0, 290.0)]
     frame = Frame.around((640, 480), (300.0, 220.0), 280.0, turn)
     cut = frame.apply(marked((640, 480), points), size)

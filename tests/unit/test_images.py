@@ -56,13 +56,13 @@ def test_I9_files_that_are_no_image(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    for name, says in {
+    for name, message in {
         "empty.png": "is empty",
         "text.png": "not an image",
         ".": "is a folder",
         "fifo": "not a plain file",
     }.items():
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             open_image(tmp_path / name)
     for wrong in (tmp_path / "missing.png", "nul\0byte.png"):
         with pytest.raises(UsageError):
@@ -130,7 +130,7 @@ def test_I1_truncated(kind):
 
 def test_damaged_bytes_give_an_image_or_an_input_error():
     """Three hundred damaged files of every format: nothing but InputError comes out."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     options = {"icc_profile": swapped_profile(), "exif": Image.Exif()}
     options["exif"][0x0112] = 6
     sound = [
@@ -139,10 +139,10 @@ def test_damaged_bytes_give_an_image_or_an_input_error():
     ]
     refused = 0
     for _ in range(300):
-        data = bytearray(draw.choice(sound))
-        reach = min(len(data), draw.choice((60, 400, 10**6)))
-        for _ in range(draw.choice((1, 3, 20))):
-            data[draw.randrange(reach)] = draw.randrange(256)
+        data = bytearray(rng.choice(sound))
+        reach = min(len(data), rng.choice((60, 400, 10**6)))
+        for _ in range(rng.choice((1, 3, 20))):
+            data[rng.randrange(reach)] = rng.randrange(256)
         try:
             opened = open_image(bytes(data))
         except InputError:
@@ -179,28 +179,28 @@ def test_I3_too_small(size):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA"])
 def test_I4_modes(mode):
-    picture = gradient().convert("L" if mode in ("1", "LA") else "RGB").convert(mode)
+    original = gradient().convert("L" if mode in ("1", "LA") else "RGB").convert(mode)
     kind = "TIFF" if mode == "CMYK" else "PNG"
-    opened = open_image(encoded(picture, kind)).image
+    opened = open_image(encoded(original, kind)).image
     assert opened.mode == "RGB"
-    assert largest_difference(opened, picture.convert("RGB")) == 0
+    assert largest_difference(opened, original.convert("RGB")) == 0
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_I4_transparency_shows_white_not_hidden_colours(mode):
-    picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
-    picture.paste((0, 0, 255, 255), (0, 0, 32, 64))
-    picture.paste((0, 0, 0, 128), (32, 32, 64, 64))
-    opened = open_image(encoded(picture.convert(mode))).image
+    original = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    original.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    original.paste((0, 0, 0, 128), (32, 32, 64, 64))
+    opened = open_image(encoded(original.convert(mode))).image
     assert opened.getpixel((60, 5)) == (255, 255, 255)
     assert all(abs(value - 127) <= 1 for value in opened.getpixel((60, 60)))
 
 
 def test_I4_transparent_palette():
-    picture = Image.new("P", (64, 64), 1)
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.paste(0, (0, 0, 32, 64))
-    opened = open_image(encoded(picture, transparency=0)).image
+    original = Image.new("P", (64, 64), 1)
+    original.putpalette([10, 20, 30, 200, 100, 50])
+    original.paste(0, (0, 0, 32, 64))
+    opened = open_image(encoded(original, transparency=0)).image
     assert opened.getpixel((5, 5)) == (255, 255, 255)
     assert opened.getpixel((60, 5)) == (200, 100, 50)
 
@@ -247,8 +247,8 @@ def swapped_profile():
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_I10_colour_profiles_are_applied(mode):
-    picture = Image.new(mode, (64, 64), (200, 30, 60, 255)[: len(mode)])
-    opened = open_image(encoded(picture, icc_profile=swapped_profile()))
+    original = Image.new(mode, (64, 64), (200, 30, 60, 255)[: len(mode)])
+    opened = open_image(encoded(original, icc_profile=swapped_profile()))
     assert opened.notes == ()
     assert largest_difference(opened.image, Image.new("RGB", (64, 64), (30, 200, 60))) <= 2
 
@@ -284,8 +284,8 @@ def test_I10_display_p3_becomes_srgb(colour):
 
 
 def test_I4_cmyk_jpegs_as_printers_make_them():
-    picture = Image.new("CMYK", (64, 64), (0, 200, 200, 10))
-    opened = open_image(encoded(picture, "JPEG", quality=95)).image
+    original = Image.new("CMYK", (64, 64), (0, 200, 200, 10))
+    opened = open_image(encoded(original, "JPEG", quality=95)).image
     red, green, blue = opened.getpixel((9, 9))
     assert red > 200 and green < 90 and blue < 90
 
@@ -299,12 +299,12 @@ def test_I3_panoramas_are_accepted():
 
 
 def test_I4_what_is_opaque_is_remembered():
-    picture = Image.new("RGBA", (64, 80), (10, 20, 30, 255))
-    assert open_image(encoded(picture)).alpha is None
-    picture.paste((0, 0, 0, 0), (0, 0, 64, 20))
+    original = Image.new("RGBA", (64, 80), (10, 20, 30, 255))
+    assert open_image(encoded(original)).alpha is None
+    original.paste((0, 0, 0, 0), (0, 0, 64, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # held sideways: the alpha is turned with the image
-    alpha = open_image(encoded(picture, exif=exif)).alpha
+    alpha = open_image(encoded(original, exif=exif)).alpha
     assert alpha.size == (80, 64)
     assert alpha.getpixel((75, 30)) == 0 and alpha.getpixel((30, 30)) == 255
 
@@ -335,14 +335,14 @@ def test_I8_all_orientations_give_the_same_pixels(kind):
         8: [Image.Transpose.ROTATE_270],
     }
     for tag, turns in stored.items():
-        picture = upright
+        original = upright
         for turn in turns:
-            picture = picture.transpose(turn)
+            original = original.transpose(turn)
         exif = Image.Exif()
         exif[0x0112] = tag
         exif[0x010F] = "a camera with a serial number"
         options = {"quality": 95} if kind == "JPEG" else {}
-        opened = open_image(encoded(picture, kind, exif=exif, **options)).image
+        opened = open_image(encoded(original, kind, exif=exif, **options)).image
         assert opened.size == upright.size
         assert largest_difference(opened, upright) <= (12 if kind == "JPEG" else 0)
         assert not opened.info
@@ -359,9 +359,9 @@ def test_I6_first_frame_with_a_note(kind):
 
 
 def test_center_square():
-    picture = Image.new("RGB", (200, 100), "black")
-    ImageDraw.Draw(picture).rectangle((50, 0, 149, 99), fill="white")
-    square = center_square(picture, 64)
+    original = Image.new("RGB", (200, 100), "black")
+    ImageDraw.Draw(original).rectangle((50, 0, 149, 99), fill="white")
+    square = center_square(original, 64)
     assert square.size == (64, 64)
     assert square.getpixel((32, 32)) == (255, 255, 255)
     exact = gradient(64, 64)

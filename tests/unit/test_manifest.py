@@ -104,7 +104,7 @@ def test_a_missing_one(tmp_path):
         read_manifest(tmp_path / "domain.toml")
 
 
-def test_what_came_later_is_read(read):
+def test_optional_newer_fields_are_read(read):
     more = f"""
 base_revision = "CompVis/stable-diffusion-v1-4@{"c" * 40}"
 base_config_hash = "{"d" * 64}"

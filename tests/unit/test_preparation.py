@@ -26,18 +26,18 @@ def domain(prepare=None, mask_words=""):
 
 def photo(size=(200, 120), alpha=None):
     """A dark photo with a white disc right of the middle, and the mask of that disc."""
-    picture, mask = Image.new("RGB", size, (10, 20, 30)), Image.new("L", size)
-    for sheet in (picture, mask):
+    rendered, mask = Image.new("RGB", size, (10, 20, 30)), Image.new("L", size)
+    for sheet in (rendered, mask):
         ImageDraw.Draw(sheet).ellipse((110, 30, 170, 90), fill="white")
-    return OpenedImage(picture, ("a note of the file",), "", mask if alpha else None), mask
+    return OpenedImage(rendered, ("a note of the file",), "", mask if alpha else None), mask
 
 
 def turned(image, target):
     """A preparation that crops around a fixed point, turned."""
     frame = Frame.around(image.size, (135.0, 65.0), 90.0, 20.0)
-    picture = frame.apply(image, target.size)
-    mask = None if target.mask is None else Image.new("L", picture.size, 255)
-    return PreparedImage(image=picture, mask=mask, frame=frame, remarks=("1 dog",))
+    rendered = frame.apply(image, target.size)
+    mask = None if target.mask is None else Image.new("L", rendered.size, 255)
+    return PreparedImage(image=rendered, mask=mask, frame=frame, remarks=("1 dog",))
 
 
 def off(prepared):
@@ -101,16 +101,16 @@ def test_a_preparation_that_returns_no_frame():
 @pytest.fixture
 def found(monkeypatch):
     """The prompts of mask_by_words, and its result."""
-    asked = []
+    calls = []
 
     def mask_by_words(image, words, target):
-        asked.append((words, target.base, image.size))
+        calls.append((words, target.base, image.size))
         if words == "gone":
             raise WeightsUnavailable("it is not here")
         return Image.new("L", image.size, 0 if words == "nothing" else 255)
 
     monkeypatch.setattr(preparation, "mask_by_words", mask_by_words)
-    return asked
+    return calls
 
 
 def test_words(found):
@@ -143,7 +143,7 @@ def test_the_domains_prompt_is_used_if_a_mask_is_requested_and_missing(found):
     assert len(found) == 2  # the domain had one of its own
 
 
-def test_contract_of_the_new_fields():
+def test_validation_of_the_new_fields():
     with pytest.raises(ValueError, match="1 is the leftmost"):
         PreparationTarget(size=64, base="mini", which="middle")
     square = Image.new("RGB", (8, 8))

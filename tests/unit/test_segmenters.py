@@ -100,7 +100,7 @@ def test_files_that_do_not_fit(clipseg):
         segmenters.mask_by_words(Image.new("RGB", (32, 32)), "a cat", target(clipseg))
 
 
-def test_nowhere_to_fetch_from():
+def test_without_a_source_there_is_one_error():
     bare = PreparationTarget(size=64, base="mini")
     with pytest.raises(WeightsUnavailable, match="clipseg"):
         segmenters.mask_by_words(Image.new("RGB", (32, 32)), "a cat", bare)
@@ -115,8 +115,8 @@ def test_what_is_here_is_used_and_what_is_not_is_asked_about(monkeypatch, tmp_pa
             raise WeightsUnavailable("not here")
         return tmp_path
 
-    def accept(asked, access):
-        terms.append(asked)
+    def accept(requested, access):
+        terms.append(requested)
         if not access.accept_license:
             raise WeightsUnavailable("not accepted")
 
@@ -140,7 +140,7 @@ def test_what_is_here_is_used_and_what_is_not_is_asked_about(monkeypatch, tmp_pa
     assert "merges.txt" in calls[-1][2] and len(terms) == 2
 
 
-def test_errors_of_another_kind_are_not_swallowed(monkeypatch):
+def test_other_errors_are_raised(monkeypatch):
     def fetch_files(*arguments, **options):
         raise InputError("odd")
 

@@ -58,7 +58,7 @@ def test_a_pattern_a_star_a_list_and_one_shard(shards, monkeypatch):
     assert next(iter(one)).image == png(4)
 
 
-def test_an_epoch_is_dealt_out_whole_and_in_an_order_of_its_own(shards):
+def test_an_epoch_has_every_sample_once_in_its_own_order(shards):
     source = find_source(f"{shards}/dogs-{{0..2}}.tar")
     orders = [names(source.shuffled(7, epoch, 0, 1)) for epoch in range(3)]
     assert all(sorted(order) == ALL for order in orders)

@@ -91,11 +91,11 @@ class Entry:
 
 
 def test_R6_a_million_files_are_listed_once_and_not_opened(tmp_path, monkeypatch):
-    asked = []
+    calls = []
 
     class Million:
         def __enter__(self):
-            asked.append(1)
+            calls.append(1)
             return (Entry(f"{number}.png") for number in range(1_000_000))
 
         def __exit__(self, *error):
@@ -108,7 +108,7 @@ def test_R6_a_million_files_are_listed_once_and_not_opened(tmp_path, monkeypatch
     assert len(source) == 1_000_000
     assert source.fingerprint == source.fingerprint
     assert source[999_999].name == "999999.png"
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_R6_a_million_files_are_listed_once_and_not_opened(tmp_path, monkeypatch
         ("\x1b[31m", "there is no folder \\\\x1b"),
     ],
 )
-def test_what_is_no_source(tmp_path, monkeypatch, data, words):
+def test_invalid_sources(tmp_path, monkeypatch, data, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me.png").write_bytes(png())
     with pytest.raises(UsageError, match=words):
@@ -136,15 +136,15 @@ def test_content_has_the_same_digest_wherever_it_is(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "b.png").write_bytes(data)
     found = {
-        ImageItem(name="x", image=picture).digest()
-        for picture in (tmp_path / "a.png", str(tmp_path / "b.png"), data, io.BytesIO(data))
+        ImageItem(name="x", image=content).digest()
+        for content in (tmp_path / "a.png", str(tmp_path / "b.png"), data, io.BytesIO(data))
     }
     assert len(found) == 1
-    picture = Image.open(io.BytesIO(data))
-    assert ImageItem(name="x", image=picture).digest() == ImageItem(name="y", image=picture).digest()
-    turned = picture.copy()
+    content = Image.open(io.BytesIO(data))
+    assert ImageItem(name="x", image=content).digest() == ImageItem(name="y", image=content).digest()
+    turned = content.copy()
     turned.getexif()[0x0112] = 6
-    assert ImageItem(name="x", image=turned).digest() != ImageItem(name="x", image=picture).digest()
+    assert ImageItem(name="x", image=turned).digest() != ImageItem(name="x", image=content).digest()
     masked = PreparedImage(image=drawn_face()[0], mask=drawn_face()[1])
     plain = PreparedImage(image=drawn_face()[0])
     assert ImageItem(name="x", image=masked).digest() != ImageItem(name="x", image=plain).digest()
@@ -166,13 +166,13 @@ def test_a_stamp_changes_with_the_file(tmp_path):
 
 def test_what_cannot_be_read_is_one_error(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    for picture, words in (
+    for content, words in (
         (tmp_path / "gone.png", "No such file"),
         (tmp_path / "fifo", "not a plain file"),
         (tmp_path, "cannot be read"),
     ):
         with pytest.raises(InputError, match=words):
-            ImageItem(name="x", image=picture).digest()
+            ImageItem(name="x", image=content).digest()
 
 
 # ── preparing them (R5) ──

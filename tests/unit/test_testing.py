@@ -70,18 +70,18 @@ def test_weights_that_do_not_fit_their_base(domain_weights, tmp_path):
 calls = []
 
 
-def moody(image, target):
+def nondeterministic(image, target):
     calls.append(image)
     colour = (len(calls) % 256, 0, 0)
     return PreparedImage(image=Image.new("RGB", (target.size, target.size), colour))
 
 
-def vandal(image, target):
+def modifies_its_input(image, target):
     image.paste("red", (0, 0, 4, 4))
     return PreparedImage(image=center_square(image, target.size))
 
 
-def indecisive(image, target):
+def crops_mask_differently(image, target):
     square = center_square(image, target.size)
     return PreparedImage(image=square if target.mask else square.rotate(90))
 
@@ -95,9 +95,9 @@ def indecisive(image, target):
         (domain(weights={"toy": "/no/where"}), "not in this installation"),
         (domain(prepare=lambda image, target: image), "must return a PreparedImage"),
         (domain(prepare=lambda image, target: 1 / 0), "ZeroDivisionError"),
-        (domain(prepare=moody), "two results"),
-        (domain(prepare=vandal), "changed the image"),
-        (domain(prepare=indecisive), "crops differently"),
+        (domain(prepare=nondeterministic), "two results"),
+        (domain(prepare=modifies_its_input), "changed the image"),
+        (domain(prepare=crops_mask_differently), "crops differently"),
         (domain(prompt_templates=("S* and {}",)), "more than once"),
     ],
 )

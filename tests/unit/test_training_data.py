@@ -78,7 +78,7 @@ def same(one, other, **tolerance):
 
 
 NEARLY = {"rtol": 2e-3, "atol": 2e-3}
-"""Half precision, of pictures that went through the model in other company."""
+"""Tolerance for half precision and images encoded in other batches."""
 
 
 @pytest.fixture
@@ -147,10 +147,10 @@ def test_R5_a_bad_image_changes_only_its_own_samples(model, folder, bad):
     for step in range(8):
         index = epoch_indices(3, step, range(4), 4, 10)
         one, other, anew = (rows(data, step=step) for data in (before, after, live))
-        for place, picture in enumerate(index.tolist()):
+        for place, number in enumerate(index.tolist()):
             unchanged = torch.equal(one.means[place], other.means[place])
             torch.testing.assert_close(anew.means[place], other.means[place], **NEARLY)
-            if picture == bad:
+            if number == bad:
                 touched += 1
                 assert not unchanged
             else:
@@ -389,19 +389,19 @@ class Stream(IterableSource):
 
     def __init__(self, images):
         super().__init__("a stream")
-        self.pictures, self.opened = images, 0
+        self.images, self.opened = images, 0
 
     @property
     def approximate_len(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __iter__(self):
-        return iter(find_source(self.pictures))
+        return iter(find_source(self.images))
 
     def shuffled(self, seed, epoch, rank, ranks):
-        order = epoch_indices(seed, epoch, range(len(self.pictures)), len(self.pictures),
-                              len(self.pictures)) if self.pictures else []  # fmt: skip
-        items = find_source(self.pictures) if self.pictures else []
+        order = epoch_indices(seed, epoch, range(len(self.images)), len(self.images),
+                              len(self.images)) if self.images else []  # fmt: skip
+        items = find_source(self.images) if self.images else []
         return (items[int(index)] for index in order[rank::ranks])
 
 

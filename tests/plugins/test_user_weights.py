@@ -50,7 +50,7 @@ def own(monkeypatch):
     return make
 
 
-def write_card(folder: Path, monkeypatch):
+def write_manifest(folder: Path, monkeypatch):
     """A minimal manifest."""
     from e4t_cli.registry import discovery as finding
     from e4t_cli.registry import weights
@@ -73,7 +73,7 @@ def write_card(folder: Path, monkeypatch):
 def test_the_bare_name_stays_the_installed_domain(install, good, own, monkeypatch, package):
     install(package, dog=good)
     folder = own("dog")
-    write_card(folder, monkeypatch)
+    write_manifest(folder, monkeypatch)
     found = find_domain("dog")
     assert "toy" not in found.weights  # the package's value, as its author wrote it
     assert weights_folder(found, "toy") == folder
@@ -86,7 +86,7 @@ def test_the_bare_name_stays_the_installed_domain(install, good, own, monkeypatc
 def test_two_packages_of_one_name_still_conflict(install, good, own, monkeypatch):
     install("e4t-dog", dog=good)
     install("zoo", dog=good)
-    write_card(own("dog"), monkeypatch)
+    write_manifest(own("dog"), monkeypatch)
     with pytest.raises(UsageError, match="claimed by e4t-dog and zoo") as caught:
         find_domain("dog")
     assert "user" not in caught.value.message
@@ -99,7 +99,7 @@ def test_pretraining_an_installed_domain_takes_the_packages_value(install, good,
     plan = plan_domain("dog", "other", DomainTrainingOptions())
     assert (plan.domain.name, plan.names_itself) == ("dog", False)
     assert plan.folder == user_domains_folder() / "dog"
-    write_card(own("dog"), monkeypatch)
+    write_manifest(own("dog"), monkeypatch)
     with pytest.raises(UsageError, match="has weights for toy already"):
         plan_domain("dog", "toy", DomainTrainingOptions())
     with pytest.raises(UsageError, match="there is a domain in") as caught:

@@ -44,7 +44,7 @@ def watched(model, pretrain):
     return run
 
 
-def test_watching_changes_nothing_and_leaves_sheets_and_losses(watched, pretrain, tmp_path):
+def test_monitoring_changes_nothing_and_writes_sheets_and_losses(watched, pretrain, tmp_path):
     domain, notes = watched(watching(tmp_path))
     assert same(domain, pretrain(LONG))
     assert not notes

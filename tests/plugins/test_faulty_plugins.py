@@ -99,7 +99,7 @@ def test_G2_two_of_one_name(install, site, good):
     assert find_listing("e4t-dogs:dog").package == "e4t-dogs"
 
 
-def test_G3_of_another_contract(install, site):
+def test_G3_of_another_contract_version(install, site):
     source = "from e4t_cli import Domain\nnew = Domain(name='new', descriptor='x', tuning=None, {})"
     install("e4t-new", new=source.replace("{}", "contract=2"))
     install("e4t-odd", new2=source.replace("{}", "colour='red'").replace("new", "new2"))
