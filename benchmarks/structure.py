@@ -49,15 +49,15 @@ def modules_of(source: Path) -> dict[str, Path]:
     return found
 
 
-def imports_of(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
-    """Return the package's modules that a module imports anywhere but for type checking alone."""
+def imports_of(name: str, path: Path, modules: dict[str, Path], *, types: bool = False) -> set[str]:
+    """Return the package's modules that a module imports anywhere; `types`: also those for type checking alone."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found: set[str] = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
@@ -100,8 +100,8 @@ def measure(source: Path) -> dict[str, int]:
     graph = {name: imports_of(name, path, modules) for name, path in modules.items()}
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules.items()}
     importers: dict[str, set[str]] = defaultdict(set)
-    for name, imported in graph.items():
-        for one in imported:
+    for name, path in modules.items():
+        for one in imports_of(name, path, modules, types=True):
             importers[one].add(name)
     entered = closure("cli.personalize", graph)
     wide = 0

@@ -48,14 +48,14 @@ def both(request, example):
     model, pretrained = TextToImageModel.load(example.BASE), DomainWeights.load(domain_folder)
     # The gradients of `mini` are smaller than the domain's clipping limit, which would leave it untested.
     config = pretrained.tuning.replace(steps=2 if masked else 3, gradient_clip=0.01)
-    told = []
+    events = []
     tuned = tune(
         model,
         pretrained,
         PreparedImage(image=image, mask=mask),
         config,
         seed=SEED,
-        on_progress=lambda progress: told.append(progress.values),
+        on_progress=lambda progress: events.append(progress.values),
         options=TuningOptions(autocast=False),
     )
     (picture,) = sample(model, tuned, [parse_prompt(PROMPT)], [SEED])
@@ -65,7 +65,7 @@ def both(request, example):
     history = e4t.tune(image, mask, SEED)
     return SimpleNamespace(
         rate=config.learning_rate, tuned=tuned, picture=picture,
-        losses=[[one["loss"], one["diffusion"], one["penalty"]] for one in told],
+        losses=[[one["loss"], one["diffusion"], one["penalty"]] for one in events],
         e4t=e4t, history=history, drawn=e4t.sample(PROMPT, SEED),
     )  # fmt: skip
 

@@ -17,9 +17,8 @@ from e4t_cli.cli import app
 from e4t_cli.errors import E4TError
 from e4t_cli.hub.bases import installed_bases
 from e4t_cli.models.domain_weights import DomainWeights
-from e4t_cli.registry.discovery import find_domain
+from e4t_cli.registry.discovery import find_domain, weights_folder
 from e4t_cli.registry.domain import Domain
-from e4t_cli.registry.weights import weights_folder
 
 ROOT = Path(__file__).parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "domains" / "README.md"]

@@ -1,4 +1,4 @@
-"""Selects the device and the base's dtype, and measures, limits and frees memory.
+"""Process-wide state of a run: device, default dtype, memory, and the progress bars of the libraries.
 
 "auto" takes the fastest device there is. Frozen parts are kept in half precision where the hardware multiplies it,
 unless the base is too small to gain: in float32 an image is the same to the last bit in any batch. What is trained is
@@ -12,12 +12,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import platform
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from e4t_cli.errors import UsageError, printable
 
@@ -48,6 +49,39 @@ def choose_device(wanted: str) -> torch.device:
         reason = f"the device {printable(wanted)!r} cannot be used on this machine"
         raise UsageError(reason, hint="--device auto picks one that can") from error
     return device
+
+
+def likely_accelerator(device: str = "auto") -> bool:
+    """Whether there seems to be an accelerator, by files of its driver; without torch."""
+    if device != "auto":
+        return device != "cpu"
+    if platform.system() == "Darwin":
+        return platform.machine() == "arm64"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    if platform.system() == "Windows":
+        return Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "nvcuda.dll").exists()
+    drivers = [*Path("/dev").glob("nvidia[0-9]*"), Path("/dev/dxg"), Path("/dev/kfd")]
+    return any(path.exists() for path in drivers)
+
+
+def captures_graphs(device: torch.device) -> bool:
+    """Whether steps are captured as CUDA graphs on this device; see `training.cuda_graphs`."""
+    return device.type == "cuda" and os.environ.get("E4T_CUDA_GRAPHS") == "1"
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """Return the peak memory in bytes: of a GPU, or of this process; 0 if it is not known."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def choose_dtype(wanted: str, device: torch.device, folder: Path | None = None) -> torch.dtype:
@@ -88,7 +122,7 @@ def budget_of(vram: str) -> int:
     raise UsageError(reason, hint="for example --vram 8")
 
 
-def free_bytes(device: torch.device) -> int:
+def free_memory_bytes(device: torch.device) -> int:
     """Return what is free on a device: in a GPU's memory, or in the machine's."""
     import torch
 
@@ -198,3 +232,37 @@ def limited_memory(device: torch.device, vram: str) -> Iterator[None]:
         with _limits_lock:
             _limits[device].remove(fraction)
             apply()
+
+
+class _QuietLibraries:
+    """Disables the progress bars of transformers and diffusers while any thread is inside.
+
+    Their switch belongs to the process, so threads are counted: the first one disables, the last one restores.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._disabled: list[Any] = []
+
+    def __enter__(self) -> None:
+        import diffusers.utils.logging as diffusers_logging
+        import transformers.utils.logging as transformers_logging
+
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                both = (transformers_logging, diffusers_logging)
+                self._disabled = [one for one in both if one.is_progress_bar_enabled()]
+                for library in self._disabled:
+                    library.disable_progress_bar()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for library in self._disabled:
+                    library.enable_progress_bar()
+
+
+quiet_libraries = _QuietLibraries()

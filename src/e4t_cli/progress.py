@@ -1,12 +1,10 @@
-"""Progress events, the libraries' own progress bars, and the request to stop after the current step."""
+"""Progress events, and the request to stop after the current step."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,40 +30,6 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-
-
-class _QuietLibraries:
-    """Disables the progress bars of transformers and diffusers while any thread is inside.
-
-    Their switch belongs to the process, so threads are counted: the first one disables, the last one restores.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._disabled: list[Any] = []
-
-    def __enter__(self) -> None:
-        import diffusers.utils.logging as diffusers_logging
-        import transformers.utils.logging as transformers_logging
-
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                both = (transformers_logging, diffusers_logging)
-                self._disabled = [one for one in both if one.is_progress_bar_enabled()]
-                for library in self._disabled:
-                    library.disable_progress_bar()
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                for library in self._disabled:
-                    library.enable_progress_bar()
-
-
-quiet_libraries = _QuietLibraries()
 
 
 class StopRequest:

@@ -16,7 +16,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from e4t_cli.devices import free_memory, memory_ran_out
+from e4t_cli.devices import captures_graphs, free_memory, memory_ran_out
 from e4t_cli.errors import UsageError
 from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
 from e4t_cli.models.prompt_embedding import Tokens
@@ -170,8 +170,10 @@ def denoise(
     random = {"generator": sources} if "generator" in inspect.signature(scheduler.step).parameters else {}
     assert sampling.guidance is not None, "resolve the sampling config first"
     denoiser = CFGDenoiser(model, tuned, tokens, guidance=sampling.guidance, negative_prompt=sampling.negative_prompt)
-    trouble = partial(report, 0) if report else None
-    predict = CudaGraphRunner(denoiser, model.device, calls=len(scheduler.timesteps), on_trouble=trouble)
+    predict: Callable[..., Tensor] = denoiser
+    if captures_graphs(model.device):
+        on_trouble = partial(report, 0) if report else None
+        predict = CudaGraphRunner(denoiser, model.device, calls=len(scheduler.timesteps), on_trouble=on_trouble)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it searches t in its list, which synchronizes
     on_device = scheduler.timesteps.to(model.device)  # at once: each copy would synchronize

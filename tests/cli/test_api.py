@@ -204,7 +204,7 @@ def test_concurrent_runs_keep_the_libraries_quiet():
     """Their switch belongs to the process: the first run that ends must not enable it again."""
     from transformers.utils import logging
 
-    from e4t_cli.progress import quiet_libraries
+    from e4t_cli.devices import quiet_libraries
 
     assert logging.is_progress_bar_enabled()
     inside, leave = threading.Barrier(2), threading.Event()

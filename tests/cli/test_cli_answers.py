@@ -6,7 +6,6 @@ import os
 import pytest
 
 from e4t_cli.cli import console
-from e4t_cli.cli import progress as display
 from e4t_cli.errors import UsageError
 from e4t_cli.registry import discovery
 
@@ -143,7 +142,7 @@ def test_prompts_from_everywhere_keep_their_order(tmp_path, monkeypatch):
     import io
     import sys
 
-    from e4t_cli.cli.io import gather_prompts
+    from e4t_cli.cli.personalize import gather_prompts
 
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffS* on a hill\r\n\r\n  S* at sea  \n".encode())
@@ -239,7 +238,7 @@ def test_plain_progress_is_sparse(capfd, monkeypatch):
     from e4t_cli.progress import Progress
 
     now = [0.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with console.Console().progress() as on_progress:
         on_progress(Progress(stage="load", done=0, total=1))
         on_progress(Progress(stage="load", done=1, total=1))

@@ -166,8 +166,7 @@ def test_check_of_what_does_not_load(run, install):  # noqa: F811
 
 def test_check_compares_the_pack_with_its_base(run):
     """The pack of cat fits mini; one whose descriptor is no single word of mini's does not."""
-    from e4t_cli.registry.discovery import find_domain
-    from e4t_cli.registry.weights import weights_folder
+    from e4t_cli.registry.discovery import find_domain, weights_folder
 
     cat = weights_folder(find_domain("cat"), "mini")
     assert run("domains", "check", str(cat)).code == 0

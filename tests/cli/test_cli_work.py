@@ -245,9 +245,22 @@ def test_dry_run_plans_without_torch_or_traces(start, world, tmp_path):
     process = start(*world.personalize("--dry-run", "-n", "3"), env={"PYTHONPROFILEIMPORTTIME": "1"})
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "pictures" in out and "3" in out
+    assert "images" in out and "3" in out
     assert " torch\n" not in err
     assert not (tmp_path / "outputs").exists()
+
+
+def test_dry_run_takes_the_placeholder_and_the_tuning_options(run, world):
+    asked = world.personalize("--dry-run", "--json", "--placeholder", "<me>", prompts=("<me> on the beach", "a <me>"))
+    ended = run(*asked, "--tuning", "lora", "--tune-steps", "7")
+    assert ended.code == 0, ended.err
+    plan = json.loads(ended.out)
+    assert (plan["prompts"], plan["images"]) == (2, 2)
+    tuning = plan["tuning"]  # under the names of Python and of the options, not those of files
+    assert (tuning["method"], tuning["steps"], tuning["reg_weight"]) == ("lora", 7, 0.1)
+    assert "lora_rank" in tuning and not {"embedding_penalty", "adapter_rank", "adapters_rate"} & tuning.keys()
+    assert run(*world.personalize("--dry-run", "--placeholder", "<me>")).code == 2
+    assert run(*world.personalize("--dry-run", "--tuning", "exact")).code == 2
 
 
 def test_an_interrupted_command_keeps_what_was_saved(run, world, monkeypatch, tmp_path):

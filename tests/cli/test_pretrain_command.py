@@ -297,7 +297,7 @@ def test_a_dry_run_as_json(pretrain):
     ended = pretrain("--dry-run", "--json", "--cache", "off", "--batch", "5")
     assert ended.code == 0, ended.err
     told = json.loads(ended.out)
-    assert told["type"] == "plan" and told["pictures"] == told["opened"] == 12
+    assert told["type"] == "plan" and told["images"] == told["opened"] == 12
     assert (told["steps"], told["batch"], told["passes"]) == (2, 5, 0.83)
     assert told["cache"]["used"] is False and told["cache"]["bytes"] > 12 * 1000
     seconds = told["seconds"]
@@ -309,7 +309,7 @@ def test_a_dry_run_opens_a_sample_of_many(pretrain, monkeypatch):
     monkeypatch.setattr("e4t_cli.api.dry_run.OPENED", 5)
     ended = pretrain("--dry-run", "--json")
     told = json.loads(ended.out)
-    assert (told["pictures"], told["opened"]) == (12, 5)
+    assert (told["images"], told["opened"]) == (12, 5)
     assert "few" not in ended.err or "12 images" in ended.err
 
 
@@ -326,7 +326,7 @@ def test_a_dry_run_fails_as_the_run_would(pretrain, tmp_path):
 
 
 def test_a_long_stage_says_how_long_it_will_take(monkeypatch):
-    from e4t_cli.cli.progress import LONG_STAGE, live_display
+    from e4t_cli.cli.console import LONG_STAGE, live_display
 
     display = live_display()
     now = [0.0]

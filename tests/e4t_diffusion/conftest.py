@@ -42,7 +42,7 @@ def converted(checkpoint, tmp_path):
     from e4t_cli.api.importing import conversion_request
     from e4t_cli.formats.e4t_diffusion.__main__ import read_pickled_tensors
     from e4t_cli.formats.e4t_diffusion.checkpoint import read_checkpoint
-    from e4t_cli.formats.e4t_diffusion.conversion import write_domain_folder
+    from e4t_cli.formats.e4t_diffusion.conversion import convert_to_domain_folder
     from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.registry.config import TuningConfig
     from e4t_cli.registry.domain import Domain
@@ -53,5 +53,5 @@ def converted(checkpoint, tmp_path):
     request = conversion_request(read_checkpoint(checkpoint), domain, "face", "tiny")
     folder = tmp_path / "ours"
     folder.mkdir()
-    result = write_domain_folder(request, folder, read_pickled_tensors)
+    result = convert_to_domain_folder(request, folder, read_pickled_tensors)
     return DomainWeights.load(folder), result, folder

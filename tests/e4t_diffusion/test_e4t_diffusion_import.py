@@ -27,7 +27,7 @@ from e4t_cli.formats.e4t_diffusion.checkpoint import (
     convert,
     read_checkpoint,
 )
-from e4t_cli.formats.e4t_diffusion.conversion import split_networks, write_domain_folder
+from e4t_cli.formats.e4t_diffusion.conversion import convert_to_domain_folder, split_networks
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.registry.discovery import user_domains_folder
 from tests.conftest import drawn_face
@@ -159,7 +159,7 @@ def message_for(conversion, tmp_path, encoder=None, weights=None):
     target = tmp_path / "target"
     target.mkdir(exist_ok=True)
     with pytest.raises(IntegrityError) as caught:
-        write_domain_folder(conversion, target, read)
+        convert_to_domain_folder(conversion, target, read)
     assert not (target / "domain.toml").exists()
     return str(caught.value)
 
@@ -246,9 +246,9 @@ def test_gone_repositories_lead_to_their_mirrors(checkpoint):
     from e4t_cli.api.importing import _base_name
 
     found = read_checkpoint(checkpoint)
-    assert _base_name(found, None) == "sd14"
+    assert _base_name(found, "auto") == "sd14"
     gone = dataclasses.replace(found, base="runwayml/stable-diffusion-v1-5")
-    assert _base_name(gone, None) == "sd15"
+    assert _base_name(gone, "auto") == "sd15"
 
 
 # ── the child process ──
@@ -428,4 +428,4 @@ def test_a_tuned_unet_of_another_model_is_refused(checkpoint, encoder, offsets, 
             conversion_request(read_checkpoint(folder), None, "face", "tiny"), keep_unet=True
         )
         with pytest.raises(E4TError, match=match):
-            write_domain_folder(conversion, tmp_path, read_pickled_tensors)
+            convert_to_domain_folder(conversion, tmp_path, read_pickled_tensors)

@@ -10,7 +10,7 @@ from e4t_cli.api.importing import fetch_converted
 from e4t_cli.api.resolve import needs_image_tower, resolve_domain_weights
 from e4t_cli.errors import IntegrityError, WeightsUnavailable
 from e4t_cli.formats.e4t_diffusion.__main__ import read_pickled_tensors
-from e4t_cli.formats.e4t_diffusion.conversion import write_domain_folder
+from e4t_cli.formats.e4t_diffusion.conversion import convert_to_domain_folder
 from e4t_cli.hub import cache
 from e4t_cli.hub.bases import (
     PUBLISHED,
@@ -23,9 +23,8 @@ from e4t_cli.hub.paths import HubAccess, user_cache
 from e4t_cli.hub.repo_info import forget_repository
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.registry.config import TuningConfig
-from e4t_cli.registry.discovery import find_domain, user_domains_folder
+from e4t_cli.registry.discovery import find_domain, user_domains_folder, weights_folder
 from e4t_cli.registry.domain import Domain
-from e4t_cli.registry.weights import weights_folder
 from tests.conftest import drawn_face
 from tests.hub.fake_hub import Fault
 
@@ -65,7 +64,7 @@ def conversions(monkeypatch):
     def convert(request, target, on_progress=None):
         calls.append(request)
         target.mkdir(parents=True)
-        return write_domain_folder(request, target, read_pickled_tensors)
+        return convert_to_domain_folder(request, target, read_pickled_tensors)
 
     monkeypatch.setattr(public_weights, "convert", convert)
     return calls

@@ -7,14 +7,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from e4t_cli.api import resolve as automatic
+from e4t_cli.api.resolve import default_base_name
 from e4t_cli.cli import app
-from e4t_cli.hub import resolve as automatic
+from e4t_cli.devices import likely_accelerator
 from e4t_cli.hub.bases import PUBLISHED
 from e4t_cli.hub.paths import HubAccess, hub_cache, user_cache
-from e4t_cli.hub.resolve import default_base_name, likely_accelerator
+from e4t_cli.registry.discovery import find_domain
 from tests.hub.fake_hub import FakeHub, Fault
 from tests.hub.repositories import publish_stable_diffusion
 
@@ -149,6 +152,7 @@ def test_doctor_prints_no_secret(hub, run, monkeypatch):
 @pytest.fixture
 def accelerator(monkeypatch):
     monkeypatch.setattr(automatic, "likely_accelerator", lambda device="auto": device != "cpu")
+    monkeypatch.setattr(automatic, "choose_device", lambda device: SimpleNamespace(type="cuda"))
 
 
 def test_auto_without_an_accelerator_sends_no_request(monkeypatch):
@@ -157,8 +161,9 @@ def test_auto_without_an_accelerator_sends_no_request(monkeypatch):
 
     monkeypatch.setattr(automatic, "likely_accelerator", lambda device: False)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(automatic, "is_cached", refuse)
-    name, why = default_base_name(HubAccess(), confirm=refuse, has_weights=refuse)
+    for name in ("is_cached", "choose_device", "weights_folder"):
+        monkeypatch.setattr(automatic, name, refuse)
+    name, why = default_base_name(HubAccess(), domain=find_domain("cat"))
     assert name == "mini" and "no accelerator" in why and "--base sd14" in why
 
 
@@ -166,16 +171,17 @@ def test_auto_with_an_accelerator(hub, accelerator, monkeypatch):
     yes = HubAccess(accept_license=True)
     assert default_base_name(yes)[0] == "sd14"
     assert default_base_name(yes, device="cpu")[0] == "mini"
-    for expected, options in {
-        "cat has no weights for sd14": {"has_weights": lambda base: False, "what": "cat"},
-        "does not work with this torch": {"confirm": lambda: False},
-    }.items():
-        name, why = default_base_name(yes, **options)
-        assert name == "mini" and expected in why
+    name, why = default_base_name(yes, domain=find_domain("cat"))
+    assert name == "mini" and "cat has no weights for sd14" in why
     name, why = default_base_name(HubAccess())
     assert name == "mini" and "licence" in why
     name, why = default_base_name(HubAccess(offline=True, accept_license=True))
     assert name == "mini" and "offline" in why
+    with monkeypatch.context() as broken:
+        broken.setattr(automatic, "choose_device", lambda device: SimpleNamespace(type="cpu"))
+        name, why = default_base_name(yes)
+        assert name == "mini" and "does not work with this torch" in why
+        assert default_base_name(yes, confirm=False)[0] == "sd14"
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     name, why = default_base_name(yes)
     assert name == "mini" and "the hub does not answer" in why

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from e4t_cli.api import resolve
 from e4t_cli.errors import IntegrityError, ResourceError, UsageError, WeightsUnavailable
 from e4t_cli.hub import download
 from e4t_cli.hub import image_tower as towers
-from e4t_cli.hub import resolve as provision
 from e4t_cli.hub.bases import (
     PUBLISHED,
     HubLocation,
@@ -183,8 +183,8 @@ def test_D13_offline_neither_connects_nor_asks(hub, tiny, made, tmp_path, monkey
     with pytest.raises(WeightsUnavailable, match="offline"):
         fetch_files("owner/restricted", None, ["*.json"], offline, repair=True)
     assert get_repo_info("owner/tiny", None, offline) is None
-    monkeypatch.setattr(provision, "likely_accelerator", lambda device: True)
-    assert provision.default_base_name(offline)[0] == "mini"
+    monkeypatch.setattr(resolve, "likely_accelerator", lambda device: True)
+    assert resolve.default_base_name(offline)[0] == "mini"
     assert len(hub.requests) == requests_before
 
 
@@ -276,7 +276,8 @@ def test_pickles_are_not_fetched(hub, made, tmp_path):
 def test_shards_are_fetched_with_their_index(hub, made, tmp_path):
     folder = shutil.copytree(made, tmp_path / "other")
     whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    from e4t_cli.hub.resolve import is_complete, weight_files
+    from e4t_cli.hub.bases import weight_files
+    from e4t_cli.hub.resolve import is_complete
 
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     parts = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]

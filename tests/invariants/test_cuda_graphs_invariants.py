@@ -11,9 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from e4t_cli import sampling
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents
 from e4t_cli.training import cuda_graphs as recording
+from e4t_cli.training import tuning
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, TuningOptions, tune
@@ -73,11 +75,18 @@ def written(operations):
             yield from (one.detach() for one in tree_leaves(result) if torch.is_tensor(one))
 
 
+def capture_with(monkeypatch, found):
+    """Capture with `found`; None captures nothing."""
+    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
+    for module in (sampling, tuning):
+        monkeypatch.setattr(module, "captures_graphs", lambda device: found is not None)
+
+
 @pytest.fixture
 def cpu_capture(monkeypatch):
     """Capture everything, on the CPU."""
     found = CpuCapture()
-    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
+    capture_with(monkeypatch, found)
     return found
 
 
@@ -112,7 +121,7 @@ def test_captured_tuning_gives_the_same_model(model, domain_weights, face, monke
 
     expected = tuned()
     found = CpuCapture()
-    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
+    capture_with(monkeypatch, found)
     weights, events = tuned()
     assert (found.recorded, found.played) == (1, 5)
     assert events == expected[1]
@@ -124,7 +133,7 @@ def test_captured_tuning_gives_the_same_model_in_half_precision(model, domain_we
     config = domain_weights.tuning.replace(steps=4)
     found = weights_of(tune(model, domain_weights, face, config, options=TuningOptions(autocast=True)))
     assert cpu_capture.played == 3
-    monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
+    capture_with(monkeypatch, None)
     expected = weights_of(tune(model, domain_weights, face, config, options=TuningOptions(autocast=True)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -135,7 +144,7 @@ def test_captured_sampling_gives_the_same_images(model, domain_weights, face, mo
     sampling = SamplingConfig(steps=6, scheduler=scheduler, negative_prompt=negative)
     expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
     found = CpuCapture()
-    monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
+    capture_with(monkeypatch, found)
     assert torch.equal(generate_latents(model, tuned, PROMPTS, [1, 2], sampling), expected)
     assert found.recorded == 1 and found.played >= 5
 
@@ -224,7 +233,7 @@ def test_a_tuning_that_cannot_be_captured_reports_it(model, domain_weights, face
     assert [note for note in notes if note] == [
         "no CUDA graph could be captured, steps run one by one: CUDA out of memory."
     ]
-    monkeypatch.setattr(recording, "graph_capture_for", lambda device: None)
+    capture_with(monkeypatch, None)
     expected = tune(model, domain_weights, face, config)
     assert all(map(torch.equal, weights_of(found), weights_of(expected)))
 

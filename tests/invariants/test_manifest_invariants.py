@@ -13,10 +13,9 @@ from e4t_cli.errors import IntegrityError
 from e4t_cli.models.domain_weights import DomainWeights, facts_about, usual_limits
 from e4t_cli.models.loading import config_hash
 from e4t_cli.nn.weight_offsets import WeightOffsets
-from e4t_cli.registry.discovery import find_domain
+from e4t_cli.registry.discovery import find_domain, weights_folder
 from e4t_cli.registry.domain import Domain
 from e4t_cli.registry.manifest import read_manifest
-from e4t_cli.registry.weights import weights_folder
 
 NEW = ("base_revision", "base_config_hash", "image_tower", "limits")
 

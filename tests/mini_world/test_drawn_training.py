@@ -128,7 +128,7 @@ def test_every_stage_can_be_run():
 
 @pytest.mark.parametrize("text_encoder_lr", [0.0, 1e-3])
 def test_the_text_encoder_trains_with_the_denoiser_on_request(tmp_path, text_encoder_lr):
-    """Their embedding table never does: personalization writes into it."""
+    """The embedding table is never trained: personalization writes into it."""
     drawings = load_drawings(tmp_path, "some", 6, seed=4)
     tokenizer = build_tokenizer(tmp_path / "tokenizer")
     torch.manual_seed(0)

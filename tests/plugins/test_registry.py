@@ -6,9 +6,8 @@ import pytest
 
 from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavailable
 from e4t_cli.registry.config import TuningConfig
-from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
+from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder, weights_folder
 from e4t_cli.registry.domain import Domain
-from e4t_cli.registry.weights import weights_folder
 
 OURS = ["art", "cat", "face"]
 

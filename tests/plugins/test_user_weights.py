@@ -7,8 +7,7 @@ import pytest
 from e4t_cli.api.options import DomainTrainingOptions
 from e4t_cli.api.pretraining_setup import plan_domain
 from e4t_cli.errors import UsageError
-from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
-from e4t_cli.registry.weights import weights_folder
+from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder, weights_folder
 
 MANIFEST = """
 schema = 1

@@ -17,7 +17,7 @@ from tests.pretraining.conftest import same
 @pytest.mark.parametrize("asked", [1, 4, 5])
 def test_R3_asked_to_stop_it_finishes_the_step_and_saves(pretrain, tmp_path, asked):
     stop, seen, said = StopRequest(), [], []
-    assert not stop.ask()  # no handler is installed yet: interrupt it
+    assert not stop.ask()  # not listening yet: interrupt it
 
     def ask(step):
         seen.append(step.step)
@@ -43,7 +43,7 @@ def test_R3_asked_in_the_last_step_it_is_simply_done(pretrain, tmp_path):
     assert same(domain, pretrain())
 
 
-def test_a_stop_request_needs_an_installed_handler():
+def test_a_stop_request_outside_listening_is_ignored():
     stop = StopRequest()
     assert not stop.ask()
     assert not stop.asked  # a run that begins later is not stopped by it

@@ -252,17 +252,17 @@ def test_a_descriptor_is_one_word(model):
 def test_the_cached_empty_prompt_does_not_depend_on_the_first_caller(model):
     """Training encodes in bfloat16 and with another attention kernel, generation in float32."""
 
-    def asked_anew():
+    def recomputed():
         model.__dict__.pop("uncond_embeds", None)
         return model.uncond_embeds
 
-    plain = asked_anew()
+    plain = recomputed()
     assert plain.dtype == torch.float32
     with half_precision(model.device, torch.bfloat16):
         model.embed_prompts(model.tokenize([""], 0))  # leaves bfloat16 casts of the weights behind
-        assert torch.equal(asked_anew(), plain)
+        assert torch.equal(recomputed(), plain)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        assert torch.equal(asked_anew(), plain)
+        assert torch.equal(recomputed(), plain)
     own = model.embed_prompts(model.tokenize([""], 0))
     torch.testing.assert_close(plain, own)
 

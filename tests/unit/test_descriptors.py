@@ -26,7 +26,7 @@ def test_the_longest_word_that_is_one_token(model, name, word):
 def test_the_plural_comes_first_where_the_base_knows_it(model, monkeypatch):
     from e4t_cli.api import pretraining_setup as descriptors
 
-    monkeypatch.setattr(descriptors, "_tokens", lambda model: lambda word: 1)
+    monkeypatch.setattr(descriptors, "_token_count", lambda model, word: 1)
     assert choose_descriptor("my_dogs", model) == "dogs"
 
 

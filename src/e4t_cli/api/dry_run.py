@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from e4t_cli.api.options import DomainTrainingKeywords, DomainTrainingOptions
 from e4t_cli.api.pretraining import Data, PretrainingRun, process_options
@@ -15,35 +14,25 @@ from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
 from e4t_cli.datasets.reader import signature
 from e4t_cli.datasets.sources import ImageItem, ImageSource, MapStyleSource, find_source
+from e4t_cli.devices import peak_memory
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.progress import Progress
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import Domain, PreparedImage
 
-if TYPE_CHECKING:
-    import torch
-
-MEASURED_STEPS = 4
-"""Steps that are measured; the first one, which warms up, is left out."""
-OPENED = 2000
-"""Of more images than these an evenly spaced sample is opened."""
+MEASURED_STEPS = 4  # the first one, which warms up, is left out
+OPENED = 2000  # of more images than these an evenly spaced sample is opened
 
 
 def plan_pretraining(
-    name: str | Domain,
-    data: Data,
-    *,
-    config: PretrainingConfig | None = None,
-    tuning: TuningConfig | None = None,
+    name: str | Domain, data: Data, *, config: PretrainingConfig | None = None, tuning: TuningConfig | None = None,
     **options: Unpack[DomainTrainingKeywords],
-) -> dict[str, Any]:
-    """Open the images, take a few steps, write nothing, and return what `pretrain` would cost.
-
-    The arguments are those of `pretrain`.
+) -> dict[str, Any]:  # fmt: skip
+    """Open the images, take a few steps, write nothing, and return what `pretrain`, with these arguments, would cost.
 
     Returns:
-        Plain values: images found, opened and left out, steps, passes over the data, bytes of
-        cache and memory, and seconds.
+        Plain values: images found, opened and left out, steps, passes over the data, bytes of cache and memory, and
+        seconds.
 
     Raises:
         E4TError: as `pretrain`.
@@ -63,13 +52,11 @@ def plan_pretraining(
             run = PretrainingRun(session, plan, source, asked, processes)
             run.reader.log = None
             choice = run.choose_cache()
-            opened, some, opening = _open(run, plan.config.batch_size)
+            opened, some, opening = _open(run)
             if not some:
                 raise run.reader.empty_error()
             encoding, stepping, memory = _measure(run, some)
-    usable = choice.pictures
-    if opened == choice.pictures:
-        usable = opened - len(run.reader.left_out)
+    usable = choice.images - (len(run.reader.left_out) if opened == choice.images else 0)
     for note in (*source.notes, *run.reader.notes(usable or None)):
         session.note("encode", note)
     return {
@@ -78,23 +65,23 @@ def plan_pretraining(
         "descriptor": run.domain.descriptor,
         "base": session.model.base.name,
         "data": source.title,
-        "pictures": choice.pictures,
+        "images": choice.images,
         "opened": opened,
         "left_out": len(run.reader.left_out),
-        "no_pictures": source.other_files,
+        "other_files": source.other_files,
         "steps": plan.config.steps,
         "batch": plan.config.batch_size,
         "processes": processes.count,
         "learning_rate": plan.config.learning_rate * processes.count,
-        "passes": round(run.samples / choice.pictures, 2) if choice.pictures else None,
+        "passes": round(run.samples / choice.images, 2) if choice.images else None,
         "cache": {"used": choice.used, "bytes": choice.size},
         "memory_bytes": memory,
         "seconds": _seconds(choice, opening + encoding, stepping, plan.config, processes.count),
     }
 
 
-def _open(run: PretrainingRun, wanted: int) -> tuple[int, list[PreparedImage], float]:
-    """Open images; return how many, `wanted` usable ones, and the seconds per image."""
+def _open(run: PretrainingRun) -> tuple[int, list[PreparedImage], float]:
+    """Open images; return how many, a batch of usable ones, and the seconds per image."""
     some: list[PreparedImage] = []
     items, total = _spread(run.source)
     opened, begun = 0, time.perf_counter()
@@ -103,7 +90,7 @@ def _open(run: PretrainingRun, wanted: int) -> tuple[int, list[PreparedImage], f
         prepared = run.reader.prepare(item)
         if not isinstance(prepared, str):
             run.reader.duplicates.add(item.name, item.digest(), signature(prepared.image))
-            if len(some) < wanted:
+            if len(some) < run.plan.config.batch_size:
                 some.append(prepared)
         run.session.report(Progress(stage="open", done=opened, total=total))
     return opened, some, (time.perf_counter() - begun) / max(opened, 1)
@@ -119,60 +106,38 @@ def _spread(source: ImageSource) -> tuple[Iterable[ImageItem], int]:
 
 def _measure(run: PretrainingRun, some: list[PreparedImage]) -> tuple[float, float, int]:
     """Return the seconds to encode an image and to take a step, and the peak memory in bytes."""
+    import torch
+
     from e4t_cli.pretraining.encoded_images import encode_images
     from e4t_cli.pretraining.loop import TrainingCallbacks
 
     model = run.session.model
-    times: list[float] = []
     begun = time.perf_counter()
     encoded = encode_images(model, some, batch_size=8)
     encoding = (time.perf_counter() - begun) / len(some)
+    times: list[float] = []
 
     def on_step(step: object) -> None:
-        _synchronize(model.device)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
         times.append(time.perf_counter())
         run.session.report(Progress(stage="measure", done=len(times), total=MEASURED_STEPS))
 
     run.train(encoded, callbacks=TrainingCallbacks(on_step=on_step), steps=MEASURED_STEPS)
     gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
-    return encoding, sorted(gaps)[len(gaps) // 2] if gaps else 0.0, _peak_memory(model.device)
-
-
-def _synchronize(device: torch.device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of the GPU, or of this process."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return encoding, sorted(gaps)[len(gaps) // 2] if gaps else 0.0, peak_memory(model.device)
 
 
 def _seconds(
     choice: CacheChoice, encoding: float, stepping: float, config: PretrainingConfig, processes: int
 ) -> dict[str, float]:
-    """Estimate the whole run, as if no image was in the cache.
-
-    Args:
-        encoding, stepping: seconds to open and encode an image, and of a step.
-    """
+    """Estimate the whole run, as if no image was in the cache, from the seconds per image and per step."""
     if choice.used:
-        encode = choice.pictures * encoding / processes
+        encode = choice.images * encoding / processes
     else:
         stepping, encode = stepping + config.batch_size * encoding, 0.0
     return {
-        "picture": round(encoding, 4),
+        "image": round(encoding, 4),
         "encode": round(encode, 1),
         "step": round(stepping, 4),
         "total": round(encode + config.steps * stepping, 1),

@@ -24,21 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A concept in a format of other programs.
+    """A concept in a format of other programs."""
 
-    Args:
-        path: a folder in diffusers' layout, or a single file.
-        token: what prompts call the concept there; beside a file, the stem of the word's file.
-        variation: share of the word that depends on the noise level, which is left out.
-        licence: of the base; "" if its files do not state one.
-        retained_energy: share of what tuning changed that is in it: 1 but for a LoRA.
-    """
-
-    path: Path
-    token: str
-    variation: float
-    licence: str
-    retained_energy: float = 1.0
+    path: Path  # a folder in diffusers' layout, or a single file
+    token: str  # what prompts call the concept there; beside a file, the stem of the word's file
+    variation: float  # share of the word that depends on the noise level, which is left out
+    licence: str  # of the base; "" if its files do not state one
+    retained_energy: float = 1.0  # share of what tuning changed that is in it: 1 but for a LoRA
 
 
 def export(
@@ -98,8 +90,7 @@ def export(
             stable_diffusion.check_single_file(model, target)
         else:
             stable_diffusion.check_token(model, token)
-        tuned = opened.tuned(model, pretrained)
-        tuned = tuned or session.tune(opened, keep_base=lora is not None)
+        tuned = opened.tuned(model, pretrained) or session.tune(opened, keep_base=lora is not None)
         with session.stage("export", counted=lora is not None):
             import torch
 
@@ -110,20 +101,19 @@ def export(
                 token = textual_inversion.embedding_path(target).stem
             if lora is not None:
                 retained_energy = lora_file.write_lora(
-                    model, tuned, found.embedding, target,
-                    rank=lora, dtype=stored, on_progress=session.report,
-                )  # fmt: skip
+                    model, tuned, found.embedding, target, rank=lora, dtype=stored, on_progress=session.report
+                )
             elif alone:
                 stable_diffusion.write_single_file(model, tuned, found.embedding, target, dtype=stored)
             else:
+                readme = _readme(opened, token, model.base)
                 stable_diffusion.write_folder(
-                    model, tuned, found.embedding, target,
-                    token=token, readme=_readme(opened, token, model.base), dtype=stored,
-                )  # fmt: skip
+                    model, tuned, found.embedding, target, token=token, readme=readme, dtype=stored
+                )
+        licence, variation = model.base.licence, found.variation
         return Exported(
-            path=target, token=token, variation=found.variation, licence=model.base.licence,
-            retained_energy=retained_energy,
-        )  # fmt: skip
+            path=target, token=token, variation=variation, licence=licence, retained_energy=retained_energy
+        )
 
 
 def _readme(concept: Concept, token: str, base: Base) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from e4t_cli.api.options import ImportKeywords, ImportOptions
-from e4t_cli.api.resolve import base_name, resolve_base
+from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING, base_name, resolve_base
 from e4t_cli.api.session import Session
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
 from e4t_cli.files import sha256_of
@@ -41,7 +41,6 @@ from e4t_cli.hub.repo_info import cached_commit, cached_repo_info, get_repo_info
 from e4t_cli.images.loading import ImageInput, center_square, open_image
 from e4t_cli.progress import Progress
 from e4t_cli.prompts import training_templates
-from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, installed_domains, user_domains_folder
 from e4t_cli.registry.domain import Domain, PreparedImage, check_name
 from e4t_cli.registry.manifest import read_manifest
@@ -58,10 +57,9 @@ UNSTATED = (
 
 
 def fetch_converted(domain: Domain, base: str, location: str, access: HubAccess, *, repair: bool = False) -> Path:
-    """Return the folder of domain weights converted from a checkpoint of the hub.
+    """Return the folder of domain weights converted from a checkpoint of the hub, for the base of that name.
 
     Args:
-        domain, base: its configs and prompt templates are used; the base's name.
         location: "e4t-diffusion:owner/name", from `Domain.weights`.
         repair: verify the checksums, and convert again if the folder is damaged.
 
@@ -78,18 +76,13 @@ def fetch_converted(domain: Domain, base: str, location: str, access: HubAccess,
     repository = e4t_diffusion_repository(location)
     if repository is None:
         raise WeightsUnavailable(f"{printable(location)!r} is no location of weights")
-    info = get_repo_info(repository, None, access)
+    info, command = get_repo_info(repository, None, access), f"e4t fetch {domain.name} --base {base}"
     licence = info.licence if info is not None else ""
     if info is None and cached_commit(repository, None) is None:
-        raise WeightsUnavailable(
-            f"the weights of domain {domain.name!r} for {base} are not on this machine, and e4t is offline",
-            hint=f"with a network: e4t fetch {domain.name} --base {base}",
-        )
+        message = f"the weights of domain {domain.name!r} for {base} are not on this machine, and e4t is offline"
+        raise WeightsUnavailable(message, hint=f"with a network: {command}")
     accept(Terms(repository=repository, licence=licence, note=UNSTATED), access)
-    folder = fetch_files(
-        repository, None, FILES, access,
-        repair=repair, command=f"e4t fetch {domain.name} --base {base}",
-    )  # fmt: skip
+    folder = fetch_files(repository, None, FILES, access, repair=repair, command=command)
     checkpoint = read_checkpoint(folder)
     declared = cached_repo_info(repository, folder.name)
     digests = declared.digests if declared is not None else {}
@@ -113,23 +106,17 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
+# Repositories that checkpoints name and that exist no more -> the name of the mirror's base.
 _GONE = {
     "runwayml/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-2-1-base": "sd21-base",
     "stabilityai/stable-diffusion-2-1": "sd21",
 }
-"""Repositories that checkpoints name and that exist no more -> the name of the mirror's base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """A checkpoint that was converted to domain weights.
-
-    Args:
-        name, base: of the domain, and of the base that it is for.
-        folder: of the domain weights.
-        summary: what was converted, one sentence.
-    """
+    """A checkpoint that was converted: name of the domain and its base, folder of the weights, a one-line summary."""
 
     name: str
     base: str
@@ -154,17 +141,18 @@ def import_checkpoint(
     asked = ImportOptions(**options)
     checkpoint = read_checkpoint(Path(folder))
     alike = _domain_alike(checkpoint, asked.name)
-    chosen = asked.name or (alike.name if alike else _slug(checkpoint.descriptor))
+    chosen = asked.name or (
+        alike.name if alike else re.sub(r"[^a-z0-9_-]+", "-", checkpoint.descriptor.lower()).strip("-_")[:64]
+    )
     try:
         check_name(chosen)
     except ValueError as error:
         raise UsageError(str(error), hint="choose one with --name") from error
     target = user_domains_folder() / chosen
     if target.exists():
-        raise UsageError(
-            f"there is a domain in {printable(str(target))} already", hint="choose another name with --name"
-        )
-    base = _base_name(checkpoint, None if asked.base == "auto" else asked.base)
+        message = f"there is a domain in {printable(str(target))} already"
+        raise UsageError(message, hint="choose another name with --name")
+    base = _base_name(checkpoint, asked.base)
     request = replace(
         conversion_request(checkpoint, alike, chosen, base, asked.normalised_patches),
         licence=asked.licence or "as the checkpoint's, which does not state one",
@@ -180,22 +168,15 @@ def import_checkpoint(
 def conversion_request(
     checkpoint: Checkpoint, domain: Domain | None, name: str, base: str, normalised_patches: bool = False
 ) -> ConversionRequest:
-    # The paper's values for cats, its domain of objects without masks (section 3.5).
-    usual = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
-    domain = domain or Domain(name="x", descriptor=checkpoint.descriptor, tuning=usual)
-    pretraining = domain.pretraining or PretrainingConfig(steps=60_000)
+    domain = domain or Domain(name="x", descriptor=checkpoint.descriptor, tuning=NEW_TUNING)
+    pretraining = (domain.pretraining or NEW_PRETRAINING).replace(embedding_scale=checkpoint.scale)
     return ConversionRequest(
-        folder=str(checkpoint.folder.resolve()),
-        weights=checkpoint.weights,
+        folder=str(checkpoint.folder.resolve()), weights=checkpoint.weights, name=name, base=base,
+        descriptor=checkpoint.descriptor, templates=tuple(training_templates(domain)),
         tower=tower_sizes(checkpoint.tower, normalised_patches=normalised_patches),
-        name=name,
-        descriptor=checkpoint.descriptor,
-        base=base,
-        tuning=domain.tuning,
-        pretraining=pretraining.replace(embedding_scale=checkpoint.scale),
-        templates=tuple(training_templates(domain)),
         image_tower=f"its own: {checkpoint.tower}, trained further",
-    )
+        tuning=domain.tuning, pretraining=pretraining,
+    )  # fmt: skip
 
 
 def _domain_alike(checkpoint: Checkpoint, name: str | None) -> Domain | None:
@@ -205,16 +186,15 @@ def _domain_alike(checkpoint: Checkpoint, name: str | None) -> Domain | None:
     return min(alike, key=lambda one: one.name != name, default=None)
 
 
-def _base_name(checkpoint: Checkpoint, base: str | os.PathLike[str] | TextToImageModel | None) -> str:
-    if base is not None and not isinstance(base, str | os.PathLike):
+def _base_name(checkpoint: Checkpoint, base: str | os.PathLike[str] | TextToImageModel) -> str:
+    if not isinstance(base, str | os.PathLike):
         return base_name(base)
-    wanted = os.fspath(base or _GONE.get(checkpoint.base, checkpoint.base))
+    wanted = _named_base(checkpoint) if base == "auto" else os.fspath(base)
     if Path(wanted).is_dir():
         return read_base(Path(wanted)).name
-    address = hub_location(wanted)
-    if address is not None:
+    if (address := hub_location(wanted)) is not None:
         return address.name
-    if base is not None:
+    if base != "auto":
         try:
             return check_name(wanted, "base")
         except ValueError as error:
@@ -225,8 +205,8 @@ def _base_name(checkpoint: Checkpoint, base: str | os.PathLike[str] | TextToImag
     )
 
 
-def _slug(word: str) -> str:
-    return re.sub(r"[^a-z0-9_-]+", "-", word.lower()).strip("-_")[:64]
+def _named_base(checkpoint: Checkpoint) -> str:
+    return _GONE.get(checkpoint.base, checkpoint.base)
 
 
 def import_concept(
@@ -254,16 +234,14 @@ def import_concept(
     asked = ImportOptions(**options)
     checkpoint = read_checkpoint(Path(folder))
     if checkpoint.weights != TUNED:
-        raise UsageError(
-            f"{printable(str(folder))} has no {TUNED}: it is a domain, and no concept to save",
-            hint="without --save, then: e4t personalize DOMAIN PHOTO PROMPT",
-        )
+        message = f"{printable(str(folder))} has no {TUNED}: it is a domain, and no concept to save"
+        raise UsageError(message, hint="without --save, then: e4t personalize DOMAIN PHOTO PROMPT")
     image = image if image is not None else checkpoint.photo
     if image is None:
         raise UsageError("the image it was tuned on is not in the folder", hint="give it with --image FILE")
     photo = open_image(image)
     session = Session(asked)
-    named = asked if asked.base != "auto" else replace(asked, base=_GONE.get(checkpoint.base, checkpoint.base))
+    named = asked if asked.base != "auto" else replace(asked, base=_named_base(checkpoint))
     base = resolve_base(named, session.access)
     options["base"] = base_name(base) if asked.base == "auto" else asked.base
     options["on_progress"] = session.report
@@ -296,19 +274,12 @@ def _save(session: Session, imported: Imported, photo: Image, sha256: str, path:
     weights = {f"unet.{key}": value.half() for key, value in unet.items()}
     for_inference = pretrained.encoder.for_inference().state_dict()
     weights |= {f"encoder.{key}": value.cpu() for key, value in for_inference.items()}
+    config = pretrained.tuning.replace(steps=0)  # this program tuned nothing
     concept = Concept(
-        domain=imported.name,
-        descriptor=pretrained.descriptor,
-        base_name=model.base.name,
-        base_fingerprint=model.fingerprint,
-        weights_digest=pretrained.digest,
-        prepared=prepared,
-        image_features=features[0].cpu(),
-        config=pretrained.tuning.replace(steps=0),  # this program tuned nothing
-        seed=0,
-        image_sha256=sha256,
-        package=USER,
+        domain=imported.name, package=USER, descriptor=pretrained.descriptor,
+        base_name=model.base.name, base_fingerprint=model.fingerprint, weights_digest=pretrained.digest,
+        prepared=prepared, image_features=features[0].cpu(), config=config, seed=0, image_sha256=sha256,
         weights={**weights, "folded": encoded_image.cpu()},
-    )
+    )  # fmt: skip
     concept.tuned(model, pretrained)  # raises before a file is written if the weights do not fit
     concept.save(path)

@@ -163,9 +163,10 @@ class ImportOptions(RunOptions):
     normalised_patches: bool = False
 
 
-class RunKeywords(TypedDict, total=False):
-    """Keywords of `RunOptions`."""
+# The keywords of these options, for type checkers.
 
+
+class RunKeywords(TypedDict, total=False):
     base: str | os.PathLike[str] | TextToImageModel
     device: str
     dtype: str
@@ -175,16 +176,12 @@ class RunKeywords(TypedDict, total=False):
 
 
 class GenerateKeywords(RunKeywords, total=False):
-    """Keywords of `GenerateOptions`."""
-
     vram: str
     safety_checker: bool
     on_image: ImageCallback | None
 
 
 class PhotoKeywords(TypedDict, total=False):
-    """Keywords of `PhotoOptions`."""
-
     mask: ImageInput
     align: bool
     face: str | int
@@ -192,12 +189,10 @@ class PhotoKeywords(TypedDict, total=False):
 
 
 class PrepareKeywords(RunKeywords, PhotoKeywords, total=False):
-    """Keywords of `PrepareOptions`."""
+    pass
 
 
 class PersonalizeKeywords(GenerateKeywords, PhotoKeywords, total=False):
-    """Keywords of `PersonalizeOptions`."""
-
     tuning: str | None
     tune_steps: int | None
     keep_weights: bool
@@ -205,8 +200,6 @@ class PersonalizeKeywords(GenerateKeywords, PhotoKeywords, total=False):
 
 
 class DomainTrainingKeywords(RunKeywords, total=False):
-    """Keywords of `DomainTrainingOptions`."""
-
     descriptor: str | None
     steps: int | None
     batch_size: int | None
@@ -218,8 +211,6 @@ class DomainTrainingKeywords(RunKeywords, total=False):
 
 
 class PretrainKeywords(DomainTrainingKeywords, total=False):
-    """Keywords of `PretrainOptions`."""
-
     sample_every: int
     trackers: Sequence[str]
     checkpoint_every: int | None
@@ -229,8 +220,6 @@ class PretrainKeywords(DomainTrainingKeywords, total=False):
 
 
 class ImportKeywords(RunKeywords, total=False):
-    """Keywords of `ImportOptions`."""
-
     name: str | None
     licence: str
     normalised_patches: bool

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 from e4t_cli.api.options import (
@@ -45,9 +45,8 @@ from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downl
 from e4t_cli.images.results import Personalization
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import PLACEHOLDER, check_placeholder
-from e4t_cli.registry.discovery import user_domain
+from e4t_cli.registry.discovery import user_domain, weights_folder
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage, check_which
-from e4t_cli.registry.weights import weights_folder
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
@@ -96,48 +95,34 @@ def personalize(
         session.load(base, weights)
         session.check_prompts(parsed)
         model, pretrained = session.model, session.pretrained
-        tuning = pretrained.tuning
-        if mask.kind != "auto":
+        tuning = resolve_tuning(pretrained.tuning, asked.tuning, asked.tune_steps)
+        if mask.kind != "auto" or photo.alpha is not None:
             tuning = tuning.replace(mask=mask.kind != "none")
-        elif photo.alpha is not None:
-            tuning = tuning.replace(mask=True)
-        tuning = resolve_tuning(tuning, asked.tuning, asked.tune_steps)
         with session.stage("prepare"):
             target = preparation_target(
-                value, asked, session.access,
-                size=model.resolution, base=model.base.name, device=str(model.device),
-            )  # fmt: skip
+                value, asked, session.access, size=model.resolution, base=model.base.name, device=str(model.device)
+            )
             prepared = prepare_photo(value, photo, mask, target, masked=tuning.mask)
-            report_preparation(prepared, session.report)
+            _report_preparation(prepared, session.report)
             if asked.on_prepared is not None:
                 asked.on_prepared(prepared)
-            pixels = model.pixels([prepared.image])
-            features = pretrained.image_features(model, pixels)[0].cpu()
+            features = pretrained.image_features(model, model.pixels([prepared.image]))[0].cpu()
 
         from e4t_cli.formats.concept import Concept
 
         concept = Concept(
-            domain=value.name,
-            descriptor=pretrained.descriptor,
-            base_name=model.base.name,
-            base_fingerprint=model.fingerprint,
-            weights_digest=pretrained.digest,
-            prepared=prepared,
-            image_features=features,
-            config=tuning,
-            seed=first_seed,
-            image_sha256=photo.sha256,
+            domain=value.name, package=package, descriptor=pretrained.descriptor,
+            base_name=model.base.name, base_fingerprint=model.fingerprint, weights_digest=pretrained.digest,
+            prepared=prepared, image_features=features, config=tuning, seed=first_seed,
+            image_sha256=photo.sha256, photo="; ".join(prepared.remarks),
             placeholder=check_placeholder(placeholder),
-            photo="; ".join(prepared.remarks),
-            package=package,
-        )
+        )  # fmt: skip
         tuned = session.tune(concept, keep_base=config.concept_scale != 1)
         if asked.keep_weights:
             concept = replace(concept, weights=Concept.weights_of(tuned))
         return session.generate(
-            concept, tuned, parsed, count=num_images_per_prompt, seed=first_seed,
-            sampling=config, on_image=asked.on_image,
-        )  # fmt: skip
+            concept, tuned, parsed, config, count=num_images_per_prompt, seed=first_seed, on_image=asked.on_image
+        )
 
 
 def generate(
@@ -177,9 +162,8 @@ def generate(
         tuned = concept.tuned(session.model, session.pretrained)
         tuned = tuned or session.tune(concept, keep_base=config.concept_scale != 1)
         return session.generate(
-            concept, tuned, parsed, count=num_images_per_prompt, seed=first_seed,
-            sampling=config, on_image=asked.on_image,
-        )  # fmt: skip
+            concept, tuned, parsed, config, count=num_images_per_prompt, seed=first_seed, on_image=asked.on_image
+        )
 
 
 def prepare(
@@ -207,7 +191,7 @@ def prepare(
     target = preparation_target(value, asked, access, size=size, base=name)
     mask = resolve_mask(asked.mask, photo)
     prepared = prepare_photo(value, photo, mask, target, masked=value.tuning.mask)
-    report_preparation(prepared, asked.on_progress)
+    _report_preparation(prepared, asked.on_progress)
     return prepared
 
 
@@ -218,6 +202,8 @@ def plan(
     *,
     num_images_per_prompt: int = 1,
     placeholder: str = PLACEHOLDER,
+    tuning: str | None = None,
+    tune_steps: int | None = None,
     **options: Unpack[RunKeywords],
 ) -> dict[str, Any]:
     """Return what `personalize` would do, with all checks that need neither torch nor a network.
@@ -230,9 +216,9 @@ def plan(
     value, _ = resolve_domain(domain)
     photo = open_image(image).image
     name, resolution, here = _look_up_base(value, asked, HubAccess(offline=asked.offline))
-    tuning, fetched = value.tuning, [] if here else [f"the base {name}"]
+    config, fetched = value.tuning, [] if here else [f"the base {name}"]
     try:
-        tuning = user_domain(weights_folder(value, name)).tuning
+        config = user_domain(weights_folder(value, name)).tuning
     except WeightsUnavailable:
         location = value.weights.get(name, "")
         if not location.startswith("hub:") and not e4t_diffusion_repository(location):
@@ -244,10 +230,10 @@ def plan(
         "base": name,
         "photo": f"{photo.width}×{photo.height}",
         "prompts": len(parsed),
-        "pictures": len(parsed) * num_images_per_prompt,
+        "images": len(parsed) * num_images_per_prompt,
         "size": f"{resolution}×{resolution}" if resolution else "",
         "to fetch": " and ".join(fetched),
-        "tuning": tuning.as_dict(),
+        "tuning": asdict(resolve_tuning(config, tuning, tune_steps)),
     }
 
 
@@ -264,11 +250,7 @@ NAMED_MASKS = {"auto": MaskSource(kind="auto"), "none": MaskSource(kind="none"),
 
 
 def resolve_mask(mask: ImageInput, photo: OpenedImage) -> MaskSource:
-    """Return where the mask comes from.
-
-    Args:
-        mask: "auto", "none", "words" for the domain's own prompt, "words:a cat", or an image.
-        photo: that it is for.
+    """Return where the mask comes from; `mask` is that of `PhotoOptions`.
 
     Raises:
         UsageError: there is no such file, or no words behind the colon.
@@ -299,13 +281,12 @@ def preparation_target(
     if domain.prepare is None and options.require_face:
         raise UsageError(f"the domain {domain.name!r} looks for no face", hint="leave --require-face out")
     return PreparationTarget(
-        size=size, base=base, align=options.align, which=which, required=options.require_face,
-        device=device, fetch=snapshot_downloader(access),
+        size=size, base=base, align=options.align, which=which, required=options.require_face, device=device,
+        fetch=snapshot_downloader(access),
     )  # fmt: skip
 
 
-def report_preparation(prepared: PreparedImage, on_progress: ProgressCallback | None) -> None:
-    """Report the notes and remarks of a preparation."""
+def _report_preparation(prepared: PreparedImage, on_progress: ProgressCallback | None) -> None:
     if on_progress is not None:
         for note in prepared.notes:
             on_progress(Progress(stage="prepare", note=note))

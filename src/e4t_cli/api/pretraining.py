@@ -44,29 +44,21 @@ Data = str | os.PathLike[str] | Iterable[ImageInput | PreparedImage]
 
 
 class PretrainingRun:
-    """One pre-training whose base is loaded; `pretrain` and `plan_pretraining` share it.
+    """One pre-training; `pretrain` and `plan_pretraining` share it.
 
     Args:
         session: with the base loaded.
-        plan: what is trained.
-        source: of the images.
-        options: of the run.
 
     Attributes:
         domain: with its final descriptor.
         source: less the images that were held out.
-        reader: prepares each image.
         samples: images that the run trains on, repetitions counted.
     """
 
     def __init__(
-        self,
-        session: Session,
-        plan: NewDomain,
-        source: ImageSource,
-        options: DomainTrainingOptions,
+        self, session: Session, plan: NewDomain, source: ImageSource, options: DomainTrainingOptions,
         processes: DistributedContext,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.session, self.plan, self.source = session, plan, source
         self.options, self.processes = options, processes
         model, config = session.model, plan.config
@@ -77,19 +69,16 @@ class PretrainingRun:
             word = check_descriptor(plan.domain.descriptor, model)
         self.domain = replace(plan.domain, descriptor=word)
         target = PreparationTarget(
-            size=model.resolution,
-            base=model.base.name,
-            mask="auto" if config.mask else None,
-            device=str(model.device),
-            fetch=snapshot_downloader(session.access),
-        )
+            size=model.resolution, base=model.base.name, mask="auto" if config.mask else None,
+            device=str(model.device), fetch=snapshot_downloader(session.access),
+        )  # fmt: skip
         log = plan.work / "left-out.tsv" if processes.first else None
         self.reader = ImageReader(self.domain, target, strict=options.strict, log=log)
         self.samples = config.steps * config.batch_size * processes.count
 
     def choose_cache(self) -> CacheChoice:
         """Return whether the encoded images are kept on the disk."""
-        mask, cache = self.plan.config.mask, self.options.cache
+        cache, mask = self.options.cache, self.plan.config.mask
         return choose_cache(cache, self.source, self.session.model, self.samples, mask=mask)
 
     def hold_out(self) -> list[PreparedImage]:
@@ -100,21 +89,10 @@ class PretrainingRun:
         return held_out
 
     def train(
-        self,
-        data: TrainingData,
-        *,
-        callbacks: TrainingCallbacks,
-        steps: int | None = None,
-        saved: PretrainOptions | None = None,
-        seed: int = 0,
-    ) -> DomainWeights:
-        """Run the training loop.
-
-        Args:
-            data: of this run's base.
-            steps: instead of the config's.
-            saved: how checkpoints are written and read; None writes none.
-        """
+        self, data: TrainingData, *, callbacks: TrainingCallbacks, steps: int | None = None,
+        saved: PretrainOptions | None = None, seed: int = 0,
+    ) -> DomainWeights:  # fmt: skip
+        """Run the training loop, for `steps` instead of the config's; `saved` writes and reads checkpoints."""
         from e4t_cli.pretraining.checkpoints import CheckpointOptions
         from e4t_cli.pretraining.loop import DomainInfo, TrainingOptions, pretrain_domain
 
@@ -124,28 +102,18 @@ class PretrainingRun:
         autocast = self.session.autocast if cuda else False
         checkpoints = CheckpointOptions()
         if saved is not None:
-            checkpoints = CheckpointOptions(
-                folder=self.plan.work,
-                every=saved.checkpoint_every or checkpoints.every,
-                resume=saved.resume,
-                force=saved.force,
-            )
+            every = saved.checkpoint_every or checkpoints.every
+            checkpoints = CheckpointOptions(folder=self.plan.work, every=every, resume=saved.resume, force=saved.force)
+        domain = DomainInfo(
+            name=self.domain.name, descriptor=self.domain.descriptor, licence=self.domain.licence,
+            templates=tuple(training_templates(self.domain)), tuning=self.plan.tuning,
+        )  # fmt: skip
         return pretrain_domain(
-            self.session.model,
-            data,
-            domain=DomainInfo(
-                name=self.domain.name,
-                descriptor=self.domain.descriptor,
-                templates=tuple(training_templates(self.domain)),
-                tuning=self.plan.tuning,
-                licence=self.domain.licence,
-            ),
+            self.session.model, data, domain=domain,
             config=config if steps is None else config.replace(steps=steps),
             options=TrainingOptions(seed=seed, autocast=autocast, micro_batch=self.options.micro_batch),
-            checkpoints=checkpoints,
-            callbacks=callbacks,
-            processes=self.processes,
-        )
+            checkpoints=checkpoints, callbacks=callbacks, processes=self.processes,
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def logged(self, held_out: list[PreparedImage], options: PretrainOptions) -> Iterator[TrainingCallbacks]:
@@ -158,16 +126,13 @@ class PretrainingRun:
             yield TrainingCallbacks(stop=stop)
             return
         config = LoggerConfig(
-            folder=self.plan.work / "training",
-            sample_every=options.sample_every,
-            images=held_out,
-            trackers=tuple(options.trackers),
-            offline=self.session.access.cut_off,
-        )
-        logger = TrainingLogger(
-            config, self.session.model, name=self.domain.name,
-            settings=self.plan.config.as_dict(), on_progress=report,
+            folder=self.plan.work / "training", sample_every=options.sample_every, images=held_out,
+            trackers=tuple(options.trackers), offline=self.session.access.cut_off,
         )  # fmt: skip
+        settings = self.plan.config.as_dict()
+        logger = TrainingLogger(
+            config, self.session.model, name=self.domain.name, settings=settings, on_progress=report
+        )
 
         def both(event: Progress) -> None:
             logger.on_progress(event)

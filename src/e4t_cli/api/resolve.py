@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from e4t_cli.api.options import RunOptions
 from e4t_cli.api.session import Session
+from e4t_cli.devices import choose_device, likely_accelerator
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import (
+    ACCELERATED,
     EMBEDDED,
+    PUBLISHED,
     Base,
     converted_weights_folder,
     e4t_diffusion_repository,
@@ -25,39 +28,33 @@ from e4t_cli.hub.bases import (
     hub_location,
     hub_weights_folder,
 )
-from e4t_cli.hub.paths import HubAccess
-from e4t_cli.hub.resolve import default_base_name, fetch_base, fetch_domain_weights, likely_accelerator
+from e4t_cli.hub.paths import HubAccess, Terms, is_accepted
+from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, is_reachable
+from e4t_cli.progress import Progress
 from e4t_cli.prompts import Prompt, parse_prompt
-from e4t_cli.registry.config import TUNING_METHODS, TuningConfig
-from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages
+from e4t_cli.registry.config import TUNING_METHODS, PretrainingConfig, TuningConfig
+from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages, weights_folder
 from e4t_cli.registry.domain import Domain
-from e4t_cli.registry.weights import weights_folder
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.sampling import SamplingConfig
 
-MAX_SEED = 2**32 - 1
-"""The largest seed that other programs' metadata readers take."""
+MAX_SEED = 2**32 - 1  # the largest that other programs' metadata readers take
+
+# Of a new domain: the paper's values for cats, its domain of objects without masks (section 3.5).
+NEW_TUNING = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
+NEW_PRETRAINING = PretrainingConfig(steps=60_000)
 
 
 def parse_prompts(prompts: str | Sequence[str], placeholder: str) -> list[Prompt]:
-    """Parse one prompt or several.
-
-    Raises:
-        UsageError: one does not name the concept.
-    """
-    wanted = [prompts] if isinstance(prompts, str) else prompts
-    return [parse_prompt(prompt, placeholder) for prompt in wanted]
+    """Parse one prompt or several; raises `UsageError` if one does not name the concept."""
+    return [parse_prompt(one, placeholder) for one in ([prompts] if isinstance(prompts, str) else prompts)]
 
 
 def resolve_seed(seed: int | None, count: int) -> int:
-    """Return the seed of the first image; a random one if none was asked for.
-
-    Raises:
-        UsageError: one of `count` seeds is out of range.
-    """
+    """Return the seed of the first of `count` images, checked; a random one if none was asked for."""
     if not isinstance(count, int) or count < 1:
         raise UsageError(f"the number of images per prompt must be 1 or more, not {count!r}")
     if seed is None:
@@ -68,11 +65,7 @@ def resolve_seed(seed: int | None, count: int) -> int:
 
 
 def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
-    """Return the sampling options as a `SamplingConfig`.
-
-    Raises:
-        UsageError: a field that `SamplingConfig` has not, or one out of range.
-    """
+    """Return the sampling options as a `SamplingConfig`; raises `UsageError` if there is no such field or value."""
     from e4t_cli.sampling import SamplingConfig
 
     if isinstance(wanted, SamplingConfig):
@@ -84,19 +77,13 @@ def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> Sampl
 
 
 def resolve_tuning(config: TuningConfig, method: str | None, steps: int | None) -> TuningConfig:
-    """Return the config with another method and number of steps; None leaves them unchanged.
-
-    Raises:
-        UsageError: there is no such method, or the steps are out of range.
-    """
+    """Return the config with another method and number of steps, checked; None leaves them unchanged."""
     if method is not None and method not in TUNING_METHODS:
-        raise UsageError(
-            f"there is no tuning method {printable(method)!r}", hint=f"--tuning {' or '.join(TUNING_METHODS)}"
-        )
+        hint = f"--tuning {' or '.join(TUNING_METHODS)}"
+        raise UsageError(f"there is no tuning method {printable(method)!r}", hint=hint)
+    changes = {"method": method, "steps": steps}
     try:
-        return config.replace(
-            method=config.method if method is None else method, steps=config.steps if steps is None else steps
-        )
+        return config.replace(**{key: value for key, value in changes.items() if value is not None})
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -107,8 +94,6 @@ def resolve_base(
     """Return the base that was asked for, fetched if need be; a loaded model is returned as it is.
 
     Args:
-        options: its device and dtype decide which precision is fetched.
-        access: how the hub may be used.
         domain: "auto" takes a base that this domain has weights for.
         tower: whether a photo will be encoded.
         safety: whether the base's safety checker will be used.
@@ -119,16 +104,11 @@ def resolve_base(
     if wanted in EMBEDDED:
         return find_base(wanted)
     tower = tower and needs_image_tower(domain, wanted)
-    half = prefers_half(options.device, options.dtype)
-    return fetch_base(wanted, access, half=half, tower=tower, safety=safety)
+    return fetch_base(wanted, access, half=prefers_half(options.device, options.dtype), tower=tower, safety=safety)
 
 
 def needs_image_tower(domain: Domain | None, base: str) -> bool:
-    """Whether a domain's encoder reads the base's image tower, or brings its own.
-
-    Args:
-        base: a name, or an address of the hub; not "auto".
-    """
+    """Whether a domain's encoder reads the image tower of a base (a name or address), or brings its own."""
     if domain is None:
         return True
     address = hub_location(base)
@@ -140,13 +120,9 @@ def needs_image_tower(domain: Domain | None, base: str) -> bool:
 
 
 def resolve_base_name(
-    base: str | os.PathLike[str],
-    access: HubAccess,
-    *,
-    domain: Domain | None = None,
-    device: str = "auto",
+    base: str | os.PathLike[str], access: HubAccess, *, domain: Domain | None = None, device: str = "auto",
     confirm: bool = True,
-) -> str:
+) -> str:  # fmt: skip
     """Return the base's name; for "auto" the default on this machine, with a remark about why.
 
     Args:
@@ -155,28 +131,44 @@ def resolve_base_name(
     wanted = os.fspath(base)
     if wanted != "auto":
         return wanted
-
-    def has_weights(name: str) -> bool:
-        if domain is None or name in domain.weights:
-            return True
-        with contextlib.suppress(E4TError):
-            return weights_folder(domain, name).is_dir()
-        return False
-
-    def works() -> bool:
-        from e4t_cli.devices import choose_device  # imports torch, which is needed by now
-
-        return not confirm or choose_device(device).type != "cpu"
-
-    name, why = default_base_name(
-        access,
-        device=device,
-        has_weights=has_weights,
-        confirm=works,
-        what=domain.name if domain is not None else "the domain",
-    )
-    access.remark(why)
+    name, why = default_base_name(access, domain=domain, device=device, confirm=confirm)
+    if access.on_progress is not None:
+        access.on_progress(Progress(stage="fetch", remark=why))
     return name
+
+
+def default_base_name(
+    access: HubAccess, *, domain: Domain | None = None, device: str = "auto", confirm: bool = True
+) -> tuple[str, str]:
+    """Return the base that "auto" means here, and a sentence with the reason; see `resolve_base_name`.
+
+    The checks are ordered by cost. Without an accelerator no library is imported and no socket opened.
+    """
+    mini, large = EMBEDDED[0], ACCELERATED
+    drawings = f"base: {mini} (64 px drawings)"
+    if not likely_accelerator(device):
+        return mini, f"{drawings}: no accelerator; --base {large} makes photographs (slow on CPU)"
+    if domain is not None and not _has_weights(domain, large):
+        return mini, f"{drawings}: {domain.name} has no weights for {large} yet (e4t pretrain makes them)"
+    row = PUBLISHED[large]
+    if not is_cached(large):
+        if access.cut_off:
+            return mini, f"{drawings}: offline, and {large} is not on this machine"
+        terms = Terms(repository=row.repository, licence=row.licence)
+        if terms.asks and not access.accept_license and not is_accepted(terms):
+            return mini, f"{drawings}: e4t fetch {large} asks about the licence of {large} first"
+        if not is_reachable():
+            return mini, f"{drawings}: {large} is not on this machine and the hub does not answer"
+    if confirm and choose_device(device).type == "cpu":  # imports torch, which is needed by now
+        return mini, f"{drawings}: the accelerator of this machine does not work with this torch"
+    return large, f"base {large}: this machine has an accelerator; --base {mini} needs none"
+
+
+def _has_weights(domain: Domain, base: str) -> bool:
+    """Whether a domain has weights for a base, here or on the hub."""
+    with contextlib.suppress(E4TError):
+        return base in domain.weights or weights_folder(domain, base).is_dir()
+    return False
 
 
 def prefers_half(device: str, dtype: str) -> bool:
@@ -199,11 +191,7 @@ def resolve_domain(domain: str | os.PathLike[str] | Domain) -> tuple[Domain, str
 
 
 def find_concept_domain(name: str, package: str) -> Domain:
-    """Return the domain that a concept was made with.
-
-    Args:
-        name: of the domain.
-        package: the distribution it came with then, "" if it was not recorded.
+    """Return the domain that a concept was made with, from the package it came with then ("" if not recorded).
 
     Raises:
         UsageError: it is not installed any more; the hint is what brings it back.
@@ -213,22 +201,16 @@ def find_concept_domain(name: str, package: str) -> Domain:
     try:
         return find_domain(name)
     except UsageError as error:
-        hint = error.hint
+        hint = f"it came with the package {printable(package)}: pip install {package}" if package else error.hint
         if package == USER:
             hint = f"it was a user domain: e4t domains add FOLDER brings {name} back"
-        elif package:
-            hint = f"it came with the package {printable(package)}: pip install {package}"
-        message = f"this concept needs the domain {name!r}: {error.message}"
-        raise UsageError(message, hint=hint) from error
+        raise UsageError(f"this concept needs the domain {name!r}: {error.message}", hint=hint) from error
 
 
 def resolve_domain_weights(
     domain: Domain, base: Base | TextToImageModel, access: HubAccess, *, repair: bool = False
 ) -> Path:
-    """Return the folder with the domain's weights for a base, fetched if they are on the hub.
-
-    Args:
-        repair: fetch again what is here and damaged.
+    """Return the folder with the domain's weights for a base, fetched if they are on the hub (`repair`: or damaged).
 
     Raises:
         WeightsUnavailable: there are none; the hint is the command that makes them.

@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from e4t_cli.api.options import ImageCallback, RunOptions
-from e4t_cli.devices import DTYPES, budget_of, choose_device, choose_dtype, limited_memory, memory_ran_out, read_ahead
+from e4t_cli.devices import (
+    DTYPES,
+    budget_of,
+    choose_device,
+    choose_dtype,
+    limited_memory,
+    memory_ran_out,
+    quiet_libraries,
+    read_ahead,
+)
 from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
-from e4t_cli.progress import Progress, ProgressCallback, quiet_libraries
+from e4t_cli.progress import Progress
 from e4t_cli.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -39,26 +48,57 @@ def memory_errors() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if memory_ran_out(error):
-            raise ResourceError(
-                "memory ran out", hint="close other programs, or use another --device or a smaller --base"
-            ) from error
+            hint = "close other programs, or use another --device or a smaller --base"
+            raise ResourceError("memory ran out", hint=hint) from error
         raise
 
 
-class ProgressReporter:
-    """Passes progress on, measures stages, and keeps the notes for the result.
+def record_of(
+    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int]
+) -> GenerationRecord:
+    """Return all that it takes to generate an image again; `size` is (width, height) in pixels."""
+    return GenerationRecord(
+        prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
+        negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
+        steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
+        domain=concept.domain, base=concept.base_name, base_fingerprint=concept.base_fingerprint,
+        weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
+        tuning={**concept.config.as_dict(), "seed": concept.seed},
+    )  # fmt: skip
+
+
+class Session:
+    """A base and domain weights, used for one request; measures its stages, and keeps the notes for the result.
 
     Args:
-        on_progress: the caller's callback.
+        vram: gigabytes that may be used, or "auto".
+        safety: run the base's safety checker, where it has one.
+
+    Attributes:
+        options: of the request, with `on_progress` going through this session.
     """
 
-    def __init__(self, on_progress: ProgressCallback | None) -> None:
-        self._on_progress = on_progress
-        self.seconds: dict[str, float] = {}
+    model: TextToImageModel  # set by `load`, like the next
+    pretrained: DomainWeights
+
+    def __init__(self, options: RunOptions, *, vram: str = "auto", safety: bool = True) -> None:
+        self._on_progress = options.on_progress
+        self.seconds: dict[str, float] = {}  # of each stage
         self.notes: list[str] = []
+        if options.dtype != "auto" and options.dtype not in DTYPES:
+            hint = f"one of {', '.join(['auto', *DTYPES])}"
+            raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=hint)
+        if vram != "auto":
+            budget_of(vram)
+        self.options = replace(options, on_progress=self.report)
+        accept = options.accept_license
+        self.access = HubAccess(offline=options.offline, accept_license=accept, on_progress=self.report)
+        self.vram, self.safety = vram, safety
+        self._limits = contextlib.ExitStack()
+        self._owns_model = False  # whether the model was loaded for this one request
 
     def report(self, event: Progress) -> None:
-        """Pass an event on."""
+        """Pass an event on to the caller's callback."""
         if event.note and event.note not in self.notes:
             self.notes.append(event.note)
         if self._on_progress is not None:
@@ -77,67 +117,9 @@ class ProgressReporter:
         try:
             yield
         finally:
-            spent = time.perf_counter() - begun
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
         if not counted:
             self.report(Progress(stage=name, done=1, total=1))
-
-
-def record_of(
-    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int]
-) -> GenerationRecord:
-    """Return all that it takes to generate an image again; `size` is (width, height) in pixels."""
-    return GenerationRecord(
-        prompt=prompt.text,
-        negative_prompt=sampling.negative_prompt,
-        seed=seed,
-        steps=sampling.steps,
-        guidance=float(sampling.guidance or 0),
-        scheduler=sampling.scheduler,
-        concept_scale=sampling.concept_scale,
-        width=size[0],
-        height=size[1],
-        placeholder=prompt.placeholder,
-        domain=concept.domain,
-        base=concept.base_name,
-        base_fingerprint=concept.base_fingerprint,
-        weights_fingerprint=concept.weights_digest,
-        photo_sha256=concept.image_sha256,
-        tuning={**concept.config.as_dict(), "seed": concept.seed},
-    )
-
-
-class Session(ProgressReporter):
-    """A base and domain weights, used for one request.
-
-    Args:
-        options: of the request.
-        vram: gigabytes that may be used, or "auto".
-        safety: run the base's safety checker, where it has one.
-
-    Attributes:
-        options: of the request, with `on_progress` going through this session.
-        access: how the hub may be used.
-        model, pretrained: set by `load`.
-    """
-
-    model: TextToImageModel
-    pretrained: DomainWeights
-
-    def __init__(self, options: RunOptions, *, vram: str = "auto", safety: bool = True) -> None:
-        super().__init__(options.on_progress)
-        if options.dtype != "auto" and options.dtype not in DTYPES:
-            names = ", ".join(["auto", *DTYPES])
-            raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=f"one of {names}")
-        if vram != "auto":
-            budget_of(vram)
-        self.options = replace(options, on_progress=self.report)
-        self.access = HubAccess(
-            offline=options.offline, accept_license=options.accept_license, on_progress=self.report
-        )
-        self.vram, self.safety = vram, safety
-        self._limits = contextlib.ExitStack()
-        self._owns_model = False  # whether the model was loaded for this one request
 
     @property
     def autocast(self) -> bool | None:
@@ -148,10 +130,7 @@ class Session(ProgressReporter):
 
     @contextlib.contextmanager
     def running(self, base: Base | TextToImageModel | None = None) -> Iterator[None]:
-        """Import torch; inside, libraries show no progress bars, and memory errors are one message.
-
-        Args:
-            base: that will be loaded; the disk reads it during the imports.
+        """Import torch, while the disk reads the base; inside, libraries show no progress bars.
 
         Raises:
             ResourceError: memory ran out.
@@ -166,11 +145,7 @@ class Session(ProgressReporter):
             yield
 
     def load(self, base: Base | TextToImageModel, weights: Path | None) -> None:
-        """Load the base and the domain weights.
-
-        Args:
-            base: where the base is, or a loaded model.
-            weights: the domain folder for that base; None where there is none yet.
+        """Load the base, if it is not a loaded model, and the domain weights, if there are any yet.
 
         Raises:
             UsageError: there is no such device here.
@@ -202,17 +177,14 @@ class Session(ProgressReporter):
             UsageError: a placeholder comes after the text encoder's last token.
         """
         descriptor = self.model.descriptor_id(self.pretrained.descriptor)
-        if prompts:
-            for dropped in self.model.tokenize(prompts, descriptor).dropped:
-                if dropped:
-                    self.note("load", f"the prompt is too long; left out: {printable(dropped)!r}")
+        for dropped in self.model.tokenize(prompts, descriptor).dropped if prompts else ():
+            if dropped:
+                self.note("load", f"the prompt is too long; left out: {printable(dropped)!r}")
 
     def tune(self, concept: Concept, *, keep_base: bool = False) -> TunedModel:
         """Tune on the concept's image with its config and seed, in the memory that is available.
 
-        Args:
-            keep_base: leave the base's U-Net unchanged. Otherwise the U-Net of a model that was
-                loaded for this request becomes the tuned one, which saves a copy.
+        Unless `keep_base`, the U-Net of a model that was loaded for this request becomes the tuned one: no copy.
         """
         from e4t_cli.nn.precision import PrecisionPolicy
         from e4t_cli.training.memory import plan_tuning
@@ -223,11 +195,10 @@ class Session(ProgressReporter):
         consume = self._owns_model and not keep_base
         if self._owns_model:
             model.release_tower()  # the photo is encoded by now
+        half = PrecisionPolicy.resolve(device, model.dtype, self.autocast).half
         plan = plan_tuning(
             model, self.pretrained, concept.config,
-            vram=self.vram, consume=consume,
-            half=PrecisionPolicy.resolve(device, model.dtype, self.autocast).half,
-            eight_bit=has_eight_bit(device),
+            vram=self.vram, consume=consume, half=half, eight_bit=has_eight_bit(device),
         )  # fmt: skip
         self.report(Progress(stage="tune", detail=plan.summary()))
         if plan.peak > plan.budget:
@@ -237,9 +208,8 @@ class Session(ProgressReporter):
         with self.stage("tune", counted=True):
             return tune(
                 model, self.pretrained, concept.prepared, concept.config,
-                seed=concept.seed, image_features=concept.image_features,
+                seed=concept.seed, image_features=concept.image_features, on_progress=self.report,
                 options=TuningOptions(plan=plan, consume=consume, autocast=self.autocast),
-                on_progress=self.report,
             )  # fmt: skip
 
     def generate(
@@ -247,10 +217,10 @@ class Session(ProgressReporter):
         concept: Concept,
         tuned: TunedModel,
         prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
         *,
         count: int,
         seed: int,
-        sampling: SamplingConfig,
         on_image: ImageCallback | None,
     ) -> Personalization:
         """Generate `count` images of every prompt; image i of each has the seed `seed + i`."""
@@ -269,10 +239,9 @@ class Session(ProgressReporter):
                 if checker is not None and checker.flags([pixels])[0]:
                     withheld.append(record)
                     continue
-                image = GeneratedImage(image=pixels, prompt=prompt.text, seed=image_seed, record=record)
-                images.append(image)
+                images.append(GeneratedImage(image=pixels, prompt=prompt.text, seed=image_seed, record=record))
                 if on_image is not None:
-                    on_image(image)
+                    on_image(images[-1])
         return Personalization(
             concept=concept, images=images, seed=seed, timings=Timings(**self.seconds),
             notes=tuple(self.notes), withheld=tuple(withheld),

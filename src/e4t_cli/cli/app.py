@@ -21,7 +21,6 @@ import typer
 
 from e4t_cli import __version__
 from e4t_cli.cli import cache, console, domains, export, info, personalize, pretrain
-from e4t_cli.cli import progress as display
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -78,11 +77,7 @@ def main() -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line.
-
-    Returns:
-        Its exit code; nothing is raised.
-    """
+    """Run one command line and return its exit code; nothing is raised."""
     console.start(json="--json" in arguments)  # until the command has parsed its options
     _silence_libraries()
     with _stop_signals() as stopped_by:
@@ -95,7 +90,9 @@ def run(arguments: Sequence[str]) -> int:
         except E4TError as error:
             return _report(error)
         except typer.TyperException as error:
-            return _report(UsageError(error.format_message(), hint=_help_of(error)))
+            context = getattr(error, "ctx", None)
+            hint = f"see: {context.command_path if context is not None else 'e4t'} --help"
+            return _report(UsageError(error.format_message(), hint=hint))
         except MemoryError:
             hint = "close other programs, or ask for fewer images at once"
             return _report(ResourceError("this machine ran out of memory", hint=hint))
@@ -115,11 +112,9 @@ def _report(error: E4TError) -> int:
 def _unexpected(error: Exception) -> int:
     text = " ".join(str(error).split())
     message = f"unexpected {type(error).__name__}{': ' if text else ''}{text}"
-    hint = None if _debugging() else "this is a bug of e4t; rerun with -vv for the traceback"
-    console.current().error(E4TError(message, hint=hint))
-    if _debugging():
-        traceback.print_exc()
-    return 1
+    return _report(
+        E4TError(message, hint=None if _debugging() else "this is a bug of e4t; rerun with -vv for the traceback")
+    )
 
 
 def _stopped(stopped_by: list[int]) -> int:
@@ -143,21 +138,16 @@ def _broken_pipe() -> int:
     return 1
 
 
-def _help_of(error: typer.TyperException) -> str | None:
-    context = getattr(error, "ctx", None)
-    return f"see: {context.command_path} --help" if context is not None else "see: e4t --help"
-
-
 def _debugging() -> bool:
     return console.current().verbose >= 2 or os.environ.get("E4T_DEBUG") == "1"
 
 
 def _silence_libraries() -> None:
     """Disable the progress bars and warnings of libraries, before they are imported."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if not logging.root.handlers:
@@ -168,17 +158,15 @@ def _silence_libraries() -> None:
 def _stop_signals() -> Iterator[list[int]]:
     """Turn SIGINT and SIGTERM into one KeyboardInterrupt; the second one ends the process at once.
 
-    Work that checks the console's `stop` finishes its step, saves, and raises KeyboardInterrupt.
-
-    Yields:
-        The signals that have arrived.
+    Work that checks the console's `stop` finishes its step, saves, and raises KeyboardInterrupt. Yields the signals
+    that have arrived.
     """
     arrived: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
         if len(arrived) > 1:
-            display.show_cursor()
+            console.show_cursor()
             os._exit(128 + number)  # files are renamed into place: nothing can be torn
         request = console.current().stop
         if request is not None and request.ask():

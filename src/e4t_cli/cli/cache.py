@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,13 +67,10 @@ def verify(json: Json = False, quiet: Quiet = False) -> None:
         count, damaged = hub_files.verify(on_progress)
     for one in damaged:
         line = f"{one.repository}/{one.file}: expected {one.expected}, got {one.got}"
-        record = {"type": "damaged", "repository": one.repository, "file": one.file}
-        console.product(line, {**record, "expected": one.expected, "got": one.got})
+        console.product(line, {"type": "damaged", **asdict(one)})
     if damaged:
-        raise IntegrityError(
-            f"{len(damaged)} of {count} files are damaged",
-            hint=f"e4t fetch {damaged[0].repository} downloads it again",
-        )
+        hint = f"e4t fetch {damaged[0].repository} downloads it again"
+        raise IntegrityError(f"{len(damaged)} of {count} files are damaged", hint=hint)
     console.note(f"{count} files match their checksums")
 
 
@@ -121,11 +119,9 @@ def complete_wanted(incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-Wanted = Annotated[
-    list[str],
-    typer.Argument(metavar="DOMAIN|BASE", autocompletion=complete_wanted,
-                   help="face, cat, ...; sd14, sd15, sd21-base, sd21, or OWNER/NAME of the hub."),
-]  # fmt: skip
+Wanted = Annotated[list[str], typer.Argument(
+    metavar="DOMAIN|BASE", autocompletion=complete_wanted,
+    help="face, cat, ...; sd14, sd15, sd21-base, sd21, or OWNER/NAME of the hub.")]  # fmt: skip
 
 
 @options.grouped
@@ -140,10 +136,9 @@ def fetch(wanted: Wanted, run: options.RunFlags, flags: options.TerminalFlags) -
     console.resume_hint = "the same command continues: finished files are kept"
     from e4t_cli.hub.paths import HubAccess
 
+    accept = console.consent(run.accept_license)
     with console.progress() as on_progress:
-        access = HubAccess(
-            offline=run.offline, accept_license=console.consent(run.accept_license), on_progress=on_progress
-        )
+        access = HubAccess(offline=run.offline, accept_license=accept, on_progress=on_progress)
         for name in wanted:
             _fetch(console, access, name, run)
 
@@ -155,21 +150,18 @@ def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options
     from e4t_cli.images.preparation import snapshot_downloader
     from e4t_cli.registry.discovery import find_domain
 
-    domain = None
-    place = name
+    domain, place = None, name
     if name not in EMBEDDED and hub_location(name) is None:
         domain = find_domain(name)
         place = resolve_base_name(run.base, access, domain=domain, device=run.device)
     half, tower = prefers_half(run.device, run.dtype), needs_image_tower(domain, place)
     found = fetch_base(place, access, half=half, tower=tower, repair=True)
-    console.product(
-        str(found.folder), {"type": "base", "name": found.name, "revision": found.revision, "path": str(found.folder)}
-    )
+    path = str(found.folder)
+    console.product(path, {"type": "base", "name": found.name, "revision": found.revision, "path": path})
     if domain is not None:
-        folder = resolve_domain_weights(domain, found, access, repair=True)
-        record = {"type": "domain", "name": domain.name, "base": found.name, "path": str(folder)}
-        console.product(str(folder), record)
+        path = str(resolve_domain_weights(domain, found, access, repair=True))
+        console.product(path, {"type": "domain", "name": domain.name, "base": found.name, "path": path})
         fetch_network = snapshot_downloader(access)
         for repository in domain.networks if found.name not in EMBEDDED else ():
-            place = str(fetch_network(repository))
-            console.product(place, {"type": "network", "name": repository, "path": place})
+            path = str(fetch_network(repository))
+            console.product(path, {"type": "network", "name": repository, "path": path})

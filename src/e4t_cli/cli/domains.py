@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json as json_format
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from e4t_cli.registry.config import TuningConfig
     from e4t_cli.registry.discovery import Listing
     from e4t_cli.registry.domain import Domain
-    from e4t_cli.registry.manifest import Manifest
     from e4t_cli.registry.weights import WeightsState
 
 HEADINGS = ("name", "source", "descriptor", "tuning", "weights", "licence")
@@ -40,8 +40,7 @@ def list_domains(json: Json = False) -> None:
     console = terminal.start(json=json)
     listings = installed_domains()
     if json:
-        rows = [_record(listing) for listing in listings]
-        return terminal.write_stdout(json_format.dumps(rows))
+        return terminal.write_stdout(json_format.dumps([_record(listing) for listing in listings]))
     console.table(HEADINGS, [_row(listing) for listing in listings])
     if not listings:
         console.note("no domain is installed; domains/README.md says how to write one")
@@ -49,27 +48,20 @@ def list_domains(json: Json = False) -> None:
 
 
 def _record(listing: Listing) -> dict[str, Any]:
-    about = {"name": listing.name, "source": source_text(listing), "reason": listing.reason}
-    return {**about, **(about_domain(listing.domain) if listing.domain else {})}
+    about = {"name": listing.name, "source": _source_text(listing), "reason": listing.reason}
+    return {**about, **(_about_domain(listing.domain) if listing.domain else {})}
 
 
 def _row(listing: Listing) -> tuple[str, ...]:
-    if listing.domain is None:
-        return (listing.name, source_text(listing), f"broken: {listing.reason}", "", "", "")
     record = _record(listing)
-    weights = "; ".join(f"{base} {state_text(one)}" for base, one in record["weights"].items())
-    blocked = f" ({listing.reason})" if listing.reason else ""
-    return (
-        listing.name,
-        record["source"],
-        listing.domain.descriptor,
-        tuning_text(listing.domain.tuning),
-        weights,
-        listing.domain.licence + blocked,
-    )
+    if listing.domain is None:
+        return (listing.name, record["source"], f"broken: {listing.reason}", "", "", "")
+    weights = "; ".join(f"{base} {_state_text(one)}" for base, one in record["weights"].items())
+    licence = record["licence"] + (f" ({listing.reason})" if listing.reason else "")
+    return (listing.name, record["source"], record["descriptor"], record["tuning"], weights, licence)
 
 
-def source_text(listing: Listing) -> str:
+def _source_text(listing: Listing) -> str:
     """Return the distribution and its version, or "user"."""
     return f"{listing.package} {listing.version}".strip()
 
@@ -82,16 +74,16 @@ def domain_info(name: DomainName, json: Json = False) -> None:
     console = terminal.start(json=json)
     listing = find_listing(name)
     assert listing.domain is not None
-    about: dict[str, Any] = {"source": source_text(listing), **about_domain(listing.domain)}
+    about: dict[str, Any] = {"source": _source_text(listing), **_about_domain(listing.domain)}
     if not json:
         del about["name"]
         for base, weights in about.pop("weights").items():
-            about[f"weights for {base}"] = state_text(weights, long=True)
+            about[f"weights for {base}"] = _state_text(weights, long=True)
             about |= {f"{base}: {key}": value for key, value in _lines(weights).items()}
     console.details(listing.domain.name, about)
 
 
-def about_domain(domain: Domain) -> dict[str, Any]:
+def _about_domain(domain: Domain) -> dict[str, Any]:
     """Return a domain as a record, with the state of its weights for each base."""
     from e4t_cli.registry.weights import weights_states  # imports pydantic: too slow for --help
 
@@ -99,13 +91,13 @@ def about_domain(domain: Domain) -> dict[str, Any]:
         "name": domain.name,
         "summary": domain.summary,
         "descriptor": domain.descriptor,
-        "tuning": tuning_text(domain.tuning),
+        "tuning": _tuning_text(domain.tuning),
         "licence": domain.licence,
         "weights": {state.base: _about_weights(state) for state in weights_states(domain)},
     }
 
 
-def state_text(weights: dict[str, Any], *, long: bool = False) -> str:
+def _state_text(weights: dict[str, Any], *, long: bool = False) -> str:
     """Return the state of domain weights in a few words, or with all details."""
     size = shown_size(weights["size"]) if weights.get("size") else ""
     text: str = weights["state"]
@@ -117,7 +109,7 @@ def state_text(weights: dict[str, Any], *, long: bool = False) -> str:
     return f"{text}: {more}" if long and more else text
 
 
-def tuning_text(config: TuningConfig) -> str:
+def _tuning_text(config: TuningConfig) -> str:
     """Return the tuning config in a few words."""
     mask = ", masked" if config.mask else ""
     return f"{config.steps} steps, rate {config.learning_rate:.3g}, regularization {config.reg_weight:g}{mask}"
@@ -126,27 +118,19 @@ def tuning_text(config: TuningConfig) -> str:
 def _about_weights(state: WeightsState) -> dict[str, Any]:
     plain = {key: getattr(state, key) for key in ("size", "location", "reason", "hint")}
     record = {"state": state.state, **{key: value for key, value in plain.items() if value}}
-    return record | (_about_card(state.manifest, state) if state.manifest else {})
-
-
-def _about_card(card: Manifest, state: WeightsState) -> dict[str, Any]:
-    assert state.folder is not None
+    manifest, folder = state.manifest, state.folder
+    if manifest is None or folder is None:
+        return record
+    texts = ("licence", "limits", "notes", "base_revision", "base_fingerprint", "base_config_hash", "image_tower")
+    files = manifest.files.items()
     return {
-        "tuning": tuning_text(card.tuning),
-        "pretraining": card.pretraining.as_dict(),
-        "folder": str(state.folder),
-        "images": card.images,
-        "licence": card.licence,
-        "limits": card.limits,
-        "notes": card.notes,
-        "base_revision": card.base_revision,
-        "base_fingerprint": card.base_fingerprint,
-        "base_config_hash": card.base_config_hash,
-        "image_tower": card.image_tower,
-        "files": {
-            name: {"bytes": (state.folder / name).stat().st_size, "sha256": sha256}
-            for name, sha256 in card.files.items()
-        },
+        **record,
+        "tuning": _tuning_text(manifest.tuning),
+        "pretraining": manifest.pretraining.as_dict(),
+        "folder": str(folder),
+        "images": manifest.images,
+        **{field: getattr(manifest, field) for field in texts},
+        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256} for name, sha256 in files},
     }
 
 
@@ -162,9 +146,8 @@ def _lines(weights: dict[str, Any]) -> dict[str, str]:
         **{key.replace("_", " "): weights[key] for key in ("image_tower", "licence", "limits", "notes")},
         "folder": weights["folder"],
     }
-    for name, file in weights["files"].items():
-        lines[name] = f"{file['bytes']:,} bytes, SHA-256 {file['sha256']}"
-    return lines
+    files = weights["files"].items()
+    return lines | {name: f"{file['bytes']:,} bytes, SHA-256 {file['sha256']}" for name, file in files}
 
 
 ADD_EXAMPLES = """
@@ -184,13 +167,10 @@ def add(source: Source, offline: Offline = False, json: Json = False, quiet: Qui
     with console.progress() as on_progress:
         added = add_domain(source, offline=offline, on_progress=on_progress)
     name, path = added.domain.name, str(added.folder)
-    console.product(
-        path,
-        {"type": "domain", "name": name, "base": added.manifest.base, "path": path,
-         "licence": added.manifest.licence},
-    )  # fmt: skip
-    console.note(f"licence: {added.manifest.licence or 'none stated'}")
-    console.note(f'try it: e4t personalize {name} PHOTO "S* on the beach" --base {added.manifest.base}')
+    base, licence = added.manifest.base, added.manifest.licence
+    console.product(path, {"type": "domain", "name": name, "base": base, "path": path, "licence": licence})
+    console.note(f"licence: {licence or 'none stated'}")
+    console.note(f'try it: e4t personalize {name} PHOTO "S* on the beach" --base {base}')
 
 
 def complete_user_domain(incomplete: str) -> list[str]:
@@ -217,10 +197,7 @@ def rm(name: UserDomainName, yes: Yes = False, json: Json = False, quiet: Quiet 
     console.product(path, {"type": "removed", "name": folder.name, "path": path})
 
 
-CHECK_EXAMPLES = """
-In a test: [bold]from e4t_cli import check_domain[/bold], then
-[bold]check_domain("my_dogs")[/bold]
-"""
+CHECK_EXAMPLES = 'In a test: [bold]from e4t_cli import check_domain[/bold], then\n[bold]check_domain("my_dogs")[/bold]'
 
 Subject = Annotated[
     str, typer.Argument(metavar="NAME|DIR", autocompletion=complete_domain, help="A domain, or a domain's folder.")
@@ -238,13 +215,9 @@ def check(subject: Subject, json: Json = False, quiet: Quiet = False) -> None:
     domain = folder if "/" in subject or (folder / "domain.toml").is_file() else subject
     for finding in examine_domain(domain):
         problems += bool(finding.problem)
-        word = "FAILED" if finding.problem else "ok"
-        message = finding.problem or finding.remark
-        console.product(
-            f"{word:7} {finding.subject}{': ' if message else ''}{message}",
-            {"type": "finding", "subject": finding.subject, "ok": not finding.problem,
-             "message": message},
-        )  # fmt: skip
+        message, ok = finding.problem or finding.remark, not finding.problem
+        line = f"{'ok' if ok else 'FAILED':7} {finding.subject}{': ' if message else ''}{message}"
+        console.product(line, {"type": "finding", "subject": finding.subject, "ok": ok, "message": message})
     if problems:
         raise E4TError(f"{problems} of the checks failed on {subject}")
 
@@ -261,23 +234,16 @@ Directory = Annotated[
 Descriptor = Annotated[
     str, typer.Option(metavar="WORD", help="The everyday word for such things.", show_default=False)
 ]
-Licence = Annotated[
-    str, typer.Option("--licence", "--license", metavar="NAME", show_default=False,
-                      help="Of the weights and the images they are made from.")
-]  # fmt: skip
+licence_option = functools.partial(typer.Option, "--licence", "--license", metavar="NAME", show_default=False)
+Licence = Annotated[str, licence_option(help="Of the weights and the images they are made from.")]
 Pack = Annotated[Path | None, typer.Option(metavar="DIR", help="Weights that `e4t pretrain` made, for the package.")]
 
 
 @app.command("new", epilog=NEW_EXAMPLES)
 def new(
-    name: NewName,
-    directory: Directory = None,
-    descriptor: Descriptor = "",
-    licence: Licence = "",
-    pack: Pack = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    name: NewName, directory: Directory = None, descriptor: Descriptor = "", licence: Licence = "",
+    pack: Pack = None, json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
     """Write a plug-in package with one domain, whose tests pass once it is installed."""
     from e4t_cli.registry.scaffold import new_domain  # imports pydantic: too slow for --help
 
@@ -287,30 +253,19 @@ def new(
     console.note(f"install it: pip install -e {folder}")
 
 
-PUSH_EXAMPLES = """
-Example: [bold]e4t domains push my_dogs me/e4t-my-dogs --licence CC0-1.0[/bold]
-"""
+PUSH_EXAMPLES = "Example: [bold]e4t domains push my_dogs me/e4t-my-dogs --licence CC0-1.0[/bold]"
 
 Repository = Annotated[str, typer.Argument(metavar="OWNER/REPO", help="The repository; made if there is none.")]
 Which = Annotated[str, typer.Option("--base", metavar="NAME", show_default=False, help="Which weights, of several.")]
-PushLicence = Annotated[
-    str, typer.Option("--licence", "--license", metavar="NAME", show_default=False,
-                      help="Of weights and images; default: the manifest's.")
-]  # fmt: skip
+PushLicence = Annotated[str, licence_option(help="Of weights and images; default: the manifest's.")]
 Public = Annotated[bool, typer.Option("--public", help="For everybody; otherwise it is private.")]
 
 
 @app.command("push", epilog=PUSH_EXAMPLES)
 def push(
-    name: DomainName,
-    repository: Repository,
-    base: Which = "",
-    licence: PushLicence = "",
-    public: Public = False,
-    yes: Yes = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    name: DomainName, repository: Repository, base: Which = "", licence: PushLicence = "",
+    public: Public = False, yes: Yes = False, json: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
     """Upload a domain's weights with a model card, into a private repository of yours.
 
     Weights can reveal the images they were made from: publish only what you may.
@@ -321,15 +276,11 @@ def push(
     console = terminal.start(json=json, quiet=quiet)
     domain = find_domain(name)
     how = "publicly" if public else "privately"
-    question = f"upload the weights of {domain.name} to {repository}, {how}?"
-    console.confirm(yes, question, verb="upload")
+    console.confirm(yes, f"upload the weights of {domain.name} to {repository}, {how}?", verb="upload")
     with console.progress() as on_progress:
         done = publish_domain(
             domain, repository, base=base, licence=licence, private=not public, on_progress=on_progress
         )
-    console.product(
-        done.location,
-        {"type": "repository", "name": domain.name, "base": done.manifest.base,
-         "location": done.location, "private": done.private, "bytes": done.size},
-    )  # fmt: skip
+    record = {"type": "repository", "name": domain.name, "base": done.manifest.base, "location": done.location}
+    console.product(done.location, {**record, "private": done.private, "bytes": done.size})
     console.note(f"others: e4t domains add {done.location}")

@@ -64,9 +64,8 @@ def e4t_diffusion(
 ) -> None:
     """Make a domain of a checkpoint of mkshing/e4t-diffusion.
 
-    Its files are pickles: they are read once, with torch's restricted loader, by a process that
-    has no network, and kept as safetensors. The domain's folder goes to stdout, with --save the
-    concept's file instead.
+    Its files are pickles: they are read once, with torch's restricted loader, by a process that has no network, and
+    kept as safetensors. The domain's folder goes to stdout, with --save the concept's file instead.
     """
     console = terminal.start()
     if image is not None and save is None:
@@ -75,9 +74,8 @@ def e4t_diffusion(
 
     with console.progress() as on_progress:
         asked: ImportKeywords = {
-            "name": flags.name, "base": flags.base, "licence": flags.licence,
-            "normalised_patches": flags.normalised_patches, "device": flags.device,
-            "dtype": flags.dtype, "on_progress": on_progress,
+            "name": flags.name, "base": flags.base, "licence": flags.licence, "device": flags.device,
+            "dtype": flags.dtype, "normalised_patches": flags.normalised_patches, "on_progress": on_progress,
         }  # fmt: skip
         if save is None:
             made = importing.import_checkpoint(folder, **asked)
@@ -85,8 +83,8 @@ def e4t_diffusion(
             made = importing.import_concept(folder, save, image=image, **asked)
     console.note(made.summary)
     if save is None:
-        record = {"type": "domain", "name": made.name, "base": made.base}
-        console.product(str(made.folder), {**record, "path": str(made.folder)})
+        path = str(made.folder)
+        console.product(path, {"type": "domain", "name": made.name, "base": made.base, "path": path})
         console.note(f'try it: e4t personalize {made.name} PHOTO "S* on the beach" --base {made.base}')
     else:
         console.product(str(save), {"type": "concept", "name": made.name, "path": str(save)})
@@ -101,23 +99,16 @@ e4t export me.e4t ./me-lora.safetensors --lora 64
 """
 
 Target = Annotated[Path, typer.Argument(metavar="FOLDER|FILE.safetensors", help="Where to; it must not exist.")]
-Lora = Annotated[
-    int | None,
-    typer.Option("--lora", metavar="RANK", min=1, max=1024, show_default=False,
-                 help="Only what was learned, as a LoRA of this rank, into FILE.safetensors."),
-]  # fmt: skip
+Lora = Annotated[int | None, typer.Option(
+    metavar="RANK", min=1, max=1024, show_default=False,
+    help="Only what was learned, as a LoRA of this rank, into FILE.safetensors.")]  # fmt: skip
 
 
 @options.grouped
 def export(
-    concept: Saved,
-    path: Target,
-    run: options.RunFlags,
-    terminal: options.TerminalFlags,
-    lora: Lora = None,
-    placeholder: OwnPlaceholder = None,
-    vram: options.Vram = "auto",
-) -> None:
+    concept: Saved, path: Target, run: options.RunFlags, terminal: options.TerminalFlags, lora: Lora = None,
+    placeholder: OwnPlaceholder = None, vram: options.Vram = "auto",
+) -> None:  # fmt: skip
     """Export a saved concept as a plain Stable Diffusion, for other programs.
 
     A folder is for diffusers and what reads its folders: the tuned model, with one more word in
@@ -143,7 +134,5 @@ def export(
     console.product(str(made.path), record)
     if lora is not None:
         console.note(f"rank {lora} holds {made.retained_energy:.0%} of what tuning changed")
-    console.note(
-        f"in prompts it is {printable(made.token)}; {made.variation:.0%} of the word changes with "
-        "the noise level, and is left out"
-    )
+    left_out = f"{made.variation:.0%} of the word changes with the noise level, and is left out"
+    console.note(f"in prompts it is {printable(made.token)}; {left_out}")

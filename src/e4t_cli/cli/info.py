@@ -49,8 +49,7 @@ def _concept(file: Path) -> dict[str, Any]:
     try:
         concept = Concept.load(file)
     except E4TError as error:
-        hint = "e4t info reads PNG images and concepts (me.e4t)"
-        raise type(error)(error.message, hint=hint) from error
+        raise type(error)(error.message, hint="e4t info reads PNG images and concepts (me.e4t)") from error
     width, height = concept.prepared.image.size
     return {
         "type": "concept",
@@ -79,14 +78,14 @@ def doctor(json: Json = False) -> None:
     Nothing is fetched, and no secret is shown.
     """
     console = terminal.start(json=json)
-    from e4t_cli.files import free_bytes
+    from e4t_cli.devices import likely_accelerator
+    from e4t_cli.files import free_bytes, shown_size
     from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
     from e4t_cli.hub.image_tower import has_tower
     from e4t_cli.hub.paths import endpoint, hub_cache, is_offline, user_cache
     from e4t_cli.hub.repo_info import has_token
-    from e4t_cli.hub.resolve import is_cached, likely_accelerator
+    from e4t_cli.hub.resolve import is_cached
 
-    names = [*EMBEDDED, *PUBLISHED]
     about: dict[str, Any] = {
         "e4t": __version__,
         "python": platform.python_version(),
@@ -101,15 +100,12 @@ def doctor(json: Json = False) -> None:
         "free there": free_bytes(hub_cache()),
         "own cache": str(user_cache()),
         "free in own": free_bytes(user_cache()),
-        "bases here": [name for name in names if is_cached(name, tower=False)],
+        "bases here": [name for name in (*EMBEDDED, *PUBLISHED) if is_cached(name, tower=False)],
         "image tower": has_tower(),
         "domains": _domains(),
     }
     if not json:
-        from e4t_cli.files import shown_size
-
-        about["free there"] = shown_size(about["free there"])
-        about["free in own"] = shown_size(about["free in own"])
+        about |= {key: shown_size(about[key]) for key in ("free there", "free in own")}
         about["bases here"] = ", ".join(about["bases here"])
     console.details("doctor", about)
 

@@ -27,8 +27,14 @@ if TYPE_CHECKING:
         RunKeywords,
     )
 
-IMAGES, SAMPLING, TUNING, OUTPUT = "Images", "Sampling", "Tuning", "Output"
-NETWORK, PHOTO, DEVICE = "Network", "Photo", "Device"
+# Options, by their panel of the help.
+images_option = functools.partial(typer.Option, rich_help_panel="Images")
+sampling_option = functools.partial(typer.Option, rich_help_panel="Sampling")
+tuning_option = functools.partial(typer.Option, rich_help_panel="Tuning")
+photo_option = functools.partial(typer.Option, rich_help_panel="Photo")
+device_option = functools.partial(typer.Option, rich_help_panel="Device")
+network_option = functools.partial(typer.Option, rich_help_panel="Network")
+output_option = functools.partial(typer.Option, rich_help_panel="Output")
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -41,14 +47,13 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)}
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
-        if name in groups:
-            types = get_type_hints(groups[name], include_extras=True)
-            parameters += [
-                parameter.replace(name=one.name, default=one.default, annotation=types[one.name])
-                for one in fields(groups[name])
-            ]
-        else:
-            parameters.append(parameter.replace(annotation=hints[name]))
+        one = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+        if name not in groups:
+            parameters.append(one)
+            continue
+        types = get_type_hints(groups[name], include_extras=True)
+        for field in fields(groups[name]):
+            parameters.append(one.replace(name=field.name, default=field.default, annotation=types[field.name]))
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -57,9 +62,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**given, **values)
 
-    keyword_only = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
-    run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined] # PEP 362
-    run.__annotations__ = {one.name: one.annotation for one in keyword_only}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # PEP 362
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
     return run
 
 
@@ -79,43 +83,30 @@ def _go_offline(offline: bool) -> bool:
     return offline
 
 
-DomainName = Annotated[
-    str,
-    typer.Argument(metavar="DOMAIN", autocompletion=complete_domain,
-                   help="What kind of thing it is: see `e4t domains list`."),
-]  # fmt: skip
-Placeholder = Annotated[
-    str, typer.Option(rich_help_panel=IMAGES, help="Another word for the concept, such as '<me>'.")
-]
-Device = Annotated[
-    str, typer.Option(envvar="E4T_DEVICE", rich_help_panel=DEVICE, help="auto, cpu, cuda, cuda:1, mps.")
-]
-Dtype = Annotated[str, typer.Option(envvar="E4T_DTYPE", rich_help_panel=DEVICE, help="auto, fp32, bf16 or fp16.")]
-Vram = Annotated[
-    str,
-    typer.Option(envvar="E4T_VRAM", metavar="GB|auto", rich_help_panel=DEVICE,
-                 help="Memory limit: 6, 8, 12 … or auto for what is free."),
-]  # fmt: skip
-Offline = Annotated[
-    bool,
-    typer.Option("--offline", envvar="E4T_OFFLINE", callback=_go_offline, rich_help_panel=NETWORK,
-                 help="Use what is on this machine, and open no connection."),
-]  # fmt: skip
-Json = Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="One JSON object a line on stdout.")]
-Yes = Annotated[bool, typer.Option("-y", "--yes", rich_help_panel=OUTPUT, help="Do not ask.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", rich_help_panel=OUTPUT, help="Only errors on stderr.")]
-
-
 # fmt: off
+DomainName = Annotated[str, typer.Argument(
+    metavar="DOMAIN", autocompletion=complete_domain, help="What kind of thing it is: see `e4t domains list`.")]
+Placeholder = Annotated[str, images_option(help="Another word for the concept, such as '<me>'.")]
+Device = Annotated[str, device_option(envvar="E4T_DEVICE", help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, device_option(envvar="E4T_DTYPE", help="auto, fp32, bf16 or fp16.")]
+Vram = Annotated[str, device_option(
+    envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12 … or auto for what is free.")]
+Offline = Annotated[bool, network_option(
+    "--offline", envvar="E4T_OFFLINE", callback=_go_offline,
+    help="Use what is on this machine, and open no connection.")]
+Json = Annotated[bool, output_option("--json", help="One JSON object a line on stdout.")]
+Yes = Annotated[bool, output_option("-y", "--yes", help="Do not ask.")]
+Quiet = Annotated[bool, output_option("-q", "--quiet", help="Only errors on stderr.")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TerminalFlags:
     """How much a command prints, and in which form."""
 
     json: Json = False
     quiet: Quiet = False
-    verbose: Annotated[int, typer.Option(
-        "-v", "--verbose", count=True, rich_help_panel=OUTPUT,
-        help="More on stderr; -vv also shows tracebacks.")] = 0
+    verbose: Annotated[int, output_option(
+        "-v", "--verbose", count=True, help="More on stderr; -vv also shows tracebacks.")] = 0
 
     def start(self, *, quiet: bool = False) -> console.Console:
         """Return the console of the command."""
@@ -126,24 +117,19 @@ class TerminalFlags:
 class RunFlags:
     """The base, the device and the network: `api.options.RunOptions`."""
 
-    base: Annotated[str, typer.Option(
-        rich_help_panel=IMAGES,
+    base: Annotated[str, images_option(
         help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder.")] = "auto"
     device: Device = "auto"
     dtype: Dtype = "auto"
     offline: Offline = False
-    accept_license: Annotated[bool, typer.Option(
-        "--accept-license", rich_help_panel=NETWORK,
-        help="Accept the licences of what has to be fetched; remembered.")] = False
+    accept_license: Annotated[bool, network_option(
+        "--accept-license", help="Accept the licences of what has to be fetched; remembered.")] = False
 
-    def run_keywords(
-        self, terminal: console.Console, on_progress: ProgressCallback | None = None
-    ) -> RunKeywords:
+    def run_keywords(self, terminal: console.Console, on_progress: ProgressCallback | None = None) -> RunKeywords:
         """Return the keywords of the library; the user is asked at the terminal, if at all."""
         return {
-            "base": self.base, "device": self.device, "dtype": self.dtype,
-            "offline": self.offline, "accept_license": terminal.consent(self.accept_license),
-            "on_progress": on_progress,
+            "base": self.base, "device": self.device, "dtype": self.dtype, "offline": self.offline,
+            "accept_license": terminal.consent(self.accept_license), "on_progress": on_progress,
         }
 
 
@@ -152,32 +138,24 @@ class PromptFlags:
     """What is generated, and how often."""
 
     prompts: Annotated[list[str] | None, typer.Argument(
-        metavar="PROMPT...",
-        help="In quotes, with S* where the concept goes; - reads lines of stdin.")] = None
-    prompts_file: Annotated[str | None, typer.Option(
-        "-f", "--prompts-file", metavar="FILE", rich_help_panel=IMAGES,
-        help="More prompts, one a line; - for stdin.")] = None
-    num_images: Annotated[int, typer.Option(
-        "-n", "--num-images", min=1, rich_help_panel=IMAGES, help="Images per prompt.")] = 1
-    seed: Annotated[int | None, typer.Option(
-        min=0, max=2**32 - 1, rich_help_panel=IMAGES,
-        help="Image i of a prompt uses SEED + i. Not given: random, and reported.")] = None
+        metavar="PROMPT...", help="In quotes, with S* where the concept goes; - reads lines of stdin.")] = None
+    prompts_file: Annotated[str | None, images_option(
+        "-f", "--prompts-file", metavar="FILE", help="More prompts, one a line; - for stdin.")] = None
+    num_images: Annotated[int, images_option("-n", "--num-images", min=1, help="Images per prompt.")] = 1
+    seed: Annotated[int | None, images_option(
+        min=0, max=2**32 - 1, help="Image i of a prompt uses SEED + i. Not given: random, and reported.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
     """Fields of `SamplingConfig`."""
 
-    steps: Annotated[int | None, typer.Option(
-        min=1, rich_help_panel=SAMPLING, help="Denoising steps of each image.")] = None
-    guidance: Annotated[float | None, typer.Option(
-        min=0.0, rich_help_panel=SAMPLING, help="Scale of classifier-free guidance.")] = None
-    scheduler: Annotated[str | None, typer.Option(
-        rich_help_panel=SAMPLING, help="dpm++, ddim, euler and other samplers.")] = None
-    negative_prompt: Annotated[str | None, typer.Option(
-        rich_help_panel=SAMPLING, help="What the images should not show.")] = None
-    concept_scale: Annotated[float | None, typer.Option(
-        min=0.0, max=2.0, rich_help_panel=SAMPLING, show_default=False,
+    steps: Annotated[int | None, sampling_option(min=1, help="Denoising steps of each image.")] = None
+    guidance: Annotated[float | None, sampling_option(min=0.0, help="Scale of classifier-free guidance.")] = None
+    scheduler: Annotated[str | None, sampling_option(help="dpm++, ddim, euler and other samplers.")] = None
+    negative_prompt: Annotated[str | None, sampling_option(help="What the images should not show.")] = None
+    concept_scale: Annotated[float | None, sampling_option(
+        min=0.0, max=2.0, show_default=False,
         help="Scale of the learned concept, 1 by default; less follows the prompt more.")] = None
 
     def given(self) -> dict[str, Any]:
@@ -190,61 +168,50 @@ class GenerateFlags(RunFlags):
     """`api.options.GenerateOptions`."""
 
     vram: Vram = "auto"
-    no_safety_checker: Annotated[bool, typer.Option(
-        "--no-safety-checker", rich_help_panel=OUTPUT,
-        help="Keep images that the base's safety checker would withhold.")] = False
+    no_safety_checker: Annotated[bool, output_option(
+        "--no-safety-checker", help="Keep images that the base's safety checker would withhold.")] = False
 
     def generate_keywords(
         self, terminal: console.Console, on_progress: ProgressCallback, on_image: ImageCallback
     ) -> GenerateKeywords:
         """Return the keywords of the library."""
-        return {
-            **self.run_keywords(terminal, on_progress),
-            "vram": self.vram, "safety_checker": not self.no_safety_checker, "on_image": on_image,
-        }
+        run, checker = self.run_keywords(terminal, on_progress), not self.no_safety_checker
+        return {**run, "vram": self.vram, "safety_checker": checker, "on_image": on_image}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalizeFlags(GenerateFlags):
     """`api.options.PersonalizeOptions`."""
 
-    tuning: Annotated[str | None, typer.Option(
-        metavar="full|lora", rich_help_panel=TUNING,
-        help="All weights, as the paper does, or LoRA: less memory, small concepts.")] = None
-    tune_steps: Annotated[int | None, typer.Option(
-        min=0, rich_help_panel=TUNING,
-        help="Tuning steps on the photo; 0 keeps the encoder's first estimate.")] = None
-    keep_weights: Annotated[bool, typer.Option(
-        "--keep-weights", rich_help_panel=OUTPUT,
-        help="Save the tuned weights too: a large file, usable without tuning again.")] = False
-    mask: Annotated[str, typer.Option(
-        metavar="FILE|auto|none|words:...", rich_help_panel=PHOTO,
+    tuning: Annotated[str | None, tuning_option(
+        metavar="full|lora", help="All weights, as the paper does, or LoRA: less memory, small concepts.")] = None
+    tune_steps: Annotated[int | None, tuning_option(
+        min=0, help="Tuning steps on the photo; 0 keeps the encoder's first estimate.")] = None
+    keep_weights: Annotated[bool, output_option(
+        "--keep-weights", help="Save the tuned weights too: a large file, usable without tuning again.")] = False
+    mask: Annotated[str, photo_option(
+        metavar="FILE|auto|none|words:...",
         help="Which part of the photo is the concept: a file is white there; 'words:a cat' is "
              "text-prompted; auto is the domain's way.")] = "auto"
-    face: Annotated[str, typer.Option(
-        "--face", metavar="largest|left|right|N", rich_help_panel=PHOTO,
-        help="Which of several faces; 1 is the leftmost.")] = "largest"
-    no_align: Annotated[bool, typer.Option(
-        "--no-align", rich_help_panel=PHOTO,
-        help="Take the centred square; do not rotate and crop around the face.")] = False
-    require_face: Annotated[bool, typer.Option(
-        "--require-face", rich_help_panel=PHOTO,
+    face: Annotated[str, photo_option(
+        metavar="largest|left|right|N", help="Which of several faces; 1 is the leftmost.")] = "largest"
+    no_align: Annotated[bool, photo_option(
+        "--no-align", help="Take the centred square; do not rotate and crop around the face.")] = False
+    require_face: Annotated[bool, photo_option(
+        "--require-face",
         help="End with code 3 if there is no face, instead of continuing without a mask.")] = False
 
     def photo_keywords(self) -> PhotoKeywords:
         """Return the keywords of `api.options.PhotoOptions`."""
-        return {
-            "mask": self.mask, "align": not self.no_align,
-            "face": self.face, "require_face": self.require_face,
-        }
+        align = not self.no_align
+        return {"mask": self.mask, "align": align, "face": self.face, "require_face": self.require_face}
 
     def personalize_keywords(
         self, generating: GenerateKeywords, on_prepared: PreparedCallback | None
     ) -> PersonalizeKeywords:
         """Return the keywords of the library."""
         return {
-            **generating, **self.photo_keywords(),
-            "tuning": self.tuning, "tune_steps": self.tune_steps,
+            **generating, **self.photo_keywords(), "tuning": self.tuning, "tune_steps": self.tune_steps,
             "keep_weights": self.keep_weights, "on_prepared": on_prepared,
         }
 
@@ -253,27 +220,20 @@ class PersonalizeFlags(GenerateFlags):
 class OutputFlags:
     """Where images go, and what is beside them."""
 
-    out: Annotated[Path, typer.Option(
-        "-o", "--out", metavar="DIR", rich_help_panel=OUTPUT,
+    out: Annotated[Path, output_option(
+        "-o", "--out", metavar="DIR",
         help="Folder for the images; nothing in it is ever overwritten.")] = Path("outputs")
-    grid: Annotated[bool, typer.Option(
-        "--grid", rich_help_panel=OUTPUT,
-        help="Also a captioned contact sheet, the photo first.")] = False
-    no_metadata: Annotated[bool, typer.Option(
-        "--no-metadata", rich_help_panel=OUTPUT,
-        help="Keep prompts and settings out of the files; the AI mark stays.")] = False
+    grid: Annotated[bool, output_option("--grid", help="Also a captioned contact sheet, the photo first.")] = False
+    no_metadata: Annotated[bool, output_option(
+        "--no-metadata", help="Keep prompts and settings out of the files; the AI mark stays.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalizeOutputFlags(OutputFlags):
     """What `personalize` saves beside images."""
 
-    save: Annotated[Path | None, typer.Option(
-        "--save", metavar="FILE.e4t", rich_help_panel=OUTPUT,
-        help="Keep the concept for `e4t generate`.")] = None
-    save_prepared: Annotated[Path | None, typer.Option(
-        "--save-prepared", metavar="FILE.png|DIR", rich_help_panel=PHOTO,
-        help="Save the cropped photo, and its mask in a second file; "
-             "without prompts that is all.")] = None
-    dry_run: Annotated[bool, typer.Option(
-        "--dry-run", rich_help_panel=OUTPUT, help="Check, print the plan, and end.")] = False
+    save: Annotated[Path | None, output_option(metavar="FILE.e4t", help="Keep the concept for `e4t generate`.")] = None
+    save_prepared: Annotated[Path | None, photo_option(
+        metavar="FILE.png|DIR",
+        help="Save the cropped photo, and its mask in a second file; without prompts that is all.")] = None
+    dry_run: Annotated[bool, output_option("--dry-run", help="Check, print the plan, and end.")] = False

@@ -1,46 +1,233 @@
-"""``e4t personalize`` and ``e4t generate``: images of a concept, from a photo or a saved one."""
+"""``e4t personalize`` and ``e4t generate``: images of a concept, from a photo or a saved one.
+
+Prompts come from arguments, a file and stdin, and are checked before torch is imported. Each image is saved as soon as
+it is generated, and its path goes to stdout.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from e4t_cli.cli import options
-from e4t_cli.cli.io import STDIN, ImageSaver, PreparedSaver, gather_prompts
-from e4t_cli.errors import UsageError, printable
+from e4t_cli.cli.console import Console
+from e4t_cli.devices import peak_memory
+from e4t_cli.errors import InputError, PartialResult, UsageError, printable
+from e4t_cli.prompts import PLACEHOLDER, parse_prompt, slug
 
-GENERATE_EXAMPLES = """
-Example: e4t generate me.e4t "S* on the beach" "a pencil sketch of S*" -n 4 --grid
-"""
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from e4t_cli.images.results import GeneratedImage, Personalization
+    from e4t_cli.registry.domain import PreparedImage
+
+STDIN = "-"
+MAX_FILE_BYTES = 4_000_000  # a list of prompts, not a book
+
+
+def gather_prompts(
+    arguments: Sequence[str], file: str | None, *, placeholder: str | None, stdin_taken: bool = False
+) -> list[str]:
+    """Return all prompts in the order given: arguments first, then the file's lines; ``-`` is stdin.
+
+    Args:
+        placeholder: the word that stands for the concept; None if only the concept's file knows.
+        stdin_taken: the photo comes from stdin already.
+
+    Raises:
+        UsageError: two inputs want stdin, or a prompt does not name the concept.
+        InputError: the file cannot be read as text.
+    """
+    if [*arguments, file].count(STDIN) + stdin_taken > 1:
+        raise UsageError("only one input can be - (stdin)", hint="give the others as files")
+    prompts = [line for one in arguments for line in (_lines(STDIN) if one == STDIN else [one])]
+    prompts += _lines(file) if file is not None else []
+    if placeholder is not None:
+        try:
+            for prompt in prompts:
+                parse_prompt(prompt, placeholder or PLACEHOLDER)
+        except UsageError as error:
+            hint = _shell_hint(arguments, placeholder or PLACEHOLDER) or error.hint
+            raise UsageError(error.message, hint=hint) from None
+    return prompts
+
+
+def _lines(source: str) -> list[str]:
+    shown = "stdin" if source == STDIN else printable(source)
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if source == STDIN else Path(source).open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise InputError(f"{shown} is longer than {MAX_FILE_BYTES // 10**6} MB of prompts")
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shown} is not UTF-8 text: {error.reason}") from None
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {shown}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shown} cannot be read: {error}") from None
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise InputError(f"{shown} has no prompts; put one on each line")
+    return found
+
+
+def _shell_hint(arguments: Sequence[str], placeholder: str) -> str | None:
+    """Return a hint for a prompt without quotes: the shell split it, and may have expanded ``S*``.
+
+    ``e4t personalize face me.jpg S* as an astronaut`` arrives as single words, and in a folder with ``Screenshot.png``
+    the shell puts that name where ``S*`` stood.
+    """
+    if any(Path(word).exists() for word in arguments if 0 < len(word) < 256 and "\0" not in word):
+        return (
+            f'a file\'s name stands in place of a prompt: quote the prompt, as in "{placeholder} as an astronaut", '
+            "so that the shell does not expand the *; or choose another word with --placeholder '<me>'"
+        )
+    if len(arguments) > 1 and all(len(word.split()) == 1 for word in arguments):
+        first = placeholder if placeholder.casefold() != arguments[0].casefold() else arguments[0]
+        words = [word for word in arguments if word.casefold() != placeholder.casefold()]
+        return f'quote the prompt: "{printable(" ".join([first, *words]))}"'
+    return None
+
+
+class PreparedSaver:
+    """Saves a prepared image and, in a second file, its mask; prints both paths.
+
+    Args:
+        path: a folder, or the name of a PNG file that does not exist; the mask's file has "-mask" in its name.
+        photo: as it was given on the command line; names the files in a folder.
+
+    Raises:
+        UsageError: the path cannot be written to, or exists.
+    """
+
+    def __init__(self, console: Console, path: Path, photo: str) -> None:
+        from e4t_cli.images.results import check_folder
+
+        self.console = console
+        self.file = None if path.is_dir() or not path.suffix else path
+        self.folder = path if self.file is None else path.parent
+        self.stem = f"{slug('photo' if photo == STDIN else Path(photo).stem, limit=40)}-prepared"
+        if self.file is not None:
+            if self.file.suffix.lower() != ".png":
+                raise UsageError(f"{printable(str(path))} is not the name of a PNG file", hint="such as face.png")
+            for file in (self.file, _mask_of(self.file)):
+                _check_free(file)
+        check_folder(self.folder)
+
+    def __call__(self, prepared: PreparedImage) -> None:
+        """Save the image and its mask."""
+        image = self._write(self.file, self.stem, prepared.image)
+        record = {"type": "prepared", "path": str(image)}
+        if prepared.mask is None:
+            return self.console.product(str(image), record)
+        file = None if self.file is None else _mask_of(self.file)
+        mask = self._write(file, _mask_of(image).stem, prepared.mask)
+        self.console.product(str(image), {**record, "mask": str(mask)})
+        return self.console.product(str(mask), {"type": "mask", "path": str(mask)})
+
+    def _write(self, file: Path | None, stem: str, image: Image) -> Path:
+        from e4t_cli.files import write_atomically
+        from e4t_cli.images.results import write_new
+
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        if file is None:
+            return write_new(self.folder, stem, data.getvalue())
+        try:
+            write_atomically(file, data.getvalue(), overwrite=False)
+        except FileExistsError:
+            _check_free(file)  # meanwhile it is taken
+            raise
+        return file
+
+
+def _mask_of(file: Path) -> Path:
+    return file.with_name(f"{file.stem}-mask{file.suffix}")
+
+
+def _check_free(file: Path) -> None:
+    if file.exists():
+        raise UsageError(f"{printable(str(file))} exists and is not overwritten", hint="use another name")
+
+
+class ImageSaver:
+    """Saves the images, the contact sheet and the concept of one command; prints every path.
+
+    Args:
+        out: the folder; created now, so that a wrong one fails before tuning.
+        metadata: whether prompts and settings go into the files.
+        grid: whether there will be a contact sheet.
+        concept: the concept's file, which must not exist; None saves none.
+
+    Raises:
+        UsageError: one of the paths cannot be written to.
+    """
+
+    def __init__(
+        self, console: Console, out: Path, *, metadata: bool = True, grid: bool = False, concept: Path | None = None
+    ) -> None:
+        from e4t_cli.images.results import check_folder
+
+        self.console, self.out = console, check_folder(out)
+        self.metadata, self.grid, self.concept = metadata, grid, concept
+        if concept is not None:
+            _check_free(concept)
+            check_folder(concept.parent)
+
+    def save(self, image: GeneratedImage) -> None:
+        """Save one image at once: a later interrupt does not lose it."""
+        path = image.save(self.out, include_prompts=self.metadata)
+        self.console.product(str(path), {"type": "image", "path": str(path), **image.record.as_dict()})
+
+    def finish(self, result: Personalization) -> None:
+        """Save the contact sheet and the concept, then report the seed and the time.
+
+        Raises:
+            PartialResult: the safety checker withheld images.
+        """
+        if self.grid and result.images:
+            path = result.save_grid(self.out, include_prompts=self.metadata)
+            self.console.product(str(path), {"type": "grid", "path": str(path)})
+        if self.concept is not None:
+            result.concept.save(self.concept)
+            self.console.product(str(self.concept), {"type": "concept", "path": str(self.concept)})
+        for record in result.withheld if self.console.json else ():
+            self.console.product("", {"type": "withheld", **record.as_dict(include_prompts=self.metadata)})
+        seconds = ", ".join(f"{k} {v:.1f}" for k, v in result.timings.as_dict().items() if v)
+        self.console.note(f"seed {result.seed}; {result.timings.total:.1f} s: {seconds}")
+        self.console.detail(f"peak memory {peak_memory() / 2**20:.0f} MB")
+        if result.withheld:
+            withheld, wanted = len(result.withheld), len(result.images) + len(result.withheld)
+            message = f"the safety checker withheld {withheld} of {wanted} images"
+            raise PartialResult(message, hint="try another --seed or prompt; --no-safety-checker if it is mistaken")
+
+
+GENERATE_EXAMPLES = 'Example: e4t generate me.e4t "S* on the beach" "a pencil sketch of S*" -n 4 --grid'
 
 Saved = Annotated[Path, typer.Argument(metavar="CONCEPT", help="A file made with `e4t personalize --save`.")]
 Photo = Annotated[str, typer.Argument(metavar="IMAGE", help="The one photo: a file, or -.")]
 OwnPlaceholder = Annotated[
-    str | None,
-    typer.Option("--placeholder", rich_help_panel=options.IMAGES,
-                 help="Another word for the concept; by default the one it was saved with."),
-]  # fmt: skip
+    str | None, options.images_option(help="Another word for the concept; by default the one it was saved with.")
+]
 
 
 def check_concept(concept: Path) -> None:
-    """Raise `UsageError` if there is no such file."""
     if not concept.is_file():
-        shown = printable(str(concept))
-        raise UsageError(f"there is no file {shown}", hint="make one: e4t personalize … --save")
+        raise UsageError(f"there is no file {printable(str(concept))}", hint="make one: e4t personalize … --save")
 
 
 @options.grouped
 def generate(
-    concept: Saved,
-    prompts: options.PromptFlags,
-    sampling: options.SamplingFlags,
-    run: options.GenerateFlags,
-    output: options.OutputFlags,
-    terminal: options.TerminalFlags,
-    placeholder: OwnPlaceholder = None,
-) -> None:
+    concept: Saved, prompts: options.PromptFlags, sampling: options.SamplingFlags, run: options.GenerateFlags,
+    output: options.OutputFlags, terminal: options.TerminalFlags, placeholder: OwnPlaceholder = None,
+) -> None:  # fmt: skip
     """Generate images of a saved concept.
 
     The concept is tuned again to the same bits, in seconds, unless it was saved with its weights.
@@ -56,14 +243,9 @@ def generate(
     saver = ImageSaver(console, output.out, metadata=not output.no_metadata, grid=output.grid)
     with console.progress() as on_progress:
         result = api.generate(
-            concept,
-            wanted,
-            num_images_per_prompt=prompts.num_images,
-            seed=prompts.seed,
-            sampling=sampling.given(),
-            placeholder=placeholder,
-            **run.generate_keywords(console, on_progress, saver.save),
-        )
+            concept, wanted, num_images_per_prompt=prompts.num_images, seed=prompts.seed, sampling=sampling.given(),
+            placeholder=placeholder, **run.generate_keywords(console, on_progress, saver.save),
+        )  # fmt: skip
     saver.finish(result)
 
 
@@ -77,15 +259,10 @@ curl -sL URL | e4t personalize face - "S* in the snow" --save me.e4t
 
 @options.grouped
 def personalize(
-    domain: options.DomainName,
-    image: Photo,
-    prompts: options.PromptFlags,
-    sampling: options.SamplingFlags,
-    run: options.PersonalizeFlags,
-    output: options.PersonalizeOutputFlags,
-    terminal: options.TerminalFlags,
+    domain: options.DomainName, image: Photo, prompts: options.PromptFlags, sampling: options.SamplingFlags,
+    run: options.PersonalizeFlags, output: options.PersonalizeOutputFlags, terminal: options.TerminalFlags,
     placeholder: options.Placeholder = "S*",
-) -> None:
+) -> None:  # fmt: skip
     """Learn a face, a cat, a style from one photo, and generate images of it.
 
     Saved paths go to stdout, one a line. A prompt that begins with a dash goes behind `--`.
@@ -108,31 +285,21 @@ def personalize(
 
     if output.dry_run:
         plan = api.plan(
-            domain,
-            image,
-            wanted,
-            num_images_per_prompt=prompts.num_images,
-            placeholder=placeholder,
-            **run.run_keywords(console),
-        )
+            domain, image, wanted, num_images_per_prompt=prompts.num_images, placeholder=placeholder,
+            tuning=run.tuning, tune_steps=run.tune_steps, **run.run_keywords(console),
+        )  # fmt: skip
         return console.details("plan", {**plan, "folder": str(output.out)})
     prepared_saver = None if save_prepared is None else PreparedSaver(console, save_prepared, image)
     if prepared_saver and not wanted and save is None:
         with console.progress() as on_progress:
-            asked = run.run_keywords(console, on_progress)
-            prepared = api.prepare(domain, image, **asked, **run.photo_keywords())
+            keywords = run.run_keywords(console, on_progress)
+            prepared = api.prepare(domain, image, **keywords, **run.photo_keywords())
         return prepared_saver(prepared)
     saver = ImageSaver(console, output.out, metadata=not output.no_metadata, grid=output.grid, concept=save)
     with console.progress() as on_progress:
-        keywords = run.generate_keywords(console, on_progress, saver.save)
+        asked = run.generate_keywords(console, on_progress, saver.save)
         result = api.personalize(
-            domain,
-            image,
-            wanted,
-            num_images_per_prompt=prompts.num_images,
-            seed=prompts.seed,
-            sampling=sampling.given(),
-            placeholder=placeholder,
-            **run.personalize_keywords(keywords, prepared_saver),
-        )
+            domain, image, wanted, num_images_per_prompt=prompts.num_images, seed=prompts.seed,
+            sampling=sampling.given(), placeholder=placeholder, **run.personalize_keywords(asked, prepared_saver),
+        )  # fmt: skip
     return saver.finish(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,64 +20,45 @@ EXAMPLES = """
 Example: [bold]e4t pretrain --domain my_dogs --data ./dogs --dry-run[/bold], then without
 [bold]--dry-run[/bold], then [bold]e4t personalize my_dogs rex.jpg "S* on the beach"[/bold]
 """
-IMAGES, TRAINING, RUN = "Images", "Training", "The run"
-
-Name = Annotated[str, typer.Option("--domain", metavar="NAME", help="Its name: a-z, 0-9, - and _.")]
-Data = Annotated[
-    str,
-    typer.Option("--data", metavar="SOURCE",
-                 help="A folder; shards: a .tar, 'x-{000..099}.tar', a list of them in a .txt; "
-                      "a dataset: hf://owner/name, a saved folder, a .parquet."),
-]  # fmt: skip
-Seed = Annotated[int, typer.Option("--seed", min=0, rich_help_panel=TRAINING, help="Of weights, noise and order.")]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", rich_help_panel=RUN,
-                 help="Open the images, measure a few steps, print the cost, and end."),
-]  # fmt: skip
-
+training_option = functools.partial(typer.Option, rich_help_panel="Training")
+run_option = functools.partial(typer.Option, rich_help_panel="The run")
 
 # fmt: off
+Name = Annotated[str, typer.Option("--domain", metavar="NAME", help="Its name: a-z, 0-9, - and _.")]
+Data = Annotated[str, typer.Option(
+    metavar="SOURCE", help="A folder; shards: a .tar, 'x-{000..099}.tar', a list of them in a .txt; "
+                           "a dataset: hf://owner/name, a saved folder, a .parquet.")]
+Seed = Annotated[int, training_option(min=0, help="Of weights, noise and order.")]
+DryRun = Annotated[bool, run_option(
+    "--dry-run", help="Open the images, measure a few steps, print the cost, and end.")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlags(options.RunFlags):
     """`api.options.DomainTrainingOptions`."""
 
-    descriptor: Annotated[str | None, typer.Option(
-        metavar="WORD", rich_help_panel=IMAGES,
-        help="The everyday word for such things; by default one of the name's words.")] = None
-    strict: Annotated[bool, typer.Option(
-        "--strict", rich_help_panel=IMAGES,
-        help="Stop at an image that cannot be used, instead of leaving it out.")] = False
-    cache: Annotated[str, typer.Option(
-        metavar="auto|on|off", rich_help_panel=IMAGES,
-        help="Encode each image once and keep the result; auto: if used repeatedly.")] = "auto"
-    steps: Annotated[int | None, typer.Option(
-        "--steps", min=1, rich_help_panel=TRAINING,
-        help="Training steps. Here and below, default: the config's.")] = None
-    batch: Annotated[int | None, typer.Option(
-        "--batch", min=1, rich_help_panel=TRAINING,
-        help="Images in a step, in each process.")] = None
-    base_lr: Annotated[float | None, typer.Option(
-        "--base-lr", rich_help_panel=TRAINING,
+    descriptor: Annotated[str | None, options.images_option(
+        metavar="WORD", help="The everyday word for such things; by default one of the name's words.")] = None
+    strict: Annotated[bool, options.images_option(
+        "--strict", help="Stop at an image that cannot be used, instead of leaving it out.")] = False
+    cache: Annotated[str, options.images_option(
+        metavar="auto|on|off", help="Encode each image once and keep the result; auto: if used repeatedly.")] = "auto"
+    steps: Annotated[int | None, training_option(
+        min=1, help="Training steps. Here and below, default: the config's.")] = None
+    batch: Annotated[int | None, training_option(min=1, help="Images in a step, in each process.")] = None
+    base_lr: Annotated[float | None, training_option(
         help="Learning rate, before it is multiplied by batch and processes.")] = None
-    reg_weight: Annotated[float | None, typer.Option(
-        "--reg-weight", rich_help_panel=TRAINING,
+    reg_weight: Annotated[float | None, training_option(
         help="Weight of the embedding regularization L_reg (eq. 2).")] = None
-    micro_batch: Annotated[int | None, typer.Option(
-        min=1, rich_help_panel=RUN,
-        help="Images in memory at once; less needs less memory, and more time.")] = None
+    micro_batch: Annotated[int | None, run_option(
+        min=1, help="Images in memory at once; less needs less memory, and more time.")] = None
 
     def keywords(self, terminal: Console, on_progress: ProgressCallback) -> DomainTrainingKeywords:
         """Return the keywords of the library."""
         return {
             **self.run_keywords(terminal, on_progress),
-            "descriptor": self.descriptor,
-            "strict": self.strict,
-            "cache": self.cache,
-            "steps": self.steps,
-            "batch_size": self.batch,
-            "base_learning_rate": self.base_lr,
-            "reg_weight": self.reg_weight,
+            "descriptor": self.descriptor, "strict": self.strict, "cache": self.cache, "steps": self.steps,
+            "batch_size": self.batch, "base_learning_rate": self.base_lr, "reg_weight": self.reg_weight,
             "micro_batch": self.micro_batch,
         }
 
@@ -85,21 +67,16 @@ class TrainingFlags(options.RunFlags):
 class CheckpointFlags:
     """`api.options.PretrainOptions`: checkpoints and logs."""
 
-    sample_every: Annotated[int, typer.Option(
-        "--sample-every", min=0, metavar="N", rich_help_panel=RUN,
-        help="Generate a contact sheet of a few held-out images every N steps.")] = 0
-    checkpoint_every: Annotated[int | None, typer.Option(
-        "--checkpoint-every", min=1, metavar="N", rich_help_panel=RUN,
-        help="Steps between two checkpoints.")] = None
-    resume: Annotated[bool, typer.Option(
-        "--resume/--fresh", rich_help_panel=RUN,
-        help="Continue from the last checkpoint of an interrupted run, or start over.")] = True
-    force: Annotated[bool, typer.Option(
-        "--force", rich_help_panel=RUN,
-        help="Continue from a checkpoint also if data or settings differ.")] = False
-    tracker: Annotated[list[str] | None, typer.Option(
-        metavar="NAME", rich_help_panel=RUN,
-        help="Also send the losses to tensorboard, wandb, ...; can be repeated.")] = None
+    sample_every: Annotated[int, run_option(
+        min=0, metavar="N", help="Generate a contact sheet of a few held-out images every N steps.")] = 0
+    checkpoint_every: Annotated[int | None, run_option(
+        min=1, metavar="N", help="Steps between two checkpoints.")] = None
+    resume: Annotated[bool, run_option(
+        "--resume/--fresh", help="Continue from the last checkpoint of an interrupted run, or start over.")] = True
+    force: Annotated[bool, run_option(
+        "--force", help="Continue from a checkpoint also if data or settings differ.")] = False
+    tracker: Annotated[list[str] | None, run_option(
+        metavar="NAME", help="Also send the losses to tensorboard, wandb, ...; can be repeated.")] = None
 # fmt: on
 
 
@@ -126,8 +103,7 @@ def pretrain(
 
     if dry_run:
         with console.progress() as on_progress:
-            asked = training.keywords(console, on_progress)
-            plan = planning.plan_pretraining(domain, data, **asked)
+            plan = planning.plan_pretraining(domain, data, **training.keywords(console, on_progress))
         if first:
             console.details(domain, plan if terminal.json else _plan_lines(plan))
         return
@@ -135,17 +111,10 @@ def pretrain(
     console.stop = StopRequest()
     with console.progress() as on_progress:
         folder = pretraining.pretrain(
-            domain,
-            data,
-            seed=seed,
-            sample_every=checkpoints.sample_every,
-            trackers=checkpoints.tracker or (),
-            checkpoint_every=checkpoints.checkpoint_every,
-            resume=checkpoints.resume,
-            force=checkpoints.force,
-            stop=console.stop,
-            **training.keywords(console, on_progress),
-        )
+            domain, data, seed=seed, stop=console.stop, trackers=checkpoints.tracker or (),
+            sample_every=checkpoints.sample_every, checkpoint_every=checkpoints.checkpoint_every,
+            resume=checkpoints.resume, force=checkpoints.force, **training.keywords(console, on_progress),
+        )  # fmt: skip
     if first:
         console.product(str(folder), {"type": "domain", "name": domain, "path": str(folder)})
         console.note(f'try it: e4t personalize {domain} PHOTO "S* on the beach"')
@@ -156,14 +125,14 @@ def _plan_lines(plan: dict[str, Any]) -> dict[str, str]:
     from e4t_cli.files import shown_size
 
     seconds, used = plan["seconds"], plan["cache"]["used"]
-    opened = "" if plan["opened"] == plan["pictures"] else f", of {plan['opened']:,} opened"
+    opened = "" if plan["opened"] == plan["images"] else f", of {plan['opened']:,} opened"
     kept = shown_size(plan["cache"]["bytes"]) if plan["cache"]["bytes"] else "of unknown size"
     return {
         "descriptor": plan["descriptor"],
         "base": plan["base"],
-        "images": f"{plan['pictures']:,}" if plan["pictures"] else "unknown",
+        "images": f"{plan['images']:,}" if plan["images"] else "unknown",
         "left out": f"{plan['left_out']:,}{opened}",
-        "other files": f"{plan['no_pictures']:,}" if plan["no_pictures"] else "",
+        "other files": f"{plan['other_files']:,}" if plan["other_files"] else "",
         "steps": f"{plan['steps']:,} of {plan['batch']} images"
         + (f" in each of {plan['processes']} processes" if plan["processes"] > 1 else ""),
         "learning rate": f"{plan['learning_rate']:.3g}",

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -275,3 +276,19 @@ def list_converted_weights() -> list[ConvertedWeights]:
         if COMMIT.fullmatch(commit) and version == str(FORMAT):
             found.append(ConvertedWeights(repository=repository, commit=commit, folder=folder))
     return found
+
+
+_STEMS = {"text_encoder": "model", "safety_checker": "model", "image_tower": "model"}
+
+
+def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
+    """Return the file with the weights of one part, or an index and its shards: float16 if possible with `half`."""
+    stem = f"{part}/{_STEMS.get(part, 'diffusion_pytorch_model')}"
+    for variant in (".fp16", "") if half else ("", ".fp16"):
+        if (whole := f"{stem}{variant}.safetensors") in names:
+            return [whole]
+        if (index := f"{stem}.safetensors.index{variant}.json") in names:
+            # diffusers writes stem.fp16-00001-of-00002.safetensors, transformers the same.
+            shards = f"{re.escape(stem + variant)}-.*\\.safetensors"
+            return [index, *(name for name in names if re.fullmatch(shards, name))]
+    return []

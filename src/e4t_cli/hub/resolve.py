@@ -11,17 +11,14 @@ import contextlib
 import glob
 import json
 import os
-import platform
-import re
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from e4t_cli.errors import IntegrityError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import (
-    ACCELERATED,
     EMBEDDED,
     PUBLISHED,
     Base,
@@ -32,10 +29,11 @@ from e4t_cli.hub.bases import (
     hub_weights_folder,
     read_base,
     remember_location,
+    weight_files,
 )
 from e4t_cli.hub.download import check_room, fetch_files
 from e4t_cli.hub.image_tower import VIT_H_14, fetch_image_tower, has_tower, missing_bytes, tower_folder
-from e4t_cli.hub.paths import HubAccess, Terms, accept, endpoint, is_accepted, repository_folder, snapshot_folder
+from e4t_cli.hub.paths import HubAccess, Terms, accept, endpoint, repository_folder, snapshot_folder
 from e4t_cli.hub.repo_info import cached_commit, get_repo_info
 
 _USABLE = "Stable Diffusion 1 and 2 in diffusers' layout can be used"
@@ -47,20 +45,6 @@ _CONFIGS = {
     *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"),
     *("tokenizer/special_tokens_map.json", "image_tower/open_clip_config.json"),
 }
-_STEMS = {"text_encoder": "model", "safety_checker": "model", "image_tower": "model"}
-
-
-def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
-    """Return the file with the weights of one part, or an index and its shards: float16 if possible with `half`."""
-    stem = f"{part}/{_STEMS.get(part, 'diffusion_pytorch_model')}"
-    for variant in (".fp16", "") if half else ("", ".fp16"):
-        if (whole := f"{stem}{variant}.safetensors") in names:
-            return [whole]
-        if (index := f"{stem}.safetensors.index{variant}.json") in names:
-            # diffusers writes stem.fp16-00001-of-00002.safetensors, transformers the same.
-            shards = f"{re.escape(stem + variant)}-.*\\.safetensors"
-            return [index, *(name for name in names if re.fullmatch(shards, name))]
-    return []
 
 
 def needed_files(names: Collection[str], *, half: bool, safety: bool, source: str) -> tuple[list[str], list[str]]:
@@ -180,56 +164,7 @@ def _base_in(folder: Path, location: HubLocation, *, half: bool) -> Base:
     )
 
 
-def default_base_name(
-    access: HubAccess,
-    *,
-    device: str = "auto",
-    has_weights: Callable[[str], bool] = lambda base: True,
-    confirm: Callable[[], bool] = lambda: True,
-    what: str = "the domain",
-) -> tuple[str, str]:
-    """Return the base that "auto" means here, and a sentence with the reason.
-
-    The checks are ordered by cost: without an accelerator no library is imported and no socket opened.
-
-    Args:
-        has_weights: whether the domain, called `what` in the sentence, has weights for a base, here or on the hub.
-        confirm: called last: whether the accelerator works; it may import torch.
-    """
-    mini, large = EMBEDDED[0], ACCELERATED
-    drawings = f"base: {mini} (64 px drawings)"
-    if not likely_accelerator(device):
-        return mini, f"{drawings}: no accelerator; --base {large} makes photographs (slow on CPU)"
-    if not has_weights(large):
-        return mini, f"{drawings}: {what} has no weights for {large} yet (e4t pretrain makes them)"
-    if not is_cached(large):
-        if access.cut_off:
-            return mini, f"{drawings}: offline, and {large} is not on this machine"
-        terms = Terms(repository=PUBLISHED[large].repository, licence=PUBLISHED[large].licence)
-        if terms.asks and not access.accept_license and not is_accepted(terms):
-            return mini, f"{drawings}: e4t fetch {large} asks about the licence of {large} first"
-        if not _is_reachable():
-            return mini, f"{drawings}: {large} is not on this machine and the hub does not answer"
-    if not confirm():
-        return mini, f"{drawings}: the accelerator of this machine does not work with this torch"
-    return large, f"base {large}: this machine has an accelerator; --base {mini} needs none"
-
-
-def likely_accelerator(device: str = "auto") -> bool:
-    """Whether there seems to be an accelerator, by files of its driver; without torch."""
-    if device != "auto":
-        return device != "cpu"
-    if platform.system() == "Darwin":
-        return platform.machine() == "arm64"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    if platform.system() == "Windows":
-        return Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "nvcuda.dll").exists()
-    drivers = [*Path("/dev").glob("nvidia[0-9]*"), Path("/dev/dxg"), Path("/dev/kfd")]
-    return any(path.exists() for path in drivers)
-
-
-def _is_reachable() -> bool:
+def is_reachable() -> bool:
     """Whether the hub accepts a connection; through a proxy this is not known beforehand."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
+from e4t_cli.devices import quiet_libraries
 from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavailable
 from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.paths import HubAccess, Terms, accept
 from e4t_cli.hub.repo_info import get_repo_info
 from e4t_cli.images.decoding import OpenedImage
 from e4t_cli.images.loading import MIN_COVERAGE, center_square, mask_coverage, prepare_image
-from e4t_cli.progress import quiet_libraries
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from e4t_cli.errors import IntegrityError, WeightsUnavailable
-from e4t_cli.hub.resolve import weight_files
+from e4t_cli.hub.bases import weight_files
 from e4t_cli.nn.word_embedding_encoder import ImageTower
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Finds domains: entry points of installed packages and folders of the user.
+"""Finds domains (entry points of installed packages, folders of the user) and their weights on this machine.
 
 Candidates are listed from metadata alone; only the requested domain is imported. A domain that is broken, of the wrong
 type, or whose name two packages claim affects only who asks for it, and the list shows the reason. The domains of this
@@ -18,10 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
-from e4t_cli.errors import E4TError, UsageError, printable
-from e4t_cli.registry.domain import Domain, check_name
+from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
+from e4t_cli.hub.bases import PUBLISHED, converted_weights_folder, hub_weights_folder
+from e4t_cli.registry.config import PretrainingConfig, format_hours
+from e4t_cli.registry.domain import Domain, check_name, is_remote
 
 GROUP = "e4t.domains"
 OURS = "e4t"  # the distribution whose domains cannot be shadowed
@@ -191,3 +194,50 @@ def _load(candidate: Listing) -> Domain:
 def _normal(package: str) -> str:
     """Return a distribution name as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def weights_folder(domain: Domain, base: str) -> Path:
+    """Return the folder of the domain's weights for a base; WeightsUnavailable if there is none on this machine.
+
+    A folder of the user with the domain's name serves a base for which the domain itself has no weights on this
+    machine: `e4t pretrain` adds weights to an installed domain that way. IntegrityError if it cannot be read.
+    """
+    from e4t_cli.registry.manifest import MANIFEST_NAME
+
+    location = domain.weights.get(base)
+    for folder in _folders(location) if location else ():
+        if (folder / MANIFEST_NAME).is_file():
+            return folder
+    folder = user_domains_folder() / domain.name
+    if (folder / MANIFEST_NAME).is_file() and base in user_domain(folder).weights:
+        return folder
+    command = f"e4t pretrain --domain {domain.name} --base {base} --data FOLDER"
+    if location is None:
+        nobody = time = ""
+        if published := PUBLISHED.get(base):
+            config = domain.pretraining or PretrainingConfig(steps=60_000)
+            nobody = ": nobody has published any"
+            time = f" ({config.steps:,} steps, {format_hours(config, published.resolution)})"
+        message = f"domain {domain.name!r} has no weights for the base {printable(base)!r}{nobody}"
+        raise WeightsUnavailable(message, hint=f"make them: {command}{time}")
+    about = f"the weights of domain {domain.name!r} for {base} are"
+    if is_remote(location):
+        message = f"{about} on the hub ({printable(location.partition(':')[2])}) and not on this machine"
+        raise WeightsUnavailable(message, hint=f"e4t fetch {domain.name} --base {base}")
+    message = f"{about} not in this installation ({printable(location)})"
+    raise WeightsUnavailable(message, hint=f"reinstall the package they come with, or make them: {command}")
+
+
+def _folders(location: str) -> list[Path]:
+    """Return the folders on this machine that a location can mean."""
+    kind, _, rest = location.partition(":")
+    if is_remote(location):
+        folder = hub_weights_folder(location) if kind == "hub" else converted_weights_folder(location)
+        return [folder] if folder is not None else []
+    if kind != "package":
+        return [Path(location)]
+    package, *parts = rest.split("/")
+    with contextlib.suppress(ImportError):
+        if spec := find_spec(package):
+            return [Path(root, *parts) for root in spec.submodule_search_locations or ()]
+    return []

@@ -17,9 +17,8 @@ from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable
 from e4t_cli.hub.bases import Base, installed_bases
 from e4t_cli.images.loading import image_sha256, prepare_image
 from e4t_cli.prompts import training_prompts, training_templates
-from e4t_cli.registry.discovery import find_domain, user_domain
+from e4t_cli.registry.discovery import find_domain, user_domain, weights_folder
 from e4t_cli.registry.domain import Domain, PreparationTarget, is_remote
-from e4t_cli.registry.weights import weights_folder
 
 if TYPE_CHECKING:
     from e4t_cli.models.domain_weights import DomainWeights

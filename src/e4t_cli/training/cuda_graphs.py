@@ -11,14 +11,13 @@ Not the default: no GPU was available to measure it on. `E4T_CUDA_GRAPHS=1` turn
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from e4t_cli.devices import free_memory
+from e4t_cli.devices import captures_graphs, free_memory
 
 MIN_CALLS = 4  # from which on a capture can pay: the first two run without a graph, or nearly so
 Captured = Callable[[], Tensor]
@@ -66,8 +65,7 @@ class CudaGraphCapture:
 
 def graph_capture_for(device: torch.device) -> GraphCapture | None:
     """Return what captures on a device, None where nothing does or it is not turned on."""
-    wanted = os.environ.get("E4T_CUDA_GRAPHS", "") == "1"
-    return CudaGraphCapture(device) if wanted and device.type == "cuda" else None
+    return CudaGraphCapture(device) if captures_graphs(device) else None
 
 
 class CudaGraphRunner:

@@ -17,7 +17,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from e4t_cli.devices import GB, budget_of, free_bytes, free_ram
+from e4t_cli.devices import GB, budget_of, free_memory_bytes, free_ram
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import attention_layers
@@ -153,7 +153,7 @@ def plan_tuning(
         ram: bytes of main memory that an optimizer may have; None for what is free.
     """
     device = model.device
-    budget = int((free_bytes(device) if vram == "auto" else budget_of(vram)) * USABLE)
+    budget = int((free_memory_bytes(device) if vram == "auto" else budget_of(vram)) * USABLE)
     sizes = ActivationSizes.of(model.unet, model.latent_shape[1])
     offloaded = CPU_BYTES * (parameter_count(model.unet) + parameter_count(pretrained.encoder))
     ram = free_ram() if ram is None else ram

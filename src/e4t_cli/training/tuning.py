@@ -7,7 +7,7 @@ samples 16 time steps, however many micro-batches it is split into, with the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from e4t_cli.devices import free_memory, memory_ran_out, trim_heap
+from e4t_cli.devices import captures_graphs, free_memory, memory_ran_out, trim_heap
 from e4t_cli.errors import DivergedError, ResourceError
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
@@ -174,15 +174,22 @@ class Trainer:
         self.scaler = loss_scaler(self.model.device, enabled=False)
         self.accumulate = self._captured()
 
-    def _captured(self) -> CudaGraphRunner:
+    def _captured(self) -> Callable[..., Tensor]:
         """Return `_accumulate`, to be captured as a CUDA graph where every step's work is equal."""
-        differs = (
-            self.plan.optimizer == "cpu"  # gradients leave the device on the way
-            or self.unet.is_gradient_checkpointing  # torch reads the device's random state
-            or self.precision.scales_loss  # the factor of the loss changes
+        equal = (
+            captures_graphs(self.model.device)
+            and self.plan.optimizer != "cpu"  # gradients leave the device on the way
+            and not self.unet.is_gradient_checkpointing  # torch reads the device's random state
+            and not self.precision.scales_loss  # the factor of the loss changes
         )
-        calls, note = 0 if differs else self.steps, partial(setattr, self, "note")
-        return CudaGraphRunner(self._accumulate, self.model.device, calls=calls, on_trouble=note)
+        if not equal:
+            return self._accumulate
+        note = partial(setattr, self, "note")
+        return CudaGraphRunner(self._accumulate, self.model.device, calls=self.steps, on_trouble=note)
+
+    def _forget_graph(self) -> None:
+        if isinstance(self.accumulate, CudaGraphRunner):
+            self.accumulate.forget()
 
     def take_note(self) -> str:
         note, self.note = self.note, ""
@@ -191,7 +198,7 @@ class Trainer:
     def reduce_memory(self) -> str:
         """Take less memory from now on; returns what was done, "" if nothing is left to do."""
         plan, device, note = self.plan, self.model.device, "memory ran out: "
-        self.accumulate.forget()
+        self._forget_graph()
         self.optimizer.zero_grad()
         if plan.micro_batch > 1:
             self.plan = plan.replace(micro_batch=(plan.micro_batch + 1) // 2)
@@ -213,7 +220,7 @@ class Trainer:
     @torch.no_grad()
     def finish(self) -> TunedModel:
         """Merge in float32, and free everything that was for training."""
-        self.accumulate.forget()
+        self._forget_graph()
         if self.steps:
             self.optimizer.release()
             if self.model.device.type == "cpu" and self.unet.is_gradient_checkpointing:

@@ -132,7 +132,7 @@ def _check_entry(path: Path, key: object, value: object) -> None:
 def main() -> int:
     leave_network()  # before a library starts threads, after which the kernel refuses
     from e4t_cli.formats.e4t_diffusion.checkpoint import ConversionRequest
-    from e4t_cli.formats.e4t_diffusion.conversion import write_domain_folder
+    from e4t_cli.formats.e4t_diffusion.conversion import convert_to_domain_folder
 
     request, target = ConversionRequest.from_json(sys.stdin.read()), Path(sys.argv[1])
     # Whatever a library prints to stdout goes to stderr.
@@ -146,7 +146,9 @@ def main() -> int:
     forbid_network_and_processes()
     failure: E4TError
     try:
-        result = write_domain_folder(request, target, read_pickled_tensors, lambda done: answer(done=done, total=100))
+        result = convert_to_domain_folder(
+            request, target, read_pickled_tensors, lambda done: answer(done=done, total=100)
+        )
     except E4TError as error:
         failure = error
     except MemoryError:

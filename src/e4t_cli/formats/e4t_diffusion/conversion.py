@@ -105,7 +105,7 @@ def evaluate(network: Mapping[str, Tensor]) -> Tensor:
     return rows.T
 
 
-def write_domain_folder(
+def convert_to_domain_folder(
     request: ConversionRequest, target: Path, read: TensorReader, on_progress: Callable[[int], None] = lambda _: None
 ) -> ConversionResult:
     """Convert a checkpoint.
