@@ -153,7 +153,7 @@ def test_G5_another_package_of_that_name_is_not_used(install, good):
     assert find_concept_domain("dog", "more-dogs").descriptor == "wolf"
 
 
-def test_G5_the_package_is_kept_in_the_file(model, domain_folder, face, tmp_path):
+def test_G5_the_package_is_kept_in_the_file(model, domain_weights, face, tmp_path):
     from dataclasses import replace
 
     from e4t_cli.formats.concept import Concept
@@ -166,7 +166,7 @@ def test_G5_the_package_is_kept_in_the_file(model, domain_folder, face, tmp_path
         weights_digest="",
         prepared=face,
         image_features=model.image_features(model.pixels([face.image]))[0],
-        config=domain_folder.tuning,
+        config=domain_weights.tuning,
         seed=5,
     )
     for package in ("e4t-dogs", ""):
