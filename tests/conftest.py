@@ -1,7 +1,7 @@
 """A tiny Stable Diffusion, built in code and saved as a base folder: no network, no real weights.
 
 Same classes as the real thing (diffusers, transformers, open_clip) with a few thousand random
-numbers in each part. Everything is seeded, so a failing test fails again.
+parameters in each part. Everything is seeded, so a failing test fails again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESOLUTION = 32
 
 
 def pytest_configure():
-    """Let programs that tests start hear Ctrl-C, also where a shell runs all in the background."""
+    """Let programs that tests start receive Ctrl-C, also where a shell runs everything in the background."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,7 +37,7 @@ def _one_thread_and_own_home(tmp_path_factory, monkeypatch):
     home = tmp_path_factory.mktemp("home")
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(home))
-    # `--offline` tells the whole process, which here has other tests to run.
+    # `--offline` sets variables of the whole process, which here has other tests to run.
     before = dict(os.environ)
     yield
     for name in ("E4T_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -129,7 +129,7 @@ def write_base(folder: Path, *, prediction_type: str = "epsilon") -> Path:
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    # Random output layers start near zero; made louder, so that what tests compare is not.
+    # Random output layers start near zero; scaled up, so that what tests compare is not.
     with torch.no_grad():
         unet.conv_out.weight.mul_(4)
     unet.save_pretrained(folder / "unet")
@@ -155,7 +155,7 @@ def write_base(folder: Path, *, prediction_type: str = "epsilon") -> Path:
 
 
 def drawn_face(index: int = 0, size: int = RESOLUTION) -> tuple[Image.Image, Image.Image]:
-    """Return a face in a few strokes, and its mask."""
+    """Return a simple drawing of a face, and its mask."""
     image, mask = Image.new("RGB", (size, size), (90, 140, 200)), Image.new("L", (size, size))
     head = (size // 5, size // 8, size * 4 // 5, size * 7 // 8)
     skin = (230 - 9 * index % 120, 180 - 17 * index % 120, 140)
@@ -190,7 +190,7 @@ def checked_base(base_folder, tmp_path_factory):
         CLIPConfig(vision_config=vision, text_config={"hidden_size": 8}, projection_dim=8)
     )
     with torch.no_grad():
-        checker.concept_embeds_weights.fill_(2.0)  # nothing is that similar: all is well
+        checker.concept_embeds_weights.fill_(2.0)  # no similarity is that high: nothing is flagged
         checker.special_care_embeds_weights.fill_(2.0)
     checker.save_pretrained(folder / "safety_checker")
     (folder / "feature_extractor").mkdir()
@@ -219,7 +219,7 @@ def model(_shared_model):
 
 @pytest.fixture
 def face():
-    """A prepared picture with its mask."""
+    """A prepared image with its mask."""
     from e4t_cli.registry.domain import PreparedImage
 
     image, mask = drawn_face()
@@ -227,8 +227,8 @@ def face():
 
 
 @pytest.fixture
-def pack(model):
-    """A pre-trained domain with random weights, loud enough to be heard in every result."""
+def domain_weights(model):
+    """Domain weights with random values, large enough to change every result."""
     from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.nn.weight_offsets import WeightOffsets
     from e4t_cli.nn.word_embedding_encoder import WordEmbeddingEncoder

@@ -1,4 +1,4 @@
-"""What is handed out: the wheel and the source archive, built here and used elsewhere.
+"""The wheel and the source archive, built here and installed in a new environment.
 
 The wheel is installed in an environment of its own, outside of the repository. What it depends on
 comes from the environment that runs the tests, whose folders a .pth file names. Their own .pth

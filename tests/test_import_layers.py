@@ -124,7 +124,7 @@ def test_names_are_resolved_in_the_api(path):
 
 
 @pytest.mark.parametrize("path", sorted(DOMAINS.glob("*.py")), ids=lambda path: path.name)
-def test_domains_use_the_public_door(path):
+def test_domains_use_the_public_api(path):
     for line, name in imports(path):
         stem, _, _ = name.rpartition(".")
         if name.startswith("e4t_cli"):

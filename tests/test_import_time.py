@@ -1,4 +1,4 @@
-"""The door is light: what only looks does not pay for what works."""
+"""Import times: the public API and listing commands import no heavy module."""
 
 import json
 import subprocess
@@ -51,8 +51,8 @@ def test_light(code):
     pytest.fail(f"{best:.2f} s of CPU time")
 
 
-def test_the_door_names_what_there_is():
-    """The list for people and type checkers is the table that `__getattr__` reads."""
+def test_the_public_api_lists_its_names():
+    """The names for type checkers are those of the table that `__getattr__` reads."""
     assert sorted(e4t_cli.__all__) == sorted([*e4t_cli._HOME, "__version__"])
     assert dir(e4t_cli) == sorted(e4t_cli.__all__)
     for name, home in e4t_cli._HOME.items():

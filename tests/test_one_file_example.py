@@ -1,4 +1,4 @@
-"""The method written a second time, examples/e4t_in_one_file.py, agrees with the library."""
+"""examples/e4t_in_one_file.py, a second implementation of the method, agrees with the library."""
 
 import ast
 import importlib.util
@@ -34,10 +34,10 @@ def example():
 
 @pytest.fixture(scope="module", params=["cat", "face with a mask"])
 def both(request, example):
-    """The same photo, seed and recipe through the library and through the example."""
+    """The same photo, seed and config through the library and through the example."""
     torch.set_num_threads(1)
     domain, _, masked = request.param.partition(" ")
-    pack = example.PACKS / domain / "mini"
+    domain_folder = example.PACKS / domain / "mini"
     with Image.open(EXAMPLES / ("me.png" if masked else "tiger.png")) as photo:
         image, mask = center_square(photo.convert("RGB"), 64), None
     if masked:
@@ -45,27 +45,27 @@ def both(request, example):
         ImageDraw.Draw(mask).ellipse((9, 6, 50, 61), fill=255)  # its border cuts through latents
         ImageDraw.Draw(mask).rectangle((20, 55, 41, 63), fill=100)
 
-    model, pretrained = TextToImageModel.load(example.BASE), DomainWeights.load(pack)
-    # The gradients of `mini` are smaller than the pack's limit, which would leave it untested.
+    model, pretrained = TextToImageModel.load(example.BASE), DomainWeights.load(domain_folder)
+    # The gradients of `mini` are smaller than the domain's clipping limit, which would leave it untested.
     config = pretrained.tuning.replace(steps=2 if masked else 3, gradient_clip=0.01)
-    told = []
+    events = []
     tuned = tune(
         model,
         pretrained,
         PreparedImage(image=image, mask=mask),
         config,
         seed=SEED,
-        on_progress=lambda progress: told.append(progress.values),
+        on_progress=lambda progress: events.append(progress.values),
         options=TuningOptions(autocast=False),
     )
     (picture,) = sample(model, tuned, [parse_prompt(PROMPT)], [SEED])
 
-    e4t = example.E4T(example.BASE, pack)
+    e4t = example.E4T(example.BASE, domain_folder)
     e4t.info["tuning"] |= {"steps": config.steps, "gradient_clip": config.gradient_clip}
     history = e4t.tune(image, mask, SEED)
     return SimpleNamespace(
         rate=config.learning_rate, tuned=tuned, picture=picture,
-        losses=[[one["loss"], one["diffusion"], one["penalty"]] for one in told],
+        losses=[[one["loss"], one["diffusion"], one["penalty"]] for one in events],
         e4t=e4t, history=history, drawn=e4t.sample(PROMPT, SEED),
     )  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_the_tuned_weights_are_the_same(both):
     assert differences.square().mean().sqrt() < 5e-4  # measured: 8e-6
 
 
-def test_the_pictures_are_the_same(both):
+def test_the_images_are_the_same(both):
     found, expected = (numpy.asarray(one).astype(int) for one in (both.drawn, both.picture))
     assert abs(found - expected).max() <= 1  # measured: 0
     assert (found != expected).mean() < 0.01
@@ -113,7 +113,7 @@ def test_it_is_short_and_stands_alone():
     assert not own & {name.partition(".")[0] for name in imported}
 
 
-def test_it_runs_as_its_first_lines_say(tmp_path, monkeypatch, capsys):
+def test_it_runs_as_its_docstring_describes(tmp_path, monkeypatch, capsys):
     output = tmp_path / "new" / "tiger.png"
     photo = EXAMPLES / "tiger.png"
     monkeypatch.setattr("sys.argv", list(map(str, [FILE, photo, PROMPT, "--output", output])))

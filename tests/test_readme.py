@@ -1,4 +1,4 @@
-"""What the README and the guides say is what the program does.
+"""The README and the guides agree with the program.
 
 Command lines in fenced blocks are parsed by the program's own parser; the README's daily commands
 and the marked Python blocks of docs/python.md are run on the packaged base.
@@ -53,7 +53,7 @@ DOCUMENTED = [
 
 
 def packaged(domain: str) -> bool:
-    """Whether this checkout has the embedded base, the domain's pack for it, and the photo."""
+    """Whether this checkout has the embedded base, the domain's weights for it, and the photo."""
     value: Domain = find_domain(domain)
     try:
         return bool([weights_folder(value, base.name) for base in installed_bases()])
@@ -98,7 +98,7 @@ def test_documented_commands_are_understood(words, monkeypatch):
 
 
 def stand_in(callback, note):
-    """Return a function with the command's signature that only says it was reached."""
+    """Return a function with the command's signature that only raises `Reached`."""
     import functools
 
     @functools.wraps(callback)
@@ -156,17 +156,17 @@ def test_the_readmes_daily_lines_run(checkout, capfd, monkeypatch):
 
 
 @needs_weights
-def test_the_readmes_second_story_runs(checkout, capfd):
+def test_the_readmes_pretraining_example_runs(checkout, capfd):
     """A folder of dogs becomes a domain that knows a dog, in fewer steps than the reader takes."""
     shorter = {
         "pretrain": ["--steps", "2", "--batch", "2", "-q"],
         "personalize": ["--steps", "2", "--tune-steps", "1", "-q"],
     }
-    story = readme_commands("A domain of your own", *shorter)
-    assert [words[0] for words in story] == ["pretrain", "personalize"]
-    for number in range(4, 200):  # four pictures tell as much as two hundred
+    commands = readme_commands("A domain of your own", *shorter)
+    assert [words[0] for words in commands] == ["pretrain", "personalize"]
+    for number in range(4, 200):  # four images test as much as two hundred
         (checkout / "examples" / "dogs" / f"dog-{number:03d}.png").unlink()
-    for words in story:
+    for words in commands:
         capfd.readouterr()
         code = app.run([*words, *shorter[words[0]]])
         out, err = capfd.readouterr()
@@ -186,12 +186,12 @@ def test_python_blocks_compile():
 
 @needs_weights
 def test_the_marked_python_blocks_run_in_order(checkout, capsys, monkeypatch):
-    """Those that leave the steps to the recipe take two: what they show is not how good it is."""
+    """Those that leave the steps to the config take two: the quality is not tested."""
     whole = DomainWeights.load
 
     def load(folder):
-        pack = whole(folder)
-        return dataclasses.replace(pack, tuning=pack.tuning.replace(steps=2))
+        domain_weights = whole(folder)
+        return dataclasses.replace(domain_weights, tuning=domain_weights.tuning.replace(steps=2))
 
     monkeypatch.setattr(DomainWeights, "load", load)
     (checkout / "outputs").mkdir()

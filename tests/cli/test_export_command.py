@@ -49,8 +49,10 @@ def pipeline_of(place, **options):
 
 
 @pytest.fixture
-def tuned(model, pack, face):
-    return tune(model, pack, face, pack.tuning.replace(steps=1), options=TuningOptions(autocast=False))
+def tuned(model, domain_weights, face):
+    return tune(
+        model, domain_weights, face, domain_weights.tuning.replace(steps=1), options=TuningOptions(autocast=False)
+    )
 
 
 @pytest.mark.parametrize("prompt", ["{} on the beach", "a photo of {}", "{} and {} with hat"])
@@ -168,9 +170,9 @@ def test_a_full_disk_is_found_beforehand(run, world, saved, tmp_path, monkeypatc
     assert not Path("me").exists()
 
 
-def test_the_safety_checker_goes_along(checked_base, pack, face, tmp_path):
+def test_the_safety_checker_goes_along(checked_base, domain_weights, face, tmp_path):
     base = TextToImageModel.load(checked_base)
-    tuned = tune(base, pack, face, pack.tuning.replace(steps=0))
+    tuned = tune(base, domain_weights, face, domain_weights.tuning.replace(steps=0))
     write_folder(base, tuned, tuned.e_domain, tmp_path / "me", token="S*", readme="")
     pipeline = pipeline_of(tmp_path / "me")
     assert type(pipeline.safety_checker).__name__ == "StableDiffusionSafetyChecker"

@@ -1,4 +1,4 @@
-"""Faces in photos, with parsers made here and with the one that came with the package.
+"""Face detection and alignment in photos, with parsers made here and with the packaged one.
 
 Row I11 of the reliability table: no face, and several.
 """
@@ -47,7 +47,7 @@ def fresh():
     face_parsing.load_parser.cache_clear()
 
 
-# ---- with a parser that says one thing everywhere ----------------------------------------------
+# ---- with a parser that returns one label everywhere ----------------------------------------------
 
 
 @pytest.mark.parametrize(("label", "covered"), [(2, True), (1, False), (0, False)])
@@ -73,15 +73,15 @@ def test_the_public_parser_is_fetched_for_photographs(tmp_path):
     plan = {"size": {"height": 96, "width": 96}, "image_mean": [0.4] * 3, "image_std": [0.2] * 3}
     folder = parser(tmp_path, chosen=2)
     (folder / "preprocessor_config.json").write_text(json.dumps(plan))
-    asked = []
+    calls = []
 
     def fetch(repository):
-        asked.append(repository)
+        calls.append(repository)
         return folder
 
     target = PreparationTarget(size=64, base="sd14", fetch=fetch)
     prepared = module.prepare(Image.new("RGB", (90, 70)), target)
-    assert set(asked) == set(module.face.networks) == {"jonathandinu/face-parsing"}
+    assert set(calls) == set(module.face.networks) == {"jonathandinu/face-parsing"}
     assert prepared.mask.size == prepared.image.size == (64, 64)
     loaded = face_parsing.load_parser(folder)
     assert (loaded.side, loaded.names[2]) == (96, "skin")
@@ -93,25 +93,25 @@ def unreachable(repository):
     raise WeightsUnavailable(f"{repository} is not on this machine")
 
 
-def test_without_the_parser_words_make_the_mask(monkeypatch):
+def test_without_the_parser_a_prompt_makes_the_mask(monkeypatch):
     import e4t_cli
 
-    asked = []
+    calls = []
 
     def mask_by_words(image, words, target):
-        asked.append((words, image.size))
+        calls.append((words, image.size))
         return Image.new("L", image.size, 255)
 
     monkeypatch.setattr(e4t_cli, "mask_by_words", mask_by_words, raising=False)
     target = PreparationTarget(size=64, base="sd14", fetch=unreachable)
     prepared = module.prepare(Image.new("RGB", (90, 70)), target)
-    assert asked == [("a face", (64, 64))]
+    assert calls == [("a face", (64, 64))]
     assert prepared.mask.getextrema() == (255, 255)
     (note,) = prepared.notes
     assert "'a face'" in note and "not aligned" in note and "face-parsing" in note
 
 
-def test_without_either_there_is_one_sentence(tmp_path):
+def test_without_either_there_is_one_error(tmp_path):
     for fetch in (None, unreachable):
         target = PreparationTarget(size=64, base="sd14", fetch=fetch)
         prepared = module.prepare(Image.new("RGB", (90, 70)), target)
@@ -119,7 +119,7 @@ def test_without_either_there_is_one_sentence(tmp_path):
         (note,) = prepared.notes
         assert "whole image" in note and "not aligned" in note
         required = PreparationTarget(size=64, base="sd14", fetch=fetch, required=True)
-        with pytest.raises(WeightsUnavailable):  # whether there is one, nobody can tell
+        with pytest.raises(WeightsUnavailable):  # whether there is a face is unknown
             module.prepare(Image.new("RGB", (90, 70)), required)
     bare = PreparationTarget(size=64, base="sd14", mask=None, align=False)
     assert module.prepare(Image.new("RGB", (90, 70)), bare).notes == ()
@@ -154,7 +154,7 @@ LABELS = dict(enumerate(["background", *COLOURS]))
 
 
 class Painted:
-    """A parser that knows each label by its colour, so that photos can be drawn."""
+    """A parser that maps colours to labels, so that photos can be drawn."""
 
     side = 256
 
@@ -223,7 +223,7 @@ def test_I11_several_faces(painted):
         assert prepared.frame.turn == pytest.approx(turn, abs=1)
         assert prepared.frame.center[0] == pytest.approx(where, abs=20)
         assert prepared.remarks[0].startswith("2 faces, ") and "1 to 2" in prepared.remarks[0]
-        # The other head is not in the mask, even where it is in the picture.
+        # The other head is not in the mask, even where it is in the image.
         back = [prepared.frame.from_photo((x, 300)) for x in (200, 560)]
         other = back[0] if where == 560 else back[1]
         if all(0.02 < place < 0.98 for place in other):

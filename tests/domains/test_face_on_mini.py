@@ -1,4 +1,4 @@
-"""The parser that came with the package, on drawings as they are and as people would hold them."""
+"""The packaged face parser, on upright and on turned drawings."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_it_is_in_the_package():
 
 
 @pytest.mark.parametrize("name", ["me", "zoe", "max"])
-def test_well_framed_drawings_are_left_alone_bit_for_bit(name):
+def test_well_framed_drawings_are_unchanged_bit_for_bit(name):
     photo = example(name)
     prepared = prepare_image(find_domain("face"), photo, TARGET)
     square = center_square(photo, 64)

@@ -1,4 +1,4 @@
-"""Faces from label maps that were drawn with known places of eyes and mouth."""
+"""Face regions from label maps that were drawn with known positions of eyes and mouth."""
 
 import math
 
@@ -71,7 +71,7 @@ def draw_face(canvas, ids, center, unit, turn, *, eyes=2, mouth=True, glasses=Fa
         return None
     blob(0, 0.1, 0.9, 1.1, "skin")
     blob(0, 0.25, 0.15, 0.25, "nose")
-    # Named from the person's side here: which is left is told by place, not by name.
+    # Named from the person's side here: left and right follow from the position, not from the name.
     for x, label in ((-0.4, "r_eye"), (0.4, "l_eye"))[:eyes]:
         if glasses:
             blob(x, -0.1, 0.33, 0.25, "eye_g")
@@ -180,7 +180,7 @@ def test_eyes_behind_glasses_and_a_hidden_mouth():
     assert align(face, (SIDE, SIDE), FFHQ).turn == pytest.approx(20, abs=0.7)
 
 
-def test_near_enough_is_left_alone():
+def test_well_aligned_photos_are_left_unchanged():
     size = (SIDE, SIDE)
     centred = Frame.centered(size)
     near = Frame.around(size, (258.0, 256.0), 505.0, 1.0)

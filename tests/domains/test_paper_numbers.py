@@ -1,4 +1,4 @@
-"""The paper's numbers, each written once in a domain and compared here with the text.
+"""The paper's hyperparameters, each written once in a domain and compared here with the text.
 
 Columns: descriptor; pre-training steps, λ_r, base rate; tuning steps, λ_r, base rate; mask; s.
 """

@@ -1,4 +1,4 @@
-"""domains/README.md is a contract: its files make a package that works, as they stand there."""
+"""The tutorial domains/README.md: its files, unchanged, make a package that works."""
 
 import os
 import re
@@ -68,7 +68,7 @@ def test_the_tutorial_works(package, version):
 
 
 def test_both_ways_of_weights_are_spelled_as_they_are_read():
-    """The two indented lines of `weights` are places that a `Domain` takes."""
+    """The two indented lines of `weights` are locations that a `Domain` accepts."""
     from e4t_cli.registry.domain import check_location
 
     text = TUTORIAL.read_text(encoding="utf-8")
@@ -78,7 +78,7 @@ def test_both_ways_of_weights_are_spelled_as_they_are_read():
         check_location(place.replace("<40-digit commit>", "0" * 40))
 
 
-def test_the_tutorial_names_what_the_door_has():
+def test_the_tutorial_uses_the_public_api():
     import e4t_cli
 
     text = TUTORIAL.read_text(encoding="utf-8")

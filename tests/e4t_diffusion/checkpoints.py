@@ -14,32 +14,32 @@ VECTORS = 9  # [CLS] and half of 16 patches
 HIDDEN = 32
 
 
-def numbers(source, *shape, scale=0.3, around=0.0):
-    """Random numbers that half precision holds exactly."""
+def random_values(source, *shape, scale=0.3, around=0.0):
+    """Random values that half precision represents exactly."""
     return (around + torch.randn(shape, generator=source) * scale).half().float()
 
 
 def layer(source, state, name, reads, writes, scale=0.3):
-    state[f"{name}.weight"] = numbers(source, writes, reads, scale=scale)
-    state[f"{name}.bias"] = numbers(source, writes, scale=scale)
+    state[f"{name}.weight"] = random_values(source, writes, reads, scale=scale)
+    state[f"{name}.bias"] = random_values(source, writes, scale=scale)
 
 
 def tower_state(source):
     width, patch, state = TOWER["width"], TOWER["patch_size"], {}
     patches = (TOWER["image_size"] // patch) ** 2
-    state["class_embedding"] = numbers(source, width)
-    state["positional_embedding"] = numbers(source, patches + 1, width)
-    state["conv1.weight"] = numbers(source, width, 3, patch, patch, scale=0.1)
+    state["class_embedding"] = random_values(source, width)
+    state["positional_embedding"] = random_values(source, patches + 1, width)
+    state["conv1.weight"] = random_values(source, width, 3, patch, patch, scale=0.1)
     for name in ("ln_pre", "ln_post"):
-        state[f"{name}.weight"] = numbers(source, width, around=1.0)
-        state[f"{name}.bias"] = numbers(source, width)
+        state[f"{name}.weight"] = random_values(source, width, around=1.0)
+        state[f"{name}.bias"] = random_values(source, width)
     for index in range(TOWER["layers"]):
         block = f"transformer.resblocks.{index}"
         for name in ("ln_1", "ln_2"):
-            state[f"{block}.{name}.weight"] = numbers(source, width, around=1.0)
-            state[f"{block}.{name}.bias"] = numbers(source, width)
-        state[f"{block}.attn.in_proj_weight"] = numbers(source, 3 * width, width)
-        state[f"{block}.attn.in_proj_bias"] = numbers(source, 3 * width)
+            state[f"{block}.{name}.weight"] = random_values(source, width, around=1.0)
+            state[f"{block}.{name}.bias"] = random_values(source, width)
+        state[f"{block}.attn.in_proj_weight"] = random_values(source, 3 * width, width)
+        state[f"{block}.attn.in_proj_bias"] = random_values(source, 3 * width)
         layer(source, state, f"{block}.attn.out_proj", width, width)
         layer(source, state, f"{block}.mlp.c_fc", width, 4 * width)
         layer(source, state, f"{block}.mlp.c_proj", 4 * width, width)
@@ -63,7 +63,7 @@ def offsets_state(shapes, seed=1):
     source, state = torch.Generator().manual_seed(seed), {}
     for path, (out, into) in shapes.items():
         name = path.replace(".to_", ".wo_")
-        state[f"{name}.v"] = numbers(source, 1, around=1.0)
+        state[f"{name}.v"] = random_values(source, 1, around=1.0)
         layer(source, state, f"{name}.linear1", 1, into)
         layer(source, state, f"{name}.linear2", 1, out)
         layer(source, state, f"{name}.linear_column", into, into, scale=0.1)
@@ -156,7 +156,7 @@ def write_checkpoint(folder, encoder, weights, settings=None, *, name="weight_of
 
 
 def write_open_clip_config(folder):
-    """The tiny tower, as open_clip describes its own."""
+    """The config of the tiny visual tower, as open_clip writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"embed_dim": 16, "vision_cfg": TOWER, "text_cfg": {}}
     (folder / "ViT-tiny.json").write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""A checkpoint of the layout, names and sizes of the public face weights, with random numbers."""
+"""A checkpoint of the layout, names and sizes of the public face weights, with random values."""
 
 import torch
 
@@ -11,7 +11,7 @@ from tests.e4t_diffusion import checkpoints
 TOWER = "ViT-H-14::laion2b_s32b_b79k"
 
 
-def numbers(*shape):
+def random_values(*shape):
     return torch.empty(shape).uniform_(-1, 1) * max(shape[-1:], default=1) ** -0.5
 
 
@@ -22,7 +22,7 @@ def network(rows, columns):
         ("linear1", 1, columns), ("linear2", 1, rows),
         ("linear_column", columns, columns), ("linear_row", rows, rows),
     ):  # fmt: skip
-        tensors[f"{name}.weight"] = numbers(writes, reads)
+        tensors[f"{name}.weight"] = random_values(writes, reads)
         tensors[f"{name}.bias"] = torch.empty(writes).uniform_(-1, 1) * reads**-0.5
     return tensors
 
@@ -44,6 +44,6 @@ def write_full_size(folder):
     }
     sizes = {"unet_width": 10_880, "hidden_width": 1280, "embedding_width": 768}
     config = PatchEncoderConfig(**tower_sizes(TOWER), **sizes)
-    encoder = {key: numbers(*shape) for key, shape in expected_shapes(config).items()}
+    encoder = {key: random_values(*shape) for key, shape in expected_shapes(config).items()}
     settings = checkpoints.config(clip_model_name_or_path=TOWER)
     return checkpoints.write_checkpoint(folder, encoder, offsets, settings)

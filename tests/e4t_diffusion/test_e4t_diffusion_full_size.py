@@ -1,4 +1,4 @@
-"""A checkpoint of the published size, filled with random numbers: 4 GB in, 1.7 GB out (minutes).
+"""A checkpoint of the published size, filled with random values: 4 GB in, 1.7 GB out (minutes).
 
 python -m pytest -m slow tests/e4t_diffusion/test_e4t_diffusion_full_size.py -s
 """

@@ -1,4 +1,4 @@
-"""A checkpoint of e4t-diffusion, from its folder to images, and what it must not do on the way."""
+"""Importing checkpoints of e4t-diffusion: conversion, refusal of unsafe or wrong files, generation."""
 
 import dataclasses
 import json
@@ -89,7 +89,7 @@ def test_nothing_imports_the_process_that_reads():
     assert importers == set()
 
 
-def test_F1_a_pickle_that_wants_to_act_is_not_run(tmp_path):
+def test_F1_a_pickle_with_code_is_not_run(tmp_path):
     torch.save({"a": Evil(tmp_path / "ran")}, tmp_path / "zip.pt")
     error = refused(tmp_path / "zip.pt", "more than tensors")
     assert "io.open" in str(error)
@@ -98,7 +98,7 @@ def test_F1_a_pickle_that_wants_to_act_is_not_run(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     refused(tmp_path / "old.pt", r"not a file of torch\.save")
     assert not (tmp_path / "ran").exists()
-    # The same bytes do act when they are loaded without the restriction.
+    # The same bytes do run code when they are loaded without the restriction.
     torch.load(tmp_path / "zip.pt", weights_only=False)["a"].close()
     assert (tmp_path / "ran").exists()
 
@@ -147,7 +147,7 @@ def test_the_hash_comes_before_the_pickle(tmp_path):
 # ── what a checkpoint has to be ──
 
 
-def spoilt(conversion, tmp_path, encoder=None, weights=None):
+def message_for(conversion, tmp_path, encoder=None, weights=None):
     """Convert with some tensors replaced; None removes one."""
 
     def read(path, sha256):
@@ -166,17 +166,17 @@ def spoilt(conversion, tmp_path, encoder=None, weights=None):
 
 def test_F4_F5_F6_wrong_encoders(conversion, tmp_path, encoder):
     first = "first_linears.3.weight"
-    assert f"lacks the tensor {first}" in spoilt(conversion, tmp_path, {first: None})
-    assert "unexpected tensor more" in spoilt(conversion, tmp_path, {"more": torch.ones(1)})
-    assert "has shape (2, 2), not (32, 32)" in spoilt(conversion, tmp_path, {first: torch.ones(2, 2)})
+    assert f"lacks the tensor {first}" in message_for(conversion, tmp_path, {first: None})
+    assert "unexpected tensor more" in message_for(conversion, tmp_path, {"more": torch.ones(1)})
+    assert "has shape (2, 2), not (32, 32)" in message_for(conversion, tmp_path, {first: torch.ones(2, 2)})
     for key in (first, "clip_vision.conv1.weight", "final_linear.bias"):
         nan = encoder[key].clone()
         nan.flatten()[0] = float("nan")
-        assert f"{key.removeprefix('clip_vision.')} has numbers that" in spoilt(conversion, tmp_path, {key: nan})
+        assert f"{key.removeprefix('clip_vision.')} has numbers that" in message_for(conversion, tmp_path, {key: nan})
     towerless = {key: None for key in encoder if key.startswith("clip_vision.")}
-    assert "no image tower" in spoilt(conversion, tmp_path, towerless)
-    assert "lacks the tensor feature_linear" in spoilt(conversion, tmp_path, {"feature_linear.weight": None})
-    assert "no usable size" in spoilt(conversion, tmp_path, {"final_linear.weight": torch.ones(())})
+    assert "no image tower" in message_for(conversion, tmp_path, towerless)
+    assert "lacks the tensor feature_linear" in message_for(conversion, tmp_path, {"feature_linear.weight": None})
+    assert "no usable size" in message_for(conversion, tmp_path, {"final_linear.weight": torch.ones(())})
 
 
 def test_F4_F5_F6_wrong_offsets(offsets):
@@ -329,7 +329,7 @@ def test_requests_survive_serialization(conversion):
     assert ConversionRequest.from_json(conversion.to_json()) == conversion
 
 
-# ── from the folder to pictures ──
+# ── from the folder to images ──
 
 
 def test_import_and_personalize(checkpoint, base_folder, tmp_path, capfd):
@@ -346,16 +346,16 @@ def test_import_and_personalize(checkpoint, base_folder, tmp_path, capfd):
         "domain.toml", "encoder.safetensors", "offsets.safetensors", "tower.safetensors",
     }  # fmt: skip
     assert [path.name for path in folder.parent.iterdir()] == ["people"]
-    pack = DomainWeights.load(folder)
-    assert sha256 in pack.notes
-    assert pack.base_name == "tiny"
-    assert pack.embedding_scale == 0.1
-    assert pack.tuning.mask  # the config of the installed domain with its descriptor
+    domain_weights = DomainWeights.load(folder)
+    assert sha256 in domain_weights.notes
+    assert domain_weights.base_name == "tiny"
+    assert domain_weights.embedding_scale == 0.1
+    assert domain_weights.tuning.mask  # the config of the installed domain with its descriptor
 
-    # The tiny base reads 14 tokens, fewer than some training sentences have.
-    card = (folder / "domain.toml").read_text()
-    start, end = card.index("templates = ["), card.index("]\n", card.index("templates = [")) + 2
-    (folder / "domain.toml").write_text(card[:start] + 'templates = ["{}"]\n' + card[end:])
+    # The tiny base reads 14 tokens, fewer than some prompt templates have.
+    manifest = (folder / "domain.toml").read_text()
+    start, end = manifest.index("templates = ["), manifest.index("]\n", manifest.index("templates = [")) + 2
+    (folder / "domain.toml").write_text(manifest[:start] + 'templates = ["{}"]\n' + manifest[end:])
     photo = tmp_path / "photo.png"
     drawn_face(size=80)[0].save(photo)
     done = e4t_cli.personalize(
@@ -382,7 +382,7 @@ def tuned_state(model, offsets):
 
 
 def test_a_tuned_checkpoint_becomes_a_concept(checkpoint, encoder, offsets, model, base_folder, tmp_path):
-    """Its U-Net with W·(1 + ΔW) merged, and its encoder, are what the concept draws with."""
+    """The concept generates with its U-Net, W·(1 + ΔW) merged, and its encoder."""
     state = tuned_state(model, offsets)
     settings = {"pretrained_model_name_or_path": "./theirs", "train_image_path": "me.png",
                 "domain_embed_scale": 0.1, "pretrained_args": checkpoints.config()}  # fmt: skip
@@ -396,22 +396,24 @@ def test_a_tuned_checkpoint_becomes_a_concept(checkpoint, encoder, offsets, mode
     assert sorted(path.name for path in made.folder.iterdir()) == [
         "domain.toml", "encoder.safetensors", "offsets.safetensors", "tower.safetensors",
     ]  # fmt: skip
-    pack = DomainWeights.load(made.folder)
+    domain_weights = DomainWeights.load(made.folder)
     concept = Concept.load(tmp_path / "me.e4t")
-    tuned = concept.tuned(model, pack)
-    for path in pack.offsets:
+    tuned = concept.tuned(model, domain_weights)
+    for path in domain_weights.offsets:
         weight = state[f"{path}.weight"].double()
         dense = checkpoints.dense_offset(offsets, path.replace(".to_", ".wo_"))
         found = tuned.unet.get_submodule(path).weight.double()
         torch.testing.assert_close(found, weight * (1 + dense), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(tuned.unet.conv_in.weight, state["conv_in.weight"], rtol=1e-3, atol=1e-4)
-    means = torch.randn(1, pack.encoder.config.unet_width)
+    means = torch.randn(1, domain_weights.encoder.config.unet_width)
     pixels = model.pixels([concept.prepared.image])
     expected = checkpoints.dense_encoder(encoder, pixels, means)
     e_c = tuned.embedding(means)
     torch.testing.assert_close(e_c, tuned.e_domain + 0.1 * expected, rtol=1e-3, atol=1e-3)
-    drawn = e4t_cli.generate(concept, "S* on the beach", base=base_folder, seed=3, sampling={"steps": 2}, device="cpu")
-    assert len(drawn.images) == 1
+    generated = e4t_cli.generate(
+        concept, "S* on the beach", base=base_folder, seed=3, sampling={"steps": 2}, device="cpu"
+    )
+    assert len(generated.images) == 1
 
 
 def test_a_tuned_unet_of_another_model_is_refused(checkpoint, encoder, offsets, model, tmp_path):

@@ -26,7 +26,7 @@ from e4t_cli.training.tuning import tune
 from tests.e4t_diffusion import checkpoints
 
 
-def draw(model, tuned):
+def generate(model, tuned):
     prompts = [parse_prompt("S* on the beach")]
     return next(sample(model, tuned, prompts, [1], SamplingConfig(steps=2))).tobytes()
 
@@ -37,21 +37,21 @@ def pixels(batch=2, side=40):
 
 def test_the_encoder_is_the_one_described(converted, encoder, model, sizes):
     """Tower, pre-processing, hierarchy and every layer, against plain torch, vector by vector."""
-    pack, _, _ = converted
+    domain_weights, _, _ = converted
     means = torch.randn(2, sizes["unet"], generator=torch.Generator().manual_seed(4))
     expected = checkpoints.dense_encoder(encoder, pixels().double(), means.double())
-    features = pack.tower.encode(pixels(), torch.float32)
+    features = domain_weights.tower.encode(pixels(), torch.float32)
     assert features.shape == (2, checkpoints.VECTORS, checkpoints.TOWER["width"])
-    found = pack.encoder(features, means)
+    found = domain_weights.encoder(features, means)
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     # Rounded to half precision, in which a concept keeps them.
-    rounded = pack.image_features(model, pixels())
+    rounded = domain_weights.image_features(model, pixels())
     torch.testing.assert_close(rounded, features, rtol=1e-3, atol=1e-3)
     assert torch.equal(rounded, rounded.half().float())
 
 
-def test_folded_and_settled_are_exact(converted, sizes):
+def test_folded_layers_are_exact(converted, sizes):
     """One vector and one matrix stand for the linear layers of every patch (float64)."""
     encoder = converted[0].encoder.double()
     features = torch.randn(3, checkpoints.VECTORS, 32, dtype=torch.float64)
@@ -62,7 +62,7 @@ def test_folded_and_settled_are_exact(converted, sizes):
     assert sum(w.numel() for w in small.parameters()) < sum(w.numel() for w in encoder.parameters())
     small = small.double()
     torch.testing.assert_close(small.predict_offset(encoded_image, means), whole, rtol=1e-6, atol=1e-6)
-    # What depends on the picture is the vector alone: the same matrix serves other pictures.
+    # Only the vector depends on the image: the same matrix serves other images.
     dense = []
     for index in range(3):
         u = encoder.embed_unet(means[index])
@@ -91,9 +91,9 @@ def test_factored_offsets_are_the_dense_ones(offsets, sizes):
 
 
 def test_the_modulated_unet_is_the_one_described(converted, offsets, model):
-    """W = W₀ · (1 + ΔW) on every projection, from the pack's files."""
-    pack, result, _ = converted
-    unet_offsets = WeightOffsets.from_factors(pack.offsets)
+    """W = W₀ · (1 + ΔW) on every projection, from the files of the domain weights."""
+    domain_weights, result, _ = converted
+    unet_offsets = WeightOffsets.from_factors(domain_weights.offsets)
     with unet_offsets.attached_to(model.unet):
         for path in unet_offsets.paths:
             layer = model.unet.get_submodule(path)
@@ -104,27 +104,27 @@ def test_the_modulated_unet_is_the_one_described(converted, offsets, model):
     assert result.offset_parameters == sum(value.numel() for value in offsets.values())
 
 
-def test_a_pack_of_theirs_is_tuned_and_drawn(converted, model, face):
-    pack, _, _ = converted
-    pack.check_base(model)
-    plain = tune(model, pack, face, pack.tuning.replace(steps=0))
-    tuned = tune(model, pack, face)
-    assert draw(model, plain) != draw(model, tuned)
-    # The drawing half of the encoder is small, and agrees with the whole of it.
-    means = torch.randn(1, pack.encoder.config.unet_width)
-    whole = pack.encoder(pack.image_features(model, model.pixels([face.image])), means)
+def test_imported_domain_weights_are_tuned_and_sampled(converted, model, face):
+    domain_weights, _, _ = converted
+    domain_weights.check_base(model)
+    plain = tune(model, domain_weights, face, domain_weights.tuning.replace(steps=0))
+    tuned = tune(model, domain_weights, face)
+    assert generate(model, plain) != generate(model, tuned)
+    # The part of the encoder that sampling needs is small, and agrees with the whole.
+    means = torch.randn(1, domain_weights.encoder.config.unet_width)
+    whole = domain_weights.encoder(domain_weights.image_features(model, model.pixels([face.image])), means)
     e_c = plain.embedding(means)
-    expected = plain.e_domain + pack.embedding_scale * whole
+    expected = plain.e_domain + domain_weights.embedding_scale * whole
     torch.testing.assert_close(e_c, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_tower_is_checked_when_it_is_looked_through(converted, model):
-    pack, _, folder = converted
+def test_a_tower_is_checked_at_its_first_use(converted, model):
+    domain_weights, _, folder = converted
     path = folder / "tower.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    again = DomainWeights.load(folder)  # drawing needs no tower
+    again = DomainWeights.load(folder)  # sampling needs no tower
     with pytest.raises(IntegrityError, match=r"tower\.safetensors .* is damaged"):
         again.image_features(model, pixels())
     path.unlink()
@@ -133,48 +133,48 @@ def test_a_tower_is_checked_when_it_is_looked_through(converted, model):
 
 
 def test_adapters_change_their_encoder_as_merged_ones_do(converted, model, face):
-    """Hooks while tuning, merged weights while drawing: the same concept, kept or tuned again."""
-    pack, _, _ = converted
-    config = pack.tuning.replace(method="lora", steps=3, base_learning_rate=1e-4)
-    tuned = tune(model, pack, face, config, seed=5)
-    plain = tune(model, pack, face, config.replace(steps=0), seed=5)
-    assert not torch.equal(tuned.encoded_image, plain.encoded_image)  # the picture's own layers learned, too
+    """Hooks while tuning, merged weights while sampling: the same concept, saved or tuned again."""
+    domain_weights, _, _ = converted
+    config = domain_weights.tuning.replace(method="lora", steps=3, base_learning_rate=1e-4)
+    tuned = tune(model, domain_weights, face, config, seed=5)
+    plain = tune(model, domain_weights, face, config.replace(steps=0), seed=5)
+    assert not torch.equal(tuned.encoded_image, plain.encoded_image)  # the layers of the image features learned, too
     concept = Concept(
         domain="face", descriptor="face", base_name="tiny", base_fingerprint=model.fingerprint,
-        weights_digest=pack.digest, prepared=face, config=config, seed=5,
-        image_features=pack.image_features(model, model.pixels([face.image]))[0],
+        weights_digest=domain_weights.digest, prepared=face, config=config, seed=5,
+        image_features=domain_weights.image_features(model, model.pixels([face.image]))[0],
         weights=Concept.weights_of(tuned),
     )  # fmt: skip
-    again = concept.tuned(model, pack)
-    means = torch.randn(1, pack.encoder.config.unet_width)
+    again = concept.tuned(model, domain_weights)
+    means = torch.randn(1, domain_weights.encoder.config.unet_width)
     torch.testing.assert_close(again.embedding(means), tuned.embedding(means), rtol=1e-3, atol=1e-3)
 
 
-def test_a_concept_of_theirs_is_small_and_comes_back(converted, model, face, tmp_path):
-    pack, _, _ = converted
-    features = pack.image_features(model, model.pixels([face.image]))[0]
+def test_an_imported_concept_is_small_and_loads(converted, model, face, tmp_path):
+    domain_weights, _, _ = converted
+    features = domain_weights.image_features(model, model.pixels([face.image]))[0]
     concept = Concept(
         domain="face",
         descriptor="face",
         base_name="tiny",
         base_fingerprint=model.fingerprint,
-        weights_digest=pack.digest,
+        weights_digest=domain_weights.digest,
         prepared=face,
         image_features=features,
-        config=pack.tuning,
+        config=domain_weights.tuning,
         seed=5,
     )
     concept.save(tmp_path / "me.e4t")
     again = Concept.load(tmp_path / "me.e4t")
     assert torch.equal(again.image_features, features)
-    picture = face.image.width * face.image.height * 4
-    assert (tmp_path / "me.e4t").stat().st_size < picture + 2 * features.numel() + 3000
-    one = tune(model, pack, face, seed=5, image_features=features)
-    other = tune(model, pack, again.prepared, seed=5, image_features=again.image_features)
-    assert draw(model, one) == draw(model, other)
-    kept = dataclasses.replace(concept, weights=Concept.weights_of(one))
-    kept.save(tmp_path / "kept.e4t")
-    assert draw(model, Concept.load(tmp_path / "kept.e4t").tuned(model, pack)) == draw(model, one)
+    image = face.image.width * face.image.height * 4
+    assert (tmp_path / "me.e4t").stat().st_size < image + 2 * features.numel() + 3000
+    one = tune(model, domain_weights, face, seed=5, image_features=features)
+    other = tune(model, domain_weights, again.prepared, seed=5, image_features=again.image_features)
+    assert generate(model, one) == generate(model, other)
+    saved = dataclasses.replace(concept, weights=Concept.weights_of(one))
+    saved.save(tmp_path / "kept.e4t")
+    assert generate(model, Concept.load(tmp_path / "kept.e4t").tuned(model, domain_weights)) == generate(model, one)
 
 
 def test_full_size_counts():
@@ -195,17 +195,17 @@ def test_full_size_counts():
     assert networks * 4 == pytest.approx(573e6, rel=1e-3)
     factors = sum(3 * (rows + columns) for rows, columns in shapes.values())
     assert factors * 2 < 1e6  # in float16
-    assert factors * 4 < 2e6  # in float32, as packs keep them
+    assert factors * 4 < 2e6  # in float32, as domain weights keep them
     tower = tower_sizes("ViT-H-14::laion2b_s32b_b79k")
     assert tower["tower_heads"] == 16
     config = PatchEncoderConfig(**tower, unet_width=10_880, hidden_width=1280, embedding_width=768)
     assert config.vectors == 129
-    numbers = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
-    assert numbers == pytest.approx(862.1e6, abs=0.05e6)
+    random_values = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+    assert random_values == pytest.approx(862.1e6, abs=0.05e6)
 
 
 def test_no_size_of_stable_diffusion_is_written_down():
-    """They follow from configs and shapes. (768 is also the side of one base's pictures.)"""
+    """They follow from configs and shapes. (768 is also the side of one base's images.)"""
     for path in Path(e4t_cli.__file__).parent.rglob("*.py"):
         code = re.sub(r'"""(.|\n)*?"""|#.*|"[^"\n]*"', "", path.read_text(encoding="utf-8"))
         if path.name == "bases.py":

@@ -1,4 +1,4 @@
-"""The public checkpoint from a hub: licence, fetch, one conversion, and no questions after it."""
+"""The public checkpoint from a hub: licence, download, and one conversion that is cached."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ YES = HubAccess(accept_license=True)
 
 @pytest.fixture
 def domain():
-    """As `face`, with sentences that the tiny base can read to the end."""
+    """As `face`, with prompt templates that fit the context length of the tiny base."""
     return Domain(
         name="face",
         descriptor="face",
@@ -82,7 +82,7 @@ def test_the_face_domain_names_the_public_weights():
 
 
 @pytest.mark.parametrize(("name", "hours"), [("cat", "5.1 hours"), ("art", "8.4 hours")])
-def test_nobody_published_cat_and_art(name, hours):
+def test_cat_and_art_have_no_public_weights(name, hours):
     domain = find_domain(name)
     with pytest.raises(WeightsUnavailable, match="nobody has published any") as caught:
         weights_folder(domain, "sd14")
@@ -104,10 +104,10 @@ def test_the_licence_first_then_once_and_for_all(
         resolve_domain_weights(domain, sd14, HubAccess())
     assert "--accept-license" in caught.value.hint
     assert not hub.count("GET", "*.pt")
-    questions, said = [], []
+    questions, events = [], []
     asking = HubAccess(
         accept_license=lambda question: bool(questions.append(question) or True),
-        on_progress=said.append,
+        on_progress=events.append,
     )
     folder = resolve_domain_weights(domain, sd14, asking)
     assert len(questions) == 1
@@ -115,24 +115,24 @@ def test_the_licence_first_then_once_and_for_all(
     assert "non-commercial" in questions[0]
     assert folder == converted_weights_path(THEIRS, published)
     assert user_cache() in folder.parents
-    pack = DomainWeights.load(folder)
-    assert "non-commercial" in pack.licence
-    assert THEIRS in pack.notes
-    assert published in pack.notes
-    assert pack.tuning == domain.tuning
+    domain_weights = DomainWeights.load(folder)
+    assert "non-commercial" in domain_weights.licence
+    assert THEIRS in domain_weights.notes
+    assert published in domain_weights.notes
+    assert domain_weights.tuning == domain.tuning
     assert len(conversions) == 1
     # The child compares with what the hub declares, too.
     assert set(conversions[0].sha256) == {"encoder.pt", "weight_offsets.pt"}
-    assert any("largest error of a ΔW" in event.remark for event in said)
-    assert "fetch" in {event.stage for event in said}
-    # From now on: no question, no request, no conversion, no network at all.
-    asked = len(hub.requests)
+    assert any("largest error of a ΔW" in event.remark for event in events)
+    assert "fetch" in {event.stage for event in events}
+    # From here on: no question, no request, no conversion, no network at all.
+    requests_before = len(hub.requests)
     hub.faults.append(Fault("hang"))
     assert resolve_domain_weights(domain, sd14, HubAccess(offline=True)) == folder
     assert weights_folder(domain, "sd14") == folder
     forget_repository(THEIRS)
     assert converted_weights_folder(LOCATION) == folder
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests_before
     assert len(conversions) == 1
     photo = tmp_path / "photo.png"
     drawn_face(size=80)[0].save(photo)
@@ -145,7 +145,7 @@ def test_the_licence_first_then_once_and_for_all(
 
 
 def test_a_damaged_conversion_is_made_again(hub, published, domain, conversions):
-    """`e4t fetch` repairs; the originals can be pruned, and the pack removed."""
+    """`e4t fetch` repairs; the originals can be pruned, and the domain weights removed."""
     folder = fetch_converted(domain, "sd14", LOCATION, YES)
     whole = (folder / "offsets.safetensors").read_bytes()
     with (folder / "offsets.safetensors").open("r+b") as file:
@@ -192,24 +192,24 @@ def test_a_repository_that_lacks_a_file(hub, checkpoint, domain):
         fetch_converted(domain, "sd14", LOCATION, YES)
 
 
-def test_who_brings_a_tower_needs_none_of_the_base(hub, converted, domain):
-    """The public weights need no 3.9 GB of a CLIP tower that nothing would look through."""
+def test_weights_with_a_tower_need_none_of_the_base(hub, converted, domain):
+    """The public weights bring their image tower: the base's 3.9 GB are not fetched."""
     assert not needs_image_tower(domain, "sd14")
     assert not needs_image_tower(domain, "CompVis/stable-diffusion-v1-4")
     assert needs_image_tower(find_domain("face"), "mini")
     assert needs_image_tower(find_domain("cat"), "sd14")
     assert needs_image_tower(None, "sd14")
-    pack, _, _ = converted
+    domain_weights, _, _ = converted
     own = user_domains_folder() / "cat"
-    dataclasses.replace(pack, name="cat", base_name="sd14").save(own)
+    dataclasses.replace(domain_weights, name="cat", base_name="sd14").save(own)
     assert not needs_image_tower(find_domain("cat"), "sd14")
 
 
 def test_weights_that_the_user_made_come_first(hub, converted, domain, sd14):
-    """A pack of the user's own for that base serves before four gigabytes are fetched."""
-    pack, _, _ = converted
+    """The user's domain weights for that base are used before four gigabytes are fetched."""
+    domain_weights, _, _ = converted
     own = user_domains_folder() / "face"
-    dataclasses.replace(pack, base_name="sd14").save(own)
+    dataclasses.replace(domain_weights, base_name="sd14").save(own)
     assert resolve_domain_weights(domain, sd14, YES) == own
     assert not hub.requests
     assert "sd14" in PUBLISHED

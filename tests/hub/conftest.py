@@ -1,4 +1,4 @@
-"""A fake hub for each test, with caches of its own, and waiting times that are not waited."""
+"""A fake hub for each test, with caches of its own, and retries without waiting."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A hub on the loopback: real sockets, real files, and every fault that a line or a hub can have.
+"""A fake hub on the loopback interface: real sockets, real files, and injected faults.
 
-It speaks what huggingface_hub asks of a model hub: the list of a repository's files, HEAD and GET
+It implements what huggingface_hub requests of a model hub: the list of a repository's files, HEAD and GET
 of a file with its checksum and parts of it by Range, and what an upload needs. Files are served
 from disk, so repositories of full size are fine:
 
@@ -40,7 +40,7 @@ class Fault:
 
     Args:
         kind: "drop" cuts the connection half-way, "short" closes it there in good order,
-            "corrupt" sends as many wrong bytes, "portal" answers with a page of the hotel's,
+            "corrupt" sends as many wrong bytes, "portal" answers with the page of a captive portal,
             "status" with another status, "hang" with nothing at all.
         path: a pattern for the address.
         times: how many requests it meets.
@@ -82,7 +82,7 @@ class Repository:
 
 
 class FakeHub:
-    """A server with repositories, faults to come, and a memory of what was asked."""
+    """A server with repositories, pending faults, and a log of requests."""
 
     def __init__(self, port: int = 0) -> None:
         self.repositories: dict[str, dict[str, Repository]] = {}
@@ -262,9 +262,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, repository: Repository, file: File, fault: Fault | None) -> None:
         start = 0
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked:
-            start = int(asked[1])
+        request = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if request:
+            start = int(request[1])
         self.send_response(206 if start else 200)
         length = file.size - start
         kind = fault.kind if fault is not None else ""
@@ -306,7 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
                 yield block
 
     def _cut(self, *, politely: bool) -> None:
-        """End the connection, with a goodbye or as a pulled plug does, with a reset."""
+        """End the connection, in order or with a reset."""
         self.wfile.flush()
         if not politely:
             linger = struct.pack("ii", 1, 0)
@@ -323,12 +323,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.headers.get("Authorization") and not path.startswith("/lfs/"):
             return self._send(401, b"{}", {})
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request.get('organization') or 'me'}/{request['name']}"
             if name in self.hub.repositories:
                 body = {"error": "it exists", "url": f"{self.hub.url}/{name}"}
                 return self._send(409, json.dumps(body).encode(), {})
-            private = asked.get("visibility", "public") == "private" or asked.get("private", False)
+            private = request.get("visibility", "public") == "private" or request.get("private", False)
             self.hub.uploads[name] = {"private": json.dumps(private).encode()}
             return self._json({"url": f"{self.hub.url}/{name}", "name": name})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/.+", path):

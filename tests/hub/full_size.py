@@ -5,7 +5,7 @@
 makes the files of `sd14`, its image tower and a face parser in FOLDER/published (4 GB, once),
 serves them, the first two at the pinned commits, and runs the command with caches in FOLDER/caches.
 With --faces a checkpoint like the public face weights (another 4 GB) is made and served too. The
-architectures are exact and the numbers are noise, so what comes out is a picture of noise;
+architectures are exact and the weights are noise, so the generated image is noise;
 everything on the way is real.
 """
 
@@ -26,13 +26,13 @@ PARTS = (
     "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear",
     "mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth",
 )  # fmt: skip
-_BLOCK = 1 << 22  # numbers at a time
+_BLOCK = 1 << 22  # values at a time
 
 
 def write_noise(module: Any, path: Path, *, prefix: str = "") -> None:
     """Write a safetensors file in float16 for a module on the meta device, a block at a time.
 
-    Matrices are small noise and scales are ones, so that what flows through stays finite.
+    Matrices are small noise and scales are ones, so that activations stay finite.
     """
     import numpy
 
@@ -171,7 +171,7 @@ def write_parser(folder: Path, *, small: bool = False) -> None:
 def publish(hub: FakeHub, folder: Path, *, small: bool = False) -> None:
     """Publish `sd14` and its image tower at their pinned commits, and a face parser.
 
-    The tower's checksum is pinned anew: it is another file.
+    The tower's checksum is replaced: it is another file.
     """
     from e4t_cli.hub import image_tower as towers
     from e4t_cli.hub.bases import PUBLISHED

@@ -1,4 +1,4 @@
-"""Domains come from the hub and go there: whole, checked, licensed, and private unless said."""
+"""Domains from and to the hub: complete, verified, licensed, and private by default."""
 
 import tomllib
 
@@ -66,7 +66,7 @@ def test_what_the_hub_does_not_have(hub, folder, tmp_path):
 
 
 def test_a_repository_with_a_wrong_manifest(hub, folder):
-    """The hub vouches for its files, not for what their author wrote about them."""
+    """The hub guarantees its files, not the manifest that their author wrote."""
     text = manifest_text(files={**FILES, "encoder.safetensors": FILES["encoder.safetensors"][:-1] + b"!"})
     (folder / "domain.toml").write_text(text)
     commit = hub.add("someone/dogs", folder)
@@ -83,7 +83,7 @@ def test_offline_only_what_is_here(hub, folder):
     assert hub.requests == []
 
 
-def test_the_list_says_what_is_to_be_fetched(hub, folder):
+def test_the_list_shows_what_is_to_be_fetched(hub, folder):
     commit = hub.add("someone/dogs", folder)
     place = {"toy": f"hub:someone/dogs@{commit}"}
     config = TuningConfig(steps=1, base_learning_rate=1e-6, reg_weight=0)
@@ -92,7 +92,7 @@ def test_the_list_says_what_is_to_be_fetched(hub, folder):
     assert (weights_state(plain, "toy").state, weights_state(plain, "toy").size) == ("to fetch", 0)
     assert weights_state(sized, "toy").size == 12345
     assert weights_state(sized, "toy").hint == "e4t fetch dogs --base toy"
-    assert hub.requests == []  # looking asks nobody
+    assert hub.requests == []  # listing sends no request
     add_domain(f"someone/dogs@{commit}")
     ready = weights_state(sized, "toy")
     assert (ready.state, ready.size) == ("ready", sum(map(len, FILES.values())))
@@ -174,7 +174,7 @@ def test_damaged_weights_are_not_published(hub, token, dogs):
 
 
 @pytest.mark.parametrize("repository", ["dogs", "../dogs", "me/", "a/b/c", "me/do gs"])
-def test_names_that_are_none(hub, token, dogs, repository):
+def test_invalid_repository_names(hub, token, dogs, repository):
     with pytest.raises(UsageError):
         publish_domain(dogs, repository)
     assert hub.uploads == {}
@@ -207,8 +207,8 @@ def test_the_page_repeats_no_markup(dogs, folder):
 # ── the commands ──
 
 
-def test_push_asks_and_says_where(hub, token, dogs, capfd):
-    assert app.run(["domains", "push", "my_dogs", "me/e4t-dogs"]) == 2  # nobody to ask
+def test_push_asks_and_prints_the_address(hub, token, dogs, capfd):
+    assert app.run(["domains", "push", "my_dogs", "me/e4t-dogs"]) == 2  # no terminal for a question
     assert "nothing was uploaded" in capfd.readouterr().err
     assert hub.uploads == {}
     assert app.run(["domains", "push", "my_dogs", "me/e4t-dogs", "-y", "-q"]) == 0

@@ -59,14 +59,14 @@ def test_a_plain_fetch(hub, repository):
     assert len(remarks) == 1 and "300 kB" in remarks[0] and "free there" in remarks[0]
     last = [event for event in events if event.stage == "fetch" and event.total][-1]
     assert last.done == last.total > 300_000 and last.unit == "bytes"
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     assert fetch_files("owner/tiny", repository, ALL) == folder
-    assert len(hub.requests) == asked, "what is here needs no question"
+    assert len(hub.requests) == requests_before, "what is here needs no question"
 
 
 @pytest.mark.parametrize("reporter", [True, False])
 def test_bytes_are_counted_once_however_they_are_sent(reporter):
-    """Xet reports every byte twice: from the line, and on the disk."""
+    """Xet reports every byte twice: from the network, and on the disk."""
     from types import SimpleNamespace
 
     from e4t_cli.hub.download import ProgressMeter
@@ -103,7 +103,7 @@ def test_D1_a_dropped_connection_is_tried_again(hub, repository, kind):
 
 
 @pytest.mark.parametrize("kind", ["drop", "short"])
-def test_D2_D3_a_line_that_always_breaks(hub, repository, kind):
+def test_D2_D3_a_connection_that_always_breaks(hub, repository, kind):
     hub.faults.append(Fault(kind, "*/weights.safetensors", method="GET"))
     with pytest.raises(WeightsUnavailable, match="connection broke") as caught:
         fetch_files("owner/tiny", repository, ALL)
@@ -183,7 +183,7 @@ def test_D7_D8_two_processes_at_once(hub, repository, locks):
     assert intact(Path(ended[0][0].strip()))
 
 
-def test_D9_no_room_is_said_before_anything_is_fetched(hub, repository, monkeypatch):
+def test_D9_a_full_disk_is_reported_before_anything_is_fetched(hub, repository, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 50_000))
@@ -275,7 +275,7 @@ def test_D13_offline_opens_no_socket(hub, repository, monkeypatch, how):
         assert time.perf_counter() - begun < 2 and "e4t fetch owner/none" in caught.value.hint
 
 
-def test_D14_offline_and_incomplete_says_what_is_missing(hub, repository):
+def test_D14_offline_and_incomplete_reports_what_is_missing(hub, repository):
     folder = fetch_files("owner/tiny", repository, ALL)
     (folder / WEIGHTS).unlink()
     with pytest.raises(WeightsUnavailable, match=f"offline: {WEIGHTS}"):
@@ -289,11 +289,11 @@ def test_D14_offline_and_incomplete_says_what_is_missing(hub, repository):
 def test_D15_a_hanging_network_does_not_matter_to_what_is_here(hub, repository, monkeypatch):
     folder = fetch_files("owner/tiny", repository, ALL)
     hub.faults.append(Fault("hang"))
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     begun = time.perf_counter()
     assert fetch_files("owner/tiny", repository, ALL) == folder
     assert fetch_files("owner/tiny", repository, ["config.json"]) == folder
-    assert time.perf_counter() - begun < 1 and len(hub.requests) == asked
+    assert time.perf_counter() - begun < 1 and len(hub.requests) == requests_before
 
 
 STATUSES = {
@@ -308,18 +308,18 @@ STATUSES = {
 
 @pytest.mark.parametrize("where", ["/api/*", "*/resolve/*"])
 @pytest.mark.parametrize("status", STATUSES)
-def test_D16_what_the_hub_says_no_with(hub, repository, monkeypatch, status, where):
+def test_D16_refusals_of_the_hub(hub, repository, monkeypatch, status, where):
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     sentence, headers = STATUSES[status]
     if status == 429 and where != "/api/*":
-        headers = {"Retry-After": "0"}  # huggingface_hub waits as long as it is told to
+        headers = {"Retry-After": "0"}  # huggingface_hub waits as long as the header states
     hub.faults.append(Fault("status", where, status=status, headers=headers))
     with pytest.raises(WeightsUnavailable, match=sentence) as caught:
         fetch_files("owner/tiny", repository, ALL)
-    said = f"{caught.value.message} {caught.value.hint}"
-    assert "hf_good" not in said and "127.0.0.1" not in caught.value.message
+    message = f"{caught.value.message} {caught.value.hint}"
+    assert "hf_good" not in message and "127.0.0.1" not in caught.value.message
     if status == 429 and where == "/api/*":
-        assert "wait 600 seconds" in said and hub.count("GET", "/api/*") == 1
+        assert "wait 600 seconds" in message and hub.count("GET", "/api/*") == 1
     if status >= 500 and where == "/api/*":
         assert hub.count("GET", "/api/*") == 3
 
@@ -393,9 +393,9 @@ def test_D19_a_token_that_the_hub_does_not_know(hub, repository, monkeypatch):
         HubAccess(on_progress=lambda event: notes.append(event.note)),
     )
     assert intact(folder) and "Bearer hf_expired_secret" in hub.authorizations
-    said = [note for note in notes if note]
-    assert said and all("going on without it" in note for note in said)
-    assert not any("hf_expired" in note for note in said)
+    message = [note for note in notes if note]
+    assert message and all("going on without it" in note for note in message)
+    assert not any("hf_expired" in note for note in message)
 
 
 def test_D19_a_good_token_is_used_and_never_kept(hub, repository, monkeypatch, tmp_path):
@@ -407,7 +407,7 @@ def test_D19_a_good_token_is_used_and_never_kept(hub, repository, monkeypatch, t
             assert b"hf_good" not in path.read_bytes()
 
 
-def test_an_inventory_that_is_damaged_is_asked_for_again(hub, repository):
+def test_a_damaged_inventory_is_requested_again(hub, repository):
     fetch_files("owner/tiny", repository, ALL)
     (note,) = (user_cache() / "hub").rglob("*.json")
     json.loads(note.read_text())
@@ -449,7 +449,7 @@ def test_runs_in_two_threads_report_each_its_own_retries(hub, repository, tmp_pa
             or hub.count("GET", "/owner/other/*/weights.safetensors") < 1
         ):
             threading.Event().wait(0.02)
-        # Both run, and one has had to try again: a third party's warning is nobody's.
+        # Both run, and one has retried: a warning from another thread belongs to neither.
         logger.getChild("file_download").warning("Retrying in 1s")
         hub.chunk_gate.set()
         for thread in threads:

@@ -1,4 +1,4 @@
-"""The rehearsal's files are what a Stable Diffusion repository is: shown on small ones."""
+"""The full-size rehearsal's files have the layout of a Stable Diffusion repository (small ones here)."""
 
 import pytest
 import torch
@@ -72,9 +72,9 @@ def test_a_domain_comes_with_its_networks(published, tmp_path, monkeypatch, capf
     wanted = ("fetch", "look", "--base", "sd14")
     assert app.run([*wanted, "--accept-license"]) == 0
     out, err = capfd.readouterr()
-    base, pack, network = out.splitlines()
+    base, domain_folder, network = out.splitlines()
     assert "face-parsing" in network and "for research" in err
     published.requests.clear()
     assert app.run([*wanted, "--offline"]) == 0
-    assert capfd.readouterr().out.splitlines() == [base, pack, network]
+    assert capfd.readouterr().out.splitlines() == [base, domain_folder, network]
     assert not published.requests

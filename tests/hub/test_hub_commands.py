@@ -51,7 +51,7 @@ def run(capfd, monkeypatch, tmp_path):
     os.environ.pop("E4T_OFFLINE", None)
 
 
-def test_fetch_says_where(hub, tiny, run):
+def test_fetch_prints_the_folder(hub, tiny, run):
     code, out, err = run("fetch", "owner/tiny")
     assert code == 0, err
     folder = Path(out.strip())
@@ -79,8 +79,8 @@ def test_fetch_repairs(hub, tiny, run):
     assert (code, out) == (0, "") and "match their checksums" in err
 
 
-def test_verify_finds_what_no_clock_shows(hub, tiny, run):
-    """A bit that turned without the file's time: only reading finds it."""
+def test_verify_finds_changes_without_a_new_modification_time(hub, tiny, run):
+    """A flipped bit with an unchanged modification time: only reading finds it."""
     run("fetch", "owner/tiny")
     weights = next(hub_cache().rglob("snapshots/*/vae/*.safetensors")).resolve()
     about = weights.stat()
@@ -137,7 +137,7 @@ def test_cache_leaves_other_programs_alone(hub, tiny, run):
     assert run("cache", "prune", "-y")[0] == 0 and theirs.is_file()
 
 
-def test_doctor_tells_no_secret(hub, run, monkeypatch):
+def test_doctor_prints_no_secret(hub, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     code, out, err = run("doctor", "--json")
     about = json.loads(out)
@@ -155,7 +155,7 @@ def accelerator(monkeypatch):
     monkeypatch.setattr(automatic, "choose_device", lambda device: SimpleNamespace(type="cuda"))
 
 
-def test_auto_without_an_accelerator_asks_nobody(monkeypatch):
+def test_auto_without_an_accelerator_sends_no_request(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("somebody was asked")
 
@@ -202,7 +202,7 @@ def test_auto_takes_what_is_here_without_a_question(hub, accelerator, made, monk
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
-def test_hidden_cards_are_none(monkeypatch, hidden):
+def test_hidden_gpus_are_not_counted(monkeypatch, hidden):
     import platform
 
     monkeypatch.setattr(platform, "system", lambda: "Linux")
@@ -215,7 +215,7 @@ def test_hidden_cards_are_none(monkeypatch, hidden):
 
 
 def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch):
-    """From an id to a picture in one command, then offline, then from the saved concept."""
+    """From an id to an image in one command, then offline, then from the saved concept."""
     from PIL import Image
 
     import e4t_cli
@@ -250,7 +250,7 @@ def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch)
         raise AssertionError("a socket was opened")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     for command in (
         (*learn, "--base", "tiny", "--offline"),
         ("generate", "me.e4t", *quick, "--offline"),
@@ -258,7 +258,7 @@ def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch)
         code, out, err = run(*command)
         assert code == 0, err
         assert Image.open(tmp_path / out.splitlines()[0]).tobytes() == first.tobytes()
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests_before
 
 
 def test_a_dry_run_fetches_nothing(hub, tiny, tmp_path, run):
@@ -287,9 +287,9 @@ def test_a_terminal_is_asked(hub, tiny, tmp_path, answer, code):
     os.close(theirs)
     os.write(ours, f"{answer}\n".encode())
     out, _ = process.communicate(timeout=60)
-    said = os.read(ours, 10_000).decode()
+    output = os.read(ours, 10_000).decode()
     os.close(ours)
-    assert process.returncode == code and "remove owner/tiny" in said and "[y/N]" in said
+    assert process.returncode == code and "remove owner/tiny" in output and "[y/N]" in output
     assert folder.is_dir() == (answer == "n") and bool(out) == (answer == "y")
 
 
@@ -317,7 +317,7 @@ def test_an_interrupt_does_not_wait_for_gigabytes(hub, tiny, tmp_path):
     assert not list(hub_cache().rglob("*.incomplete"))
 
 
-def test_auto_says_one_calm_line(monkeypatch):
+def test_auto_prints_one_line(monkeypatch):
     from e4t_cli.api.resolve import resolve_base_name
 
     monkeypatch.setattr(automatic, "likely_accelerator", lambda device: False)

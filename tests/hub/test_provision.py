@@ -1,4 +1,4 @@
-"""Bases and packs by name: what they mean, what is fetched of them, and when nobody is asked."""
+"""Bases and domain weights by name: resolution, which files are fetched, and when licences are confirmed."""
 
 import json
 import shutil
@@ -63,11 +63,11 @@ def test_a_base_by_its_id_is_what_it_needs_and_no_more(hub, tiny, half):
     }
     assert not [name for name in names if name.endswith((".py", ".bin", ".ckpt"))]
     assert is_cached("owner/tiny", half=half) and look_up_base("owner/tiny", half=half)[2]
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     hub.faults.append(Fault("hang"))
     assert fetch_base("owner/tiny", HubAccess(), half=half) == base
     assert fetch_base("tiny", HubAccess(), half=half).folder == base.folder, "by the name it has here"
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests_before
 
 
 def test_the_same_base_in_either_precision_is_one_base(hub, tiny):
@@ -141,7 +141,7 @@ def test_a_licence_that_is_unstated_or_restricts_is_asked_about(hub, made, licen
     assert fetch_base("owner/tiny", YES)
 
 
-def test_a_free_licence_is_said_and_not_asked_about(hub, tiny):
+def test_a_free_licence_is_printed_and_not_asked_about(hub, tiny):
     remarks = []
     access = HubAccess(on_progress=lambda event: remarks.append(event.remark))
     fetch_base("owner/tiny", access)
@@ -170,7 +170,7 @@ def test_D13_offline_neither_connects_nor_asks(hub, tiny, made, tmp_path, monkey
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    asked = len(hub.requests)
+    requests_before = len(hub.requests)
     offline = HubAccess(offline=True, accept_license=refuse)
     for repair in (False, True):
         for name in ("sd14", "owner/tiny", "owner/restricted", f"owner/restricted@{restricted}"):
@@ -185,7 +185,7 @@ def test_D13_offline_neither_connects_nor_asks(hub, tiny, made, tmp_path, monkey
     assert get_repo_info("owner/tiny", None, offline) is None
     monkeypatch.setattr(resolve, "likely_accelerator", lambda device: True)
     assert resolve.default_base_name(offline)[0] == "mini"
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests_before
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_the_safety_checker_comes_with_the_base(hub, with_checker):
     assert not (base.folder / "safety_checker/model.safetensors").exists()
     notes = []
     telling = HubAccess(accept_license=True, on_progress=lambda event: notes.append(event.note))
-    # On a day without a network: it goes on, and says so.
+    # Without a network it goes on, and reports it.
     hub.faults.append(Fault("status", status=503))
     assert fetch_base("owner/checked", telling) == base
     assert any("in trouble (503)" in note and "going on with" in note for note in notes)
@@ -234,7 +234,7 @@ def test_a_damaged_base_is_noticed_and_repaired_by_fetch(hub, tiny, tmp_path):
 
 
 def test_what_another_program_fetched_is_used_and_checked(hub, tiny):
-    """As an existing Stable Diffusion of the user's: nothing of it was ever remembered here."""
+    """As an existing Stable Diffusion of the user's, of which no checksums are cached here."""
     fetch_base("owner/tiny", YES)
     shutil.rmtree(user_cache())
     assert fetch_base(f"owner/tiny@{tiny}", HubAccess(offline=True)).revision == tiny
@@ -245,22 +245,22 @@ def test_what_another_program_fetched_is_used_and_checked(hub, tiny):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"in_channels": 9}, "for inpainting"),
         ({"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
         ({"_class_name": "SD3Transformer2DModel"}, "a SD3Transformer2DModel"),
     ],
 )
-def test_a_model_of_another_kind_costs_no_gigabytes(hub, made, tmp_path, change, said):
+def test_a_model_of_another_kind_costs_no_gigabytes(hub, made, tmp_path, change, expected):
     folder = shutil.copytree(made, tmp_path / "other")
     config = folder / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     hub.add("owner/other", folder)
-    with pytest.raises(IntegrityError, match=said):
+    with pytest.raises(IntegrityError, match=expected):
         fetch_base("owner/other", YES)
     assert not hub.count("GET", "*.safetensors")
-    with pytest.raises(IntegrityError, match=said):
+    with pytest.raises(IntegrityError, match=expected):
         fetch_base(folder, HubAccess())
 
 
@@ -342,8 +342,8 @@ def test_the_tower_is_kept_slim(hub, made, small_tower, tmp_path):
     assert model.image_features(pixels).isfinite().all()
     # The published file can go; the slim copy is enough.
     shutil.rmtree(hub_cache() / "models--laion--small")
-    asked = len(hub.requests)
-    assert fetch_base("owner/plain", HubAccess()) == base and len(hub.requests) == asked
+    requests_before = len(hub.requests)
+    assert fetch_base("owner/plain", HubAccess()) == base and len(hub.requests) == requests_before
     # A folder of the user's without a tower takes the same one.
     assert fetch_base(folder, HubAccess()).tower == base.tower
 
@@ -380,10 +380,10 @@ def test_room_for_the_tower_is_counted_before_the_base_is_fetched(hub, made, tmp
     assert not hub.count("GET", "*.safetensors")
 
 
-# ── packs ──
+# ── domain weights ──
 
 
-def test_a_pack_of_the_hub(hub, tmp_path):
+def test_domain_weights_of_the_hub(hub, tmp_path):
     folder = write_files(tmp_path / "pack", domain_toml=b"schema = 1", encoder_safetensors=b"x" * 9, run_py=b"1")
     commit = hub.add("owner/pack", folder, licence="")
     location = f"hub:owner/pack@{commit}"
@@ -396,7 +396,7 @@ def test_a_pack_of_the_hub(hub, tmp_path):
 
 
 @pytest.mark.parametrize("location", ["hub:owner/pack@main", "hub:owner/pack", "hub:../x@" + "a" * 40])
-def test_a_pack_needs_a_commit(location):
+def test_domain_weights_need_a_commit(location):
     with pytest.raises(IntegrityError, match="no location of domain weights"):
         domain_weights_location(location)
     assert hub_weights_folder(location) is None

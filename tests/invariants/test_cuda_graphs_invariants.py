@@ -1,9 +1,9 @@
-"""Laws of recorded work: shown once and played back, it is the work.
+"""Invariants of CUDA graphs: a captured and replayed function gives the results of the function.
 
-A CUDA graph is the same kernels on the same addresses, and nothing that Python decided meanwhile.
-So is the recorder here, for the CPU: a list of torch's operations and of the very tensors that they
-read and wrote, done again one after another. What a step takes from Python and not from its
-arguments stays what it was when it was recorded, and gives other numbers than the step itself.
+A CUDA graph runs the same kernels on the same addresses, without any Python in between.
+The recorder here does the same on the CPU: it lists torch's operations with the tensors that they
+read and wrote, and runs them again in order. A value that a step takes from Python and not from its
+arguments stays what it was at capture, and gives other results than the step itself.
 """
 
 import pytest
@@ -25,8 +25,8 @@ PROMPTS = [parse_prompt("S* on the beach"), parse_prompt("a photo of S*")]
 READS_BACK = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
 
 
-class Listing(TorchDispatchMode):
-    """Lists operations; does them too, unlike a card, which has only been told of them."""
+class OperationLog(TorchDispatchMode):
+    """Lists operations and executes them, unlike a GPU, which only enqueues them during capture."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class Listing(TorchDispatchMode):
         return result
 
 
-class Lists:
+class CpuCapture:
     """A `Recorder` for the CPU."""
 
     def __init__(self):
@@ -50,13 +50,13 @@ class Lists:
         return work()
 
     def capture(self, work):
-        with Listing() as listing:
+        with OperationLog() as log:
             result = work()
-        for value in written(listing.operations):
+        for value in written(log.operations):
             if value.is_floating_point():
-                value.fill_(float("nan"))  # only told of: nothing of it is there yet
+                value.fill_(float("nan"))  # as in a capture: no result exists yet
         self.recorded += 1
-        return lambda: self.play(listing.operations), result
+        return lambda: self.play(log.operations), result
 
     @torch.no_grad()
     def play(self, operations):
@@ -69,23 +69,23 @@ class Lists:
 
 
 def written(operations):
-    """Yield what the operations made anew, and neither looked at nor changed in place."""
+    """Yield the outputs of operations that are neither views nor changed in place."""
     for function, _, _, result in operations:
         if all(one.alias_info is None for one in function._schema.returns):
             yield from (one.detach() for one in tree_leaves(result) if torch.is_tensor(one))
 
 
 def capture_with(monkeypatch, found):
-    """Have this capture everything, or nothing."""
+    """Capture with `found`; None captures nothing."""
     monkeypatch.setattr(recording, "graph_capture_for", lambda device: found)
     for module in (sampling, tuning):
         monkeypatch.setattr(module, "captures_graphs", lambda device: found is not None)
 
 
 @pytest.fixture
-def lists(monkeypatch):
-    """Have everything recorded, on the CPU."""
-    found = Lists()
+def cpu_capture(monkeypatch):
+    """Capture everything, on the CPU."""
+    found = CpuCapture()
     capture_with(monkeypatch, found)
     return found
 
@@ -98,95 +98,97 @@ def weights_of(tuned):
     ]
 
 
-# ── tuning and drawing ──
+# ── tuning and sampling ──
 
 
 @pytest.mark.parametrize("micro_batch", [4, 3])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_recorded_tuning_is_the_tuning(model, pack, face, monkeypatch, method, micro_batch):
-    config = pack.tuning.replace(method=method, steps=6)
+def test_captured_tuning_gives_the_same_model(model, domain_weights, face, monkeypatch, method, micro_batch):
+    config = domain_weights.tuning.replace(method=method, steps=6)
 
     def tuned():
-        told = []
+        events = []
         found = tune(
             model,
-            pack,
+            domain_weights,
             face,
             config,
             seed=3,
-            on_progress=lambda progress: told.append(progress.values),
+            on_progress=lambda progress: events.append(progress.values),
             options=TuningOptions(autocast=False, plan=Plan(micro_batch=micro_batch)),
         )
-        return weights_of(found), told
+        return weights_of(found), events
 
     expected = tuned()
-    found = Lists()
+    found = CpuCapture()
     capture_with(monkeypatch, found)
-    weights, told = tuned()
+    weights, events = tuned()
     assert (found.recorded, found.played) == (1, 5)
-    assert told == expected[1]
+    assert events == expected[1]
     assert all(torch.equal(a, b) for a, b in zip(weights, expected[0], strict=True))
 
 
-def test_so_it_is_in_half_precision(model, pack, face, lists, monkeypatch):
-    """With the casts of autocast, which are kept for the length of a step."""
-    config = pack.tuning.replace(steps=4)
-    found = weights_of(tune(model, pack, face, config, options=TuningOptions(autocast=True)))
-    assert lists.played == 3
+def test_captured_tuning_gives_the_same_model_in_half_precision(model, domain_weights, face, cpu_capture, monkeypatch):
+    """With the casts of autocast, which are cached for the length of a step."""
+    config = domain_weights.tuning.replace(steps=4)
+    found = weights_of(tune(model, domain_weights, face, config, options=TuningOptions(autocast=True)))
+    assert cpu_capture.played == 3
     capture_with(monkeypatch, None)
-    expected = weights_of(tune(model, pack, face, config, options=TuningOptions(autocast=True)))
+    expected = weights_of(tune(model, domain_weights, face, config, options=TuningOptions(autocast=True)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")])
-def test_recorded_drawing_is_drawing(model, pack, face, monkeypatch, scheduler, negative):
-    tuned = Trainer(model, pack, face, pack.tuning.replace(steps=0)).finish()
+def test_captured_sampling_gives_the_same_images(model, domain_weights, face, monkeypatch, scheduler, negative):
+    tuned = Trainer(model, domain_weights, face, domain_weights.tuning.replace(steps=0)).finish()
     sampling = SamplingConfig(steps=6, scheduler=scheduler, negative_prompt=negative)
     expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
-    found = Lists()
+    found = CpuCapture()
     capture_with(monkeypatch, found)
     assert torch.equal(generate_latents(model, tuned, PROMPTS, [1, 2], sampling), expected)
     assert found.recorded == 1 and found.played >= 5
 
 
-def test_a_plan_that_changes_is_recorded_anew(model, pack, face, lists):
-    run = Trainer(model, pack, face, pack.tuning.replace(steps=9), options=TuningOptions(autocast=False))
+def test_a_changed_plan_is_captured_again(model, domain_weights, face, cpu_capture):
+    run = Trainer(
+        model, domain_weights, face, domain_weights.tuning.replace(steps=9), options=TuningOptions(autocast=False)
+    )
     whole = [run.gradients(step) for step in range(3)]
     assert run.reduce_memory().startswith("memory ran out: 2 at a time")
     halves = [run.gradients(step) for step in range(3)]
-    assert lists.recorded == 2
+    assert cpu_capture.recorded == 2
     for one, other in zip(whole, halves, strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("plan", [{"checkpointing": True}, {"optimizer": "cpu"}])
-def test_what_is_not_the_same_each_time_is_not_recorded(model, pack, face, lists, plan):
+def test_steps_that_vary_are_not_captured(model, domain_weights, face, cpu_capture, plan):
     tune(
         model,
-        pack,
+        domain_weights,
         face,
-        pack.tuning.replace(steps=5),
+        domain_weights.tuning.replace(steps=5),
         options=TuningOptions(plan=Plan(micro_batch=4, **plan)),
     )
-    assert lists.recorded == 0
+    assert cpu_capture.recorded == 0
 
 
-def test_few_steps_are_not_recorded(model, pack, face, lists):
-    tune(model, pack, face, pack.tuning.replace(steps=3))
-    assert lists.recorded == 0
+def test_few_steps_are_not_captured(model, domain_weights, face, cpu_capture):
+    tune(model, domain_weights, face, domain_weights.tuning.replace(steps=3))
+    assert cpu_capture.recorded == 0
 
 
-# ── a recording by itself ──
+# ── a capture by itself ──
 
 
-def test_results_do_not_share_memory(lists):
+def test_results_do_not_share_memory(cpu_capture):
     double = CudaGraphRunner(lambda x: 2 * x, HERE, calls=9)
     found = [double(torch.tensor([float(number)])) for number in range(5)]
     assert [one.item() for one in found] == [0, 2, 4, 6, 8]
-    assert (lists.recorded, lists.played) == (1, 4)
+    assert (cpu_capture.recorded, cpu_capture.played) == (1, 4)
 
 
-def test_weights_that_move_meanwhile_are_read_where_they_are(lists):
+def test_a_replay_reads_weights_changed_in_place(cpu_capture):
     weight = torch.ones(1)
     scaled = CudaGraphRunner(lambda x: weight * x, HERE, calls=9)
     for number in range(1, 5):
@@ -194,8 +196,8 @@ def test_weights_that_move_meanwhile_are_read_where_they_are(lists):
         weight.add_(1)
 
 
-def test_the_stand_in_would_notice(lists):
-    """A check that cannot fail is none: numbers of Python's are those of the recording."""
+def test_the_stand_in_detects_violations(cpu_capture):
+    """The check can fail: Python values stay those of the capture."""
     count = 0
 
     def counted(x):
@@ -207,36 +209,36 @@ def test_the_stand_in_would_notice(lists):
     assert [recorded(torch.zeros(1)).item() for _ in range(4)] == [1, 2, 2, 2]
 
 
-def test_what_cannot_be_recorded_is_done_as_ever(lists):
-    told = []
+def test_functions_that_cannot_be_captured_run_eagerly(cpu_capture):
+    events = []
 
-    def looked_at(x):
+    def read_back(x):
         return x + 1 if x.sum().item() > 0 else x - 1
 
-    work = CudaGraphRunner(looked_at, HERE, calls=9, on_trouble=told.append)
+    work = CudaGraphRunner(read_back, HERE, calls=9, on_trouble=events.append)
     given = torch.tensor([1.0, -1.0, 2.0, -2.0])
     assert torch.cat([work(number) for number in given.split(1)]).tolist() == [2, -2, 3, -3]
-    assert len(told) == 1 and "operation not permitted" in told[0]
-    assert lists.played == 0
+    assert len(events) == 1 and "operation not permitted" in events[0]
+    assert cpu_capture.played == 0
 
 
-def test_a_tuning_that_cannot_be_recorded_says_so(model, pack, face, lists, monkeypatch):
+def test_a_tuning_that_cannot_be_captured_reports_it(model, domain_weights, face, cpu_capture, monkeypatch):
     def refuse(work):
         work()
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    config, notes = pack.tuning.replace(steps=5), []
-    monkeypatch.setattr(lists, "capture", refuse)
-    found = tune(model, pack, face, config, on_progress=lambda progress: notes.append(progress.note))
+    config, notes = domain_weights.tuning.replace(steps=5), []
+    monkeypatch.setattr(cpu_capture, "capture", refuse)
+    found = tune(model, domain_weights, face, config, on_progress=lambda progress: notes.append(progress.note))
     assert [note for note in notes if note] == [
         "no CUDA graph could be captured, steps run one by one: CUDA out of memory."
     ]
     capture_with(monkeypatch, None)
-    expected = tune(model, pack, face, config)
+    expected = tune(model, domain_weights, face, config)
     assert all(map(torch.equal, weights_of(found), weights_of(expected)))
 
 
-def test_nobody_records_unasked(monkeypatch):
+def test_nothing_is_captured_by_default(monkeypatch):
     monkeypatch.delenv("E4T_CUDA_GRAPHS", raising=False)
     assert recording.graph_capture_for(torch.device("cuda")) is None
     monkeypatch.setenv("E4T_CUDA_GRAPHS", "1")

@@ -1,7 +1,7 @@
-"""Laws of other devices, where there is none: what would stop, slow or coarsen a card is seen here.
+"""Invariants of other devices, checked without one: no mixed devices, synchronisation or lost precision.
 
-The meta device stands in for one. It refuses to mix its tensors with the CPU's and to have a
-number read back, as a card would wait for; and what is float64 on it could not be on Apple's.
+The meta device stands in for a GPU. It refuses to mix its tensors with the CPU's and to read a
+value back, for which a GPU would synchronise; and float64 on it would fail on Apple's MPS.
 """
 
 import copy
@@ -46,8 +46,8 @@ class NoFloat64(TorchDispatchMode):
         return found
 
 
-class NothingOfTheHosts(TorchDispatchMode):
-    """What is recorded on a card may neither read from main memory nor write there."""
+class ForbidCpuTensors(TorchDispatchMode):
+    """What is captured on a GPU may neither read from main memory nor write there."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
@@ -71,7 +71,7 @@ def elsewhere(model):
 
 
 def public_encoder(model):
-    """An encoder of e4t-diffusion's kind, and what it sees of a picture."""
+    """An encoder of e4t-diffusion's kind, and the image features that it takes."""
     config = PatchEncoderConfig(
         unet_width=sum(feature_widths(model.unet)), hidden_width=32, embedding_width=24,
         tower_width=32, tower_layers=4, tower_heads=2, tower_image_size=32, tower_patch_size=8,
@@ -81,13 +81,15 @@ def public_encoder(model):
 
 @pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public):
-    config, seen = pack.tuning.replace(method=method, mask=False), None
+def test_a_tuning_step_stays_on_its_device(elsewhere, domain_weights, face, method, public):
+    config, seen = domain_weights.tuning.replace(method=method, mask=False), None
     if public:
         encoder, seen = public_encoder(elsewhere)
-        pack = dataclasses.replace(pack, encoder=encoder)
+        domain_weights = dataclasses.replace(domain_weights, encoder=encoder)
     with NoFloat64():
-        run = Trainer(elsewhere, pack, face, config, 0, seen, options=TuningOptions(plan=Plan(micro_batch=2)))
+        run = Trainer(
+            elsewhere, domain_weights, face, config, 0, seen, options=TuningOptions(plan=Plan(micro_batch=2))
+        )
         run.samples.mask = torch.ones(1, 8, 8, device=THERE)
         losses = run.gradients(0)
         norm = run.optimizer.step(config.gradient_clip)
@@ -96,20 +98,20 @@ def test_a_tuning_step_stays_on_its_device(elsewhere, pack, face, method, public
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_what_is_recorded_of_a_tuning_step_is_the_devices_alone(elsewhere, pack, face, method):
-    config = pack.tuning.replace(method=method, mask=False)
-    run = Trainer(elsewhere, pack, face, config, options=TuningOptions(plan=Plan(micro_batch=3)))
+def test_a_captured_tuning_step_uses_no_cpu_tensor(elsewhere, domain_weights, face, method):
+    config = domain_weights.tuning.replace(method=method, mask=False)
+    run = Trainer(elsewhere, domain_weights, face, config, options=TuningOptions(plan=Plan(micro_batch=3)))
     samples = run.samples.of(0)
     run.accumulate(*samples)  # the warm-up: tables go to the device
-    with NothingOfTheHosts():
+    with ForbidCpuTensors():
         run.accumulate(*samples)
-    with NothingOfTheHosts(), pytest.raises(AssertionError, match="goes to cpu"):
+    with ForbidCpuTensors(), pytest.raises(AssertionError, match="goes to cpu"):
         run.samples.of(1)
 
 
 @pytest.mark.parametrize("negative", ["", "a hat"])
-def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
-    tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False)).finish()
+def test_a_captured_sampling_step_uses_no_cpu_tensor(elsewhere, domain_weights, face, negative):
+    tuned = Trainer(elsewhere, domain_weights, face, domain_weights.tuning.replace(steps=0, mask=False)).finish()
     predict = CFGDenoiser(
         elsewhere,
         tuned,
@@ -120,25 +122,25 @@ def test_so_it_is_in_drawing(elsewhere, pack, face, negative):
     z_t, t = torch.zeros(2, 4, 8, 8, device=THERE), torch.zeros((), device=THERE, dtype=torch.long)
     with torch.no_grad():
         predict(z_t, t)
-        with NothingOfTheHosts():
+        with ForbidCpuTensors():
             predict(z_t, t)
 
 
 @pytest.mark.parametrize(("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")])
-def test_drawing_stays_on_its_device(elsewhere, pack, face, scheduler, negative):
-    tuned = Trainer(elsewhere, pack, face, pack.tuning.replace(steps=0, mask=False)).finish()
+def test_sampling_stays_on_its_device(elsewhere, domain_weights, face, scheduler, negative):
+    tuned = Trainer(elsewhere, domain_weights, face, domain_weights.tuning.replace(steps=0, mask=False)).finish()
     sampling = SamplingConfig(steps=4, scheduler=scheduler, negative_prompt=negative)
     with NoFloat64():
         assert generate_latents(elsewhere, tuned, PROMPTS, [1, 2], sampling).device == THERE
 
 
-def test_a_pretraining_step_stays_on_its_device(elsewhere, pack):
+def test_a_pretraining_step_stays_on_its_device(elsewhere, domain_weights):
     data = EncodedImages(
         means=torch.zeros(6, 4, 8, 8), logvars=torch.zeros(6, 4, 8, 8),
         image_features=torch.zeros(6, 2, 32), masks=torch.ones(6, 8, 8),
     )  # fmt: skip
-    config = pack.pretraining.replace(mask=True)
-    encoder, unet = copy.deepcopy(pack.encoder).to(THERE), copy.deepcopy(elsewhere.unet)
+    config = domain_weights.pretraining.replace(mask=True)
+    encoder, unet = copy.deepcopy(domain_weights.encoder).to(THERE), copy.deepcopy(elsewhere.unet)
     offsets = WeightOffsets.for_unet(unet).to(THERE)
     descriptor = elsewhere.descriptor_id("face")
     offsets.attach_to(unet)
@@ -147,13 +149,13 @@ def test_a_pretraining_step_stays_on_its_device(elsewhere, pack):
         e_domain=elsewhere.word_embedding(descriptor), scale=1.0,
     )  # fmt: skip
     with NoFloat64():
-        batches = Batches(elsewhere, data, config, pack.templates, descriptor, 0)
+        batches = Batches(elsewhere, data, config, domain_weights.templates, descriptor, 0)
         objective(batches.of(0)).total(0.1).backward()
     assert all(weight.grad is not None for weight in objective.parameters())
 
 
-def test_the_stand_in_would_notice(model):
-    """A check that cannot fail is none."""
+def test_the_stand_in_detects_violations(model):
+    """The check can fail."""
     draws = draw(0, 0, range(2), batch_size=2, train_timesteps=1000, shape=(4, 8, 8))
     with NoFloat64(), pytest.raises(AssertionError, match="float64"):
         draws.uniform.to(THERE)
@@ -163,10 +165,10 @@ def test_the_stand_in_would_notice(model):
         draws.to(THERE).epsilon + draws.epsilon
 
 
-# ── what a tuned U-Net is drawn in ──
+# ── the dtype that a tuned U-Net is sampled in ──
 
 
-def test_a_card_draws_a_tuned_model_in_float16():
+def test_a_gpu_samples_a_tuned_model_in_float16():
     def on(device, dtype):
         model = SimpleNamespace(device=torch.device(device), dtype=dtype)
         return TextToImageModel.tuned_dtype.fget(model)
@@ -188,20 +190,20 @@ def sampled_in(dtype, monkeypatch):
 
 @pytest.fixture
 def coarse(base_folder, monkeypatch):
-    """The tiny base as it is kept on a card."""
+    """The tiny base as it is kept on a GPU."""
     sampled_in(torch.float16, monkeypatch)
     return TextToImageModel.load(base_folder, dtype=torch.bfloat16)
 
 
-def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
+def test_what_half_precision_keeps_of_a_tuning(coarse, domain_weights, face, monkeypatch):
     """Fifteen steps at the paper's rate: bfloat16 rounds a third of them away, float16 4 %."""
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():  # weights of Stable Diffusion's size
         for weight in coarse.unet.parameters():
             if weight.dim() > 1:
                 weight.copy_(torch.randn(weight.shape, generator=source) * 0.03)
-    bare = dataclasses.replace(pack, offsets={})
-    config = pack.tuning.replace(steps=15, base_learning_rate=1e-6, batch_size=16)
+    bare = dataclasses.replace(domain_weights, offsets={})
+    config = domain_weights.tuning.replace(steps=15, base_learning_rate=1e-6, batch_size=16)
     lost = {}
     for dtype in (torch.float16, torch.bfloat16):
         sampled_in(dtype, monkeypatch)
@@ -222,10 +224,10 @@ def test_what_half_precision_keeps_of_a_tuning(coarse, pack, face, monkeypatch):
 
 @pytest.mark.parametrize("consume", [False, True])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consume):
+def test_a_tuned_model_has_one_dtype_and_generates(coarse, domain_weights, face, method, consume):
     before = copy.deepcopy(coarse.unet)
-    config = pack.tuning.replace(method=method, steps=1)
-    tuned = tune(coarse, pack, face, config, seed=3, options=TuningOptions(autocast=True, consume=consume))
+    config = domain_weights.tuning.replace(method=method, steps=1)
+    tuned = tune(coarse, domain_weights, face, config, seed=3, options=TuningOptions(autocast=True, consume=consume))
     assert {weight.dtype for weight in tuned.unet.parameters()} == {torch.float16}
     if consume:
         assert coarse.unet is tuned.unet  # nothing keeps a second one alive
@@ -233,7 +235,7 @@ def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consu
         for name, weight in before.state_dict().items():
             assert torch.equal(coarse.unet.state_dict()[name], weight)
     few = SamplingConfig(steps=2)
-    picture = next(sample(coarse, tuned, PROMPTS, [1, 2], few))
+    image = next(sample(coarse, tuned, PROMPTS, [1, 2], few))
     if consume:
         return
     concept = Concept(
@@ -241,12 +243,12 @@ def test_a_tuned_model_is_one_format_and_draws(coarse, pack, face, method, consu
         weights_digest="", prepared=face, config=config, seed=3, weights=Concept.weights_of(tuned),
         image_features=coarse.image_features(coarse.pixels([face.image]))[0],
     )  # fmt: skip
-    again = concept.tuned(coarse, pack)
+    again = concept.tuned(coarse, domain_weights)
     assert {weight.dtype for weight in again.unet.parameters()} == {torch.float16}
-    assert next(sample(coarse, again, PROMPTS, [1, 2], few)).tobytes() == picture.tobytes()
+    assert next(sample(coarse, again, PROMPTS, [1, 2], few)).tobytes() == image.tobytes()
 
 
-def test_a_picture_without_numbers_is_refused(model):
+def test_an_image_that_is_not_finite_is_refused(model):
     latents = torch.zeros(1, *model.latent_shape)
     assert len(model.decode(latents)) == 1
     with pytest.raises(DivergedError) as caught:
@@ -266,7 +268,7 @@ WORDS_FOR_IT = [
 
 
 @pytest.mark.parametrize("error", WORDS_FOR_IT, ids=lambda error: str(error)[:20])
-def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(model, pack, face, monkeypatch, error):
+def test_T4_tensors_of_a_failed_step_are_freed_before_the_retry(model, domain_weights, face, monkeypatch, error):
     gradients, reduce_memory, left = Trainer.gradients, Trainer.reduce_memory, []
 
     def short_of_memory(self, step):
@@ -276,18 +278,18 @@ def test_T4_what_a_failed_step_computed_is_gone_before_less_is_asked_for(model, 
             raise copy.copy(error)
         return gradients(self, step)
 
-    def retreating(self):
+    def reducing(self):
         assert left[-1]() is None
         return reduce_memory(self)
 
     monkeypatch.setattr(Trainer, "gradients", short_of_memory)
-    monkeypatch.setattr(Trainer, "reduce_memory", retreating)
-    tune(model, pack, face, options=TuningOptions(autocast=False))
+    monkeypatch.setattr(Trainer, "reduce_memory", reducing)
+    tune(model, domain_weights, face, options=TuningOptions(autocast=False))
     assert len(left) == 2
 
 
 @pytest.mark.parametrize("error", WORDS_FOR_IT, ids=lambda error: str(error)[:20])
-def test_T4_so_it_is_in_drawing(model, monkeypatch, error):
+def test_T4_tensors_of_a_failed_sampling_are_freed_before_the_retry(model, monkeypatch, error):
     from e4t_cli import sampling as loop
 
     denoise, free_memory, left = loop.denoise, loop.free_memory, []
@@ -310,34 +312,34 @@ def test_T4_so_it_is_in_drawing(model, monkeypatch, error):
     assert len(left) == 1
 
 
-def test_other_errors_are_not_taken_for_it(model, pack, face, monkeypatch):
+def test_other_errors_are_not_taken_for_out_of_memory(model, domain_weights, face, monkeypatch):
     def broken(self, step):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(Trainer, "gradients", broken)
     with pytest.raises(RuntimeError, match="mat1"):
-        tune(model, pack, face)
+        tune(model, domain_weights, face)
 
 
 # ── a frozen base ──
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, None])
-def test_a_frozen_branch_owns_what_it_changes_and_no_more(base_folder, pack, half):
+def test_a_frozen_copy_owns_only_the_weights_it_changes(base_folder, domain_weights, half):
     base = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
     before = {name: weight.clone() for name, weight in base.unet.state_dict().items()}
-    twin = frozen_copy(base.unet, pack.offsets, half)
-    own = {id(weight) for weight in twin.parameters()} - {id(w) for w in base.unet.parameters()}
+    frozen = frozen_copy(base.unet, domain_weights.offsets, half)
+    owned = {id(weight) for weight in frozen.parameters()} - {id(w) for w in base.unet.parameters()}
     if half is None:  # in float32: nothing can be shared
-        assert {weight.dtype for weight in twin.parameters()} == {torch.float32}
+        assert {weight.dtype for weight in frozen.parameters()} == {torch.float32}
     else:
-        assert own == {id(layer.weight) for layer in attention_layers(twin).values()}
+        assert owned == {id(layer.weight) for layer in attention_layers(frozen).values()}
     for name, weight in base.unet.state_dict().items():
         assert torch.equal(weight, before[name])
 
 
-def test_a_base_in_bfloat16_is_pretrained_on_as_its_float32_copy_would_be(base_folder, pack):
-    """In half precision products round W₀ · (1 + ΔW) anyway: a float32 copy of W₀ adds nothing."""
+def test_a_base_in_bfloat16_is_pretrained_on_as_its_float32_copy_would_be(base_folder, domain_weights):
+    """In half precision, matrix multiplications round W₀ · (1 + ΔW) anyway: a float32 copy of W₀ adds nothing."""
     data = EncodedImages(
         means=torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
         logvars=torch.full((6, 4, 8, 8), -9.0),
@@ -352,32 +354,32 @@ def test_a_base_in_bfloat16_is_pretrained_on_as_its_float32_copy_would_be(base_f
 
     def pretrained(base):
         return pretrain_domain_with(
-            base, data, templates=pack.templates, autocast=True,
-            config=pack.pretraining.replace(steps=3, base_learning_rate=1e-4), tuning=pack.tuning,
+            base, data, templates=domain_weights.templates, autocast=True,
+            config=domain_weights.pretraining.replace(steps=3, base_learning_rate=1e-4), tuning=domain_weights.tuning,
         ).offsets  # fmt: skip
 
     found, expected = pretrained(half), pretrained(whole)
     error = change = 0.0
     for path, (left, right) in expected.items():
-        delta, own = left @ right, found[path][0] @ found[path][1]
-        error += (own - delta).square().sum().item()
+        delta, owned = left @ right, found[path][0] @ found[path][1]
+        error += (owned - delta).square().sum().item()
         change += delta.square().sum().item()
     assert change > 0 and (error / change) ** 0.5 < 0.2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
-def test_weights_rounded_on_the_device_give_the_same_gradient(base_folder, pack, face, kept, checkpointing):
-    """With an optimiser in the host's memory; whatever format the rest of the base is in."""
+def test_weights_rounded_on_the_device_give_the_same_gradient(base_folder, domain_weights, face, kept, checkpointing):
+    """With a CPU-offloaded optimizer; whatever dtype the rest of the base has."""
 
     def gradient(dtype, autocast, plan):
         base = TextToImageModel.load(base_folder, dtype=dtype)
         features = torch.ones(2, 32)
         run = Trainer(
             base,
-            pack,
+            domain_weights,
             face,
-            pack.tuning,
+            domain_weights.tuning,
             0,
             features,
             options=TuningOptions(autocast=autocast, plan=plan),

@@ -1,4 +1,4 @@
-"""Laws of the word-embedding encoder and its U-Net features: section 3.1, eq. 1."""
+"""Invariants of the word-embedding encoder and its U-Net features: section 3.1, eq. 1."""
 
 import pytest
 import torch
@@ -18,9 +18,9 @@ from e4t_cli.nn.word_embedding_encoder import EncoderConfig, FixedEmbedding, Wor
 from e4t_cli.prompts import parse_prompt
 
 
-def features(pack, count=2):
+def features(domain_weights, count=2):
     source = torch.Generator().manual_seed(5)
-    config = pack.encoder.config
+    config = domain_weights.encoder.config
     image = torch.randn(count, config.image_layers, config.image_width, generator=source)
     return image, torch.randn(count, sum(config.unet_widths), generator=source)
 
@@ -38,7 +38,7 @@ def test_the_three_pieces_are_the_unet_bit_for_bit(model):
 
 
 @torch.no_grad()
-def test_pooled_features_are_the_means_of_every_block_on_the_way_down(model):
+def test_pooled_features_are_the_means_of_every_down_block(model):
     seen = []
     hooks = [
         module.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -57,35 +57,35 @@ def test_pooled_features_are_the_means_of_every_block_on_the_way_down(model):
 
 @torch.no_grad()
 def test_the_shared_feature_pass_is_the_separate_one(model):
-    """With an empty negative prompt the unconditional way down is the feature pass."""
+    """With an empty negative prompt the unconditional down blocks are the feature pass."""
     z_t, t, text = inputs()
     unet, nothing = model.unet, model.uncond_embeds.expand(2, -1, -1)
     separate = pooled_features(down_and_mid(unet, embed_latents(unet, z_t, t), nothing))
     shared = down_and_mid(unet, embed_latents(unet, z_t, t), nothing)
     assert torch.equal(pooled_features(shared), separate)
-    # And that branch ends in what the whole U-Net says to the empty prompt.
+    # And the unconditional output is that of the whole U-Net with the empty prompt.
     conditional = down_and_mid(unet, embed_latents(unet, z_t, t), text)
     both = up_and_out(unet, UNetState.cat((shared, conditional)), torch.cat((nothing, text))).chunk(2)
     torch.testing.assert_close(both[0], unet(z_t, t, nothing).sample, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(both[1], unet(z_t, t, text).sample, rtol=1e-5, atol=1e-5)
 
 
-def test_a_folded_picture_is_the_picture(pack):
-    image, unet = features(pack)
-    whole = pack.encoder(image, unet)
-    assert torch.equal(pack.encoder.predict_offset(pack.encoder.encode_image(image), unet), whole)
+def test_folded_image_features_equal_the_formula(domain_weights):
+    image, unet = features(domain_weights)
+    whole = domain_weights.encoder(image, unet)
+    assert torch.equal(domain_weights.encoder.predict_offset(domain_weights.encoder.encode_image(image), unet), whole)
     # Against the formula of section 3.1, written out.
     parts = [torch.nn.functional.layer_norm(x, x.shape[-1:]) for x in unet.split(
-        pack.encoder.config.unet_widths, dim=1)]  # fmt: skip
-    entries = [linear(image[:, index]) for index, linear in enumerate(pack.encoder.image_linears)] + [
-        linear(part) for linear, part in zip(pack.encoder.unet_linears, parts, strict=True)
+        domain_weights.encoder.config.unet_widths, dim=1)]  # fmt: skip
+    entries = [linear(image[:, index]) for index, linear in enumerate(domain_weights.encoder.image_linears)] + [
+        linear(part) for linear, part in zip(domain_weights.encoder.unet_linears, parts, strict=True)
     ]
     average = sum(entries) / len(entries)
-    expected = pack.encoder.final(torch.nn.functional.leaky_relu(average, 0.01))
+    expected = domain_weights.encoder.final(torch.nn.functional.leaky_relu(average, 0.01))
     torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_fresh_encoder_says_the_descriptor(model):
+def test_a_fresh_encoder_returns_the_descriptor_embedding(model):
     encoder = WordEmbeddingEncoder(model.encoder_config())
     token = model.descriptor_id("face")
     image, unet = torch.randn(1, 2, 32), torch.randn(3, sum(encoder.config.unet_widths))
@@ -105,17 +105,17 @@ def test_a_fresh_encoder_says_the_descriptor(model):
     assert torch.equal(model.embed_prompts(tokens)[:1], model.embed_prompts(plain))
 
 
-def test_equation_1(model, pack):
-    image, unet = features(pack)
+def test_equation_1(model, domain_weights):
+    image, unet = features(domain_weights)
     tuned = TunedModel(
         unet=model.unet,
-        encoder=pack.encoder,
-        encoded_image=pack.encoder.encode_image(image[:1]),
+        encoder=domain_weights.encoder,
+        encoded_image=domain_weights.encoder.encode_image(image[:1]),
         e_domain=model.word_embedding(7),
         descriptor_id=7,
         scale=0.1,
     )
-    offset = pack.encoder(image[:1].expand(2, -1, -1), unet)
+    offset = domain_weights.encoder(image[:1].expand(2, -1, -1), unet)
     torch.testing.assert_close(tuned.embedding(unet), model.word_embedding(7) + 0.1 * offset)
 
 
@@ -146,19 +146,19 @@ def test_an_encoder_without_unet_features(model):
     assert EncoderConfig.from_dict(config.as_dict()) == config
 
 
-def test_a_fixed_embedding_has_the_same_signature(pack):
+def test_a_fixed_embedding_has_the_same_signature(domain_weights):
     offset = torch.randn(24)
     encoder = FixedEmbedding(offset)
     assert not encoder.reads_unet
-    image, unet = features(pack)
+    image, unet = features(domain_weights)
     found = encoder.predict_offset(encoder.encode_image(image), unet)
     assert torch.equal(found, offset.expand(2, -1))
     assert encoder.offset.requires_grad
 
 
 @pytest.mark.parametrize("sizes", [{}, {"image_layers": "2"}, {"unet_widths": [0]}])
-def test_wrong_sizes_are_refused(pack, sizes):
-    whole = {**pack.encoder.config.as_dict(), **sizes} if sizes else {}
+def test_wrong_sizes_are_refused(domain_weights, sizes):
+    whole = {**domain_weights.encoder.config.as_dict(), **sizes} if sizes else {}
     with pytest.raises((TypeError, ValueError)):
         EncoderConfig.from_dict(whole)
 

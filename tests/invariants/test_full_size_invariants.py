@@ -1,4 +1,4 @@
-"""The whole of Stable Diffusion 1.4 on the meta device: shapes and work, without a number in it."""
+"""Invariants of Stable Diffusion 1.4 at full size, on the meta device: shapes, FLOP and memory plans."""
 
 import re
 from dataclasses import replace
@@ -68,7 +68,7 @@ def stable_diffusion(tmp_path_factory):
         noise_schedule=DDPMScheduler(beta_schedule="scaled_linear"),
         image_tower=image_tower,
     )
-    # The tokenizer above is a small one: what it says to "" is put in by hand.
+    # The tokenizer above is a small one: its tokens of "" are set by hand.
     model.__dict__["uncond_embeds"] = torch.empty(1, 77, 768, device="meta")
     return model
 
@@ -92,7 +92,7 @@ def tokens(count):
 
 
 def test_layout(stable_diffusion, encoder):
-    """96 offsets, 13 feature vectors, 10,880 numbers."""
+    """96 offsets, 13 feature vectors, 10,880 values."""
     with torch.device("meta"):
         offsets = WeightOffsets.for_unet(stable_diffusion.unet)
     assert len(offsets.paths) == 96
@@ -108,7 +108,7 @@ def test_layout(stable_diffusion, encoder):
 
 
 @pytest.fixture(scope="module")
-def pack(stable_diffusion, encoder):
+def domain_weights(stable_diffusion, encoder):
     with torch.device("meta"):
         factors = WeightOffsets.for_unet(stable_diffusion.unet).factors()
     return DomainWeights(
@@ -126,7 +126,7 @@ def flops(work):
 
 
 @pytest.mark.parametrize("count", [1, 8])
-def test_drawing_costs_what_plain_stable_diffusion_costs(stable_diffusion, encoder, count):
+def test_sampling_costs_what_plain_stable_diffusion_costs(stable_diffusion, encoder, count):
     """Under guidance the refinement is 1 % of the work: the feature pass is shared."""
     model = stable_diffusion
     tuned = TunedModel(
@@ -148,8 +148,8 @@ def test_drawing_costs_what_plain_stable_diffusion_costs(stable_diffusion, encod
     assert 1.0 < ours / plain <= 1.01
 
 
-def test_the_picture_is_looked_at_once(stable_diffusion):
-    """ViT-H/14 and the VAE's encoder see one picture, not 16 copies: 0.34 and 1.12 TFLOP."""
+def test_the_image_is_encoded_once(stable_diffusion):
+    """ViT-H/14 and the VAE's encoder encode one image, not 16 copies: 0.34 and 1.12 TFLOP."""
     model = stable_diffusion
     pixels = torch.empty(1, 3, 512, 512, device="meta")
     assert 0.3e12 < flops(lambda: model.image_features(pixels)) < 0.37e12
@@ -161,7 +161,7 @@ def test_the_picture_is_looked_at_once(stable_diffusion):
 
 @pytest.fixture
 def on(stable_diffusion):
-    """The same model as it would be on a device, for whoever only counts."""
+    """The same model as it would be on a device, for counting only."""
 
     def model(device, dtype):
         return SimpleNamespace(
@@ -195,9 +195,9 @@ def table_of_plans():
 
 
 @pytest.mark.parametrize(("vram", "method", "eight_bit", "cell"), list(table_of_plans()))
-def test_the_published_plans_are_the_plans(on, pack, vram, method, eight_bit, cell):
+def test_the_published_plans_are_the_plans(on, domain_weights, vram, method, eight_bit, cell):
     plan = plan_tuning(
-        on("cuda", torch.bfloat16), pack, pack.tuning.replace(method=method, batch_size=BATCH),
+        on("cuda", torch.bfloat16), domain_weights, domain_weights.tuning.replace(method=method, batch_size=BATCH),
         vram=vram, consume=True, half=torch.bfloat16, eight_bit=eight_bit, ram=64 * GB,
     )  # fmt: skip
     number, parts = planned(cell)
@@ -205,16 +205,16 @@ def test_the_published_plans_are_the_plans(on, pack, vram, method, eight_bit, ce
     assert set(plan.summary().partition("; ")[2].split(", ")) == parts
 
 
-def test_the_plan_of_the_full_size_rehearsal_is_what_it_took(on, pack):
+def test_the_plan_of_the_full_size_rehearsal_is_what_it_took(on, domain_weights):
     """docs/rehearsal.md: 22.1 GiB, with the encoder of the public face weights."""
     config = PatchEncoderConfig(
         unet_width=10_880, hidden_width=1280, embedding_width=768, tower_width=1280,
         tower_layers=32, tower_heads=16, tower_image_size=224, tower_patch_size=14,
     )  # fmt: skip
     with torch.device("meta"):
-        public = replace(pack, encoder=PatchEncoder(config))
+        public = replace(domain_weights, encoder=PatchEncoder(config))
     plan = plan_tuning(
-        on("cpu", torch.float32), public, pack.tuning.replace(batch_size=BATCH),
+        on("cpu", torch.float32), public, domain_weights.tuning.replace(batch_size=BATCH),
         vram="20", consume=True, half=torch.bfloat16,
     )  # fmt: skip
     assert plan.micro_batch == 1 and plan.checkpointing
@@ -222,7 +222,7 @@ def test_the_plan_of_the_full_size_rehearsal_is_what_it_took(on, pack):
 
 
 class Started(TorchDispatchMode):
-    """Count the operations that a device has to be told of; views are none."""
+    """Count the operations that launch a kernel; views launch none."""
 
     VIEWS = {
         "view", "t", "transpose", "expand", "slice", "detach", "permute", "unsqueeze", "squeeze",
@@ -236,20 +236,20 @@ class Started(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_a_processor_has_to_start_in_one_exact_step(stable_diffusion, pack):
-    """benchmarks/README.md has the number: it is what a card waits for."""
+def test_the_number_of_kernels_that_one_full_step_launches(stable_diffusion, domain_weights):
+    """benchmarks/README.md has the number: launching them from the CPU is what a GPU waits for."""
     page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    step, _ = prepared_step(stable_diffusion, pack, pack.tuning)
+    step, _ = prepared_step(stable_diffusion, domain_weights, domain_weights.tuning)
     with Started() as started:
         step()
     published = re.search(r"some ([\d,]+) operations", page)[1].replace(",", "")
     assert started.count == pytest.approx(int(published), rel=0.02)
 
 
-def prepared_step(model, pack, config):
+def prepared_step(model, domain_weights, config):
     """Return one tuning step, to be called, and the weights that it trains."""
     parts = METHODS[config.method](
-        model, pack, config, 0, precision=PrecisionPolicy.resolve(model.device, model.dtype)
+        model, domain_weights, config, 0, precision=PrecisionPolicy.resolve(model.device, model.dtype)
     )
     trained = []
     for weights, rate in parts.groups:
@@ -276,23 +276,23 @@ def prepared_step(model, pack, config):
     return step, trained
 
 
-def one_step(model, pack, config):
+def one_step(model, domain_weights, config):
     """Return the work of one tuning step, and what it trains."""
-    step, trained = prepared_step(model, pack, config)
+    step, trained = prepared_step(model, domain_weights, config)
     work = flops(step)
     assert all(weight.grad is not None for weight in trained)
     return work, sum(weight.numel() for weight in trained)
 
 
-def test_one_exact_tuning_step(stable_diffusion, pack):
-    """U-Net, feature pass, text encoder and offsets, forwards and backwards: 51.6 TFLOP."""
-    work, trained = one_step(stable_diffusion, pack, pack.tuning)
+def test_one_full_tuning_step(stable_diffusion, domain_weights):
+    """U-Net, feature pass, text encoder and offsets, forward and backward: 51.6 TFLOP."""
+    work, trained = one_step(stable_diffusion, domain_weights, domain_weights.tuning)
     assert 45e12 < work <= 51.6e12
     assert 890e6 < trained < 910e6
 
 
-def test_one_step_through_adapters(stable_diffusion, pack):
+def test_one_lora_tuning_step(stable_diffusion, domain_weights):
     """No gradient of a weight of the base, and none through the feature pass: 31.9 TFLOP."""
-    work, trained = one_step(stable_diffusion, pack, pack.tuning.replace(method="lora"))
+    work, trained = one_step(stable_diffusion, domain_weights, domain_weights.tuning.replace(method="lora"))
     assert 28e12 < work <= 31.9e12
     assert 1.7e6 < trained < 2.6e6  # 5 MB in float16

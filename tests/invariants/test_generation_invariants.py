@@ -1,4 +1,4 @@
-"""Laws of drawing: section 3.1's refinement, and what a seed promises."""
+"""Invariants of sampling: section 3.1's refinement, and reproducibility from a seed."""
 
 import copy
 
@@ -17,21 +17,21 @@ FEW = SamplingConfig(steps=3)
 
 
 @pytest.fixture
-def tuned(model, pack, face):
-    return tune(model, pack, face, pack.tuning.replace(steps=1))
+def tuned(model, domain_weights, face):
+    return tune(model, domain_weights, face, domain_weights.tuning.replace(steps=1))
 
 
-def pixels(pictures):
-    return [picture.tobytes() for picture in pictures]
+def pixels(images):
+    return [image.tobytes() for image in images]
 
 
-def test_the_same_seed_draws_the_same_pixels(model, tuned):
+def test_the_same_seed_generates_the_same_pixels(model, tuned):
     one, other = (pixels(sample(model, tuned, PROMPTS, [1, 2, 3], FEW)) for _ in range(2))
     assert one == other
     assert one[0] != pixels(sample(model, tuned, PROMPTS[:1], [2], FEW))[0]
 
 
-def test_a_picture_is_the_same_alone_and_in_company(model, tuned):
+def test_an_image_is_the_same_alone_and_in_a_batch(model, tuned):
     together = pixels(sample(model, tuned, PROMPTS, [5, 6, 7], FEW))
     alone = [
         pixels(sample(model, tuned, [prompt], [seed], FEW))[0] for prompt, seed in zip(PROMPTS, [5, 6, 7], strict=True)
@@ -46,12 +46,12 @@ def test_a_batch_differs_by_rounding_only(model, tuned):
         torch.testing.assert_close(whole[index : index + 1], one, rtol=1e-3, atol=1e-3)
 
 
-def test_pictures_come_one_by_one_with_progress(model, tuned):
+def test_images_are_yielded_one_by_one_with_progress(model, tuned):
     events = []
-    pictures = sample(model, tuned, PROMPTS, [1, 2, 3], FEW, on_progress=events.append)
-    next(pictures)
+    images = sample(model, tuned, PROMPTS, [1, 2, 3], FEW, on_progress=events.append)
+    next(images)
     assert [event.done for event in events] == [1, 2, 3]
-    list(pictures)
+    list(images)
     assert [event.done for event in events] == list(range(1, 10))
     assert {event.total for event in events} == {9}
     events.clear()
@@ -59,7 +59,7 @@ def test_pictures_come_one_by_one_with_progress(model, tuned):
     assert [event.done for event in events] == [2, 4, 6, 7, 8, 9]
 
 
-def test_the_embedding_is_predicted_anew_at_every_step(model, tuned, monkeypatch):
+def test_the_embedding_is_predicted_again_at_every_step(model, tuned, monkeypatch):
     seen = []
     embedding = TunedModel.embedding
     monkeypatch.setattr(
@@ -72,7 +72,7 @@ def test_the_embedding_is_predicted_anew_at_every_step(model, tuned, monkeypatch
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_no_offset_is_evaluated_and_no_tower_is_called_while_drawing(model, tuned, monkeypatch):
+def test_sampling_evaluates_no_offset_and_no_image_encoder(model, tuned, monkeypatch):
     def never(*args):
         raise AssertionError("this was folded into constants")
 
@@ -83,7 +83,7 @@ def test_no_offset_is_evaluated_and_no_tower_is_called_while_drawing(model, tune
     generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
 
 
-def test_one_way_down_serves_the_features_and_the_unconditional_branch(model, tuned):
+def test_features_and_unconditional_prediction_share_one_down_pass(model, tuned):
     calls = []
     hook = model.unet.mid_block.register_forward_hook(lambda *args: calls.append(1))
     tuned_hook = tuned.unet.mid_block.register_forward_hook(lambda *args: calls.append(1))
@@ -105,7 +105,7 @@ def test_one_way_down_serves_the_features_and_the_unconditional_branch(model, tu
 
 
 def test_an_empty_negative_prompt_in_words_is_the_shared_pass(model, tuned):
-    """A separate feature pass, forced by a negative prompt of nothing, gives the same bits."""
+    """A separate feature pass, forced by an empty negative prompt, gives the same bits."""
     from e4t_cli.models.denoiser import CFGDenoiser
 
     shared = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
@@ -162,7 +162,7 @@ def test_any_scheduler_of_diffusers(model, tuned, name):
     assert torch.equal(one, other)
 
 
-def test_negative_prompts_and_guidance_are_heard(model, tuned):
+def test_negative_prompts_and_guidance_change_the_image(model, tuned):
     plain = generate_latents(model, tuned, PROMPTS[:1], [1], FEW)
     negative = generate_latents(model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, negative_prompt="dog"))
     stronger = generate_latents(model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, guidance=12.0))
@@ -170,10 +170,10 @@ def test_negative_prompts_and_guidance_are_heard(model, tuned):
     assert not torch.equal(plain, stronger)
 
 
-# ── how much of what was learned ──
+# ── concept scale ──
 
 
-def test_at_no_strength_it_is_the_base_and_at_full_strength_itself(model, tuned):
+def test_scale_0_is_the_base_and_scale_1_the_tuned_model(model, tuned):
     assert tuned.at_concept_scale(model.unet, 1) is tuned
     none = generate_latents(model, tuned, PROMPTS[:1], [1], SamplingConfig(steps=3, concept_scale=0))
     plain = TunedModel.plain(model, tuned_descriptor(model, tuned))
@@ -186,13 +186,13 @@ def tuned_descriptor(model, tuned):
 
 
 @pytest.mark.parametrize("strength", [0.25, 1.5])
-def test_strength_is_a_straight_line(model, tuned, strength):
+def test_weights_are_linear_in_the_concept_scale(model, tuned, strength):
     found = tuned.at_concept_scale(model.unet, strength)
     before = {name: weight.clone() for name, weight in tuned.unet.state_dict().items()}
     for name, weight in model.unet.state_dict().items():
         expected = weight + strength * (before[name] - weight)
         torch.testing.assert_close(found.unet.state_dict()[name], expected)
-        assert torch.equal(tuned.unet.state_dict()[name], before[name])  # nobody else's changed
+        assert torch.equal(tuned.unet.state_dict()[name], before[name])  # no other weight changed
     features = torch.randn(2, sum(tuned.encoder.config.unet_widths))
     offset = tuned.embedding(features) - tuned.e_domain
     torch.testing.assert_close(found.embedding(features) - found.e_domain, strength * offset)
@@ -212,18 +212,18 @@ def test_in_half_precision_it_is_rounded_once(model, tuned):
      {"steps": 0}, {"steps": 2.5}, {"guidance": -1.0}, {"guidance": float("nan")},
      {"scheduler": "magic"}, {"scheduler": "UNet2DConditionModel"}],
 )  # fmt: skip
-def test_impossible_samplings_are_refused(wrong):
+def test_invalid_sampling_configs_are_refused(wrong):
     with pytest.raises(UsageError):
         SamplingConfig(**wrong)
 
 
-def test_an_unreadable_prompt_stops_the_first_picture(model, tuned):
+def test_an_invalid_prompt_stops_the_first_image(model, tuned):
     late = parse_prompt("a photo of the beach with an astronaut as art on the beach of the dog S*")
     with pytest.raises(UsageError, match="placeholder"):
         sample(model, tuned, [PROMPTS[0], late], [1, 2], FEW)
 
 
-def test_T4_pictures_are_drawn_in_smaller_company_when_memory_runs_out(model, tuned, monkeypatch):
+def test_T4_batches_are_reduced_when_memory_runs_out(model, tuned, monkeypatch):
     from e4t_cli import sampling as loop
 
     denoise, sizes, notes = loop.denoise, [], []
@@ -250,7 +250,7 @@ def test_T4_pictures_are_drawn_in_smaller_company_when_memory_runs_out(model, tu
         list(sample(model, tuned, PROMPTS[:1], [1], FEW))
 
 
-def test_large_pictures_are_decoded_one_by_one(model, tuned, monkeypatch):
+def test_large_images_are_decoded_one_by_one(model, tuned, monkeypatch):
     from e4t_cli.models import text_to_image as home
 
     latents = generate_latents(model, tuned, PROMPTS, [1, 2, 3], FEW)

@@ -30,8 +30,8 @@ def outside(latents):
     return junk
 
 
-def gradients(model, pack, prepared, config):
-    run = Trainer(model, pack, prepared, config, options=FLOAT32)
+def gradients(model, domain_weights, prepared, config):
+    run = Trainer(model, domain_weights, prepared, config, options=FLOAT32)
     values = run.gradients(0)
     return [values, *(one.clone() for one in run.optimizer.gradients)]
 
@@ -48,19 +48,19 @@ def same(one, other):
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_nothing_outside_the_mask_is_learned(model, pack, half_masked, monkeypatch, method, kind, whole):
+def test_nothing_outside_the_mask_is_learned(model, domain_weights, half_masked, monkeypatch, method, kind, whole):
     """Neither the photo nor the noise there: gradients and tuned weights are equal to the bit.
 
     Both are changed in the target alone. z_t stays as it is, since the U-Net reads all of it: the
     inside is predicted from what is around it, too, and rightly so.
     """
     monkeypatch.setattr(model.noise_schedule, "_internal_dict", frozen_with(model, kind))
-    config, target = pack.tuning.replace(method=method), model.target
+    config, target = domain_weights.tuning.replace(method=method), model.target
 
     def learned(masked):
         if whole:
-            return tensors(tune(model, pack, half_masked, masked, options=FLOAT32))
-        return gradients(model, pack, half_masked, masked)
+            return tensors(tune(model, domain_weights, half_masked, masked, options=FLOAT32))
+        return gradients(model, domain_weights, half_masked, masked)
 
     expected, unmasked = learned(config), learned(config.replace(mask=False))
     monkeypatch.setattr(model, "target", lambda z_0, noise, t: target(z_0 + outside(z_0), noise + outside(noise), t))
@@ -81,7 +81,7 @@ def frozen_with(model, kind):
     return FrozenDict({**model.noise_schedule.config, "prediction_type": kind})
 
 
-def test_the_gradient_of_the_prediction_is_zero_outside_the_mask(model, pack, half_masked, monkeypatch):
+def test_the_gradient_of_the_prediction_is_zero_outside_the_mask(model, domain_weights, half_masked, monkeypatch):
     predicted, up_and_out = [], losses.up_and_out
 
     def watched(*args):
@@ -90,7 +90,7 @@ def test_the_gradient_of_the_prediction_is_zero_outside_the_mask(model, pack, ha
         return predicted[-1]
 
     monkeypatch.setattr(losses, "up_and_out", watched)
-    gradients(model, pack, half_masked, pack.tuning)
+    gradients(model, domain_weights, half_masked, domain_weights.tuning)
     (prediction,) = predicted
     assert prediction.grad[..., 4:].abs().max() == 0
     assert (prediction.grad[..., :4] != 0).all()
@@ -98,7 +98,7 @@ def test_the_gradient_of_the_prediction_is_zero_outside_the_mask(model, pack, ha
 
 @pytest.mark.parametrize(("colour", "value"), [(0, -1.0), (255, 1.0), (51, -0.6)])
 def test_the_vae_reads_pixels_from_minus_one_to_one_and_the_image_encoder_clips(
-    model, pack, monkeypatch, colour, value
+    model, domain_weights, monkeypatch, colour, value
 ):
     """CLIP's are normalised by its mean and deviation of pixels in 0 … 1 (here 0.5 and 0.25)."""
     encoded, encode = [], model.vae.encode
@@ -106,7 +106,7 @@ def test_the_vae_reads_pixels_from_minus_one_to_one_and_the_image_encoder_clips(
     tower = model.image_tower
     hook = tower.visual.conv1.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0]))
     photo = PreparedImage(image=Image.new("RGB", (32, 32), (colour,) * 3))
-    PhotoSamples(model, pack, photo, pack.tuning, 0)
+    PhotoSamples(model, domain_weights, photo, domain_weights.tuning, 0)
     hook.remove()
     for_vae, for_clip = encoded
     torch.testing.assert_close(for_vae, torch.full((1, 3, 32, 32), value))

@@ -1,4 +1,4 @@
-"""Laws of memory: what is predicted is what autograd keeps, and every plan gives one gradient."""
+"""Invariants of memory: estimates match what autograd saves, and every plan gives one gradient."""
 
 import math
 import platform
@@ -52,7 +52,7 @@ def meta_unet(name):
 
 
 def kept_numbers(unet, *, exact):
-    """Count what autograd keeps of one sample, in numbers, on the meta device."""
+    """Count the values that autograd saves for one sample, on the meta device."""
     unet.requires_grad_(exact)
     for layer in attention_layers(unet).values():
         layer.requires_grad_(True)
@@ -80,7 +80,7 @@ def kept_numbers(unet, *, exact):
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_arithmetic_is_what_autograd_keeps(name, method, checkpointing, monkeypatch):
+def test_the_estimate_is_what_autograd_saves(name, method, checkpointing, monkeypatch):
     monkeypatch.setattr(
         functional,
         "scaled_dot_product_attention",
@@ -102,7 +102,7 @@ def test_the_arithmetic_is_what_autograd_keeps(name, method, checkpointing, monk
 
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
-    """SD 1.4 without a number in it, and a pack."""
+    """SD 1.4 on the meta device, and domain weights for it."""
     from types import SimpleNamespace
 
     unet = meta_unet("sd14")
@@ -118,9 +118,9 @@ def stable_diffusion(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("vram", ["6", "8", "12", "16", "24", "80"])
-def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, method, vram):
+def test_every_gpu_from_6_gigabytes_on_has_a_plan(stable_diffusion, domain_weights, method, vram):
     model, domain = stable_diffusion
-    config = pack.tuning.replace(batch_size=16, method=method)
+    config = domain_weights.tuning.replace(batch_size=16, method=method)
     found = plan_tuning(
         model("cuda", torch.bfloat16), domain, config, vram=vram, consume=True,
         half=torch.bfloat16, ram=64 * GB,
@@ -135,10 +135,10 @@ def test_every_card_from_6_gigabytes_on_has_a_plan(stable_diffusion, pack, metho
         assert found.optimizer == "fused"
 
 
-def test_an_optimiser_goes_only_where_there_is_room(stable_diffusion, pack):
-    """A T4 with 15 GB often has 12 beside it, where the system would end the process."""
+def test_an_optimizer_is_offloaded_only_if_main_memory_suffices(stable_diffusion, domain_weights):
+    """A machine with a T4 of 15 GB often has 12 GB of main memory, where the system would kill the process."""
     model, domain = stable_diffusion
-    config = pack.tuning.replace(batch_size=16)
+    config = domain_weights.tuning.replace(batch_size=16)
 
     def plan(device, ram, eight_bit=False, vram="15"):
         return plan_tuning(
@@ -152,18 +152,18 @@ def test_an_optimiser_goes_only_where_there_is_room(stable_diffusion, pack):
     assert 13 * GB < CPU_BYTES * sum(numbers) < 15 * GB
     roomy, tight, eight = plan("cuda", 32), plan("cuda", 12), plan("cuda", 12, eight_bit=True)
     assert roomy.optimizer == "cpu" and roomy.peak <= roomy.budget
-    assert tight.optimizer == "fused" and tight.peak > tight.budget  # said before it starts
+    assert tight.optimizer == "fused" and tight.peak > tight.budget  # raised before it starts
     assert tight.micro_batch == 1 and tight.checkpointing
     assert eight.optimizer == "8bit" and eight.peak <= eight.budget
-    # Apple's memory is one: what goes to the host is still there.
+    # Apple's memory is unified: offloading to the CPU frees nothing.
     assert plan("mps", 16, vram="10").optimizer == "fused"
     assert plan("mps", 64, vram="10").optimizer == "cpu"
 
 
-def test_a_full_size_rehearsal_fits_into_20_gigabytes_of_main_memory(stable_diffusion, pack):
-    """SD 1.4, exactly, in float32 on a CPU: possible because the base is used up, not copied."""
+def test_a_full_size_rehearsal_fits_into_20_gigabytes_of_main_memory(stable_diffusion, domain_weights):
+    """SD 1.4, full fine-tuning, in float32 on a CPU: possible because the base is consumed, not copied."""
     model, domain = stable_diffusion
-    config = pack.tuning.replace(batch_size=16)
+    config = domain_weights.tuning.replace(batch_size=16)
     found, copied = (
         plan_tuning(model("cpu", torch.float32), domain, config, vram="20", consume=consume)
         for consume in (True, False)
@@ -172,9 +172,9 @@ def test_a_full_size_rehearsal_fits_into_20_gigabytes_of_main_memory(stable_diff
     assert copied.peak > copied.budget  # as small as it gets
 
 
-def test_plans_are_ordered_from_fast_to_small(stable_diffusion, pack):
+def test_plans_are_ordered_from_fast_to_small(stable_diffusion, domain_weights):
     model, domain = stable_diffusion
-    config = pack.tuning.replace(batch_size=16)
+    config = domain_weights.tuning.replace(batch_size=16)
     on_card = model("cuda", torch.bfloat16)
     work = ActivationSizes.of(on_card.unet, 64)
     plans = list(planning._candidates(config, on_card.device, eight_bit=True))
@@ -184,13 +184,13 @@ def test_plans_are_ordered_from_fast_to_small(stable_diffusion, pack):
     assert plans[0] == Plan(micro_batch=16)
 
 
-def test_the_tiny_base_takes_its_whole_batch(model, pack):
-    assert plan_tuning(model, pack, pack.tuning).micro_batch == pack.tuning.batch_size
+def test_the_tiny_base_takes_its_whole_batch(model, domain_weights):
+    assert plan_tuning(model, domain_weights, domain_weights.tuning).micro_batch == domain_weights.tuning.batch_size
     assert free_ram() > 0
 
 
 @pytest.mark.parametrize("wrong", ["0", "a lot", "-8", "nan", "1e9"])
-def test_what_is_no_budget(wrong):
+def test_invalid_budgets_are_refused(wrong):
     with pytest.raises(UsageError, match="gigabytes"):
         budget_of(wrong)
     assert budget_of("8") == 8 * GB
@@ -208,21 +208,21 @@ def test_what_is_no_budget(wrong):
         Plan(micro_batch=3, optimizer="cpu"),
     ],
 )
-def test_every_plan_tunes_to_the_same_model(model, pack, face, plan):
-    whole = tune(model, pack, face, options=TuningOptions(autocast=False))
-    other = tune(model, pack, face, options=TuningOptions(autocast=False, plan=plan))
+def test_every_plan_tunes_to_the_same_model(model, domain_weights, face, plan):
+    whole = tune(model, domain_weights, face, options=TuningOptions(autocast=False))
+    other = tune(model, domain_weights, face, options=TuningOptions(autocast=False, plan=plan))
     for key, value in whole.unet.state_dict().items():
         torch.testing.assert_close(other.unet.state_dict()[key], value, rtol=0, atol=3e-5)
     assert model.vae.device == model.device
 
 
-def test_what_is_computed_twice_is_computed_alike_in_half_precision(model, pack, face):
+def test_recomputation_gives_the_same_bits_in_half_precision(model, domain_weights, face):
     """Attention too, whose kernel on a CPU is another one in bfloat16."""
     plan = Plan(micro_batch=8)
-    once = tune(model, pack, face, options=TuningOptions(autocast=True, plan=plan))
+    once = tune(model, domain_weights, face, options=TuningOptions(autocast=True, plan=plan))
     twice = tune(
         model,
-        pack,
+        domain_weights,
         face,
         options=TuningOptions(autocast=True, plan=plan.replace(checkpointing=True)),
     )
@@ -230,12 +230,12 @@ def test_what_is_computed_twice_is_computed_alike_in_half_precision(model, pack,
         torch.testing.assert_close(twice.unet.state_dict()[key], value, rtol=0, atol=3e-4)
 
 
-def test_a_consumed_model_gives_the_same_bits(base_folder, pack, face):
+def test_a_consumed_model_gives_the_same_bits(base_folder, domain_weights, face):
     from e4t_cli.models.text_to_image import TextToImageModel
 
     one, other = (TextToImageModel.load(base_folder) for _ in range(2))
-    copied = tune(one, pack, face)
-    consumed = tune(other, pack, face, options=TuningOptions(consume=True))
+    copied = tune(one, domain_weights, face)
+    consumed = tune(other, domain_weights, face, options=TuningOptions(consume=True))
     assert consumed.unet is other.unet
     assert copied.unet is not one.unet
     for key, value in copied.unet.state_dict().items():
@@ -257,21 +257,21 @@ def walk(optimizer, own, steps=4, start=0):
     return norm
 
 
-def test_the_host_holds_what_the_device_rounds(model, pack, face):
-    """Under bfloat16 products the U-Net may be bfloat16 too: the tuned one is not."""
+def test_offloaded_weights_keep_what_the_device_rounds(model, domain_weights, face):
+    """With bfloat16 matrix multiplications the U-Net may be bfloat16 too: the tuned one is not."""
     plan = Plan(micro_batch=4, optimizer="cpu")
-    host = tune(model, pack, face, options=TuningOptions(autocast=True, plan=plan))
-    plain = tune(model, pack, face, options=TuningOptions(autocast=True))
-    start = tune(model, pack, face, pack.tuning.replace(steps=0)).unet.state_dict()
+    offloaded = tune(model, domain_weights, face, options=TuningOptions(autocast=True, plan=plan))
+    plain = tune(model, domain_weights, face, options=TuningOptions(autocast=True))
+    start = tune(model, domain_weights, face, domain_weights.tuning.replace(steps=0)).unet.state_dict()
     moved = {
         name: torch.cat([(one.unet.state_dict()[key] - start[key]).flatten() for key in start])
-        for name, one in (("host", host), ("plain", plain))
+        for name, one in (("host", offloaded), ("plain", plain))
     }
-    assert {weight.dtype for weight in host.unet.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in offloaded.unet.parameters()} == {torch.float32}
     assert torch.cosine_similarity(moved["host"], moved["plain"], dim=0) > 0.9
 
 
-def test_the_optimisers_are_torchs_adamw():
+def test_the_optimizers_equal_torchs_adamw():
     reference = weights()
     theirs = torch.optim.AdamW(
         [{"params": reference[:2], "lr": 1e-2}, {"params": reference[2:], "lr": 1e-3}],
@@ -291,7 +291,7 @@ def test_the_optimisers_are_torchs_adamw():
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_the_host_goes_on_where_the_device_was():
+def test_the_offloaded_optimizer_continues_from_the_devices_state():
     groups = lambda own: [(own, 1e-2)]  # noqa: E731
     straight, moved = weights(), weights()
     walk(optimizers.fused_adamw(groups(straight)), straight)
@@ -303,19 +303,19 @@ def test_the_host_goes_on_where_the_device_was():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_half_precision_on_the_device_keeps_the_whole_delta_on_the_host():
+def test_half_precision_on_the_device_keeps_the_whole_delta_on_the_cpu():
     own, exact = weights(), weights()
     walk(optimizers.fused_adamw([(exact, 1e-6)]), exact)
-    host = optimizers.CPUOffloadedAdamW([(own, 1e-6)], own)
+    offloaded = optimizers.CPUOffloadedAdamW([(own, 1e-6)], own)
     assert {weight.dtype for weight in own} == {torch.bfloat16}
-    before = [master.clone() for master in host.params]
-    walk(host, own)
+    before = [master.clone() for master in offloaded.params]
+    walk(offloaded, own)
     for one, start, other, first in zip(own, before, exact, weights(), strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one - start, other - first, rtol=0.1, atol=2e-7)
 
 
-def test_T4_memory_runs_out_step_by_step_and_says_so(model, pack, face, monkeypatch):
+def test_T4_memory_use_is_reduced_step_by_step_and_reported(model, domain_weights, face, monkeypatch):
     gradients, notes = Trainer.gradients, []
 
     def short_of_memory(self, step):
@@ -326,7 +326,7 @@ def test_T4_memory_runs_out_step_by_step_and_says_so(model, pack, face, monkeypa
     monkeypatch.setattr(Trainer, "gradients", short_of_memory)
     found = tune(
         model,
-        pack,
+        domain_weights,
         face,
         on_progress=lambda event: event.note and notes.append(event.note),
         options=TuningOptions(autocast=False),
@@ -335,37 +335,37 @@ def test_T4_memory_runs_out_step_by_step_and_says_so(model, pack, face, monkeypa
         "2 at a time", "1 at a time", "gradient checkpointing",
     ]  # fmt: skip
     monkeypatch.undo()
-    plain = tune(model, pack, face, options=TuningOptions(autocast=False))
+    plain = tune(model, domain_weights, face, options=TuningOptions(autocast=False))
     for key, value in plain.unet.state_dict().items():
         torch.testing.assert_close(found.unet.state_dict()[key], value, rtol=0, atol=3e-5)
 
 
-def test_T4_the_last_resort_is_one_sentence(model, pack, face, monkeypatch):
+def test_T4_without_a_smaller_plan_there_is_one_error(model, domain_weights, face, monkeypatch):
     def no_memory(self, step):
         raise torch.OutOfMemoryError("no more")
 
     monkeypatch.setattr(Trainer, "gradients", no_memory)
     with pytest.raises(ResourceError) as caught:
-        tune(model, pack, face)
+        tune(model, domain_weights, face)
     assert caught.value.exit_code == 6 and "--tuning lora" in caught.value.hint
 
 
-# ── devices and numbers ──
+# ── devices and dtypes ──
 
 
-def test_T9_a_working_number_format_is_picked(tmp_path):
-    cpu, card = choose_device("cpu"), torch.device("cuda")
+def test_T9_a_working_dtype_is_picked(tmp_path):
+    cpu, gpu = choose_device("cpu"), torch.device("cuda")
     assert choose_dtype("auto", cpu) is torch.float32
     assert choose_dtype("fp16", cpu) is torch.float16
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "small.safetensors").write_bytes(bytes(1000))
-    assert choose_dtype("auto", card, tmp_path) is torch.float32
+    assert choose_dtype("auto", gpu, tmp_path) is torch.float32
     with pytest.raises(UsageError, match="cannot be used"):
         choose_device("cuda:99")
 
 
 @pytest.mark.parametrize(("native", "kind"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_T9_half_precision_by_what_the_card_multiplies(monkeypatch, native, kind):
+def test_T9_half_precision_by_what_the_gpu_multiplies(monkeypatch, native, kind):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert choose_dtype("auto", torch.device("cuda")) is kind
     assert choose_dtype("auto", torch.device("mps")) is torch.float16
@@ -390,7 +390,7 @@ print(before - resident(), sum(float(pin.sum()) for pin in pins))
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's")
-def test_what_is_freed_between_what_stays_goes_back_to_the_system():
+def test_memory_freed_between_live_blocks_is_returned_to_the_system():
     ran = subprocess.run([sys.executable, "-c", SCATTERED], capture_output=True, check=True)
     given_back, kept = map(float, ran.stdout.split())
     assert given_back > 300  # of the 360 MB that were freed

@@ -1,4 +1,4 @@
-"""Laws of the weight offsets: section 3.2, eq. 3."""
+"""Invariants of the weight offsets: section 3.2, eq. 3."""
 
 import copy
 
@@ -9,8 +9,8 @@ from torch.nn.utils import parametrize
 from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset, WeightOffsets
 
 
-def stirred(offsets):
-    """Give fresh offsets random numbers, so that they are felt."""
+def randomized(offsets):
+    """Give fresh offsets random values, so that they have an effect."""
     source = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in offsets.parameters():
@@ -37,7 +37,7 @@ def dense_delta(offset):
 def test_the_factored_form_is_the_dense_network_in_value_and_gradient():
     torch.manual_seed(0)
     for rows, columns, seed_width in ((6, 5, 1), (4, 9, 3)):
-        offset = stirred(WeightOffset(rows, columns, seed_width=seed_width).double())
+        offset = randomized(WeightOffset(rows, columns, seed_width=seed_width).double())
         weights = list(offset.parameters())
         probe = torch.randn(rows, columns, dtype=torch.float64)
         dense, factored = dense_delta(offset), offset.delta()
@@ -52,14 +52,14 @@ def test_the_factored_form_is_the_dense_network_in_value_and_gradient():
 def test_an_attached_weight_is_the_base_times_one_plus_delta():
     """Eq. 3, element by element, with the offset network evaluated layer by layer."""
     torch.manual_seed(0)
-    layer, offset = torch.nn.Linear(5, 6).double(), stirred(WeightOffset(6, 5).double())
+    layer, offset = torch.nn.Linear(5, 6).double(), randomized(WeightOffset(6, 5).double())
     base = layer.weight.detach().clone()
     parametrize.register_parametrization(layer, "weight", offset)
     torch.testing.assert_close(layer.weight, base + base * dense_delta(offset), rtol=1e-12, atol=1e-12)
 
 
 def test_factors_carry_the_same_offsets(model):
-    offsets = stirred(WeightOffsets.for_unet(model.unet))
+    offsets = randomized(WeightOffsets.for_unet(model.unet))
     again = WeightOffsets.from_factors(offsets.factors())
     assert set(again.paths) == set(offsets.paths)
     deltas = dict(zip(offsets.paths, offsets.modulations, strict=True))
@@ -90,10 +90,10 @@ def test_every_projection_of_every_attention_layer_and_nothing_else(model):
 
 
 @torch.no_grad()
-def test_attach_then_detach_leaves_nothing_behind(model):
+def test_attach_then_detach_restores_the_unet(model):
     before = copy.deepcopy(model.unet)
     kept = dict(model.unet.named_parameters())
-    offsets = stirred(WeightOffsets.for_unet(model.unet))
+    offsets = randomized(WeightOffsets.for_unet(model.unet))
     plain = model.unet(*inputs()).sample
     with offsets.attached_to(model.unet):
         assert not torch.equal(model.unet(*inputs()).sample, plain)
@@ -106,9 +106,9 @@ def test_attach_then_detach_leaves_nothing_behind(model):
 
 
 @torch.no_grad()
-def test_bake_leaves_a_plain_unet_with_the_same_output(model):
+def test_merging_gives_a_plain_unet_with_the_same_output(model):
     unet = copy.deepcopy(model.unet)
-    offsets = stirred(WeightOffsets.for_unet(unet))
+    offsets = randomized(WeightOffsets.for_unet(unet))
     offsets.attach_to(unet)
     attached = unet(*inputs()).sample
     offsets.merge()
@@ -126,7 +126,7 @@ def test_bias_keeps_its_place():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_product_is_made_in_float32(dtype):
+def test_the_product_is_computed_in_float32(dtype):
     """A delta under one spacing of half-precision numbers is not lost before the product."""
     torch.manual_seed(1)
     original = torch.randn(64, 64, dtype=torch.float32) * 0.02
@@ -138,7 +138,7 @@ def test_the_product_is_made_in_float32(dtype):
     moved = (merged - original).norm() / (expected - original).norm()
     assert merged.dtype == torch.float32
     assert 0.99 < moved < 1.01
-    # In the weight's own precision the result is the nearest number, not a sum of rounded parts.
+    # In the weight's own precision the result is the nearest value, not a sum of rounded parts.
     assert torch.equal(offset(original.to(dtype)), (original.to(dtype).float() * (1 + offset.delta())).to(dtype))
 
 

@@ -80,11 +80,11 @@ def test_pretraining_emulates_no_bfloat16_on_a_gpu_without_it(multiplies, monkey
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_without_autocast_nothing_is_multiplied_in_half_precision(base_folder, pack, face, method):
+def test_without_autocast_nothing_is_multiplied_in_half_precision(base_folder, domain_weights, face, method):
     """Also on a base in bfloat16, whose weights LoRA adapters would otherwise be applied to."""
     base = TextToImageModel.load(base_folder, dtype=BF16)
     run = Trainer(
-        base, pack, face, pack.tuning.replace(method=method),
+        base, domain_weights, face, domain_weights.tuning.replace(method=method),
         options=TuningOptions(autocast=False, plan=Plan(micro_batch=2)),
     )  # fmt: skip
     found, plain = set(), functional.linear
@@ -103,25 +103,25 @@ def test_without_autocast_nothing_is_multiplied_in_half_precision(base_folder, p
     assert {weight.dtype for weight in run.optimizer.weights} == {FP32}
 
 
-def test_a_requested_fp32_is_float32_in_tuning(monkeypatch, model, pack, face):
+def test_a_requested_fp32_is_float32_in_tuning(monkeypatch, model, domain_weights, face):
     from e4t_cli.training import tuning
 
     autocasts, concept = [], SimpleNamespace(
-        config=pack.tuning, prepared=face, seed=0, image_features=None
+        config=domain_weights.tuning, prepared=face, seed=0, image_features=None
     )  # fmt: skip
     monkeypatch.setattr(tuning, "tune", lambda *args, options, **rest: autocasts.append(options.autocast))
     for dtype in ("fp32", "auto", "bf16"):
         session = Session(RunOptions(device="cpu", dtype=dtype))
-        session.model, session.pretrained = model, pack
+        session.model, session.pretrained = model, domain_weights
         session.tune(concept)
     assert autocasts == [False, None, None]
     assert [requested_autocast(dtype) for dtype in ("fp32", "fp16")] == [False, None]
 
 
-def test_an_objective_is_a_module(model, pack):
-    """`half` is torch's: what a module of its own calls its dtype has another name."""
+def test_an_objective_is_a_module(model, domain_weights):
+    """`half` is a method of torch modules: the attribute for the dtype has another name."""
     objective = PretrainingLoss(
-        model, model.unet, pack.encoder, pack.encoder, e_domain=torch.zeros(24), scale=1.0,
+        model, model.unet, domain_weights.encoder, domain_weights.encoder, e_domain=torch.zeros(24), scale=1.0,
     )  # fmt: skip
     assert objective.half.__func__ is torch.nn.Module.half
 
@@ -174,7 +174,7 @@ def test_math_attention_is_that_of_its_thread():
         thread = threading.Thread(target=lambda: found.append(attended()))
         thread.start()
         thread.join()
-    assert not torch.equal(own, plain)  # else this test could not fail
+    assert not torch.equal(own, plain)  # otherwise this test could not fail
     assert torch.equal(found[0], plain) and torch.equal(attended(), plain)
 
 

@@ -1,4 +1,4 @@
-"""Laws of pre-training: section 3.3, and what a resumed run promises."""
+"""Invariants of pre-training: section 3.3, and resumed runs equal uninterrupted ones."""
 
 import dataclasses
 
@@ -84,7 +84,7 @@ def test_a_resumed_run_ends_in_the_same_bits(pretrain, tmp_path, stopped):
     whole = pretrain()
     with pytest.raises(Interrupted):
         pretrain(checkpoints=tmp_path, checkpoint_every=2, on_step=interrupt_after(stopped))
-    torch.manual_seed(stopped)  # the global generator has no say
+    torch.manual_seed(stopped)  # the global generator has no influence
     seen = []
     resumed = pretrain(checkpoints=tmp_path, checkpoint_every=2, on_step=lambda step: seen.append(step.step))
     assert seen[0] == stopped // 2 * 2 + 1
@@ -132,14 +132,14 @@ def test_checkpoints_of_another_run_are_refused(pretrain, tmp_path):
         pretrain(checkpoints=tmp_path)
 
 
-def test_a_step_can_be_looked_at_and_drawn_from(model, pretrain, face):
-    def look(step):
+def test_a_step_can_be_inspected_and_sampled_from(model, pretrain, face):
+    def inspect(step):
         if step.step == 2:
             domain = step.snapshot()
             tuned = tune(model, domain, face, TUNING.replace(steps=0))
             assert tuned.embedding(torch.zeros(1, 224)).shape == (1, 24)
 
-    assert same(pretrain(on_step=look), pretrain())
+    assert same(pretrain(on_step=inspect), pretrain())
 
 
 def test_a_number_that_is_not_finite_stops_the_run(model, data, tmp_path):
@@ -178,17 +178,17 @@ def test_detached_features_still_train_everything(pretrain):
     assert not same(domain, pretrain(RECIPE.replace(steps=3)))
 
 
-# ── what a step shows ──
+# ── the samples of a step ──
 
 
-def test_every_picture_once_an_epoch():
+def test_every_image_once_an_epoch():
     seen = torch.cat([epoch_indices(0, step, range(4), 4, PICTURES) for step in range(3)]).tolist()
     assert sorted(seen[:PICTURES]) == sorted(seen[PICTURES:]) == list(range(PICTURES))
     assert seen[:PICTURES] != seen[PICTURES:]
 
 
 def test_samples_are_a_function_of_their_place_in_the_batch(model, data):
-    """However a batch is split, in whichever order it is asked for."""
+    """However a batch is split, in whichever order its parts are requested."""
     paired = dataclasses.replace(data, encoder_index=torch.tensor([[i, (i + 1) % PICTURES] for i in range(PICTURES)]))
 
     def batches(config=RECIPE, size=None):
@@ -212,7 +212,7 @@ def test_every_step_has_its_own_noise_and_noise_levels(model, data):
     assert not torch.equal(first.timesteps, second.timesteps)
 
 
-def test_the_regularization_weight_is_heeded(pretrain):
+def test_the_regularization_weight_is_applied(pretrain):
     """λ_r of eq. 5: with a large one the encoder's output stays small."""
     sizes = {}
     for weight in (0.0, 1000.0):
@@ -222,14 +222,14 @@ def test_the_regularization_weight_is_heeded(pretrain):
     assert 0 < sizes[1000.0] < 0.5 * sizes[0.0]
 
 
-def test_another_picture_of_the_same_concept_may_be_shown(model, data):
+def test_another_image_of_the_same_concept_may_be_encoded(model, data):
     paired = dataclasses.replace(data, encoder_index=torch.tensor([[(i + 1) % PICTURES] for i in range(PICTURES)]))
     shown = Batches(model, paired, RECIPE, ("{}",), model.descriptor_id("face"), 0).of(0)
     index = epoch_indices(0, 0, range(4), 4, PICTURES)
     assert torch.equal(shown.image_features, data.image_features[(index + 1) % PICTURES].float())
 
 
-def test_the_mask_is_used_only_if_the_recipe_says_so(model, data):
+def test_the_mask_is_used_only_if_the_config_sets_it(model, data):
     token = model.descriptor_id("face")
     plain = Batches(model, data, RECIPE, ("{}",), token, 0).of(0)
     masked = Batches(model, data, RECIPE.replace(mask=True), ("{}",), token, 0).of(0)
@@ -238,7 +238,7 @@ def test_the_mask_is_used_only_if_the_recipe_says_so(model, data):
     assert 0 < masked.mask.mean() < 1
 
 
-def test_encoded_pictures_are_what_the_model_sees(model, data, tmp_path):
+def test_encoded_images_are_the_models_inputs(model, data, tmp_path):
     image, _ = drawn_face(2)
     pixels = model.pixels([image])
     torch.testing.assert_close(data.image_features[2].float(), model.image_features(pixels)[0], atol=2e-3, rtol=2e-3)

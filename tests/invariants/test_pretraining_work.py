@@ -1,4 +1,4 @@
-"""The work of one pre-training step of Stable Diffusion 1.4, counted on the meta device."""
+"""The FLOP of one pre-training step of Stable Diffusion 1.4, counted on the meta device."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +15,7 @@ BATCH = 16
 
 
 def test_one_pretraining_step(stable_diffusion, encoder):  # noqa: F811
-    """At most 2.4 TFLOP a picture with latents and [CLS] features kept, 3.9 without.
+    """At most 2.4 TFLOP per image with latents and [CLS] features cached, 3.9 without.
 
     Of weights only encoder and offsets get gradients: the base's would be 0.85 TFLOP more.
     """
@@ -49,7 +49,7 @@ def test_one_pretraining_step(stable_diffusion, encoder):  # noqa: F811
     cached, encoded = step.get_total_flops() / BATCH, encoding.get_total_flops()
     assert 2.0e12 < cached <= 2.4e12
     assert 3.4e12 < cached + encoded <= 3.9e12
-    # What is kept of a picture, in half precision: 107 kB.
+    # What is cached of an image, in half precision: 107 kB.
     kept = 2 * (2 * latents[0].numel() + samples.image_features[0].numel())
     assert kept == 106_496
     # What processes exchange in a step: gradients of what learns, and of nothing else.

@@ -1,4 +1,4 @@
-"""Laws of what is kept: packs and concepts come back as they were, or not at all."""
+"""Invariants of storage: domain weights and concepts load as they were saved, or not at all."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from e4t_cli.training.tuning import tune
 
 
 @pytest.fixture
-def concept(model, pack, face):
+def concept(model, domain_weights, face):
     return Concept(
         domain="face",
         descriptor="face",
@@ -29,71 +29,71 @@ def concept(model, pack, face):
         weights_digest="",
         prepared=face,
         image_features=model.image_features(model.pixels([face.image]))[0],
-        config=pack.tuning,
+        config=domain_weights.tuning,
         seed=5,
     )
 
 
-def draw(model, tuned):
+def generate(model, tuned):
     prompts = [parse_prompt("S* on the beach")]
     return next(sample(model, tuned, prompts, [1], SamplingConfig(steps=2))).tobytes()
 
 
 def resign(folder):
-    """Make the card agree with the files again, as somebody with bad intentions would."""
-    card = (folder / "domain.toml").read_text().split("[files]")[0]
+    """Make the manifest agree with the files again, as an attacker would."""
+    manifest = (folder / "domain.toml").read_text().split("[files]")[0]
     hashes = {name: sha256_of(folder / name) for name in ("encoder.safetensors", "offsets.safetensors")}
-    (folder / "domain.toml").write_text(card + toml_text({"files": hashes}))
+    (folder / "domain.toml").write_text(manifest + toml_text({"files": hashes}))
 
 
-# ── packs ──
+# ── domain weights ──
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_pack_comes_back_as_it_was(pack, model, tmp_path, dtype):
-    pack.save(tmp_path, dtype=dtype)
+def test_domain_weights_load_as_they_were_saved(domain_weights, model, tmp_path, dtype):
+    domain_weights.save(tmp_path, dtype=dtype)
     again = DomainWeights.load(tmp_path)
     again.check_base(model)
-    for key, value in pack.encoder.state_dict().items():
+    for key, value in domain_weights.encoder.state_dict().items():
         assert torch.equal(again.encoder.state_dict()[key], value.to(dtype).float())
-    assert again.offsets.keys() == pack.offsets.keys()
-    for path, factors in pack.offsets.items():
+    assert again.offsets.keys() == domain_weights.offsets.keys()
+    for path, factors in domain_weights.offsets.items():
         for one, other in zip(factors, again.offsets[path], strict=True):
             assert torch.equal(other, one.to(dtype).float())
-    plain = {f.name for f in dataclasses.fields(pack)} - {"encoder", "offsets", "digest"}
+    plain = {f.name for f in dataclasses.fields(domain_weights)} - {"encoder", "offsets", "digest"}
     for name in plain:
-        assert getattr(again, name) == getattr(pack, name)
-    assert again.encoder.config == pack.encoder.config
-    # And once more: nothing drifts.
+        assert getattr(again, name) == getattr(domain_weights, name)
+    assert again.encoder.config == domain_weights.encoder.config
+    # Saved and loaded once more: nothing drifts.
     again.save(tmp_path / "copy", dtype=dtype)
     for name in ("encoder.safetensors", "offsets.safetensors", "domain.toml"):
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_tuning_from_a_loaded_pack_is_tuning_from_the_pack(pack, model, face, tmp_path):
-    pack.save(tmp_path)
-    one = tune(model, pack, face)
+def test_tuning_from_loaded_domain_weights_gives_the_same_model(domain_weights, model, face, tmp_path):
+    domain_weights.save(tmp_path)
+    one = tune(model, domain_weights, face)
     other = tune(model, DomainWeights.load(tmp_path), face)
     assert torch.equal(one.encoded_image, other.encoded_image)
     assert torch.equal(one.unet.conv_in.weight, other.unet.conv_in.weight)
 
 
-def test_a_pack_for_another_base_is_refused(pack, model):
+def test_domain_weights_for_another_base_are_refused(domain_weights, model):
     with pytest.raises(IntegrityError, match="was made for the base"):
-        dataclasses.replace(pack, base_fingerprint="0" * 32).check_base(model)
+        dataclasses.replace(domain_weights, base_fingerprint="0" * 32).check_base(model)
 
 
-def test_no_pack_and_half_a_pack(pack, tmp_path):
+def test_missing_and_incomplete_domain_weights_are_refused(domain_weights, tmp_path):
     with pytest.raises(WeightsUnavailable, match=r"domain\.toml"):
         DomainWeights.load(tmp_path)
-    pack.save(tmp_path)
+    domain_weights.save(tmp_path)
     (tmp_path / "offsets.safetensors").unlink()
     with pytest.raises(WeightsUnavailable, match="lacks offsets"):
         DomainWeights.load(tmp_path)
 
 
-def test_a_flipped_bit_is_found(pack, tmp_path):
-    pack.save(tmp_path)
+def test_a_flipped_bit_is_found(domain_weights, tmp_path):
+    domain_weights.save(tmp_path)
     path = tmp_path / "encoder.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -110,7 +110,7 @@ def changed(folder, name, change):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "expected"),
     [
         ("encoder.safetensors", lambda t: t.pop("final.bias"), "lacks tensor final.bias"),
         ("encoder.safetensors", lambda t: t.update(extra=torch.ones(1)), "unexpected tensor"),
@@ -121,10 +121,10 @@ def changed(folder, name, change):
         ("offsets.safetensors", lambda t: t[min(t)].fill_(torch.inf), "not finite"),
     ],
 )
-def test_wrong_tensors_are_refused_whatever_the_card_says(pack, tmp_path, name, change, said):
-    pack.save(tmp_path)
+def test_wrong_tensors_are_refused_even_if_the_manifest_agrees(domain_weights, tmp_path, name, change, expected):
+    domain_weights.save(tmp_path)
     changed(tmp_path, name, change)
-    with pytest.raises(IntegrityError, match=said):
+    with pytest.raises(IntegrityError, match=expected):
         DomainWeights.load(tmp_path)
 
 
@@ -152,10 +152,10 @@ def test_other_files_are_refused(tmp_path, content):
         read_tensors(path)
 
 
-def test_sizes_that_no_encoder_has_are_refused(pack, tmp_path):
-    pack.save(tmp_path)
-    card = (tmp_path / "domain.toml").read_text()
-    (tmp_path / "domain.toml").write_text(card.replace("image_layers = 2", "image_layers = 10000000"))
+def test_impossible_encoder_sizes_are_refused(domain_weights, tmp_path):
+    domain_weights.save(tmp_path)
+    manifest = (tmp_path / "domain.toml").read_text()
+    (tmp_path / "domain.toml").write_text(manifest.replace("image_layers = 2", "image_layers = 10000000"))
     with pytest.raises(IntegrityError, match="sizes"):
         DomainWeights.load(tmp_path)
 
@@ -163,7 +163,7 @@ def test_sizes_that_no_encoder_has_are_refused(pack, tmp_path):
 # ── concepts ──
 
 
-def test_a_concept_comes_back_and_is_tuned_to_the_same_bits(model, pack, concept, tmp_path):
+def test_a_loaded_concept_is_tuned_to_the_same_bits(model, domain_weights, concept, tmp_path):
     concept.save(tmp_path / "me.e4t")
     again = Concept.load(tmp_path / "me.e4t")
     assert again.prepared.image.tobytes() == concept.prepared.image.tobytes()
@@ -172,20 +172,21 @@ def test_a_concept_comes_back_and_is_tuned_to_the_same_bits(model, pack, concept
     for field in dataclasses.fields(concept):
         if field.name not in ("prepared", "image_features"):
             assert getattr(again, field.name) == getattr(concept, field.name)
-    assert again.tuned(model, pack) is None
+    assert again.tuned(model, domain_weights) is None
     one, other = (
-        tune(model, pack, c.prepared, c.config, seed=c.seed, image_features=c.image_features) for c in (concept, again)
+        tune(model, domain_weights, c.prepared, c.config, seed=c.seed, image_features=c.image_features)
+        for c in (concept, again)
     )
-    assert draw(model, one) == draw(model, other)
+    assert generate(model, one) == generate(model, other)
     assert (tmp_path / "me.e4t").stat().st_size < 20_000
 
 
-def test_kept_weights_draw_the_same_pictures(model, pack, concept, face, tmp_path):
-    tuned = tune(model, pack, face, concept.config, seed=concept.seed)
-    kept = dataclasses.replace(concept, weights=Concept.weights_of(tuned))
-    kept.save(tmp_path / "me.e4t")
-    again = Concept.load(tmp_path / "me.e4t").tuned(model, pack)
-    assert draw(model, again) == draw(model, tuned)
+def test_saved_weights_generate_the_same_images(model, domain_weights, concept, face, tmp_path):
+    tuned = tune(model, domain_weights, face, concept.config, seed=concept.seed)
+    saved = dataclasses.replace(concept, weights=Concept.weights_of(tuned))
+    saved.save(tmp_path / "me.e4t")
+    again = Concept.load(tmp_path / "me.e4t").tuned(model, domain_weights)
+    assert generate(model, again) == generate(model, tuned)
 
 
 def test_a_concept_without_a_mask(concept, tmp_path):
@@ -198,15 +199,15 @@ def test_a_concept_without_a_mask(concept, tmp_path):
         plain.save(tmp_path / "me.e4t", overwrite=False)
 
 
-def test_another_base_or_pack_is_refused(model, pack, concept):
-    concept.check(model, pack)
+def test_another_base_or_other_domain_weights_are_refused(model, domain_weights, concept):
+    concept.check(model, domain_weights)
     with pytest.raises(IntegrityError, match="lives on the base"):
-        dataclasses.replace(concept, base_fingerprint="0" * 32).check(model, pack)
+        dataclasses.replace(concept, base_fingerprint="0" * 32).check(model, domain_weights)
     with pytest.raises(IntegrityError, match="another version of the face pack"):
-        dataclasses.replace(concept, weights_digest="0" * 64).check(model, pack)
+        dataclasses.replace(concept, weights_digest="0" * 64).check(model, domain_weights)
     wrong = dataclasses.replace(concept, weights={"unet.conv_in.bias": torch.ones(1)})
     with pytest.raises(IntegrityError, match="do not fit"):
-        wrong.tuned(model, pack)
+        wrong.tuned(model, domain_weights)
 
 
 @pytest.mark.parametrize(
@@ -220,20 +221,20 @@ def test_another_base_or_pack_is_refused(model, pack, concept):
         {"placeholder": None},
     ],
 )
-def test_a_changed_card_is_refused(concept, tmp_path, change):
+def test_a_changed_manifest_is_refused(concept, tmp_path, change):
     path = tmp_path / "me.e4t"
     concept.save(path)
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        card = json.loads(file.metadata()["e4t"])
+        manifest = json.loads(file.metadata()["e4t"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    save_file(tensors, path, {"e4t": json.dumps({**card, **change})})
+    save_file(tensors, path, {"e4t": json.dumps({**manifest, **change})})
     with pytest.raises(IntegrityError, match="not a usable concept"):
         Concept.load(path)
 
 
-def test_what_is_no_concept(concept, tmp_path):
+def test_invalid_concept_files_are_refused(concept, tmp_path):
     with pytest.raises(UsageError, match="no concept"):
         Concept.load(tmp_path / "nobody.e4t")
     path = tmp_path / "me.e4t"

@@ -1,4 +1,4 @@
-"""Invariants of threads: what runs at once gives bit for bit what it gives one after the other."""
+"""Invariants of threads: concurrent calls give bit for bit what they give one after the other."""
 
 import copy
 import sys
@@ -70,7 +70,7 @@ def random(*shape, seed=0):
 
 
 @pytest.mark.parametrize("which", ["shared", "apart"])
-def test_prompts_are_embedded_at_once(models, which):
+def test_prompts_are_embedded_concurrently(models, which):
     def work(model, seed):
         prompts = [parse_prompt("a photo of S*"), parse_prompt("S* on the beach")]
         tokens = model.tokenize(prompts[: 1 + seed % 2], model.descriptor_id("face"))
@@ -82,7 +82,7 @@ def test_prompts_are_embedded_at_once(models, which):
 
 
 @pytest.mark.parametrize("which", ["shared", "apart"])
-def test_concepts_are_sampled_at_once(models, which, pack):
+def test_concepts_are_sampled_concurrently(models, which, domain_weights):
     prompts = [parse_prompt("a photo of S*")]
 
     def tuned(model, seed):
@@ -90,7 +90,7 @@ def test_concepts_are_sampled_at_once(models, which, pack):
         plain = TunedModel.plain(model, "face")
         if seed == 0:  # one with an embedding for all time steps
             return plain.with_fixed_embedding(random(24, seed=seed))
-        encoder = copy.deepcopy(pack.encoder).requires_grad_(False)
+        encoder = copy.deepcopy(domain_weights.encoder).requires_grad_(False)
         image = encoder.encode_image(random(1, 2, 32, seed=seed)) * 5
         return TunedModel(
             unet=model.unet, encoder=encoder, encoded_image=image,
@@ -98,7 +98,7 @@ def test_concepts_are_sampled_at_once(models, which, pack):
         )  # fmt: skip
 
     def work(model, concept, seed):
-        model.__dict__.pop("uncond_embeds", None)  # computed anew, by whoever is first
+        model.__dict__.pop("uncond_embeds", None)  # computed again, by the first thread
         return [generate_latents(model, concept, prompts, [seed], SamplingConfig(steps=6)) for _ in range(2)]
 
     concepts = [(m, tuned(m, seed), seed) for seed, m in enumerate(models[which])]
@@ -108,7 +108,7 @@ def test_concepts_are_sampled_at_once(models, which, pack):
         assert_same_at_once(*(lambda parts=parts: work(*parts) for parts in concepts))
 
 
-def test_models_are_loaded_at_once(base_folder):
+def test_models_are_loaded_concurrently(base_folder):
     def work(dtype):
         model = TextToImageModel.load(base_folder, dtype=dtype)
         parts = (model.unet, model.vae, model.text_encoder)
@@ -138,20 +138,20 @@ def trained(unet, offsets, seed):
     return [*outputs, *(weight.detach() for weight in offsets.parameters())]
 
 
-def test_offsets_are_trained_at_once(model, pack):
+def test_offsets_are_trained_concurrently(model, domain_weights):
     def work(seed):
         unet = copy.deepcopy(model.unet)
-        offsets = WeightOffsets.from_factors(pack.offsets)
+        offsets = WeightOffsets.from_factors(domain_weights.offsets)
         offsets.attach_to(unet)
         return trained(unet, offsets, seed)
 
     assert_same_at_once(*(lambda seed=seed: work(seed) for seed in range(THREADS)))
 
 
-def test_offsets_of_one_unet_are_evaluated_at_once(model, pack):
+def test_offsets_of_one_unet_are_evaluated_concurrently(model, domain_weights):
     """One thread caches with a gradient, others do without either on the same U-Net."""
     unet = copy.deepcopy(model.unet)
-    offsets = WeightOffsets.from_factors(pack.offsets)
+    offsets = WeightOffsets.from_factors(domain_weights.offsets)
     offsets.attach_to(unet)
 
     def work(seed):
@@ -169,9 +169,9 @@ def test_offsets_of_one_unet_are_evaluated_at_once(model, pack):
     assert_same_at_once(*(lambda seed=seed: work(seed) for seed in range(THREADS)))
 
 
-def test_a_cache_ends_with_its_block_and_is_that_of_its_offsets(model, pack):
+def test_a_cache_ends_with_its_block_and_is_that_of_its_offsets(model, domain_weights):
     unets = [copy.deepcopy(model.unet) for _ in range(2)]
-    both = [WeightOffsets.from_factors(pack.offsets) for _ in range(2)]
+    both = [WeightOffsets.from_factors(domain_weights.offsets) for _ in range(2)]
     path, modulation = next(both[0]._items())
     other = next(both[1]._items())[1]
     for offsets, unet in zip(both, unets, strict=True):

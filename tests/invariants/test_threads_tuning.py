@@ -44,16 +44,16 @@ def at_once(*works):
 @pytest.mark.parametrize("which", ["shared", "apart"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("methods", [("full", "full"), ("full", "lora")])
-def test_tunings_at_once_are_the_tunings(model, base_folder, pack, face, methods, autocast, which):
+def test_concurrent_tunings_equal_sequential_ones(model, base_folder, domain_weights, face, methods, autocast, which):
     """Of two models, and of one that both copy (without `consume`)."""
     models = [model, model if which == "shared" else TextToImageModel.load(base_folder)]
 
     def work(index):
-        config = pack.tuning.replace(method=methods[index], steps=4)
-        models[index].__dict__.pop("uncond_embeds", None)  # computed anew, by whoever is first
+        config = domain_weights.tuning.replace(method=methods[index], steps=4)
+        models[index].__dict__.pop("uncond_embeds", None)  # computed again, by the first thread
         losses = []
         tuned = tune(
-            models[index], pack, face, config, seed=index,
+            models[index], domain_weights, face, config, seed=index,
             options=TuningOptions(autocast=autocast),
             on_progress=lambda event: losses.append(event.values["loss"]),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Laws of eq. 5 and of tuning: section 3.3 and 3.4."""
+"""Invariants of eq. 5 and of tuning: sections 3.3 and 3.4."""
 
 import dataclasses
 import math
@@ -15,10 +15,10 @@ from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 
 
-def gradients(model, pack, face, micro_batch, *, checkpointing=False):
+def gradients(model, domain_weights, face, micro_batch, *, checkpointing=False):
     """Return the gradient of one tuning step, over all three groups of weights."""
     plan = Plan(micro_batch=micro_batch, checkpointing=checkpointing)
-    run = Trainer(model, pack, face, pack.tuning, options=TuningOptions(autocast=False, plan=plan))
+    run = Trainer(model, domain_weights, face, domain_weights.tuning, options=TuningOptions(autocast=False, plan=plan))
     losses = run.gradients(0).tolist()
     weights = run.optimizer.weights
     assert all(weight.grad is not None for weight in weights)
@@ -59,7 +59,7 @@ def test_masked_pixels_give_no_gradient():
     assert (gradient[~outside] != 0).all()
 
 
-def test_a_mask_is_reduced_by_area_and_an_empty_one_is_the_whole_picture():
+def test_a_mask_is_reduced_by_area_and_an_empty_one_is_the_whole_image():
     mask = torch.zeros(2, 8, 8)
     mask[0, :2, :3] = 1
     small = latent_mask(mask, (4, 4))
@@ -67,7 +67,7 @@ def test_a_mask_is_reduced_by_area_and_an_empty_one_is_the_whole_picture():
     assert torch.equal(small[1], torch.ones(4, 4))
 
 
-def test_velocity_is_predicted_where_the_base_was_trained_so(model):
+def test_velocity_is_predicted_if_the_base_was_trained_for_it(model):
     z_0, epsilon, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     assert model.target(z_0, epsilon, t) is epsilon
     alpha = model.noise_schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -84,23 +84,23 @@ def test_velocity_is_predicted_where_the_base_was_trained_so(model):
 # ── one step ──
 
 
-def test_micro_batches_are_exact(model, pack, face):
-    losses, whole = gradients(model, pack, face, 4)
+def test_micro_batches_are_exact(model, domain_weights, face):
+    losses, whole = gradients(model, domain_weights, face, 4)
     for micro_batch in (2, 1, 3):
-        others, found = gradients(model, pack, face, micro_batch)
+        others, found = gradients(model, domain_weights, face, micro_batch)
         assert (found - whole).norm() / whole.norm() < 1e-5
         assert others == pytest.approx(losses, rel=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(model, pack, face):
-    _, plain = gradients(model, pack, face, 4)
-    _, recomputed = gradients(model, pack, face, 4, checkpointing=True)
+def test_gradient_checkpointing_changes_nothing(model, domain_weights, face):
+    _, plain = gradients(model, domain_weights, face, 4)
+    _, recomputed = gradients(model, domain_weights, face, 4, checkpointing=True)
     assert (recomputed - plain).norm() / plain.norm() < 1e-6
 
 
-def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack, face):
+def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, domain_weights, face):
     """Against the loss itself, moved a little along one direction of the U-Net's weights."""
-    run = Trainer(model, pack, face, pack.tuning, options=TuningOptions(autocast=False))
+    run = Trainer(model, domain_weights, face, domain_weights.tuning, options=TuningOptions(autocast=False))
     for part in (run.unet, run.encoder):
         part.double()
     model.text_encoder.double()
@@ -123,7 +123,7 @@ def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack
             slope = (weight.grad * direction).sum().item()
             with torch.no_grad():
                 weight.sub_(step * direction)
-            return diffusion + pack.tuning.reg_weight * penalty, slope
+            return diffusion + domain_weights.tuning.reg_weight * penalty, slope
 
         step = 1e-4
         numeric = (loss(step)[0] - loss(-step)[0]) / (2 * step)
@@ -137,59 +137,59 @@ def test_the_gradient_is_that_of_equation_5_through_the_feature_pass(model, pack
 # ── whole tunings ──
 
 
-def test_tuning_moves_all_three_groups_and_not_the_base(model, pack, face):
-    encoder = {key: value.clone() for key, value in pack.encoder.state_dict().items()}
-    factors = {key: (a.clone(), b.clone()) for key, (a, b) in pack.offsets.items()}
-    untuned = tune(model, pack, face, pack.tuning.replace(steps=0))
-    tuned = tune(model, pack, face)
+def test_tuning_moves_all_three_groups_and_not_the_base(model, domain_weights, face):
+    encoder = {key: value.clone() for key, value in domain_weights.encoder.state_dict().items()}
+    factors = {key: (a.clone(), b.clone()) for key, (a, b) in domain_weights.offsets.items()}
+    untuned = tune(model, domain_weights, face, domain_weights.tuning.replace(steps=0))
+    tuned = tune(model, domain_weights, face)
     conv = "conv_in.weight"
     assert not torch.equal(tuned.unet.state_dict()[conv], model.unet.state_dict()[conv])
     assert torch.equal(untuned.unet.state_dict()[conv], model.unet.state_dict()[conv])
     assert not torch.equal(tuned.encoded_image, untuned.encoded_image)
     assert list(tuned.unet.state_dict()) == list(model.unet.state_dict())
-    assert all(torch.equal(encoder[key], value) for key, value in pack.encoder.state_dict().items())
-    for key, (left, right) in pack.offsets.items():
+    assert all(torch.equal(encoder[key], value) for key, value in domain_weights.encoder.state_dict().items())
+    for key, (left, right) in domain_weights.offsets.items():
         assert torch.equal(left, factors[key][0])
         assert torch.equal(right, factors[key][1])
     assert not any(weight.requires_grad for weight in tuned.unet.parameters())
 
 
-def test_without_steps_the_offsets_are_merged_and_that_is_all(model, pack, face):
-    tuned = tune(model, pack, face, pack.tuning.replace(steps=0))
+def test_without_steps_the_offsets_are_merged_and_nothing_else_changes(model, domain_weights, face):
+    tuned = tune(model, domain_weights, face, domain_weights.tuning.replace(steps=0))
     own, base = tuned.unet.state_dict(), model.unet.state_dict()
     for key in base:
-        if key.removesuffix(".weight") in pack.offsets:
-            left, right = pack.offsets[key.removesuffix(".weight")]
+        if key.removesuffix(".weight") in domain_weights.offsets:
+            left, right = domain_weights.offsets[key.removesuffix(".weight")]
             assert torch.equal(own[key], base[key] * (1 + left @ right))
         else:
             assert torch.equal(own[key], base[key])
 
 
-def test_the_same_seed_makes_the_same_model(model, pack, face):
-    one, other = (tune(model, pack, face, seed=3) for _ in range(2))
+def test_the_same_seed_makes_the_same_model(model, domain_weights, face):
+    one, other = (tune(model, domain_weights, face, seed=3) for _ in range(2))
     assert same_weights(one, other)
-    assert not same_weights(one, tune(model, pack, face, seed=4))
+    assert not same_weights(one, tune(model, domain_weights, face, seed=4))
 
 
-def test_the_same_seed_makes_the_same_model_in_bfloat16(model, pack, face):
-    one, other = (tune(model, pack, face, options=TuningOptions(autocast=True)) for _ in range(2))
+def test_the_same_seed_makes_the_same_model_in_bfloat16(model, domain_weights, face):
+    one, other = (tune(model, domain_weights, face, options=TuningOptions(autocast=True)) for _ in range(2))
     assert same_weights(one, other)
     assert all(weight.dtype == torch.float32 for weight in one.unet.parameters())
 
 
-def test_the_loss_falls(model, pack, face):
+def test_the_loss_falls(model, domain_weights, face):
     losses = []
-    config = pack.tuning.replace(steps=15, base_learning_rate=1e-4)
-    tune(model, pack, face, config, on_progress=lambda p: losses.append(p.values["loss"]))
+    config = domain_weights.tuning.replace(steps=15, base_learning_rate=1e-4)
+    tune(model, domain_weights, face, config, on_progress=lambda p: losses.append(p.values["loss"]))
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("group", ["encoder", "offsets", "unet"])
-def test_a_rate_of_zero_freezes_its_group(model, pack, face, group):
-    config = pack.tuning.replace(**{f"{group}_rate": 0.0})
+def test_a_rate_of_zero_freezes_its_group(model, domain_weights, face, group):
+    config = domain_weights.tuning.replace(**{f"{group}_rate": 0.0})
     tuned, untuned = (
-        tune(model, pack, face, config),
-        tune(model, pack, face, config.replace(steps=0)),
+        tune(model, domain_weights, face, config),
+        tune(model, domain_weights, face, config.replace(steps=0)),
     )
     moved = {
         "encoder": not torch.equal(tuned.encoded_image, untuned.encoded_image),
@@ -199,51 +199,51 @@ def test_a_rate_of_zero_freezes_its_group(model, pack, face, group):
     assert any(moved.values())
 
 
-def test_dreambooth_is_another_value_and_not_another_code(model, pack, face):
+def test_dreambooth_is_a_config_and_no_code_of_its_own(model, domain_weights, face):
     rare = model.word_embedding(9) - model.word_embedding(model.descriptor_id("face"))
     baseline = dataclasses.replace(
-        pack,
-        encoder=FixedEmbedding(rare / pack.embedding_scale),
+        domain_weights,
+        encoder=FixedEmbedding(rare / domain_weights.embedding_scale),
         offsets={},
         templates=("{} face",),
     )
-    tuned = tune(model, baseline, face, pack.tuning.replace(encoder_rate=0.0))
+    tuned = tune(model, baseline, face, domain_weights.tuning.replace(encoder_rate=0.0))
     torch.testing.assert_close(tuned.embedding(None)[0], model.word_embedding(9))
     assert not torch.equal(tuned.unet.conv_in.weight, model.unet.conv_in.weight)
-    everything_frozen = pack.tuning.replace(encoder_rate=0.0, offsets_rate=0.0, unet_rate=0.0)
-    frozen = tune(model, pack, face, everything_frozen)
-    assert same_weights(frozen, tune(model, pack, face, pack.tuning.replace(steps=0)))
+    everything_frozen = domain_weights.tuning.replace(encoder_rate=0.0, offsets_rate=0.0, unet_rate=0.0)
+    frozen = tune(model, domain_weights, face, everything_frozen)
+    assert same_weights(frozen, tune(model, domain_weights, face, domain_weights.tuning.replace(steps=0)))
 
 
-def test_an_empty_mask_is_said_and_not_used(model, pack, face):
+def test_an_empty_mask_is_reported_and_not_used(model, domain_weights, face):
     from PIL import Image
 
     notes = []
     empty = PreparedImage(image=face.image, mask=Image.new("L", face.image.size))
-    masked = tune(model, pack, empty, on_progress=lambda p: notes.append(p.note))
+    masked = tune(model, domain_weights, empty, on_progress=lambda p: notes.append(p.note))
     assert any("mask is empty" in note for note in notes)
-    assert same_weights(masked, tune(model, pack, PreparedImage(image=face.image)))
+    assert same_weights(masked, tune(model, domain_weights, PreparedImage(image=face.image)))
 
 
-def test_features_that_were_kept_are_as_good_as_the_tower(model, pack, face):
+def test_cached_features_equal_the_image_encoders(model, domain_weights, face):
     kept = model.image_features(model.pixels([face.image]))[0]
     calls = []
     hook = model.image_tower.register_forward_hook(lambda *args: calls.append(1))
-    one = tune(model, pack, face, image_features=kept)
+    one = tune(model, domain_weights, face, image_features=kept)
     assert not calls
-    other = tune(model, pack, face)
+    other = tune(model, domain_weights, face)
     assert len(calls) == 1  # once per tuning, never per step
     hook.remove()
     assert same_weights(one, other)
 
 
-def test_a_number_that_is_not_finite_stops_the_tuning(model, pack, face):
+def test_a_number_that_is_not_finite_stops_the_tuning(model, domain_weights, face):
     features = torch.full((2, 32), math.nan)
     with pytest.raises(DivergedError, match="step 1"):
-        tune(model, pack, face, image_features=features)
+        tune(model, domain_weights, face, image_features=features)
 
 
-def test_out_of_memory_halves_the_micro_batch(model, pack, face, monkeypatch):
+def test_out_of_memory_halves_the_micro_batch(model, domain_weights, face, monkeypatch):
     sizes = []
     gradients = Trainer.gradients
     notes = []
@@ -255,7 +255,7 @@ def test_out_of_memory_halves_the_micro_batch(model, pack, face, monkeypatch):
         return gradients(self, step)
 
     monkeypatch.setattr(Trainer, "gradients", short_of_memory)
-    tune(model, pack, face, on_progress=lambda event: notes.append(event.note))
+    tune(model, domain_weights, face, on_progress=lambda event: notes.append(event.note))
     assert sizes == [4, 2, 1, 1, 1]
     assert [note.split(":")[1].split()[0] for note in notes if note] == ["2", "1"]
 
@@ -264,10 +264,10 @@ def test_out_of_memory_halves_the_micro_batch(model, pack, face, monkeypatch):
 
     monkeypatch.setattr(Trainer, "gradients", no_memory)
     with pytest.raises(ResourceError, match="one sample at a time"):
-        tune(model, pack, face)
+        tune(model, domain_weights, face)
 
 
-def test_a_half_precision_base_is_tuned_and_merged_in_float32(base_folder, pack, face):
+def test_a_half_precision_base_is_tuned_and_merged_in_float32(base_folder, domain_weights, face):
     from e4t_cli.models.text_to_image import TextToImageModel
 
     half = TextToImageModel.load(base_folder, dtype=torch.bfloat16)
@@ -288,6 +288,6 @@ def test_a_half_precision_base_is_tuned_and_merged_in_float32(base_folder, pack,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts.WeightOffsets, "merge", watched)
         patch.setattr(parts.FullFineTuning, "__init__", remember)
-        tuned = tune(half, pack, face, options=TuningOptions(autocast=False))
+        tuned = tune(half, domain_weights, face, options=TuningOptions(autocast=False))
     assert merged == [{torch.float32}]
     assert tuned.unet.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""What several of these tests look at: some drawings, and the shipped judge."""
+"""Shared fixtures of the mini world: some drawings, and the shipped judge."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def pictures():
-    """Two hundred pictures of every kind, in pairs of one identity."""
+def drawings():
+    """Two hundred drawings of every kind, in pairs of one identity."""
     from mini_world.world import sample
 
     return [sample(index, seed=41) for index in range(200)]

@@ -1,4 +1,4 @@
-"""Drawings in memory and on disk are the pictures they were drawn from."""
+"""Drawings in memory and on disk have the pixels of the scenes they were drawn from."""
 
 import random
 
@@ -28,7 +28,7 @@ def test_drawings_are_drawn_once_and_read_back(tmp_path):
         assert numpy.array_equal(drawn.labels[row], picture.labels)
         who = again.identity(row)
         assert (who and (who.kind, who.values)) == (picture.who and (picture.who.kind, picture.who.values))
-        # Words need nothing but what is stored.
+        # Captions need nothing but what is stored.
         assert again.caption(row, random.Random(row)) == picture.caption(random.Random(row))
 
 

@@ -1,4 +1,4 @@
-"""What is said of a picture: the context always, the identity only where it is the picture's."""
+"""Captions of drawings: the context always, the identity only where it is the drawing's."""
 
 import random
 import re
@@ -30,7 +30,7 @@ ATTRIBUTE_WORDS = {
 EVERY_ATTRIBUTE_WORD = set().union(*ATTRIBUTE_WORDS.values())
 
 
-def says(text, phrase):
+def mentions(text, phrase):
     return f" {phrase} " in f" {text} "
 
 
@@ -41,41 +41,41 @@ def scene_of(text):
         found = {
             value
             for value, phrases in table.items()
-            if value != usual and any(says(text, phrase) for phrase in phrases if phrase)
+            if value != usual and any(mentions(text, phrase) for phrase in phrases if phrase)
         }
         assert len(found) <= 1, (text, found)
         return found.pop() if found else usual
 
-    framing = "close" if says(text, "a close-up of") else "normal"
+    framing = "close" if mentions(text, "a close-up of") else "normal"
     return Scene(
         place=one(PLACE_PHRASES, "plain"),
         role=one(ROLE_PHRASES, "none"),
         medium=one(MEDIUM_PHRASES, "photo"),
-        framing="afar" if says(text, "from afar") else framing,
+        framing="afar" if mentions(text, "from afar") else framing,
     )
 
 
-def test_captions_name_the_subject_and_all_of_the_context(pictures):
+def test_captions_name_the_subject_and_all_of_the_context(drawings):
     rng = random.Random(1)
-    for picture in pictures:
+    for drawing in drawings:
         for _ in range(4):
-            caption = picture.caption(rng)
-            assert says(caption.text, picture.subject)
-            assert says(caption.text, caption.subject)
-            assert scene_of(caption.text) == picture.scene
+            caption = drawing.caption(rng)
+            assert mentions(caption.text, drawing.subject)
+            assert mentions(caption.text, caption.subject)
+            assert scene_of(caption.text) == drawing.scene
 
 
-def test_captions_name_no_attribute_that_is_not_there(pictures):
+def test_captions_name_no_attribute_that_is_not_there(drawings):
     rng = random.Random(2)
     named = folded = 0
-    for picture in pictures:
+    for drawing in drawings:
         # A red hat is context; so is no beard where "beard" could be read.
-        if picture.who is None or picture.scene.role == "hat":
+        if drawing.who is None or drawing.scene.role == "hat":
             continue
-        who = picture.who
+        who = drawing.who
         own = {word_of(name, value) for name, value in who.values.items()}
         for _ in range(4):
-            caption = picture.caption(rng)
+            caption = drawing.caption(rng)
             text = caption.text.replace("no beard", "")
             said = set(text.split()) & ATTRIBUTE_WORDS[who.kind]
             assert said <= own, (caption.text, own)
@@ -86,23 +86,23 @@ def test_captions_name_no_attribute_that_is_not_there(pictures):
     assert folded > 100
 
 
-def test_every_word_of_every_caption_is_known(pictures):
+def test_every_word_of_every_caption_is_known(drawings):
     known, rng = set(all_words()), random.Random(3)
-    for picture in pictures:
-        caption = picture.caption(rng)
+    for drawing in drawings:
+        caption = drawing.caption(rng)
         words = {*caption.text.replace("-", " ").split(), *caption.folded}
         assert words <= known, words - known
 
 
-def test_wordings_vary_and_repeat_with_their_chooser(pictures):
-    texts = {pictures[0].caption(random.Random(seed)).text for seed in range(30)}
+def test_wordings_vary_and_repeat_with_their_chooser(drawings):
+    texts = {drawings[0].caption(random.Random(seed)).text for seed in range(30)}
     assert len(texts) > 15
-    assert pictures[0].caption(random.Random(4)) == pictures[0].caption(random.Random(4))
+    assert drawings[0].caption(random.Random(4)) == drawings[0].caption(random.Random(4))
 
 
 @pytest.mark.parametrize("name", ["face", "cat", "art"])
-def test_the_sentences_of_training_name_no_attribute(name):
-    """Else a picture could keep an attribute because the sentence said it."""
+def test_the_prompt_templates_name_no_attribute(name):
+    """Otherwise a drawing could keep an attribute because the template names it."""
     for template in training_templates(find_domain(name)):
         said = set(re.findall(r"[a-z]+", template.lower())) & EVERY_ATTRIBUTE_WORD
         assert not said, (template, said)
@@ -119,7 +119,7 @@ def test_the_phrases_are_those_of_the_scenes():
     for table in (PLACE_PHRASES, ROLE_PHRASES, MEDIUM_PHRASES):
         for value, phrases in table.items():
             if value not in ("plain", "none", "photo"):
-                assert all(says(phrase, value) for phrase in phrases), value
+                assert all(mentions(phrase, value) for phrase in phrases), value
                 assert not any(phrase == "" for phrase in phrases)
     usual = Scene()
     assert (usual.place, usual.role, usual.medium, usual.framing) == tuple(
@@ -154,11 +154,11 @@ def test_what_the_face_domain_calls_a_head_is_what_is_drawn_as_one():
 @pytest.mark.parametrize("kind", ["face", "cat", "art"])
 def test_the_prompts_of_the_evaluation_ask_for_their_scenes(kind):
     for task in tasks_of(kind):
-        assert says(task.prompt, "S*")
+        assert mentions(task.prompt, "S*")
         assert scene_of(task.prompt) == task.scene
         assert (task.thing is not None) == (kind == "art")
         if task.thing is not None:
-            assert says(task.prompt, task.thing)
-        # "red" is the hat's; nothing else of a look may be asked for.
+            assert mentions(task.prompt, task.thing)
+        # "red" is the hat's; no other attribute may be named.
         said = set(task.prompt.replace("a red hat", "").split()) & EVERY_ATTRIBUTE_WORD
         assert not said, task.prompt

@@ -1,4 +1,4 @@
-"""The judge: what it takes and gives, and that the shipped one can be believed."""
+"""The judge: shapes, augmentation, and the accuracy of the shipped one."""
 
 import torch
 
@@ -26,10 +26,10 @@ def test_shapes():
         start += size
 
 
-def test_worsened_pictures_are_still_pictures(pictures):
+def test_degraded_images_are_still_images(drawings):
     from mini_world.evaluate import pixels_of
 
-    pixels = pixels_of([picture.image for picture in pictures[:32]])
+    pixels = pixels_of([drawing.image for drawing in drawings[:32]])
     kept = pixels.clone()
     worse = _augment(pixels, torch.Generator().manual_seed(1))
     assert torch.equal(pixels, kept)
@@ -39,7 +39,7 @@ def test_worsened_pictures_are_still_pictures(pictures):
     assert worse.abs().max() < 1.15 + 0.08 * 6
     assert worse.abs().quantile(0.99) < 1.25
     assert not torch.equal(worse, pixels)
-    # Shifted by two pixels at most, and beyond that still the same picture.
+    # Shifted by two pixels at most, and otherwise the same drawing.
     apart = [(torch.roll(worse, (dy, dx), (2, 3)) - pixels).abs().mean() for dy in range(-2, 3) for dx in range(-2, 3)]
     assert min(apart) < 0.12
     again = _augment(pixels, torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""The tables of docs/mini.md: what is counted, and how it is written down."""
+"""The tables of docs/mini.md: metrics and their formatting."""
 
 import numpy
 import pytest
@@ -26,14 +26,14 @@ from mini_world.world import Scene
 
 
 class Oracle(nn.Module):
-    """A judge that was told what some pictures show, and knows them again by their pixels."""
+    """A judge with known labels of some drawings, which it recognises by their pixels."""
 
     def __init__(self):
         super().__init__()
         self.anything = nn.Parameter(torch.zeros(1))
         self.answers = {}
 
-    def tell(self, image, who, task):
+    def add_labels(self, image, who, task):
         attributes = [torch.zeros(size) for size in HEAD_SIZES]
         for column, (kind, name, _) in enumerate(HEADS):
             if kind == who.kind:
@@ -61,7 +61,7 @@ def test_a_drawing_of_the_identity_itself_is_all_right(kind):
     for who in (own, other):
         drawn[who.shift] = draw_references(who, tasks, 0)
         for image, task in zip(drawn[who.shift], tasks, strict=True):
-            oracle.tell(image, who, task)
+            oracle.add_labels(image, who, task)
     assert score(oracle, own, tasks, drawn[own.shift]) == ([1.0] * len(tasks), [1.0] * len(tasks))
     identity, prompt = score(oracle, own, tasks, drawn[other.shift])
     shared = [own[name] == other[name] for name in ATTRIBUTES[kind]]
@@ -75,7 +75,7 @@ def test_only_what_the_prompt_asks_for_counts():
     shown = Task("", Scene(place="snow", role="hat", framing="close"))
     (image,) = draw_references(who, [shown], 0)
     oracle = Oracle()
-    oracle.tell(image, who, shown)
+    oracle.add_labels(image, who, shown)
 
     def prompt_score(**scene):
         return score(oracle, who, [Task("", Scene(**scene))], [image])[1][0]
@@ -117,15 +117,15 @@ def test_photos_are_held_out_plain_and_the_same_every_time():
         assert photos[0].subject in SUBJECTS
 
 
-def test_pixels_are_as_the_judge_takes_them(pictures):
-    pixels = pixels_of([pictures[0].image, pictures[1].image])
+def test_pixels_are_as_the_judge_takes_them(drawings):
+    pixels = pixels_of([drawings[0].image, drawings[1].image])
     assert pixels.shape == (2, 3, 64, 64)
-    red, _, blue = pictures[0].image.getpixel((5, 40))
+    red, _, blue = drawings[0].image.getpixel((5, 40))
     assert pixels[0, 0, 40, 5] == pytest.approx(red / 127.5 - 1)
     assert pixels[0, 2, 40, 5] == pytest.approx(blue / 127.5 - 1)
 
 
-# ── on paper ──
+# ── tables ──
 
 
 def test_summaries_are_means_over_identities():

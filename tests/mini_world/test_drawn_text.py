@@ -43,7 +43,7 @@ def text_encoder(tokenizer):
     torch.manual_seed(0)
     encoder = build_text_encoder(tokenizer).eval().requires_grad_(False)
     with torch.no_grad():
-        encoder.get_input_embeddings().weight.mul_(10)  # louder than the places they stand at
+        encoder.get_input_embeddings().weight.mul_(10)  # larger than the position embeddings
     return encoder
 
 
@@ -67,10 +67,10 @@ def test_every_word_is_one_token_before_and_after_the_disk(folder, tokenizer, tm
     assert tokenizer.decode(ids(tokenizer, "a face on the beach")).strip() == "a face on the beach"
 
 
-def test_a_sentence_is_its_words(tokenizer, pictures):
+def test_a_sentence_is_its_words(tokenizer, drawings):
     rng = random.Random(1)
-    for picture in pictures[:60]:
-        text = picture.caption(rng).text
+    for drawing in drawings[:60]:
+        text = drawing.caption(rng).text
         apart = [token for word in text.split() for token in ids(tokenizer, word)]
         assert ids(tokenizer, text) == apart
         assert len(apart) <= LENGTH - 2
@@ -102,22 +102,22 @@ def test_folding_is_a_sum_of_word_embeddings(caption_encoder, tokenizer, text_en
     torch.testing.assert_close(ends, expected_ends)
     plain, _ = caption_encoder([Caption(FOLDED.text, "face")])
     place = 1 + ids(tokenizer, FOLDED.text).index(face)
-    # The encoder reads forwards: nothing before the word can know.
+    # Attention is causal: nothing before the word depends on it.
     assert torch.equal(hidden[:, :place], plain[:, :place])
     assert (hidden[:, place:] - plain[:, place:]).abs().amax(-1).min() > 1e-3
 
 
-def test_the_other_rows_of_a_batch_do_not_notice(caption_encoder):
+def test_the_other_rows_of_a_batch_do_not_change(caption_encoder):
     among, _ = caption_encoder([PLAIN[0], FOLDED, *PLAIN[1:]])
     without, _ = caption_encoder([PLAIN[0], PLAIN[2], *PLAIN[1:]])
     assert torch.equal(among[[0, 2, 3]], without[[0, 2, 3]])
     assert not torch.equal(among[1], without[1])
-    # Nothing stays behind.
+    # No state remains.
     again, _ = caption_encoder([PLAIN[0], PLAIN[2], *PLAIN[1:]])
     assert torch.equal(again, without)
 
 
-def test_the_order_of_folded_words_means_nothing(caption_encoder):
+def test_folding_does_not_depend_on_word_order(caption_encoder):
     turned = Caption(FOLDED.text, "face", FOLDED.folded[::-1])
     torch.testing.assert_close(caption_encoder([FOLDED])[0], caption_encoder([turned])[0])
 
@@ -132,10 +132,10 @@ def test_states_are_those_of_the_encoder_and_ends_stand_at_the_end(caption_encod
         assert torch.equal(ends[row], hidden[row, 1 + len(ids(tokenizer, caption.text))])
 
 
-def test_every_picture_can_be_folded(caption_encoder, pictures):
+def test_every_drawing_can_be_folded(caption_encoder, drawings):
     """The subject's word is found in the text, and it is the first that reads like it."""
     rng = random.Random(6)
-    captions = [picture.caption(rng) for picture in pictures]
+    captions = [drawing.caption(rng) for drawing in drawings]
     assert any(caption.folded for caption in captions)
     hidden, _ = caption_encoder(captions)
     assert hidden.isfinite().all()

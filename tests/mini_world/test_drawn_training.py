@@ -12,7 +12,7 @@ from mini_world.text import build_text_encoder, build_tokenizer
 
 
 class Stopped(Exception):
-    """What ends a training from outside."""
+    """Raised to end a training from outside."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_a_stopped_training_ends_where_an_unbroken_one_does(tmp_path, average):
     assert steps == [50, 100]
 
 
-def test_every_step_draws_its_own_batch_and_repeats_it(tmp_path):
+def test_every_step_samples_its_own_batch_reproducibly(tmp_path):
     first, second = [], []
     run(tmp_path / "first", steps=5, seen=first)
     run(tmp_path / "second", steps=5, seen=second)
@@ -91,7 +91,7 @@ def test_the_average_is_what_is_returned(tmp_path):
         smooth = smooth * decay + weight * (1 - decay)
     torch.testing.assert_close(layer.weight.detach(), smooth)
     assert not torch.allclose(layer.weight, last, atol=1e-5)
-    # And again, by whoever asks once everything is done.
+    # And again, once everything is done.
     assert same(layer, run(tmp_path, steps=4))
 
 
@@ -127,8 +127,8 @@ def test_every_stage_can_be_run():
 
 
 @pytest.mark.parametrize("text_encoder_lr", [0.0, 1e-3])
-def test_the_words_learn_with_the_denoiser_where_they_are_asked_to(tmp_path, text_encoder_lr):
-    """Their table never does: it is what personalization writes in."""
+def test_the_text_encoder_trains_with_the_denoiser_on_request(tmp_path, text_encoder_lr):
+    """The embedding table is never trained: personalization writes into it."""
     drawings = load_drawings(tmp_path, "some", 6, seed=4)
     tokenizer = build_tokenizer(tmp_path / "tokenizer")
     torch.manual_seed(0)
@@ -154,7 +154,7 @@ def test_the_words_learn_with_the_denoiser_where_they_are_asked_to(tmp_path, tex
     assert bool(moved) == bool(text_encoder_lr)
 
 
-def test_the_decoder_goes_on_alone(tmp_path):
+def test_the_decoder_is_trained_further_alone(tmp_path):
     """Latents keep their meaning: whatever was trained on them stays valid."""
     drawings = load_drawings(tmp_path, "some", 4, seed=4)
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def test_the_decoder_goes_on_alone(tmp_path):
     assert torch.equal(vae.encode_images_to_latents(whole, torch.from_numpy(drawings.images)), encoded)
 
 
-def test_some_subjects_are_shown_twice(tmp_path):
+def test_some_subjects_are_sampled_twice(tmp_path):
     drawings = load_drawings(tmp_path, "shown", 40, seed=5)
     dogs = [row for row, fact in enumerate(drawings.facts[:, 0]) if SUBJECTS[fact] == "dog"]
     assert dogs
@@ -190,7 +190,7 @@ def test_a_fault_counts_where_the_weights_are():
     assert vae._reconstruction_losses(decoded, pixels, 1 - half)["l1"] > 0
 
 
-def test_what_is_lost_on_subjects_is_told_apart(tmp_path):
+def test_the_loss_on_subjects_is_reported_separately(tmp_path):
     drawings = load_drawings(tmp_path, "told", 4, seed=4)
     torch.manual_seed(0)
     found = vae.reconstruction_psnr(vae.AutoencoderKL(**vae.CONFIG), drawings)

@@ -1,4 +1,4 @@
-"""The drawn world: the same everywhere, split for good, and drawn as its label maps say."""
+"""The drawn world: deterministic, with a fixed split, and consistent with its label maps."""
 
 import hashlib
 import os
@@ -18,19 +18,19 @@ SOME = [(0, {}), (7, {"kind": "cat"}), (12, {"kind": "art", "portrait": True, "s
 SOME += [(index, {"held_out": True, "seed": 9}) for index in range(3)]
 
 
-def digest(picture):
-    data = picture.image.tobytes() + picture.labels.tobytes()
+def digest(drawing):
+    data = drawing.image.tobytes() + drawing.labels.tobytes()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def words(picture):
-    return None if picture.who is None else tuple(picture.who.values.items())
+def words(drawing):
+    return None if drawing.who is None else tuple(drawing.who.values.items())
 
 
-# ── the same picture ──
+# ── the same drawing ──
 
 
-def test_a_number_is_a_picture():
+def test_a_number_determines_a_drawing():
     for index, options in SOME:
         one, other = sample(index, **options), sample(index, **options)
         assert digest(one) == digest(other)
@@ -86,55 +86,55 @@ def test_samples_stay_on_their_side_and_pairs_show_one_identity():
             for one, other in zip(drawn[0::2], drawn[1::2], strict=True):
                 assert one.who == other.who
                 assert digest(one) != digest(other)
-            for picture in drawn:
-                if picture.who is not None:
-                    assert is_held_out(picture.who.kind, picture.who.values) == held_out
-            assert len({words(picture) for picture in drawn[0::2]}) > 3
+            for drawing in drawn:
+                if drawing.who is not None:
+                    assert is_held_out(drawing.who.kind, drawing.who.values) == held_out
+            assert len({words(drawing) for drawing in drawn[0::2]}) > 3
 
 
 # ── what is drawn ──
 
 
-def test_pictures_and_label_maps_have_their_shape(pictures):
-    for picture in pictures:
-        assert picture.image.size == (64, 64)
-        assert picture.image.mode == "RGB"
-        assert picture.labels.shape == (64, 64)
-        assert picture.labels.dtype == numpy.uint8
-        assert picture.labels.max() < len(LABELS)
-        assert numpy.asarray(picture.image).std() > 4
-    assert {picture.who.kind if picture.who else "thing" for picture in pictures} == set(KINDS)
+def test_drawings_and_label_maps_have_their_shape(drawings):
+    for drawing in drawings:
+        assert drawing.image.size == (64, 64)
+        assert drawing.image.mode == "RGB"
+        assert drawing.labels.shape == (64, 64)
+        assert drawing.labels.dtype == numpy.uint8
+        assert drawing.labels.max() < len(LABELS)
+        assert numpy.asarray(drawing.image).std() > 4
+    assert {drawing.who.kind if drawing.who else "thing" for drawing in drawings} == set(KINDS)
 
 
-def test_masks_are_the_subject(pictures):
-    for picture in pictures:
-        mask, covered = picture.mask(), picture.mask().mean()
-        assert (mask == numpy.isin(picture.labels, SUBJECT_LABELS)).all()
-        shown = {LABELS[label] for label in numpy.unique(picture.labels)}
-        if picture.subject in THINGS:
+def test_masks_are_the_subject(drawings):
+    for drawing in drawings:
+        mask, covered = drawing.mask(), drawing.mask().mean()
+        assert (mask == numpy.isin(drawing.labels, SUBJECT_LABELS)).all()
+        shown = {LABELS[label] for label in numpy.unique(drawing.labels)}
+        if drawing.subject in THINGS:
             assert covered == 0
             assert shown == {"background"}
-        elif picture.subject == "face":
+        elif drawing.subject == "face":
             # Long hair in a close-up is the most there can be.
-            assert 0.05 < covered < (0.75 if picture.scene.framing == "close" else 0.5)
+            assert 0.05 < covered < (0.75 if drawing.scene.framing == "close" else 0.5)
             assert {"skin", "mouth"} <= shown
             assert "animal" not in shown
         else:
             assert 0.05 < covered < 0.5
             assert shown <= {"background", "animal", "accessory"}
-        assert ("accessory" in shown) == (picture.scene.role != "none")
+        assert ("accessory" in shown) == (drawing.scene.role != "none")
 
 
 def test_labels_lie_where_the_drawing_is():
-    """A face without its face: what the labels call background has not changed, the head has."""
+    """A face with its head removed: the pixels labelled background have not changed, the head has."""
     who = draw_identity("face", random.Random(1), held_out=False)
-    picture = draw(who, Scene(), random.Random(2))
+    drawing = draw(who, Scene(), random.Random(2))
     other = draw(draw_identity("face", random.Random(4), held_out=False), Scene(), random.Random(2))
-    same = (numpy.asarray(picture.image) == numpy.asarray(other.image)).all(2)
-    background = (picture.labels == 0) & (other.labels == 0)
+    same = (numpy.asarray(drawing.image) == numpy.asarray(other.image)).all(2)
+    background = (drawing.labels == 0) & (other.labels == 0)
     # Anti-aliased edges belong to both.
     assert same[background].mean() > 0.9
-    assert same[picture.mask() & other.mask()].mean() < 0.3
+    assert same[drawing.mask() & other.mask()].mean() < 0.3
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_every_part_of_a_scene_is_visible(field, values):
 
 
 def test_every_attribute_is_visible():
-    """Two identities that differ in one value differ in the picture: else no encoder could tell."""
+    """Two identities that differ in one value differ in the drawing: otherwise no encoder could separate them."""
     from mini_world.identities import Identity
 
     for kind, attributes in ATTRIBUTES.items():
@@ -158,6 +158,6 @@ def test_every_attribute_is_visible():
             drawn = set()
             for value in choices:
                 who = Identity(kind, plain | {name: value}, shift=1)
-                picture = draw(who, Scene(), random.Random(2), thing="tree")
-                drawn.add(picture.image.tobytes())
+                drawing = draw(who, Scene(), random.Random(2), thing="tree")
+                drawn.add(drawing.image.tobytes())
             assert len(drawn) == len(choices), (kind, name)

@@ -1,4 +1,4 @@
-"""What travels in the package: all of it is there, small, and of numbers."""
+"""The weights shipped in the package: complete, small, and in safetensors."""
 
 import pytest
 from safetensors import safe_open
@@ -21,7 +21,7 @@ def shipped():
     return sorted(path for place in PLACES for path in (ROOT / place).rglob("*.safetensors"))
 
 
-def test_they_are_small_enough_to_travel():
+def test_they_are_small_enough_to_ship():
     assert 0 < sum(path.stat().st_size for path in shipped()) <= LIMIT
 
 
@@ -42,7 +42,7 @@ def test_every_part_has_its_weights(folder):
 
 
 def test_nothing_else_holds_weights():
-    """Pickles least of all: whatever is large is safetensors, a word list or a picture."""
+    """No pickles: whatever is large is safetensors, a word list or an image."""
     known = {".safetensors", ".json", ".txt", ".toml", ".py", ".md", ".pyc"}
     for place in PLACES:
         for path in (ROOT / place).rglob("*"):

@@ -1,4 +1,4 @@
-"""Domains of all sorts (rows G1-G4 of the reliability table): the bad ones hurt nobody else."""
+"""The domain registry (rows G1-G4 of the reliability table): broken domains do not affect others."""
 
 import sys
 
@@ -40,7 +40,7 @@ def user_folder(name, text=None):
     return folder
 
 
-def test_ours_come_by_the_same_road():
+def test_built_in_domains_are_entry_points_too():
     rows = installed_domains()
     assert [r.name for r in rows] == OURS
     assert all(r.domain and r.reason is None and r.package == "e4t" for r in rows)
@@ -84,7 +84,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_ones_hurt_only_who_asks(install, good, name):
+def test_broken_ones_fail_only_when_requested(install, good, name):
     source, says = BROKEN[name]
     dog = "\n".join(line[4:] for line in good.replace("{name}", "dog").splitlines())
     install("e4t-broken", **{name: source.replace("{good}", dog)})
@@ -186,7 +186,7 @@ def test_a_damaged_folder_is_a_row(text):
             find_domain(str(folder))
 
 
-def test_folders_that_are_none(tmp_path):
+def test_folders_that_are_no_domains(tmp_path):
     with pytest.raises(UsageError, match="no folder"):
         find_domain("./nowhere")
     with pytest.raises(UsageError, match="no domain.toml"):
@@ -202,11 +202,11 @@ def domain(**weights):
 
 
 def test_weights_in_a_package(site):
-    pack = site / "dogs" / "packs" / "toy"
-    pack.mkdir(parents=True)
+    domain_folder = site / "dogs" / "packs" / "toy"
+    domain_folder.mkdir(parents=True)
     (site / "dogs" / "__init__.py").write_text("1 / 0  # looking for weights imports nothing")
-    (pack / "domain.toml").touch()
-    assert weights_folder(domain(toy="package:dogs/packs/toy"), "toy") == pack
+    (domain_folder / "domain.toml").touch()
+    assert weights_folder(domain(toy="package:dogs/packs/toy"), "toy") == domain_folder
 
 
 NOWHERE = ["package:dogs/nowhere", "package:no_such/x", "/no/where"]
@@ -226,7 +226,7 @@ def test_looking_for_weights_on_the_hub_fetches_nothing():
 
 
 @pytest.mark.parametrize("place", [*NOWHERE, "hub:me/dogs@" + "0" * 40])
-def test_what_the_hint_leads_to_is_found(place):
+def test_weights_made_by_the_hints_command_are_found(place):
     """`e4t pretrain --domain dog --base toy` writes the user's folder of that name."""
     dog = domain(toy=place, other=place)
     folder = user_folder("dog")

@@ -1,4 +1,4 @@
-"""A tiny run of pre-training: eight drawn faces, batches of four, a second or two in all."""
+"""Fixtures of a tiny pre-training run: eight drawn faces, batches of four, a second or two in all."""
 
 import contextlib
 import json
@@ -106,26 +106,26 @@ def environment(home):
 
 
 class Run:
-    """`run.py` as a process of its own; what it says is in a file."""
+    """`run.py` as a separate process; its output is in a file."""
 
     def __init__(self, log):
         self.log = log
         self.log.touch()
 
-    def said(self):
+    def output(self):
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def wait_for(self, words, seconds=120):
         end = time.monotonic() + seconds
-        while words not in self.said():
-            assert time.monotonic() < end, f"waited {seconds} s for {words!r}: {self.said()}"
-            assert self.code() is None, f"ended without {words!r}: {self.said()}"
+        while words not in self.output():
+            assert time.monotonic() < end, f"waited {seconds} s for {words!r}: {self.output()}"
+            assert self.code() is None, f"ended without {words!r}: {self.output()}"
             time.sleep(0.01)
 
     def wait(self, seconds=240):
         end = time.monotonic() + seconds
         while self.code() is None:
-            assert time.monotonic() < end, f"still there after {seconds} s: {self.said()}"
+            assert time.monotonic() < end, f"still there after {seconds} s: {self.output()}"
             time.sleep(0.01)
         return self.code()
 
@@ -176,7 +176,7 @@ def server(tmp_path_factory):
     ) as process:  # fmt: skip
         assert process.stdout.readline() == "ready\n"
         yield process
-        process.kill()  # it has nothing to tidy up
+        process.kill()  # it has nothing to clean up
 
 
 @pytest.fixture

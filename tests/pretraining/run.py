@@ -4,7 +4,7 @@
     python run.py e4t HOME WORD …
     python run.py serve
 
-The second is the command line itself, with a home of its own and sentences that the tiny base can
+The second is the command line itself, with a home of its own and templates that the tiny base can
 read. The third imports what is slow to import once; then each line on its stdin, a JSON list of a
 log file and the arguments above, becomes a process of its own, whose exit code ends up beside its
 log.

@@ -1,4 +1,4 @@
-"""What a checkpoint promises: whole or absent, the last two kept, and never of another run."""
+"""Invariants of checkpoints: atomic, the last two kept, and never resumed by another run."""
 
 import dataclasses
 import errno
@@ -42,7 +42,7 @@ def test_R1_stopped_at_any_step_it_resumes_to_the_same_bits(pretrain, tmp_path, 
     pretrain(checkpoints=tmp_path / "whole", **options)
     with pytest.raises(Interrupted):
         pretrain(checkpoints=tmp_path / "cut", on_step=interrupt_after(stopped), **options)
-    torch.manual_seed(stopped)  # the global generator has no say
+    torch.manual_seed(stopped)  # the global generator has no influence
     seen = []
     pretrain(checkpoints=tmp_path / "cut", on_step=lambda at: seen.append(at.step), **options)
     assert seen[0] == stopped // 2 * 2 + 1
@@ -68,7 +68,7 @@ def test_micro_batches_take_the_step_of_the_whole_batch(pretrain, micro):
         torch.testing.assert_close(split.encoder.state_dict()[name], value, atol=3e-6, rtol=3e-4)
 
 
-def test_numbers_for_choices_are_those_of_the_draws():
+def test_random_choices_match_the_sampled_noise():
     draws = draw(5, 7, range(2, 6), batch_size=8, train_timesteps=1000, shape=(1, 2, 2))
     assert torch.equal(uniforms(5, 7, 8)[2:6, 1:], draws.uniform)
 
@@ -91,16 +91,16 @@ def test_R4_another_run_is_refused_with_what_differs(pretrain, tmp_path, data):
         assert "--force" in refused.value.hint
 
 
-def test_R4_forced_it_goes_on_and_says_with_what(pretrain, tmp_path):
+def test_R4_forced_it_goes_on_and_reports_the_differences(pretrain, tmp_path):
     pretrain(checkpoints=tmp_path)
-    said, seen = [], []
+    remarks, seen = [], []
     pretrain(
         RECIPE.replace(steps=8, reg_weight=0.5), seed=4, checkpoints=tmp_path, force=True,
-        on_progress=lambda event: said.append(event.remark),
+        on_progress=lambda event: remarks.append(event.remark),
         on_step=lambda at: seen.append(at.step),
     )  # fmt: skip
     assert seen == [8]
-    assert "continuing with other settings: recipe.embedding_penalty 0.01 → 0.5, seed 3 → 4" in said
+    assert "continuing with other settings: recipe.embedding_penalty 0.01 → 0.5, seed 3 → 4" in remarks
 
 
 def test_R4_another_shape_cannot_be_forced(pretrain, tmp_path):
@@ -110,7 +110,7 @@ def test_R4_another_shape_cannot_be_forced(pretrain, tmp_path):
 
 
 def test_R4_more_processes_only_with_the_same_global_batch(pretrain, tmp_path):
-    """What two processes would check, before they meet: the settings, and what they are told."""
+    """What two processes would check before they connect: the settings, and the error."""
     pretrain(RECIPE.replace(steps=1), checkpoints=tmp_path)
     with safe_open(Checkpoints(tmp_path, {}).latest(), framework="pt") as file:
         run = json.loads(file.metadata()["run"])
@@ -124,19 +124,19 @@ def test_R4_more_processes_only_with_the_same_global_batch(pretrain, tmp_path):
     four._compare(run, force=True)
 
 
-def test_the_card_and_the_rate_count_all_processes(pretrain, monkeypatch):
-    """Two processes of which the other one is silent: rates and positions, without a network."""
+def test_the_manifest_and_the_rate_count_all_processes(pretrain, monkeypatch):
+    """One of two processes, without the other: rates and positions, without a network."""
     monkeypatch.setattr(DistributedContext, "wrap", lambda self, module: module)
     monkeypatch.setattr(DistributedContext, "mean", lambda self, values: values)
     monkeypatch.setattr(DistributedContext, "any", lambda self, flag: flag)
     monkeypatch.setattr(DistributedContext, "check_same", lambda self, number, what: None)
-    said = []
+    remarks = []
     domain = pretrain(
         RECIPE.replace(steps=1), processes=DistributedContext(rank=0, count=2),
-        on_progress=lambda event: said.append(event.remark),
+        on_progress=lambda event: remarks.append(event.remark),
     )  # fmt: skip
     assert domain.pretraining.batch_size == 8
-    assert "learning rate 0.0008 = 0.0001 × batch 4 × 2 processes" in said
+    assert "learning rate 0.0008 = 0.0001 × batch 4 × 2 processes" in remarks
     silent = []
     pretrain(
         RECIPE.replace(steps=1), processes=DistributedContext(rank=1, count=2),
@@ -148,7 +148,7 @@ def test_the_card_and_the_rate_count_all_processes(pretrain, monkeypatch):
 # ── files ──
 
 
-def test_latest_says_where_to_go_on(pretrain, tmp_path):
+def test_latest_names_the_checkpoint_to_resume(pretrain, tmp_path):
     """Killed between the checkpoint and the pointer: the one before is as good."""
     whole = pretrain(checkpoints=tmp_path, checkpoint_every=3)
     assert sorted(os.listdir(tmp_path)) == [
@@ -244,14 +244,14 @@ def test_R9_the_old_ones_go_only_when_the_new_one_is_durable(pretrain, tmp_path,
     ]
 
 
-# ── numbers out of range ──
+# ── values that are not finite ──
 
 
 def test_a_nan_in_the_loss_names_the_last_good_step(pretrain, data, tmp_path):
     class Poisoned(Breaking):
         def rows(self, *, step, **place):
             rows = self.data.rows(step=step, **place)
-            if step == 4:  # the fifth step's pictures
+            if step == 4:  # the fifth step's images
                 rows.means[0, 0, 0, 0] = torch.nan
             return rows
 
@@ -270,7 +270,7 @@ def test_a_nan_in_the_loss_names_the_last_good_step(pretrain, data, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(pretrain, tmp_path, monkeypatch):
-    """The loss is still finite when a gradient overflows: what is saved is looked at."""
+    """The loss is still finite when a gradient overflows: the saved tensors are checked."""
 
     def poison(step):
         if step.step == 5:

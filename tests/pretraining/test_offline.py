@@ -18,7 +18,7 @@ from e4t_cli.progress import Progress
 
 @pytest.fixture
 def server():
-    """A server that knows nothing; `requests` are the paths that it was asked for."""
+    """A server without files; `requests` are the requested paths."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

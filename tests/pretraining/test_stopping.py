@@ -1,4 +1,4 @@
-"""R2, R3: signals and kills, sent to real processes, and what comes of what they leave."""
+"""R2, R3: signals and kills of real processes, and resuming from what they leave."""
 
 import random
 import signal
@@ -17,7 +17,7 @@ from tests.pretraining.conftest import same
 @pytest.mark.parametrize("asked", [1, 4, 5])
 def test_R3_asked_to_stop_it_finishes_the_step_and_saves(pretrain, tmp_path, asked):
     stop, seen, said = StopRequest(), [], []
-    assert not stop.ask()  # nobody listens yet: interrupt it
+    assert not stop.ask()  # not listening yet: interrupt it
 
     def ask(step):
         seen.append(step.step)
@@ -43,7 +43,7 @@ def test_R3_asked_in_the_last_step_it_is_simply_done(pretrain, tmp_path):
     assert same(domain, pretrain())
 
 
-def test_a_request_is_only_taken_by_those_who_listen():
+def test_a_stop_request_outside_listening_is_ignored():
     stop = StopRequest()
     assert not stop.ask()
     assert not stop.asked  # a run that begins later is not stopped by it
@@ -57,7 +57,7 @@ def test_a_request_is_only_taken_by_those_who_listen():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_R3_a_signal_saves_and_says_how_to_go_on(start, world, tmp_path, number, code):
+def test_R3_a_signal_saves_and_prints_how_to_resume(start, world, tmp_path, number, code):
     arguments = world("cut", slow=0.3, every=100)
     run = start(*arguments)
     run.wait_for("done 2")
@@ -65,7 +65,7 @@ def test_R3_a_signal_saves_and_says_how_to_go_on(start, world, tmp_path, number,
     begun = time.monotonic()
     assert run.wait() == code
     assert time.monotonic() - begun < 30
-    said = run.said()
+    said = run.output()
     assert "of 12, saved" in said
     assert "error: interrupted" in said or "error: terminated" in said
     assert "Traceback" not in said
@@ -74,8 +74,8 @@ def test_R3_a_signal_saves_and_says_how_to_go_on(start, world, tmp_path, number,
     assert latest == f"step-{done:08d}.safetensors\n"
     again = start(*world("cut", every=100))
     assert again.wait() == 0
-    assert f"done {done + 1}\n" in again.said()
-    assert f"resuming from step {done}" in again.said()
+    assert f"done {done + 1}\n" in again.output()
+    assert f"resuming from step {done}" in again.output()
     whole = start(*world("whole", every=100))
     assert whole.wait() == 0
     for name in ("encoder.safetensors", "offsets.safetensors"):
@@ -83,7 +83,7 @@ def test_R3_a_signal_saves_and_says_how_to_go_on(start, world, tmp_path, number,
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_R3_a_second_signal_leaves_at_once_and_tears_nothing(start, world, tmp_path):
+def test_R3_a_second_signal_exits_at_once_without_corruption(start, world, tmp_path):
     run = start(*world("cut", slow=1.5, every=2))
     run.wait_for("done 2")
     run.send(signal.SIGINT)
@@ -98,7 +98,7 @@ def test_R3_a_second_signal_leaves_at_once_and_tears_nothing(start, world, tmp_p
 
 
 def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
-    """Kill a real `e4t pretrain` again and again; its domain is that of one left alone."""
+    """Kill a real `e4t pretrain` repeatedly; its domain equals that of an uninterrupted run."""
     pictures = tmp_path / "faces"
     pictures.mkdir()
     for index in range(6):
@@ -112,17 +112,17 @@ def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
             "--base-lr", "1e-4", "--checkpoint-every", 1, "--sample-every", 0, "--device", "cpu",
         )  # fmt: skip
 
-    def pack(home):
-        (card,) = (tmp_path / home).glob("e4t/domains/faces/domain.toml")
-        return card.parent
+    def domain_folder(home):
+        (manifest,) = (tmp_path / home).glob("e4t/domains/faces/domain.toml")
+        return manifest.parent
 
     # A machine may be fast or slow: moments are chosen by what a run takes when left alone.
     whole, begun = command("whole"), time.monotonic()  # the first one waits for the server
     while not latest(tmp_path / "whole"):
-        assert whole.code() is None, whole.said()
+        assert whole.code() is None, whole.output()
         time.sleep(0.005)
     loading = time.monotonic() - begun
-    assert whole.wait() == 0, whole.said()
+    assert whole.wait() == 0, whole.output()
     a_step = (time.monotonic() - begun - loading) / steps
     source = random.Random(20)
     for kill in range(kills):
@@ -130,12 +130,12 @@ def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
         if kill % 3:  # at work: some moments after another checkpoint
             moved = latest(tmp_path / "cut")
             while latest(tmp_path / "cut") == moved:
-                assert run.code() is None, f"ended before kill {kill}: {run.said()}"
+                assert run.code() is None, f"ended before kill {kill}: {run.output()}"
                 time.sleep(0.005)
             time.sleep(source.uniform(0, 4 * a_step))
-        else:  # or while it loads, looks at the pictures, or finds its checkpoint
+        else:  # or while it loads, encodes the images, or finds its checkpoint
             time.sleep(source.uniform(0, loading))
-        assert run.code() is None, f"ended before kill {kill}: {run.said()}"
+        assert run.code() is None, f"ended before kill {kill}: {run.output()}"
         run.send(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
         if latest(tmp_path / "cut"):  # whatever it names is whole
@@ -143,10 +143,10 @@ def kill_at_random_moments(start, base_folder, tmp_path, *, kills, steps):
             load_file(named)
     assert latest(tmp_path / "cut")
     last = command("cut")
-    assert last.wait() == 0, last.said()
-    assert "resuming from step" in last.said()
+    assert last.wait() == 0, last.output()
+    assert "resuming from step" in last.output()
     for name in ("encoder.safetensors", "offsets.safetensors"):
-        assert (pack("cut") / name).read_bytes() == (pack("whole") / name).read_bytes()
+        assert (domain_folder("cut") / name).read_bytes() == (domain_folder("whole") / name).read_bytes()
     assert not list((tmp_path / "cut" / "e4t" / "domains").glob(".*"))
 
 

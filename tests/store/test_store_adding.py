@@ -1,4 +1,4 @@
-"""`add_domain`: whole and checked, or not at all (reliability rows F1, F2, F8, F9, D9)."""
+"""Invariants of `add_domain`: complete and verified, or nothing is added (reliability rows F1, F2, F8, F9, D9)."""
 
 import os
 import shutil
@@ -219,7 +219,7 @@ def test_F2_other_files_under_the_right_name(tmp_path, content):
     )
 
 
-def test_a_json_that_is_none(tmp_path):
+def test_an_invalid_json(tmp_path):
     files = {**FILES, "config.json": b"[" * 100_000}
     refused(write_domain_folder(tmp_path / "odd", files), IntegrityError, "is not JSON")
 

@@ -1,4 +1,4 @@
-"""F9: zips from strangers. One bad member is enough to refuse all, and nothing is unpacked."""
+"""F9: untrusted zip archives. One bad member refuses the archive, and nothing is unpacked."""
 
 import os
 import stat
@@ -31,7 +31,7 @@ def refused(path, says, kind=IntegrityError):
     ["../evil", "/etc/passwd", "a/../../evil", "C:evil", "C:\\evil", "\\\\host\\x", "..\\evil",
      "~/evil", "./x", "a//b", "x\0.safetensors", "..", "\x1b[31m/../x"],
 )  # fmt: skip
-def test_F9_members_for_other_places(archive, name):
+def test_F9_members_outside_the_folder(archive, name):
     info = zipfile.ZipInfo("placeholder")
     info.filename = info.orig_filename = name
     with zipfile.ZipFile(archive, "a") as added:
@@ -40,7 +40,7 @@ def test_F9_members_for_other_places(archive, name):
 
 
 def test_F9_a_name_that_reads_differently(archive):
-    """The directory says one name, Python would cut it at the NUL: what was written is judged."""
+    """The directory has one name, Python would cut it at the NUL: the stored name is checked."""
     data = archive.read_bytes().replace(b"encoder.safetensors", b"encoder.safe\0ensors")
     archive.write_bytes(data)
     refused(archive, "another place")
@@ -77,7 +77,7 @@ def test_F9_many_members(archive):
 
 
 def test_F9_sizes_that_lie(archive):
-    """The directory says 60 bytes for a manifest that is longer: what is read ends there."""
+    """The directory states 60 bytes for a manifest that is longer: reading stops there."""
     with zipfile.ZipFile(archive) as found:
         length = found.getinfo("domain.toml").file_size
     data = archive.read_bytes()
@@ -109,7 +109,7 @@ def test_a_cut_archive(archive):
     refused(archive, "is not a zip", InputError)
 
 
-def test_no_domain_and_two(tmp_path, folder):
+def test_archives_with_no_domain_or_two(tmp_path, folder):
     empty = tmp_path / "empty.zip"
     with zipfile.ZipFile(empty, "w") as archive:
         archive.writestr("readme.txt", "hello")

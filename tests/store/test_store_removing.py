@@ -1,4 +1,4 @@
-"""`remove_domain`: the user's own, and nothing else."""
+"""`remove_domain` removes user domains, and nothing else."""
 
 import os
 
@@ -47,7 +47,7 @@ def test_of_a_link_only_the_link_goes(folder):
         ("\x1b[31m", "domain name", None),
     ],
 )
-def test_what_is_not_ones_own(name, says, hint):
+def test_what_is_no_user_domain(name, says, hint):
     evil = user_domains_folder().parent / "evil"
     evil.mkdir(parents=True)
     with pytest.raises(UsageError, match=says) as caught:
@@ -57,7 +57,7 @@ def test_what_is_not_ones_own(name, says, hint):
     assert evil.is_dir()
 
 
-def test_own_weights_of_an_installed_domain(tmp_path):
+def test_user_weights_of_an_installed_domain(tmp_path):
     add_domain(write_domain_folder(tmp_path / "x", name="face"))
     remove_domain("face")
     assert find_domain("face").descriptor == "face"

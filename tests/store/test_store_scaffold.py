@@ -64,8 +64,8 @@ def test_names_that_are_no_identifiers(tmp_path, name):
 
 
 def test_weights_are_shipped_in_the_package(tmp_path):
-    pack = write_domain_folder(tmp_path / "pack")
-    made = new_domain("my_dogs", tmp_path / "new", weights=pack)
+    domain_folder = write_domain_folder(tmp_path / "pack")
+    made = new_domain("my_dogs", tmp_path / "new", weights=domain_folder)
     packed = made / "e4t_domain_my_dogs" / "packs" / "toy"
     assert {path.name for path in packed.iterdir()} == {"domain.toml", *FILES}
     dogs = load(made, "e4t_domain_my_dogs")
@@ -95,10 +95,10 @@ def test_what_is_refused(tmp_path, monkeypatch, arguments, says):
 
 
 def test_damaged_weights_leave_no_package(tmp_path):
-    pack = write_domain_folder(tmp_path / "pack")
-    (pack / "encoder.safetensors").write_bytes(b"x" * (pack / "encoder.safetensors").stat().st_size)
+    domain_folder = write_domain_folder(tmp_path / "pack")
+    (domain_folder / "encoder.safetensors").write_bytes(b"x" * (domain_folder / "encoder.safetensors").stat().st_size)
     with pytest.raises(Exception, match="SHA-256"):
-        new_domain("my_dogs", tmp_path / "new", weights=pack)
+        new_domain("my_dogs", tmp_path / "new", weights=domain_folder)
     assert sorted(os.listdir(tmp_path)) == ["pack"]
 
 

@@ -1,4 +1,4 @@
-"""What a base is, told from its configs."""
+"""The architecture of a base, derived from its configs."""
 
 import json
 import shutil
@@ -48,16 +48,16 @@ def test_a_tower_may_be_elsewhere(base, tmp_path):
     (base / "image_tower").rename(tmp_path / "tower")
     assert config_hash(base) != whole
     assert config_hash(base, tmp_path / "tower") == whole
-    told = "CLIP ViT, 8 layers of 128, patches of 8, 64 px"
-    assert (describe_tower(base), describe_tower(base, tmp_path / "tower")) == ("", told)
+    description = "CLIP ViT, 8 layers of 128, patches of 8, 64 px"
+    assert (describe_tower(base), describe_tower(base, tmp_path / "tower")) == ("", description)
 
 
 def test_the_other_layout_of_towers(tmp_path):
     about = {"hidden_size": 1280, "num_hidden_layers": 32, "patch_size": 14, "image_size": 224}
     for table in (about, {"vision_config": 1, **about}):
         (tmp_path / "config.json").write_text(json.dumps(table))
-        told = describe_tower(tmp_path, tmp_path)
-        assert told == "CLIP ViT, 32 layers of 1280, patches of 14, 224 px"
+        description = describe_tower(tmp_path, tmp_path)
+        assert description == "CLIP ViT, 32 layers of 1280, patches of 14, 224 px"
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, '{"model_cfg": 3}'])

@@ -20,7 +20,7 @@ from tests.conftest import drawn_face
 
 @pytest.fixture
 def copy(base_folder, tmp_path):
-    """A base folder of one's own to break."""
+    """A copy of the base folder, to be damaged."""
     return shutil.copytree(base_folder, tmp_path / "base")
 
 
@@ -103,7 +103,7 @@ def test_weights_in_several_files(copy, model):
     )
 
 
-def test_a_missing_weight_is_never_made_up(copy):
+def test_a_missing_weight_is_never_initialised(copy):
     path = next((copy / "unet").glob("*.safetensors"))
     tensors = load_file(path)
     tensors.pop("conv_in.bias")
@@ -155,12 +155,12 @@ def test_the_hierarchy_is_the_class_token_of_every_second_layer(model):
     torch.testing.assert_close(features, torch.stack(expected, dim=1))
 
 
-def test_pictures_of_another_size_are_resized_for_the_tower(model):
+def test_images_of_another_size_are_resized_for_the_tower(model):
     pixels = torch.nn.functional.interpolate(model.pixels([drawn_face()[0]]), scale_factor=2)
     assert model.image_features(pixels).shape == (1, 2, 32)
 
 
-def test_the_tower_is_loaded_when_it_is_looked_at(copy):
+def test_the_tower_is_loaded_at_its_first_use(copy):
     shutil.rmtree(copy / "image_tower")
     model = TextToImageModel.load(copy)
     with pytest.raises(WeightsUnavailable, match="image tower"):
@@ -171,7 +171,7 @@ def test_the_tower_is_loaded_when_it_is_looked_at(copy):
     "change",
     [{"patch_size": 16}, {"width": 64}, {"timm_model_name": "vit"}, {"layers": 5}, {"width": None}],
 )
-def test_another_tower_than_the_config_says(copy, change):
+def test_another_tower_than_the_configs(copy, change):
     path = copy / "image_tower" / "open_clip_config.json"
     config = json.loads(path.read_text())
     config["model_cfg"]["vision_cfg"].update(change)
@@ -180,7 +180,7 @@ def test_another_tower_than_the_config_says(copy, change):
         _ = TextToImageModel.load(copy).image_tower
 
 
-# ── pictures and latents ──
+# ── images and latents ──
 
 
 def test_latents_are_in_the_units_of_the_unet(model):
@@ -194,19 +194,19 @@ def test_latents_are_in_the_units_of_the_unet(model):
     noise = torch.randn(posterior.mean.shape)
     expected = (own.mean + own.std * noise) * scale
     torch.testing.assert_close(posterior.sample(noise), expected, rtol=1e-4, atol=1e-5)
-    (picture,) = model.decode(posterior.mean)
-    assert picture.size == (32, 32)
-    assert picture.mode == "RGB"
+    (decoded,) = model.decode(posterior.mean)
+    assert decoded.size == (32, 32)
+    assert decoded.mode == "RGB"
 
 
-def test_pictures_of_another_size_and_mode_are_fitted(model):
+def test_images_of_another_size_and_mode_are_fitted(model):
     image, mask = drawn_face(size=100)
     assert model.pixels([image.convert("L")]).shape == (1, 3, 32, 32)
     assert model.masks([mask]).shape == (1, 32, 32)
     assert model.masks([mask]).max() == 1
 
 
-# ── words ──
+# ── prompts ──
 
 
 def words(model, tokens, row=0):
@@ -232,7 +232,7 @@ def test_padding_is_what_the_tokenizer_does(model):
     assert model.tokenize(["a photo of face"], 0).ids[0].tolist() == own
 
 
-def test_long_prompts_say_what_was_left_out(model):
+def test_long_prompts_report_what_was_left_out(model):
     token = model.descriptor_id("face")
     long = parse_prompt("S* " + "with hat " * 10 + "on the beach")
     tokens = model.tokenize([long, parse_prompt("S* on the beach")], token)
@@ -249,20 +249,20 @@ def test_a_descriptor_is_one_word(model):
         model.descriptor_id("zebra")
 
 
-def test_the_view_of_no_words_does_not_show_who_asked_first(model):
-    """Training asks in bfloat16 and with another attention kernel, generation plainly."""
+def test_the_cached_empty_prompt_does_not_depend_on_the_first_caller(model):
+    """Training encodes in bfloat16 and with another attention kernel, generation in float32."""
 
-    def asked_anew():
+    def recomputed():
         model.__dict__.pop("uncond_embeds", None)
         return model.uncond_embeds
 
-    plain = asked_anew()
+    plain = recomputed()
     assert plain.dtype == torch.float32
     with half_precision(model.device, torch.bfloat16):
         model.embed_prompts(model.tokenize([""], 0))  # leaves bfloat16 casts of the weights behind
-        assert torch.equal(asked_anew(), plain)
+        assert torch.equal(recomputed(), plain)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        assert torch.equal(asked_anew(), plain)
+        assert torch.equal(recomputed(), plain)
     own = model.embed_prompts(model.tokenize([""], 0))
     torch.testing.assert_close(plain, own)
 

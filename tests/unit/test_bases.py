@@ -1,4 +1,4 @@
-"""Bases are folders; what they say about themselves is checked."""
+"""Base folders and their manifests: reading and validation."""
 
 import json
 
@@ -23,20 +23,20 @@ def folder(tmp_path):
     return base
 
 
-def test_a_folder_with_a_card(folder):
+def test_a_folder_with_a_manifest(folder):
     (folder / "base.toml").write_text(CARD)
     base = find_base(folder)
     assert (base.name, base.licence, base.revision, base.resolution) == ("toy", "CC0-1.0", "7", 32)
     assert base.folder == folder
 
 
-def test_a_folder_without_a_card_is_named_and_measured(folder):
+def test_a_folder_without_a_manifest_is_named_and_measured(folder):
     base = find_base(str(folder))
     assert (base.name, base.revision, base.resolution) == ("my-base", "local", 64)
 
 
 @pytest.mark.parametrize(
-    "card",
+    "manifest",
     [
         "schema = ",
         CARD.replace("schema = 1", "schema = 2"),
@@ -46,8 +46,8 @@ def test_a_folder_without_a_card_is_named_and_measured(folder):
         CARD.replace("resolution = 32\n", ""),
     ],
 )
-def test_bad_cards(folder, card):
-    (folder / "base.toml").write_text(card)
+def test_bad_manifests(folder, manifest):
+    (folder / "base.toml").write_text(manifest)
     with pytest.raises(IntegrityError, match="base.toml cannot be used"):
         find_base(folder)
 
@@ -63,7 +63,7 @@ def test_not_a_base(folder):
 
 
 @pytest.mark.parametrize("name", ["sd14", "minni", "someone/a-model"])
-def test_unknown_names_say_what_there_is(name):
+def test_unknown_names_list_the_known_ones(name):
     with pytest.raises(WeightsUnavailable, match="not on this machine") as caught:
         find_base(name)
     assert "--base mini" in caught.value.hint

@@ -1,4 +1,4 @@
-"""The word for a new domain, found in its name."""
+"""The descriptor of a new domain, derived from its name."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The contract: values that refuse nonsense when they are made."""
+"""The domain contract: dataclasses that validate their values."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def test_learning_rate_is_scaled_by_the_batch():
 
 
 @pytest.mark.parametrize("config", [TUNING, PretrainingConfig(steps=3, mask=True)])
-def test_recipes_round_trip(config):
+def test_configs_round_trip(config):
     assert type(config).from_dict(config.as_dict()) == config
     assert config.replace(steps=7).steps == 7
     assert pickle.loads(pickle.dumps(config)) == config
@@ -66,7 +66,7 @@ def test_pretraining_numbers_are_checked(change):
         PretrainingConfig(**{"steps": 1, **change})
 
 
-def test_zero_tuning_steps_are_a_recipe_but_not_a_domain():
+def test_zero_tuning_steps_are_a_config_but_not_a_domain():
     encoder_only = TUNING.replace(steps=0)
     with pytest.raises(ValueError, match=r"steps must be 1 or more"):
         domain(tuning=encoder_only)
@@ -81,7 +81,7 @@ def test_names_are_safe_as_file_names(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "expected"),
     [
         ({"descriptor": " "}, "descriptor"),
         ({"tuning": {"steps": 5}}, "tuning"),
@@ -101,8 +101,8 @@ def test_names_are_safe_as_file_names(name):
         ({"contract": 2}, "version 2"),
     ],
 )
-def test_domains_are_checked(change, says):
-    with pytest.raises(ValueError, match=says):
+def test_domains_are_checked(change, expected):
+    with pytest.raises(ValueError, match=expected):
         domain(**change)
 
 

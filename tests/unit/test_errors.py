@@ -1,4 +1,4 @@
-"""Exit codes are a promise; messages are one sentence."""
+"""Errors: stable exit codes and messages of one sentence."""
 
 import pickle
 

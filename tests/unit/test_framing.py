@@ -1,4 +1,4 @@
-"""A frame is one cut for everything: the photo, its mask, its transparency."""
+"""Frames: the same crop for the photo, its mask and its transparency."""
 
 import math
 
@@ -19,10 +19,10 @@ def noise(size, mode="RGB"):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_centred_frame_is_pillows_own_fit_bit_for_bit(size):
-    picture = noise(size)
-    expected = ImageOps.fit(picture, (48, 48), Image.Resampling.LANCZOS)
-    assert Frame.centered(size).apply(picture, 48).tobytes() == expected.tobytes()
-    assert center_square(picture, 48).tobytes() == expected.tobytes()
+    image = noise(size)
+    expected = ImageOps.fit(image, (48, 48), Image.Resampling.LANCZOS)
+    assert Frame.centered(size).apply(image, 48).tobytes() == expected.tobytes()
+    assert center_square(image, 48).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("turn", [0.0, 4.0, -15.0, 90.0, 179.0])
@@ -39,17 +39,17 @@ def test_what_it_was_made_of(turn):
 
 
 def marked(size, points, r=7):
-    """A dark picture with a bright disc at each point."""
-    picture = Image.new("RGB", size, (20, 20, 20))
+    """A dark image with a bright disc at each point."""
+    image = Image.new("RGB", size, (20, 20, 20))
     for (x, y), colour in zip(points, ("red", "lime", "blue"), strict=True):
         # Pillow draws both ends of the box: one pixel less, and the centre is the point.
-        ImageDraw.Draw(picture).ellipse((x - r, y - r, x + r - 1, y + r - 1), fill=colour)
-    return picture
+        ImageDraw.Draw(image).ellipse((x - r, y - r, x + r - 1, y + r - 1), fill=colour)
+    return image
 
 
-def found(picture):
+def found(image):
     """Centre of each bright disc."""
-    values = np.asarray(picture, dtype=float)
+    values = np.asarray(image, dtype=float)
     for channel in range(3):
         weight = np.clip(values[..., channel] - 60, 0, None)
         rows, columns = np.indices(weight.shape) + 0.5
@@ -58,7 +58,7 @@ def found(picture):
 
 @pytest.mark.parametrize("size", [32, 128, 300, 700])
 @pytest.mark.parametrize("turn", [0.0, 12.0, -40.0, 90.0, 180.0])
-def test_points_land_where_the_frame_says(size, turn):
+def test_points_land_where_the_frame_maps_them(size, turn):
     points = [(260.0, 180.0), (340.0, 200.0), (300.0, 290.0)]
     frame = Frame.around((640, 480), (300.0, 220.0), 280.0, turn)
     cut = frame.apply(marked((640, 480), points), size)
@@ -68,16 +68,16 @@ def test_points_land_where_the_frame_says(size, turn):
         assert math.dist(place, expected) < 0.1 + size / 2000
 
 
-def test_a_frame_over_the_border_mirrors_pictures_and_blackens_masks():
-    picture = noise((100, 100))
+def test_a_frame_over_the_border_mirrors_images_and_blackens_masks():
+    image = noise((100, 100))
     frame = Frame.around((100, 100), (20.0, 50.0), 100.0)
-    cut = np.asarray(frame.apply(picture, 100), dtype=int)
-    whole = np.asarray(picture, dtype=int)
+    cut = np.asarray(frame.apply(image, 100), dtype=int)
+    whole = np.asarray(image, dtype=int)
     assert np.abs(cut[:, 30:] - whole[:, :70]).max() <= 1
     assert np.abs(cut[:, :30][:, ::-1] - whole[:, :30]).max() <= 1
     mask = np.asarray(frame.apply_to_mask(Image.new("L", (100, 100), 255), 100))
     assert mask[:, :29].max() == 0 and mask[:, 31:].min() == 255
-    grey = np.asarray(frame.apply(picture, 100, outside=(9, 9, 9)))
+    grey = np.asarray(frame.apply(image, 100, outside=(9, 9, 9)))
     assert (grey[:, :29] == 9).all()
 
 
@@ -103,9 +103,9 @@ def test_a_view_within_a_view():
 def test_large_photos_are_reduced_without_moving():
     size = (3000, 2000)
     points = [(1400.0, 900.0), (1700.0, 950.0), (1500.0, 1300.0)]
-    picture = marked(size, points, r=60)
+    image = marked(size, points, r=60)
     frame = Frame.around(size, (1500.0, 1100.0), 1500.0, 7.0)
-    for place, point in zip(found(frame.apply(picture, 64)), points, strict=True):
+    for place, point in zip(found(frame.apply(image, 64)), points, strict=True):
         expected = [fraction * 64 for fraction in frame.from_photo(point)]
         assert math.dist(place, expected) < 0.2
 

@@ -1,4 +1,4 @@
-"""Every kind of picture file: rows I1-I10 and I12 of the table; I11 is in tests/domains."""
+"""Reading image files: rows I1-I10 and I12 of the reliability table; I11 is in tests/domains."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def gradient(width=80, height=70):
-    """A picture in which every corner differs, with smooth changes that JPEG keeps."""
+    """An image in which every corner differs, with smooth changes that JPEG keeps."""
     x = np.linspace(0, 200, width)[None, :] + np.zeros((height, 1))
     y = np.linspace(0, 180, height)[:, None] + np.zeros((1, width))
     return Image.fromarray(np.stack([x, y, 220 - x], axis=-1).astype(np.uint8))
@@ -51,18 +51,18 @@ def test_path_bytes_file_and_stdin_are_one(tmp_path, monkeypatch):
         assert opened.notes == ()
 
 
-def test_I9_things_that_are_no_picture_file(tmp_path):
+def test_I9_files_that_are_no_image(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not a picture")
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    for name, says in {
+    for name, message in {
         "empty.png": "is empty",
         "text.png": "not an image",
         ".": "is a folder",
         "fifo": "not a plain file",
     }.items():
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             open_image(tmp_path / name)
     for wrong in (tmp_path / "missing.png", "nul\0byte.png"):
         with pytest.raises(UsageError):
@@ -77,7 +77,7 @@ def test_formats_that_run_programs_are_not_opened():
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n")
 
 
-def test_escape_sequences_in_names_are_shown_not_obeyed(tmp_path):
+def test_escape_sequences_in_names_are_escaped(tmp_path):
     path = tmp_path / "\x1b[31m.png"
     path.write_bytes(b"?")
     with pytest.raises(InputError) as caught:
@@ -128,9 +128,9 @@ def test_I1_truncated(kind):
         open_image(data[: len(data) * 2 // 3])
 
 
-def test_damaged_bytes_give_a_picture_or_a_sentence():
+def test_damaged_bytes_give_an_image_or_an_input_error():
     """Three hundred damaged files of every format: nothing but InputError comes out."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     options = {"icc_profile": swapped_profile(), "exif": Image.Exif()}
     options["exif"][0x0112] = 6
     sound = [
@@ -139,10 +139,10 @@ def test_damaged_bytes_give_a_picture_or_a_sentence():
     ]
     refused = 0
     for _ in range(300):
-        data = bytearray(draw.choice(sound))
-        reach = min(len(data), draw.choice((60, 400, 10**6)))
-        for _ in range(draw.choice((1, 3, 20))):
-            data[draw.randrange(reach)] = draw.randrange(256)
+        data = bytearray(rng.choice(sound))
+        reach = min(len(data), rng.choice((60, 400, 10**6)))
+        for _ in range(rng.choice((1, 3, 20))):
+            data[rng.randrange(reach)] = rng.randrange(256)
         try:
             opened = open_image(bytes(data))
         except InputError:
@@ -179,28 +179,28 @@ def test_I3_too_small(size):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "RGBA", "LA"])
 def test_I4_modes(mode):
-    picture = gradient().convert("L" if mode in ("1", "LA") else "RGB").convert(mode)
+    original = gradient().convert("L" if mode in ("1", "LA") else "RGB").convert(mode)
     kind = "TIFF" if mode == "CMYK" else "PNG"
-    opened = open_image(encoded(picture, kind)).image
+    opened = open_image(encoded(original, kind)).image
     assert opened.mode == "RGB"
-    assert largest_difference(opened, picture.convert("RGB")) == 0
+    assert largest_difference(opened, original.convert("RGB")) == 0
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_I4_transparency_shows_white_not_hidden_colours(mode):
-    picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
-    picture.paste((0, 0, 255, 255), (0, 0, 32, 64))
-    picture.paste((0, 0, 0, 128), (32, 32, 64, 64))
-    opened = open_image(encoded(picture.convert(mode))).image
+    original = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    original.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    original.paste((0, 0, 0, 128), (32, 32, 64, 64))
+    opened = open_image(encoded(original.convert(mode))).image
     assert opened.getpixel((60, 5)) == (255, 255, 255)
     assert all(abs(value - 127) <= 1 for value in opened.getpixel((60, 60)))
 
 
 def test_I4_transparent_palette():
-    picture = Image.new("P", (64, 64), 1)
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.paste(0, (0, 0, 32, 64))
-    opened = open_image(encoded(picture, transparency=0)).image
+    original = Image.new("P", (64, 64), 1)
+    original.putpalette([10, 20, 30, 200, 100, 50])
+    original.paste(0, (0, 0, 32, 64))
+    opened = open_image(encoded(original, transparency=0)).image
     assert opened.getpixel((5, 5)) == (255, 255, 255)
     assert opened.getpixel((60, 5)) == (200, 100, 50)
 
@@ -247,8 +247,8 @@ def swapped_profile():
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_I10_colour_profiles_are_applied(mode):
-    picture = Image.new(mode, (64, 64), (200, 30, 60, 255)[: len(mode)])
-    opened = open_image(encoded(picture, icc_profile=swapped_profile()))
+    original = Image.new(mode, (64, 64), (200, 30, 60, 255)[: len(mode)])
+    opened = open_image(encoded(original, icc_profile=swapped_profile()))
     assert opened.notes == ()
     assert largest_difference(opened.image, Image.new("RGB", (64, 64), (30, 200, 60))) <= 2
 
@@ -280,17 +280,17 @@ def test_I10_display_p3_becomes_srgb(colour):
         assert opened.notes == ()
         assert np.abs(np.array(opened.image.getpixel((9, 9))) - 255 * expected).max() <= 3
     if len(set(colour)) > 1:
-        assert np.abs(255 * expected - np.array(colour)).max() > 5  # it would be seen
+        assert np.abs(255 * expected - np.array(colour)).max() > 5  # the difference would be visible
 
 
 def test_I4_cmyk_jpegs_as_printers_make_them():
-    picture = Image.new("CMYK", (64, 64), (0, 200, 200, 10))
-    opened = open_image(encoded(picture, "JPEG", quality=95)).image
+    original = Image.new("CMYK", (64, 64), (0, 200, 200, 10))
+    opened = open_image(encoded(original, "JPEG", quality=95)).image
     red, green, blue = opened.getpixel((9, 9))
     assert red > 200 and green < 90 and blue < 90
 
 
-def test_I3_panoramas_are_pictures():
+def test_I3_panoramas_are_accepted():
     opened = open_image(encoded(Image.new("RGB", (6000, 70), "teal"), "JPEG"))
     assert opened.image.size == (6000, 70)
     prepared = prepare_image(domain_with(None), opened.image, PreparationTarget(size=512, base="sd14"))
@@ -299,12 +299,12 @@ def test_I3_panoramas_are_pictures():
 
 
 def test_I4_what_is_opaque_is_remembered():
-    picture = Image.new("RGBA", (64, 80), (10, 20, 30, 255))
-    assert open_image(encoded(picture)).alpha is None
-    picture.paste((0, 0, 0, 0), (0, 0, 64, 20))
+    original = Image.new("RGBA", (64, 80), (10, 20, 30, 255))
+    assert open_image(encoded(original)).alpha is None
+    original.paste((0, 0, 0, 0), (0, 0, 64, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # held sideways: the alpha is turned with the picture
-    alpha = open_image(encoded(picture, exif=exif)).alpha
+    exif[0x0112] = 6  # held sideways: the alpha is turned with the image
+    alpha = open_image(encoded(original, exif=exif)).alpha
     assert alpha.size == (80, 64)
     assert alpha.getpixel((75, 30)) == 0 and alpha.getpixel((30, 30)) == 255
 
@@ -323,7 +323,7 @@ def test_I10_srgb_profile_changes_nothing_and_a_broken_one_is_noted():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_I8_all_orientations_give_the_same_pixels(kind):
     upright = gradient()
-    # How a camera held that way stores the picture: the inverse of what the tag asks for.
+    # How a camera held that way stores the image: the inverse of the tag's rotation.
     stored = {
         1: [],
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
@@ -335,14 +335,14 @@ def test_I8_all_orientations_give_the_same_pixels(kind):
         8: [Image.Transpose.ROTATE_270],
     }
     for tag, turns in stored.items():
-        picture = upright
+        original = upright
         for turn in turns:
-            picture = picture.transpose(turn)
+            original = original.transpose(turn)
         exif = Image.Exif()
         exif[0x0112] = tag
         exif[0x010F] = "a camera with a serial number"
         options = {"quality": 95} if kind == "JPEG" else {}
-        opened = open_image(encoded(picture, kind, exif=exif, **options)).image
+        opened = open_image(encoded(original, kind, exif=exif, **options)).image
         assert opened.size == upright.size
         assert largest_difference(opened, upright) <= (12 if kind == "JPEG" else 0)
         assert not opened.info
@@ -359,9 +359,9 @@ def test_I6_first_frame_with_a_note(kind):
 
 
 def test_center_square():
-    picture = Image.new("RGB", (200, 100), "black")
-    ImageDraw.Draw(picture).rectangle((50, 0, 149, 99), fill="white")
-    square = center_square(picture, 64)
+    original = Image.new("RGB", (200, 100), "black")
+    ImageDraw.Draw(original).rectangle((50, 0, 149, 99), fill="white")
+    square = center_square(original, 64)
     assert square.size == (64, 64)
     assert square.getpixel((32, 32)) == (255, 255, 255)
     exact = gradient(64, 64)
@@ -373,7 +373,7 @@ def test_pixels_have_a_hash_of_their_own():
     assert image_sha256(gradient(80, 70)) != image_sha256(gradient(70, 80))
 
 
-def test_masks_must_have_the_proportions_of_the_picture():
+def test_masks_must_have_the_proportions_of_the_image():
     mask = encoded(Image.new("L", (160, 140), 255))
     assert open_mask(mask, gradient()).mode == "L"
     with pytest.raises(InputError, match="proportions"):
@@ -423,7 +423,7 @@ def test_no_mask_asked_no_mask_given():
     assert prepare_image(domain_with(prepare), gradient(), bare).mask is None
 
 
-def test_a_preparation_that_breaks_its_promise_is_named():
+def test_a_preparation_that_breaks_the_contract_is_named():
     def wrong_size(image, target):
         return PreparedImage(image=Image.new("RGB", (32, 32)))
 

@@ -22,13 +22,13 @@ from e4t_cli.sampling import SamplingConfig, generate_latents
 from e4t_cli.training.tuning import TuningOptions, tune
 
 FULL_RANK = 1024
-"""More directions than any layer of the tiny base has."""
+"""A rank above that of any layer of the tiny base."""
 
 
 @pytest.fixture
-def tuned(model, pack, face):
-    config = pack.tuning.replace(steps=2, base_learning_rate=1e-3)
-    return tune(model, pack, face, config, options=TuningOptions(autocast=False))
+def tuned(model, domain_weights, face):
+    config = domain_weights.tuning.replace(steps=2, base_learning_rate=1e-3)
+    return tune(model, domain_weights, face, config, options=TuningOptions(autocast=False))
 
 
 def added(base, weights):
@@ -48,9 +48,9 @@ def matrices(unet):
     return {path: layer.weight for path, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
-def test_with_every_direction_it_is_the_tuned_unet(model, tuned):
+def test_at_full_rank_it_is_the_tuned_unet(model, tuned):
     found = lora_of(model.unet, tuned.unet, FULL_RANK)
-    assert found.rank < FULL_RANK  # no layer has so many: nothing is padded for nothing
+    assert found.rank < FULL_RANK  # no layer has so many: nothing is padded
     assert found.retained_energy == pytest.approx(1, abs=1e-6)
     unet = added(model.unet, found.weights)
     for path, weight in matrices(tuned.unet).items():
@@ -58,7 +58,7 @@ def test_with_every_direction_it_is_the_tuned_unet(model, tuned):
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-def test_with_few_it_is_as_close_as_they_can_be(model, tuned, rank):
+def test_at_low_rank_it_is_the_best_approximation(model, tuned, rank):
     """The theorem of Eckart and Young: the loss is the other singular values."""
     found = lora_of(model.unet, tuned.unet, rank)
     whole = missing = 0.0
@@ -79,7 +79,7 @@ def test_every_layer_has_the_same_rank(model, tuned):
     assert {len(value) for name, value in weights.items() if "lora_down" in name} == {20}
 
 
-def test_it_leaves_randomness_alone(model, tuned):
+def test_it_does_not_use_the_global_generator(model, tuned):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -170,7 +170,7 @@ def test_metadata_of_the_file(model, tuned, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, -1, lora.MAX_RANK + 1])
-def test_a_rank_that_means_nothing(model, tuned, tmp_path, rank):
+def test_invalid_ranks(model, tuned, tmp_path, rank):
     with pytest.raises(UsageError, match="rank"):
         write_lora(model, tuned, tuned.e_domain, tmp_path / "me.safetensors", rank=rank)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""domain.toml is read with suspicion (rows F8 and F9 of the reliability table)."""
+"""Validation of domain.toml (rows F8 and F9 of the reliability table)."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_a_good_one(read):
     assert manifest.files == {"encoder.safetensors": "b" * 64}
 
 
-def test_a_newer_one_says_upgrade(read):
+def test_a_newer_one_asks_for_an_upgrade(read):
     with pytest.raises(IntegrityError, match="newer") as caught:
         read(GOOD.replace("schema = 1", "schema = 2"))
     assert "upgrade" in caught.value.hint
@@ -56,7 +56,7 @@ FILE = '"encoder.safetensors"'
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "expected"),
     [
         ("schema = 1\n", "", "schema"),
         ("schema = 1", "schema = true", "schema"),
@@ -79,14 +79,14 @@ FILE = '"encoder.safetensors"'
         (FILE, '"a\\u0000b"', "files"),
     ],
 )
-def test_bad_ones(read, old, new, says):
+def test_bad_ones(read, old, new, expected):
     assert old in GOOD
-    with pytest.raises(IntegrityError, match=f"cannot be used: {says}"):
+    with pytest.raises(IntegrityError, match=f"cannot be used: {expected}"):
         read(GOOD.replace(old, new))
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "expected"),
     [
         (b"schema = ", "not TOML"),
         (b"\xff\xfe", "not TOML"),
@@ -94,8 +94,8 @@ def test_bad_ones(read, old, new, says):
         (b"#" * 1_000_001, "larger"),
     ],
 )
-def test_hostile_ones(read, data, says):
-    with pytest.raises(IntegrityError, match=says):
+def test_hostile_ones(read, data, expected):
+    with pytest.raises(IntegrityError, match=expected):
         read(data)
 
 
@@ -104,7 +104,7 @@ def test_a_missing_one(tmp_path):
         read_manifest(tmp_path / "domain.toml")
 
 
-def test_what_came_later_is_read(read):
+def test_optional_newer_fields_are_read(read):
     more = f"""
 base_revision = "CompVis/stable-diffusion-v1-4@{"c" * 40}"
 base_config_hash = "{"d" * 64}"
@@ -121,7 +121,7 @@ SIZES = '\n[sizes]\n"encoder.safetensors" = 123\n'
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "expected"),
     [
         (SIZES.replace("123", "-1"), "sizes"),
         (SIZES.replace("123", '"123"'), "sizes"),
@@ -131,8 +131,8 @@ SIZES = '\n[sizes]\n"encoder.safetensors" = 123\n'
         ('\n"nul.safetensors" = "' + "b" * 64 + '"\n', "files"),
     ],
 )
-def test_sizes_and_files_are_checked(read, more, says):
-    with pytest.raises(IntegrityError, match=f"cannot be used: {says}"):
+def test_sizes_and_files_are_checked(read, more, expected):
+    with pytest.raises(IntegrityError, match=f"cannot be used: {expected}"):
         read(GOOD + more)
 
 

@@ -1,4 +1,4 @@
-"""What a picture says about itself (row C8 of the reliability table)."""
+"""Metadata of generated images (row C8 of the reliability table)."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def test_the_mark_is_plain_text_in_the_file():
     assert AI_MARK.encode() in png_bytes(PICTURE, RECORD)
 
 
-def test_a_contact_sheet_names_all_its_pictures():
+def test_a_contact_sheet_lists_all_its_images():
     read = read_metadata(png_bytes(PICTURE, [RECORD, RECORD]))
     assert [one["seed"] for one in read.details["pictures"]] == [7, 7]
     assert read.ai_generated

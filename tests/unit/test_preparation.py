@@ -26,22 +26,22 @@ def domain(prepare=None, mask_words=""):
 
 def photo(size=(200, 120), alpha=None):
     """A dark photo with a white disc right of the middle, and the mask of that disc."""
-    picture, mask = Image.new("RGB", size, (10, 20, 30)), Image.new("L", size)
-    for sheet in (picture, mask):
+    rendered, mask = Image.new("RGB", size, (10, 20, 30)), Image.new("L", size)
+    for sheet in (rendered, mask):
         ImageDraw.Draw(sheet).ellipse((110, 30, 170, 90), fill="white")
-    return OpenedImage(picture, ("a note of the file",), "", mask if alpha else None), mask
+    return OpenedImage(rendered, ("a note of the file",), "", mask if alpha else None), mask
 
 
 def turned(image, target):
-    """A preparation that looks around a place of its own, turned."""
+    """A preparation that crops around a fixed point, turned."""
     frame = Frame.around(image.size, (135.0, 65.0), 90.0, 20.0)
-    picture = frame.apply(image, target.size)
-    mask = None if target.mask is None else Image.new("L", picture.size, 255)
-    return PreparedImage(image=picture, mask=mask, frame=frame, remarks=("1 dog",))
+    rendered = frame.apply(image, target.size)
+    mask = None if target.mask is None else Image.new("L", rendered.size, 255)
+    return PreparedImage(image=rendered, mask=mask, frame=frame, remarks=("1 dog",))
 
 
 def off(prepared):
-    """Part of the pixels at which the mask does not say what the picture shows."""
+    """Fraction of the pixels at which mask and image disagree."""
     white = np.asarray(prepared.image.convert("L")) > 128
     return ((np.asarray(prepared.mask) > 128) != white).mean()
 
@@ -100,17 +100,17 @@ def test_a_preparation_that_returns_no_frame():
 
 @pytest.fixture
 def found(monkeypatch):
-    """What is looked for by words, and an answer."""
-    asked = []
+    """The prompts of mask_by_words, and its result."""
+    calls = []
 
     def mask_by_words(image, words, target):
-        asked.append((words, target.base, image.size))
+        calls.append((words, target.base, image.size))
         if words == "gone":
             raise WeightsUnavailable("it is not here")
         return Image.new("L", image.size, 0 if words == "nothing" else 255)
 
     monkeypatch.setattr(preparation, "mask_by_words", mask_by_words)
-    return asked
+    return calls
 
 
 def test_words(found):
@@ -131,7 +131,7 @@ def test_words(found):
     assert nothing.mask is None and "less than 1 %" in nothing.notes[-1]
 
 
-def test_the_domains_words_where_a_mask_is_wanted_and_there_is_none(found):
+def test_the_domains_prompt_is_used_if_a_mask_is_requested_and_missing(found):
     opened, _ = photo()
     assert prepare_photo(domain(None, "a dog"), opened, AUTO, TARGET, masked=True).mask is not None
     assert prepare_photo(domain(None, "a dog"), opened, AUTO, TARGET, masked=False).mask is None
@@ -143,7 +143,7 @@ def test_the_domains_words_where_a_mask_is_wanted_and_there_is_none(found):
     assert len(found) == 2  # the domain had one of its own
 
 
-def test_contract_of_the_new_fields():
+def test_validation_of_the_new_fields():
     with pytest.raises(ValueError, match="1 is the leftmost"):
         PreparationTarget(size=64, base="mini", which="middle")
     square = Image.new("RGB", (8, 8))

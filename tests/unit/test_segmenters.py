@@ -1,4 +1,4 @@
-"""Masks by words, with a CLIPSeg of the real classes and a few thousand random numbers."""
+"""Masks from prompts, with a CLIPSeg of the real classes and a few thousand random parameters."""
 
 import json
 import threading
@@ -60,7 +60,7 @@ def target(folder):
     return PreparationTarget(size=64, base="mini", fetch=lambda repository: folder)
 
 
-def test_a_mask_of_the_pictures_size_that_depends_on_picture_and_words(clipseg, monkeypatch):
+def test_a_mask_of_the_images_size_that_depends_on_image_and_prompt(clipseg, monkeypatch):
     monkeypatch.setattr(segmenters, "MIN_PROBABILITY", 0.5)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     masks = {}
@@ -70,7 +70,7 @@ def test_a_mask_of_the_pictures_size_that_depends_on_picture_and_words(clipseg, 
         assert set(mask.tobytes()) <= {0, 255}
         assert mask.tobytes() == segmenters.mask_by_words(noise, words, target(clipseg)).tobytes()
         masks[words] = mask.tobytes()
-    # With random numbers a mask can be all or nothing; the probabilities behind it cannot agree.
+    # With random weights a mask can be all or nothing; the probabilities behind it differ.
     model, tokenizer, side, mean, deviation = segmenters._load_clipseg(clipseg, "cpu")
     assert (side, mean[0], deviation[0]) == (48, 0.5, 0.25)
     pixels = torch.zeros(1, 3, side, side)
@@ -80,10 +80,10 @@ def test_a_mask_of_the_pictures_size_that_depends_on_picture_and_words(clipseg, 
 
 
 def test_loaded_once(clipseg):
-    picture = Image.new("RGB", (32, 32))
-    segmenters.mask_by_words(picture, "a cat", target(clipseg))
+    image = Image.new("RGB", (32, 32))
+    segmenters.mask_by_words(image, "a cat", target(clipseg))
     (clipseg / "config.json").unlink()
-    segmenters.mask_by_words(picture, "a dog", target(clipseg))
+    segmenters.mask_by_words(image, "a dog", target(clipseg))
     assert segmenters._load_clipseg.cache_info().misses == 1
 
 
@@ -100,7 +100,7 @@ def test_files_that_do_not_fit(clipseg):
         segmenters.mask_by_words(Image.new("RGB", (32, 32)), "a cat", target(clipseg))
 
 
-def test_nowhere_to_fetch_from():
+def test_without_a_source_there_is_one_error():
     bare = PreparationTarget(size=64, base="mini")
     with pytest.raises(WeightsUnavailable, match="clipseg"):
         segmenters.mask_by_words(Image.new("RGB", (32, 32)), "a cat", bare)
@@ -115,8 +115,8 @@ def test_what_is_here_is_used_and_what_is_not_is_asked_about(monkeypatch, tmp_pa
             raise WeightsUnavailable("not here")
         return tmp_path
 
-    def accept(asked, access):
-        terms.append(asked)
+    def accept(requested, access):
+        terms.append(requested)
         if not access.accept_license:
             raise WeightsUnavailable("not accepted")
 
@@ -129,7 +129,7 @@ def test_what_is_here_is_used_and_what_is_not_is_asked_about(monkeypatch, tmp_pa
     for _ in range(3):
         with pytest.raises(WeightsUnavailable, match="not accepted"):
             unasked(parser)
-    assert len(terms) == 1  # the failure is remembered, for ten thousand pictures
+    assert len(terms) == 1  # the failure is cached, for ten thousand images
     assert "research" in terms[0].note and terms[0].asks
     assert segmenters.snapshot_downloader(HubAccess(accept_license=True))(parser) == tmp_path
     assert calls[-1] == (parser, None, ("*.json", "*.safetensors"), False)
@@ -140,7 +140,7 @@ def test_what_is_here_is_used_and_what_is_not_is_asked_about(monkeypatch, tmp_pa
     assert "merges.txt" in calls[-1][2] and len(terms) == 2
 
 
-def test_errors_of_another_kind_are_not_swallowed(monkeypatch):
+def test_other_errors_are_raised(monkeypatch):
     def fetch_files(*arguments, **options):
         raise InputError("odd")
 

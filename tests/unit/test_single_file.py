@@ -67,7 +67,7 @@ def test_diffusers_reads_it_back(real):
     assert theirs.infer_diffusers_model_type(written) == "v1" or not real
 
 
-def test_names_that_everybody_knows():
+def test_published_key_names():
     """Written down by hand from the published checkpoint of Stable Diffusion 1.4."""
     written = dict(compvis_state_dict(*parts(real=True)))
     for name, shape in {
@@ -120,15 +120,15 @@ def test_the_file_and_its_embedding(small, tmp_path):
     assert embedding_path(path).read_bytes() == b"mine"
 
 
-def test_both_or_none(small, tmp_path, monkeypatch):
+def test_both_files_are_written_or_none(small, tmp_path, monkeypatch):
     rename, tuned = textual_inversion.rename_to_free_name, TunedModel.plain(small, "face")
 
-    def beaten_to_it(source, target):
+    def name_taken_meanwhile(source, target):
         if source.name == "weights":
             raise FileExistsError(f"{target} exists")
         rename(source, target)
 
-    monkeypatch.setattr(textual_inversion, "rename_to_free_name", beaten_to_it)
+    monkeypatch.setattr(textual_inversion, "rename_to_free_name", name_taken_meanwhile)
     with pytest.raises(ResourceError, match="exists"):
         write_single_file(small, tuned, torch.ones(12), tmp_path / "me.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -142,7 +142,7 @@ def test_another_kind_of_model_is_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize(("linear", "kind"), [(False, "1.4"), (True, "2.1")])
-def test_which_stable_diffusion_it_is(linear, kind):
+def test_the_version_of_stable_diffusion_is_detected(linear, kind):
     wide = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1024}
     with torch.device("meta"):
         unet = UNet2DConditionModel(**wide, use_linear_projection=linear)

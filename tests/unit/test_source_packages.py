@@ -31,7 +31,7 @@ def write_shard(path, indices, *, captions=True):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Three shards of four pictures with captions."""
+    """Three shards of four images with captions."""
     pytest.importorskip("webdataset")
     for number in range(3):
         write_shard(tmp_path / f"dogs-{number}.tar", range(4 * number, 4 * number + 4))
@@ -58,21 +58,21 @@ def test_a_pattern_a_star_a_list_and_one_shard(shards, monkeypatch):
     assert next(iter(one)).image == png(4)
 
 
-def test_an_epoch_is_dealt_out_whole_and_in_an_order_of_its_own(shards):
+def test_an_epoch_has_every_sample_once_in_its_own_order(shards):
     source = find_source(f"{shards}/dogs-{{0..2}}.tar")
     orders = [names(source.shuffled(7, epoch, 0, 1)) for epoch in range(3)]
     assert all(sorted(order) == ALL for order in orders)
     assert len({tuple(order) for order in orders}) == 3
     assert names(source.shuffled(7, 1, 0, 1)) == orders[1]
     assert names(source.shuffled(8, 1, 0, 1)) != orders[1]
-    for ranks in (2, 3, 5):  # more processes than shards take every fifth picture
+    for ranks in (2, 3, 5):  # more processes than shards take every fifth image
         shares = [names(source.shuffled(7, 0, rank, ranks)) for rank in range(ranks)]
         if ranks > 3:
             assert max(map(len, shares)) <= 3
         assert sorted(sum(shares, [])) == ALL
 
 
-def test_samples_without_a_picture_and_shards_that_break_off(shards):
+def test_samples_without_an_image_and_truncated_shards(shards):
     write_shard(shards / "bad.tar", range(90, 96))
     data = (shards / "bad.tar").read_bytes()
     (shards / "bad.tar").write_bytes(data[:2700])
@@ -126,12 +126,12 @@ def test_a_dataset_in_a_folder_or_a_file(rows, tmp_path, monkeypatch):
         source = find_source(tmp_path / data)
         assert len(source) == 3
         assert names(source) == ["row 0", "row 1", "row 2"]
-        # Undecoded: our own code opens them, and a bad one is a bad picture like any other.
+        # Undecoded: our own code opens them, and a bad one counts as a bad image.
         assert [item.image for item in source] == [png(0), b"", b"no picture"]
         assert source.fingerprint
 
 
-def test_a_dataset_without_pictures(rows, tmp_path):
+def test_a_dataset_without_images(rows, tmp_path):
     rows.remove_columns("image").save_to_disk(str(tmp_path / "words"))
     with pytest.raises(InputError, match="no column of images, only 'caption'"):
         find_source(tmp_path / "words")

@@ -1,4 +1,4 @@
-"""Where a domain's pictures come from, without any model (rows R5 to R7 and I9 of the faults)."""
+"""Sources of training images, without any model (rows R5 to R7 and I9 of the reliability table)."""
 
 import io
 import os
@@ -91,11 +91,11 @@ class Entry:
 
 
 def test_R6_a_million_files_are_listed_once_and_not_opened(tmp_path, monkeypatch):
-    asked = []
+    calls = []
 
     class Million:
         def __enter__(self):
-            asked.append(1)
+            calls.append(1)
             return (Entry(f"{number}.png") for number in range(1_000_000))
 
         def __exit__(self, *error):
@@ -108,7 +108,7 @@ def test_R6_a_million_files_are_listed_once_and_not_opened(tmp_path, monkeypatch
     assert len(source) == 1_000_000
     assert source.fingerprint == source.fingerprint
     assert source[999_999].name == "999999.png"
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -121,14 +121,14 @@ def test_R6_a_million_files_are_listed_once_and_not_opened(tmp_path, monkeypatch
         ("\x1b[31m", "there is no folder \\\\x1b"),
     ],
 )
-def test_what_is_no_source(tmp_path, monkeypatch, data, words):
+def test_invalid_sources(tmp_path, monkeypatch, data, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me.png").write_bytes(png())
     with pytest.raises(UsageError, match=words):
         find_source(data)
 
 
-# ── single pictures ──
+# ── single images ──
 
 
 def test_content_has_the_same_digest_wherever_it_is(tmp_path):
@@ -136,15 +136,15 @@ def test_content_has_the_same_digest_wherever_it_is(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "b.png").write_bytes(data)
     found = {
-        ImageItem(name="x", image=picture).digest()
-        for picture in (tmp_path / "a.png", str(tmp_path / "b.png"), data, io.BytesIO(data))
+        ImageItem(name="x", image=content).digest()
+        for content in (tmp_path / "a.png", str(tmp_path / "b.png"), data, io.BytesIO(data))
     }
     assert len(found) == 1
-    picture = Image.open(io.BytesIO(data))
-    assert ImageItem(name="x", image=picture).digest() == ImageItem(name="y", image=picture).digest()
-    turned = picture.copy()
+    content = Image.open(io.BytesIO(data))
+    assert ImageItem(name="x", image=content).digest() == ImageItem(name="y", image=content).digest()
+    turned = content.copy()
     turned.getexif()[0x0112] = 6
-    assert ImageItem(name="x", image=turned).digest() != ImageItem(name="x", image=picture).digest()
+    assert ImageItem(name="x", image=turned).digest() != ImageItem(name="x", image=content).digest()
     masked = PreparedImage(image=drawn_face()[0], mask=drawn_face()[1])
     plain = PreparedImage(image=drawn_face()[0])
     assert ImageItem(name="x", image=masked).digest() != ImageItem(name="x", image=plain).digest()
@@ -158,27 +158,27 @@ def test_a_stamp_changes_with_the_file(tmp_path):
     changed = bytearray(png(0))
     changed[-1] ^= 1
     path.write_bytes(changed)
-    os.utime(path, ns=(0, int(before.split("\0")[2])))  # as if nothing had happened
+    os.utime(path, ns=(0, int(before.split("\0")[2])))  # with the old modification time
     assert ImageItem(name="a", image=path).stamp() != before
     assert ImageItem(name="a", image=tmp_path / "gone").stamp() is None
     assert ImageItem(name="a", image=png()).stamp() is None
 
 
-def test_what_cannot_be_read_is_a_sentence(tmp_path):
+def test_what_cannot_be_read_is_one_error(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    for picture, words in (
+    for content, words in (
         (tmp_path / "gone.png", "No such file"),
         (tmp_path / "fifo", "not a plain file"),
         (tmp_path, "cannot be read"),
     ):
         with pytest.raises(InputError, match=words):
-            ImageItem(name="x", image=picture).digest()
+            ImageItem(name="x", image=content).digest()
 
 
 # ── preparing them (R5) ──
 
 
-def test_R5_bad_pictures_are_counted_and_named(tmp_path):
+def test_R5_bad_images_are_counted_and_named(tmp_path):
     bad = [b"", b"no picture", png()[:200]]
     reader = ImageReader(DOGS, TARGET, log=tmp_path / "work" / "left-out.tsv")
     items = [ImageItem(name=f"{i}.png", image=one) for i, one in enumerate([png(), *bad, png(1)])]
@@ -201,7 +201,7 @@ def test_R5_strict_stops_at_the_first():
     assert "without --strict" in caught.value.hint
 
 
-def test_few_pictures_are_warned_about():
+def test_few_images_are_warned_about():
     reader = ImageReader(DOGS, TARGET)
     assert "99 images are few" in reader.notes(99)[0]
     assert reader.notes(100) == reader.notes(None) == []
@@ -271,7 +271,7 @@ def test_R7_duplicates_and_near_duplicates_are_found():
     assert (seen.same, seen.near) == (1, 2)
 
 
-def test_R7_one_outline_in_other_colours_is_another_picture():
+def test_R7_one_outline_in_other_colours_is_another_image():
     face = drawn_face(0, 128)[0]
     seen = NearDuplicateFilter()
     seen.add("a", b"a" * 32, signature(face))
@@ -287,14 +287,14 @@ def test_R7_one_outline_in_other_colours_is_another_picture():
 # ── holding some out ──
 
 
-def test_held_out_pictures_are_the_same_ones_and_not_trained_on():
-    pictures = [png(index) for index in range(45)]
-    rest, held_out = hold_out(find_source(pictures), ImageReader(DOGS, TARGET))
-    again, _ = hold_out(find_source(pictures), ImageReader(DOGS, TARGET))
+def test_held_out_images_are_the_same_ones_and_not_trained_on():
+    images = [png(index) for index in range(45)]
+    rest, held_out = hold_out(find_source(images), ImageReader(DOGS, TARGET))
+    again, _ = hold_out(find_source(images), ImageReader(DOGS, TARGET))
     assert len(held_out) == 4
     assert len(rest) == 41
     kept = [f"image {i}" for i in range(45) if i not in (0, 11, 22, 33)]
     assert names(rest) == names(again) == kept
-    assert rest.fingerprint == again.fingerprint != find_source(pictures).fingerprint
-    few, none = hold_out(find_source(pictures[:9]), ImageReader(DOGS, TARGET))
+    assert rest.fingerprint == again.fingerprint != find_source(images).fingerprint
+    few, none = hold_out(find_source(images[:9]), ImageReader(DOGS, TARGET))
     assert len(few) == 9 and none == []

@@ -41,9 +41,9 @@ def test_a_report_goes_on_after_a_problem():
     assert found["domain"] == found["licence"] == ""
 
 
-def test_weights_in_a_folder(pack, tmp_path):
+def test_weights_in_a_folder(domain_weights, tmp_path):
     """All of it is read; a base that is not installed is reported."""
-    pack.save(tmp_path / "face")
+    domain_weights.save(tmp_path / "face")
     check_domain(tmp_path / "face")
     found = {one.subject: one for one in examine_domain(tmp_path / "face")}
     assert "the base tiny does not come with e4t" in found["weights for tiny"].remark
@@ -53,41 +53,41 @@ def test_weights_in_a_folder(pack, tmp_path):
         check_domain(tmp_path / "face")
 
 
-def test_weights_that_do_not_fit_their_base(pack, tmp_path):
+def test_weights_that_do_not_fit_their_base(domain_weights, tmp_path):
     """Weights for `tiny` that claim to be for mini: another base, or no fingerprint but shapes."""
     import dataclasses
 
-    for fingerprint, says in (
+    for fingerprint, expected in (
         ("a" * 32, "another base than this mini"),
         ("", "does not fit|no offset"),
     ):
-        liar = dataclasses.replace(pack, base_name="mini", base_fingerprint=fingerprint)
+        liar = dataclasses.replace(domain_weights, base_name="mini", base_fingerprint=fingerprint)
         liar.save(tmp_path / "liar")
-        with pytest.raises(AssertionError, match=says):
+        with pytest.raises(AssertionError, match=expected):
             check_domain(tmp_path / "liar")
 
 
 calls = []
 
 
-def moody(image, target):
+def nondeterministic(image, target):
     calls.append(image)
     colour = (len(calls) % 256, 0, 0)
     return PreparedImage(image=Image.new("RGB", (target.size, target.size), colour))
 
 
-def vandal(image, target):
+def modifies_its_input(image, target):
     image.paste("red", (0, 0, 4, 4))
     return PreparedImage(image=center_square(image, target.size))
 
 
-def indecisive(image, target):
+def crops_mask_differently(image, target):
     square = center_square(image, target.size)
     return PreparedImage(image=square if target.mask else square.rotate(90))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "expected"),
     [
         (7, "of type int, not Domain"),
         ("fase", "no domain 'fase' is installed"),
@@ -95,12 +95,12 @@ def indecisive(image, target):
         (domain(weights={"toy": "/no/where"}), "not in this installation"),
         (domain(prepare=lambda image, target: image), "must return a PreparedImage"),
         (domain(prepare=lambda image, target: 1 / 0), "ZeroDivisionError"),
-        (domain(prepare=moody), "two results"),
-        (domain(prepare=vandal), "changed the image"),
-        (domain(prepare=indecisive), "crops differently"),
+        (domain(prepare=nondeterministic), "two results"),
+        (domain(prepare=modifies_its_input), "changed the image"),
+        (domain(prepare=crops_mask_differently), "crops differently"),
         (domain(prompt_templates=("S* and {}",)), "more than once"),
     ],
 )
-def test_bad_domains(wrong, says):
-    with pytest.raises(AssertionError, match=says):
+def test_bad_domains(wrong, expected):
+    with pytest.raises(AssertionError, match=expected):
         check_domain(wrong)

@@ -1,4 +1,4 @@
-"""Laws of training data: kept or looked at anew, it is the same; a bad picture changes only itself.
+"""Invariants of training data: cached and live data are equal; a bad image changes only its own sample.
 
 Rows R5, R6 and R12 of the faults, and the cache: half-way, damaged, shared, changed.
 """
@@ -57,9 +57,9 @@ def reader(mask=None, **options):
     return ImageReader(options.pop("domain", FACES), target, **options)
 
 
-def encode(model, pictures, **options):
+def encode(model, images, **options):
     cache = EncodingCache(model, reader(**options))
-    data = cache.encode(find_source(pictures))
+    data = cache.encode(find_source(images))
     return data, cache
 
 
@@ -78,12 +78,12 @@ def same(one, other, **tolerance):
 
 
 NEARLY = {"rtol": 2e-3, "atol": 2e-3}
-"""Half precision, of pictures that went through the model in other company."""
+"""Tolerance for half precision and images encoded in other batches."""
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ten pictures in a folder."""
+    """Ten images in a folder."""
     data = tmp_path / "data"
     data.mkdir()
     for index in range(10):
@@ -124,19 +124,19 @@ def test_rows_are_a_function_of_their_place(model, folder):
 
 def test_masks_are_kept_where_training_wants_them(model):
     image, mask = drawn_face()
-    pictures = [PreparedImage(image=image, mask=mask), PreparedImage(image=image)]
-    data, _ = encode(model, pictures, mask="auto")
+    images = [PreparedImage(image=image, mask=mask), PreparedImage(image=image)]
+    data, _ = encode(model, images, mask="auto")
     found = rows(data, positions=range(2), batch_size=2).masks
     covered = sorted(one.float().mean().item() for one in found)
     assert 0.2 < covered[0] < 0.8 and covered[1] == 1
-    assert rows(encode(model, pictures)[0]).masks is None
+    assert rows(encode(model, images)[0]).masks is None
 
 
-# ── R5: a bad picture ──
+# ── R5: a bad image ──
 
 
 @pytest.mark.parametrize("bad", [0, 5, 9])
-def test_R5_a_bad_picture_changes_only_the_samples_that_it_would_be(model, folder, bad):
+def test_R5_a_bad_image_changes_only_its_own_samples(model, folder, bad):
     before, _ = encode(model, folder)
     (folder / f"{bad}.png").write_bytes(b"no picture")
     after, cache = encode(model, folder)
@@ -147,10 +147,10 @@ def test_R5_a_bad_picture_changes_only_the_samples_that_it_would_be(model, folde
     for step in range(8):
         index = epoch_indices(3, step, range(4), 4, 10)
         one, other, anew = (rows(data, step=step) for data in (before, after, live))
-        for place, picture in enumerate(index.tolist()):
+        for place, number in enumerate(index.tolist()):
             unchanged = torch.equal(one.means[place], other.means[place])
             torch.testing.assert_close(anew.means[place], other.means[place], **NEARLY)
-            if picture == bad:
+            if number == bad:
                 touched += 1
                 assert not unchanged
             else:
@@ -183,19 +183,19 @@ def test_R5_strict_stops_also_at_what_the_cache_knows_to_be_bad(model, folder):
 # ── the cache ──
 
 
-def test_nothing_is_looked_at_twice(model, folder, monkeypatch):
+def test_nothing_is_encoded_twice(model, folder, monkeypatch):
     first, cache = encode(model, folder)
     assert cache.encoded == 10
     again, cache = encode(model, folder)
     assert cache.encoded == 0
     assert again.fingerprint == first.fingerprint
-    # Under other names too; and a picture more costs the chunk that it is in.
+    # Under other names too; one more image costs the chunk that it is in.
     folder.rename(folder.with_name("moved"))
     moved, cache = encode(model, folder.with_name("moved"))
     assert (cache.encoded, moved.fingerprint) == (0, first.fingerprint)
     (folder.with_name("moved") / "9b.png").write_bytes(png(10))
     more, cache = encode(model, folder.with_name("moved"))
-    assert cache.encoded == 3  # the last chunk: two pictures, and the new one
+    assert cache.encoded == 3  # the last chunk: two images, and the new one
     assert more.fingerprint != first.fingerprint
 
 
@@ -207,7 +207,7 @@ def test_files_that_did_not_change_are_not_read_again(model, folder, monkeypatch
     assert encode(model, folder)[1].encoded == 0
 
 
-def test_changed_pictures_and_settings_are_looked_at_again(model, folder):
+def test_changed_images_and_settings_are_encoded_again(model, folder):
     first, _ = encode(model, folder)
     about = os.stat(folder / "3.png")
     (folder / "3.png").write_bytes(png(30)[: about.st_size])
@@ -219,7 +219,7 @@ def test_changed_pictures_and_settings_are_looked_at_again(model, folder):
     assert cache.encoded == 10
 
 
-def test_a_picture_that_could_not_be_read_once_is_read_again(model, folder, monkeypatch):
+def test_an_image_that_could_not_be_read_once_is_read_again(model, folder, monkeypatch):
     from e4t_cli.datasets import sources as items
 
     read = items._file_digest
@@ -268,7 +268,7 @@ def test_a_damaged_file_is_made_again(model, folder, damage):
 
 def test_two_processes_share_the_work_and_find_the_same(model, folder):
     class Rank(DistributedContext):
-        """A process whose partner has done its share when they meet."""
+        """A process whose partner has finished its share at the barrier."""
 
         def any(self, flag):
             partner.encode(find_source(folder), processes=Alone(rank=1, count=2))
@@ -276,7 +276,7 @@ def test_two_processes_share_the_work_and_find_the_same(model, folder):
 
     class Alone(DistributedContext):
         def any(self, flag):
-            raise InterruptedError  # its own share is what is looked at
+            raise InterruptedError  # only its own share is encoded
 
     partner = EncodingCache(model, reader())
     cache = EncodingCache(model, reader())
@@ -324,19 +324,19 @@ def test_a_cache_that_cannot_be_written(model, folder, monkeypatch):
     assert "--cache off" in caught.value.hint
 
 
-def test_what_a_picture_takes_is_known_before(model, folder):
+def test_the_size_of_an_image_is_known_before(model, folder):
     for mask in (None, "auto"):
         _, cache = encode(model, folder, mask=mask)
         size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
-        told = 10 * bytes_per_image(model, mask=mask is not None)
-        assert 0 <= size - told < 3 * 1500  # three headers
+        estimate = 10 * bytes_per_image(model, mask=mask is not None)
+        assert 0 <= size - estimate < 3 * 1500  # three headers
 
 
 # ── R12: more than memory holds ──
 
 
-def test_R12_pictures_and_rows_pass_through_and_do_not_stay(model, monkeypatch):
-    """Twenty times the pictures, the same memory: nothing but names and flags grows."""
+def test_R12_images_and_rows_are_not_kept_in_memory(model, monkeypatch):
+    """Twenty times the images, the same memory: nothing but names and flags grows."""
     import weakref
 
     alive, most = [0], []
@@ -344,7 +344,7 @@ def test_R12_pictures_and_rows_pass_through_and_do_not_stay(model, monkeypatch):
     def gone():
         alive[0] -= 1
 
-    def pictures(count):
+    def images(count):
         for index in range(count):
             image, _ = drawn_face(index)
             image.putpixel((0, 0), (index % 256, index // 256, 0))
@@ -356,7 +356,7 @@ def test_R12_pictures_and_rows_pass_through_and_do_not_stay(model, monkeypatch):
     def peak(count):
         most.clear()
         tracemalloc.start()
-        data = EncodingCache(model, reader()).encode(find_source(pictures(count)))
+        data = EncodingCache(model, reader()).encode(find_source(images(count)))
         for step in range(4):
             rows(data, step=step)
         held = tracemalloc.get_traced_memory()[0]
@@ -368,7 +368,7 @@ def test_R12_pictures_and_rows_pass_through_and_do_not_stay(model, monkeypatch):
     few, little = peak(20)
     many, much = peak(400)
     assert many == few <= 3 * CHUNK
-    assert (much - little) / 380 < 2500  # bytes a picture, of CHUNK = 4; at 256 it is far less
+    assert (much - little) / 380 < 2500  # bytes per image, of CHUNK = 4; at 256 it is far less
 
 
 def test_R12_no_more_chunks_are_open_than_allowed(model, monkeypatch):
@@ -387,33 +387,33 @@ class Stream(IterableSource):
 
     fingerprint = "stream"
 
-    def __init__(self, pictures):
+    def __init__(self, images):
         super().__init__("a stream")
-        self.pictures, self.opened = pictures, 0
+        self.images, self.opened = images, 0
 
     @property
     def approximate_len(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __iter__(self):
-        return iter(find_source(self.pictures))
+        return iter(find_source(self.images))
 
     def shuffled(self, seed, epoch, rank, ranks):
-        order = epoch_indices(seed, epoch, range(len(self.pictures)), len(self.pictures),
-                              len(self.pictures)) if self.pictures else []  # fmt: skip
-        items = find_source(self.pictures) if self.pictures else []
+        order = epoch_indices(seed, epoch, range(len(self.images)), len(self.images),
+                              len(self.images)) if self.images else []  # fmt: skip
+        items = find_source(self.images) if self.images else []
         return (items[int(index)] for index in order[rank::ranks])
 
 
-def stream(model, pictures, rank=0, ranks=1):
-    return StreamingDataset(model, Stream(pictures), reader(), rank, ranks)
+def stream(model, images, rank=0, ranks=1):
+    return StreamingDataset(model, Stream(images), reader(), rank, ranks)
 
 
 def test_a_stream_goes_on_where_a_stopped_run_was(model):
-    pictures = [png(index) for index in range(7)]
-    whole = stream(model, pictures)
+    images = [png(index) for index in range(7)]
+    whole = stream(model, images)
     each = [rows(whole, step=step) for step in range(5)]  # three epochs
-    resumed = stream(model, pictures)
+    resumed = stream(model, images)
     for step in (3, 4):
         assert same(rows(resumed, step=step), each[step])
     assert same(rows(resumed, step=1), each[1])  # back again: read from the beginning
@@ -422,21 +422,21 @@ def test_a_stream_goes_on_where_a_stopped_run_was(model):
 
 
 def test_processes_take_their_own_parts_of_a_stream(model):
-    pictures = [png(index) for index in range(8)]
+    images = [png(index) for index in range(8)]
     seen = []
     for rank in range(2):
-        data = stream(model, pictures, rank, 2)
+        data = stream(model, images, rank, 2)
         for step in range(2):
             found = rows(data, step=step, positions=range(2 * rank, 2 * rank + 2), batch_size=4)
             seen += [one.half().numpy().tobytes() for one in found.means]
         data.close()
-    assert len(set(seen)) == 8  # one epoch, and nobody saw what the other saw
+    assert len(set(seen)) == 8  # one epoch, in disjoint parts
 
 
-def test_R5_a_bad_picture_in_a_stream_is_replaced_by_the_next(model):
-    pictures = [png(index) for index in range(6)]
-    before = stream(model, pictures)
-    bad = [*pictures[:2], b"no picture", *pictures[3:]]
+def test_R5_a_bad_image_in_a_stream_is_replaced_by_the_next(model):
+    images = [png(index) for index in range(6)]
+    before = stream(model, images)
+    bad = [*images[:2], b"no picture", *images[3:]]
     after = stream(model, bad)
     changed = 0
     for step in range(3):
@@ -451,8 +451,8 @@ def test_R5_a_bad_picture_in_a_stream_is_replaced_by_the_next(model):
 
 
 def test_an_empty_stream_ends(model):
-    for pictures, words in (([], "there is no image in a stream"), ([b"no"], "can be used")):
-        data = stream(model, pictures)
+    for images, words in (([], "there is no image in a stream"), ([b"no"], "can be used")):
+        data = stream(model, images)
         with pytest.raises(InputError, match=words):
             rows(data)
         data.close()
@@ -461,7 +461,7 @@ def test_an_empty_stream_ends(model):
 # ── on or off ──
 
 
-def test_auto_keeps_what_is_needed_twice(model, monkeypatch):
+def test_auto_caches_what_is_needed_twice(model, monkeypatch):
     source = find_source([png(index) for index in range(10)])
     used = {samples: choose_cache("auto", source, model, samples, mask=False).used for samples in (5, 10, 11, 1000)}
     assert used == {5: False, 10: False, 11: True, 1000: True}
@@ -487,16 +487,18 @@ def test_a_disk_that_is_too_small(model, monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", ["on", "off"])
-def test_training_data_tells_what_was_left_out(model, folder, tmp_path, wanted):
+def test_training_data_reports_what_was_left_out(model, folder, tmp_path, wanted):
     (folder / "7.png").write_bytes(b"no picture")
-    told = []
+    estimate = []
     source = find_source(folder)
     choice = choose_cache(wanted, source, model, 100, mask=False)
     opens = reader(log=tmp_path / "left-out.tsv")
-    with training_data(model, source, opens, choice, processes=DistributedContext(), on_progress=told.append) as data:
+    with training_data(
+        model, source, opens, choice, processes=DistributedContext(), on_progress=estimate.append
+    ) as data:
         for step in range(3):
             rows(data, step=step)
-    notes = [event.note for event in told if event.note]
+    notes = [event.note for event in estimate if event.note]
     assert any("1 image was left out; the first: " in note and "7.png" in note for note in notes)
     assert any("are few" in note for note in notes)
     assert (tmp_path / "left-out.tsv").read_text().startswith("7.png\t")

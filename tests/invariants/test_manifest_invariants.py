@@ -1,4 +1,4 @@
-"""Laws of a pack's card: what it states is so, what is older still loads, sizes are small."""
+"""Invariants of domain weights' manifests: facts are checked, older manifests load, sizes are small."""
 
 import dataclasses
 import json
@@ -20,15 +20,15 @@ from e4t_cli.registry.manifest import read_manifest
 NEW = ("base_revision", "base_config_hash", "image_tower", "limits")
 
 
-def test_facts_about_a_base(model, pack, tmp_path):
-    stated = dataclasses.replace(pack, limits="faces only", **facts_about(model))
+def test_facts_about_a_base(model, domain_weights, tmp_path):
+    stated = dataclasses.replace(domain_weights, limits="faces only", **facts_about(model))
     stated.save(tmp_path)
-    card = read_manifest(tmp_path / "domain.toml")
-    assert card.base_revision == "test"
-    assert card.base_config_hash == config_hash(model.base.folder)
-    assert card.image_tower == "CLIP ViT, 4 layers of 32, patches of 8, 32 px"
-    assert card.limits == "faces only"
-    assert card.sizes == {name: (tmp_path / name).stat().st_size for name in card.files}
+    manifest = read_manifest(tmp_path / "domain.toml")
+    assert manifest.base_revision == "test"
+    assert manifest.base_config_hash == config_hash(model.base.folder)
+    assert manifest.image_tower == "CLIP ViT, 4 layers of 32, patches of 8, 32 px"
+    assert manifest.limits == "faces only"
+    assert manifest.sizes == {name: (tmp_path / name).stat().st_size for name in manifest.files}
     again = DomainWeights.load(tmp_path)
     again.check_base(model)
     for name in NEW:
@@ -53,17 +53,17 @@ def test_pretraining_states_them(model, tmp_path):
         config=PretrainingConfig(steps=1, batch_size=2),
         folder=tmp_path / "my_faces",
     )
-    card = read_manifest(folder / "domain.toml")
-    assert all(getattr(card, name) for name in NEW)
-    assert card.limits == usual_limits("face", "tiny", 3)
-    assert "learned by heart" in card.limits
+    manifest = read_manifest(folder / "domain.toml")
+    assert all(getattr(manifest, name) for name in NEW)
+    assert manifest.limits == usual_limits("face", "tiny", 3)
+    assert "learned by heart" in manifest.limits
     assert "learned by heart" not in usual_limits("face", "tiny", 10_000)
-    assert set(card.sizes) == set(card.files)
+    assert set(manifest.sizes) == set(manifest.files)
 
 
-def test_another_training_of_the_same_model_is_told(model, pack):
-    """Same shapes, other weights: refused all the same, and said."""
-    stated = dataclasses.replace(pack, **facts_about(model))
+def test_another_training_of_the_same_model_is_refused(model, domain_weights):
+    """Same shapes, other weights: refused, with the reason."""
+    stated = dataclasses.replace(domain_weights, **facts_about(model))
     odd = dataclasses.replace(stated, base_fingerprint="0" * 32)
     with pytest.raises(IntegrityError, match="the same model with other weights"):
         odd.check_base(model)
@@ -74,25 +74,25 @@ def test_another_training_of_the_same_model_is_told(model, pack):
 
 
 @pytest.mark.parametrize("name", ["face", "cat", "art"])
-def test_packs_from_before_load(name):
-    """The shipped packs state none of it."""
+def test_domain_weights_of_older_versions_load(name):
+    """The shipped domain weights state none of these facts."""
     folder = weights_folder(find_domain(name), "mini")
     text = (folder / "domain.toml").read_text()
-    pack = DomainWeights.load(folder)
+    domain_weights = DomainWeights.load(folder)
     for field in NEW:
         if f"\n{field} = " not in text:
-            assert getattr(pack, field) == ""
-    assert pack.images > 0
+            assert getattr(domain_weights, field) == ""
+    assert domain_weights.images > 0
 
 
-def test_a_card_without_the_new_fields_loads(pack, tmp_path):
-    pack.save(tmp_path)
+def test_a_manifest_without_the_new_fields_loads(domain_weights, tmp_path):
+    domain_weights.save(tmp_path)
     lines = (tmp_path / "domain.toml").read_text().split("\n[sizes]")[0].splitlines()
     old = [line for line in lines if not line.startswith(NEW)]
     assert len(old) == len(lines) - len(NEW)
     (tmp_path / "domain.toml").write_text("\n".join(old))
-    card = read_manifest(tmp_path / "domain.toml")
-    assert card.sizes == {} and card.limits == ""
+    manifest = read_manifest(tmp_path / "domain.toml")
+    assert manifest.sizes == {} and manifest.limits == ""
     DomainWeights.load(tmp_path)
 
 
@@ -118,9 +118,9 @@ def offsets_of_sd14():
     }
 
 
-def test_offsets_of_sd14_take_less_than_2_MB(pack, offsets_of_sd14, tmp_path, capfd):
-    """96 exact factors of rank 3; as full matrices they would be 143 times as many numbers."""
-    big = dataclasses.replace(pack, name="big", base_name="sd14", offsets=offsets_of_sd14, licence="MIT")
+def test_offsets_of_sd14_take_less_than_2_MB(domain_weights, offsets_of_sd14, tmp_path, capfd):
+    """96 exact factors of rank 3; as full matrices they would be 143 times as many values."""
+    big = dataclasses.replace(domain_weights, name="big", base_name="sd14", offsets=offsets_of_sd14, licence="MIT")
     folder = tmp_path / "big"
     big.save(folder, dtype=torch.float16)
     size = (folder / "offsets.safetensors").stat().st_size
@@ -131,10 +131,10 @@ def test_offsets_of_sd14_take_less_than_2_MB(pack, offsets_of_sd14, tmp_path, ca
     for path, factors in offsets_of_sd14.items():
         for one, other in zip(factors, again.offsets[path], strict=True):
             assert torch.equal(one.half().float(), other)
-    # And people are told.
+    # The documentation has the size.
     assert app.run(["domains", "info", f"{folder}/"]) == 0
-    told = capfd.readouterr().out
-    line = next(line for line in told.splitlines() if line.startswith("sd14: offsets"))
+    output = capfd.readouterr().out
+    line = next(line for line in output.splitlines() if line.startswith("sd14: offsets"))
     assert f"{size:,} bytes" in line
     assert app.run(["domains", "info", f"{folder}/", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)["weights"]["sd14"]

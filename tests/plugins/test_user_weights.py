@@ -1,4 +1,4 @@
-"""A folder of the user's with an installed domain's name serves it as weights, and is no rival."""
+"""A user's folder with an installed domain's name provides its weights, without a name conflict."""
 
 from pathlib import Path
 
@@ -49,8 +49,8 @@ def own(monkeypatch):
     return make
 
 
-def write_card(folder: Path, monkeypatch):
-    """A manifest whose reading is not what is tested here."""
+def write_manifest(folder: Path, monkeypatch):
+    """A minimal manifest."""
     from e4t_cli.registry import discovery as finding
     from e4t_cli.registry import weights
     from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -72,7 +72,7 @@ def write_card(folder: Path, monkeypatch):
 def test_the_bare_name_stays_the_installed_domain(install, good, own, monkeypatch, package):
     install(package, dog=good)
     folder = own("dog")
-    write_card(folder, monkeypatch)
+    write_manifest(folder, monkeypatch)
     found = find_domain("dog")
     assert "toy" not in found.weights  # the package's value, as its author wrote it
     assert weights_folder(found, "toy") == folder
@@ -82,10 +82,10 @@ def test_the_bare_name_stays_the_installed_domain(install, good, own, monkeypatc
     assert rows["user"].reason == f"its weights serve the domain of {package}; ask for it as user:dog"
 
 
-def test_two_packages_are_still_rivals(install, good, own, monkeypatch):
+def test_two_packages_of_one_name_still_conflict(install, good, own, monkeypatch):
     install("e4t-dog", dog=good)
     install("zoo", dog=good)
-    write_card(own("dog"), monkeypatch)
+    write_manifest(own("dog"), monkeypatch)
     with pytest.raises(UsageError, match="claimed by e4t-dog and zoo") as caught:
         find_domain("dog")
     assert "user" not in caught.value.message
@@ -98,7 +98,7 @@ def test_pretraining_an_installed_domain_takes_the_packages_value(install, good,
     plan = plan_domain("dog", "other", DomainTrainingOptions())
     assert (plan.domain.name, plan.names_itself) == ("dog", False)
     assert plan.folder == user_domains_folder() / "dog"
-    write_card(own("dog"), monkeypatch)
+    write_manifest(own("dog"), monkeypatch)
     with pytest.raises(UsageError, match="has weights for toy already"):
         plan_domain("dog", "toy", DomainTrainingOptions())
     with pytest.raises(UsageError, match="there is a domain in") as caught:

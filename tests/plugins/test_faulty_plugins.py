@@ -1,4 +1,4 @@
-"""Rows G1 to G5 of the reliability table, as users meet them: in processes of their own."""
+"""Plugins that fail or hang (rows G1 to G5 of the reliability table), in separate processes."""
 
 import json
 import os
@@ -36,14 +36,14 @@ def e4t(site, *words, timeout=120, **more):
     )  # fmt: skip
 
 
-def test_G1_a_plugin_that_takes_for_ever_delays_only_who_asks(install, site):
+def test_G1_a_plugin_that_hangs_delays_only_its_own_use(install, site):
     install("e4t-slow", slow=FOREVER)
     for words in (["--help"], ["domains", "--help"], ["domains", "info", "face"]):
         assert e4t(site, *words).returncode == 0
     words = "e4t personalize sl"
     asked = {"_E4T_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "2"}
     assert e4t(site, _TYPER_COMPLETE_ARGS=words, **asked).stdout.split() == ["slow"]
-    # The list waits for it; there is a way round.
+    # The list waits for it, unless the variable excludes it.
     rescued = e4t(site, "domains", "list", E4T_DOMAINS="face,cat")
     assert rescued.returncode == 0 and "slow" not in rescued.stdout
     with pytest.raises(subprocess.TimeoutExpired):
@@ -99,7 +99,7 @@ def test_G2_two_of_one_name(install, site, good):
     assert find_listing("e4t-dogs:dog").package == "e4t-dogs"
 
 
-def test_G3_of_another_contract(install, site):
+def test_G3_of_another_contract_version(install, site):
     source = "from e4t_cli import Domain\nnew = Domain(name='new', descriptor='x', tuning=None, {})"
     install("e4t-new", new=source.replace("{}", "contract=2"))
     install("e4t-odd", new2=source.replace("{}", "colour='red'").replace("new", "new2"))
@@ -108,7 +108,7 @@ def test_G3_of_another_contract(install, site):
     assert "unexpected keyword argument 'colour'" in listed
 
 
-def test_G4_what_it_prints_is_no_product(install, site):
+def test_G4_what_it_prints_stays_out_of_stdout(install, site):
     install("e4t-chatty", chatty=CHATTY)
     for words in (["domains", "list", "--json"], ["domains", "info", "chatty", "--json"]):
         ended = e4t(site, *words)
@@ -120,7 +120,7 @@ def test_G4_what_it_prints_is_no_product(install, site):
 # ── G5: a concept whose domain has gone ──
 
 
-def test_G5_it_says_what_to_install(install, site, good):
+def test_G5_the_error_names_what_to_install(install, site, good):
     install("e4t-dogs", dog=good)
     dog, package = resolve_domain("dog")
     assert package == "e4t-dogs"
@@ -146,14 +146,14 @@ def test_G5_of_one_of_the_users_own(tmp_path):
     assert "e4t domains add" in caught.value.hint
 
 
-def test_G5_a_rival_that_came_later_is_not_taken(install, good):
+def test_G5_another_package_of_that_name_is_not_used(install, good):
     install("e4t-dogs", dog=good)
     install("more-dogs", dog=good.replace('descriptor="{name}"', 'descriptor="wolf"'))
     assert find_concept_domain("dog", "e4t-dogs").descriptor == "dog"
     assert find_concept_domain("dog", "more-dogs").descriptor == "wolf"
 
 
-def test_G5_the_package_is_kept_in_the_file(model, pack, face, tmp_path):
+def test_G5_the_package_is_kept_in_the_file(model, domain_weights, face, tmp_path):
     from dataclasses import replace
 
     from e4t_cli.formats.concept import Concept
@@ -166,7 +166,7 @@ def test_G5_the_package_is_kept_in_the_file(model, pack, face, tmp_path):
         weights_digest="",
         prepared=face,
         image_features=model.image_features(model.pixels([face.image]))[0],
-        config=pack.tuning,
+        config=domain_weights.tuning,
         seed=5,
     )
     for package in ("e4t-dogs", ""):

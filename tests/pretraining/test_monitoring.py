@@ -1,4 +1,4 @@
-"""Seeing it learn: sheets, logs and trackers, none of which changes a number."""
+"""Training previews, logs and trackers, none of which changes the results."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def watched(model, pretrain):
     return run
 
 
-def test_watching_changes_nothing_and_leaves_sheets_and_losses(watched, pretrain, tmp_path):
+def test_monitoring_changes_nothing_and_writes_sheets_and_losses(watched, pretrain, tmp_path):
     domain, notes = watched(watching(tmp_path))
     assert same(domain, pretrain(LONG))
     assert not notes
@@ -95,14 +95,14 @@ def test_two_sheets_differ_by_what_was_learned(watched, tmp_path):
     fast = LONG.replace(base_learning_rate=2e-3)
     watched(watching(tmp_path), config=fast)
     early, late = (Image.open(tmp_path / f"step-{step:08d}.png").convert("RGB") for step in (4, 12))
-    # The photo is the same; what is drawn of it is not.
+    # The photo is the same; the image generated from it is not.
     photo, drawn = (12, 12, 12 + 256, 12 + 256), (280, 12, 280 + 256, 12 + 256)
     assert early.crop(photo).tobytes() == late.crop(photo).tobytes()
     assert early.crop(drawn).tobytes() != late.crop(drawn).tobytes()
 
 
 class Service:
-    """A tracker of one's own, as accelerate knows them."""
+    """A custom tracker of accelerate."""
 
     @staticmethod
     def make(fails=()):
@@ -138,7 +138,7 @@ class Service:
         return Own()
 
 
-def test_trackers_are_told_the_numbers(watched, tmp_path):
+def test_trackers_receive_the_metrics(watched, tmp_path):
     own = Service.make()
     _, notes = watched(watching(tmp_path, trackers=(own,), sample_every=0))
     assert not notes
@@ -149,7 +149,7 @@ def test_trackers_are_told_the_numbers(watched, tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["start", "log"])
-def test_R10_a_failing_tracker_is_mentioned_once_and_left_behind(watched, pretrain, tmp_path, fails):
+def test_R10_a_failing_tracker_is_reported_once_and_disabled(watched, pretrain, tmp_path, fails):
     good = Service.make()
     trackers = (Service.make(fails=(fails,)), good)
     config = LONG.replace(steps=21)
