@@ -87,7 +87,7 @@ class ImageItem:
 
 
 def _file_digest(path: Path) -> bytes:
-    # Without O_NONBLOCK, opening a FIFO that nobody writes to would wait for ever.
+    # Without O_NONBLOCK, opening a FIFO without a writer would block.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags), "rb") as file:
         about = os.fstat(file.fileno())

@@ -121,7 +121,7 @@ def _read(source: ImageInput) -> tuple[bytes, str]:
     shown = printable(path)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path):
         raise UsageError("images are not fetched from the web", hint=f"curl -L -o photo.jpg '{shown}'")
-    # Without O_NONBLOCK, opening a FIFO that nobody writes to would wait forever.
+    # Without O_NONBLOCK, opening a FIFO without a writer would block.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         if Path(path).is_dir():

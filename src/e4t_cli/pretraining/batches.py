@@ -40,7 +40,7 @@ class DistributedContext:
 
     rank: int = 0  # 0 … count - 1; rank 0 reports and saves
     count: int = 1  # processes
-    device: torch.device | None = None  # of this process; None leaves the choice to whoever loads the model
+    device: torch.device | None = None  # of this process; None: chosen when the model is loaded
 
     @property
     def first(self) -> bool:

@@ -4,7 +4,7 @@
     <cache>/pretraining/<settings>/stamps/<stamps>          the content that files with these had
 
 The first name is a hash of everything that decides how an image is encoded (base, resolution, dtype, preparation), the
-second one of the images' bytes. So a chunk is right whoever wrote it: another run, another folder with the same
+second one of the images' bytes. So a chunk is valid whichever run wrote it: another run, another folder with the same
 images, a process that was faster.
 """
 
@@ -260,7 +260,7 @@ class EncodingCache:
         return read_chunk(self._path(content), len(items))
 
     def _count(self, chunk: Chunk, items: list[ImageItem]) -> None:
-        """Count a chunk's unusable and duplicate images, whoever has encoded them."""
+        """Count a chunk's unusable and duplicate images, whichever run encoded them."""
         for index, why in chunk.bad.items():
             self.reader.leave_out(items[index].name, why)
         for index in chunk.good.nonzero()[:, 0].tolist():

@@ -213,12 +213,12 @@ def weights_folder(domain: Domain, base: str) -> Path:
         return folder
     command = f"e4t pretrain --domain {domain.name} --base {base} --data FOLDER"
     if location is None:
-        nobody = time = ""
+        unpublished = time = ""
         if published := PUBLISHED.get(base):
             config = domain.pretraining or PretrainingConfig(steps=60_000)
-            nobody = ": nobody has published any"
+            unpublished = ": nobody has published any"
             time = f" ({config.steps:,} steps, {format_hours(config, published.resolution)})"
-        message = f"domain {domain.name!r} has no weights for the base {printable(base)!r}{nobody}"
+        message = f"domain {domain.name!r} has no weights for the base {printable(base)!r}{unpublished}"
         raise WeightsUnavailable(message, hint=f"make them: {command}{time}")
     about = f"the weights of domain {domain.name!r} for {base} are"
     if is_remote(location):

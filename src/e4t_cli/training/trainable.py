@@ -55,7 +55,7 @@ class FullFineTuning:
     Float32 whatever the base's dtype is: a whole tuning moves a weight by less than the spacing of bfloat16.
 
     Args:
-        consume: tune the model's U-Net in place of a copy, where nobody needs it afterwards.
+        consume: tune the model's U-Net in place of a copy; the model cannot be used afterwards.
     """
 
     detach_features = False

@@ -44,7 +44,7 @@ class TuningOptions:
 
     plan: Plan | None = None  # how to fit into memory; None takes the whole batch at once
     autocast: bool | None = None  # see `PrecisionPolicy.resolve`
-    consume: bool = False  # the model's U-Net becomes the tuned one, without a copy, if nobody needs it afterwards
+    consume: bool = False  # the model's U-Net becomes the tuned one, without a copy; not usable afterwards
     detach_features: bool = False  # see `training_loss`
 
 

@@ -71,7 +71,7 @@ def read_pickled_tensors(path: Path, sha256: str = "") -> tuple[dict[str, Tensor
     """Read a state dict of torch.save, memory-mapped: its data stays on disk until it is used.
 
     Args:
-        sha256: what it must be; "" where nobody declared it.
+        sha256: what it must be; "" where none was declared.
 
     Returns:
         Its tensors by name, and its SHA-256.
