@@ -203,7 +203,7 @@ def test_another_base_or_other_domain_weights_are_refused(model, domain_weights,
     concept.check(model, domain_weights)
     with pytest.raises(IntegrityError, match="lives on the base"):
         dataclasses.replace(concept, base_fingerprint="0" * 32).check(model, domain_weights)
-    with pytest.raises(IntegrityError, match="another version of the face pack"):
+    with pytest.raises(IntegrityError, match="another version of the face weights"):
         dataclasses.replace(concept, weights_digest="0" * 64).check(model, domain_weights)
     wrong = dataclasses.replace(concept, weights={"unet.conv_in.bias": torch.ones(1)})
     with pytest.raises(IntegrityError, match="do not fit"):

@@ -1,8 +1,6 @@
 """Invariants of threads: concurrent calls give bit for bit what they give one after the other."""
 
 import copy
-import sys
-import threading
 
 import pytest
 import torch
@@ -16,39 +14,12 @@ from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import SamplingConfig, generate_latents
+from tests.threads import at_once, switch_often  # noqa: F401
 
 THREADS = 3
 
 
-@pytest.fixture(autouse=True)
-def _switch_often():
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
-
-
-def at_once(*works):
-    """Return the results of functions that start together, each in a thread of its own."""
-    start, results = threading.Barrier(len(works)), [None] * len(works)
-
-    def run(index):
-        torch.set_num_threads(1)
-        start.wait()
-        try:
-            results[index] = works[index]()
-        except BaseException as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
+pytestmark = pytest.mark.usefixtures("switch_often")
 
 
 def assert_same_at_once(*works):

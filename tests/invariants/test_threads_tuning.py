@@ -1,44 +1,13 @@
 """Invariants of threads: tunings that run at once give bit for bit what they give alone."""
 
-import sys
-import threading
-
 import pytest
 import torch
 
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.training.tuning import TuningOptions, tune
+from tests.threads import at_once, switch_often  # noqa: F401
 
-
-@pytest.fixture(autouse=True)
-def _switch_often():
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
-
-
-def at_once(*works):
-    """Return the results of functions that start together, each in a thread of its own."""
-    start, results = threading.Barrier(len(works)), [None] * len(works)
-
-    def run(index):
-        torch.set_num_threads(1)
-        start.wait()
-        try:
-            results[index] = works[index]()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+pytestmark = pytest.mark.usefixtures("switch_often")
 
 
 @pytest.mark.parametrize("which", ["shared", "apart"])

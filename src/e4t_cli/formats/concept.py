@@ -81,7 +81,7 @@ class Concept:
             raise IntegrityError(message, hint="personalize the picture again on this base")
         if pretrained.digest != self.weights_digest:
             digests = f"({self.weights_digest[:12] or 'unsaved'}, here: {pretrained.digest[:12]})"
-            message = f"this concept was made with another version of the {self.domain} pack {digests}"
+            message = f"this concept was made with another version of the {self.domain} weights {digests}"
             raise IntegrityError(message, hint="personalize the picture again")
 
     @staticmethod
