@@ -7,6 +7,7 @@ by name: revisions of the public parser number them differently, and some names 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,7 +109,7 @@ def find_parser(target: PreparationTarget) -> Parser:
         IntegrityError: its files do not fit.
     """
     folder = PACKAGED.get(target.base)
-    if folder is not None and (folder / "config.json").is_file():
+    if folder is not None and os.path.isfile(folder / "config.json"):
         return load_parser(folder, target.device)
     if target.fetch is None:
         raise WeightsUnavailable(f"there is no face parser for {target.base} here")
@@ -143,7 +144,7 @@ def load_parser(folder: Path, device: str = "cpu") -> Parser:
 def _preprocessor_config(folder: Path) -> dict[str, Any]:
     """Return how images are normalized; the packaged parsers have no such file."""
     path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -60,9 +60,9 @@ def likely_accelerator(device: str = "auto") -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     if platform.system() == "Windows":
-        return Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "nvcuda.dll").exists()
+        return os.path.exists(Path(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "nvcuda.dll"))
     drivers = [*Path("/dev").glob("nvidia[0-9]*"), Path("/dev/dxg"), Path("/dev/kfd")]
-    return any(path.exists() for path in drivers)
+    return any(os.path.exists(path) for path in drivers)
 
 
 def captures_graphs(device: torch.device) -> bool:

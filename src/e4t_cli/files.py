@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -11,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from e4t_cli.errors import ResourceError, UsageError, printable
+from e4t_cli.errors import E4TError, InputError, ResourceError, UsageError, printable
 
 SPARE_BYTES = 50_000_000
+_DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota code
+_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 
 
@@ -32,7 +35,7 @@ def write_atomically(
         OSError: the disk is full, the folder cannot be written to, and the like.
     """
     path = Path(path)
-    if not overwrite and path.exists():
+    if not overwrite and os.path.exists(path):
         raise FileExistsError(f"{path} exists")
     # Not tempfile: its files are private, and the result should be as readable as any other.
     temporary = _temporary_path(path)
@@ -53,6 +56,35 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def file_error(error: OSError | ValueError, path: str | os.PathLike[str], *, reading: bool = False) -> E4TError:
+    """Return the error, with its exit code and sentence, for a failed read or write of a path that the user named.
+
+    Args:
+        error: from the operating system; a ValueError for a name that cannot be one.
+        path: the file or folder.
+        reading: whether it was to be read; the default is that it was to be written.
+
+    Returns:
+        ResourceError for a full disk or exhausted memory, UsageError for a missing permission, a name or a kind of
+        path that cannot be used when writing and for a missing file, InputError for other failures to read.
+    """
+    shown, number = printable(str(path)), error.errno if isinstance(error, OSError) else None
+    if number in _DISK_FULL:
+        return ResourceError(f"the disk is full: {shown} was not written", hint="make room, or choose another disk")
+    if number == errno.ENOMEM:
+        return ResourceError(f"memory ran out at {shown}")
+    if number == errno.ENOENT and reading:
+        return UsageError(f"there is no file {shown}")
+    if number in (errno.EEXIST, errno.ENOTDIR) and not reading:
+        return UsageError(f"{shown} is not a folder", hint="choose another place")
+    reason = error.strerror or str(error) if isinstance(error, OSError) else "that cannot be a name"
+    verb, kind = ("read", InputError) if reading else ("written", UsageError)
+    hint = "its permissions do not allow it" if number in _PERMISSION else "choose another place"
+    return kind(
+        f"{shown} cannot be {verb}: {printable(reason)}", hint=hint if number in _PERMISSION or not reading else None
+    )
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -101,7 +133,7 @@ def _sync_folder(folder: Path) -> None:
 
 def check_absent(path: Path) -> None:
     """Raise UsageError if a path exists."""
-    if path.exists():
+    if os.path.exists(path):
         raise UsageError(f"{printable(str(path))} exists already", hint="choose a name that is free")
 
 
@@ -135,7 +167,7 @@ def staging_directory(path: Path, needed: int) -> Iterator[Path]:
 
 def free_bytes(folder: Path) -> int:
     """Return the free bytes on the disk of a folder, which need not exist yet."""
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 

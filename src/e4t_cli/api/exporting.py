@@ -67,7 +67,7 @@ def export(
     asked = RunOptions(**options)
     target = Path(path)
     alone = target.suffix == ".safetensors"
-    if target.exists():
+    if os.path.exists(target):
         raise UsageError(f"{printable(str(target))} exists already", hint="choose a name that is free")
     if lora is not None and not alone:
         raise UsageError("a LoRA is one file", hint=f"call it {printable(target.name)}.safetensors")

@@ -149,7 +149,7 @@ def import_checkpoint(
     except ValueError as error:
         raise UsageError(str(error), hint="choose one with --name") from error
     target = user_domains_folder() / chosen
-    if target.exists():
+    if os.path.exists(target):
         message = f"there is a domain in {printable(str(target))} already"
         raise UsageError(message, hint="choose another name with --name")
     base = _base_name(checkpoint, asked.base)
@@ -190,7 +190,7 @@ def _base_name(checkpoint: Checkpoint, base: str | os.PathLike[str] | TextToImag
     if not isinstance(base, str | os.PathLike):
         return base_name(base)
     wanted = _named_base(checkpoint) if base == "auto" else os.fspath(base)
-    if Path(wanted).is_dir():
+    if os.path.isdir(wanted):
         return read_base(Path(wanted)).name
     if (address := hub_location(wanted)) is not None:
         return address.name

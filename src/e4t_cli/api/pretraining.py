@@ -148,9 +148,9 @@ class PretrainingRun:
         with contextlib.suppress(OSError):  # the domain weights are complete without them
             kept.mkdir(exist_ok=True)
             for path in (log, *(work / "training").glob("*")):
-                if path.exists():
+                if os.path.exists(path):
                     os.replace(path, kept / path.name)
-            if (kept / log.name).exists():
+            if os.path.exists(kept / log.name):
                 text = f"the images left out are named in {kept / log.name}"
                 self.session.report(Progress(stage="pretrain", remark=text))
         shutil.rmtree(work, ignore_errors=True)

@@ -138,7 +138,7 @@ def plan_domain(
     except ValueError as error:
         raise UsageError(str(error)) from error
     target = Path(folder) if folder is not None else user_domains_folder() / domain.name
-    if (target / "domain.toml").exists():
+    if os.path.exists(target / "domain.toml"):
         raise UsageError(
             f"there is a domain in {printable(str(target))} already",
             hint=f"choose another name, or remove it: e4t domains rm {domain.name}",

@@ -114,7 +114,7 @@ def needs_image_tower(domain: Domain | None, base: str) -> bool:
     address = hub_location(base)
     name = base if address is None else address.name
     try:
-        return not (weights_folder(domain, name) / "tower.safetensors").is_file()
+        return not os.path.isfile(weights_folder(domain, name) / "tower.safetensors")
     except E4TError:
         return e4t_diffusion_repository(domain.weights.get(name, "")) is None
 
@@ -167,7 +167,7 @@ def default_base_name(
 def _has_weights(domain: Domain, base: str) -> bool:
     """Whether a domain has weights for a base, here or on the hub."""
     with contextlib.suppress(E4TError):
-        return base in domain.weights or weights_folder(domain, base).is_dir()
+        return base in domain.weights or os.path.isdir(weights_folder(domain, base))
     return False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json as json_format
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -212,7 +213,7 @@ def check(subject: Subject, json: Json = False, quiet: Quiet = False) -> None:
 
     problems = 0
     folder = Path(subject)
-    domain = folder if "/" in subject or (folder / "domain.toml").is_file() else subject
+    domain = folder if "/" in subject or os.path.isfile(folder / "domain.toml") else subject
     for finding in examine_domain(domain):
         problems += bool(finding.problem)
         message, ok = finding.problem or finding.remark, not finding.problem

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def _shell_hint(arguments: Sequence[str], placeholder: str) -> str | None:
     ``e4t personalize face me.jpg S* as an astronaut`` arrives as single words, and in a folder with ``Screenshot.png``
     the shell puts that name where ``S*`` stood.
     """
-    if any(Path(word).exists() for word in arguments if 0 < len(word) < 256 and "\0" not in word):
+    if any(os.path.exists(word) for word in arguments if 0 < len(word) < 256 and "\0" not in word):
         return (
             f'a file\'s name stands in place of a prompt: quote the prompt, as in "{placeholder} as an astronaut", '
             "so that the shell does not expand the *; or choose another word with --placeholder '<me>'"
@@ -111,7 +112,7 @@ class PreparedSaver:
         from e4t_cli.images.results import check_folder
 
         self.console = console
-        self.file = None if path.is_dir() or not path.suffix else path
+        self.file = None if os.path.isdir(path) or not path.suffix else path
         self.folder = path if self.file is None else path.parent
         self.stem = f"{slug('photo' if photo == STDIN else Path(photo).stem, limit=40)}-prepared"
         if self.file is not None:
@@ -153,7 +154,7 @@ def _mask_of(file: Path) -> Path:
 
 
 def _check_free(file: Path) -> None:
-    if file.exists():
+    if os.path.exists(file):
         raise UsageError(f"{printable(str(file))} exists and is not overwritten", hint="use another name")
 
 
@@ -219,7 +220,7 @@ OwnPlaceholder = Annotated[
 
 
 def check_concept(concept: Path) -> None:
-    if not concept.is_file():
+    if not os.path.isfile(concept):
         raise UsageError(f"there is no file {printable(str(concept))}", hint="make one: e4t personalize … --save")
 
 

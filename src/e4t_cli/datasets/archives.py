@@ -47,7 +47,7 @@ class ShardSource(IterableSource):
             remote = "://" in shard or shard.startswith("pipe:")
             if remote and not _REMOTE.fullmatch(shard):  # webdataset would run `pipe:` as a shell command
                 raise UsageError(f"shards are read from files, https and gs, not {printable(shard)!r}")
-            if not remote and not Path(shard).is_file():
+            if not remote and not os.path.isfile(shard):
                 raise InputError(f"there is no shard {printable(shard)}")
         if offline and self.remote:
             message = f"{printable(self.remote[0])} is not on this machine, and e4t is offline"
@@ -115,7 +115,7 @@ class ShardSource(IterableSource):
 
 def shard_paths(pattern: str) -> list[str]:
     """Return the shards that `{0000..0099}`, `*` or a file names, one a line; UsageError if no file matches."""
-    if pattern.endswith(LISTS) and Path(pattern).is_file():
+    if pattern.endswith(LISTS) and os.path.isfile(pattern):
         text = Path(pattern).read_text(encoding="utf-8", errors="surrogateescape")
         entries = filter(None, map(str.strip, text.splitlines()))
         return [shard for entry in entries if not entry.startswith("#") for shard in _expanded(entry)]
@@ -123,7 +123,7 @@ def shard_paths(pattern: str) -> list[str]:
 
 
 def _expanded(pattern: str) -> list[str]:
-    if Path(pattern).is_file():
+    if os.path.isfile(pattern):
         return [pattern]
     if "{" in pattern:
         _package("webdataset", "shards")
@@ -148,7 +148,7 @@ _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 def is_arrow(data: str) -> bool:
     """Whether `data` is something that the `datasets` library opens."""
     path = Path(data)
-    local = path.is_file() if path.suffix in _FILES else any((path / name).is_file() for name in _SAVED)
+    local = os.path.isfile(path) if path.suffix in _FILES else any(os.path.isfile(path / name) for name in _SAVED)
     return local or data.startswith("hf://")
 
 
@@ -229,7 +229,7 @@ def _open(data: str) -> Any:
             if parts is None:
                 raise UsageError(f"{printable(data)!r} is no dataset", hint="for example: hf://owner/name:train")
             found = datasets.load_dataset(parts["repo"], revision=parts["revision"], split=parts["split"])
-        elif path.is_file():
+        elif os.path.isfile(path):
             found = datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
         else:
             found = datasets.load_from_disk(str(path))

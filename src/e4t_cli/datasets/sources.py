@@ -266,11 +266,11 @@ def find_source(data: str | os.PathLike[str] | Iterable[Any], *, offline: bool =
         raise UsageError(f"{shown} cannot be the name of a folder")
     if archives.is_arrow(place):
         return archives.ArrowSource(place, offline=offline)
-    if path.is_dir():
+    if os.path.isdir(path):
         return FolderSource(path)
-    if place.endswith(archives.SUFFIXES) or (path.is_file() and place.endswith(archives.LISTS)):
+    if place.endswith(archives.SUFFIXES) or (os.path.isfile(path) and place.endswith(archives.LISTS)):
         return archives.ShardSource(archives.shard_paths(place), place, offline=offline)
-    if path.is_file():
+    if os.path.isfile(path):
         raise UsageError(f"{shown} is one file", hint="--data takes a folder, shards (.tar) or a dataset")
     if "://" in place:
         hint = "shards end in .tar; a dataset on the hub is hf://owner/name"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,7 +162,7 @@ class Concept:
     def load(cls, path: str | Path) -> Self:
         """Read a concept; raises UsageError if there is no such file, IntegrityError if it is not a usable concept."""
         path = Path(path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UsageError(f"there is no concept {printable(str(path))}", hint="make one: e4t personalize … --save")
         try:
             with safe_open(path, framework="pt") as file:

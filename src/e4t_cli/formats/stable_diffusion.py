@@ -79,7 +79,7 @@ def write_folder(
     tokenizer, text_encoder = _with_token(model, embedding, token)
     parts = {"unet": tuned.unet, "vae": model.vae, "text_encoder": text_encoder}
     base = model.base.folder
-    checked = (base / CHECKER / "config.json").is_file() and (base / FEATURE_EXTRACTOR).is_dir()
+    checked = os.path.isfile(base / CHECKER / "config.json") and os.path.isdir(base / FEATURE_EXTRACTOR)
     size = sum(weight.numel() for part in parts.values() for weight in part.parameters()) * dtype.itemsize
     if checked:
         size += min((path.stat().st_size for path in (base / CHECKER).glob("*.safetensors")), default=0)
@@ -139,7 +139,7 @@ def _cpu_copy(part: nn.Module, dtype: torch.dtype) -> Any:
 def _add_slow_tokenizer(source: Path, target: Path, tokenizer: Any, token: str) -> None:
     """Add the files that transformers before version 5 reads a tokenizer from."""
     for name in ("vocab.json", "merges.txt"):
-        if (source / name).is_file() and not (target / name).exists():
+        if os.path.isfile(source / name) and not os.path.exists(target / name):
             shutil.copyfile(source / name, target / name)
     added = {token: tokenizer.convert_tokens_to_ids(token)}
     (target / "added_tokens.json").write_bytes(json.dumps(added).encode())
@@ -164,7 +164,7 @@ def _normalize(folder: Path) -> None:
     """Make files readable for everybody, and configs free of paths and of dtypes that differ."""
     mode = (folder / "README.md").stat().st_mode  # safetensors' files only their owner may read
     for path in folder.rglob("*"):
-        if path.is_file():
+        if os.path.isfile(path):
             path.chmod(mode)
     for path in folder.glob("*/config.json"):
         settings = json.loads(path.read_text(encoding="utf-8"))

@@ -98,7 +98,7 @@ PUBLISHED = {
 
 def installed_bases() -> list[Base]:
     """Return the bases that came with the package."""
-    return [read_base(folder) for folder in map(_embedded, EMBEDDED) if (folder / "base.toml").is_file()]
+    return [read_base(folder) for folder in map(_embedded, EMBEDDED) if os.path.isfile(folder / "base.toml")]
 
 
 def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
@@ -113,7 +113,7 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
     if wanted in ("auto", *EMBEDDED):
         name = EMBEDDED[0] if wanted == "auto" else wanted
         folder = _embedded(name)
-        if not (folder / "base.toml").is_file():
+        if not os.path.isfile(folder / "base.toml"):
             message = f"this installation of e4t has no weights of the base {name!r}"
             raise WeightsUnavailable(
                 message, hint="reinstall e4t, or make them in a clone of its repository: make mini"
@@ -122,7 +122,7 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
     shown = printable(wanted)
     if "\0" in wanted:
         raise UsageError(f"{shown} cannot be the name of a folder")
-    if Path(wanted).is_dir():
+    if os.path.isdir(wanted):
         return read_base(Path(wanted))
     if wanted.startswith((".", "/", "~")) or wanted.count("/") > 1 or "\\" in wanted:
         raise UsageError(f"there is no folder {shown}")
@@ -134,12 +134,12 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
 
 def read_base(folder: Path) -> Base:
     """Return the base in a folder; IntegrityError if it lacks a part or its base.toml is invalid."""
-    if not (folder / "model_index.json").is_file():
+    if not os.path.isfile(folder / "model_index.json"):
         message = f"{printable(str(folder))} is not a base: it has no model_index.json"
         raise IntegrityError(message, hint="--base takes a folder in diffusers' layout")
     path = folder / "base.toml"
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             unet, vae = (json.loads((folder / part / "config.json").read_text("utf-8")) for part in ("unet", "vae"))
             # The U-Net's latents × the VAE's down-sampling.
             resolution = int(unet["sample_size"]) << (len(vae["block_out_channels"]) - 1)
@@ -176,7 +176,7 @@ def hub_location(wanted: str) -> HubLocation | None:
     repository, _, revision = wanted.partition("@")
     if not REPOSITORY.fullmatch(repository):
         return _remembered_location(wanted)
-    if Path(wanted).is_dir():  # a local folder takes precedence
+    if os.path.isdir(wanted):  # a local folder takes precedence
         return None
     for row in PUBLISHED.values():
         if repository.lower() == row.repository.lower() and revision in ("", row.revision):
@@ -220,7 +220,7 @@ def hub_weights_folder(location: str) -> Path | None:
     """Return the cached folder of "hub:owner/name@commit", None if it was not fetched."""
     with contextlib.suppress(IntegrityError):
         folder = snapshot_folder(*domain_weights_location(location))
-        if (folder / "domain.toml").is_file():
+        if os.path.isfile(folder / "domain.toml"):
             return folder
     return None
 
@@ -241,7 +241,7 @@ class ConvertedWeights:
     def source_files(self) -> list[Path]:
         """The checkpoint's files that are still in the hub's cache; nothing needs them."""
         folder = snapshot_folder(self.repository, self.commit)
-        return sorted(path for path in folder.glob("*.pt") if path.is_file())
+        return sorted(path for path in folder.glob("*.pt") if os.path.isfile(path))
 
 
 def e4t_diffusion_repository(location: str) -> str | None:

@@ -11,6 +11,7 @@ reads all repositories (0.3 s for 300 of other programs), and its deletions log 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -58,8 +59,8 @@ class ChecksumMismatch:
 
 
 def _item(name: str, kind: str, path: Path, revision: str = "") -> CacheItem:
-    files = path.rglob("*") if path.is_dir() else (path,)
-    size = sum(file.stat().st_size for file in files if file.is_file())
+    files = path.rglob("*") if os.path.isdir(path) else (path,)
+    size = sum(file.stat().st_size for file in files if os.path.isfile(file))
     return CacheItem(name=name, kind=kind, path=path, size=size, revision=revision)
 
 
@@ -84,7 +85,7 @@ def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[Check
     files = []
     for repository, commit in _snapshots():
         folder = snapshot_folder(repository, commit)
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for path in sorted(path for path in folder.rglob("*") if os.path.isfile(path)):
             name = path.relative_to(folder).as_posix()
             if expected := declared.get((repository, commit), {}).get(name) or repo_info.checksum_in_name(path):
                 files.append((repository, name, path, expected))
@@ -106,7 +107,7 @@ def _repositories() -> list[tuple[str, str]]:
 
 
 def _snapshots() -> list[tuple[str, str]]:
-    return [one for one in _repositories() if snapshot_folder(*one).is_dir()]
+    return [one for one in _repositories() if os.path.isdir(snapshot_folder(*one))]
 
 
 def prunable() -> list[CacheItem]:
@@ -122,7 +123,7 @@ def prunable() -> list[CacheItem]:
             if time.time() - path.stat().st_mtime > 3600:
                 found.append(_item(name, "partial download", path))
     published = snapshot_folder(VIT_H_14.repository, VIT_H_14.revision) / VIT_H_14.file
-    if has_tower() and published.is_file():
+    if has_tower() and os.path.isfile(published):
         found.append(_item(VIT_H_14.repository, "published tower", published))
     for weights in list_converted_weights():
         found += [_item(weights.repository, "published checkpoint", path) for path in weights.source_files]
@@ -134,7 +135,7 @@ def prune(chosen: list[CacheItem] | None = None) -> list[CacheItem]:
     removed = []
     for item in prunable() if chosen is None else chosen:
         with contextlib.suppress(OSError):
-            if item.path.is_dir():
+            if os.path.isdir(item.path):
                 shutil.rmtree(item.path)
             else:
                 repo_info.delete_file(item.path)
@@ -173,4 +174,4 @@ def remove(item: CacheItem) -> None:
 
 
 def _blobs(folder: Path) -> set[Path]:
-    return {link.resolve() for link in folder.rglob("*") if link.is_symlink()}
+    return {link.resolve() for link in folder.rglob("*") if os.path.islink(link)}

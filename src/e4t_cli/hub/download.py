@@ -188,17 +188,17 @@ def fetch_files(
     check_repository(repository)
     commit = cached_commit(repository, revision)
     folder = snapshot_folder(repository, commit or "")
-    if commit is not None and all((folder / name).is_file() for name in patterns):
+    if commit is not None and all(os.path.isfile(folder / name) for name in patterns):
         info = cached_repo_info(repository, commit)  # named in full and cached: no request
     else:
         info = get_repo_info(repository, revision, access)
     if info is not None:
         folder = snapshot_folder(repository, info.commit)
-    elif commit is None or not folder.is_dir():
+    elif commit is None or not os.path.isdir(folder):
         message = f"{repository} is not on this machine and e4t is offline"
         raise WeightsUnavailable(message, hint=f"with a network: {command}")
     wanted = _matching_files(info, folder, patterns)
-    missing = [file for file in wanted if not (folder / file.path).is_file()]
+    missing = [file for file in wanted if not os.path.isfile(folder / file.path)]
     if missing and access.cut_off:
         names = ", ".join(printable(file.path) for file in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
@@ -310,7 +310,7 @@ def _matching_files(info: RepoInfo | None, folder: Path, patterns: Sequence[str]
     if info is not None:
         files = list(info.files)
     else:
-        paths = [path for path in folder.rglob("*") if path.is_file()]
+        paths = [path for path in folder.rglob("*") if os.path.isfile(path)]
         files = [RepoFile(path=path.relative_to(folder).as_posix(), size=path.stat().st_size) for path in paths]
 
     def matches(file: RepoFile, *patterns: str) -> bool:

@@ -67,13 +67,13 @@ def tower_folder(tower: PublishedTower = VIT_H_14) -> Path:
 
 def has_tower(tower: PublishedTower = VIT_H_14) -> bool:
     """Whether there is a slim copy; it appears whole or not at all."""
-    return (tower_folder(tower) / "model.safetensors").is_file()
+    return os.path.isfile(tower_folder(tower) / "model.safetensors")
 
 
 def missing_bytes(tower: PublishedTower = VIT_H_14) -> int:
     """Return how much would have to be fetched."""
     published = snapshot_folder(tower.repository, tower.revision) / tower.file
-    return 0 if has_tower(tower) or published.is_file() else tower.size
+    return 0 if has_tower(tower) or os.path.isfile(published) else tower.size
 
 
 def fetch_image_tower(access: HubAccess, tower: PublishedTower = VIT_H_14) -> Path:
@@ -133,7 +133,7 @@ def _write_visual_tower(published: Path, folder: Path, config: dict[str, Any]) -
         with contextlib.suppress(FileExistsError):
             os.rename(temporary, folder)
     except OSError as error:
-        if folder.is_dir():
+        if os.path.isdir(folder):
             return  # another process was faster; its copy is the same
         message = f"the image tower cannot be kept in {folder.parent}: {error.strerror}"
         raise WeightsUnavailable(message, hint="set E4T_CACHE_DIR to a folder of yours") from error

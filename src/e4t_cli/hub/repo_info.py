@@ -218,7 +218,7 @@ def checksum_mismatch(path: Path, declared: str = "", on_bytes: Callable[[int], 
 
 def checksum_in_name(path: Path) -> str:
     """Return the checksum in the name of the blob that a snapshot's link points to, or ""."""
-    name = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+    name = os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
     return name if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) else ""
 
 
@@ -238,7 +238,7 @@ def checksum(path: Path, like: str, on_bytes: Callable[[int], None] | None = Non
 
 def delete_file(path: Path) -> None:
     """Delete a file of a snapshot and the blob behind it."""
-    blob = path.parent / os.readlink(path) if path.is_symlink() else None
+    blob = path.parent / os.readlink(path) if os.path.islink(path) else None
     path.unlink(missing_ok=True)
     if blob is not None:
         blob.unlink(missing_ok=True)

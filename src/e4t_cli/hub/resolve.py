@@ -80,14 +80,14 @@ def is_complete(folder: Path, *, half: bool, safety: bool) -> bool:
 
 def _names_in(folder: Path) -> set[str]:
     paths = [*folder.glob("*"), *folder.glob("*/*")]
-    return {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
+    return {path.relative_to(folder).as_posix() for path in paths if os.path.isfile(path)}
 
 
 def _has_shards(index: Path) -> bool:
     """Whether all files that an index names are beside it."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return all((index.parent / Path(name).name).is_file() for name in names)
+        return all(os.path.isfile(index.parent / Path(name).name) for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -121,11 +121,11 @@ def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
     """Whether a base could be used without a network, by the names of cached files."""
     location = hub_location(wanted)
     if location is None:
-        return wanted in EMBEDDED or Path(wanted).is_dir()
+        return wanted in EMBEDDED or os.path.isdir(wanted)
     folder = _cached_snapshot(location)
     if folder is None or not is_complete(folder, half=half, safety=False):
         return False
-    own = (folder / "image_tower" / "model.safetensors").is_file()
+    own = os.path.isfile(folder / "image_tower" / "model.safetensors")
     return not tower or own or has_tower() or not missing_bytes()
 
 
@@ -152,7 +152,7 @@ def _base_in(folder: Path, location: HubLocation, *, half: bool) -> Base:
     """Return the base in a snapshot folder, under the name that it has here."""
     base = read_base(folder)
     # A repository may name itself, but not take a name that means something here already.
-    named = location.name not in PUBLISHED and (folder / "base.toml").is_file()
+    named = location.name not in PUBLISHED and os.path.isfile(folder / "base.toml")
     return replace(
         base,
         name=base.name if named and base.name not in (*EMBEDDED, *PUBLISHED) else location.name,
@@ -216,7 +216,7 @@ def fetch_base(
                 raise
             base = cached
             access.note(f"{error.message}: going on with what is on this machine")
-    if (base.folder / "image_tower" / "open_clip_config.json").is_file():
+    if os.path.isfile(base.folder / "image_tower" / "open_clip_config.json"):
         return base
     return replace(base, tower=fetch_image_tower(access) if tower else tower_folder())
 
@@ -250,13 +250,13 @@ def _cached_base(location: HubLocation, access: HubAccess, *, half: bool, safety
 def _download_base(location: HubLocation, access: HubAccess, *, half: bool, safety: bool, repair: bool) -> Base:
     info = get_repo_info(location.repository, location.revision, access)
     if info is None:
-        state = "incomplete" if repository_folder(location.repository).is_dir() else "not"
+        state = "incomplete" if os.path.isdir(repository_folder(location.repository)) else "not"
         message = f"the base {location.name!r} is {state} on this machine, and e4t is offline"
         raise WeightsUnavailable(message, hint=f"with a network: {location.fetch_command}")
     names = [file.path for file in info.files]
     configs, weights = needed_files(names, half=half, safety=safety, source=info.repository)
     folder = snapshot_folder(info.repository, info.commit)
-    missing = [name for name in weights if not (folder / name).is_file()]
+    missing = [name for name in weights if not os.path.isfile(folder / name)]
     if missing and not access.cut_off:
         accept(Terms(repository=info.repository, licence=location.licence or info.licence), access)
         # Room for the base and its image tower together, before the first byte.

@@ -9,7 +9,6 @@ import re
 import stat
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
@@ -124,7 +123,7 @@ def _read(source: ImageInput) -> tuple[bytes, str]:
     # Without O_NONBLOCK, opening a FIFO without a writer would block.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             raise InputError(f"{shown} is a folder, not an image")
         with open(os.open(path, flags), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
 import os
@@ -13,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from e4t_cli.errors import ResourceError, UsageError, printable
-from e4t_cli.files import write_atomically
+from e4t_cli.errors import UsageError, printable
+from e4t_cli.files import file_error, write_atomically
 from e4t_cli.images.png_metadata import GenerationRecord, png_bytes
 from e4t_cli.prompts import slug
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
-
-_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota code
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
@@ -30,7 +27,7 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise _as_e4t_error(error, path) from error
+        raise file_error(error, path) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"the folder {printable(str(path))} cannot be written to")
     return path
@@ -50,18 +47,8 @@ def write_new(folder: str | os.PathLike[str], name: str, data: bytes, suffix: st
         except FileExistsError:
             continue
         except OSError as error:
-            raise _as_e4t_error(error, target) from error
+            raise file_error(error, target) from error
     return target
-
-
-def _as_e4t_error(error: OSError | ValueError, path: Path) -> UsageError | ResourceError:
-    shown, hint = printable(str(path)), "choose another one with -o"
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        return UsageError(f"{shown} is not a folder", hint=hint)
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return ResourceError(f"the disk is full: {shown} was not written")
-    reason = error.strerror if isinstance(error, OSError) else "that cannot be a name"
-    return UsageError(f"{shown} cannot be written: {reason}", hint=hint)
 
 
 CELL = 256  # side in pixels that an image of a contact sheet is scaled to, at least, about

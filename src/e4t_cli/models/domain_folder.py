@@ -15,6 +15,7 @@ it is used. The manifest names one of two encoder architectures, which only this
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def check_file(folder: Path, name: str, expected: str) -> None:
         IntegrityError: its SHA-256 differs.
     """
     path, shown = folder / name, printable(str(folder))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise WeightsUnavailable(f"the domain folder {shown} lacks {name}")
     if (found := sha256_of(path)) != expected:
         raise IntegrityError(f"{name} in {shown} is damaged: its SHA-256 is {found}, not {expected} as in {MANIFEST}")
@@ -209,7 +210,7 @@ def write_domain_folder(
         write_atomically(folder / name, data)
     if fields["tower"] is not None:
         source, copy = fields["tower"].path, folder / _TOWER
-        if not copy.exists() or not copy.samefile(source):
+        if not os.path.exists(copy) or not copy.samefile(source):
             with source.open("rb") as file:
                 write_atomically(copy, lambda target: shutil.copyfileobj(file, target))
         hashes[_TOWER], sizes[_TOWER] = sha256_of(copy), copy.stat().st_size
@@ -230,7 +231,7 @@ def read_domain_folder(folder: str | Path) -> dict[str, Any]:
     """Return the fields of a `DomainWeights`, see `DomainWeights.load`."""
     folder = Path(folder)
     shown = printable(str(folder))
-    if not (folder / MANIFEST).is_file():
+    if not os.path.isfile(folder / MANIFEST):
         raise WeightsUnavailable(f"{shown} is no domain folder: it has no {MANIFEST}")
     manifest = read_manifest(folder / MANIFEST)
     try:
@@ -244,7 +245,7 @@ def read_domain_folder(folder: str | Path) -> dict[str, Any]:
     needed = {_ENCODER, _OFFSETS} | ({_TOWER} if tower else set())
     if set(manifest.files) != needed:
         raise IntegrityError(f"{MANIFEST} in {shown} must list {', '.join(sorted(needed))}")
-    if tower is not None and not tower.path.is_file():
+    if tower is not None and not os.path.isfile(tower.path):
         raise WeightsUnavailable(f"the domain folder {shown} lacks {_TOWER}")
     for name in (_ENCODER, _OFFSETS):
         check_file(folder, name, manifest.files[name])

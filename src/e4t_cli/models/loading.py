@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -121,7 +122,7 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
         dtype: in memory, whatever the file has.
         half: read the float16 file where there are both.
     """
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}/config.json")
     try:
         part = _empty_part(kind, folder, dtype)
@@ -174,7 +175,7 @@ def _weight_paths(folder: Path, half: bool) -> list[Path]:
 
 def load_settings(kind: Any, folder: Path) -> Any:
     """Read a part that has no weights: the tokenizer, the noise schedule."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}")
     try:
         return kind.from_pretrained(folder, local_files_only=True)
@@ -187,7 +188,7 @@ def load_tower(folder: Path) -> ImageTower:
     from open_clip.transformer import QuickGELU, VisionTransformer  # slow to import
 
     config_path, weights_path = folder / "open_clip_config.json", folder / "model.safetensors"
-    if not config_path.is_file() or not weights_path.is_file():
+    if not os.path.isfile(config_path) or not os.path.isfile(weights_path):
         hint = "e4t fetch sd14 downloads the one of Stable Diffusion bases"
         raise WeightsUnavailable(f"the base has no image tower: {folder} is incomplete", hint=hint)
     try:
@@ -222,7 +223,7 @@ class SafetyChecker:
     @classmethod
     def of_base(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Self | None:
         """Load the checker of a base, None where it has none; IntegrityError if it is damaged."""
-        if not (folder / CHECKER / "config.json").is_file():
+        if not os.path.isfile(folder / CHECKER / "config.json"):
             return None
         # Not at the top: two seconds of imports for the one family of bases that has it.
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -230,7 +231,9 @@ class SafetyChecker:
 
         checker = load_part(StableDiffusionSafetyChecker, folder / CHECKER, device, dtype)
         settings = folder / FEATURE_EXTRACTOR
-        return cls(checker, load_settings(CLIPImageProcessor, settings) if settings.is_dir() else CLIPImageProcessor())
+        return cls(
+            checker, load_settings(CLIPImageProcessor, settings) if os.path.isdir(settings) else CLIPImageProcessor()
+        )
 
     @torch.no_grad()
     def flags(self, images: Sequence[Image.Image]) -> list[bool]:

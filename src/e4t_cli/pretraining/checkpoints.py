@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ class Checkpoints:
         return sorted(names, key=lambda path: int(path.stem.partition("-")[2]))
 
     def _unwritable(self, error: OSError, what: str) -> ResourceError:
-        intact = self.latest() if self.folder.is_dir() else None
+        intact = self.latest() if os.path.isdir(self.folder) else None
         kept = f"; {intact.name} before it is intact" if intact is not None else ""
         message = f"{what} could not be written in {printable(str(self.folder))}: {error.strerror or error}{kept}"
         return ResourceError(message, hint="make room; the same command then resumes from there")

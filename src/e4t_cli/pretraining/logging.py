@@ -6,6 +6,7 @@ None of it is worth a run: what is missing or fails is reported once, and traini
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -206,7 +207,7 @@ class TrainingLogger:
 def read_losses(path: Path) -> list[dict[str, float]]:
     """Return the lines of a log of losses, but for one that a killed process left torn."""
     lines = []
-    if path.exists():
+    if os.path.exists(path):
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, TypeError, AttributeError):
                 lines.append({key: float(value) for key, value in json.loads(text).items()})

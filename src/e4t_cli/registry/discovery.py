@@ -43,7 +43,7 @@ def user_domain(folder: Path) -> Domain:
     from e4t_cli.registry.manifest import MANIFEST_NAME, read_manifest  # pydantic takes 0.1 s
 
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):
         message = f"{printable(str(folder))} is no domain: it has no {MANIFEST_NAME}"
         raise UsageError(message, hint="e4t domains list shows what is installed")
     manifest = read_manifest(path)
@@ -109,7 +109,7 @@ def find_listing(name: str) -> Listing:
     """Return the domain of that name with the package that it comes from; errors as of `find_domain`."""
     shown = printable(name)
     if "/" in name or os.sep in name:
-        if not Path(name).is_dir():
+        if not os.path.isdir(name):
             raise UsageError(f"there is no folder {shown}")
         load = partial(user_domain, Path(name))
         domain = load()
@@ -206,10 +206,10 @@ def weights_folder(domain: Domain, base: str) -> Path:
 
     location = domain.weights.get(base)
     for folder in _folders(location) if location else ():
-        if (folder / MANIFEST_NAME).is_file():
+        if os.path.isfile(folder / MANIFEST_NAME):
             return folder
     folder = user_domains_folder() / domain.name
-    if (folder / MANIFEST_NAME).is_file() and base in user_domain(folder).weights:
+    if os.path.isfile(folder / MANIFEST_NAME) and base in user_domain(folder).weights:
         return folder
     command = f"e4t pretrain --domain {domain.name} --base {base} --data FOLDER"
     if location is None:

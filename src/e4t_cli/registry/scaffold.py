@@ -59,7 +59,7 @@ def new_domain(
     module = package.replace("-", "_")
     target = Path(folder if folder is not None else package)
     shown = printable(str(target))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.exists(target) and (not os.path.isdir(target) or any(target.iterdir())):
         raise UsageError(f"{shown} is not an empty folder", hint="name another one")
     building = target.parent / f".{secrets.token_hex(8)}~"
     try:

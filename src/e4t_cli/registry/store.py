@@ -82,7 +82,7 @@ def add_domain(
             target = store / manifest.name
             message = f"there is a domain in {printable(str(target))} already"
             taken = UsageError(message, hint=f"e4t domains rm {manifest.name} removes it")
-            if target.exists():
+            if os.path.exists(target):
                 raise taken
             user_domain(copy)  # a valid manifest can still make no valid Domain
             try:
@@ -115,7 +115,7 @@ def remove_domain(name: str) -> Path:
     """Remove one of the user's domains and return the folder it had; UsageError if there is none, or no right to."""
     folder = find_user_folder(name)
     try:
-        if folder.is_symlink():
+        if os.path.islink(folder):
             folder.unlink()  # the folder it points to is not the store's
             return folder
         # Renamed in one step first: an interrupt leaves no half domain in the list.
@@ -137,12 +137,12 @@ def _resolve_source(
     if not wanted or "\0" in wanted:
         raise UsageError(f"{shown!r} is neither a folder nor a zip nor a hub repository")
     path = Path(wanted)
-    if path.is_dir():
-        if not (path / MANIFEST_NAME).is_file():
+    if os.path.isdir(path):
+        if not os.path.isfile(path / MANIFEST_NAME):
             message = f"{shown} is no domain: it has no {MANIFEST_NAME}"
             raise UsageError(message, hint="e4t pretrain makes such a folder")
         return path, path
-    if path.is_file():
+    if os.path.isfile(path):
         folder = _unpack(path, temporary / "unpacked")
         return folder, folder
     repository = _REPOSITORY.fullmatch(wanted)

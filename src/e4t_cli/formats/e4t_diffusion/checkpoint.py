@@ -58,11 +58,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         IntegrityError: it is not one of e4t-diffusion's, or its config.json is invalid.
     """
     shown = printable(str(folder))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"there is no folder {shown}")
-    weights = UNET if (folder / UNET).is_file() else OFFSETS
+    weights = UNET if os.path.isfile(folder / UNET) else OFFSETS
     for name in ("config.json", ENCODER, weights):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             hint = "give the folder that its training wrote, or that its repository holds"
             raise IntegrityError(f"{shown} is not a checkpoint of e4t-diffusion: it has no {name}", hint=hint)
     try:
@@ -81,7 +81,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             base=_text(training, "pretrained_model_name_or_path"),
             tower=_text(training, "clip_model_name_or_path", _DEFAULT_TOWER),
             tuned="pretrained_args" in config or weights == UNET,
-            photo=folder / PHOTO if (folder / PHOTO).is_file() else None,
+            photo=folder / PHOTO if os.path.isfile(folder / PHOTO) else None,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise IntegrityError(f"config.json in {shown} cannot be used: {printable(str(error))}") from error
@@ -120,7 +120,7 @@ def tower_sizes(name: str, *, normalised_patches: bool = False) -> dict[str, Any
     """
     model, _, weights = name.partition("::")
     path = configs_folder() / f"{model}.json"
-    known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", model) and path.is_file()
+    known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", model) and os.path.isfile(path)
     config = json.loads(path.read_text(encoding="utf-8")) if known else {}
     vision = config.get("vision_cfg", {})
     if not {"image_size", "layers", "width", "patch_size"} <= set(vision) <= _PLAIN_TOWER:
@@ -215,7 +215,7 @@ def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallb
         try:
             os.rename(made, target)
         except OSError:
-            if not (target / "domain.toml").is_file():
+            if not os.path.isfile(target / "domain.toml"):
                 raise
     return result
 
