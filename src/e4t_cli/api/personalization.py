@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -22,17 +22,21 @@ from e4t_cli.api.options import (
     RunOptions,
 )
 from e4t_cli.api.resolve import (
+    Prompts,
     load_concept,
     load_concept_models,
     parse_prompts,
     prefers_half,
+    prompt_requests,
     resolve_base,
     resolve_base_name,
     resolve_domain,
     resolve_domain_weights,
+    resolve_images,
     resolve_sampling,
     resolve_seed,
     resolve_tuning,
+    scales_concept,
 )
 from e4t_cli.api.session import Session
 from e4t_cli.errors import UsageError, WeightsUnavailable, printable
@@ -56,7 +60,7 @@ if TYPE_CHECKING:
 def personalize(
     domain: str | os.PathLike[str] | Domain,
     image: ImageInput,
-    prompts: str | Sequence[str] = (),
+    prompts: Prompts = (),
     *,
     num_images_per_prompt: int = 1,
     seed: int | None = None,
@@ -69,7 +73,8 @@ def personalize(
     Args:
         domain: "face", "cat", "art", any installed domain, a domain folder, or a `Domain`.
         image: the photo: a path, "-" for stdin, bytes, an open binary file, or a PIL image.
-        prompts: with the placeholder where the concept goes; none only makes the concept.
+        prompts: with the placeholder where the concept goes; none only makes the concept. A `PromptRequest` has
+            settings of its own.
         num_images_per_prompt: image i of every prompt has the seed `seed + i`.
         seed: of tuning and of the first image; None takes a random one, and reports it.
         sampling: `SamplingConfig`, or a mapping of some of its fields.
@@ -92,6 +97,7 @@ def personalize(
     weights = resolve_domain_weights(value, base, session.access)
     with session.running(base):
         config = resolve_sampling(sampling)
+        wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seed=first_seed)
         session.load(base, weights)
         session.check_prompts(parsed)
         model, pretrained = session.model, session.pretrained
@@ -117,17 +123,15 @@ def personalize(
             image_sha256=photo.sha256, photo="; ".join(prepared.remarks),
             placeholder=check_placeholder(placeholder),
         )  # fmt: skip
-        tuned = session.tune(concept, keep_base=config.concept_scale != 1)
+        tuned = session.tune(concept, keep_base=scales_concept(wanted))
         if asked.keep_weights:
             concept = replace(concept, weights=Concept.weights_of(tuned))
-        return session.generate(
-            concept, tuned, parsed, config, count=num_images_per_prompt, seed=first_seed, on_image=asked.on_image
-        )
+        return session.generate(concept, tuned, wanted, seed=first_seed, on_image=asked.on_image)
 
 
 def generate(
     concept: Concept | str | os.PathLike[str],
-    prompts: str | Sequence[str],
+    prompts: Prompts,
     *,
     num_images_per_prompt: int = 1,
     seed: int | None = None,
@@ -157,13 +161,12 @@ def generate(
         concept = load_concept(concept)
         parsed = parse_prompts(prompts, placeholder or concept.placeholder)
         config = resolve_sampling(sampling)
+        wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seed=first_seed)
         load_concept_models(concept, session)
         session.check_prompts(parsed)
         tuned = concept.tuned(session.model, session.pretrained)
-        tuned = tuned or session.tune(concept, keep_base=config.concept_scale != 1)
-        return session.generate(
-            concept, tuned, parsed, config, count=num_images_per_prompt, seed=first_seed, on_image=asked.on_image
-        )
+        tuned = tuned or session.tune(concept, keep_base=scales_concept(wanted))
+        return session.generate(concept, tuned, wanted, seed=first_seed, on_image=asked.on_image)
 
 
 def prepare(
@@ -198,7 +201,7 @@ def prepare(
 def plan(
     domain: str | os.PathLike[str] | Domain,
     image: ImageInput,
-    prompts: str | Sequence[str] = (),
+    prompts: Prompts = (),
     *,
     num_images_per_prompt: int = 1,
     placeholder: str = PLACEHOLDER,
@@ -230,7 +233,7 @@ def plan(
         "base": name,
         "photo": f"{photo.width}×{photo.height}",
         "prompts": len(parsed),
-        "images": len(parsed) * num_images_per_prompt,
+        "images": sum(one.num_images or num_images_per_prompt for one in prompt_requests(prompts)),
         "size": f"{resolution}×{resolution}" if resolution else "",
         "to fetch": " and ".join(fetched),
         "tuning": asdict(resolve_tuning(config, tuning, tune_steps)),

@@ -1,16 +1,12 @@
 """``e4t personalize`` and ``e4t generate``: images of a concept, from a photo or a saved one.
 
-Prompts come from arguments, a file and stdin, and are checked before torch is imported. Each image is saved as soon as
-it is generated, and its path goes to stdout.
+Each image is saved as soon as it is generated, and its path goes to stdout.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,84 +14,16 @@ import typer
 
 from e4t_cli.cli import options
 from e4t_cli.cli.console import Console
+from e4t_cli.cli.prompt_files import STDIN, gather_prompts
 from e4t_cli.devices import peak_memory
-from e4t_cli.errors import InputError, PartialResult, UsageError, printable
-from e4t_cli.prompts import PLACEHOLDER, parse_prompt, slug
+from e4t_cli.errors import PartialResult, UsageError, printable
+from e4t_cli.prompts import slug
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from e4t_cli.images.results import GeneratedImage, Personalization
     from e4t_cli.registry.domain import PreparedImage
-
-STDIN = "-"
-MAX_FILE_BYTES = 4_000_000  # a list of prompts, not a book
-
-
-def gather_prompts(
-    arguments: Sequence[str], file: str | None, *, placeholder: str | None, stdin_taken: bool = False
-) -> list[str]:
-    """Return all prompts in the order given: arguments first, then the file's lines; ``-`` is stdin.
-
-    Args:
-        placeholder: the word that stands for the concept; None if only the concept's file knows.
-        stdin_taken: the photo comes from stdin already.
-
-    Raises:
-        UsageError: two inputs want stdin, or a prompt does not name the concept.
-        InputError: the file cannot be read as text.
-    """
-    if [*arguments, file].count(STDIN) + stdin_taken > 1:
-        raise UsageError("only one input can be - (stdin)", hint="give the others as files")
-    prompts = [line for one in arguments for line in (_lines(STDIN) if one == STDIN else [one])]
-    prompts += _lines(file) if file is not None else []
-    if placeholder is not None:
-        try:
-            for prompt in prompts:
-                parse_prompt(prompt, placeholder or PLACEHOLDER)
-        except UsageError as error:
-            hint = _shell_hint(arguments, placeholder or PLACEHOLDER) or error.hint
-            raise UsageError(error.message, hint=hint) from None
-    return prompts
-
-
-def _lines(source: str) -> list[str]:
-    shown = "stdin" if source == STDIN else printable(source)
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if source == STDIN else Path(source).open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise InputError(f"{shown} is longer than {MAX_FILE_BYTES // 10**6} MB of prompts")
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{shown} is not UTF-8 text: {error.reason}") from None
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {shown}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{shown} cannot be read: {error}") from None
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not found:
-        raise InputError(f"{shown} has no prompts; put one on each line")
-    return found
-
-
-def _shell_hint(arguments: Sequence[str], placeholder: str) -> str | None:
-    """Return a hint for a prompt without quotes: the shell split it, and may have expanded ``S*``.
-
-    ``e4t personalize face me.jpg S* as an astronaut`` arrives as single words, and in a folder with ``Screenshot.png``
-    the shell puts that name where ``S*`` stood.
-    """
-    if any(os.path.exists(word) for word in arguments if 0 < len(word) < 256 and "\0" not in word):
-        return (
-            f'a file\'s name stands in place of a prompt: quote the prompt, as in "{placeholder} as an astronaut", '
-            "so that the shell does not expand the *; or choose another word with --placeholder '<me>'"
-        )
-    if len(arguments) > 1 and all(len(word.split()) == 1 for word in arguments):
-        first = placeholder if placeholder.casefold() != arguments[0].casefold() else arguments[0]
-        words = [word for word in arguments if word.casefold() != placeholder.casefold()]
-        return f'quote the prompt: "{printable(" ".join([first, *words]))}"'
-    return None
-
 
 class PreparedSaver:
     """Saves a prepared image and, in a second file, its mask; prints both paths.
