@@ -235,7 +235,7 @@ def plan(
         "prompts": len(parsed),
         "images": sum(one.num_images or num_images_per_prompt for one in prompt_requests(prompts)),
         "size": f"{resolution}×{resolution}" if resolution else "",
-        "to fetch": " and ".join(fetched),
+        "to_fetch": " and ".join(fetched),
         "tuning": asdict(resolve_tuning(config, tuning, tune_steps)),
     }
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from e4t_cli.images.results import GeneratedImage, Personalization
     from e4t_cli.registry.domain import PreparedImage
 
+
 class PreparedSaver:
     """Saves a prepared image and, in a second file, its mask; prints both paths.
 

@@ -32,7 +32,7 @@ _XMP = (
     '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
 # Keys of the JSON since version 0.1, which stay as they are.
-_KEYS_IN_FILES = {"concept_scale": "strength", "weights_fingerprint": "pack_fingerprint"}
+KEYS_IN_FILES = {"concept_scale": "strength", "weights_fingerprint": "pack_fingerprint"}
 
 
 def package_versions() -> dict[str, str]:
@@ -68,7 +68,7 @@ class GenerationRecord:
 
     def as_dict(self, *, include_prompts: bool = True) -> dict[str, Any]:
         """Return plain values under the keys of the file, with or without the prompts."""
-        values = {_KEYS_IN_FILES.get(name, name): value for name, value in asdict(self).items()}
+        values = {KEYS_IN_FILES.get(name, name): value for name, value in asdict(self).items()}
         if not include_prompts:
             del values["prompt"], values["negative_prompt"]
         return {"schema": SCHEMA, **values}
@@ -134,7 +134,7 @@ def read_metadata(png: bytes) -> ImageMetadata:
         raise InputError("this is not a readable PNG") from error
     try:
         details = json.loads(text.get("e4t", "null"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError("the e4t text in this PNG is damaged") from error
     details = details if isinstance(details, dict) else None
     return ImageMetadata(text.get("parameters"), details, ai_generated=AI_MARK in text.get(_XMP_KEYWORD, ""))
