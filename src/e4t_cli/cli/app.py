@@ -126,11 +126,11 @@ def _report(error: E4TError) -> int:
 
 def _os_error(error: OSError) -> int:
     """Report a full disk or a missing permission that no command expected; anything else is a bug."""
-    if error.filename is None and console.stdout_fails():  # a help, which Typer prints
-        return _report(console.stdout_failed(error))
     if error.errno not in SURROUNDINGS:
         return _unexpected(error)
-    return _report(file_error(error, error.filename or "a file"))
+    if error.filename is None:
+        console.discard_stdout()  # perhaps a help, which Typer prints
+    return _report(file_error(error, error.filename or "stdout or a file"))
 
 
 def _unexpected(error: BaseException) -> int:

@@ -223,17 +223,6 @@ def discard_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def stdout_fails() -> bool:
-    """Whether what is buffered cannot be written."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        return True
-    except AttributeError:  # it is closed
-        pass
-    return False
-
-
 def stdout_failed(error: OSError) -> E4TError:
     """Return the error for a stdout that takes no more; what follows is discarded."""
     discard_stdout()

@@ -48,7 +48,8 @@ class ImportFlags:
     name: Annotated[str | None, typer.Option(
         metavar="NAME", help="Of the domain; by default the one that it was made for.")] = None
     base: Annotated[str, typer.Option(
-        "--base", help="What it was trained on; auto is what its config says.")] = "auto"
+        "--base", autocompletion=options.complete_base,
+        help="What it was trained on; auto is what its config says.")] = "auto"
     licence: Annotated[str, typer.Option(
         metavar="TEXT", help="Of the weights, for the domain's manifest.")] = ""
     normalised_patches: Annotated[bool, typer.Option(

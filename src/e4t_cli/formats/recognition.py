@@ -7,6 +7,7 @@ under today's names; files have the names of version 0.1.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -105,7 +106,10 @@ def _file(path: Path, shown: str) -> Recognized:
 
 
 def _is_text(begin: bytes) -> bool:
-    return b"\0" not in begin and "\ufffd" not in begin[:-4].decode("utf-8", errors="replace")
+    try:
+        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(begin)  # the last letter may be cut
+    except UnicodeDecodeError:
+        return False
 
 
 def _png(data: bytes, shown: str) -> Recognized:

@@ -83,7 +83,7 @@ def folder_problems() -> list[str]:
 def _reason_against(folder: Path, names: list[str]) -> str:
     """Return why nothing can be kept in a folder, which need not exist yet; "" if it can."""
     if NO_HOME in (folder, *folder.parents):
-        return f"there is no home folder for caches and domains: set HOME, or {names[0]}"
+        return "there is no home folder for caches and domains: set HOME, or E4T_CACHE_DIR, HF_HOME and XDG_DATA_HOME"
     name = next((name for name in names if os.environ.get(name)), "")
     shown = printable(f"{folder}, where {name}={os.environ[name]} points to," if name else str(folder))
     try:

@@ -161,7 +161,7 @@ def _candidates() -> list[Listing]:
     for point in entry_points(group=GROUP):
         package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
         found.append(Listing(name=point.name, package=package, version=version, load=point.load))
-    folder, names = user_domains_folder(), []
+    folder, names = user_domains_folder(), list[str]()
     with contextlib.suppress(OSError, ValueError):  # no such folder yet, or no permission
         names = os.listdir(folder)
     for name in names:
