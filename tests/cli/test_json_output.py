@@ -16,7 +16,7 @@ DATA = {"weights", "files", "versions", "domains", "sizes"}
 COMMANDS = [
     ["domains", "list"], ["domains", "--json"], ["domains", "info", "face"], ["domains", "check", "face"],
     ["domains", "new", "my_dogs"], ["cache", "dir"], ["cache", "ls"], ["cache", "verify"], ["cache", "prune", "-y"],
-    ["doctor"], ["info", ME.replace("me.png", "../docs/demo-grid.png")],
+    ["doctor"], ["info", str(Path(ME).parent.parent / "domains/e4t_domains/packs/face/mini")],
     ["personalize", "face", ME, "S* x", *MINI, "--dry-run"],
     ["personalize", "face", ME, "S* x", *MINI, "--tune-steps", "0", "--steps", "1", "--grid", "--save", "me.e4t"],
     pytest.param(["pretrain", "--domain", "my_dogs", "--data", DOGS, *MINI, "--dry-run"], marks=pytest.mark.slow),

@@ -93,7 +93,7 @@ def test_cache_lists_and_removes(hub, tiny, run, monkeypatch):
     assert run("cache", "ls", "--json")[1] == ""
     run("fetch", "owner/tiny")
     assert run("cache", "dir")[1].splitlines() == [str(hub_cache()), str(user_cache())]
-    (row,) = json.loads(run("cache", "ls", "--json")[1])
+    row = json.loads(run("cache", "ls", "--json")[1])
     assert row["name"] == "owner/tiny" and row["revision"] == tiny and row["size"] > 10_000
     assert "owner/tiny" in run("cache", "ls")[1]
 
@@ -122,7 +122,7 @@ def test_cache_shows_what_was_derived(hub, run):
     kept = user_cache() / "pretraining" / "abc"
     kept.mkdir(parents=True)
     (kept / "chunk.safetensors").write_bytes(b"x" * 7)
-    (row,) = json.loads(run("cache", "ls", "--json")[1])
+    row = json.loads(run("cache", "ls", "--json")[1])
     assert (row["name"], row["size"]) == ("pretraining/abc", 7)
     assert run("cache", "rm", row["name"], "-y")[0] == 0 and not kept.exists()
 

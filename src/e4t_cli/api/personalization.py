@@ -234,7 +234,7 @@ def plan(
         "photo": {"width": photo.width, "height": photo.height},
         "prompts": len(parsed),
         "images": sum(one.num_images or num_images_per_prompt for one in prompt_requests(prompts)),
-        "size": resolution or None,
+        "size": {"width": resolution, "height": resolution} if resolution else None,
         "to_fetch": " and ".join(fetched),
         "tuning": asdict(resolve_tuning(config, tuning, tune_steps)),
     }

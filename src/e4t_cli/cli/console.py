@@ -171,7 +171,9 @@ class Console:
 
 def _as_text(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_as_text(one)}" for name, one in value.items())
+        size = [f"{value['width']}×{value['height']}"] if {"width", "height"} <= value.keys() else []
+        others = {name: one for name, one in value.items() if not size or name not in ("width", "height")}
+        return ", ".join(size + [f"{name} {_as_text(one)}" for name, one in others.items()])
     if isinstance(value, list):
         short = len(value) <= SHORT_LIST and not any(isinstance(one, Mapping | list) for one in value)
         return ", ".join(map(str, value)) if short else f"{len(value)}"

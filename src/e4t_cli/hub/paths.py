@@ -69,6 +69,13 @@ def _user_folder(kind: str) -> Path:
         return NO_HOME
 
 
+def matches(folder: Path, pattern: str) -> list[Path]:
+    """Return the sorted paths below a folder that match a pattern; none of a folder that cannot be one."""
+    with contextlib.suppress(OSError):  # Path.glob raises for names that are too long, and for loops of links
+        return sorted(folder.glob(pattern))
+    return []
+
+
 def folder_problems() -> list[str]:
     """Return a sentence for each of the three folders that cannot be used, with the variable that points to it."""
     places = (
@@ -85,7 +92,7 @@ def _reason_against(folder: Path, names: list[str]) -> str:
     if NO_HOME in (folder, *folder.parents):
         return "there is no home folder for caches and domains: set HOME, or E4T_CACHE_DIR, HF_HOME and XDG_DATA_HOME"
     name = next((name for name in names if os.environ.get(name)), "")
-    shown = printable(f"{folder}, where {name}={os.environ[name]} points to," if name else str(folder))
+    shown = printable(f"{name}={os.environ[name]}" if name else str(folder), limit=120)
     try:
         os.lstat(folder)
     except (FileNotFoundError, NotADirectoryError):

@@ -161,10 +161,10 @@ def _candidates() -> list[Listing]:
     for point in entry_points(group=GROUP):
         package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
         found.append(Listing(name=point.name, package=package, version=version, load=point.load))
-    folder, names = user_domains_folder(), list[str]()
+    folder, entries = user_domains_folder(), list[str]()
     with contextlib.suppress(OSError, ValueError):  # no such folder yet, or no permission
-        names = os.listdir(folder)
-    for name in names:
+        entries = os.listdir(folder)
+    for name in entries:
         if os.path.isfile(folder / name / "domain.toml") or _is_closed(folder / name):
             found.append(Listing(name=name, package=USER, load=partial(user_domain, folder / name)))
     if (chosen := os.environ.get("E4T_DOMAINS")) is not None:
