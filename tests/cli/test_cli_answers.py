@@ -273,6 +273,30 @@ def test_an_unforeseen_fault_is_one_line(run, monkeypatch):
     assert "Traceback" in run("domains", "list").err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/x"), 2, "/x cannot be written: Permission denied"),
+        (OSError(30, "Read-only file system", "/x"), 2, "its permissions do not allow it"),
+        (OSError(28, "No space left on device", "/x"), 6, "make room"),
+        (OSError(28, "No space left on device"), 6, "make room"),
+        (EOFError("cut"), 1, "unexpected EOFError: cut"),
+        (ConnectionError("x"), 1, "unexpected ConnectionError"),
+    ],
+)
+def test_what_no_command_expected(run, monkeypatch, error, code, words):
+    """The disk and permissions are never a bug of this program, and a permission is never a lack of room."""
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("e4t_cli.registry.discovery.installed_domains", fail)
+    monkeypatch.setattr(console, "discard_stdout", lambda: None)
+    ended = run("domains", "list")
+    assert ended.code == code and words in ended.err
+    assert ("make room" in ended.err) == (code == 6) and ("bug" in ended.err) == (code == 1)
+
+
 def test_a_folder_that_may_not_be_written_to(run, tmp_path, monkeypatch):
     from PIL import Image
 

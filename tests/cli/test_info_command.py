@@ -135,7 +135,7 @@ sys.exit(" ".join({{"torch", "transformers", "diffusers"}} & set(sys.modules)))
     import subprocess
     import sys
 
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
 
 
 def test_what_a_file_says_of_itself_stands_apart(run, tmp_path):

@@ -9,6 +9,7 @@ never read as markup.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -228,9 +229,8 @@ def discard_stdout() -> None:
 def stdout_failed(error: OSError) -> E4TError:
     """Return the error for a stdout that takes no more; what follows is discarded."""
     discard_stdout()
-    return ResourceError(
-        f"stdout cannot be written: {error.strerror or error}", hint="make room, or send it elsewhere; files stay"
-    )
+    hint = "make room, or send it elsewhere" if error.errno == errno.ENOSPC else "send it elsewhere"
+    return ResourceError(f"stdout cannot be written: {error.strerror or error}", hint=f"{hint}; files stay")
 
 
 # ── terminals, and the progress of stages ──
