@@ -53,15 +53,24 @@ def parse_prompts(prompts: str | Sequence[str], placeholder: str) -> list[Prompt
     return [parse_prompt(one, placeholder) for one in ([prompts] if isinstance(prompts, str) else prompts)]
 
 
-def resolve_seed(seed: int | None, count: int) -> int:
-    """Return the seed of the first of `count` images, checked; a random one if none was asked for."""
+def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Return the seeds of each prompt's images, checked: those given, or `count` from the given or a random one on.
+
+    Raises:
+        UsageError: a seed is out of range, there is none, or both a list and a count were given.
+    """
     if not isinstance(count, int) or count < 1:
         raise UsageError(f"the number of images per prompt must be 1 or more, not {count!r}")
-    if seed is None:
-        return secrets.randbelow(2**31)  # short enough to type, far from the end
-    if not 0 <= seed <= MAX_SEED + 1 - count:
-        raise UsageError(f"seeds must be 0 to {MAX_SEED}, not {seed} to {seed + count - 1}")
-    return seed
+    if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
+        if count > 1:
+            raise UsageError("a list of seeds says how many images there are", hint="leave -n out, or give one seed")
+        seeds = list(dict.fromkeys(seed))
+    else:
+        first = secrets.randbelow(2**31) if seed is None else seed  # short enough to type, far from the end
+        seeds = [first] if count == 1 or not isinstance(first, int) else list(range(first, first + count))
+    if not seeds or not all(isinstance(one, int) and 0 <= one <= MAX_SEED for one in seeds):
+        raise UsageError(f"seeds must be 0 to {MAX_SEED}, not {printable(repr(seed), limit=40)}")
+    return seeds
 
 
 def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:

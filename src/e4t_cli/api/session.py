@@ -54,14 +54,14 @@ def memory_errors() -> Iterator[None]:
 
 
 def record_of(
-    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int]
+    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int], spacing: str
 ) -> GenerationRecord:
     """Return all that it takes to generate an image again; `size` is (width, height) in pixels."""
     return GenerationRecord(
         prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
         negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
         steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
-        domain=concept.domain, base=concept.base_name, base_fingerprint=concept.base_fingerprint,
+        timestep_spacing=spacing, domain=concept.domain, base=concept.base_name, base_fingerprint=concept.base_fingerprint,
         weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
         tuning={**concept.config.as_dict(), "seed": concept.seed},
     )  # fmt: skip
@@ -217,34 +217,35 @@ class Session:
         concept: Concept,
         tuned: TunedModel,
         prompts: Sequence[Prompt],
+        seeds: Sequence[int],
         sampling: SamplingConfig,
         *,
-        count: int,
         seed: int,
+        name: str,
         on_image: ImageCallback | None,
     ) -> Personalization:
-        """Generate `count` images of every prompt; image i of each has the seed `seed + i`."""
-        from e4t_cli.sampling import sample
+        """Generate one image of each prompt and its seed; `seed` and `name` are those of the result."""
+        from e4t_cli.sampling import make_scheduler, sample
 
         sampling = sampling.resolved(self.model)
-        wanted = [prompt for prompt in prompts for _ in range(count)]
-        seeds = [seed + i for _ in prompts for i in range(count)]
+        spacing = str(make_scheduler(self.model, sampling).config.get("timestep_spacing", "leading"))
         images: list[GeneratedImage] = []
         withheld: list[GenerationRecord] = []
         with self.stage("generate", counted=True):
             checker = self._safety_checker()
-            sampled = sample(self.model, tuned, wanted, seeds, sampling, on_progress=self.report)
-            for prompt, image_seed, pixels in zip(wanted, seeds, sampled, strict=True):
-                record = record_of(concept, prompt, image_seed, sampling, pixels.size)
+            sampled = sample(self.model, tuned, prompts, seeds, sampling, on_progress=self.report)
+            for prompt, image_seed, pixels in zip(prompts, seeds, sampled, strict=True):
+                record = record_of(concept, prompt, image_seed, sampling, pixels.size, spacing)
                 if checker is not None and checker.flags([pixels])[0]:
                     withheld.append(record)
                     continue
-                images.append(GeneratedImage(image=pixels, prompt=prompt.text, seed=image_seed, record=record))
+                image = GeneratedImage(image=pixels, prompt=prompt.text, seed=image_seed, record=record, name=name)
+                images.append(image)
                 if on_image is not None:
-                    on_image(images[-1])
+                    on_image(image)
         return Personalization(
             concept=concept, images=images, seed=seed, timings=Timings(**self.seconds),
-            notes=tuple(self.notes), withheld=tuple(withheld),
+            notes=tuple(self.notes), withheld=tuple(withheld), name=name,
         )  # fmt: skip
 
     def _safety_checker(self) -> SafetyChecker | None:
