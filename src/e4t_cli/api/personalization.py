@@ -186,8 +186,7 @@ def generate(
 
 def _stem(source: ImageInput) -> str:
     """Return the name of a photo's or concept's file without its ending; "" if it has none that is known."""
-    known = isinstance(source, str | os.PathLike) and source != "-"
-    return Path(os.fsdecode(source)).stem if known else ""
+    return Path(source).stem if isinstance(source, str | os.PathLike) and source != "-" else ""
 
 
 def prepare(

@@ -29,8 +29,7 @@ def repeated(
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if records and not texts and seed is None and count == 1:
-        pairs = [(one.prompt, *resolve_seeds(one.seed, 1)) for one in records]
-        return [text for text, _ in pairs], [own for _, own in pairs]
+        return [one.prompt for one in records], [resolve_seeds(one.seed, 1)[0] for one in records]
     if records and seed is None:
         seed = list(dict.fromkeys(one.seed for one in records)) if count == 1 else records[0].seed
     texts = texts or list(dict.fromkeys(one.prompt for one in records))

@@ -61,13 +61,14 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """
     if not isinstance(count, int) or count < 1:
         raise UsageError(f"the number of images per prompt must be 1 or more, not {count!r}")
-    if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
-        if count > 1:
-            raise UsageError("a list of seeds says how many images there are", hint="leave -n out, or give one seed")
-        seeds = list(dict.fromkeys(seed))
+    if seed is None:
+        seed = secrets.randbelow(2**31)  # short enough to type, far from the end
+    if isinstance(seed, Sequence) and count > 1:
+        raise UsageError("a list of seeds says how many images there are", hint="leave -n out, or give one seed")
+    if isinstance(seed, int):
+        seeds = list(range(seed, seed + count))
     else:
-        first = secrets.randbelow(2**31) if seed is None else seed  # short enough to type, far from the end
-        seeds = [first] if count == 1 or not isinstance(first, int) else list(range(first, first + count))
+        seeds = list(dict.fromkeys(seed)) if isinstance(seed, Sequence) else []
     if not seeds or not all(isinstance(one, int) and 0 <= one <= MAX_SEED for one in seeds):
         raise UsageError(f"seeds must be 0 to {MAX_SEED}, not {printable(repr(seed), limit=40)}")
     return seeds

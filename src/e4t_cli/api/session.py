@@ -61,7 +61,8 @@ def record_of(
         prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
         negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
         steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
-        timestep_spacing=spacing, domain=concept.domain, base=concept.base_name, base_fingerprint=concept.base_fingerprint,
+        timestep_spacing=spacing, domain=concept.domain,
+        base=concept.base_name, base_fingerprint=concept.base_fingerprint,
         weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
         tuning={**concept.config.as_dict(), "seed": concept.seed},
     )  # fmt: skip

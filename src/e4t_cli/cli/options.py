@@ -244,7 +244,7 @@ class OutputFlags:
 
     out: Annotated[Path, output_option(
         "-o", "--out", metavar="DIR|FILE.png",
-        help="Folder for the images, nothing in which is ever overwritten; or the name of one image.")] = Path("outputs")
+        help="Folder for the images, where none is ever overwritten; or the name of one image.")] = Path("outputs")
     name: Annotated[str | None, output_option(
         help="Beginning of the files' names; by default that of the photo's or concept's file.")] = None
     force: Annotated[bool, output_option("--force", help="Replace what e4t wrote there before.")] = False

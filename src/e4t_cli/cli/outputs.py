@@ -63,8 +63,8 @@ class UserFile:
     force: bool
     is_own: Callable[[Path], bool]
 
-    def check(self) -> None:
-        """Raise UsageError if the file cannot be written there."""
+    def check(self, *, create: bool) -> None:
+        """Raise UsageError if the file cannot be written there; `create` makes its folder."""
         shown = printable(str(self.path))
         if os.path.isdir(self.path):
             raise UsageError(f"{shown} is a folder", hint="give the name of a file")
@@ -74,7 +74,8 @@ class UserFile:
             if not self.replaceable:
                 what = "concept" if self.is_own is is_concept else "picture of e4t"
                 raise UsageError(f"{shown} is no {what} and is not replaced", hint="use another name")
-        check_folder(self.path.parent)
+        if create:
+            check_folder(self.path.parent)
 
     @property
     def replaceable(self) -> bool:
@@ -95,7 +96,6 @@ class UserFile:
 class Written:
     """The names that were taken, and what was written instead."""
 
-    console: Console
     elsewhere: list[str] = field(default_factory=list)
 
     def note(self, wanted: Path, path: Path) -> Path:
@@ -117,22 +117,26 @@ class PreparedSaver:
         path: a folder, or the name of a PNG file; the mask's file has "-mask" in its name.
         photo: as it was given on the command line; names the files in a folder.
         force: replace what e4t wrote there before.
+        create: make the folder now.
 
     Raises:
         UsageError: the path cannot be written to, or exists.
     """
 
-    def __init__(self, console: Console, path: Path, photo: str, *, force: bool = False) -> None:
-        self.console, self.written, self.force = console, Written(console), force
+    def __init__(
+        self, console: Console, written: Written, path: Path, photo: str, *, force: bool, create: bool
+    ) -> None:
+        self.console, self.written, self.force = console, written, force
         self.file = None if os.path.isdir(path) or not path.suffix else path
         self.folder = path if self.file is None else path.parent
         self.stem = f"{slug('photo' if photo == '-' else Path(photo).stem, limit=40)}-prepared"
         if self.file is not None:
             if self.file.suffix.lower() != ".png":
                 raise UsageError(f"{printable(str(path))} is not the name of a PNG file", hint="such as face.png")
-            self._user_file(self.file).check()
-            self._user_file(_mask_of(self.file)).check()
-        check_folder(self.folder)
+            for file in (self.file, _mask_of(self.file)):
+                self._user_file(file).check(create=create)
+        elif create:
+            check_folder(self.folder)
 
     def __call__(self, prepared: PreparedImage) -> None:
         """Save the image and its mask."""
@@ -167,17 +171,20 @@ class ImageSaver:
     """Saves the images, the contact sheet and the concept of one command; prints every path.
 
     Args:
-        output: a folder, or the name of a PNG file for one image; it is created now, so that a wrong one fails before
-            tuning.
+        output: a folder, or the name of a PNG file for one image.
         images: how many there will be.
         concept: the concept's file; None saves none.
+        create: make the folders now, so that a wrong one fails before tuning.
 
     Raises:
         UsageError: one of the paths cannot be written to.
     """
 
-    def __init__(self, console: Console, output: OutputFlags, *, images: int, concept: Path | None = None) -> None:
-        self.console, self.output, self.written = console, output, Written(console)
+    def __init__(
+        self, console: Console, written: Written, output: OutputFlags,
+        *, images: int, concept: Path | None = None, create: bool = True,
+    ) -> None:  # fmt: skip
+        self.console, self.written, self.output = console, written, output
         self.metadata, self.name = not output.no_metadata, output.name
         out, suffix = output.out, output.out.suffix.lower()
         self.file = UserFile(out, output.force, is_own_picture) if _names_file(out) else None
@@ -189,11 +196,11 @@ class ImageSaver:
             if images != 1 or output.grid or self.name is not None:
                 asked = "a contact sheet" if output.grid else "--name" if images == 1 else f"{images} pictures"
                 raise UsageError(f"{shown} is the name of one picture, for {asked} give a folder", hint="-o FOLDER")
-            self.file.check()
-        else:
+            self.file.check(create=create)
+        elif create:
             check_folder(out)
         if self.concept is not None:
-            self.concept.check()
+            self.concept.check(create=create)
 
     def save_concept(self, concept: Concept) -> None:
         """Save the concept, before the first image."""

@@ -128,18 +128,19 @@ def generate(
     seeds = prompts.seeds()
     from e4t_cli.api import personalization as api
     from e4t_cli.api.repetition import repeated
-    from e4t_cli.cli.outputs import ImageSaver
+    from e4t_cli.cli.outputs import ImageSaver, Written
     from e4t_cli.images.loading import read_bytes
     from e4t_cli.images.png_metadata import read_records
 
     picture = None if like is None else read_bytes(like)
     records = [] if picture is None else read_records(picture)
     images = len(repeated(records, wanted, seeds, prompts.num_images)[0])
-    saver = ImageSaver(console, output, images=images)
+    saver = ImageSaver(console, Written(), output, images=images)
     with console.progress() as on_progress:
         result = api.generate(
             concept, wanted, like=picture, num_images_per_prompt=prompts.num_images, seed=seeds,
-            sampling=sampling.given(), placeholder=placeholder, **run.generate_keywords(console, on_progress, saver.save),
+            sampling=sampling.given(), placeholder=placeholder,
+            **run.generate_keywords(console, on_progress, saver.save),
         )  # fmt: skip
     saver.finish(result)
 
@@ -179,23 +180,25 @@ def personalize(
     seeds = prompts.seeds()
     from e4t_cli.api import personalization as api
     from e4t_cli.api.resolve import resolve_seeds
-    from e4t_cli.cli.outputs import ImageSaver, PreparedSaver
+    from e4t_cli.cli.outputs import ImageSaver, PreparedSaver, Written
 
     images = len(wanted) * len(resolve_seeds(seeds, prompts.num_images))
+    written, create, prepared_saver = Written(), not output.dry_run, None
+    if save_prepared is not None:
+        prepared_saver = PreparedSaver(console, written, save_prepared, image, force=output.force, create=create)
+    if prepared_saver and not output.dry_run and not wanted and save is None:
+        with console.progress() as on_progress:
+            keywords = run.run_keywords(console, on_progress)
+            prepared = api.prepare(domain, image, **keywords, **run.photo_keywords())
+        prepared_saver(prepared)
+        return written.check()
+    saver = ImageSaver(console, written, output, images=images, concept=save, create=create)
     if output.dry_run:
         plan = api.plan(
             domain, image, wanted, num_images_per_prompt=images // max(len(wanted), 1), placeholder=placeholder,
             tuning=run.tuning, tune_steps=run.tune_steps, **run.run_keywords(console),
         )  # fmt: skip
         return console.details("plan", {**plan, "folder": str(output.out)})
-    prepared_saver = None if save_prepared is None else PreparedSaver(console, save_prepared, image, force=output.force)
-    if prepared_saver and not wanted and save is None:
-        with console.progress() as on_progress:
-            keywords = run.run_keywords(console, on_progress)
-            prepared = api.prepare(domain, image, **keywords, **run.photo_keywords())
-        prepared_saver(prepared)
-        return prepared_saver.written.check()
-    saver = ImageSaver(console, output, images=images, concept=save)
     with console.progress() as on_progress:
         asked = run.generate_keywords(console, on_progress, saver.save)
         result = api.personalize(
@@ -203,5 +206,4 @@ def personalize(
             sampling=sampling.given(), placeholder=placeholder,
             **run.personalize_keywords(asked, prepared_saver, saver.save_concept if save is not None else None),
         )  # fmt: skip
-    saver.finish(result)
-    return prepared_saver.written.check() if prepared_saver else None
+    return saver.finish(result)

@@ -158,7 +158,7 @@ def png_bytes(
         if metadata and isinstance(record, GenerationRecord):
             info.add_text("parameters", record.parameters())
             info.add_text("e4t", json.dumps(record.as_dict(), sort_keys=True))
-        elif metadata:
+        elif metadata and not isinstance(record, GenerationRecord):
             records = {"schema": SCHEMA, "pictures": [one.as_dict() for one in record]}
             info.add_text("e4t", json.dumps(records, sort_keys=True))
         # Pillow ignores `xmp=` for PNG; readers look for exactly this keyword, uncompressed.
