@@ -22,19 +22,23 @@ from e4t_cli.api.options import (
     RunKeywords,
     RunOptions,
 )
-from e4t_cli.api.repetition import other_circumstances, repeated, repeated_sampling
+from e4t_cli.api.repetition import other_circumstances, repeated
 from e4t_cli.api.resolve import (
+    Prompts,
     load_concept,
     load_concept_models,
     parse_prompts,
     prefers_half,
+    prompt_requests,
     resolve_base,
     resolve_base_name,
     resolve_domain,
     resolve_domain_weights,
+    resolve_images,
     resolve_sampling,
     resolve_seeds,
     resolve_tuning,
+    scales_concept,
 )
 from e4t_cli.api.session import Session
 from e4t_cli.errors import UsageError, WeightsUnavailable, printable
@@ -59,7 +63,7 @@ if TYPE_CHECKING:
 def personalize(
     domain: str | os.PathLike[str] | Domain,
     image: ImageInput,
-    prompts: str | Sequence[str] = (),
+    prompts: Prompts = (),
     *,
     num_images_per_prompt: int = 1,
     seed: int | Sequence[int] | None = None,
@@ -72,7 +76,8 @@ def personalize(
     Args:
         domain: "face", "cat", "art", any installed domain, a domain folder, or a `Domain`.
         image: the photo: a path, "-" for stdin, bytes, an open binary file, or a PIL image.
-        prompts: with the placeholder where the concept goes; none only makes the concept.
+        prompts: with the placeholder where the concept goes; none only makes the concept. A `PromptRequest` has
+            settings of its own.
         num_images_per_prompt: image i of every prompt has the seed `seed + i`.
         seed: of tuning and of the first image; None takes a random one, and reports it. Of several seeds each makes
             one image of every prompt, and the first is that of tuning.
@@ -96,6 +101,7 @@ def personalize(
     weights = resolve_domain_weights(value, base, session.access)
     with session.running(base):
         config = resolve_sampling(sampling)
+        wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
         session.load(base, weights)
         session.check_prompts(parsed)
         model, pretrained = session.model, session.pretrained
@@ -121,20 +127,17 @@ def personalize(
             image_sha256=photo.sha256, photo="; ".join(prepared.remarks),
             placeholder=check_placeholder(placeholder),
         )  # fmt: skip
-        tuned = session.tune(concept, keep_base=config.concept_scale != 1)
+        tuned = session.tune(concept, keep_base=scales_concept(wanted))
         if asked.keep_weights:
             concept = replace(concept, weights=Concept.weights_of(tuned))
         if asked.on_concept is not None:
             asked.on_concept(concept)
-        return session.generate(
-            concept, tuned, [prompt for prompt in parsed for _ in seeds], seeds * len(parsed), config,
-            seed=seeds[0], name=_stem(image), on_image=asked.on_image,
-        )  # fmt: skip
+        return session.generate(concept, tuned, wanted, seed=seeds[0], name=_stem(image), on_image=asked.on_image)
 
 
 def generate(
     concept: Concept | str | os.PathLike[str],
-    prompts: str | Sequence[str] = (),
+    prompts: Prompts = (),
     *,
     like: ImageInput | None = None,
     num_images_per_prompt: int = 1,
@@ -161,27 +164,26 @@ def generate(
     """
     asked = GenerateOptions(**options)
     records = [] if like is None else read_records(read_bytes(like))
-    texts, seeds = repeated(records, prompts, seed, num_images_per_prompt)
     if records:
         placeholder = placeholder or records[0].placeholder
-        sampling = repeated_sampling(records[0], sampling)
+        prompts, seed, sampling = repeated(records, prompts, seed, num_images_per_prompt, sampling)
+    seeds = resolve_seeds(seed, num_images_per_prompt)
     if placeholder is not None:
-        parse_prompts(texts, placeholder)
-    name = "" if not isinstance(concept, str | os.PathLike) else _stem(concept)
+        parse_prompts(prompts, placeholder)
+    name = _stem(concept) if isinstance(concept, str | os.PathLike) else ""
     session = Session(asked, vram=asked.vram, safety=asked.safety_checker)
     with session.running():
         concept = load_concept(concept)
-        parsed = parse_prompts(texts, placeholder or concept.placeholder)
-        for note in (other_circumstances(records[0], concept),) if records else ():
-            session.note("load", note) if note else None
+        parsed = parse_prompts(prompts, placeholder or concept.placeholder)
+        if records and (note := other_circumstances(records[0], concept)):
+            session.note("load", note)
         config = resolve_sampling(sampling)
+        wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
         load_concept_models(concept, session)
         session.check_prompts(parsed)
         tuned = concept.tuned(session.model, session.pretrained)
-        tuned = tuned or session.tune(concept, keep_base=config.concept_scale != 1)
-        return session.generate(
-            concept, tuned, parsed, seeds[: len(parsed)], config, seed=seeds[0], name=name, on_image=asked.on_image
-        )
+        tuned = tuned or session.tune(concept, keep_base=scales_concept(wanted))
+        return session.generate(concept, tuned, wanted, seed=seeds[0], name=name, on_image=asked.on_image)
 
 
 def _stem(source: ImageInput) -> str:
@@ -221,7 +223,7 @@ def prepare(
 def plan(
     domain: str | os.PathLike[str] | Domain,
     image: ImageInput,
-    prompts: str | Sequence[str] = (),
+    prompts: Prompts = (),
     *,
     num_images_per_prompt: int = 1,
     placeholder: str = PLACEHOLDER,
@@ -253,7 +255,7 @@ def plan(
         "base": name,
         "photo": f"{photo.width}×{photo.height}",
         "prompts": len(parsed),
-        "images": len(parsed) * num_images_per_prompt,
+        "images": sum(one.num_images or num_images_per_prompt for one in prompt_requests(prompts)),
         "size": f"{resolution}×{resolution}" if resolution else "",
         "to fetch": " and ".join(fetched),
         "tuning": asdict(resolve_tuning(config, tuning, tune_steps)),

@@ -1,4 +1,4 @@
-"""Which images a request asks for, also one to draw a picture again from its record (`generate(..., like=...)`)."""
+"""Draws a picture again from its record: `generate(..., like="picture.png")`."""
 
 from __future__ import annotations
 
@@ -6,45 +6,47 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli.api.resolve import resolve_seeds
+from e4t_cli.api.resolve import Prompts, prompt_requests
 from e4t_cli.images.png_metadata import GenerationRecord, package_versions
+from e4t_cli.prompts import PromptRequest
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
     from e4t_cli.sampling import SamplingConfig
 
+REPEATED = ("steps", "guidance", "scheduler", "negative_prompt", "concept_scale")  # fields of `SamplingConfig`
+
 
 def repeated(
-    records: Sequence[GenerationRecord], prompts: str | Sequence[str], seed: int | Sequence[int] | None, count: int
-) -> tuple[list[str], list[int]]:
-    """Return the prompt and the seed of each image, those of one prompt together.
+    records: Sequence[GenerationRecord],
+    prompts: Prompts,
+    seed: int | Sequence[int] | None,
+    count: int,
+    sampling: SamplingConfig | Mapping[str, Any] | None,
+) -> tuple[list[PromptRequest], int | Sequence[int], dict[str, Any]]:
+    """Return prompts, seeds and sampling options: those given, and those of a picture in place of what is not.
+
+    Without prompts, a seed and a count, each image of the picture is repeated with its own settings.
 
     Args:
-        records: of the picture to draw again; given prompts and seeds stand in place of its own. A picture without
-            its prompts or seeds given is repeated image by image; a contact sheet has several.
-        prompts, seed, count: as in `e4t_cli.personalize`.
-
-    Raises:
-        UsageError: as `resolve_seeds`.
+        records: of the picture, one or more; a contact sheet has one of each image.
+        prompts, seed, count, sampling: as given to `e4t_cli.generate`.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if records and not texts and seed is None and count == 1:
-        return [one.prompt for one in records], [resolve_seeds(one.seed, 1)[0] for one in records]
-    if records and seed is None:
-        seed = list(dict.fromkeys(one.seed for one in records)) if count == 1 else records[0].seed
-    texts = texts or list(dict.fromkeys(one.prompt for one in records))
-    seeds = resolve_seeds(seed, count)
-    return [text for text in texts for _ in seeds], seeds * max(len(texts), 1)
-
-
-def repeated_sampling(
-    record: GenerationRecord, given: SamplingConfig | Mapping[str, Any] | None
-) -> SamplingConfig | Mapping[str, Any]:
-    """Return the sampling options of a record, with those that were given in their place."""
-    if given is not None and not isinstance(given, Mapping):
-        return given
-    names = ("steps", "guidance", "scheduler", "negative_prompt", "concept_scale")
-    return {**{name: getattr(record, name) for name in names}, **(given or {})}
+    given = dict(sampling if isinstance(sampling, Mapping) else sampling.as_dict() if sampling else {})
+    settings = [{**{name: getattr(one, name) for name in REPEATED}, **given} for one in records]
+    requests = prompt_requests(prompts)
+    if not requests:
+        pairs = list(zip(records, settings, strict=True))
+        requests = [PromptRequest(one.prompt, num_images=1, seed=one.seed, sampling=own) for one, own in pairs]
+        if seed is not None or count > 1:
+            first: dict[str, PromptRequest] = {}
+            for one, own in pairs:
+                first.setdefault(one.prompt, PromptRequest(one.prompt, sampling=own))
+            requests = list(first.values())
+    if seed is None:
+        seeds = list(dict.fromkeys(one.seed for one in records))
+        seed = seeds if count == 1 else seeds[0]
+    return requests, seed, settings[0]
 
 
 def other_circumstances(record: GenerationRecord, concept: Concept) -> str:
@@ -61,11 +63,8 @@ def other_circumstances(record: GenerationRecord, concept: Concept) -> str:
     }
     others = [name for name, (then, now) in compared.items() if then != now]
     if others:
-        return (
-            f"the picture was made of another concept ({', '.join(others)}): its prompt, seed and settings are "
-            "used, and the result is another picture"
-        )
+        made = f"the picture was made of another concept ({', '.join(others)})"
+        return f"{made}: its prompt, seed and settings are used, and the result is another picture"
     here = package_versions()
-    others = [f"{name} {version}, here {here.get(name)}" for name, version in record.versions.items()
-              if name != "e4t" and here.get(name) != version]  # fmt: skip
-    return f"the picture was made with {'; '.join(others)}: pixels may differ" if others else ""
+    others = [f"{name} {then} ({here.get(name)})" for name, then in record.versions.items() if here.get(name) != then]
+    return f"the picture was made with {', '.join(others)}: pixels may differ" if others else ""
