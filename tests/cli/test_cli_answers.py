@@ -67,7 +67,7 @@ def test_help_fills_its_lines(run, monkeypatch, columns):
         (["persnalize"], 2, "Did you mean 'personalize'"),
         (["personalize"], 2, "Missing argument"),
         (["personalize", "face", "p.png", "S* x", "-n", "0"], 2, "greater than or equal to 1"),
-        (["personalize", "face", "p.png", "S* x", "--seed", "-1"], 2, "greater than or equal to 0"),
+        (["personalize", "face", "p.png", "S* x", "--seed", "-1"], 2, "a whole number from 0"),
         (["personalize", "face", "p.png", "S* x", "--nonsense"], 2, "No such option"),
         (["personalize", "face", "p.png"], 2, "there is no prompt"),
         (["personalize", "face", "p.png", ""], 2, "the prompt is empty"),

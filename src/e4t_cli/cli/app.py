@@ -22,6 +22,7 @@ import typer
 from e4t_cli import __version__
 from e4t_cli.cli import cache, console, domains, export, info, personalize, pretrain
 from e4t_cli.errors import E4TError, ResourceError, UsageError
+from e4t_cli.files import file_error
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
@@ -98,6 +99,12 @@ def run(arguments: Sequence[str]) -> int:
             return _report(ResourceError("this machine ran out of memory", hint=hint))
         except BrokenPipeError:
             return _broken_pipe()
+        except OSError as error:
+            known = file_error(error, error.filename or "stdout")
+            if not isinstance(known, ResourceError):
+                return _unexpected(error)
+            console.discard_stdout()  # such as of the help, which Typer prints
+            return _report(known)
         except Exception as error:
             return _unexpected(error)
 
