@@ -68,12 +68,11 @@ class UserFile:
         shown = printable(str(self.path))
         if os.path.isdir(self.path):
             raise UsageError(f"{shown} is a folder", hint="give the name of a file")
-        if os.path.lexists(self.path):
-            if not self.force:
-                raise UsageError(f"{shown} exists and is not overwritten", hint="--force replaces it")
-            if not self.replaceable:
-                what = "concept" if self.is_own is is_concept else "picture of e4t"
-                raise UsageError(f"{shown} is no {what} and is not replaced", hint="use another name")
+        if os.path.lexists(self.path) and not self.replaceable:
+            own = os.path.isfile(self.path) and self.is_own(self.path)
+            what = "concept" if self.is_own is is_concept else "picture of e4t"
+            reason = f"is no {what} and is not replaced" if self.force else "exists and is not overwritten"
+            raise UsageError(f"{shown} {reason}", hint="--force replaces it" if own else "use another name")
         if create:
             check_folder(self.path.parent)
 
