@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -184,16 +183,6 @@ def test_what_the_disk_refuses_has_its_code(run, world, monkeypatch, more, numbe
     ended = run(*world.personalize(*more, prompts=prompts))
     assert ended.code == code and ended.out == ""
     assert ("make room" in ended.err) == (code == 6) and "bug of e4t" not in ended.err
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["domains", "list"], ["personalize", "--help"]])
-def test_stdout_on_a_full_disk(arguments):
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "e4t_cli", *arguments]
-        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert ended.returncode == 6
-    assert ended.stderr == "error: the disk is full: stdout was not written\nmake room, or choose another disk\n"
 
 
 def test_a_prepared_picture_and_its_mask_are_replaced_together(run, tmp_path):

@@ -160,6 +160,17 @@ def test_records_that_cannot_be_repeated(text, words):
         read_records(buffer.getvalue())
 
 
+def test_whose_file_it_is():
+    """What e4t wrote may be replaced by --force: also pictures without metadata, and prepared photos, without a mark."""
+    prepared = read_metadata(png_bytes(PICTURE, None))
+    assert prepared.by_e4t and not prepared.ai_generated
+    foreign, buffer = PngInfo(), io.BytesIO()
+    foreign.add_text("Software", "GIMP")
+    foreign.add_itxt("XML:com.adobe.xmp", f'<x CreatorTool="Other" Iptc4xmpExt:DigitalSourceType="{AI_MARK}"/>')
+    PICTURE.save(buffer, "PNG", pnginfo=foreign)
+    assert read_metadata(buffer.getvalue()) == ImageMetadata(None, None, ai_generated=True, by_e4t=False)
+
+
 def test_a_picture_without_metadata_says_so():
     with pytest.raises(InputError, match="--no-metadata"):
         read_records(png_bytes(PICTURE, RECORD, metadata=False))

@@ -253,11 +253,11 @@ def plan(
         "domain": value.name,
         "descriptor": value.descriptor,
         "base": name,
-        "photo": f"{photo.width}×{photo.height}",
+        "photo": {"width": photo.width, "height": photo.height},
         "prompts": len(parsed),
         "images": sum(one.num_images or num_images_per_prompt for one in prompt_requests(prompts)),
-        "size": f"{resolution}×{resolution}" if resolution else "",
-        "to fetch": " and ".join(fetched),
+        "size": {"width": resolution, "height": resolution} if resolution else None,
+        "to_fetch": " and ".join(fetched),
         "tuning": asdict(resolve_tuning(config, tuning, tune_steps)),
     }
 
