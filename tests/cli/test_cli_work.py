@@ -78,7 +78,7 @@ def test_the_pictures_tell_their_story(run, world):
     assert str(world.photo.parent) not in json.dumps(told.details) + told.parameters
     shown = run("info", path).out
     assert "S* on the beach" in shown and "marked as generated" in shown
-    assert json.loads(run("info", path, "--json").out)["seed"] == 5
+    assert json.loads(run("info", path, "--json").out)["recorded"]["seed"] == 5
 
 
 def test_strength_is_heard_and_written_down(run, world, tmp_path):

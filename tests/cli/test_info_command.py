@@ -67,7 +67,7 @@ def written(world, tmp_path_factory):
 FACTS = {
     "image": {"width": 8, "height": 6, "marked_as_generated": True},
     "grid": {"marked_as_generated": True},
-    "concept": {"image": {"width": 32, "height": 32, "masked": False}, "tuned_weights": 0},
+    "concept": {"image": {"width": 32, "height": 32, "masked": False}, "weights": "made again by tuning"},
     "model": {"exported": True, "parts": ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]},
     "lora": {"ranks": [4], "dtypes": ["F16"]},
     "word": {"vectors": 1, "width": 24},

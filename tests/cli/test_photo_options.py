@@ -91,7 +91,7 @@ def test_the_concept_remembers_what_was_found(run, tmp_path):
     # The prepared picture comes first: it is there before any tuning.
     assert ended.out.split()[:2] == ["p/me-prepared.png", "p/me-prepared-mask.png"]
     told = json.loads(run("info", "me.e4t", "--json").out)
-    assert told["photo"].startswith("1 face, turned 0°, mask 3")
+    assert told["recorded"]["photo"].startswith("1 face, turned 0°, mask 3")
     again = run("generate", "me.e4t", "S* on the beach", "--steps", "1", "--seed", "3", "-o", "x")
     assert again.code == 0, again.err
     first, second = (next((tmp_path / folder).glob("me-s-*.png")) for folder in ("outputs", "x"))

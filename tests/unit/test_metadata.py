@@ -161,7 +161,7 @@ def test_records_that_cannot_be_repeated(text, words):
 
 
 def test_whose_file_it_is():
-    """What e4t wrote may be replaced by --force: also pictures without metadata, and prepared photos, without a mark."""
+    """What --force may replace: also pictures without metadata, and prepared photos, which have no mark."""
     prepared = read_metadata(png_bytes(PICTURE, None))
     assert prepared.by_e4t and not prepared.ai_generated
     foreign, buffer = PngInfo(), io.BytesIO()

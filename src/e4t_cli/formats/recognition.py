@@ -175,8 +175,9 @@ def _concept(header: str, shapes: Mapping[str, tuple[int, ...]], shown: str, fac
     if len(shapes.get("image", ())) != 3 or "recipe" not in recorded:
         raise IntegrityError(f"{shown} is a damaged concept: it has no image, or not how it was tuned")
     height, width, _ = shapes["image"]
-    kept = sum(key.startswith("weights.") for key in shapes)
-    facts |= {"image": {"width": width, "height": height, "masked": "mask" in shapes}, "tuned_weights": kept}
+    kept = any(key.startswith("weights.") for key in shapes)
+    facts |= {"image": {"width": width, "height": height, "masked": "mask" in shapes}}
+    facts["weights"] = "kept" if kept else "made again by tuning"
     tuning = recorded.pop("recipe")
     return Recognized(type="concept", facts=facts, recorded={**recorded, "tuning": tuning})
 
