@@ -141,10 +141,10 @@ def training_prompts(templates: tuple[str, ...]) -> tuple[Prompt, ...]:
     return tuple(parse_prompt(template.replace("{}", PLACEHOLDER)) for template in templates)
 
 
-def slug(text: str, *, limit: int = 60) -> str:
-    """Return an ASCII piece of a file name: "S* as an astronaut" → "s-as-an-astronaut"."""
+def slug(text: str, *, limit: int = 60, default: str = "picture") -> str:
+    """Return an ASCII piece of a file name: "S* as an astronaut" → "s-as-an-astronaut"; `default` if none is left."""
     ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")
     if len(words) > limit:
         words = words[: limit + 1].rpartition("-")[0] or words[:limit]
-    return words or "picture"
+    return words or default

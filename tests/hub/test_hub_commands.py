@@ -244,7 +244,7 @@ def test_personalize_on_a_base_of_the_hub(hub, tiny, tmp_path, run, monkeypatch)
     learn = ("personalize", "ours", "me.png", *quick, "--tune-steps", "1")
     code, out, err = run(*learn, "--base", "owner/tiny", "--save", "me.e4t")
     assert code == 0, err
-    first = Image.open(tmp_path / out.splitlines()[0])
+    first = Image.open(tmp_path / out.splitlines()[1])
 
     def refuse(*_, **__):
         raise AssertionError("a socket was opened")

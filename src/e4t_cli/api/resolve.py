@@ -65,33 +65,59 @@ def parse_prompts(prompts: Prompts, placeholder: str) -> list[Prompt]:
 
 
 def resolve_images(
-    prompts: Prompts, parsed: Sequence[Prompt], sampling: SamplingConfig, *, count: int, seed: int
+    prompts: Prompts, parsed: Sequence[Prompt], sampling: SamplingConfig, *, count: int, seeds: Sequence[int]
 ) -> list[ImageRequest]:
     """Return every image that is wanted; raises `UsageError` for a prompt's own settings that cannot be.
 
     Args:
         parsed: the prompts, by `parse_prompts`.
-        sampling, count, seed: of prompts without their own; image i of a prompt has the seed `seed + i`.
+        sampling, count, seeds: of prompts without their own.
     """
     wanted = []
     for one, prompt in zip(prompt_requests(prompts), parsed, strict=True):
         with one.located():
-            number = count if one.num_images is None else one.num_images
-            first = resolve_seed(seed if one.seed is None else one.seed, number)
+            own = own_seeds(one, seeds, count)
             config = resolve_sampling({**sampling.as_dict(), **one.sampling}) if one.sampling else sampling
-        wanted += [ImageRequest(prompt, first + i, config) for i in range(number)]
+        wanted += [ImageRequest(prompt, seed, config) for seed in own]
     return wanted
 
 
-def resolve_seed(seed: int | None, count: int) -> int:
-    """Return the seed of the first of `count` images, checked; a random one if none was asked for."""
+def own_seeds(request: PromptRequest, seeds: Sequence[int], count: int) -> Sequence[int]:
+    """Return the seeds of one prompt's images: `seeds` and their number, `count`, unless it has its own."""
+    if request.seed is None and request.num_images is None:
+        return seeds
+    first = seeds[0] if request.seed is None else request.seed
+    return resolve_seeds(first, count if request.num_images is None else request.num_images)
+
+
+def count_images(prompts: Prompts, seed: int | Sequence[int] | None, count: int) -> int:
+    """Return how many images are wanted; raises UsageError as `resolve_seeds`."""
+    seeds, images = resolve_seeds(seed, count), 0
+    for one in prompt_requests(prompts):
+        with one.located():
+            images += len(own_seeds(one, seeds, count))
+    return images
+
+
+def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Return the seeds of each prompt's images, checked: those given, or `count` from the given or a random one on.
+
+    Raises:
+        UsageError: a seed is out of range, there is none, or both a list and a count were given.
+    """
     if not isinstance(count, int) or count < 1:
         raise UsageError(f"the number of images per prompt must be 1 or more, not {count!r}")
     if seed is None:
-        return secrets.randbelow(2**31)  # short enough to type, far from the end
-    if not 0 <= seed <= MAX_SEED + 1 - count:
-        raise UsageError(f"seeds must be 0 to {MAX_SEED}, not {seed} to {seed + count - 1}")
-    return seed
+        seed = secrets.randbelow(2**31)  # short enough to type, far from the end
+    if isinstance(seed, Sequence) and count > 1:
+        raise UsageError("a list of seeds says how many images there are", hint="leave -n out, or give one seed")
+    if isinstance(seed, int):
+        seeds = list(range(seed, seed + count))
+    else:
+        seeds = list(dict.fromkeys(seed)) if isinstance(seed, Sequence) else []
+    if not seeds or not all(isinstance(one, int) and 0 <= one <= MAX_SEED for one in seeds):
+        raise UsageError(f"seeds must be 0 to {MAX_SEED}, not {printable(repr(seed), limit=40)}")
+    return seeds
 
 
 def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:

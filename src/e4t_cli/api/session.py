@@ -57,14 +57,15 @@ def memory_errors() -> Iterator[None]:
 
 
 def record_of(
-    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int]
+    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int], spacing: str
 ) -> GenerationRecord:
     """Return all that it takes to generate an image again; `size` is (width, height) in pixels."""
     return GenerationRecord(
         prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
         negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
         steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
-        domain=concept.domain, base=concept.base_name, base_fingerprint=concept.base_fingerprint,
+        timestep_spacing=spacing, domain=concept.domain,
+        base=concept.base_name, base_fingerprint=concept.base_fingerprint,
         weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
         tuning={**concept.config.as_dict(), "seed": concept.seed},
     )  # fmt: skip
@@ -230,24 +231,27 @@ class Session:
         wanted: Sequence[ImageRequest],
         *,
         seed: int,
+        name: str,
         on_image: ImageCallback | None,
     ) -> Personalization:
-        """Generate the images in order; `seed` is that of tuning, for the result."""
+        """Generate the images in order; `seed`, that of tuning, and `name` are the result's."""
         images: list[GeneratedImage] = []
         withheld: list[GenerationRecord] = []
         with self.stage("generate", counted=True):
             checker = self._safety_checker()
             for one, sampling, pixels in self._sampled(tuned, wanted):
-                record = record_of(concept, one.prompt, one.seed, sampling, pixels.size)
+                record = record_of(concept, one.prompt, one.seed, sampling, pixels.size, self._spacing(sampling))
                 if checker is not None and checker.flags([pixels])[0]:
                     withheld.append(record)
                     continue
-                images.append(GeneratedImage(image=pixels, prompt=one.prompt.text, seed=one.seed, record=record))
+                images.append(
+                    GeneratedImage(image=pixels, prompt=one.prompt.text, seed=one.seed, record=record, name=name)
+                )
                 if on_image is not None:
                     on_image(images[-1])
         return Personalization(
             concept=concept, images=images, seed=seed, timings=Timings(**self.seconds),
-            notes=tuple(self.notes), withheld=tuple(withheld),
+            notes=tuple(self.notes), withheld=tuple(withheld), name=name,
         )  # fmt: skip
 
     def _sampled(
@@ -272,6 +276,12 @@ class Session:
             ):
                 yield one, sampling, pixels
             before += share
+
+    def _spacing(self, sampling: SamplingConfig) -> str:
+        """Return how the scheduler distributes its time steps, in diffusers' words."""
+        from e4t_cli.sampling import make_scheduler
+
+        return str(make_scheduler(self.model, sampling).config.get("timestep_spacing", "leading"))
 
     def _safety_checker(self) -> SafetyChecker | None:
         """Return the base's safety checker, if it has one and it is not disabled."""

@@ -51,8 +51,8 @@ class Recognized:
     """What a file or folder is.
 
     Args:
-        type: "image", "grid", "concept", "lora", "word", "checkpoint" (a single file), "model" (a folder), "domain",
-            "training_checkpoint", "training_checkpoints" (a folder).
+        type: "image", "grid", "prepared", "concept", "lora", "word", "checkpoint" (a single file), "model" (a folder),
+            "domain", "training_checkpoint", "training_checkpoints" (a folder).
         facts: found in its structure.
         recorded: what it says of itself, under today's names.
     """
@@ -117,11 +117,13 @@ def _png(data: bytes, shown: str) -> Recognized:
         found = png_metadata.read_metadata(data)
     except InputError as error:
         raise InputError(f"{shown}: {error.message}", hint=error.hint) from error
-    if found.details is None and found.parameters is None and not found.ai_generated:
+    if found.details is None and found.parameters is None and not (found.ai_generated or found.by_e4t):
         raise InputError(f"{shown} has no record of how it was made", hint=HINT)
-    recorded = _renamed(found.details or {"parameters": found.parameters}, shown)
     width, height = (int.from_bytes(data[at : at + 4]) for at in (16, 20))
     facts = {"width": width, "height": height, "marked_as_generated": found.ai_generated}
+    if found.details is None and found.by_e4t and not found.ai_generated:
+        return Recognized(type="prepared", facts=facts)
+    recorded = _renamed(found.details or {"parameters": found.parameters}, shown)
     return Recognized(type="grid" if "images" in recorded else "image", facts=facts, recorded=recorded)
 
 
