@@ -65,7 +65,7 @@ def _user_folder(kind: str) -> Path:
 
     try:
         return _expanded(getattr(platformdirs, kind)("e4t", appauthor=False))
-    except RuntimeError:  # platformdirs 4.6 where there is no home; earlier ones return "~/..."
+    except RuntimeError:  # platformdirs 4.14 where there is no home; earlier ones return "~/..."
         return NO_HOME
 
 
