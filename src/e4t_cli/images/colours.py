@@ -11,7 +11,7 @@ from PIL.ImageFile import ImageFile
 
 from e4t_cli.errors import InputError
 
-# A photo that is nowhere more opaque than 5 % is invisible.
+# A photo whose every pixel is less opaque than that, 5 %, is invisible.
 MIN_OPACITY = 13
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2  # values of TIFF's PhotometricInterpretation and SampleFormat
 _SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}  # of profiles, and the modes they describe
@@ -41,11 +41,11 @@ def to_srgb(
     # Onto white: hidden colours do not show through, and metadata is dropped.
     canvas = Image.new("RGB", colours.size, "white")
     canvas.paste(colours, mask=alpha)
-    low, high = (255, 255) if alpha is None else alpha.getextrema()
-    if high < MIN_OPACITY:
+    opacities = [] if alpha is None else [value for value, count in enumerate(alpha.histogram()) if count]
+    if opacities and opacities[-1] < MIN_OPACITY:
         message = f"{name} is transparent everywhere"
         raise InputError(message, hint="save it without transparency, if there is an image behind it")
-    return canvas, None if low == 255 else alpha
+    return canvas, None if opacities in ([], [255]) else alpha
 
 
 def _separated(image: ImageFile, name: str) -> tuple[Image.Image, Image.Image | None]:
@@ -60,6 +60,8 @@ def _separated(image: ImageFile, name: str) -> tuple[Image.Image, Image.Image | 
         return full.convert("RGB"), full.getchannel("A")
     if image.mode == "1":
         return image.convert("L"), None
+    if image.mode == "L" and getattr(image, "tag_v2", {}).get(339) == (_SIGNED,):
+        raise InputError(f"{name} has signed 8-bit values", hint="export it as JPEG or PNG")
     return (image if image.mode in ("RGB", "L", "CMYK", "LAB") else image.convert("RGB")), None
 
 

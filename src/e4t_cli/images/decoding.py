@@ -23,6 +23,8 @@ from e4t_cli.images.recognition import open_header
 MAX_PIXELS, MAX_DECODED, MIN_SIDE = 256_000_000, 64_000_000, 64
 _END_OF_IMAGE = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff+([^\0\xd0-\xd7\xff])", re.DOTALL)  # one of a JPEG, but for those inside a scan
+# ImageMagick's names for what it writes as hexadecimal text, and Pillow's for the same.
+_PNG_PROFILES = {"exif": "exif", "app1": "exif", "xmp": "xmp", "icc": "icc_profile", "icm": "icc_profile"}
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -88,15 +90,16 @@ def decode(data: bytes, name: str) -> OpenedImage:
 
 def _loaded(image: ImageFile, data: bytes, name: str, notes: list[str]) -> ImageFile:
     """Decode the pixels: `verify` does not detect a truncated JPEG."""
-    jpeg = image.format in ("JPEG", "MPO")
-    try:
+    if image.format not in ("JPEG", "MPO") or data.rstrip(b"\0").endswith(_END_OF_IMAGE):
         return _load(image)
-    except OSError:
-        whole = _without_end(data, name) if jpeg and not data.rstrip(b"\0").endswith(_END_OF_IMAGE) else None
-        if whole is None:
-            raise
-        notes.append(f"{name} lacks its end marker; no pixel is missing")
-        return whole
+    complete, ended = _scans(data)
+    if ended:
+        return _load(image)
+    whole = _without_end(data, name) if complete else None
+    if whole is None:
+        raise InputError(f"{name} is truncated", hint="copy or download it again")
+    notes.append(f"{name} lacks its end marker; no pixel is missing")
+    return whole
 
 
 def _load(image: ImageFile) -> ImageFile:
@@ -113,43 +116,48 @@ def _without_end(data: bytes, name: str) -> ImageFile | None:
     libjpeg fills missing pixels with grey and only warns, which Pillow does not report. If different endings give the
     same pixels, none depends on what is missing. They have restart markers, after which decoding goes on.
     """
-    data = data.rstrip(b"\xff")  # half of the marker
-    if not _has_all_scans(data):
-        return None
-    whole = _load(open_header(data + _END_OF_IMAGE, name))
-    for bits, first in ((b"\x55", 0), (b"\xaa", 3), (b"\x1d\xe4\x72", 6)):
-        restarts = (bytes((0xFF, 0xD0 + (first + number) % 8)) for number in range(8))
-        ending = bits * 32 + b"".join(marker + bits * 32 for marker in restarts) + _END_OF_IMAGE
-        if _load(open_header(data + ending, name)).tobytes() != whole.tobytes():
-            return None
-    return whole
+    scan = data.rstrip(b"\0")  # zeros are what a download is not filled with yet, and a byte after 255
+    if len(data) - len(scan) < 8:
+        scan = data
+    elif scan.endswith(b"\xff"):
+        scan += b"\0"
+    scan = scan.rstrip(b"\xff")  # half of the marker
+    with suppress(OSError):
+        whole = _load(open_header(scan + _END_OF_IMAGE, name))
+        for bits, first in ((b"\x55", 0), (b"\xaa", 3), (b"\x1d\xe4\x72", 6)):
+            restarts = (bytes((0xFF, 0xD0 + (first + number) % 8)) for number in range(8))
+            ending = bits * 32 + b"".join(marker + bits * 32 for marker in restarts) + _END_OF_IMAGE
+            if _load(open_header(scan + ending, name)).tobytes() != whole.tobytes():
+                return None
+        return whole
+    return None
 
 
-def _has_all_scans(data: bytes) -> bool:
-    """Whether the last bit of each of the 64 coefficients of a JPEG's components is in one of its scans."""
+def _scans(data: bytes) -> tuple[bool, bool]:
+    """Whether a JPEG's scans, if none is cut, have all bits of all coefficients, and whether its end marker is there."""
     found, needed, place = 0, 0, 2
     while match := _MARKER.search(data, place):
         start = match.end() + 2
         place = match.end() + int.from_bytes(data[match.end() : start], "big")
         kind, body = match[1][0], data[start:place]
-        if kind in (0xC0, 0xC1, 0xC2):
-            needed = 64 * body[5]  # components
-        elif kind == 0xDA:
-            low, high, shift = body[-3:]  # of the band of coefficients; the bits that later scans refine
+        if kind == 0xD9:
+            return True, True
+        if kind in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA) and len(body) >= 6:
+            needed = 64 * body[5]  # components, of 64 coefficients each
+        elif kind == 0xDA and len(body) >= 6:  # otherwise it is cut
+            low, high, shift = body[-3:]  # the band of coefficients; how many bits later scans add
             found += 0 if shift & 15 else body[0] * (high - low + 1)
-    return found == needed
+    return found == needed, False
 
 
 def _mend_png(image: ImageFile, data: bytes) -> None:
     """Correct what Pillow makes of PNG metadata: ImageMagick's hexadecimal profiles, and transparent colours."""
     for key, text in list(image.info.items()):
-        if str(key).startswith("Raw profile type ") and isinstance(text, str):
+        kind = _PNG_PROFILES.get(str(key).lower().removeprefix("raw profile type "))
+        if kind and isinstance(text, str):
             with suppress(ValueError):
                 profile = bytes.fromhex("".join(text.split("\n")[3:]))
-                kind = "exif" if profile.startswith(b"Exif\0\0") else str(key).rsplit(maxsplit=1)[-1].lower()
-                name = {"exif": "exif", "app1": "xmp", "xmp": "xmp", "icc": "icc_profile", "icm": "icc_profile"}.get(kind)
-                if name:
-                    image.info.setdefault(name, profile)
+                image.info.setdefault("xmp" if b"ns.adobe.com/xap" in profile[:40] else kind, profile)
     # Pillow leaves a transparent colour at the file's depth, and the pixels have 8 bits.
     transparent, depth = image.info.get("transparency"), data[24]
     if isinstance(transparent, tuple) and depth == 16:

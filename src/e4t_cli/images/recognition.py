@@ -64,12 +64,12 @@ def open_header(data: bytes, name: str) -> ImageFile:
         if known == "TIFF":
             _refuse_raw(image, data, name)
         return image
-    for start, what, hint in _OTHERS:
-        if re.match(start, data[:2000], re.DOTALL | re.IGNORECASE):
-            raise InputError(f"{name} is {what}, not an image in a known format", hint=hint)
     if recognized:
         message = f"{name} is a {recognized} file that cannot be read: damaged, or of a rare kind"
         raise InputError(message, hint="save it again as JPEG or PNG, with 8 bits")
+    for start, what, hint in _OTHERS:
+        if re.match(start, data[:2000], re.DOTALL | re.IGNORECASE):
+            raise InputError(f"{name} is {what}, not an image in a known format", hint=hint)
     raise InputError(f"{name} is not an image in a known format", hint=_KNOWN)
 
 
