@@ -49,6 +49,12 @@ def key(*values):
     return [(b"tRNS", b"".join(int(value).to_bytes(2, "big") for value in values))]
 
 
+def planes(pixels):
+    """Return a TIFF with one 16-bit plane for each channel: the same bytes in another order, read in rows."""
+    apart = np.moveaxis(pixels, -1, 0).reshape(pixels.shape)
+    return tiff(apart, 2, 16, tags=[(284, [2])])
+
+
 GREY_TABLE = {
     **{f"png grey {depth}": (png(GREY * (2**depth - 1) // 255, 0, depth), GREYS) for depth in (4, 8)},
     "png grey 16": (png(GREY * 257, 0, 16), GREYS),
@@ -102,6 +108,7 @@ COLOUR_TABLE = {
     ),
     "tiff rgb 16": (tiff(TWO * 257, 2, 16), COLOURS),
     "tiff rgb 16, Motorola": (tiff(TWO * 257, 2, 16, order=">"), COLOURS),
+    "tiff rgb 16, planes": (planes(TWO * 257), None),
     "tiff rgb float": (tiff(TWO / 255, 2, 32, 3), None),
     "tiff rgba": (tiff(RGBA, 2, tags=[(338, [2])]), (RED, OVER_WHITE)),
     "tiff rgba 16": (tiff(RGBA * 257, 2, 16, tags=[(338, [2])]), (RED, OVER_WHITE)),
@@ -176,6 +183,27 @@ def test_I10_profiles_of_colours_on_greys_and_of_greys_on_colours():
     data = encoded(image("RGB", RED, BLUE), icc_profile=grey_profile(1.0))
     assert "colour profile" in open_image(data).notes[0]
     assert np.abs(np.array(seen(data)) - [RED, BLUE]).max() <= 2
+
+
+def test_what_is_nearly_all_opaque_is_no_cut_out():
+    """The corners of a screenshot, or an alpha of 254 all over, are not the mask of the photo."""
+    corners = Image.new("RGBA", (80, 64), (*RED, 255))
+    for corner in ((0, 0), (76, 0), (0, 60), (76, 60)):
+        corners.paste((0, 0, 0, 0), (*corner, corner[0] + 4, corner[1] + 4))
+    for original in (corners, Image.new("RGBA", (80, 64), (*RED, 254))):
+        opened = open_image(encoded(original))
+        assert opened.alpha is None
+        assert np.abs(np.array(opened.image.getpixel((40, 30))) - RED).max() <= 1
+    assert open_image(encoded(corners)).image.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
+def test_images_of_pillow_keep_their_transparency(mode):
+    original = image("RGBA", (90, 90, 90, 255), (60, 60, 60, 128))
+    original = original.convert(mode) if mode[:2] != "La" else original.convert("LA").convert("La")
+    opened = open_image(original)
+    assert np.abs(np.array(opened.image.getpixel((60, 30))) - (60 * 128 / 255 + 127)).max() <= 2
+    assert opened.alpha.getpixel((60, 30)) == 128
 
 
 @pytest.mark.parametrize("value", [0, 1, 12])

@@ -6,7 +6,7 @@ from PIL import Image
 
 from e4t_cli.errors import InputError
 from e4t_cli.images.loading import open_image
-from tests.image_files import encoded, tiff
+from tests.image_files import encoded, png, tiff
 
 REST = b"\0" * 99
 REFUSED = {
@@ -66,3 +66,13 @@ def test_avif_in_a_general_container_needs_no_heic_package(monkeypatch):
     data[8:12] = b"mif1"  # with avif among the compatible brands
     assert b"avif" in data[16:32]
     assert np.abs(np.array(open_image(bytes(data)).image.getpixel((5, 5))) - (0, 128, 128)).max() <= 2
+
+
+@pytest.mark.parametrize(("transfer", "pale"), [(16, True), (18, True), (13, False), (1, False)])
+def test_hdr_screenshots_are_noted(transfer, pale):
+    data = png(np.full((64, 64, 3), 90), 2, 8, [(b"cICP", bytes((9, transfer, 0, 1)))])
+    avif = bytearray(encoded(Image.new("RGB", (64, 64), (90, 90, 90)), "AVIF"))
+    start = avif.index(b"nclx")
+    avif[start + 6 : start + 8] = bytes((0, transfer))
+    for one in (data, bytes(avif)):
+        assert any("HDR" in note for note in open_image(one).notes) == pale

@@ -13,6 +13,8 @@ from e4t_cli.errors import InputError
 
 # A photo whose every pixel is less opaque than that, 5 %, is invisible.
 MIN_OPACITY = 13
+# Rounded corners of a screenshot, or a faint alpha all over: the mean opacity, 98 %, of what is no cut-out.
+MAX_OPACITY = 250
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2  # values of TIFF's PhotometricInterpretation and SampleFormat
 _SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}  # of profiles, and the modes they describe
 
@@ -20,7 +22,7 @@ _SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}  # of prof
 def to_srgb(
     image: ImageFile, name: str, notes: list[str], *, halve: bool = False
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Return an RGB image on white, and its alpha (mode L) if it has transparent pixels.
+    """Return an RGB image on white, and its alpha (mode L) if parts of it are transparent.
 
     Args:
         image: loaded, of any mode.
@@ -41,11 +43,14 @@ def to_srgb(
     # Onto white: hidden colours do not show through, and metadata is dropped.
     canvas = Image.new("RGB", colours.size, "white")
     canvas.paste(colours, mask=alpha)
-    opacities = [] if alpha is None else [value for value, count in enumerate(alpha.histogram()) if count]
-    if opacities and opacities[-1] < MIN_OPACITY:
+    if alpha is None:
+        return canvas, None
+    opacities = alpha.histogram()
+    if not any(opacities[MIN_OPACITY:]):
         message = f"{name} is transparent everywhere"
         raise InputError(message, hint="save it without transparency, if there is an image behind it")
-    return canvas, None if opacities in ([], [255]) else alpha
+    mean = sum(value * count for value, count in enumerate(opacities)) / sum(opacities)
+    return canvas, alpha if mean < MAX_OPACITY else None
 
 
 def _separated(image: ImageFile, name: str) -> tuple[Image.Image, Image.Image | None]:

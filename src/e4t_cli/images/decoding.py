@@ -17,7 +17,7 @@ from PIL.ImageFile import ImageFile
 
 from e4t_cli.errors import E4TError, InputError, ResourceError, printable
 from e4t_cli.images.colours import to_srgb
-from e4t_cli.images.recognition import open_header
+from e4t_cli.images.recognition import has_hdr_transfer, open_header
 
 # Larger photos than `MAX_DECODED` are decoded at half the width and height: those of 200 megapixels from phones too.
 MAX_PIXELS, MAX_DECODED, MIN_SIDE = 256_000_000, 64_000_000, 64
@@ -68,6 +68,8 @@ def decode(data: bytes, name: str) -> OpenedImage:
         # The further frames of a photo in MPO are depth or brightness maps: not worth a note.
         if frames > 1 and image.format != "MPO":
             notes.append(f"{name} has {frames} {'images; the main' if heic else 'frames; the first'} one is used")
+        if image.format in ("PNG", "AVIF", "HEIF") and has_hdr_transfer(data):
+            notes.append(f"{name} is an HDR image, its colours may look pale: an export without HDR is better")
         image = _loaded(image, data, name, notes)
         if image.format == "PNG":
             _mend_png(image, data)
@@ -134,7 +136,7 @@ def _without_end(data: bytes, name: str) -> ImageFile | None:
 
 
 def _scans(data: bytes) -> tuple[bool, bool]:
-    """Whether a JPEG's scans, if none is cut, have all bits of all coefficients, and whether its end marker is there."""
+    """Whether a JPEG's scans, if none is cut, have all bits of all coefficients, and whether it has an end marker."""
     found, needed, place = 0, 0, 2
     while match := _MARKER.search(data, place):
         start = match.end() + 2

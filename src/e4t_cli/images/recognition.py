@@ -17,6 +17,7 @@ _HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b
 _AVIF_BRANDS = {b"avif", b"avis"}
 _KNOWN = "JPEG, PNG, WebP, AVIF, HEIC, GIF, TIFF, BMP and PPM are"
 _AS_IMAGE = "export it as JPEG or PNG"
+_AS_8_BITS = "save it again as JPEG or PNG, with 8 bits"
 _RAW = "a raw file of a camera"
 # What files that are none of these begin with, and what helps.
 _OTHERS = (
@@ -62,11 +63,11 @@ def open_header(data: bytes, name: str) -> ImageFile:
         except (SyntaxError, IndexError, TypeError, struct.error):  # as Pillow's `open` catches them
             continue
         if known == "TIFF":
-            _refuse_raw(image, data, name)
+            _check_tiff(image, data, name)
         return image
     if recognized:
         message = f"{name} is a {recognized} file that cannot be read: damaged, or of a rare kind"
-        raise InputError(message, hint="save it again as JPEG or PNG, with 8 bits")
+        raise InputError(message, hint=_AS_8_BITS)
     for start, what, hint in _OTHERS:
         if re.match(start, data[:2000], re.DOTALL | re.IGNORECASE):
             raise InputError(f"{name} is {what}, not an image in a known format", hint=hint)
@@ -81,9 +82,17 @@ def _is_heic(data: bytes) -> bool:
     return data[8:12] in _HEIC_BRANDS and not brands & _AVIF_BRANDS
 
 
-def _refuse_raw(image: ImageFile, data: bytes, name: str) -> None:
-    """Refuse raw files in TIFF, such as DNG, NEF and ARW: the image that Pillow reads is a small preview."""
+def has_hdr_transfer(data: bytes) -> bool:
+    """Whether a PNG, AVIF or HEIC has the values of an HDR screen (PQ or HLG), which look pale as sRGB."""
+    found = re.search(rb"cICP.(.)|nclx..\0(.)", data[:8192], re.DOTALL)
+    return found is not None and (found[1] or found[2]) in (b"\x10", b"\x12")
+
+
+def _check_tiff(image: ImageFile, data: bytes, name: str) -> None:
+    """Refuse what Pillow reads wrongly: planes of 16 bits as 8, the small preview in DNG, NEF and ARW as the photo."""
     tags = getattr(image, "tag_v2", {})
     new_subfile_type, dng_version = tags.get(254, 0), tags.get(50706)
     if dng_version or data[8:10] == b"CR" or (isinstance(new_subfile_type, int) and new_subfile_type & 1):
         raise InputError(f"{name} is {_RAW}: only a small preview in it can be read", hint=_AS_IMAGE)
+    if tags.get(284) == 2 and tags.get(258, (8,))[0] > 8 and image.tile and image.tile[0].codec_name == "raw":
+        raise InputError(f"{name} is a TIFF with its 16-bit channels apart, which cannot be read", hint=_AS_8_BITS)
