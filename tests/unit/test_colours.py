@@ -172,6 +172,34 @@ def test_I10_grey_profiles_are_applied(mode, kind):
         assert np.abs(found - truth).max() <= 2
 
 
+def test_I10_adobe_rgb_of_cameras_is_told_by_exif():
+    """In place of a profile, cameras write the interoperability index R03 and a colour space that is not sRGB."""
+    colours = np.array([RED, BLUE, (120, 120, 120)])
+    adobe = np.array([[0.60974, 0.31111, 0.01947], [0.20528, 0.62567, 0.06087], [0.14919, 0.06322, 0.74457]])
+    ours = np.array([[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708], [0.14307, 0.06061, 0.71410]])
+    light = np.clip(((colours / 255) ** (563 / 256)) @ adobe @ np.linalg.inv(ours), 0, 1)
+    for index in ("R03", "R98"):
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0xA001] = 65535
+        exif.get_ifd(0x8769)[0xA005] = {1: index}
+        for colour, expected in zip(colours, light, strict=True):
+            data = encoded(Image.new("RGB", (64, 64), tuple(colour.tolist())), "WEBP", lossless=True, exif=exif)
+            truth = [srgb(value) for value in expected] if index == "R03" else colour
+            assert np.abs(np.array(open_image(data).image.getpixel((9, 9))) - truth).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("gamma", "left"), [(1.0, srgb(DARK / 255)), (1 / 1.8, srgb((DARK / 255) ** 1.8)), (0.45455, DARK)]
+)
+def test_I10_the_gamma_of_a_png_is_applied(gamma, left):
+    chunk = (b"gAMA", round(100000 * gamma).to_bytes(4, "big"))
+    for pixels, kind in ((GREY, 0), (halves((DARK,) * 3, (LIGHT,) * 3), 2)):
+        found, _ = seen(png(pixels, kind, 8, [chunk]))
+        assert np.abs(found - left).max() <= 2
+        found, _ = seen(png(pixels, kind, 8, [(b"sRGB", b"\0"), chunk]))
+        assert np.abs(found - DARK).max() <= 1
+
+
 def test_I10_profiles_of_colours_on_greys_and_of_greys_on_colours():
     wide = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(
         "sRGB".encode("utf-16-be"), "mine".encode("utf-16-be")

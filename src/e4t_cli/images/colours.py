@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from PIL import Image, ImageCms
+from PIL.ExifTags import IFD
 from PIL.ImageFile import ImageFile
 
 from e4t_cli.errors import InputError
@@ -16,6 +19,8 @@ MIN_OPACITY = 13
 # Rounded corners of a screenshot, or a faint alpha all over: the mean opacity, 98 %, of what is no cut-out.
 MAX_OPACITY = 250
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2  # values of TIFF's PhotometricInterpretation and SampleFormat
+_SRGB_PRIMARIES = (0.43607, 0.22249, 0.01392, 0.38515, 0.71687, 0.09708, 0.14307, 0.06061, 0.71410)
+_ADOBE_PRIMARIES = (0.60974, 0.31111, 0.01947, 0.20528, 0.62567, 0.06087, 0.14919, 0.06322, 0.74457)
 _SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}  # of profiles, and the modes they describe
 
 
@@ -33,7 +38,7 @@ def to_srgb(
     Raises:
         InputError: nothing in it is visible, or its values have no meaning as colours.
     """
-    profile = image.info.get("icc_profile")
+    profile = image.info.get("icc_profile") or _stated_profile(image)
     colours, alpha = _separated(image, name)
     if halve:
         if colours.mode == "LAB":  # whose a and b have a sign, which a mean of bytes would miss
@@ -110,6 +115,36 @@ def _range(image: ImageFile, tags: Mapping[int, Any], low: float, high: float, n
     signed = tags.get(258, (32,))[0] == 16 and tags.get(339, (_UNSIGNED,))[0] == _SIGNED
     ranges = (32767.0,) if signed else (255.0, 65535.0)
     return 0.0, next(top for top in ranges if high <= top)
+
+
+def _stated_profile(image: ImageFile) -> bytes | None:
+    """Return a profile of what a file says of its colours elsewhere: a camera's EXIF, or the gamma of a PNG."""
+    gamma = image.info.get("gamma")
+    if isinstance(gamma, float) and gamma > 0 and abs(2.2 * gamma - 1) > 0.05 and "srgb" not in image.info:
+        return _rgb_profile(_SRGB_PRIMARIES, 1 / gamma)
+    if "exif" in image.info:
+        with suppress(Exception):  # malformed
+            exif = image.getexif()
+            if exif.get_ifd(IFD.Exif).get(0xA001) == 2 or exif.get_ifd(IFD.Interop).get(1) == "R03":
+                return _rgb_profile(_ADOBE_PRIMARIES, 563 / 256)
+    return None
+
+
+def _rgb_profile(primaries: tuple[float, ...], gamma: float) -> bytes:
+    """Return an ICC profile: XYZ of red, green and blue, adapted to D50, and an exponent."""
+    white, numbers = (0.9642, 1.0, 0.8249), struct.Struct(">4s4x3i")
+    triples = [white, *(primaries[start : start + 3] for start in (0, 3, 6))]
+    places = dict(zip((b"wtpt", b"rXYZ", b"gXYZ", b"bXYZ"), range(4), strict=True))
+    body = b"".join(numbers.pack(b"XYZ ", *(round(65536 * value) for value in triple)) for triple in triples)
+    curve = struct.pack(">4s4xIH2x", b"curv", 1, min(round(256 * gamma), 65535))
+    text = struct.pack(">4s4xI6s79x3x", b"desc", 6, b"photo")
+    start = 128 + 4 + 12 * 8
+    entries = [(name, start + 20 * place, 20) for name, place in places.items()]
+    entries += [(name, start + 80, 14) for name in (b"rTRC", b"gTRC", b"bTRC")] + [(b"desc", start + 96, 97)]
+    table = struct.pack(">I", len(entries)) + b"".join(struct.pack(">4sII", *entry) for entry in entries)
+    content = table + body + curve + text
+    head = struct.pack(">I4xI4s4s4s12x4s28x", 128 + len(content), 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    return head + numbers.pack(b"", *(round(65536 * value) for value in white))[8:] + b"\0" * 48 + content
 
 
 def _halved(colours: Image.Image, alpha: Image.Image | None) -> tuple[Image.Image, Image.Image | None]:
