@@ -181,6 +181,23 @@ def test_I1_a_jpeg_is_whole_or_refused_wherever_it_is_cut(mode, options):
                 assert largest_difference(opened.image, whole.image) == 0
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF"])
+def test_I1_downloads_that_are_not_finished_are_noticed(kind):
+    """Programs that set the length first leave zeros, which decoders take for pixels."""
+    data = encoded(PATTERN, kind)
+    whole = open_image(data)
+    for end in range(len(data) // 4, len(data) - 8, len(data) // 20):
+        try:
+            opened = open_image(data[:end] + b"\0" * 2000)
+        except InputError:
+            continue
+        assert "download" in opened.notes[0]
+    opened = open_image(data + b"\0" * 60)  # padded
+    assert opened.notes == () and largest_difference(opened.image, whole.image) == 0
+    if kind == "PNG":
+        assert largest_difference(open_image(data + b"\0" * 5000).image, whole.image) == 0
+
+
 def test_I1_what_follows_the_first_image_of_an_mpo_may_be_missing():
     """As when a messenger strips the depth or gain map of a phone's photo."""
     data = encoded(gradient(), "MPO", save_all=True, append_images=[gradient(64, 64)])

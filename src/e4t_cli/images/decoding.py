@@ -91,7 +91,13 @@ def decode(data: bytes, name: str) -> OpenedImage:
 
 
 def _loaded(image: ImageFile, data: bytes, name: str, notes: list[str]) -> ImageFile:
-    """Decode the pixels: `verify` does not detect a truncated JPEG."""
+    """Decode the pixels, and detect what decoders do not: truncated JPEGs, and zeros where a download has not ended."""
+    zeros = len(data) - len(data.rstrip(b"\0"))
+    truncated = InputError(f"{name} is truncated", hint="copy or download it again")
+    if image.format == "PNG" and zeros >= 64 and b"IEND" not in data:
+        raise truncated
+    if image.format in ("WEBP", "AVIF", "HEIF") and zeros >= 1024:  # fewer may be the end of its metadata
+        notes.append(f"{name} ends in {zeros} zeros, as if its download were not finished")
     if image.format not in ("JPEG", "MPO") or data.rstrip(b"\0").endswith(_END_OF_IMAGE):
         return _load(image)
     complete, ended = _scans(data)
@@ -99,7 +105,7 @@ def _loaded(image: ImageFile, data: bytes, name: str, notes: list[str]) -> Image
         return _load(image)
     whole = _without_end(data, name) if complete else None
     if whole is None:
-        raise InputError(f"{name} is truncated", hint="copy or download it again")
+        raise truncated
     notes.append(f"{name} lacks its end marker; no pixel is missing")
     return whole
 
