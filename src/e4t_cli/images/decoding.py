@@ -91,7 +91,7 @@ def decode(data: bytes, name: str) -> OpenedImage:
 
 
 def _loaded(image: ImageFile, data: bytes, name: str, notes: list[str]) -> ImageFile:
-    """Decode the pixels, and detect what decoders do not: truncated JPEGs, and zeros where a download has not ended."""
+    """Decode the pixels, and detect what decoders do not: truncated JPEGs, and zeros where a download has stopped."""
     zeros = len(data) - len(data.rstrip(b"\0"))
     truncated = InputError(f"{name} is truncated", hint="copy or download it again")
     if image.format == "PNG" and zeros >= 64 and b"IEND" not in data:
