@@ -41,6 +41,7 @@ from e4t_cli.models.text_to_image import TextToImageModel
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
+    "requires_safety_checker": False,
     "safety_checker": [None, None],
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -85,7 +86,7 @@ def write_folder(
     """
     check_absent(folder)
     tokenizer: Any = model.tokenizer
-    text_encoder, word = model.text_encoder, embedding_path(folder).name + ".safetensors"
+    text_encoder, word = model.text_encoder, embedding_path(folder).name
     if token is not None:
         tokenizer, text_encoder = _with_token(model, embedding, token)
         word = "learned_word.safetensors"
@@ -184,7 +185,7 @@ def _add_slow_tokenizer(folder: Path, tokenizer: Any, token: str | None) -> None
     config.write_bytes(json.dumps(settings, indent=2).encode())
 
 
-def _add_checker(base: Path, target: Path, dtype: torch.dtype) -> dict[str, list[str]]:
+def _add_checker(base: Path, target: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Add the base's safety checker; returns its entries of model_index.json."""
     # Not at the top: two seconds of imports for the one family of bases that has it.
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -196,6 +197,7 @@ def _add_checker(base: Path, target: Path, dtype: torch.dtype) -> dict[str, list
     return {
         CHECKER: ["stable_diffusion", "StableDiffusionSafetyChecker"],
         FEATURE_EXTRACTOR: ["transformers", "CLIPImageProcessor"],
+        "requires_safety_checker": True,
     }
 
 
