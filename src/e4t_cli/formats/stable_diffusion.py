@@ -104,10 +104,12 @@ def write_folder(
         tokenizer.save_pretrained(staging / "tokenizer")
         _add_slow_tokenizer(staging / "tokenizer", tokenizer, token)
         # e4t's own default; the schedule of training would take ten times the steps. Whatever a pipeline's scheduler
-        # has, diffusers sets steps_offset to 1, with a page of warning; it changes only the spacing "leading".
+        # has, diffusers sets steps_offset to 1, which changes only the spacing "leading", and clip_sample, which
+        # this one has not, to False, each with a page of warning.
         schedule: Any = model.noise_schedule  # a scheduler's `config` is not in diffusers' types
         scheduler: Any = DPMSolverMultistepScheduler
-        scheduler.from_config(schedule.config, steps_offset=1).save_pretrained(staging / "scheduler")
+        settings = {**schedule.config, "steps_offset": 1, "clip_sample": False}
+        scheduler.from_config(settings).save_pretrained(staging / "scheduler")
         index = MODEL_INDEX | (_add_checker(base, staging, dtype) if checked else {})
         save_file({"emb_params": embedding.detach().cpu().float()[None]}, staging / word)
         (staging / "README.md").write_bytes(readme.encode())
