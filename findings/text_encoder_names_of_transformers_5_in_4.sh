@@ -20,7 +20,7 @@ trap 'rm -rf "$work"' EXIT
 "$PYTHON" -m venv "$work/venv"
 install=("$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${install[@]}" torch==2.14.1 numpy==2.4.6 transformers==5.24.0 2>/dev/null
-"${install[@]}" --target "$work/four" --no-deps transformers==4.57.1 huggingface_hub==0.36.0 tokenizers==0.22.1 2>/dev/null
+"${install[@]}" --target "$work/four" transformers==4.57.1 huggingface_hub==0.36.0 tokenizers==0.22.1 2>/dev/null
 
 cat > "$work/probe.py" <<'PROBE'
 import sys
@@ -50,10 +50,15 @@ else:
         with torch.no_grad():
             equal = torch.equal(model.eval()(torch.arange(1, 9)[None])[0], torch.load("hidden.pt"))
         missing = sum("position_ids" not in name for name in report["missing_keys"])
-        print(f"{folder} read by {major}: {missing} of 37 weights missing, hidden states equal: {equal}")
+        print(f"{folder} read by {major}: {missing} of 36 weights missing, hidden states equal: {equal}")
 PROBE
 
 cat > "$work/expected" <<'EXPECTED'
+written by 5 embeddings.position_embedding.weight
+plain read by 5: 0 of 36 weights missing, hidden states equal: True
+prefixed read by 5: 0 of 36 weights missing, hidden states equal: True
+plain read by 4: 36 of 36 weights missing, hidden states equal: False
+prefixed read by 4: 0 of 36 weights missing, hidden states equal: True
 EXPECTED
 
 cd "$work"
