@@ -81,7 +81,8 @@ def main() -> None:
     print(f"limits: loss {limits[0]}, error {limits[1]}; a photograph is above both\n")
     for name in PHOTOGRAPHS:
         loss, error = scores(model, photograph(name), "face")
-        print(f"photograph {name:20}  loss {loss:.3f}  error {error:.4f}  {'alarm' if loss > limits[0] and error > limits[1] else ''}")
+        alarm = "alarm" if loss > limits[0] and error > limits[1] else ""
+        print(f"{name:45}  loss {loss:.3f}  error {error:.4f}  {alarm}")
     some = list(drawings())
     for how in MEASURED:
         for styles in (False, True):

@@ -1,8 +1,8 @@
 """What the name of a base or the location of domain weights stands for: a folder or a repository.
 
 A base is a text-to-image model in a folder in diffusers' layout, with image_tower/ and, for a name of its own,
-base.toml (schema, name, licence, revision, resolution, guidance, drawing_limits). `mini` is part of the package, those of `PUBLISHED`
-are on the hub. Domain weights are on the hub under "hub:owner/name@commit", or under "e4t-diffusion:owner/name" if
+base.toml (schema, name, licence, revision, resolution, guidance, drawing_limits). `mini` is part of the package, those
+of `PUBLISHED` are on the hub. Domain weights are on the hub under "hub:owner/name@commit", or under "e4t-diffusion:owner/name" if
 another program made them and they have to be converted. Nothing in this module uses the network.
 """
 

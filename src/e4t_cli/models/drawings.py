@@ -1,7 +1,7 @@
 """Tells the drawings that a base was trained on from other images, such as photographs.
 
-A base that knows drawings only (`Base.drawing_limits`) neither denoises a photograph nor reproduces its texture. Either
-measure alone is misled: the denoising loss by a drawing that is rotated or framed, the error of the VAE by fine strokes.
+A base that knows drawings only (`Base.drawing_limits`) neither denoises a photograph nor reproduces its texture.
+Either measure alone is misled: the loss by a drawing that is rotated or framed, the error by fine strokes.
 """
 
 from __future__ import annotations
