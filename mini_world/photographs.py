@@ -35,7 +35,7 @@ def photograph(name: str) -> Image.Image:
     return Image.open(next(Path(skimage.data.__file__).parent.glob(f"{name}.*"))).convert("RGB")
 
 
-def drawings() -> Iterator[tuple[str, Image.Image]]:
+def drawings(examples: Path = Path("examples")) -> Iterator[tuple[str, Image.Image]]:
     """Held-out portraits, scenes, and the examples, each with the domain it is for."""
     for kind, count in DRAWN:
         for drawn in held_out_photos(kind, count, seed=9):
@@ -44,7 +44,7 @@ def drawings() -> Iterator[tuple[str, Image.Image]]:
         drawn = sample(number, seed=31, held_out=True)
         yield drawn.who.kind if drawn.who else "thing", drawn.image
     for name, kind, _ in EXAMPLES:
-        yield kind, Image.open(Path("examples") / f"{name}.png").convert("RGB")
+        yield kind, Image.open(examples / f"{name}.png").convert("RGB")
 
 
 def changed(image: Image.Image, how: str) -> Image.Image:

@@ -13,13 +13,18 @@ from e4t_cli.cli import console as terminal
 from e4t_cli.cli.options import Json
 from e4t_cli.errors import E4TError, InputError, UsageError, printable
 
-File = Annotated[Path, typer.Argument(help="A PNG made here, or a saved concept.")]
+File = Annotated[Path, typer.Argument(help="A PNG made here, a saved concept, or the name of a base: mini.")]
 
 
 def info(file: File, json: Json = False) -> None:
-    """Show how an image was made, or what is in a concept."""
+    """Show how an image was made, what is in a concept, or what a base such as mini knows."""
     console = terminal.start(json=json)
+    from e4t_cli.api.base_details import as_text, base_details
+
     shown = printable(str(file))
+    if (base := base_details(str(file))) is not None:
+        console.details(shown, base if json else as_text(base))
+        return
     try:
         with file.open("rb") as opened:
             begin = opened.read(8)

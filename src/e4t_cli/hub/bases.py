@@ -2,8 +2,9 @@
 
 A base is a text-to-image model in a folder in diffusers' layout, with image_tower/ and, for a name of its own,
 base.toml (schema, name, licence, revision, resolution, guidance, drawing_limits). `mini` is part of the package, those
-of `PUBLISHED` are on the hub. Domain weights are on the hub under "hub:owner/name@commit", or under "e4t-diffusion:owner/name" if
-another program made them and they have to be converted. Nothing in this module uses the network.
+of `PUBLISHED` are on the hub. Domain weights are on the hub under "hub:owner/name@commit", or under
+"e4t-diffusion:owner/name" if another program made them and they have to be converted. Nothing in this module uses the
+network.
 """
 
 from __future__ import annotations
@@ -155,9 +156,9 @@ def read_base(folder: Path) -> Base:
         if not isinstance(base.guidance, int | float) or not 0 <= base.guidance <= 100:
             raise ValueError(f"guidance is {base.guidance!r}")
         if (limits := base.drawing_limits) is not None:
-            if not isinstance(limits, list) or [type(one) for one in limits] != [float, float]:
-                raise ValueError(f"drawing_limits is {limits!r}, not two numbers")
-            base = replace(base, drawing_limits=tuple(limits))
+            if not isinstance(limits, list) or len(limits) != 2 or not all(0 < float(one) < 1e6 for one in limits):
+                raise ValueError(f"drawing_limits is {limits!r}, not two positive numbers")
+            base = replace(base, drawing_limits=(float(limits[0]), float(limits[1])))
         return base
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise IntegrityError(f"{printable(str(path))} cannot be used: {printable(str(error))}") from error

@@ -28,9 +28,8 @@ def read_vocabulary(folder: Path) -> dict[str, list[str]] | None:
             groups = json.loads(file.read(MAX_BYTES + 1))
         if not isinstance(groups, dict):
             raise ValueError("it is not a table")
-        if not all(
-            isinstance(phrases, list) and all(isinstance(one, str) for one in phrases) for phrases in groups.values()
-        ):
+        lists = [phrases if isinstance(phrases, list) else [None] for phrases in groups.values()]
+        if not all(isinstance(phrase, str) for phrases in lists for phrase in phrases):
             raise ValueError("its groups are not lists of phrases")
     except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{printable(str(path))} cannot be used: {printable(str(error))}") from error
