@@ -36,7 +36,7 @@ def base_details(name: str) -> dict[str, Any] | None:
     if name not in EMBEDDED:
         return None
     base = find_base(name)
-    size = sum(entry.stat().st_size for part in os.scandir(base.folder) if part.is_dir() for entry in os.scandir(part))
+    size = sum(os.path.getsize(path) for path in base.folder.rglob("*.*"))
     groups = read_vocabulary(base.folder) or {}
     return {
         "type": "base", "name": name, "resolution": f"{base.resolution}×{base.resolution}", "licence": base.licence,
