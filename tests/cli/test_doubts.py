@@ -77,3 +77,12 @@ def test_info_lists_what_mini_knows(run):
     about = json.loads(run("info", "mini", "--json").out)
     assert about["type"] == "base" and "on the beach" in about["places"] and about["bytes"] > 10**7
     assert "e4t fetch sd14" in run("info", "sd14").out
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_line_about_the_base_says_what_mini_knows(device):
+    from e4t_cli.api.resolve import default_base_name
+    from e4t_cli.hub.paths import HubAccess
+
+    name, line = default_base_name(HubAccess(offline=True), device=device)
+    assert name == "mini" and line.startswith("base: mini knows drawings only; ")

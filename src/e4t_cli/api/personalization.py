@@ -92,9 +92,9 @@ def personalize(
     base = resolve_base(asked, session.access, domain=value, safety=asked.safety_checker)
     weights = resolve_domain_weights(value, base, session.access)
     with session.running(base):
-        config, negative = resolve_sampling(sampling, placeholder)
+        config = resolve_sampling(sampling)
         session.load(base, weights)
-        session.check_prompts(parsed, [negative])
+        session.check_prompts(parsed, [config.negative_prompt])
         model, pretrained = session.model, session.pretrained
         tuning = resolve_tuning(pretrained.tuning, asked.tuning, asked.tune_steps)
         if mask.kind != "auto" or photo.alpha is not None:
@@ -158,9 +158,9 @@ def generate(
     with session.running():
         concept = load_concept(concept)
         parsed = parse_prompts(prompts, placeholder or concept.placeholder)
-        config, negative = resolve_sampling(sampling, placeholder or concept.placeholder)
+        config = resolve_sampling(sampling)
         load_concept_models(concept, session)
-        session.check_prompts(parsed, [negative])
+        session.check_prompts(parsed, [config.negative_prompt])
         tuned = concept.tuned(session.model, session.pretrained)
         tuned = tuned or session.tune(concept, keep_base=config.concept_scale != 1)
         return session.generate(

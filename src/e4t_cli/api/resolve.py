@@ -31,7 +31,7 @@ from e4t_cli.hub.bases import (
 from e4t_cli.hub.paths import HubAccess, Terms, is_accepted
 from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, is_reachable
 from e4t_cli.progress import Progress
-from e4t_cli.prompts import PLACEHOLDER, Prompt, check_placeholder, parse_negative_prompt, parse_prompt
+from e4t_cli.prompts import Prompt, parse_prompt, plain_text
 from e4t_cli.registry.config import TUNING_METHODS, PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages, weights_folder
 from e4t_cli.registry.domain import Domain
@@ -64,14 +64,8 @@ def resolve_seed(seed: int | None, count: int) -> int:
     return seed
 
 
-def resolve_sampling(
-    wanted: SamplingConfig | Mapping[str, Any] | None, placeholder: str = PLACEHOLDER
-) -> tuple[SamplingConfig, Prompt]:
-    """Return the sampling options and the parsed negative prompt.
-
-    Raises:
-        UsageError: there is no such field or value, or the negative prompt names the concept.
-    """
+def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
+    """Return the sampling options, the negative prompt normalized; `UsageError` if there is no such field or value."""
     from e4t_cli.sampling import SamplingConfig
 
     if not isinstance(wanted, SamplingConfig):
@@ -79,8 +73,7 @@ def resolve_sampling(
             wanted = SamplingConfig(**(wanted or {}))
         except TypeError as error:
             raise UsageError(f"sampling: {error}") from error
-    negative = parse_negative_prompt(wanted.negative_prompt, check_placeholder(placeholder))
-    return replace(wanted, negative_prompt=negative.text), negative
+    return replace(wanted, negative_prompt=plain_text(wanted.negative_prompt, "the negative prompt"))
 
 
 def resolve_tuning(config: TuningConfig, method: str | None, steps: int | None) -> TuningConfig:

@@ -31,7 +31,7 @@ from e4t_cli.hub.vocabulary import read_vocabulary, words_of
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
 from e4t_cli.progress import Progress
-from e4t_cli.prompts import Prompt, foreign_syntax, unknown_words
+from e4t_cli.prompts import Prompt, foreign_syntax, parse_negative_prompt, unknown_words
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
@@ -179,13 +179,15 @@ class Session:
                 self.pretrained.check_base(self.model)
         self.report(Progress(stage="load", done=1, total=1))
 
-    def check_prompts(self, prompts: Sequence[Prompt], negative: Sequence[Prompt] = ()) -> None:
+    def check_prompts(self, prompts: Sequence[Prompt], negative: Iterable[str] = ()) -> None:
         """Report before any tuning what the text encoder will truncate, does not know, or reads as plain words.
 
         Raises:
-            UsageError: a placeholder comes after the text encoder's last token.
+            UsageError: a placeholder comes after the text encoder's last token, or is in a negative prompt.
         """
-        model, every = self.model, [*prompts, *negative]
+        placeholders = {prompt.placeholder for prompt in prompts}
+        against = [parse_negative_prompt(text, one) for text in dict.fromkeys(negative) for one in placeholders]
+        model, every = self.model, [*prompts, *against]
         descriptor = model.descriptor_id(self.pretrained.descriptor)
         for index, dropped in enumerate(model.tokenize(every, descriptor).dropped if every else ()):
             if dropped:
