@@ -64,11 +64,16 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
         elif profile:
             frame = settle(chosen.frame, spec)
             notes.append("one eye is visible, as in a profile: cropped around the head, not turned")
+        elif len(faces) > 1 or not centred.contains(chosen.center):
+            frame = settle(chosen.head_frame(spec), spec)
+            notes.append("eyes and mouth are not clearly visible: cropped around the head, not turned")
         else:
             notes.append("eyes and mouth are not clearly visible: the face is not aligned")
     sure = reliable or profile
     mask = None
-    if target.mask is not None or not sure:
+    if not frame.contains(chosen.center):
+        notes.append("the chosen face is outside the centred square: without --no-align it is cropped around the face")
+    elif target.mask is not None or not sure:
         head = detector.head_mask(frame, chosen.center, only_face=len(faces) == 1)
         if not sure and _covered(head) < MIN_HEAD:
             # Parsers take parts of many things for skin, in one view and not in the next.
