@@ -14,7 +14,9 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from mini_world.captions import Caption
+from e4t_cli.prompts import training_templates
+from e4t_cli.registry.discovery import find_domain
+from mini_world.captions import Caption, vocabulary
 from mini_world.data import SUBJECTS, Drawings
 from mini_world.loop import default_device, random_rows, train
 from mini_world.text import WIDTH, CaptionEncoder, CaptionTokenizer, TokenizedCaptions, tokenize_drawings
@@ -41,6 +43,9 @@ SCHEDULE = {
     "prediction_type": "epsilon",
     "clip_sample": False,
 }
+# The loss and the error of `e4t_cli.models.drawings` above which an image is no drawing (`python -m mini_world.photographs`).
+DRAWING_LIMITS = [0.4, 0.05]
+PAPER_DOMAINS = ("face", "cat", "art")
 # γ of min-SNR weighting. Without it, the easy timesteps with little noise dominate the gradient.
 SNR_CAP = 5.0
 
@@ -163,4 +168,13 @@ def write_base(target: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, tex
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (target / "base.toml").write_text(
         f'schema = 1\nname = "mini"\nlicence = "Apache-2.0"\nrevision = "{revision}"\nresolution = 64\nguidance = 3.0\n'
+        f"drawing_limits = {DRAWING_LIMITS}\n"
     )
+    write_vocabulary(target)
+
+
+def write_vocabulary(target: Path) -> None:
+    """Write the words that the base knows, vocabulary.json."""
+    templates = [template for name in PAPER_DOMAINS for template in training_templates(find_domain(name))]
+    lines = (f"{json.dumps(group)}: {json.dumps(words)}" for group, words in vocabulary(templates).items())
+    (target / "vocabulary.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -9,6 +9,8 @@ can represent an appearance.
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mini_world.identities import ATTRIBUTES, Identity
@@ -48,6 +50,7 @@ MEDIUM_PHRASES = {
     "pixel": ("pixel art of", "a pixel art picture of"),
     "oil": ("an oil painting of",),
 }
+PLURALS = {"face": "faces", "cat": "cats", "dog": "dogs", "art": "styles"}
 ARTICLES = ("a", "a", "a", "the", "my", "one", "")
 # Words that prompts may contain and captions seldom do; each has to be one token.
 FURTHER_WORDS = (
@@ -210,3 +213,34 @@ def all_words() -> list[str]:
     texts += ["hair skin glasses eyes cheeks fur coat ears muzzle collar style from afar close up"]
     words = {word for text in texts for word in text.lower().replace("-", " ").split()}
     return sorted(words)
+
+
+def vocabulary(templates: Iterable[str] = ()) -> dict[str, list[str]]:
+    """What captions say, by group, for `vocabulary.json` of the base.
+
+    "other" are words that change nothing in an image, in captions or in `templates`, the prompts that domains are trained with.
+    The rest of `FURTHER_WORDS` has tokens, and no caption uses it: the base learned nothing about it.
+    """
+    groups = {
+        "subjects": list(SUBJECT_WORDS),
+        "places": _spoken(PLACE_PHRASES),
+        "roles and garments": _spoken(ROLE_PHRASES),
+        "media": _spoken(MEDIUM_PHRASES),
+        "framing": ["a close-up of", "from afar"],
+    }
+    for kind, attributes in ATTRIBUTES.items():
+        values = [(name, value) for name, values in attributes.items() for value in values]
+        said = [_phrases(Identity(kind, {name: value}, 0), [name], random.Random(0))[0] for name, value in values]
+        groups[f"attributes of {PLURALS[kind]}"] = list(dict.fromkeys(said))
+    known = {word for phrases in groups.values() for phrase in phrases for word in _words(phrase)}
+    texts = [*templates, *ABSENT.values(), *ARTICLES, "and in the style of with"]
+    groups["other"] = sorted({word for text in texts for word in _words(text)} - known)
+    return groups
+
+
+def _spoken(table: Mapping[str, Sequence[str]]) -> list[str]:
+    return [phrase for phrases in table.values() for phrase in phrases if phrase]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall("[a-z]+", text.lower())

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 WORDS = "a face"
+MIN_HEAD = 0.01  # part of the prepared image; what is smaller, without clear eyes, is no face
 
 
 def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
@@ -51,18 +52,16 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
     detector = FaceDetector(image, parser, spec, target.size)
     faces = detector.detect()
     if not faces:
-        if target.required:
-            raise InputError("there is no face in the image", hint="take another photo")
-        note = "no face was found: the whole image counts in tuning"
-        cropped = centred.apply(image, target.size)
-        return PreparedImage(image=cropped, notes=(note,), frame=centred)
+        return _without_face(image, target)
     chosen = detector.refine(choose(faces, target.which))
+    reliable = detector.is_reliable(chosen)
+    profile = len(chosen.face.eyes) == 1 and chosen.face.confidence >= MIN_CONFIDENCE
     frame, notes, remarks = centred, [], [_counted(len(faces), target.which)]
     if target.align:
-        if detector.is_reliable(chosen):
+        if reliable:
             frame = settle(chosen.frame, spec)
             remarks.append(f"turned {abs(chosen.frame.turn):.0f}°")
-        elif len(chosen.face.eyes) == 1 and chosen.face.confidence >= MIN_CONFIDENCE:
+        elif profile:
             frame = settle(chosen.frame, spec)
             notes.append("one eye is visible, as in a profile: cropped around the head, not turned")
         elif len(faces) > 1 or not centred.contains(chosen.center):
@@ -70,12 +69,18 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
             notes.append("eyes and mouth are not clearly visible: cropped around the head, not turned")
         else:
             notes.append("eyes and mouth are not clearly visible: the face is not aligned")
+    sure = reliable or profile
     mask = None
     if not frame.contains(chosen.center):
         notes.append("the chosen face is outside the centred square: without --no-align it is cropped around the face")
-    elif target.mask is not None:
-        mask = detector.head_mask(frame, chosen.center, only_face=len(faces) == 1)
-        remarks.append(f"mask {_covered(mask):.0%}".replace("%", " %"))
+    elif target.mask is not None or not sure:
+        head = detector.head_mask(frame, chosen.center, only_face=len(faces) == 1)
+        if not sure and _covered(head) < MIN_HEAD:
+            # Parsers take parts of many things for skin, in one view and not in the next.
+            return _without_face(image, target)
+        if target.mask is not None:
+            mask = head
+            remarks.append(f"mask {_covered(mask):.0%}".replace("%", " %"))
     return PreparedImage(
         image=frame.apply(image, target.size),
         mask=mask,
@@ -83,6 +88,14 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
         remarks=(", ".join(remarks),),
         frame=frame,
     )
+
+
+def _without_face(image: Image, target: PreparationTarget) -> PreparedImage:
+    if target.required:
+        raise InputError("there is no face in the image", hint="take another photo")
+    frame = Frame.centered(image.size)
+    note = "no face was found: the whole image counts in tuning"
+    return PreparedImage(image=frame.apply(image, target.size), notes=(note,), frame=frame)
 
 
 def _by_words(image: Image, target: PreparationTarget, reason: WeightsUnavailable) -> PreparedImage:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -108,19 +108,9 @@ def parse_prompt(text: str, placeholder: str = PLACEHOLDER, *, require_placehold
         UsageError: the prompt is empty, too long, not text, or does not name the concept.
     """
     placeholder = check_placeholder(placeholder)
-    # Line breaks and tabs are spaces to a text encoder; other control characters are refused.
-    plain = " ".join(unicodedata.normalize("NFKC", text).split())
+    plain = plain_text(text)
     if not plain:
         raise UsageError("the prompt is empty", hint=f'for example: "{placeholder} on the beach"')
-    if len(plain) > MAX_PROMPT_LENGTH:
-        limits = f"{MAX_PROMPT_LENGTH:,} is the limit, and a text encoder reads about 300"
-        raise UsageError(f"the prompt has {len(plain):,} characters; {limits}")
-    categories = {unicodedata.category(character) for character in plain}
-    if "Cs" in categories:  # Python's form of bytes that are no text in the locale
-        message = f"the prompt {printable(plain, limit=60)!r} is not text in the encoding of this terminal"
-        raise UsageError(message, hint="set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
-    if "Cc" in categories:
-        raise UsageError(f"the prompt {printable(plain, limit=60)!r} contains control characters")
     # None between the parts, and no empty parts.
     separated = [piece for part in _rule(placeholder).split(plain) for piece in (None, part)][1:]
     segments = tuple(piece for piece in separated if piece != "")
@@ -129,6 +119,76 @@ def parse_prompt(text: str, placeholder: str = PLACEHOLDER, *, require_placehold
         message = f"the prompt {printable(plain, limit=60)!r} does not name the concept, {placeholder}"
         raise UsageError(message, hint=hint)
     return Prompt(plain, segments, placeholder)
+
+
+def plain_text(text: str, what: str = "the prompt") -> str:
+    """Return a prompt normalized, on one line.
+
+    Raises:
+        UsageError: it is too long or not text; `what` is its name in the message.
+    """
+    # Line breaks and tabs are spaces to a text encoder; other control characters are refused.
+    plain = " ".join(unicodedata.normalize("NFKC", text).split())
+    if len(plain) > MAX_PROMPT_LENGTH:
+        limits = f"{MAX_PROMPT_LENGTH:,} is the limit, and a text encoder reads about 300"
+        raise UsageError(f"{what} has {len(plain):,} characters; {limits}")
+    categories = {unicodedata.category(character) for character in plain}
+    if "Cs" in categories:  # Python's form of bytes that are no text in the locale
+        message = f"{what} {printable(plain, limit=60)!r} is not text in the encoding of this terminal"
+        raise UsageError(message, hint="set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
+    if "Cc" in categories:
+        raise UsageError(f"{what} {printable(plain, limit=60)!r} contains control characters")
+    return plain
+
+
+def parse_negative_prompt(text: str, placeholder: str) -> Prompt:
+    """Return a negative prompt, which may be empty.
+
+    Raises:
+        UsageError: it is too long, not text, or names the concept.
+    """
+    plain = plain_text(text, "the negative prompt")
+    if _rule(placeholder).search(plain):
+        message = f"the negative prompt {printable(plain, limit=60)!r} names the concept, {placeholder}"
+        raise UsageError(message, hint="say in other words what the images should not show")
+    return Prompt(plain, (plain,) if plain else (), placeholder)
+
+
+# What other programs read as weights, schedules, alternatives and files, where it can mean nothing else.
+_FOREIGN = re.compile(
+    r"""\( [^()\[\]]* [^()\[\]\d\s] \s*:\s* [-+]?\d*\.?\d+ \s*\)   # (word:1.2), and not (at 10:30)
+    | \(\([^()]+\)\)+ | \[\[[^\[\]]+\]\]+      # ((word)), [[word]]
+    | \[[^\[\]]* : \s*\d*\.?\d+\s* \]         # [from:to:0.5]
+    | \[[^\[\]|]+ \| [^\[\]]+\]               # [one|other]
+    | <(?:lora|lyco|hypernet):[^<>]+>         # <lora:file:0.8>
+    | \bembedding:[\w./-]+""",
+    re.VERBOSE,
+)
+_FOREIGN_WORDS = re.compile(r"\b(?:BREAK|AND)\b")
+
+
+def foreign_syntax(text: str) -> list[str]:
+    """Return the parts of a prompt that other programs do not read as words: "(word:1.2)", "<lora:file:0.8>"."""
+    found = [part.group() for part in _FOREIGN.finditer(text)]
+    if text != text.upper():  # a prompt in capitals has an AND of its own
+        found += _FOREIGN_WORDS.findall(text)
+    return list(dict.fromkeys(found))
+
+
+def unknown_words(prompts: Iterable[Prompt], known: Container[str]) -> list[str]:
+    """Return the words of prompts that are not among the known ones, which are in lower case.
+
+    Placeholders are no words, nor is what has no letter.
+    """
+    found: dict[str, None] = {}
+    for prompt in prompts:
+        for segment in prompt.segments:
+            text = re.sub(r"['’]s\b", "", (segment or "").lower())
+            # Letters with their marks, and digits, of any script.
+            parts = "".join(c if c in "'’" or unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
+            words = (part.strip("'’") for part in parts)
+            found |= dict.fromkeys(word for word in words if not word.isnumeric() and word not in known)
+    return [word for word in found if word]
 
 
 def training_templates(domain: Domain) -> tuple[str, ...]:

@@ -73,12 +73,15 @@ class PhotoOptions:
         align: let the domain rotate and crop the photo; False takes its centred square.
         face: of several, "largest", "left", "right", or a number from the left.
         require_face: refuse a photo without a face instead of continuing without a mask.
+        strict: refuse a photo (`InputError`) wherever a note would cast doubt on it: no face where the domain looks
+            for one, a face that is not clear, an unused mask, too few pixels, a photograph on a base for drawings.
     """
 
     mask: ImageInput = "auto"
     align: bool = True
     face: str | int = "largest"
     require_face: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,7 @@ class PhotoKeywords(TypedDict, total=False):
     align: bool
     face: str | int
     require_face: bool
+    strict: bool
 
 
 class PrepareKeywords(RunKeywords, PhotoKeywords, total=False):

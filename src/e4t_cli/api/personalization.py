@@ -22,6 +22,7 @@ from e4t_cli.api.options import (
     RunKeywords,
     RunOptions,
 )
+from e4t_cli.api.photographs import doubts_about_photo
 from e4t_cli.api.repetition import other_circumstances, repeated
 from e4t_cli.api.resolve import (
     Prompts,
@@ -41,7 +42,7 @@ from e4t_cli.api.resolve import (
     scales_concept,
 )
 from e4t_cli.api.session import Session
-from e4t_cli.errors import UsageError, WeightsUnavailable, printable
+from e4t_cli.errors import InputError, UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import e4t_diffusion_repository
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import look_up_base
@@ -84,8 +85,8 @@ def personalize(
         sampling: `SamplingConfig`, or a mapping of some of its fields.
         placeholder: what the prompts call the concept.
         options: keywords, see `e4t_cli.api.options`: base, device, dtype, vram, offline, accept_license,
-            safety_checker (`GenerateOptions`); mask, align, face, require_face (`PhotoOptions`); tuning, tune_steps,
-            keep_weights (`PersonalizeOptions`); on_progress, on_prepared, on_concept, on_image.
+            safety_checker (`GenerateOptions`); mask, align, face, require_face, strict (`PhotoOptions`); tuning,
+            tune_steps, keep_weights (`PersonalizeOptions`); on_progress, on_prepared, on_concept, on_image.
 
     Raises:
         E4TError: one of its children (errors.py).
@@ -103,7 +104,7 @@ def personalize(
         config = resolve_sampling(sampling)
         wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
         session.load(base, weights)
-        session.check_prompts(parsed)
+        session.check_prompts(parsed, (one.sampling.negative_prompt for one in wanted))
         model, pretrained = session.model, session.pretrained
         tuning = resolve_tuning(pretrained.tuning, asked.tuning, asked.tune_steps)
         if mask.kind != "auto" or photo.alpha is not None:
@@ -113,7 +114,8 @@ def personalize(
                 value, asked, session.access, size=model.resolution, base=model.base.name, device=str(model.device)
             )
             prepared = prepare_photo(value, photo, mask, target, masked=tuning.mask)
-            _report_preparation(prepared, session.report)
+            doubts = doubts_about_photo(model, value, prepared, half=prefers_half(asked.device, asked.dtype))
+            _report_preparation(prepared, session.report, doubts, strict=asked.strict)
             if asked.on_prepared is not None:
                 asked.on_prepared(prepared)
             features = pretrained.image_features(model, model.pixels([prepared.image]))[0].cpu()
@@ -180,7 +182,7 @@ def generate(
         config = resolve_sampling(sampling)
         wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
         load_concept_models(concept, session)
-        session.check_prompts(parsed)
+        session.check_prompts(parsed, (one.sampling.negative_prompt for one in wanted))
         tuned = concept.tuned(session.model, session.pretrained)
         tuned = tuned or session.tune(concept, keep_base=scales_concept(wanted))
         return session.generate(concept, tuned, wanted, seed=seeds[0], name=name, on_image=asked.on_image)
@@ -216,7 +218,7 @@ def prepare(
     target = preparation_target(value, asked, access, size=size, base=name)
     mask = resolve_mask(asked.mask, photo)
     prepared = prepare_photo(value, photo, mask, target, masked=value.tuning.mask)
-    _report_preparation(prepared, asked.on_progress)
+    _report_preparation(prepared, asked.on_progress, strict=asked.strict)
     return prepared
 
 
@@ -311,9 +313,15 @@ def preparation_target(
     )  # fmt: skip
 
 
-def _report_preparation(prepared: PreparedImage, on_progress: ProgressCallback | None) -> None:
+def _report_preparation(
+    prepared: PreparedImage, on_progress: ProgressCallback | None, doubts: Sequence[str] = (), *, strict: bool
+) -> None:
+    """Report what is to be known about a photo; with `strict` raise InputError for what casts doubt on it."""
+    notes = (*prepared.notes, *doubts)
+    if strict and notes:
+        raise InputError("; ".join(notes), hint="--strict refuses this; without it, it is a note")
     if on_progress is not None:
-        for note in prepared.notes:
+        for note in notes:
             on_progress(Progress(stage="prepare", note=note))
         for remark in prepared.remarks:
             on_progress(Progress(stage="prepare", remark=remark))

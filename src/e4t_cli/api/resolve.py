@@ -31,7 +31,7 @@ from e4t_cli.hub.bases import (
 from e4t_cli.hub.paths import HubAccess, Terms, is_accepted
 from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, is_reachable
 from e4t_cli.progress import Progress
-from e4t_cli.prompts import Prompt, PromptRequest, parse_prompt
+from e4t_cli.prompts import Prompt, PromptRequest, parse_prompt, plain_text
 from e4t_cli.registry.config import TUNING_METHODS, PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages, weights_folder
 from e4t_cli.registry.domain import Domain
@@ -121,15 +121,15 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 
 
 def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
-    """Return the sampling options as a `SamplingConfig`; raises `UsageError` if there is no such field or value."""
+    """Return the sampling options, the negative prompt normalized; `UsageError` if there is no such field or value."""
     from e4t_cli.sampling import SamplingConfig
 
-    if isinstance(wanted, SamplingConfig):
-        return wanted
-    try:
-        return SamplingConfig(**(wanted or {}))
-    except TypeError as error:
-        raise UsageError(f"sampling: {error}") from error
+    if not isinstance(wanted, SamplingConfig):
+        try:
+            wanted = SamplingConfig(**(wanted or {}))
+        except TypeError as error:
+            raise UsageError(f"sampling: {error}") from error
+    return replace(wanted, negative_prompt=plain_text(wanted.negative_prompt, "the negative prompt"))
 
 
 def scales_concept(wanted: Sequence[ImageRequest]) -> bool:
@@ -206,26 +206,26 @@ def default_base_name(
     The checks are ordered by cost. Without an accelerator no library is imported and no socket opened.
     """
     mini, large = EMBEDDED[0], ACCELERATED
-    drawings = f"base: {mini} (64 px drawings)"
+    drawings = f"base: {mini} knows drawings only"
     if not likely_accelerator(device):
-        return mini, f"{drawings}: no accelerator; --base {large} makes photographs (slow on CPU)"
-    if domain is not None and not _has_weights(domain, large):
-        return mini, f"{drawings}: {domain.name} has no weights for {large} yet (e4t pretrain makes them)"
+        return mini, f"{drawings}; no accelerator; --base {large} makes photographs (slow on CPU)"
+    if domain is not None and not has_weights(domain, large):
+        return mini, f"{drawings}; {domain.name} has no weights for {large} yet (e4t pretrain makes them)"
     row = PUBLISHED[large]
     if not is_cached(large):
         if access.cut_off:
-            return mini, f"{drawings}: offline, and {large} is not on this machine"
+            return mini, f"{drawings}; offline, and {large} is not on this machine"
         terms = Terms(repository=row.repository, licence=row.licence)
         if terms.asks and not access.accept_license and not is_accepted(terms):
-            return mini, f"{drawings}: e4t fetch {large} asks about the licence of {large} first"
+            return mini, f"{drawings}; e4t fetch {large} asks about the licence of {large} first"
         if not is_reachable():
-            return mini, f"{drawings}: {large} is not on this machine and the hub does not answer"
+            return mini, f"{drawings}; {large} is not on this machine and the hub does not answer"
     if confirm and choose_device(device).type == "cpu":  # imports torch, which is needed by now
-        return mini, f"{drawings}: the accelerator of this machine does not work with this torch"
+        return mini, f"{drawings}; the accelerator of this machine does not work with this torch"
     return large, f"base {large}: this machine has an accelerator; --base {mini} needs none"
 
 
-def _has_weights(domain: Domain, base: str) -> bool:
+def has_weights(domain: Domain, base: str) -> bool:
     """Whether a domain has weights for a base, here or on the hub."""
     with contextlib.suppress(E4TError):
         return base in domain.weights or os.path.isdir(weights_folder(domain, base))

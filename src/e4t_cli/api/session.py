@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,10 +28,11 @@ from e4t_cli.devices import (
 from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
+from e4t_cli.hub.vocabulary import read_vocabulary, words_of
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
 from e4t_cli.progress import Progress
-from e4t_cli.prompts import Prompt
+from e4t_cli.prompts import Prompt, foreign_syntax, parse_negative_prompt, unknown_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from e4t_cli.models.loading import SafetyChecker
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.sampling import SamplingConfig
+
+LISTED = 8  # words in one note
 
 
 @contextlib.contextmanager
@@ -54,6 +57,12 @@ def memory_errors() -> Iterator[None]:
             hint = "close other programs, or use another --device or a smaller --base"
             raise ResourceError("memory ran out", hint=hint) from error
         raise
+
+
+def _listed(words: Iterable[str]) -> str:
+    """Return the first few, for a message."""
+    some = list(words)
+    return ", ".join(printable(word, limit=40) for word in some[:LISTED]) + (" …" if len(some) > LISTED else "")
 
 
 def record_of(
@@ -182,16 +191,27 @@ class Session:
                 self.pretrained.check_base(self.model)
         self.report(Progress(stage="load", done=1, total=1))
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Report before any tuning what the text encoder will truncate.
+    def check_prompts(self, prompts: Sequence[Prompt], negative: Iterable[str] = ()) -> None:
+        """Report before any tuning what the text encoder will truncate, does not know, or reads as plain words.
 
         Raises:
-            UsageError: a placeholder comes after the text encoder's last token.
+            UsageError: a placeholder comes after the text encoder's last token, or is in a negative prompt.
         """
-        descriptor = self.model.descriptor_id(self.pretrained.descriptor)
-        for dropped in self.model.tokenize(prompts, descriptor).dropped if prompts else ():
+        placeholders = {prompt.placeholder for prompt in prompts}
+        against = [parse_negative_prompt(text, one) for text in dict.fromkeys(negative) for one in placeholders]
+        model, every = self.model, [*prompts, *against]
+        descriptor = model.descriptor_id(self.pretrained.descriptor)
+        for index, dropped in enumerate(model.tokenize(every, descriptor).dropped if every else ()):
             if dropped:
-                self.note("load", f"the prompt is too long; left out: {printable(dropped)!r}")
+                which = "the prompt" if index < len(prompts) else "the negative prompt"
+                self.note("load", f"{which} is too long; left out: {printable(dropped)!r}")
+        plain = dict.fromkeys(part for prompt in every for part in foreign_syntax(prompt.text))
+        if plain:
+            self.note("load", f"{_listed(plain)}: read as plain words, without the meaning it has in other programs")
+        vocabulary = read_vocabulary(model.base.folder)
+        if vocabulary is not None and (unknown := unknown_words(every, words_of(vocabulary))):
+            name = model.base.name
+            self.note("load", f"{name} does not know: {_listed(unknown)} (its words: e4t info {name})")
 
     def tune(self, concept: Concept, *, keep_base: bool = False) -> TunedModel:
         """Tune on the concept's image with its config and seed, in the memory that is available.

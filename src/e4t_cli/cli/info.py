@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = "Example: e4t info outputs/*.png me.e4t ./me-model"
 
-Files = Annotated[list[str], typer.Argument(metavar="FILE...", help="Anything that e4t wrote, files and folders.")]
+Files = Annotated[
+    list[str], typer.Argument(metavar="FILE...", help="Anything that e4t wrote, or the name of a base: mini.")
+]
 
 
 def info(files: Files, json: Json = False) -> None:
@@ -42,15 +45,22 @@ def info(files: Files, json: Json = False) -> None:
 
 
 def _about(given: str) -> dict[str, Any]:
-    """Return the record of one argument."""
+    """Return the record of one argument: a file, a folder, or the name of a base."""
+    from e4t_cli.api.base_details import base_details
     from e4t_cli.formats.recognition import recognize
 
+    if not os.path.exists(given) and (base := base_details(given)) is not None:
+        return base
     found: Recognized = recognize(given)
     return {"type": found.type, "path": given, **found.facts, "recorded": dict(found.recorded)}
 
 
 def _rows(about: dict[str, Any]) -> dict[str, Any]:
     """Return it with a row for each recorded value, which names where it comes from."""
+    from e4t_cli.api.base_details import as_text
+
+    if about["type"] == "base":
+        return as_text(about)
     recorded = about.pop("recorded", {})
     return {key: value for key, value in about.items() if key != "path"} | {
         f"recorded {key}": value for key, value in recorded.items() if value not in ("", None)

@@ -242,11 +242,16 @@ class PersonalizeFlags(GenerateFlags):
     require_face: Annotated[bool, photo_option(
         "--require-face",
         help="End with code 3 if there is no face, instead of continuing without a mask.")] = False
+    strict: Annotated[bool, photo_option(
+        "--strict", help="End with code 3 instead of printing a note that casts doubt on the photo.")] = False
 
     def photo_keywords(self) -> PhotoKeywords:
         """Return the keywords of `api.options.PhotoOptions`."""
         align = not self.no_align
-        return {"mask": self.mask, "align": align, "face": self.face, "require_face": self.require_face}
+        return {
+            "mask": self.mask, "align": align, "face": self.face, "require_face": self.require_face,
+            "strict": self.strict,
+        }
 
     def personalize_keywords(
         self, generating: GenerateKeywords, on_prepared: PreparedCallback | None, on_concept: ConceptCallback | None

@@ -1,9 +1,10 @@
 """What the name of a base or the location of domain weights stands for: a folder or a repository.
 
 A base is a text-to-image model in a folder in diffusers' layout, with image_tower/ and, for a name of its own,
-base.toml (schema, name, licence, revision, resolution, guidance). `mini` is part of the package, those of `PUBLISHED`
-are on the hub. Domain weights are on the hub under "hub:owner/name@commit", or under "e4t-diffusion:owner/name" if
-another program made them and they have to be converted. Nothing in this module uses the network.
+base.toml (schema, name, licence, revision, resolution, guidance, drawing_limits). `mini` is part of the package, those
+of `PUBLISHED` are on the hub. Domain weights are on the hub under "hub:owner/name@commit", or under
+"e4t-diffusion:owner/name" if another program made them and they have to be converted. Nothing in this module uses the
+network.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 import tomllib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Base:
     revision: str = "local"
     resolution: int  # side in pixels of the images it makes
     guidance: float = 7.5  # default weight of classifier-free guidance, Stable Diffusion's
+    drawing_limits: tuple[float, float] | None = None  # of a base for drawings only: see `models.drawings`
     identity: str = ""  # "owner/name@commit" of a base from the hub
     tower: Path | None = None  # the folder of the image tower if it is not the base's own
     half: bool = False  # whether the float16 files are to be read where there are both
@@ -153,6 +155,10 @@ def read_base(folder: Path) -> Base:
             raise ValueError(f"resolution is {base.resolution!r}")
         if not isinstance(base.guidance, int | float) or not 0 <= base.guidance <= 100:
             raise ValueError(f"guidance is {base.guidance!r}")
+        if (limits := base.drawing_limits) is not None:
+            if not isinstance(limits, list) or len(limits) != 2 or not all(0 < float(one) < 1e6 for one in limits):
+                raise ValueError(f"drawing_limits is {limits!r}, not two positive numbers")
+            base = replace(base, drawing_limits=(float(limits[0]), float(limits[1])))
         return base
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise IntegrityError(f"{printable(str(path))} cannot be used: {printable(str(error))}") from error
