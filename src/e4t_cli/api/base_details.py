@@ -15,7 +15,9 @@ def as_text(about: dict[str, Any]) -> dict[str, Any]:
     """Return the details for display, with the size in decimal units."""
     shown = {**about, "size": shown_size(about["bytes"])} if "bytes" in about else about
     return {
-        key: ", ".join(value) if isinstance(value, list) else value for key, value in shown.items() if key != "bytes"
+        key.replace("_", " "): ", ".join(value) if isinstance(value, list) else value
+        for key, value in shown.items()
+        if key != "bytes"
     }
 
 
@@ -29,7 +31,7 @@ def base_details(name: str) -> dict[str, Any] | None:
         row = PUBLISHED[name]
         _, resolution, here = look_up_base(name)
         return {
-            "type": "base", "name": name, "resolution": f"{resolution}×{resolution}", "repository": row.repository,
+            "type": "base", "name": name, "resolution": resolution, "repository": row.repository,
             "revision": row.revision, "licence": row.licence, "knows": "photographs, art and drawings",
             "on_this_machine": here, "fetched_by": row.fetch_command,
         }  # fmt: skip
@@ -39,8 +41,8 @@ def base_details(name: str) -> dict[str, Any] | None:
     size = sum(os.path.getsize(path) for path in base.folder.rglob("*.*"))
     groups = read_vocabulary(base.folder) or {}
     return {
-        "type": "base", "name": name, "resolution": f"{base.resolution}×{base.resolution}", "licence": base.licence,
+        "type": "base", "name": name, "resolution": base.resolution, "licence": base.licence,
         "revision": base.revision, "guidance": base.guidance, "bytes": size,
         "knows": "photographs and drawings" if base.drawing_limits is None else "drawings only",
-        **{group: phrases for group, phrases in groups.items() if group != OTHER},
+        **{group.replace(" ", "_"): phrases for group, phrases in groups.items() if group != OTHER},
     }  # fmt: skip
