@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from e4t_cli import sampling
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents
+from e4t_cli.sampling import generate_latents
+from e4t_cli.schedulers import SCHEDULERS, SamplingConfig
 from e4t_cli.training import cuda_graphs as recording
 from e4t_cli.training import tuning
 from e4t_cli.training.cuda_graphs import CudaGraphRunner

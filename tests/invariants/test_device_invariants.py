@@ -28,7 +28,8 @@ from e4t_cli.nn.word_embedding_encoder import ImageTower
 from e4t_cli.pretraining.batches import Batches, PretrainingLoss
 from e4t_cli.pretraining.encoded_images import EncodedImages
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents, sample
+from e4t_cli.sampling import generate_latents, sample
+from e4t_cli.schedulers import SCHEDULERS, SamplingConfig
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 from tests.pretraining.conftest import pretrain_domain_with

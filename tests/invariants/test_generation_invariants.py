@@ -9,7 +9,8 @@ from e4t_cli.errors import UsageError
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents, sample
+from e4t_cli.sampling import generate_latents, sample
+from e4t_cli.schedulers import SCHEDULERS, SamplingConfig
 from e4t_cli.training.tuning import tune
 
 PROMPTS = [parse_prompt(text) for text in ("S* on the beach", "a photo of S*", "S* and S* with hat")]

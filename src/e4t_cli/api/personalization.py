@@ -50,7 +50,7 @@ from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage, ch
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
-    from e4t_cli.sampling import SamplingConfig
+    from e4t_cli.schedulers import SamplingConfig
 
 
 def personalize(
@@ -84,6 +84,7 @@ def personalize(
     asked = PersonalizeOptions(**options)
     parsed = parse_prompts(prompts, placeholder)
     first_seed = resolve_seed(seed, num_images_per_prompt)
+    config = resolve_sampling(sampling)
     value, package = resolve_domain(domain)
     photo = open_image(image)
     mask = resolve_mask(asked.mask, photo)
@@ -91,8 +92,8 @@ def personalize(
     base = resolve_base(asked, session.access, domain=value, safety=asked.safety_checker)
     weights = resolve_domain_weights(value, base, session.access)
     with session.running(base):
-        config = resolve_sampling(sampling)
         session.load(base, weights)
+        config = config.resolved(session.model)
         session.check_prompts(parsed)
         model, pretrained = session.model, session.pretrained
         tuning = resolve_tuning(pretrained.tuning, asked.tuning, asked.tune_steps)
@@ -150,14 +151,15 @@ def generate(
     """
     asked = GenerateOptions(**options)
     first_seed = resolve_seed(seed, num_images_per_prompt)
+    config = resolve_sampling(sampling)
     if placeholder is not None:
         parse_prompts(prompts, placeholder)
     session = Session(asked, vram=asked.vram, safety=asked.safety_checker)
     with session.running():
         concept = load_concept(concept)
         parsed = parse_prompts(prompts, placeholder or concept.placeholder)
-        config = resolve_sampling(sampling)
         load_concept_models(concept, session)
+        config = config.resolved(session.model)
         session.check_prompts(parsed)
         tuned = concept.tuned(session.model, session.pretrained)
         tuned = tuned or session.tune(concept, keep_base=config.concept_scale != 1)

@@ -35,11 +35,11 @@ from e4t_cli.prompts import Prompt, parse_prompt
 from e4t_cli.registry.config import TUNING_METHODS, PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages, weights_folder
 from e4t_cli.registry.domain import Domain
+from e4t_cli.schedulers import SamplingConfig
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
     from e4t_cli.models.text_to_image import TextToImageModel
-    from e4t_cli.sampling import SamplingConfig
 
 MAX_SEED = 2**32 - 1  # the largest that other programs' metadata readers take
 
@@ -66,8 +66,6 @@ def resolve_seed(seed: int | None, count: int) -> int:
 
 def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
     """Return the sampling options as a `SamplingConfig`; raises `UsageError` if there is no such field or value."""
-    from e4t_cli.sampling import SamplingConfig
-
     if isinstance(wanted, SamplingConfig):
         return wanted
     try:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.models.loading import SafetyChecker
     from e4t_cli.models.text_to_image import TextToImageModel
-    from e4t_cli.sampling import SamplingConfig
+    from e4t_cli.schedulers import SamplingConfig
 
 
 @contextlib.contextmanager
