@@ -16,7 +16,6 @@ from PIL.Image import Image
 from torch import Tensor
 
 from e4t_cli.devices import captures_graphs, free_memory, memory_ran_out
-from e4t_cli.errors import UsageError
 from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel

@@ -35,7 +35,7 @@ UNUSABLE = {
     "EDMEulerScheduler": "it is for models trained with the preconditioning of EDM",
 }
 # Classes by name, with the options of the short name.
-CLASSES = {name: options for name, options in reversed(SCHEDULERS.values())} | {name: {} for name in FURTHER}
+CLASSES = dict(reversed(SCHEDULERS.values())) | {name: {} for name in FURTHER}
 NAMES = (*SCHEDULERS, *CLASSES)  # all that `--scheduler` takes
 # Time steps of these are a whole stride apart, also where the number of steps does not divide 1000: with 600 they
 # would stop at a third of the noise.

@@ -142,17 +142,14 @@ def test_prompts_from_everywhere_keep_their_order(tmp_path, monkeypatch):
     import io
     import sys
 
-    from e4t_cli.cli.personalize import gather_prompts
+    from e4t_cli.cli.prompt_files import gather_prompts
 
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffS* on a hill\r\n\r\n  S* at sea  \n".encode())
-    assert gather_prompts(["S* first"], str(file), placeholder="S*") == [
-        "S* first",
-        "S* on a hill",
-        "S* at sea",
-    ]
+    found = gather_prompts(["S* first"], str(file), placeholder="S*")
+    assert [one.prompt for one in found] == ["S* first", "S* on a hill", "S* at sea"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"S* one\nS* two\n")))
-    assert gather_prompts(["-"], None, placeholder="S*") == ["S* one", "S* two"]
+    assert [one.prompt for one in gather_prompts(["-"], None, placeholder="S*")] == ["S* one", "S* two"]
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"\xff\xfe\x00S", "not UTF-8"), (b"\n \n", "no prompts")])

@@ -132,9 +132,7 @@ def _stopped(stopped_by: list[int]) -> int:
 
 def _broken_pipe() -> int:
     """``e4t … | head -1``: the reader has ended; as other tools, exit quietly with 1."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        # Python flushes stdout once more at exit, which would fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    console.discard_stdout()
     return 1
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from e4t_cli.errors import E4TError, UsageError, printable
+from e4t_cli.files import file_error
 from e4t_cli.progress import Progress, StopRequest
 
 if TYPE_CHECKING:
@@ -178,15 +179,28 @@ def write_stdout(line: str) -> None:
 
     Raises:
         BrokenPipeError: the reader has ended (``| head -1``); handled in app.py.
+        E4TError: stdout cannot be written, because it is a file on a full disk.
     """
     if sys.stdout is None:
         return
     try:
-        sys.stdout.write(line + "\n")
-    except UnicodeEncodeError:
+        try:
+            sys.stdout.write(line + "\n")
+        except UnicodeEncodeError:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(os.fsencode(line) + b"\n")
         sys.stdout.flush()
-        sys.stdout.buffer.write(os.fsencode(line) + b"\n")
-    sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_stdout()
+        raise file_error(error, "stdout") from error
+
+
+def discard_stdout() -> None:
+    """Send to nowhere what stdout could not take: Python writes it once more at exit, which would fail."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ── terminals, and the progress of stages ──

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from e4t_cli.cli import console
+from e4t_cli.errors import UsageError, printable
 from e4t_cli.progress import ProgressCallback
 
 if TYPE_CHECKING:
     from e4t_cli.api.options import (
+        ConceptCallback,
         GenerateKeywords,
         ImageCallback,
         PersonalizeKeywords,
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
         PreparedCallback,
         RunKeywords,
     )
+
+MAX_SEED = 2**32 - 1
+MAX_SEEDS = 10_000  # of one range; more is a slip of the finger
 
 # Options, by their panel of the help.
 images_option = functools.partial(typer.Option, rich_help_panel="Images")
@@ -142,8 +148,24 @@ class PromptFlags:
     prompts_file: Annotated[str | None, images_option(
         "-f", "--prompts-file", metavar="FILE", help="More prompts, one a line; - for stdin.")] = None
     num_images: Annotated[int, images_option("-n", "--num-images", min=1, help="Images per prompt.")] = 1
-    seed: Annotated[int | None, images_option(
-        min=0, max=2**32 - 1, help="Image i of a prompt uses SEED + i. Not given: random, and reported.")] = None
+    seed: Annotated[str | None, images_option(
+        metavar="S|S,S|S-S", help="Image i of a prompt uses S + i; of several seeds, such as 1,4 or 1-8, each makes "
+        "one image. Not given: random, and reported.")] = None
+
+    def seeds(self) -> int | list[int] | None:
+        """Return the seed, or the list of seeds; raises UsageError if it is neither."""
+        if self.seed is None:
+            return None
+        found: list[int] = []
+        for part in self.seed.split(","):
+            match = re.fullmatch(r"\s*([0-9]{1,10})\s*(?:-\s*([0-9]{1,10})\s*)?", part, re.ASCII)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+            if not first <= last <= MAX_SEED or last - first >= MAX_SEEDS:
+                given = printable(self.seed, limit=40)
+                message = f"{given!r} is no seed: a seed is a whole number from 0 to {MAX_SEED}"
+                raise UsageError(message, hint="--seed 7, --seed 1,4,9 or --seed 1-8")
+            found += range(first, last + 1)
+        return found if len(found) > 1 else found[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,12 +229,12 @@ class PersonalizeFlags(GenerateFlags):
         return {"mask": self.mask, "align": align, "face": self.face, "require_face": self.require_face}
 
     def personalize_keywords(
-        self, generating: GenerateKeywords, on_prepared: PreparedCallback | None
+        self, generating: GenerateKeywords, on_prepared: PreparedCallback | None, on_concept: ConceptCallback | None
     ) -> PersonalizeKeywords:
         """Return the keywords of the library."""
         return {
             **generating, **self.photo_keywords(), "tuning": self.tuning, "tune_steps": self.tune_steps,
-            "keep_weights": self.keep_weights, "on_prepared": on_prepared,
+            "keep_weights": self.keep_weights, "on_prepared": on_prepared, "on_concept": on_concept,
         }
 
 
@@ -221,11 +243,14 @@ class OutputFlags:
     """Where images go, and what is beside them."""
 
     out: Annotated[Path, output_option(
-        "-o", "--out", metavar="DIR",
-        help="Folder for the images; nothing in it is ever overwritten.")] = Path("outputs")
+        "-o", "--out", metavar="DIR|FILE.png",
+        help="Folder for the images, where none is ever overwritten; or the name of one image.")] = Path("outputs")
+    name: Annotated[str | None, output_option(
+        help="Beginning of the files' names; by default that of the photo's or concept's file.")] = None
+    force: Annotated[bool, output_option("--force", help="Replace what e4t wrote there before.")] = False
     grid: Annotated[bool, output_option("--grid", help="Also a captioned contact sheet, the photo first.")] = False
     no_metadata: Annotated[bool, output_option(
-        "--no-metadata", help="Keep prompts and settings out of the files; the AI mark stays.")] = False
+        "--no-metadata", help="Keep everything out of the files but the AI mark.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

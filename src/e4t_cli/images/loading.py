@@ -34,6 +34,11 @@ def open_image(source: ImageInput) -> OpenedImage:
     return decode(*_read(source))
 
 
+def read_bytes(source: ImageInput) -> bytes:
+    """Return the bytes of an image's file as they are; raises as `open_image`."""
+    return _read(source)[0]
+
+
 def open_mask(source: ImageInput, image: Image.Image) -> Image.Image:
     """Open a mask drawn for `image`; returns mode L in the mask's own size.
 
