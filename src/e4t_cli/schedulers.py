@@ -24,22 +24,31 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-# Further classes that diffusers lists as compatible with the noise schedule of Stable Diffusion.
-FURTHER = (
-    "LMSDiscreteScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler",
-)  # fmt: skip
+# Further classes that diffusers lists as compatible with the noise schedule of Stable Diffusion, and options.
+FURTHER: dict[str, dict[str, Any]] = {
+    "LMSDiscreteScheduler": {},
+    "DPMSolverSinglestepScheduler": {"lower_order_final": True},  # else it changes that itself, with a warning
+    "KDPM2DiscreteScheduler": {},
+    "KDPM2AncestralDiscreteScheduler": {},
+    "DEISMultistepScheduler": {},
+}
 # It lists these too, which cannot sample here.
 UNUSABLE = {
     "DPMSolverSDEScheduler": "its noise is not drawn from the image's seed, and it needs torchsde",
     "EDMEulerScheduler": "it is for models trained with the preconditioning of EDM",
 }
 # Classes by name, with the options of the short name.
-CLASSES = dict(reversed(SCHEDULERS.values())) | {name: {} for name in FURTHER}
+CLASSES = dict(SCHEDULERS.values()) | {"DPMSolverMultistepScheduler": {}} | FURTHER
 NAMES = (*SCHEDULERS, *CLASSES)  # all that `--scheduler` takes
-# Time steps of these are a whole stride apart, also where the number of steps does not divide 1000: with 600 they
-# would stop at a third of the noise.
+# Steps of these are a whole number of time steps long: of 600, each leaves two fifths of its noise in the image.
 WHOLE_STRIDES = ("DDIMScheduler", "PNDMScheduler")
+# With fewer steps these, which extrapolate from other steps, give noise on `mini` (judged on 16 pictures each).
+LEAST = {
+    "PNDMScheduler": 16,
+    "HeunDiscreteScheduler": 4,
+    "KDPM2DiscreteScheduler": 4,
+    "KDPM2AncestralDiscreteScheduler": 4,
+}
 # The signal-to-noise ratio of the last time step can be zero in these only.
 ZERO_SNR = (
     "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
@@ -63,7 +72,7 @@ def scheduler_class(name: str) -> tuple[str, dict[str, Any]]:
     names = {one.casefold(): one for one in NAMES}
     near = difflib.get_close_matches(str(name).casefold(), names, n=1)
     guess = f"did you mean {names[near[0]]!r}? " if near else ""
-    listed = f"one of {', '.join(SCHEDULERS)}, or a class of diffusers: {', '.join(CLASSES)}"
+    listed = f"one of {', '.join([*SCHEDULERS, *FURTHER])}"
     raise UsageError(f"there is no scheduler {printable(str(name))!r}", hint=guess + listed)
 
 
@@ -94,10 +103,13 @@ class SamplingConfig:
             raise UsageError(f"the concept scale must be 0 to 2, not {self.concept_scale!r}")
 
     def _check_steps(self, name: str, train_timesteps: int) -> None:
+        least = LEAST.get(name, 1)
         most = train_timesteps // 2 if name in WHOLE_STRIDES else train_timesteps
-        if self.steps > most:
-            kind = self.scheduler if name in WHOLE_STRIDES else "this base"
-            raise UsageError(f"{kind} takes at most {most} denoising steps, not {self.steps}", hint=f"--steps {most}")
+        if not least <= self.steps <= most:
+            bound = f"at least {least}" if self.steps < least else f"at most {most}"
+            other = ", or another --scheduler" if name in (*LEAST, *WHOLE_STRIDES) else ""
+            message = f"the scheduler {self.scheduler} takes {bound} denoising steps here, not {self.steps}"
+            raise UsageError(message, hint=f"--steps {bound.split()[-1]}{other}")
 
     def check_schedule(self, noise_schedule: Mapping[str, Any]) -> None:
         """Compare with the noise schedule of a base, the config of its scheduler.

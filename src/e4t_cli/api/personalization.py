@@ -1,13 +1,13 @@
 """`personalize` and `generate`: a photo in, a concept and its images out (section 3.4).
 
-`prepare` does the first part of `personalize` alone, `plan` checks a request without torch and without a network.
+`prepare` does the first part of `personalize` alone.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -19,7 +19,6 @@ from e4t_cli.api.options import (
     PhotoOptions,
     PrepareKeywords,
     PrepareOptions,
-    RunKeywords,
     RunOptions,
 )
 from e4t_cli.api.repetition import other_circumstances, repeated
@@ -29,7 +28,6 @@ from e4t_cli.api.resolve import (
     load_concept_models,
     parse_prompts,
     prefers_half,
-    prompt_requests,
     resolve_base,
     resolve_base_name,
     resolve_domain,
@@ -41,8 +39,7 @@ from e4t_cli.api.resolve import (
     scales_concept,
 )
 from e4t_cli.api.session import Session
-from e4t_cli.errors import UsageError, WeightsUnavailable, printable
-from e4t_cli.hub.bases import e4t_diffusion_repository
+from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import look_up_base
 from e4t_cli.images.decoding import OpenedImage
@@ -52,7 +49,6 @@ from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downl
 from e4t_cli.images.results import Personalization
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import PLACEHOLDER, check_placeholder
-from e4t_cli.registry.discovery import user_domain, weights_folder
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage, check_which
 
 if TYPE_CHECKING:
@@ -221,48 +217,6 @@ def prepare(
     return prepared
 
 
-def plan(
-    domain: str | os.PathLike[str] | Domain,
-    image: ImageInput,
-    prompts: Prompts = (),
-    *,
-    num_images_per_prompt: int = 1,
-    placeholder: str = PLACEHOLDER,
-    tuning: str | None = None,
-    tune_steps: int | None = None,
-    **options: Unpack[RunKeywords],
-) -> dict[str, Any]:
-    """Return what `personalize` would do, with all checks that need neither torch nor a network.
-
-    Raises:
-        E4TError: as `personalize`.
-    """
-    asked = RunOptions(**options)
-    parsed = parse_prompts(prompts, placeholder)
-    value, _ = resolve_domain(domain)
-    photo = open_image(image).image
-    name, resolution, here = _look_up_base(value, asked, HubAccess(offline=asked.offline))
-    config, fetched = value.tuning, [] if here else [f"the base {name}"]
-    try:
-        config = user_domain(weights_folder(value, name)).tuning
-    except WeightsUnavailable:
-        location = value.weights.get(name, "")
-        if not location.startswith("hub:") and not e4t_diffusion_repository(location):
-            raise
-        fetched.append(f"the weights of {value.name}")
-    return {
-        "domain": value.name,
-        "descriptor": value.descriptor,
-        "base": name,
-        "photo": f"{photo.width}×{photo.height}",
-        "prompts": len(parsed),
-        "images": sum(one.num_images or num_images_per_prompt for one in prompt_requests(prompts)),
-        "size": f"{resolution}×{resolution}" if resolution else "",
-        "to fetch": " and ".join(fetched),
-        "tuning": asdict(resolve_tuning(config, tuning, tune_steps)),
-    }
-
-
 def _look_up_base(domain: Domain, options: RunOptions, access: HubAccess) -> tuple[str, int, bool]:
     """Return the base's name, its resolution (0: unknown), and whether it is on this machine."""
     base = options.base
@@ -304,8 +258,9 @@ def preparation_target(
         which = check_which(options.face)
     except ValueError as error:
         raise UsageError(f"--face: {printable(str(error))}") from error
-    if domain.prepare is None and options.require_face:
-        raise UsageError(f"the domain {domain.name!r} looks for no face", hint="leave --require-face out")
+    if domain.prepare is None and (options.require_face or which != "largest"):
+        flag = "--require-face" if options.require_face else "--face"
+        raise UsageError(f"the domain {domain.name!r} looks for no face", hint=f"leave {flag} out")
     return PreparationTarget(
         size=size, base=base, align=options.align, which=which, required=options.require_face, device=device,
         fetch=snapshot_downloader(access),

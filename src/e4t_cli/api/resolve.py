@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from e4t_cli.api.options import RunOptions
 from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.devices import choose_device, likely_accelerator
-from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
+from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import (
     ACCELERATED,
     EMBEDDED,
@@ -296,6 +296,16 @@ def load_concept(concept: Concept | str | os.PathLike[str]) -> Concept:
     return concept if isinstance(concept, Concept) else Concept.load(Path(concept))
 
 
+def check_concept_base(concept: Concept, wanted: str | os.PathLike[str] | TextToImageModel) -> None:
+    """Raise `IntegrityError` if another base is asked for than a concept was made with, as far as names tell."""
+    known = (*EMBEDDED, *PUBLISHED)
+    name = os.fspath(wanted) if isinstance(wanted, str | os.PathLike) else wanted.base.name
+    name = (location := hub_location(name)) and location.name or name
+    if name != concept.base_name and name in known and concept.base_name in known:
+        message = f"this concept lives on the base {concept.base_name}, not on {name}"
+        raise IntegrityError(message, hint=f"leave --base out, or personalize the picture again on {name}")
+
+
 def load_concept_models(concept: Concept, session: Session) -> None:
     """Load the base and the domain weights that a concept was made with.
 
@@ -303,8 +313,9 @@ def load_concept_models(concept: Concept, session: Session) -> None:
         IntegrityError: this machine's base or weights are not the ones it was made with.
         E4TError: another of its children.
     """
-    domain = find_concept_domain(concept.domain, concept.package)
     options = session.options
+    check_concept_base(concept, options.base)
+    domain = find_concept_domain(concept.domain, concept.package)
     if options.base == "auto":
         options = replace(options, base=concept.base_name)
     base = resolve_base(options, session.access, tower=False, safety=session.safety)

@@ -194,7 +194,8 @@ class GenerateFlags(RunFlags):
         "--no-safety-checker", help="Keep images that the base's safety checker would withhold.")] = False
 
     def generate_keywords(
-        self, terminal: console.Console, on_progress: ProgressCallback, on_image: ImageCallback
+        self, terminal: console.Console, on_progress: ProgressCallback | None = None,
+        on_image: ImageCallback | None = None,
     ) -> GenerateKeywords:
         """Return the keywords of the library."""
         run, checker = self.run_keywords(terminal, on_progress), not self.no_safety_checker
@@ -251,6 +252,8 @@ class OutputFlags:
     grid: Annotated[bool, output_option("--grid", help="Also a captioned contact sheet, the photo first.")] = False
     no_metadata: Annotated[bool, output_option(
         "--no-metadata", help="Keep everything out of the files but the AI mark.")] = False
+    dry_run: Annotated[bool, output_option(
+        "--dry-run", help="Check, print what it would do and cost, and end.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,4 +264,3 @@ class PersonalizeOutputFlags(OutputFlags):
     save_prepared: Annotated[Path | None, photo_option(
         metavar="FILE.png|DIR",
         help="Save the cropped photo, and its mask in a second file; without prompts that is all.")] = None
-    dry_run: Annotated[bool, output_option("--dry-run", help="Check, print the plan, and end.")] = False
