@@ -5,12 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from e4t_cli.errors import UsageError, printable
-
-if TYPE_CHECKING:
-    from e4t_cli.models.text_to_image import TextToImageModel
 
 # Short name -> class of diffusers, and options beyond the base's noise schedule.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -124,8 +121,12 @@ class SamplingConfig:
             message = f"the scheduler {self.scheduler} cannot follow this base, which begins at pure noise"
             raise UsageError(message, hint=f"--scheduler {', '.join(shorts[:-1])} or {shorts[-1]}")
 
-    def resolved(self, model: TextToImageModel) -> SamplingConfig:
-        """Return the config with the base's guidance where none is given; errors as of `check_schedule`."""
+    def resolved(self, model: Any) -> SamplingConfig:
+        """Return the config with the guidance of a `TextToImageModel` where none is given, compared with its schedule.
+
+        Raises:
+            UsageError: as `check_schedule`.
+        """
         self.check_schedule(model.noise_schedule.config)
         return replace(self, guidance=model.base.guidance) if self.guidance is None else self
 

@@ -115,7 +115,7 @@ def test_rm_yes(run, folder):
     ended = run("domains", "rm", "my_dogs", "-y", "--json")
     assert json.loads(ended.out)["type"] == "removed"
     assert run("domains", "rm", "my_dogs", "-y").code == 2
-    assert "pip uninstall e4t" in run("domains", "rm", "face", "-y").err
+    assert "pip uninstall" not in run("domains", "rm", "face", "-y").err
 
 
 # ── new ──

@@ -132,10 +132,10 @@ def personalize(
         return written.check()
     saver = ImageSaver(console, written, output, images=images, concept=save, create=create)
     if output.dry_run:
-        asked = run.personalize_keywords(run.generate_keywords(console), None, None)
         plan = plan_personalization(
             domain, image, wanted, num_images_per_prompt=count, seed=seeds,
-            sampling=sampling.given(), placeholder=placeholder, **asked,
+            sampling=sampling.given(), placeholder=placeholder,
+            **run.personalize_keywords(run.generate_keywords(console), None, None),
         )  # fmt: skip
         return print_plan(console, plan, output.out)
     with console.progress() as on_progress:
