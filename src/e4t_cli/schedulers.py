@@ -44,7 +44,7 @@ LEAST = {
     "PNDMScheduler": 16,
     "HeunDiscreteScheduler": 4,
     "KDPM2DiscreteScheduler": 4,
-    "KDPM2AncestralDiscreteScheduler": 4,
+    "KDPM2AncestralDiscreteScheduler": 10,
 }
 # The signal-to-noise ratio of the last time step can be zero in these only.
 ZERO_SNR = (
