@@ -33,7 +33,7 @@ def check_folder(folder: str | os.PathLike[str], *, create: bool = True) -> Path
             path.mkdir(parents=True, exist_ok=True)
         while not os.path.lexists(there) and there != there.parent:
             there = there.parent
-        os.stat(there / ".")  # NotADirectoryError, or a link to nowhere
+        os.stat(os.path.join(there, "."))  # NotADirectoryError, or a link to nowhere
     except (OSError, ValueError) as error:
         raise file_error(error, path) from error
     if not os.access(there, os.W_OK | os.X_OK):
