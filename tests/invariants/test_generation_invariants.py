@@ -129,7 +129,7 @@ def test_the_plain_word_is_plain_stable_diffusion(model, name):
 
     from e4t_cli.sampling import make_scheduler
 
-    sampling = SamplingConfig(steps=3, guidance=4.0, scheduler=name)
+    sampling = SamplingConfig(steps=6, guidance=4.0, scheduler=name)
     pipeline = StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
@@ -143,7 +143,7 @@ def test_the_plain_word_is_plain_stable_diffusion(model, name):
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         "a photo of face",
-        num_inference_steps=3,
+        num_inference_steps=6,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(11),
         output_type="latent",
