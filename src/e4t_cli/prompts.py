@@ -115,7 +115,11 @@ def parse_prompt(text: str, placeholder: str = PLACEHOLDER, *, require_placehold
     if len(plain) > MAX_PROMPT_LENGTH:
         limits = f"{MAX_PROMPT_LENGTH:,} is the limit, and a text encoder reads about 300"
         raise UsageError(f"the prompt has {len(plain):,} characters; {limits}")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in plain):
+    categories = {unicodedata.category(character) for character in plain}
+    if "Cs" in categories:  # Python's form of bytes that are no text in the locale
+        message = f"the prompt {printable(plain, limit=60)!r} is not text in the encoding of this terminal"
+        raise UsageError(message, hint="set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
+    if "Cc" in categories:
         raise UsageError(f"the prompt {printable(plain, limit=60)!r} contains control characters")
     # None between the parts, and no empty parts.
     separated = [piece for part in _rule(placeholder).split(plain) for piece in (None, part)][1:]

@@ -20,7 +20,7 @@ from e4t_cli.prompts import PromptRequest
         ("S* at sea", PromptRequest("S* at sea")),
         ("S* at sea --n 4 --s 7", PromptRequest("S* at sea", 4, 7)),
         ("S* at sea --num-images=4 --seed=7", PromptRequest("S* at sea", 4, 7)),
-        ("S*, don't smile --neg don't blur", PromptRequest("S*, don't smile", sampling={"negative_prompt": "don't blur"})),
+        ("S* don't --neg don't blur", PromptRequest("S* don't", sampling={"negative_prompt": "don't blur"})),
         ("S* --neg a, b --n 2", PromptRequest("S*", 2, sampling={"negative_prompt": "a, b"})),
         ('S* --neg "say --no" --n 2', PromptRequest("S*", 2, sampling={"negative_prompt": "say --no"})),
         ("S* --neg 'a b'", PromptRequest("S*", sampling={"negative_prompt": "a b"})),

@@ -97,7 +97,7 @@ def plan_personalization(
         "type": "plan",
         "domain": value.name,
         "descriptor": value.descriptor,
-        "photo": f"{photo.image.width}×{photo.image.height}",
+        "photo": {"width": photo.image.width, "height": photo.image.height},
         "prompts": len(parsed),
         **base.cost(wanted, config),
         "tuning": asdict(config),
@@ -192,7 +192,7 @@ class _Base:
         return {
             "base": self.name,
             "images": len(wanted),
-            "size": f"{self.resolution}×{self.resolution}" if self.resolution else "",
+            "size": {"width": self.resolution, "height": self.resolution} if self.resolution else None,
             "to_fetch": " and ".join(self.to_fetch),
             "download_bytes": self.download,
             "memory_bytes": {"least": least, "fastest": fastest} if known else None,

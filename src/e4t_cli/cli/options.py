@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from e4t_cli.cli import console
+from e4t_cli.devices import DTYPES
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.progress import ProgressCallback
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 10_000  # of one range; more is a slip of the finger
+SCHEDULERS = ("dpm++", "dpm++-karras", "ddim", "ddpm", "euler", "euler-a", "heun", "pndm", "unipc")
 
 # Options, by their panel of the help.
 images_option = functools.partial(typer.Option, rich_help_panel="Images")
@@ -80,6 +82,18 @@ def complete_domain(incomplete: str) -> list[str]:
     return [name for name in domain_names() if name.startswith(incomplete)]
 
 
+def complete_base(incomplete: str) -> list[str]:
+    """Names of bases, for the shell's completion."""
+    from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
+
+    return [name for name in ("auto", *EMBEDDED, *PUBLISHED) if name.startswith(incomplete)]
+
+
+def completes(*words: str) -> Callable[[str], list[str]]:
+    """Return a function that completes one of a few words."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
 def _go_offline(offline: bool) -> bool:
     """Set the environment too: the libraries read it at their first import."""
     if offline:
@@ -93,8 +107,11 @@ def _go_offline(offline: bool) -> bool:
 DomainName = Annotated[str, typer.Argument(
     metavar="DOMAIN", autocompletion=complete_domain, help="What kind of thing it is: see `e4t domains list`.")]
 Placeholder = Annotated[str, images_option(help="Another word for the concept, such as '<me>'.")]
-Device = Annotated[str, device_option(envvar="E4T_DEVICE", help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, device_option(envvar="E4T_DTYPE", help="auto, fp32, bf16 or fp16.")]
+Device = Annotated[str, device_option(
+    envvar="E4T_DEVICE", autocompletion=completes("auto", "cpu", "cuda", "cuda:0", "cuda:1", "mps"),
+    help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, device_option(
+    envvar="E4T_DTYPE", autocompletion=completes("auto", *DTYPES), help="auto, fp32, bf16 or fp16.")]
 Vram = Annotated[str, device_option(
     envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12 … or auto for what is free.")]
 Offline = Annotated[bool, network_option(
@@ -124,6 +141,7 @@ class RunFlags:
     """The base, the device and the network: `api.options.RunOptions`."""
 
     base: Annotated[str, images_option(
+        autocompletion=complete_base,
         help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder.")] = "auto"
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -174,7 +192,8 @@ class SamplingFlags:
 
     steps: Annotated[int | None, sampling_option(min=1, help="Denoising steps of each image.")] = None
     guidance: Annotated[float | None, sampling_option(min=0.0, help="Scale of classifier-free guidance.")] = None
-    scheduler: Annotated[str | None, sampling_option(help="dpm++, ddim, euler and other samplers.")] = None
+    scheduler: Annotated[str | None, sampling_option(
+        autocompletion=completes(*SCHEDULERS), help=f"{', '.join(SCHEDULERS)}, or a class of diffusers.")] = None
     negative_prompt: Annotated[str | None, sampling_option(help="What the images should not show.")] = None
     concept_scale: Annotated[float | None, sampling_option(
         min=0.0, max=2.0, show_default=False,
@@ -207,7 +226,8 @@ class PersonalizeFlags(GenerateFlags):
     """`api.options.PersonalizeOptions`."""
 
     tuning: Annotated[str | None, tuning_option(
-        metavar="full|lora", help="All weights, as the paper does, or LoRA: less memory, small concepts.")] = None
+        metavar="full|lora", autocompletion=completes("full", "lora"),
+        help="All weights, as the paper does, or LoRA: less memory, small concepts.")] = None
     tune_steps: Annotated[int | None, tuning_option(
         min=0, help="Tuning steps on the photo; 0 keeps the encoder's first estimate.")] = None
     keep_weights: Annotated[bool, output_option(

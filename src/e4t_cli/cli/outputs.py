@@ -6,7 +6,6 @@ is written under the next free one, and the command ends with code 2.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from e4t_cli.cli.options import OutputFlags
 from e4t_cli.devices import peak_memory
 from e4t_cli.errors import E4TError, PartialResult, UsageError, printable
 from e4t_cli.files import write_atomically
+from e4t_cli.formats.recognition import recognize
 from e4t_cli.images.png_metadata import png_bytes, read_metadata
 from e4t_cli.images.results import check_folder, write_free, write_new
 from e4t_cli.prompts import slug
@@ -31,15 +31,11 @@ OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".ti
 
 
 def is_concept(path: Path) -> bool:
-    """Whether a file is a concept, by its header; no tensor is read."""
-    from safetensors import SafetensorError, safe_open
-
+    """Whether a file is a concept, by its header."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("e4t", "null"))
-    except (SafetensorError, OSError, ValueError, RecursionError):
+        return recognize(path).type == "concept"
+    except E4TError:
         return False
-    return isinstance(header, dict) and {"schema", "domain", "recipe"} <= header.keys()
 
 
 def is_own_picture(path: Path) -> bool:
@@ -68,12 +64,11 @@ class UserFile:
         shown = printable(str(self.path))
         if os.path.isdir(self.path):
             raise UsageError(f"{shown} is a folder", hint="give the name of a file")
-        if os.path.lexists(self.path):
-            if not self.force:
-                raise UsageError(f"{shown} exists and is not overwritten", hint="--force replaces it")
-            if not self.replaceable:
-                what = "concept" if self.is_own is is_concept else "picture of e4t"
-                raise UsageError(f"{shown} is no {what} and is not replaced", hint="use another name")
+        if os.path.lexists(self.path) and not self.replaceable:
+            own = os.path.isfile(self.path) and self.is_own(self.path)
+            what = "concept" if self.is_own is is_concept else "picture of e4t"
+            reason = f"is no {what} and is not replaced" if self.force else "exists and is not overwritten"
+            raise UsageError(f"{shown} {reason}", hint="--force replaces it" if own else "use another name")
         check_folder(self.path.parent, create=create)
 
     @property

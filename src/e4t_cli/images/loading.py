@@ -115,6 +115,8 @@ def _read(source: ImageInput) -> tuple[bytes, str]:
     if isinstance(source, bytes):
         return source, "the image"
     if isinstance(source, str) and source == "-":
+        if sys.stdin is None or sys.stdin.closed:  # `<&-`
+            raise UsageError("'-' reads the image from standard input, which is closed", hint="name a file")
         if sys.stdin.isatty():
             hint = "for example: cat me.jpg | e4t personalize face - 'S* on the beach'"
             raise UsageError("'-' reads the image from standard input, which is the keyboard", hint=hint)

@@ -33,7 +33,7 @@ _XMP = (
     '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
 # Keys of the JSON since version 0.1, which stay as they are.
-_KEYS_IN_FILES = {"concept_scale": "strength", "weights_fingerprint": "pack_fingerprint"}
+KEYS_IN_FILES = {"concept_scale": "strength", "weights_fingerprint": "pack_fingerprint"}
 # Scheduler -> the web UI's sampler and its schedule, those with the nearest noise levels at 20 steps; docs/commands.md
 # has the differences. None: the schedule with the scheduler's time steps, "": that sampler has none. The web UI has no
 # DDPM, and would take any other name for "DPM++ 2M".
@@ -85,7 +85,7 @@ class GenerationRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values under the keys of the file."""
-        values = {_KEYS_IN_FILES.get(name, name): value for name, value in asdict(self).items()}
+        values = {KEYS_IN_FILES.get(name, name): value for name, value in asdict(self).items()}
         return {"schema": SCHEMA, **values}
 
     @classmethod
@@ -99,7 +99,7 @@ class GenerationRecord:
             raise InputError("the record in this picture is of a newer e4t", hint="upgrade e4t")
         found = {}
         for one in fields(cls):
-            key = _KEYS_IN_FILES.get(one.name, one.name)
+            key = KEYS_IN_FILES.get(one.name, one.name)
             if key in values:
                 kinds = _KINDS[str(one.type).partition("[")[0]]
                 if not isinstance(values[key], kinds) or isinstance(values[key], bool):
