@@ -223,8 +223,8 @@ MUTANTS = [
     Mutant(
         "guidance starts from the conditional prediction",
         "models/denoiser.py",
-        "return without + self.guidance",
-        "return with_text + self.guidance",
+        "guided = without + self.guidance",
+        "guided = with_text + self.guidance",
         GENERATION,
     ),
     Mutant(

@@ -15,7 +15,7 @@ DOMAINS = ROOT / "domains" / "e4t_domains"
 
 LAYERS = [
     {"errors", "progress"},
-    {"files", "devices", "images.framing", "registry.config"},
+    {"files", "devices", "images.framing", "registry.config", "schedulers"},
     {"registry.domain"},  # the contract with the author of a domain
     {"prompts", "registry.manifest", "images"},
     {"hub", "nn"},

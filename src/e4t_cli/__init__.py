@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .registry.discovery import find_domain, installed_domains
     from .registry.domain import Domain, PreparationTarget, PreparedImage
     from .registry.testing import check_domain
-    from .sampling import SamplingConfig
+    from .schedulers import SamplingConfig
 
 _IMPORT_STRUCTURE = {
     "api.dry_run": ["plan_pretraining"],
@@ -75,7 +75,7 @@ _IMPORT_STRUCTURE = {
     "registry.discovery": ["find_domain", "installed_domains"],
     "registry.domain": ["Domain", "PreparationTarget", "PreparedImage"],
     "registry.testing": ["check_domain"],
-    "sampling": ["SamplingConfig"],
+    "schedulers": ["SamplingConfig"],
 }
 _HOME = {name: module for module, names in _IMPORT_STRUCTURE.items() for name in names}
 

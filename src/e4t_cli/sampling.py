@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,73 +16,39 @@ from PIL.Image import Image
 from torch import Tensor
 
 from e4t_cli.devices import captures_graphs, free_memory, memory_ran_out
-from e4t_cli.errors import UsageError
 from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import Prompt
+from e4t_cli.schedulers import SamplingConfig, has_zero_snr, scheduler_class
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
 
-# Short name -> class of diffusers, and options beyond the base's noise schedule.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
+FEW_STEPS = 4  # up to which a step at t = 0 is too many
 BATCH = 8  # images sampled together on an accelerator
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How images are sampled."""
-
-    steps: int = 20  # of denoising
-    guidance: float | None = None  # scale of classifier-free guidance, 1 for none; None takes the base's default
-    scheduler: str = "dpm++"  # a key of `SCHEDULERS`, or the name of any scheduler class of diffusers
-    negative_prompt: str = ""  # in place of "" in the unconditional pass; costs a separate feature pass
-    concept_scale: float = 1.0  # see `TunedModel.at_concept_scale`
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
-            raise UsageError(f"the number of denoising steps must be 1 to 1000, not {self.steps!r}")
-        if self.guidance is not None and not 0 <= self.guidance <= 100:
-            raise UsageError(f"the guidance must be 0 to 100, not {self.guidance!r}")
-        if not 0 <= self.concept_scale <= 2:
-            raise UsageError(f"the concept scale must be 0 to 2, not {self.concept_scale!r}")
-        if self.scheduler not in SCHEDULERS and not _is_scheduler(self.scheduler):
-            hint = f"one of {', '.join(SCHEDULERS)}, or a scheduler class of diffusers"
-            raise UsageError(f"there is no scheduler {self.scheduler!r}", hint=hint)
-
-    def resolved(self, model: TextToImageModel) -> SamplingConfig:
-        """Return the config with the base's guidance where none is given."""
-        return replace(self, guidance=model.base.guidance) if self.guidance is None else self
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for records."""
-        return asdict(self)
 
 
 def make_scheduler(model: TextToImageModel, sampling: SamplingConfig) -> Any:
     """Return a diffusers scheduler on the base's noise schedule, its time steps set.
 
     They are on the CPU, as its tables are: a lookup with a value on a GPU would synchronize in each step.
+
+    The time steps have the base's spacing, else the scheduler's, except where that leaves noise in an image: few steps
+    that end with one at t = 0 (a single one only begins there), and more than half of all, which begin at 599 where
+    600 are 1 apart. "trailing" begins at the last time step; rounding gives some numbers of steps, as 61, a further
+    time step of -1, and "linspace" is right for those.
     """
-    name, options = SCHEDULERS.get(sampling.scheduler, (sampling.scheduler, {}))
-    scheduler = getattr(diffusers, name).from_config(model.noise_schedule.config, **options)
-    scheduler.set_timesteps(sampling.steps)
+    name, options = scheduler_class(sampling.scheduler)
+    kind, config = getattr(diffusers, name), model.noise_schedule.config
+    total, steps = model.train_timesteps, sampling.steps
+    usual = steps <= total // 2 and not has_zero_snr(config)
+    for spacing in ("", "trailing", "linspace") if usual else ("trailing", "linspace"):
+        scheduler = kind.from_config(config, **options, **({"timestep_spacing": spacing} if spacing else {}))
+        scheduler.set_timesteps(steps)
+        end = int(scheduler.timesteps.min())
+        if end >= 0 and (spacing or steps > FEW_STEPS or end > total // 10):
+            break
     return scheduler
-
-
-def _is_scheduler(name: str) -> bool:
-    kind = getattr(diffusers, name, None) if name.isidentifier() else None
-    return inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)
 
 
 def sample(

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from e4t_cli import sampling
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents
+from e4t_cli.sampling import generate_latents
+from e4t_cli.schedulers import SCHEDULERS, SamplingConfig
 from e4t_cli.training import cuda_graphs as recording
 from e4t_cli.training import tuning
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
@@ -141,7 +142,8 @@ def test_captured_tuning_gives_the_same_model_in_half_precision(model, domain_we
 @pytest.mark.parametrize(("scheduler", "negative"), [*((name, "") for name in SCHEDULERS), ("dpm++", "a hat")])
 def test_captured_sampling_gives_the_same_images(model, domain_weights, face, monkeypatch, scheduler, negative):
     tuned = Trainer(model, domain_weights, face, domain_weights.tuning.replace(steps=0)).finish()
-    sampling = SamplingConfig(steps=6, scheduler=scheduler, negative_prompt=negative)
+    steps = 16 if scheduler == "pndm" else 6
+    sampling = SamplingConfig(steps=steps, scheduler=scheduler, negative_prompt=negative)
     expected = generate_latents(model, tuned, PROMPTS, [1, 2], sampling)
     found = CpuCapture()
     capture_with(monkeypatch, found)

@@ -9,7 +9,8 @@ from e4t_cli.errors import UsageError
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SCHEDULERS, SamplingConfig, generate_latents, sample
+from e4t_cli.sampling import generate_latents, sample
+from e4t_cli.schedulers import SCHEDULERS, SamplingConfig
 from e4t_cli.training.tuning import tune
 
 PROMPTS = [parse_prompt(text) for text in ("S* on the beach", "a photo of S*", "S* and S* with hat")]
@@ -128,7 +129,7 @@ def test_the_plain_word_is_plain_stable_diffusion(model, name):
 
     from e4t_cli.sampling import make_scheduler
 
-    sampling = SamplingConfig(steps=3, guidance=4.0, scheduler=name)
+    sampling = SamplingConfig(steps=6, guidance=4.0, scheduler=name)
     pipeline = StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
@@ -142,7 +143,7 @@ def test_the_plain_word_is_plain_stable_diffusion(model, name):
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         "a photo of face",
-        num_inference_steps=3,
+        num_inference_steps=6,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(11),
         output_type="latent",
@@ -156,7 +157,7 @@ def test_the_plain_word_is_plain_stable_diffusion(model, name):
 
 @pytest.mark.parametrize("name", [*SCHEDULERS, "DEISMultistepScheduler"])
 def test_any_scheduler_of_diffusers(model, tuned, name):
-    sampling = SamplingConfig(steps=4, scheduler=name)
+    sampling = SamplingConfig(steps=16 if name == "pndm" else 4, scheduler=name)
     one, other = (generate_latents(model, tuned, PROMPTS[:2], [1, 2], sampling) for _ in range(2))
     assert one.isfinite().all()
     assert torch.equal(one, other)
@@ -196,6 +197,59 @@ def test_weights_are_linear_in_the_concept_scale(model, tuned, strength):
     features = torch.randn(2, sum(tuned.encoder.config.unet_widths))
     offset = tuned.embedding(features) - tuned.e_domain
     torch.testing.assert_close(found.embedding(features) - found.e_domain, strength * offset)
+
+
+def test_a_consumed_base_cannot_be_scaled(base_folder, domain_weights, face):
+    from e4t_cli.models.text_to_image import TextToImageModel
+    from e4t_cli.training.tuning import TuningOptions
+
+    base = TextToImageModel.load(base_folder)
+    config = domain_weights.tuning.replace(steps=1)
+    consumed = tune(base, domain_weights, face, config, options=TuningOptions(consume=True))
+    with pytest.raises(UsageError, match="base's U-Net"):
+        sample(base, consumed, PROMPTS[:1], [1], SamplingConfig(steps=1, concept_scale=0.5))
+    assert consumed.at_concept_scale(base.unet, 1) is consumed
+    plain = TunedModel.plain(base, "face")
+    assert plain.at_concept_scale(base.unet, 0.5) is plain
+
+
+# ── bases that begin at pure noise ──
+
+
+@pytest.fixture
+def pure_noise(model, monkeypatch):
+    from diffusers import DDPMScheduler
+
+    changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    monkeypatch.setattr(model, "noise_schedule", DDPMScheduler.from_config(model.noise_schedule.config, **changed))
+    return model
+
+
+def test_guidance_is_rescaled_where_a_base_begins_at_pure_noise(pure_noise, tuned, monkeypatch):
+    """diffusers' pipeline with guidance_rescale 0.7 gives the same latents."""
+    from diffusers import StableDiffusionPipeline
+
+    from e4t_cli.sampling import make_scheduler
+
+    model, sampling = pure_noise, SamplingConfig(steps=3, guidance=9.0, scheduler="ddim")
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
+        scheduler=make_scheduler(model, sampling), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    plain, prompt = TunedModel.plain(model, "face"), [parse_prompt("a photo of S*")]
+    found = generate_latents(model, plain, prompt, [11], sampling)
+
+    def drawn(guidance_rescale):
+        source = torch.Generator().manual_seed(11)
+        return pipeline(
+            "a photo of face", num_inference_steps=3, guidance_scale=9.0, guidance_rescale=guidance_rescale,
+            generator=source, output_type="latent", height=32, width=32,
+        ).images  # fmt: skip
+
+    torch.testing.assert_close(found, drawn(0.7), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(found, drawn(0.0), rtol=1e-2, atol=1e-2)
 
 
 def test_in_half_precision_it_is_rounded_once(model, tuned):

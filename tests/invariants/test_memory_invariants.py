@@ -135,6 +135,22 @@ def test_every_gpu_from_6_gigabytes_on_has_a_plan(stable_diffusion, domain_weigh
         assert found.optimizer == "fused"
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("kind", "device", "half"), [("accelerator", "cuda", torch.bfloat16), ("cpu", "cpu", None)])
+def test_a_dry_run_tells_the_least_and_the_fastest(stable_diffusion, domain_weights, kind, device, half, method):
+    from e4t_cli.api.plans import MEMORY
+
+    model, domain = stable_diffusion
+    config = domain_weights.tuning.replace(batch_size=16, method=method)
+    peaks = [
+        plan_tuning(
+            model(device, half or torch.float32), domain, config, vram=vram, consume=True, half=half, ram=64 * GB
+        )
+        for vram in ("0.5", "1000")
+    ]
+    assert [round(one.peak / GB, 1) for one in peaks] == list(MEMORY[kind][method])
+
+
 def test_an_optimizer_is_offloaded_only_if_main_memory_suffices(stable_diffusion, domain_weights):
     """A machine with a T4 of 15 GB often has 12 GB of main memory, where the system would kill the process."""
     model, domain = stable_diffusion

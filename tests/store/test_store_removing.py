@@ -39,7 +39,7 @@ def test_of_a_link_only_the_link_goes(folder):
 @pytest.mark.parametrize(
     ("name", "says", "hint"),
     [
-        ("face", "comes with e4t", "pip uninstall e4t"),
+        ("face", "comes with e4t", "E4T_DOMAINS"),
         ("nobody", "no domain 'nobody' among your own", "e4t domains list"),
         ("../evil", "domain name", None),
         ("user:..", "domain name", None),

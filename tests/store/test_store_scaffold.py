@@ -136,3 +136,15 @@ def test_G6_its_own_tests_pass_once_installed(tmp_path):
     assert "2 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert "my_dogs  e4t-domain-my-dogs 0.1.0" in run("-m", "e4t_cli", "domains", "list")
     assert sys.prefix not in where
+
+
+@pytest.mark.parametrize(("name", "word"), [("my_dogs", "dog"), ("cats2026", "cat"), ("our-photos-of-faces", "face")])
+def test_the_descriptor_is_found_in_the_name(tmp_path, name, word):
+    """As `e4t pretrain` finds it, on the base that comes with e4t."""
+    assert f'descriptor="{word}"' in next(new_domain(name, tmp_path / "new").glob("*/__init__.py")).read_text("utf-8")
+
+
+def test_a_name_without_a_descriptor(tmp_path):
+    with pytest.raises(UsageError, match="no word of 'my_teapots'") as caught:
+        new_domain("my_teapots", tmp_path / "new")
+    assert "--descriptor WORD" in caught.value.hint and os.listdir(tmp_path) == []

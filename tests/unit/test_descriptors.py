@@ -2,8 +2,8 @@
 
 import pytest
 
-from e4t_cli.api.pretraining_setup import _singulars, check_descriptor, choose_descriptor
 from e4t_cli.errors import UsageError
+from e4t_cli.models.descriptors import _singulars, check_descriptor, choose_descriptor
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_the_longest_word_that_is_one_token(model, name, word):
 
 
 def test_the_plural_comes_first_where_the_base_knows_it(model, monkeypatch):
-    from e4t_cli.api import pretraining_setup as descriptors
+    from e4t_cli.models import descriptors
 
     monkeypatch.setattr(descriptors, "_token_count", lambda model, word: 1)
     assert choose_descriptor("my_dogs", model) == "dogs"

@@ -1,13 +1,13 @@
 """`personalize` and `generate`: a photo in, a concept and its images out (section 3.4).
 
-`prepare` does the first part of `personalize` alone, `plan` checks a request without torch and without a network.
+`prepare` does the first part of `personalize` alone.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -19,7 +19,6 @@ from e4t_cli.api.options import (
     PhotoOptions,
     PrepareKeywords,
     PrepareOptions,
-    RunKeywords,
     RunOptions,
 )
 from e4t_cli.api.photographs import doubts_about_photo
@@ -30,7 +29,6 @@ from e4t_cli.api.resolve import (
     load_concept_models,
     parse_prompts,
     prefers_half,
-    prompt_requests,
     resolve_base,
     resolve_base_name,
     resolve_domain,
@@ -42,8 +40,7 @@ from e4t_cli.api.resolve import (
     scales_concept,
 )
 from e4t_cli.api.session import Session
-from e4t_cli.errors import InputError, UsageError, WeightsUnavailable, printable
-from e4t_cli.hub.bases import e4t_diffusion_repository
+from e4t_cli.errors import InputError, UsageError, printable
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import look_up_base
 from e4t_cli.images.decoding import OpenedImage
@@ -53,12 +50,11 @@ from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downl
 from e4t_cli.images.results import Personalization
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import PLACEHOLDER, check_placeholder
-from e4t_cli.registry.discovery import user_domain, weights_folder
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage, check_which
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
-    from e4t_cli.sampling import SamplingConfig
+    from e4t_cli.schedulers import SamplingConfig
 
 
 def personalize(
@@ -94,6 +90,7 @@ def personalize(
     asked = PersonalizeOptions(**options)
     parsed = parse_prompts(prompts, placeholder)
     seeds = resolve_seeds(seed, num_images_per_prompt)
+    wanted = resolve_images(prompts, parsed, resolve_sampling(sampling), count=num_images_per_prompt, seeds=seeds)
     value, package = resolve_domain(domain)
     photo = open_image(image)
     mask = resolve_mask(asked.mask, photo)
@@ -101,9 +98,8 @@ def personalize(
     base = resolve_base(asked, session.access, domain=value, safety=asked.safety_checker)
     weights = resolve_domain_weights(value, base, session.access)
     with session.running(base):
-        config = resolve_sampling(sampling)
-        wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
         session.load(base, weights)
+        session.check_sampling(wanted)
         session.check_prompts(parsed, (one.sampling.negative_prompt for one in wanted))
         model, pretrained = session.model, session.pretrained
         tuning = resolve_tuning(pretrained.tuning, asked.tuning, asked.tune_steps)
@@ -170,6 +166,7 @@ def generate(
         placeholder = placeholder or records[0].placeholder
         prompts, seed, sampling = repeated(records, prompts, seed, num_images_per_prompt, sampling)
     seeds = resolve_seeds(seed, num_images_per_prompt)
+    config = resolve_sampling(sampling)
     if placeholder is not None:
         parse_prompts(prompts, placeholder)
     name = _stem(concept) if isinstance(concept, str | os.PathLike) else ""
@@ -179,9 +176,9 @@ def generate(
         parsed = parse_prompts(prompts, placeholder or concept.placeholder)
         if records and (note := other_circumstances(records[0], concept)):
             session.note("load", note)
-        config = resolve_sampling(sampling)
         wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
         load_concept_models(concept, session)
+        session.check_sampling(wanted)
         session.check_prompts(parsed, (one.sampling.negative_prompt for one in wanted))
         tuned = concept.tuned(session.model, session.pretrained)
         tuned = tuned or session.tune(concept, keep_base=scales_concept(wanted))
@@ -220,48 +217,6 @@ def prepare(
     prepared = prepare_photo(value, photo, mask, target, masked=value.tuning.mask)
     _report_preparation(prepared, asked.on_progress, strict=asked.strict)
     return prepared
-
-
-def plan(
-    domain: str | os.PathLike[str] | Domain,
-    image: ImageInput,
-    prompts: Prompts = (),
-    *,
-    num_images_per_prompt: int = 1,
-    placeholder: str = PLACEHOLDER,
-    tuning: str | None = None,
-    tune_steps: int | None = None,
-    **options: Unpack[RunKeywords],
-) -> dict[str, Any]:
-    """Return what `personalize` would do, with all checks that need neither torch nor a network.
-
-    Raises:
-        E4TError: as `personalize`.
-    """
-    asked = RunOptions(**options)
-    parsed = parse_prompts(prompts, placeholder)
-    value, _ = resolve_domain(domain)
-    photo = open_image(image).image
-    name, resolution, here = _look_up_base(value, asked, HubAccess(offline=asked.offline))
-    config, fetched = value.tuning, [] if here else [f"the base {name}"]
-    try:
-        config = user_domain(weights_folder(value, name)).tuning
-    except WeightsUnavailable:
-        location = value.weights.get(name, "")
-        if not location.startswith("hub:") and not e4t_diffusion_repository(location):
-            raise
-        fetched.append(f"the weights of {value.name}")
-    return {
-        "domain": value.name,
-        "descriptor": value.descriptor,
-        "base": name,
-        "photo": {"width": photo.width, "height": photo.height},
-        "prompts": len(parsed),
-        "images": sum(one.num_images or num_images_per_prompt for one in prompt_requests(prompts)),
-        "size": {"width": resolution, "height": resolution} if resolution else None,
-        "to_fetch": " and ".join(fetched),
-        "tuning": asdict(resolve_tuning(config, tuning, tune_steps)),
-    }
 
 
 def _look_up_base(domain: Domain, options: RunOptions, access: HubAccess) -> tuple[str, int, bool]:
@@ -305,8 +260,9 @@ def preparation_target(
         which = check_which(options.face)
     except ValueError as error:
         raise UsageError(f"--face: {printable(str(error))}") from error
-    if domain.prepare is None and options.require_face:
-        raise UsageError(f"the domain {domain.name!r} looks for no face", hint="leave --require-face out")
+    if domain.prepare is None and (options.require_face or which != "largest"):
+        flag = "--require-face" if options.require_face else "--face"
+        raise UsageError(f"the domain {domain.name!r} looks for no face", hint=f"leave {flag} out")
     return PreparationTarget(
         size=size, base=base, align=options.align, which=which, required=options.require_face, device=device,
         fetch=snapshot_downloader(access),

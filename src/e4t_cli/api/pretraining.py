@@ -15,10 +15,8 @@ from e4t_cli.api.pretraining_setup import (
     CacheChoice,
     NewDomain,
     check_cache,
-    check_descriptor,
     check_new_name,
     choose_cache,
-    choose_descriptor,
     plan_domain,
     training_data,
 )
@@ -29,6 +27,7 @@ from e4t_cli.datasets.sources import ImageSource, find_source, hold_out
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.images.loading import ImageInput
 from e4t_cli.images.preparation import snapshot_downloader
+from e4t_cli.models.descriptors import check_descriptor, choose_descriptor
 from e4t_cli.progress import Progress, StopRequest
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig

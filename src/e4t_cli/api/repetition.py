@@ -12,7 +12,7 @@ from e4t_cli.prompts import PromptRequest
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
-    from e4t_cli.sampling import SamplingConfig
+    from e4t_cli.schedulers import SamplingConfig
 
 REPEATED = ("steps", "guidance", "scheduler", "negative_prompt", "concept_scale")  # fields of `SamplingConfig`
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from e4t_cli.api.options import RunOptions
 from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.devices import choose_device, likely_accelerator
-from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
+from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import (
     ACCELERATED,
     EMBEDDED,
@@ -35,11 +35,11 @@ from e4t_cli.prompts import Prompt, PromptRequest, parse_prompt, plain_text
 from e4t_cli.registry.config import TUNING_METHODS, PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages, weights_folder
 from e4t_cli.registry.domain import Domain
+from e4t_cli.schedulers import SamplingConfig
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
     from e4t_cli.models.text_to_image import TextToImageModel
-    from e4t_cli.sampling import SamplingConfig
 
 Prompts = str | PromptRequest | Sequence[str | PromptRequest]
 MAX_SEED = 2**32 - 1  # the largest that other programs' metadata readers take
@@ -122,8 +122,6 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 
 def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
     """Return the sampling options, the negative prompt normalized; `UsageError` if there is no such field or value."""
-    from e4t_cli.sampling import SamplingConfig
-
     if not isinstance(wanted, SamplingConfig):
         try:
             wanted = SamplingConfig(**(wanted or {}))
@@ -298,6 +296,16 @@ def load_concept(concept: Concept | str | os.PathLike[str]) -> Concept:
     return concept if isinstance(concept, Concept) else Concept.load(Path(concept))
 
 
+def check_concept_base(concept: Concept, wanted: str | os.PathLike[str] | TextToImageModel) -> None:
+    """Raise `IntegrityError` if another base is asked for than a concept was made with, as far as names tell."""
+    known = (*EMBEDDED, *PUBLISHED)
+    name = os.fspath(wanted) if isinstance(wanted, str | os.PathLike) else wanted.base.name
+    name = (location := hub_location(name)) and location.name or name
+    if name != concept.base_name and name in known and concept.base_name in known:
+        message = f"this concept lives on the base {concept.base_name}, not on {name}"
+        raise IntegrityError(message, hint=f"leave --base out, or personalize the picture again on {name}")
+
+
 def load_concept_models(concept: Concept, session: Session) -> None:
     """Load the base and the domain weights that a concept was made with.
 
@@ -305,8 +313,9 @@ def load_concept_models(concept: Concept, session: Session) -> None:
         IntegrityError: this machine's base or weights are not the ones it was made with.
         E4TError: another of its children.
     """
-    domain = find_concept_domain(concept.domain, concept.package)
     options = session.options
+    check_concept_base(concept, options.base)
+    domain = find_concept_domain(concept.domain, concept.package)
     if options.base == "auto":
         options = replace(options, base=concept.base_name)
     base = resolve_base(options, session.access, tower=False, safety=session.safety)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.models.loading import SafetyChecker
     from e4t_cli.models.text_to_image import TextToImageModel
-    from e4t_cli.sampling import SamplingConfig
+    from e4t_cli.schedulers import SamplingConfig
 
 LISTED = 8  # words in one note
 
@@ -212,6 +212,11 @@ class Session:
         if vocabulary is not None and (unknown := unknown_words(every, words_of(vocabulary))):
             name = model.base.name
             self.note("load", f"{name} does not know: {_listed(unknown)} (its words: e4t info {name})")
+
+    def check_sampling(self, wanted: Sequence[ImageRequest]) -> None:
+        """Raise `UsageError` before any tuning if the base cannot be sampled in a way that is wanted."""
+        for one in wanted:
+            one.sampling.check_schedule(self.model.noise_schedule.config)
 
     def tune(self, concept: Concept, *, keep_base: bool = False) -> TunedModel:
         """Tune on the concept's image with its config and seed, in the memory that is available.

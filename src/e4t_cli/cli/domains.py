@@ -56,7 +56,7 @@ def _record(listing: Listing) -> dict[str, Any]:
 def _row(listing: Listing) -> tuple[str, ...]:
     record = _record(listing)
     if listing.domain is None:
-        return (listing.name, record["source"], f"broken: {listing.reason}", "", "", "")
+        return (listing.name, record["source"], "broken", "", "", listing.reason or "")  # the last column is as wide
     weights = "; ".join(f"{base} {_state_text(one)}" for base, one in record["weights"].items())
     licence = record["licence"] + (f" ({listing.reason})" if listing.reason else "")
     return (listing.name, record["source"], record["descriptor"], _tuning_text(record["tuning"]), weights, licence)

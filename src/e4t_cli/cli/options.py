@@ -19,6 +19,7 @@ from e4t_cli.cli import console
 from e4t_cli.devices import DTYPES
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.progress import ProgressCallback
+from e4t_cli.schedulers import NAMES, SCHEDULERS
 
 if TYPE_CHECKING:
     from e4t_cli.api.options import (
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 10_000  # of one range; more is a slip of the finger
-SCHEDULERS = ("dpm++", "dpm++-karras", "ddim", "ddpm", "euler", "euler-a", "heun", "pndm", "unipc")
 
 # Options, by their panel of the help.
 images_option = functools.partial(typer.Option, rich_help_panel="Images")
@@ -193,7 +193,7 @@ class SamplingFlags:
     steps: Annotated[int | None, sampling_option(min=1, help="Denoising steps of each image.")] = None
     guidance: Annotated[float | None, sampling_option(min=0.0, help="Scale of classifier-free guidance.")] = None
     scheduler: Annotated[str | None, sampling_option(
-        autocompletion=completes(*SCHEDULERS), help=f"{', '.join(SCHEDULERS)}, or a class of diffusers.")] = None
+        autocompletion=completes(*NAMES), help=f"{', '.join(SCHEDULERS)}, or a class of diffusers.")] = None
     negative_prompt: Annotated[str | None, sampling_option(help="What the images should not show.")] = None
     concept_scale: Annotated[float | None, sampling_option(
         min=0.0, max=2.0, show_default=False,
@@ -213,7 +213,8 @@ class GenerateFlags(RunFlags):
         "--no-safety-checker", help="Keep images that the base's safety checker would withhold.")] = False
 
     def generate_keywords(
-        self, terminal: console.Console, on_progress: ProgressCallback, on_image: ImageCallback
+        self, terminal: console.Console, on_progress: ProgressCallback | None = None,
+        on_image: ImageCallback | None = None,
     ) -> GenerateKeywords:
         """Return the keywords of the library."""
         run, checker = self.run_keywords(terminal, on_progress), not self.no_safety_checker
@@ -276,6 +277,8 @@ class OutputFlags:
     grid: Annotated[bool, output_option("--grid", help="Also a captioned contact sheet, the photo first.")] = False
     no_metadata: Annotated[bool, output_option(
         "--no-metadata", help="Keep everything out of the files but the AI mark.")] = False
+    dry_run: Annotated[bool, output_option(
+        "--dry-run", help="Check, print what it would do and cost, and end.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,4 +289,3 @@ class PersonalizeOutputFlags(OutputFlags):
     save_prepared: Annotated[Path | None, photo_option(
         metavar="FILE.png|DIR",
         help="Save the cropped photo, and its mask in a second file; without prompts that is all.")] = None
-    dry_run: Annotated[bool, output_option("--dry-run", help="Check, print the plan, and end.")] = False

@@ -69,8 +69,7 @@ class UserFile:
             what = "concept" if self.is_own is is_concept else "picture of e4t"
             reason = f"is no {what} and is not replaced" if self.force else "exists and is not overwritten"
             raise UsageError(f"{shown} {reason}", hint="--force replaces it" if own else "use another name")
-        if create:
-            check_folder(self.path.parent)
+        check_folder(self.path.parent, create=create)
 
     @property
     def replaceable(self) -> bool:
@@ -130,8 +129,8 @@ class PreparedSaver:
                 raise UsageError(f"{printable(str(path))} is not the name of a PNG file", hint="such as face.png")
             for file in (self.file, _mask_of(self.file)):
                 self._user_file(file).check(create=create)
-        elif create:
-            check_folder(self.folder)
+        else:
+            check_folder(self.folder, create=create)
 
     def __call__(self, prepared: PreparedImage) -> None:
         """Save the image and its mask."""
@@ -192,8 +191,8 @@ class ImageSaver:
                 asked = "a contact sheet" if output.grid else "--name" if images == 1 else f"{images} pictures"
                 raise UsageError(f"{shown} is the name of one picture, for {asked} give a folder", hint="-o FOLDER")
             self.file.check(create=create)
-        elif create:
-            check_folder(out)
+        else:
+            check_folder(out, create=create)
         if self.concept is not None:
             self.concept.check(create=create)
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from e4t_cli.cli import options
+from e4t_cli.cli.plans import print_plan
 from e4t_cli.cli.prompt_files import STDIN, gather_prompts
 from e4t_cli.errors import UsageError, printable
 
@@ -54,6 +55,7 @@ def generate(
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
     seeds, count = prompts.seeds(), prompts.num_images
     from e4t_cli.api import personalization as api
+    from e4t_cli.api.plans import plan_generation
     from e4t_cli.api.repetition import repeated
     from e4t_cli.api.resolve import count_images
     from e4t_cli.cli.outputs import ImageSaver, Written
@@ -64,14 +66,20 @@ def generate(
     images = count_images(wanted, seeds, count)
     if picture is not None:
         images = count_images(*repeated(read_records(picture), wanted, seeds, count, None)[:2], count)
-    saver = ImageSaver(console, Written(), output, images=images)
+    saver = ImageSaver(console, Written(), output, images=images, create=not output.dry_run)
+    if output.dry_run:
+        plan = plan_generation(
+            concept, wanted, like=picture, num_images_per_prompt=count, seed=seeds,
+            sampling=sampling.given(), placeholder=placeholder, **run.generate_keywords(console),
+        )  # fmt: skip
+        return print_plan(console, plan, output.out)
     with console.progress() as on_progress:
         result = api.generate(
             concept, wanted, like=picture, num_images_per_prompt=count, seed=seeds,
             sampling=sampling.given(), placeholder=placeholder,
             **run.generate_keywords(console, on_progress, saver.save),
         )  # fmt: skip
-    saver.finish(result)
+    return saver.finish(result)
 
 
 EXAMPLES = """
@@ -108,6 +116,7 @@ def personalize(
         raise UsageError("--keep-weights needs a file to keep them in", hint="add --save me.e4t")
     seeds, count = prompts.seeds(), prompts.num_images
     from e4t_cli.api import personalization as api
+    from e4t_cli.api.plans import plan_personalization
     from e4t_cli.api.resolve import count_images
     from e4t_cli.cli.outputs import ImageSaver, PreparedSaver, Written
 
@@ -123,11 +132,12 @@ def personalize(
         return written.check()
     saver = ImageSaver(console, written, output, images=images, concept=save, create=create)
     if output.dry_run:
-        plan = api.plan(
-            domain, image, wanted, num_images_per_prompt=len(seeds) if isinstance(seeds, list) else count,
-            placeholder=placeholder, tuning=run.tuning, tune_steps=run.tune_steps, **run.run_keywords(console),
+        plan = plan_personalization(
+            domain, image, wanted, num_images_per_prompt=count, seed=seeds,
+            sampling=sampling.given(), placeholder=placeholder,
+            **run.personalize_keywords(run.generate_keywords(console), None, None),
         )  # fmt: skip
-        return console.details("plan", {**plan, "folder": str(output.out)})
+        return print_plan(console, plan, output.out)
     with console.progress() as on_progress:
         asked = run.generate_keywords(console, on_progress, saver.save)
         result = api.personalize(

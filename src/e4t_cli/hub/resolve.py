@@ -131,15 +131,20 @@ def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
 
 def look_up_base(wanted: str, *, half: bool = True) -> tuple[str, int, bool]:
     """Return name, resolution (0: unknown) and whether it is cached; no network. Errors as of `find_base`."""
+    location, base = hub_location(wanted), find_cached_base(wanted, half=half)
+    if base is None:
+        assert location is not None
+        return location.name, location.resolution, False
+    return base.name, base.resolution, True
+
+
+def find_cached_base(wanted: str, *, half: bool = True) -> Base | None:
+    """Return a base that is complete on this machine, else None; no network. Errors as of `find_base`."""
     location = hub_location(wanted)
     if location is None:
-        base = find_base(wanted)
-        return base.name, base.resolution, True
+        return find_base(wanted)
     folder = _cached_snapshot(location)
-    if folder is None or not is_cached(wanted, half=half):
-        return location.name, location.resolution, False
-    base = _base_in(folder, location, half=half)
-    return base.name, base.resolution, True
+    return _base_in(folder, location, half=half) if folder is not None and is_cached(wanted, half=half) else None
 
 
 def _cached_snapshot(location: HubLocation) -> Path | None:

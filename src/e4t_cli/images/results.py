@@ -21,15 +21,23 @@ if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
 
 
-def check_folder(folder: str | os.PathLike[str]) -> Path:
-    """Make the folder for results, before the work; raises UsageError, or ResourceError if the disk is full."""
-    path = Path(folder)
+def check_folder(folder: str | os.PathLike[str], *, create: bool = True) -> Path:
+    """Make the folder for results, before the work; without `create`, only check whether it could be made.
+
+    Raises:
+        E4TError: as of `file_error`.
+    """
+    path = there = Path(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+        while not os.path.lexists(there) and there != there.parent:
+            there = there.parent
+        os.stat(os.path.join(there, "."))  # NotADirectoryError, or a link to nowhere
     except (OSError, ValueError) as error:
         raise file_error(error, path) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"the folder {printable(str(path))} cannot be written to")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"the folder {printable(str(there))} cannot be written to")
     return path
 
 

@@ -20,10 +20,12 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
+from e4t_cli.errors import UsageError
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.unet import UNetState, down_and_mid, embed_latents, pooled_features, up_and_out
 from e4t_cli.nn.word_embedding_encoder import Encoder, FixedEmbedding
+from e4t_cli.schedulers import has_zero_snr
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,9 +66,17 @@ class TunedModel:
         Args:
             base: the U-Net before tuning.
             concept_scale: k.
+
+        Raises:
+            UsageError: the base's U-Net has become this model's.
         """
         if concept_scale == 1:
             return self
+        if base is self.unet:
+            if isinstance(self.encoder, FixedEmbedding) and not self.encoder.offset.any():
+                return self  # the base as it is
+            message = "a concept scale needs the base's U-Net, which a tuning with `consume` has changed"
+            raise UsageError(message, hint="tune without `consume`, or load the base again")
         unet = copy.deepcopy(self.unet)
         for learned, before in zip(unet.parameters(), base.parameters(), strict=True):
             # In float32: k times what tuning changed is less than one spacing of half precision.
@@ -92,6 +102,7 @@ class CFGDenoiser:
     ) -> None:
         self.model, self.tuned, self.tokens = model, tuned, tokens
         self.guidance = guidance
+        self.rescales = has_zero_snr(model.noise_schedule.config)
         self.count = len(tokens.ids)
         self.empty = self._repeated(model.uncond_embeds)
         self.negative = self.empty
@@ -110,7 +121,8 @@ class CFGDenoiser:
             return up_and_out(unet, conditional, text)
         both = up_and_out(unet, UNetState.cat((unconditional, conditional)), torch.cat((self.negative, text)))
         without, with_text = both.chunk(2)
-        return without + self.guidance * (with_text - without)
+        guided = without + self.guidance * (with_text - without)
+        return _rescaled(guided, with_text) if self.rescales else guided
 
     def _refined(self, start: UNetState, unconditional: UNetState | None) -> Tensor:
         """Predict e_c from z_t (eq. 1) and embed the prompts with it."""
@@ -125,3 +137,17 @@ class CFGDenoiser:
 
     def _repeated(self, text: Tensor) -> Tensor:
         return text.to(self.tuned.unet.dtype).expand(self.count, -1, -1)
+
+
+RESCALED = 0.7  # share of the rescaled prediction, φ
+
+
+def _rescaled(guided: Tensor, with_text: Tensor) -> Tensor:
+    """Return a prediction under guidance with the standard deviation of the conditional one, for the most part.
+
+    Where the last time step is pure noise, guidance overexposes images (Lin et al. 2024, "Common diffusion noise
+    schedules and sample steps are flawed", section 3.4).
+    """
+    inner = list(range(1, guided.ndim))
+    ratio = with_text.std(inner, keepdim=True) / guided.std(inner, keepdim=True)
+    return guided * (RESCALED * ratio + 1 - RESCALED)

@@ -27,7 +27,8 @@ from e4t_cli.pretraining.loop import PretrainingStep
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry.domain import PreparedImage
-from e4t_cli.sampling import SamplingConfig, sample
+from e4t_cli.sampling import sample
+from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.tuning import tune
 
 PROMPTS = ("a photo of S*", "S* on the beach", "a drawing of S*")  # of contact sheets: to recognise, place, restyle

@@ -13,6 +13,8 @@ from string import Template
 
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import write_atomically
+from e4t_cli.hub.bases import find_base
+from e4t_cli.models.descriptors import Vocabulary, choose_descriptor
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import OURS, installed_packages
 from e4t_cli.registry.domain import check_name
@@ -37,12 +39,12 @@ def new_domain(
     Args:
         name: of the domain; the package is called e4t-domain-NAME.
         folder: new or empty; by default a folder of the package's name in the current one.
-        descriptor: the everyday word for such things; by default the weights', or the name.
+        descriptor: the everyday word for such things; by default the weights', or the word in the name.
         licence: of the weights and the data; by default the weights'.
         weights: a domain folder that `e4t pretrain` made, to be shipped in the package.
 
     Raises:
-        UsageError: the name cannot be used, or the folder is not empty.
+        UsageError: the name cannot be used, or has no word that is a descriptor, or the folder is not empty.
         IntegrityError: the weights are damaged.
     """
     try:
@@ -72,7 +74,7 @@ def new_domain(
             manifest = copy_domain_folder(Path(weights), packs / "new")
             (packs / "new").rename(packs / manifest.base)
         location = {manifest.base: f"package:{module}/packs/{manifest.base}"} if manifest else {}
-        word = descriptor or (manifest.descriptor if manifest else name)
+        word = descriptor or (manifest.descriptor if manifest else _descriptor(name))
         values = {
             "name": name,
             "package": package,
@@ -94,6 +96,15 @@ def new_domain(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target
+
+
+def _descriptor(name: str) -> str:
+    """Return the word in a domain's name that `e4t pretrain` would find on the base that comes with e4t.
+
+    Raises:
+        UsageError: there is none; the hint lists similar words.
+    """
+    return choose_descriptor(name, Vocabulary.of_base(find_base()))
 
 
 def _configs(manifest: Manifest | None) -> str:

@@ -28,7 +28,7 @@ from typing import BinaryIO
 from e4t_cli.errors import InputError, IntegrityError, ResourceError, UsageError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.progress import Progress, ProgressCallback
-from e4t_cli.registry.discovery import USER, installed_packages, user_domain, user_domains_folder
+from e4t_cli.registry.discovery import OURS, USER, installed_packages, user_domain, user_domains_folder
 from e4t_cli.registry.domain import Domain, check_name
 from e4t_cli.registry.manifest import MANIFEST_NAME, MAX_BYTES, Manifest, parse_manifest, read_manifest
 
@@ -107,7 +107,10 @@ def find_user_folder(name: str) -> Path:
         return folder
     if packages := installed_packages(bare):
         message = f"the domain {shown!r} is not your own: it comes with {' and '.join(packages)}"
-        raise UsageError(message, hint=f"pip uninstall {packages[0]}")
+        hint = f"pip uninstall {packages[0]}"
+        if packages[0] == OURS:
+            hint = "it stays with e4t; E4T_DOMAINS=cat,my_dogs lists only the domains that it names"
+        raise UsageError(message, hint=hint)
     raise UsageError(f"there is no domain {shown!r} among your own", hint="e4t domains list shows them all")
 
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable
+from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavailable
 from e4t_cli.hub.bases import Base, installed_bases
 from e4t_cli.images.loading import image_sha256, prepare_image
+from e4t_cli.models.descriptors import Vocabulary, check_descriptor
 from e4t_cli.prompts import training_prompts, training_templates
 from e4t_cli.registry.discovery import find_domain, user_domain, weights_folder
 from e4t_cli.registry.domain import Domain, PreparationTarget, is_remote
@@ -59,6 +60,7 @@ def examine_domain(domain: Domain | str | Path) -> Iterator[ContractFinding]:
         yield ContractFinding(subject="domain", problem=f"it is of type {type(domain).__name__}, not Domain")
         return
     yield ContractFinding(subject="domain")
+    yield _finding("descriptor", partial(_check_descriptor, domain))
     yield _finding("prompt templates", partial(_check_templates, domain))
     for base in (*domain.weights, "some-other-base"):
         yield _finding(f"preparation for {base}", partial(_check_preparation, domain, base))
@@ -73,6 +75,19 @@ def _finding(subject: str, check: Callable[[], str | None]) -> ContractFinding:
         return ContractFinding(subject=subject, remark=check() or "")
     except (AssertionError, E4TError) as error:
         return ContractFinding(subject=subject, problem=str(error))
+
+
+def _check_descriptor(domain: Domain) -> str:
+    """Tokenize the descriptor for the bases that come with e4t; returns those whose pre-training would refuse it."""
+    remarks = []
+    for base in installed_bases():
+        try:
+            check_descriptor(domain.descriptor, Vocabulary.of_base(base))
+        except UsageError as error:
+            if base.name in domain.weights:
+                raise
+            remarks.append(f"{error.message}, or the domain is for other bases")
+    return "; ".join(remarks)
 
 
 def _check_templates(domain: Domain) -> None:
@@ -134,9 +149,8 @@ def _check_fit(weights: DomainWeights, base: Base) -> None:
     """Compare weights with a base without loading the base's weights."""
     import torch
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTokenizer
 
-    from e4t_cli.models.loading import folder_fingerprint, load_settings
+    from e4t_cli.models.loading import folder_fingerprint
     from e4t_cli.nn.weight_offsets import WeightOffsets
 
     known = weights.base_fingerprint  # empty in weights that another program made
@@ -152,8 +166,7 @@ def _check_fit(weights: DomainWeights, base: Base) -> None:
             raise IntegrityError(f"the weight offset of {path} does not fit the base {base.name}")
     if shapes:
         raise IntegrityError(f"there is no weight offset for {next(iter(shapes))}")
-    tokenizer = load_settings(CLIPTokenizer, base.folder / "tokenizer")
-    count = len(tokenizer(weights.descriptor, add_special_tokens=False).input_ids)
-    if count != 1:
-        word = weights.descriptor
-        raise IntegrityError(f"the descriptor {word!r} is {count} tokens to the base {base.name}, not one")
+    try:
+        check_descriptor(weights.descriptor, Vocabulary.of_base(base))
+    except UsageError as error:
+        raise IntegrityError(error.message) from error

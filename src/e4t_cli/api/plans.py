@@ -1,0 +1,208 @@
+"""`plan_personalization`, `plan_generation`: what a request would do and cost, without a base and without a network.
+
+They refuse what `personalize` and `generate` refuse before they load a base. Most of it needs no torch: it is imported
+to read a concept, to try a device other than the CPU, and to look for the face that was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Unpack
+
+from e4t_cli.api.options import GenerateKeywords, GenerateOptions, PersonalizeKeywords, PersonalizeOptions
+from e4t_cli.api.personalization import preparation_target, resolve_mask
+from e4t_cli.api.repetition import repeated
+from e4t_cli.api.resolve import (
+    Prompts,
+    check_concept_base,
+    find_concept_domain,
+    load_concept,
+    needs_image_tower,
+    parse_prompts,
+    prefers_half,
+    resolve_base_name,
+    resolve_domain,
+    resolve_images,
+    resolve_sampling,
+    resolve_seeds,
+    resolve_tuning,
+)
+from e4t_cli.api.session import ImageRequest, Session
+from e4t_cli.devices import GB, choose_device, likely_accelerator
+from e4t_cli.errors import WeightsUnavailable
+from e4t_cli.hub.bases import EMBEDDED, PUBLISHED, Base, e4t_diffusion_repository
+from e4t_cli.hub.image_tower import missing_bytes
+from e4t_cli.hub.paths import HubAccess
+from e4t_cli.hub.resolve import find_cached_base, look_up_base
+from e4t_cli.images.loading import ImageInput, open_image, read_bytes
+from e4t_cli.images.png_metadata import read_records
+from e4t_cli.images.preparation import prepare_photo
+from e4t_cli.prompts import PLACEHOLDER, check_placeholder
+from e4t_cli.registry.config import TuningConfig
+from e4t_cli.registry.discovery import user_domain, weights_folder
+from e4t_cli.registry.domain import Domain
+
+if TYPE_CHECKING:
+    from e4t_cli.formats.concept import Concept
+    from e4t_cli.models.text_to_image import TextToImageModel
+    from e4t_cli.schedulers import SamplingConfig
+
+# Millions of weights that are fetched of a published base: U-Net, VAE and text encoder; the safety checker.
+FETCHED = {"sd14": (1066.2, 304.0), "sd15": (1066.2, 304.0), "sd21-base": (1290.0, 0.0), "sd21": (1290.0, 0.0)}
+CHECKPOINT = 4_021_900_000  # bytes of the published weights of e4t-diffusion
+# Seconds of a tuning step, full and LoRA, with a batch of 16, and of a denoising step with guidance: `personalize` on
+# mini, benchmarks/README.md for the H100, docs/rehearsal.md (its LoRA step by the ratio of their FLOP).
+SECONDS = {
+    "mini": ("one CPU core", {"full": 0.34, "lora": 0.25}, 0.037),
+    "accelerator": ("an H100", {"full": 0.34, "lora": 0.214}, 0.075),
+    "cpu": ("two CPU cores", {"full": 370.0, "lora": 230.0}, 18.0),
+}
+# GB of the smallest and of the fastest tuning on 512 pixels, as `plan_tuning` predicts; on mini as it was measured.
+MEMORY = {
+    "mini": {"full": (1.2, 1.2), "lora": (1.2, 1.2)},
+    "accelerator": {"full": (4.8, 35.4), "lora": (3.2, 14.6)},
+    "cpu": {"full": (16.0, 53.6), "lora": (6.1, 28.6)},
+}
+
+
+def plan_personalization(
+    domain: str | os.PathLike[str] | Domain, image: ImageInput, prompts: Prompts = (), *,
+    num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
+    sampling: SamplingConfig | Mapping[str, Any] | None = None, placeholder: str = PLACEHOLDER,
+    **options: Unpack[PersonalizeKeywords],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what `personalize`, with these arguments, would do and cost, as plain values; nothing is fetched.
+
+    Raises:
+        E4TError: as `personalize`, without what only its base can tell.
+    """
+    asked = PersonalizeOptions(**options)
+    parsed = parse_prompts(prompts, check_placeholder(placeholder))
+    seeds = resolve_seeds(seed, num_images_per_prompt)
+    wanted = resolve_images(prompts, parsed, resolve_sampling(sampling), count=num_images_per_prompt, seeds=seeds)
+    value, _ = resolve_domain(domain)
+    photo = open_image(image)
+    mask = resolve_mask(asked.mask, photo)
+    base = _Base(asked, value, wanted, tower=True)
+    target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
+    if value.prepare is not None and (target.which != "largest" or target.required):
+        with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched: nobody knows
+            prepare_photo(value, photo, mask, target, masked=value.tuning.mask)
+    config = resolve_tuning(base.tuning, asked.tuning, asked.tune_steps)
+    return {
+        "type": "plan",
+        "domain": value.name,
+        "descriptor": value.descriptor,
+        "photo": {"width": photo.image.width, "height": photo.image.height},
+        "prompts": len(parsed),
+        **base.cost(wanted, config),
+        "tuning": asdict(config),
+    }
+
+
+def plan_generation(
+    concept: Concept | str | os.PathLike[str], prompts: Prompts = (), *, like: ImageInput | None = None,
+    num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
+    sampling: SamplingConfig | Mapping[str, Any] | None = None, placeholder: str | None = None,
+    **options: Unpack[GenerateKeywords],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what `generate`, with these arguments, would do and cost, as plain values; nothing is fetched.
+
+    Raises:
+        E4TError: as `generate`, without what only its base can tell.
+    """
+    asked = GenerateOptions(**options)
+    if records := [] if like is None else read_records(read_bytes(like)):
+        placeholder = placeholder or records[0].placeholder
+        prompts, seed, sampling = repeated(records, prompts, seed, num_images_per_prompt, sampling)
+    seeds, config = resolve_seeds(seed, num_images_per_prompt), resolve_sampling(sampling)
+    concept = load_concept(concept)
+    parsed = parse_prompts(prompts, placeholder or concept.placeholder)
+    wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
+    check_concept_base(concept, asked.base)
+    value = find_concept_domain(concept.domain, concept.package)
+    if asked.base == "auto":
+        asked = replace(asked, base=concept.base_name)
+    base = _Base(asked, value, wanted, tower=False)
+    tuning = concept.config.replace(steps=0) if concept.weights else concept.config
+    return {"type": "plan", "domain": value.name, "prompts": len(parsed), **base.cost(wanted, tuning)}
+
+
+class _Base:
+    """The base of a request, and the domain's weights for it, as far as they are known without loading.
+
+    Raises:
+        E4TError: device, dtype or memory limit cannot be, there is no such base, it cannot be sampled in a way that
+            is wanted, or the domain has no weights for it.
+    """
+
+    def __init__(
+        self, options: GenerateOptions, domain: Domain, wanted: Sequence[ImageRequest], *, tower: bool
+    ) -> None:
+        access = Session(options, vram=options.vram, safety=options.safety_checker).access
+        half = prefers_half(options.device, options.dtype)
+        self.options, self.domain, self.tuning = options, domain, domain.tuning
+        self.to_fetch: list[str] = []
+        self.download: int | None = 0  # in bytes; None: unknown
+        if isinstance(options.base, str | os.PathLike):
+            name = resolve_base_name(options.base, access, domain=domain, device=options.device, confirm=False)
+            self.name, self.resolution, here = look_up_base(name, half=half)
+            schedule = _schedule(find_cached_base(name, half=half))
+            if not here:
+                self._fetch(name, half, tower=tower and needs_image_tower(domain, name))
+        else:
+            model: TextToImageModel = options.base
+            self.name, self.resolution, schedule = model.base.name, model.resolution, model.noise_schedule.config
+        for one in wanted:
+            one.sampling.check_schedule(schedule)
+        if options.device not in ("auto", "cpu"):
+            choose_device(options.device)
+        try:
+            self.tuning = user_domain(weights_folder(domain, self.name)).tuning
+        except WeightsUnavailable:
+            location = domain.weights.get(self.name, "")
+            if not location.startswith("hub:") and not e4t_diffusion_repository(location):
+                raise
+            self.to_fetch.append(f"the weights of {domain.name}")
+            self.download = None if location.startswith("hub:") else (self.download or 0) + CHECKPOINT
+
+    def _fetch(self, wanted: str, half: bool, *, tower: bool) -> None:
+        self.to_fetch.append(f"the base {self.name}")
+        if self.name not in FETCHED:
+            self.download = None
+            return
+        weights, checker = FETCHED[self.name]
+        millions = weights + (checker if self.options.safety_checker else 0)
+        self.download = int(millions * 1e6) * (2 if half else 4) + (missing_bytes() if tower else 0)
+
+    def cost(self, wanted: Sequence[ImageRequest], tuning: TuningConfig) -> dict[str, Any]:
+        """Return the base, what is fetched, and estimates of memory and time."""
+        known = self.name in (*EMBEDDED, *PUBLISHED)
+        kind = "accelerator" if likely_accelerator(self.options.device) else "cpu"
+        kind = self.name if self.name in EMBEDDED else kind
+        measured_on, each, denoising = SECONDS[kind]
+        area = (self.resolution / 512) ** 2 if kind != self.name and self.resolution else 1.0
+        tune = tuning.steps * tuning.batch_size / 16 * each[tuning.method] * area
+        generate = sum(one.sampling.steps for one in wanted) * denoising * area
+        least, fastest = (int(one * GB) for one in MEMORY[kind][tuning.method])
+        return {
+            "base": self.name,
+            "images": len(wanted),
+            "size": {"width": self.resolution, "height": self.resolution} if self.resolution else None,
+            "to_fetch": " and ".join(self.to_fetch),
+            "download_bytes": self.download,
+            "memory_bytes": {"least": least, "fastest": fastest} if known else None,
+            "seconds": {"tune": round(tune, 1), "generate": round(generate, 1), "on": measured_on} if known else None,
+        }
+
+
+def _schedule(base: Base | None) -> dict[str, Any]:
+    """Return the config of a base's scheduler, {} if it cannot be read: that is reported where it has to be."""
+    with contextlib.suppress(OSError, ValueError):
+        if base is not None:
+            return dict(json.loads((base.folder / "scheduler" / "scheduler_config.json").read_text("utf-8")))
+    return {}
