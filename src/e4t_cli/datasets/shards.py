@@ -171,7 +171,8 @@ def _images_in(stream: BinaryIO, shard: str) -> Iterator[ImageItem | None]:
     Raises:
         Exception: it is damaged, of whatever kind; what came before was yielded.
     """
-    archive = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115 (the caller closes the file)
+    # Untyped: the list of members is in no stub. The caller closes the file.
+    archive: Any = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115
     seen: set[int] = set()
     while (member := archive.next()) is not None:
         archive.members = []  # which tarfile would keep
@@ -224,7 +225,7 @@ def _named_as_picture(inside: str) -> bool:
 @contextlib.contextmanager
 def _opened(shard: str) -> Iterator[BinaryIO]:
     download = optional_package("webdataset", "shards").gopen
-    stream: Any = download(shard) if "://" in shard else Path(shard).open("rb")
+    stream: Any = download(shard) if "://" in shard else open(shard, "rb")  # noqa: SIM115 (closed below)
     try:
         packed = hasattr(stream, "peek") and stream.peek(4)[:4] == _ZSTD
         if packed and sys.version_info < (3, 14):

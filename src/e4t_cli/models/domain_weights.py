@@ -86,10 +86,28 @@ class DomainWeights:
             hint=f"it was made for {self.base_name}: --base {self.base_name}",
         )
 
+    def check_features(self, features: Tensor) -> None:
+        """Raise IntegrityError if the encoder does not read features of this shape, (…, vectors, width)."""
+        if isinstance(self.encoder, FixedEmbedding):
+            return
+        found, wanted = tuple(features.shape[-2:]), domain_folder.features_read(self.encoder)
+        if found != wanted:
+            shapes = " instead of ".join(f"{count} × {width}" for count, width in (found, wanted))
+            raise IntegrityError(
+                f"the image features do not fit the encoder of the domain {self.name}: {shapes} values",
+                hint=f"it was made for the base {self.base_name}, with the image tower of that base",
+            )
+
     def image_features(self, model: TextToImageModel, pixels: Tensor) -> Tensor:
-        """Return the features of images in −1 … 1, (batch, vectors, width), float32."""
+        """Return the features of images in −1 … 1, (batch, vectors, width), float32.
+
+        Raises:
+            IntegrityError: the base's image tower is another one than the encoder was trained with.
+        """
         if self.tower is None:
-            return model.image_features(pixels)
+            features = model.image_features(pixels)
+            self.check_features(features)
+            return features
         features = self.tower.encode(pixels, model.dtype)
         # Rounded, so that a concept stores the same values in float16, a third of a megabyte.
         rounded = features.half().float()
