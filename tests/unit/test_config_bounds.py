@@ -1,4 +1,4 @@
-"""Every number of a config, a manifest, an encoder and a concept: what is impossible is an error of the right class."""
+"""Every number of a config, a manifest, an encoder and a concept: an impossible one is an error of the right class."""
 
 import dataclasses
 import json

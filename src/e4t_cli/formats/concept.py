@@ -27,6 +27,7 @@ from e4t_cli.errors import IntegrityError, UsageError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.models.fingerprints import is_recorded
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import merge_lora
 from e4t_cli.registry.config import TuningConfig
@@ -75,9 +76,9 @@ class Concept:
 
     def check(self, model: TextToImageModel, pretrained: DomainWeights) -> None:
         """Raise IntegrityError for another base or other domain weights than the concept was made with."""
-        if model.fingerprint != self.base_fingerprint:
+        if not is_recorded(model.base, self.base_fingerprint):
             wanted = f"{self.base_name} ({self.base_fingerprint[:12]})"
-            here = f"{model.base.name} ({model.fingerprint[:12]})"
+            here = f"{model.base.name} ({model.weights_fingerprint[:12]})"
             message = f"this concept lives on the base {wanted}, not on this {here}"
             raise IntegrityError(message, hint="personalize the picture again on this base")
         if pretrained.digest != self.weights_digest:

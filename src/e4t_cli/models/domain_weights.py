@@ -17,6 +17,7 @@ from torch import Tensor
 from e4t_cli.errors import IntegrityError
 from e4t_cli.models import domain_folder
 from e4t_cli.models.domain_folder import DomainEncoder, DomainImageTower
+from e4t_cli.models.fingerprints import differing_parts, is_recorded
 from e4t_cli.models.loading import config_hash, describe_tower
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.unet import feature_widths
@@ -62,16 +63,20 @@ class DomainWeights:
         """
         if not self.base_fingerprint:
             return self._check_shapes(model)
-        if model.fingerprint == self.base_fingerprint:
+        if is_recorded(model.base, self.base_fingerprint):
             return None
-        known = self.base_config_hash
-        alike = known and known == config_hash(model.base.folder, model.base.tower)
         raise IntegrityError(
             f"the domain {self.name} was made for the base {self.base_name} ({self.base_fingerprint[:12]}), not for "
-            f"this {model.base.name} ({model.fingerprint[:12]})"
-            + (", which is the same model with other weights" if alike else ""),
+            f"this {model.base.name} ({model.weights_fingerprint[:12]})" + self._difference(model),
             hint=f"e4t pretrain --domain {self.name} --data FOLDER trains it for this base",
         )
+
+    def _difference(self, model: TextToImageModel) -> str:
+        if parts := differing_parts(model.base, self.base_fingerprint):
+            return f", which has another {' and '.join(parts)}"
+        if self.base_config_hash and self.base_config_hash == config_hash(model.base.folder, model.base.tower):
+            return ", which is the same architecture with other weights"
+        return ""
 
     def _check_shapes(self, model: TextToImageModel) -> None:
         """Compare all shapes: what can be checked where the base's weights are unknown."""
@@ -142,7 +147,7 @@ def facts_about(model: TextToImageModel) -> dict[str, str]:
     folder, tower = model.base.folder, model.base.tower
     return {
         "base_name": model.base.name,
-        "base_fingerprint": model.fingerprint,
+        "base_fingerprint": model.weights_fingerprint,
         "base_revision": model.base.revision,
         "base_config_hash": config_hash(folder, tower),
         "image_tower": describe_tower(folder, tower),

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-
 MAX_INTEGER = 1_000_000_000  # above every size and count that is meant
 MAX_NUMBER = 1e9
 
