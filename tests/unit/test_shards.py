@@ -114,6 +114,24 @@ def test_a_name_that_tells_nothing_is_opened(read):
     assert (good, bad, source.other_files) == (["IMG_0007", "photo.JPG_large"], {}, 2)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "MPO"])
+def test_other_formats_are_used_by_name_and_by_content(read, kind):
+    from PIL import Image, features
+
+    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
+        pytest.skip(f"this Pillow has no {kind}")
+    buffer = io.BytesIO()
+    drawn_face(0, 64)[0].save(buffer, kind)
+    suffix = {"JPEG2000": "jp2", "MPO": "jpg"}.get(kind, kind.lower())
+    members = [member(f"a.{suffix.upper()}", buffer.getvalue())]
+    if kind != "JPEG2000":
+        members.append(member("no_suffix", buffer.getvalue()))
+    good, bad, source = read(tar(*members))
+    assert good == [about.name for about, _ in members] and not bad
+    for item in source:
+        assert Image.open(io.BytesIO(item.image)).size == (64, 64)
+
+
 @pytest.mark.parametrize("name", ["../../a.png", "/a.png", "a/../b.png", "\x1b[31m.png", "x" * 300 + ".png"])
 def test_names_that_lead_elsewhere_are_only_names(read, tmp_path, name):
     good, bad, _ = read(tar(name))

@@ -170,13 +170,19 @@ def is_passed_over(part: str) -> bool:
     return part[:1] == "." or part.lower() in _SYSTEM or part.startswith("PaxHeader")
 
 
+_PLAIN_FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "BMP", "PPM")  # which every Pillow has
+_BRANDS = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif")  # whose readers are optional
+
+
 def is_image(content: bytes) -> bool:
     """Whether bytes whose name tells nothing are an image, by the first of them."""
+    if content[4:12] in _BRANDS or (content[:4], content[8:12]) == (b"RIFF", b"WEBP"):
+        return True
     try:
-        with Image.open(io.BytesIO(content)):
+        with Image.open(io.BytesIO(content), formats=_PLAIN_FORMATS):
             return True
     except Exception:  # whatever the readers raise
-        return content[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1")  # which need a package
+        return False
 
 
 class FolderSource(MapStyleSource):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from e4t_cli.errors import E4TError
+from e4t_cli.errors import E4TError, IntegrityError
 from e4t_cli.hub.architecture import read_config
 from e4t_cli.hub.bases import Base, installed_bases
 from e4t_cli.hub.paths import snapshot_folder
@@ -73,8 +74,16 @@ def part_fingerprints(folder: Path) -> dict[str, str]:
     another in all of them. Tensors of integers are positions, which not every version stores.
 
     Raises:
-        OSError, ValueError, SafetensorError: a part cannot be read.
+        OSError, ValueError, SafetensorError, IntegrityError: a part cannot be read.
     """
+    stamps = (path.stat() for path in sorted(folder.glob("*/*")))
+    return dict(
+        _part_fingerprints(folder, tuple((about.st_ino, about.st_size, about.st_mtime_ns) for about in stamps))
+    )
+
+
+@lru_cache(maxsize=4)  # a command asks several times
+def _part_fingerprints(folder: Path, stamps: object) -> dict[str, str]:
     schedule = read_config(folder / "scheduler" / "scheduler_config.json")
     found = {
         "scheduler": _hash_of({key: schedule.get(key, usual) for key, usual in _SCHEDULE.items()}),
@@ -99,13 +108,13 @@ def recorded_fingerprint(base: Base) -> str:
         return folder_fingerprint(base.folder)
     try:
         return weights_fingerprint(base.folder)
-    except (OSError, ValueError, SafetensorError):  # as of a base put together in Python
+    except (OSError, ValueError, SafetensorError, IntegrityError):  # as of a base put together in Python
         return folder_fingerprint(base.folder)
 
 
 def is_recorded(base: Base, recorded: str) -> bool:
     """Whether a base is the recorded one, or has the same weights."""
-    if recorded in (recorded_fingerprint(base), folder_fingerprint(base.folder)):
+    if recorded == recorded_fingerprint(base) or recorded == folder_fingerprint(base.folder):
         return True
     return differing_parts(base, recorded) == []
 
@@ -119,7 +128,7 @@ def differing_parts(base: Base, recorded: str) -> list[str] | None:
         for folder in _folders_of(recorded):
             other = part_fingerprints(folder)
             return sorted(part for part in own.keys() | other.keys() if own.get(part) != other.get(part))
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, SafetensorError, IntegrityError):
         pass
     return None
 
