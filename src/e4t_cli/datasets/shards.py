@@ -42,9 +42,10 @@ _PICTURES = {
 SHUFFLE_BUFFER = 1000  # samples among which the next one is chosen: the memory that shuffling a stream costs
 MAX_SHARDS = 1_000_000
 _REMOTE = re.compile(r"(https?|gs)://[\w.~:/?#\[\]@!&=+,%-]+", re.ASCII)
-_META = re.compile(r"(.*/)?__[^/]*__(/|$)")  # what webdataset reserves for itself
+_META = re.compile(r"__[^/]*__(/|$)")  # what webdataset reserves for itself
 _EXTENDED = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, b"K"}
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_HEAD = 1 << 16  # bytes of a member by which an image is known
 _MAX_HEADER = 1 << 20  # bytes of an extended header, which tarfile reads whole
 
 
@@ -126,6 +127,8 @@ class ShardSource(IterableSource):
                                 others += 1
                             else:
                                 yield item
+                except MemoryError:
+                    raise
                 except Exception as error:  # of tarfile, of a decompressor, of webdataset's downloads
                     # What was read of the shard counts, and the next one follows.
                     broken[shard] = _reason(error)
@@ -183,7 +186,12 @@ def _images_in(stream: BinaryIO, shard: str) -> Iterator[ImageItem | None]:
         if is_annotation(inside) or not (named or member.isreg()):
             yield None
             continue
-        fault, content, key = "", b"", hash(member.name)
+        fault, key = "", hash(member.name)
+        file = archive.extractfile(member) if member.isreg() else None
+        content = file.read(_HEAD) if file else b""
+        if not named and not is_image(content):
+            yield None
+            continue
         if member.islnk() or member.issym():
             fault = f"it is a link to {member.linkname}, without a picture of its own"
         elif not member.isreg():
@@ -192,14 +200,10 @@ def _images_in(stream: BinaryIO, shard: str) -> Iterator[ImageItem | None]:
             fault = f"it is larger than {MAX_BYTES >> 20} MiB"
         elif key in seen:
             fault = "the shard has two members of this name; the first one is used"
-        else:
-            file = archive.extractfile(member)
-            content = file.read() if file else b""
-            if not named and not is_image(content):
-                yield None
-                continue
+        elif file:
+            content += file.read()
         seen.add(key)
-        yield ImageItem(name=f"{shard}/{member.name}", image=content, fault=printable(fault))
+        yield ImageItem(name=f"{shard}/{member.name}", image=b"" if fault else content, fault=printable(fault))
     if not getattr(archive, "has_end_mark", False):
         raise _CutShort("it lacks the end mark of a tar file, so it is cut or damaged there")
     rest: Any = archive.fileobj
