@@ -90,12 +90,13 @@ def check_architecture(folder: Path) -> None:
     elif unet.get("addition_embed_type"):
         wrong = "it is a Stable Diffusion XL"
     else:
-        wrong = _wrong_size(unet, vae, text) or wrong_schedule(schedule)
+        wrong = wrong_size(unet, vae, text) or wrong_schedule(schedule)
     if wrong:
         raise IntegrityError(f"{shown} cannot be used: {wrong}", hint="Stable Diffusion 1 and 2 can be used")
 
 
-def _wrong_size(*configs: dict[str, Any]) -> str:
+def wrong_size(*configs: dict[str, Any]) -> str:
+    """Return which depth of a network in configs is impossible, or ""."""
     for config in configs:
         for key, limit in _LIMITS.items():
             value = config.get(key, 1)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from e4t_cli.devices import memory_ran_out
 from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable, printable
-from e4t_cli.hub.architecture import no_safetensors, read_config, shard_names
+from e4t_cli.hub.architecture import no_safetensors, read_config, shard_names, wrong_size
 from e4t_cli.hub.bases import weight_files, weight_stem
 from e4t_cli.nn.word_embedding_encoder import ImageTower
 
@@ -99,6 +99,8 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
     if not os.path.isfile(folder / "config.json"):
         raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}/config.json")
     try:
+        if wrong := wrong_size(read_config(folder / "config.json")):
+            raise ValueError(wrong)
         part = _empty_part(kind, folder, dtype)
         names = {canonical_key(key): key for key in part.state_dict()}
         tensors = {}
