@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
 
 
+WORDS = ("included", "separate")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """A concept in a format of other programs."""
 
     path: Path  # a folder in diffusers' layout, or a single file
-    token: str  # what prompts call the concept there; beside a file, the stem of the word's file
+    token: str  # what prompts call the concept there; the stem of the word's file if the word is in one
     variation: float  # share of the word that depends on the noise level, which is left out
     licence: str  # of the base; "" if its files do not state one
     retained_energy: float = 1.0  # share of what tuning changed that is in it: 1 but for a LoRA
@@ -39,6 +42,7 @@ def export(
     *,
     lora: int | None = None,
     placeholder: str | None = None,
+    word: str = "included",
     vram: str = "auto",
     **options: Unpack[RunKeywords],
 ) -> Exported:
@@ -54,6 +58,8 @@ def export(
         lora: write only the change of the base, as a LoRA of this rank, into such a file. It is small and an
             approximation: `Exported.retained_energy` is the share that it holds.
         placeholder: a folder's token; the concept's own by default.
+        word: "included" in a folder's tokenizer and text encoder, or "separate": only in a file in the folder, for
+            programs whose vocabulary has a fixed size. Beside a single file or a LoRA it always is in a file.
         vram: gigabytes that may be used, as "8", or "auto" for what is free.
         options: keywords, the fields of `RunOptions`. dtype "fp32" writes float32; anything else float16, half as
             large.
@@ -71,8 +77,15 @@ def export(
         raise UsageError(f"{printable(str(target))} exists already", hint="choose a name that is free")
     if lora is not None and not alone:
         raise UsageError("a LoRA is one file", hint=f"call it {printable(target.name)}.safetensors")
+    if word not in WORDS:
+        raise UsageError(f"the word is {' or '.join(WORDS)}, not {printable(word)!r}")
     if placeholder is not None:
         check_placeholder(placeholder)
+    in_file = alone or word == "separate"
+    if in_file and placeholder is not None:
+        raise UsageError(
+            "the file of the word is its name: there is no token to choose", hint="leave out --placeholder"
+        )
     session = Session(asked, vram=vram)
     with session.running():
         opened = load_concept(concept)
@@ -88,7 +101,7 @@ def export(
             textual_inversion.check_both_absent(target)
         elif alone:
             stable_diffusion.check_single_file(model, target)
-        else:
+        elif not in_file:
             stable_diffusion.check_token(model, token)
         tuned = opened.tuned(model, pretrained) or session.tune(opened, keep_base=lora is not None)
         with session.stage("export", counted=lora is not None):
@@ -97,7 +110,7 @@ def export(
             found = textual_inversion.mean_concept_embedding(model, tuned, opened.prepared, seed=opened.seed)
             stored = torch.float32 if asked.dtype == "fp32" else torch.float16
             retained_energy = 1.0
-            if alone:
+            if in_file:
                 token = textual_inversion.embedding_path(target).stem
             if lora is not None:
                 retained_energy = lora_file.write_lora(
@@ -106,9 +119,10 @@ def export(
             elif alone:
                 stable_diffusion.write_single_file(model, tuned, found.embedding, target, dtype=stored)
             else:
-                readme = _readme(opened, token, model.base)
+                readme = _readme(opened, token, model.base, in_file=in_file)
+                known = None if in_file else token
                 stable_diffusion.write_folder(
-                    model, tuned, found.embedding, target, token=token, readme=readme, dtype=stored
+                    model, tuned, found.embedding, target, token=known, readme=readme, dtype=stored
                 )
         licence, variation = model.base.licence, found.variation
         return Exported(
@@ -116,8 +130,13 @@ def export(
         )
 
 
-def _readme(concept: Concept, token: str, base: Base) -> str:
+def _readme(concept: Concept, token: str, base: Base, *, in_file: bool) -> str:
     """Return the README of the folder, a model card of the hub."""
+    word = "It is also alone in learned_word.safetensors."
+    if in_file:
+        word = f"""It is in {token}.safetensors, a textual inversion. Programs with a folder of embeddings know it by
+that name once it is there, ComfyUI as `embedding:{token}`."""
+    load = f'\n    pipeline.load_textual_inversion("FOLDER/{token}.safetensors", token="{token}")' if in_file else ""
     stated = f"\nlicense: {base.licence.lower()}" if base.licence else ""
     return f"""---
 base_model: {base.identity.partition("@")[0] or base.name}
@@ -131,11 +150,11 @@ Made from one photo by e4t, on the base {base.name}, whose licence goes on for t
 
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained("FOLDER")
+    pipeline = StableDiffusionPipeline.from_pretrained("FOLDER"){load}
     pipeline("{token} on the beach").images[0].save("beach.png")
 
 The word `{token}` has one embedding for all denoising steps (e4t itself predicts it anew at each).
-It is also alone in learned_word.safetensors.
+{word}
 
 Whoever has this folder can draw what the photo showed. Share it as you would share the photo, a
 person's only with that person's consent, and say of its pictures that they were generated.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from e4t_cli.cli import options
+from e4t_cli.cli.console import show_help
 from e4t_cli.cli.personalize import OwnPlaceholder, Saved, check_concept
 from e4t_cli.errors import UsageError, printable
 
@@ -22,7 +23,7 @@ e4t personalize my_dogs rex.jpg "S* on the beach" --base sd14\n
 e4t import e4t-diffusion ./tuned-on-rex --save rex.e4t
 """
 
-app = typer.Typer(help="Use weights that another program trained.", no_args_is_help=True)
+app = typer.Typer(help="Use weights that another program trained.")
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="With config.json, encoder.pt and the weights.")]
 Save = Annotated[
@@ -33,9 +34,10 @@ Photo = Annotated[
 ]
 
 
-@app.callback()
-def weights() -> None:
+@app.callback(invoke_without_command=True)
+def weights(context: typer.Context) -> None:
     """Use weights that another program trained."""
+    show_help(context)
 
 
 # fmt: off
@@ -46,7 +48,8 @@ class ImportFlags:
     name: Annotated[str | None, typer.Option(
         metavar="NAME", help="Of the domain; by default the one that it was made for.")] = None
     base: Annotated[str, typer.Option(
-        "--base", help="What it was trained on; auto is what its config says.")] = "auto"
+        "--base", autocompletion=options.complete_base,
+        help="What it was trained on; auto is what its config says.")] = "auto"
     licence: Annotated[str, typer.Option(
         metavar="TEXT", help="Of the weights, for the domain's manifest.")] = ""
     normalised_patches: Annotated[bool, typer.Option(
@@ -103,18 +106,24 @@ Lora = Annotated[int | None, typer.Option(
     metavar="RANK", min=1, max=1024, show_default=False,
     help="Only what was learned, as a LoRA of this rank, into FILE.safetensors.")]  # fmt: skip
 
+Word = Annotated[str, typer.Option(
+    "--word", metavar="HOW", autocompletion=lambda: ["included", "separate"],
+    help="In a folder: included in its vocabulary, or in a separate file.")]  # fmt: skip
+
 
 @options.grouped
 def export(
     concept: Saved, path: Target, run: options.RunFlags, terminal: options.TerminalFlags, lora: Lora = None,
-    placeholder: OwnPlaceholder = None, vram: options.Vram = "auto",
+    placeholder: OwnPlaceholder = None, word: Word = "included", vram: options.Vram = "auto",
 ) -> None:  # fmt: skip
     """Export a saved concept as a plain Stable Diffusion, for other programs.
 
     A folder is for diffusers and what reads its folders: the tuned model, with one more word in
-    its vocabulary, which is the concept. FILE.safetensors is for programs that read checkpoints of
-    Stable Diffusion 1.x: the tuned model, and the word in a second file, for their embeddings. With
-    --lora it is a small file to be added to the base, which holds most of what was learned.
+    its vocabulary, which is the concept. Programs with a vocabulary of fixed size, as ComfyUI and
+    stable-diffusion.cpp, read the folder with --word separate. FILE.safetensors is for programs
+    that read checkpoints of Stable Diffusion 1.x: the tuned model, and the word in a second file,
+    for their embeddings. With --lora it is a small file to be added to the base, which holds most
+    of what was learned.
 
     The word's embedding is the same at every denoising step, where e4t predicts it anew at each.
     Whoever gets the model can generate the concept: share it as you would share the photo.
@@ -125,8 +134,9 @@ def export(
 
     with console.progress() as on_progress:
         made = exporting.export(
-            concept, path, lora=lora, placeholder=placeholder, vram=vram, **run.run_keywords(console, on_progress)
-        )
+            concept, path, lora=lora, placeholder=placeholder, word=word, vram=vram,
+            **run.run_keywords(console, on_progress),
+        )  # fmt: skip
     record: dict[str, str | float] = {
         "type": "model" if lora is None else "lora", "path": str(made.path), "token": made.token,
         "variation": round(made.variation, 4), "retained_energy": round(made.retained_energy, 4),
@@ -135,4 +145,10 @@ def export(
     if lora is not None:
         console.note(f"rank {lora} holds {made.retained_energy:.0%} of what tuning changed")
     left_out = f"{made.variation:.0%} of the word changes with the noise level, and is left out"
-    console.note(f"in prompts it is {printable(made.token)}; {left_out}")
+    if path.suffix == ".safetensors" or word == "separate":
+        token = printable(made.token)
+        console.note(f"in prompts it is {token}, in ComfyUI embedding:{token}; {left_out}")
+        console.note(f"put {token}.safetensors where the other program keeps embeddings")
+    else:
+        console.note(f"in prompts it is {printable(made.token)}; {left_out}")
+        console.note("the folder is for diffusers; ComfyUI and stable-diffusion.cpp need --word separate")

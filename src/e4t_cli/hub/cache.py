@@ -22,7 +22,7 @@ from e4t_cli.hub import repo_info
 from e4t_cli.hub.bases import PROGRAM, PUBLISHED, hub_location, list_converted_weights
 from e4t_cli.hub.download import ProgressMeter
 from e4t_cli.hub.image_tower import VIT_H_14, has_tower, tower_folder
-from e4t_cli.hub.paths import repository_folder, repository_of, snapshot_folder, user_cache
+from e4t_cli.hub.paths import matches, repository_folder, repository_of, snapshot_folder, user_cache
 from e4t_cli.progress import ProgressCallback
 
 
@@ -75,7 +75,7 @@ def list_cache() -> list[CacheItem]:
         found.append(_item(VIT_H_14.name, "image tower", tower_folder()))
     for weights in list_converted_weights():
         found.append(_item(f"{PROGRAM}:{weights.repository}", "converted weights", weights.folder, weights.commit))
-    folders = sorted((user_cache() / "pretraining").glob("*/"))
+    folders = matches(user_cache() / "pretraining", "*/")
     return found + [_item(f"pretraining/{folder.name}", "encoded images", folder) for folder in folders]
 
 
@@ -114,8 +114,8 @@ def prunable() -> list[CacheItem]:
     """Return what can go without a loss: partial downloads, and sources of converted files."""
     partial: list[tuple[str, Path]] = []
     for repository in dict.fromkeys(repository for repository, _ in _repositories()):
-        partial += [(repository, path) for path in repository_folder(repository).glob("blobs/*.incomplete")]
-    partial += [("image tower", path) for path in (user_cache() / "towers").glob(".*~")]
+        partial += [(repository, path) for path in matches(repository_folder(repository), "blobs/*.incomplete")]
+    partial += [("image tower", path) for path in matches(user_cache() / "towers", ".*~")]
     found = []
     for name, path in partial:
         with contextlib.suppress(OSError):  # it is complete, and renamed, by now
