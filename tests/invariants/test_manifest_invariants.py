@@ -65,12 +65,12 @@ def test_another_training_of_the_same_model_is_refused(model, domain_weights):
     """Same shapes, other weights: refused, with the reason."""
     stated = dataclasses.replace(domain_weights, **facts_about(model))
     odd = dataclasses.replace(stated, base_fingerprint="0" * 32)
-    with pytest.raises(IntegrityError, match="the same model with other weights"):
+    with pytest.raises(IntegrityError, match="the same architecture with other weights"):
         odd.check_base(model)
     other = dataclasses.replace(odd, base_config_hash="0" * 64)
     with pytest.raises(IntegrityError) as caught:
         other.check_base(model)
-    assert "same model" not in str(caught.value)
+    assert "same architecture" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["face", "cat", "art"])

@@ -10,7 +10,7 @@ import pytest
 from e4t_cli.errors import InputError, IntegrityError
 from e4t_cli.registry.discovery import user_domains_folder
 from e4t_cli.registry.store import add_domain
-from tests.store.conftest import write_domain_folder, write_zip
+from tests.store.conftest import FILES, write_domain_folder, write_zip
 
 
 @pytest.fixture
@@ -122,3 +122,46 @@ def test_archives_with_no_domain_or_two(tmp_path, folder):
             for file in source.iterdir():
                 archive.write(file, f"{number}/{file.name}")
     refused(two, "more than one")
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_F3_damaged_members_of_every_compression(folder, tmp_path, kind):
+    """Each decompressor has exceptions of its own; whichever byte is wrong, the archive is damaged."""
+    path = tmp_path / "dogs.zip"
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        archive.write(folder / "domain.toml", "domain.toml")
+        archive.writestr("encoder.safetensors", os.urandom(600))
+        start = archive.getinfo("encoder.safetensors").header_offset
+    sound = path.read_bytes()
+    for place in (30, 34, 38, 60, start + 60, start + 64, start + 68, start + 90, start + 200):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 0xFF]) + sound[place + 1 :])
+        with pytest.raises((IntegrityError, InputError)):
+            add_domain(path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"image_layers": 10**9}, "sizes in my_dogs are wrong"),
+        ({"image_layers": "4"}, "sizes in my_dogs are wrong"),
+        ({"hidden_width": 0}, "sizes in my_dogs are wrong"),
+        ({"hidden_width": 9}, "has shape"),
+        ({"image_layers": 3}, "unexpected tensor"),
+        ({"image_layers": 5}, "lacks tensor"),
+        ({"architecture": "unknown"}, "architecture 'unknown' is unknown"),
+    ],
+)
+def test_an_encoder_of_impossible_sizes_is_not_added(tmp_path, sizes, says):
+    """A domain that `add` calls ready can be loaded: the sizes of the manifest are those of the file."""
+    from safetensors.torch import save
+
+    from e4t_cli.models.domain_folder import empty_encoder
+
+    stated = {"image_layers": 4, "image_width": 8, "unet_widths": [4, 8], "hidden_width": 8, "embedding_width": 16}
+    encoder = empty_encoder(stated).to_empty(device="cpu")
+    files = {**FILES, "encoder.safetensors": save(encoder.state_dict())}
+    with pytest.raises(IntegrityError, match=says):
+        add_domain(write_domain_folder(tmp_path / "bad", files, encoder={**stated, **sizes}))
+    assert os.listdir(user_domains_folder()) == []
+    added = add_domain(write_domain_folder(tmp_path / "good", files, encoder=stated))
+    assert added.manifest.encoder == stated

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable
-from e4t_cli.models.loading import folder_fingerprint
+from e4t_cli.models.fingerprints import folder_fingerprint
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.precision import half_precision
 from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset

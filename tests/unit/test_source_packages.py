@@ -83,7 +83,7 @@ def test_samples_without_an_image_and_truncated_shards(shards):
     *found, broken = source
     assert names(found)[-4:] == ALL[8:]
     assert 1 <= len(found) - 4 < 6
-    assert source.other_files == 1
+    assert source.other_files == 6  # captions and words; in a folder they are counted, too
     assert broken.name == str(shards / "bad.tar")
     with pytest.raises(InputError, match="breaks off: unexpected end"):
         broken.digest()
@@ -129,6 +129,50 @@ def test_a_dataset_in_a_folder_or_a_file(rows, tmp_path, monkeypatch):
         # Undecoded: our own code opens them, and a bad one counts as a bad image.
         assert [item.image for item in source] == [png(0), b"", b"no picture"]
         assert source.fingerprint
+
+
+def write_parquet(path, **columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+@pytest.mark.parametrize("content", [[{"bytes": png(0), "path": "0.png"}, None], [None, png(0)]])
+def test_a_parquet_file_without_the_hubs_metadata(tmp_path, content):
+    pytest.importorskip("datasets")
+    write_parquet(tmp_path / "UPPER.PARQUET", caption=["a dog"] * 2, key=[b"1", b"2"], picture=content)
+    source = find_source(tmp_path / "UPPER.PARQUET")
+    assert sorted(item.image for item in source) == [b"", png(0)]
+    assert not source.notes
+
+
+def test_several_parquet_files_by_a_pattern(tmp_path):
+    pytest.importorskip("datasets")
+    for index in range(3):
+        write_parquet(tmp_path / f"dogs [{index}].parquet", image=[{"bytes": png(index), "path": None}])
+    source = find_source(tmp_path / "dogs*.parquet")
+    assert [item.image for item in source] == [png(0), png(1), png(2)]
+    assert [item.image for item in find_source(tmp_path / "dogs [1].parquet")] == [png(1)]
+    with pytest.raises(UsageError, match="no file matches"):
+        find_source(tmp_path / "cats*.parquet")
+
+
+@pytest.mark.parametrize(
+    ("column", "hint"),
+    [
+        ([[png(0), png(1)]], "'x' has a list in each row"),
+        (["https://example.org/1.jpg"], "'x' has addresses, which are not fetched"),
+        ([b"words"], None),
+        ([1.5], None),
+    ],
+)
+def test_columns_that_hold_no_images(tmp_path, column, hint):
+    pytest.importorskip("datasets")
+    write_parquet(tmp_path / "t.parquet", x=column)
+    with pytest.raises(InputError, match="no column of images, only 'x'") as caught:
+        find_source(tmp_path / "t.parquet")
+    assert caught.value.hint is None if hint is None else caught.value.hint.startswith(hint)
 
 
 def test_a_dataset_without_images(rows, tmp_path):

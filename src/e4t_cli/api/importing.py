@@ -277,7 +277,7 @@ def _save(session: Session, imported: Imported, photo: Image, sha256: str, path:
     config = pretrained.tuning.replace(steps=0)  # this program tuned nothing
     concept = Concept(
         domain=imported.name, package=USER, descriptor=pretrained.descriptor,
-        base_name=model.base.name, base_fingerprint=model.fingerprint, weights_digest=pretrained.digest,
+        base_name=model.base.name, base_fingerprint=model.weights_fingerprint, weights_digest=pretrained.digest,
         prepared=prepared, image_features=features[0].cpu(), config=config, seed=0, image_sha256=sha256,
         weights={**weights, "folded": encoded_image.cpu()},
     )  # fmt: skip

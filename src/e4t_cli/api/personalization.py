@@ -120,7 +120,7 @@ def personalize(
 
         concept = Concept(
             domain=value.name, package=package, descriptor=pretrained.descriptor,
-            base_name=model.base.name, base_fingerprint=model.fingerprint, weights_digest=pretrained.digest,
+            base_name=model.base.name, base_fingerprint=model.weights_fingerprint, weights_digest=pretrained.digest,
             prepared=prepared, image_features=features, config=tuning, seed=seeds[0],
             image_sha256=photo.sha256, photo="; ".join(prepared.remarks),
             placeholder=check_placeholder(placeholder),

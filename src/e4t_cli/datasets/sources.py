@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,10 +146,47 @@ _ANNOTATIONS = {
     *(".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml"),
     *(".md", ".html", ".npy", ".npz", ".safetensors", ".parquet", ".db", ".ini", ".log", ".py"),
 }
+_OTHER_KINDS = (".tar", ".tgz", ".parquet", ".arrow")  # sources of their own
+# In webdataset's names for what belongs to an image, such as "dog.seg.png" beside "dog.jpg".
+_MAPS = {
+    *("seg", "segm", "segmentation", "semantic", "instance", "panoptic", "mask", "masks", "matte"),
+    *("depth", "disparity", "normals", "canny"),
+}
+# What systems and network storage put into folders: previews and rubbish, often with the names of images.
+_SYSTEM = {
+    *("@eadir", "@tmp", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin"),
+    *("__macosx", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "lost+found"),
+}
+
+
+def is_annotation(name: str) -> bool:
+    """Whether a file belongs to an image and is none itself, by its name: a caption, a mask."""
+    stem, suffix = os.path.splitext(name.lower())
+    return suffix in _ANNOTATIONS or (bool(suffix) and os.path.splitext(stem)[1][1:] in _MAPS)
+
+
+def is_passed_over(part: str) -> bool:
+    """Whether a file or folder of this name is hidden, or the system's own (one part of a path)."""
+    return part[:1] == "." or part.lower() in _SYSTEM or part.startswith("PaxHeader")
+
+
+_PLAIN_FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "BMP", "PPM")  # which every Pillow has
+_BRANDS = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif")  # whose readers are optional
+
+
+def is_image(content: bytes) -> bool:
+    """Whether bytes whose name tells nothing are an image, by the first of them."""
+    if content[4:12] in _BRANDS or (content[:4], content[8:12]) == (b"RIFF", b"WEBP"):
+        return True
+    try:
+        with Image.open(io.BytesIO(content), formats=_PLAIN_FORMATS):
+            return True
+    except Exception:  # whatever the readers raise
+        return False
 
 
 class FolderSource(MapStyleSource):
-    """The files of a folder and its sub-folders, sorted; hidden ones are left out.
+    """The files of a folder and its sub-folders, sorted; hidden ones and the system's own are passed over.
 
     Links to folders are followed, each real folder once, so a loop of links ends. One pass over the disk; after that
     only the names are kept, about a hundred bytes an image. InputError if it cannot be read or is empty.
@@ -158,12 +197,16 @@ class FolderSource(MapStyleSource):
         self.root = root
         self._unreadable: list[str] = []
         self._visited: set[tuple[int, int]] = set()
+        self._other_kinds: dict[str, str] = {}  # suffix of a table or of shards -> folder of the first
         self._names = list(self._walk(str(root), ""))
         if self._unreadable:
             folders = "1 folder" if len(self._unreadable) == 1 else f"{len(self._unreadable)} folders"
             self.notes.append(f"{folders} could not be read, as {printable(self._unreadable[0])}")
         if not self._names:
-            raise InputError(f"there is no image in {printable(str(root))}")
+            hint = next((f"--data {pattern} reads them" for pattern in self._other_kinds.values()), None)
+            raise InputError(f"there is no image in {printable(str(root))}", hint=hint)
+        for pattern in self._other_kinds.values():
+            self.notes.append(f"only loose images are read; --data {pattern} would read the others")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -186,7 +229,8 @@ class FolderSource(MapStyleSource):
                 return
             self._visited.add((about.st_dev, about.st_ino))
             with os.scandir(folder) as entries:
-                found = [entry for entry in sorted(entries, key=lambda entry: entry.name) if entry.name[0] != "."]
+                shown = (entry for entry in entries if not is_passed_over(entry.name))
+                found = sorted(shown, key=lambda entry: entry.name)
         except OSError as error:
             if not inside:
                 raise InputError(f"{printable(folder)} cannot be read: {error.strerror}") from error
@@ -196,7 +240,11 @@ class FolderSource(MapStyleSource):
             name = f"{inside}{entry.name}"
             if entry.is_dir():
                 yield from self._walk(entry.path, f"{name}/")
-            elif not entry.is_file() or os.path.splitext(name)[1].lower() in _ANNOTATIONS:
+            elif entry.name.lower().endswith(_OTHER_KINDS):
+                suffix = entry.name[entry.name.rindex(".") :]
+                self._other_kinds.setdefault(suffix, f"'{printable(folder)}/*{suffix}'")
+                self.other_files += 1
+            elif not entry.is_file() or is_annotation(entry.name):
                 self.other_files += 1  # also a dangling link, a FIFO, a socket
             else:
                 yield name
@@ -257,25 +305,33 @@ def find_source(data: str | os.PathLike[str] | Iterable[Any], *, offline: bool =
         InputError: there is, and it cannot be used.
         WeightsUnavailable: it is not on this machine, and could not or must not be fetched.
     """
-    from e4t_cli.datasets import archives  # whose classes extend those of this module
+    from e4t_cli.datasets import shards, tables  # whose classes extend those of this module
 
     if not isinstance(data, str | os.PathLike):
         return SequenceSource(data) if isinstance(data, Sequence) else SinglePassSource(data)
     place, path, shown = os.fspath(data), Path(data), printable(os.fspath(data))
     if "\0" in place:
         raise UsageError(f"{shown} cannot be the name of a folder")
-    if archives.is_arrow(place):
-        return archives.ArrowSource(place, offline=offline)
+    if tables.is_arrow(place):
+        return tables.ArrowSource(place, offline=offline)
     if os.path.isdir(path):
         return FolderSource(path)
-    if place.endswith(archives.SUFFIXES) or (os.path.isfile(path) and place.endswith(archives.LISTS)):
-        return archives.ShardSource(archives.shard_paths(place), place, offline=offline)
+    if shards.is_shards(place):
+        return shards.ShardSource(shards.shard_paths(place), place, offline=offline)
     if os.path.isfile(path):
         raise UsageError(f"{shown} is one file", hint="--data takes a folder, shards (.tar) or a dataset")
     if "://" in place:
         hint = "shards end in .tar; a dataset on the hub is hf://owner/name"
         raise UsageError(f"{shown} is neither shards nor a dataset", hint=hint)
     raise UsageError(f"there is no folder {shown}")
+
+
+def optional_package(name: str, extra: str) -> Any:
+    """Import an optional package, or raise UsageError."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UsageError(f"{extra} need one more package", hint=f"pip install 'e4t[{extra}]'") from error
 
 
 def hold_out(source: ImageSource, reader: ImageReader) -> tuple[ImageSource, list[PreparedImage]]:

@@ -27,6 +27,7 @@ from e4t_cli.errors import IntegrityError, UsageError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.models.fingerprints import is_recorded
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import merge_lora
 from e4t_cli.registry.config import TuningConfig
@@ -75,15 +76,16 @@ class Concept:
 
     def check(self, model: TextToImageModel, pretrained: DomainWeights) -> None:
         """Raise IntegrityError for another base or other domain weights than the concept was made with."""
-        if model.fingerprint != self.base_fingerprint:
+        if not is_recorded(model.base, self.base_fingerprint):
             wanted = f"{self.base_name} ({self.base_fingerprint[:12]})"
-            here = f"{model.base.name} ({model.fingerprint[:12]})"
+            here = f"{model.base.name} ({model.weights_fingerprint[:12]})"
             message = f"this concept lives on the base {wanted}, not on this {here}"
             raise IntegrityError(message, hint="personalize the picture again on this base")
         if pretrained.digest != self.weights_digest:
             digests = f"({self.weights_digest[:12] or 'unsaved'}, here: {pretrained.digest[:12]})"
             message = f"this concept was made with another version of the {self.domain} weights {digests}"
             raise IntegrityError(message, hint="personalize the picture again")
+        pretrained.check_features(self.image_features)
 
     @staticmethod
     def weights_of(tuned: TunedModel) -> dict[str, Tensor]:
@@ -169,20 +171,25 @@ class Concept:
                 header = json.loads((file.metadata() or {})["e4t"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return cls._from_file(header, tensors)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
             raise IntegrityError(f"{printable(str(path))} is not a usable concept: {printable(str(error))}") from error
 
     @classmethod
     def _from_file(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        if header.pop("schema", None) != SCHEMA:
+        if not isinstance(header, dict):
+            raise ValueError("its header is no table")
+        schema = header.pop("schema", None)
+        if type(schema) is not int or schema != SCHEMA:
             raise ValueError("its schema is unknown; a newer e4t may read it")
         config = TuningConfig.from_dict(header.pop("recipe"))
         if set(header) - set(_OPTIONAL) != set(_REQUIRED):
             raise ValueError("its header has other entries than a concept's")
         check_name(header["domain"])
         for key, value in header.items():
-            if not isinstance(value, int if key == "seed" else str):
+            if type(value) is not (int if key == "seed" else str):
                 raise ValueError(f"its {key} is of the wrong kind")
+        if not 0 <= header["seed"] < 1 << 32:
+            raise ValueError("its seed is out of range")
         for key, values in tensors.items():
             if values.is_floating_point() and not values.isfinite().all():
                 raise ValueError(f"{key} has numbers that are not finite")

@@ -18,12 +18,21 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
+from e4t_cli.hub.architecture import check_side, resolution_of
 from e4t_cli.hub.paths import COMMIT, REPOSITORY, matches, snapshot_folder, user_cache, write_to_cache
 from e4t_cli.hub.repo_info import cached_commit
 from e4t_cli.registry.domain import NAME_PATTERN, check_name
 
+_MAX_MANIFEST = 65_536  # bytes of a base.toml
+# What it states, and the kinds; what else a `Base` has is found out, such as the commit that identifies it.
+_STATED: dict[str, Any] = {
+    **dict.fromkeys(("name", "licence", "revision"), str),
+    "resolution": int,
+    "guidance": int | float,
+}
 EMBEDDED = ("mini",)  # bases inside the package, the default first
 ACCELERATED = "sd14"  # the base that "auto" means where there is an accelerator
 
@@ -142,25 +151,31 @@ def read_base(folder: Path) -> Base:
     path = folder / "base.toml"
     try:
         if not os.path.isfile(path):
-            unet, vae = (json.loads((folder / part / "config.json").read_text("utf-8")) for part in ("unet", "vae"))
-            # The U-Net's latents × the VAE's down-sampling.
-            resolution = int(unet["sample_size"]) << (len(vae["block_out_channels"]) - 1)
-            return Base(name=_as_name(folder.resolve().name) or "base", folder=folder, resolution=resolution)
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+            name = _as_name(folder.resolve().name) or "base"
+            return Base(name=name, folder=folder, resolution=resolution_of(folder))
+        with path.open("rb") as file:
+            data = file.read(_MAX_MANIFEST + 1)
+        if len(data) > _MAX_MANIFEST:
+            raise ValueError("it is larger than such a file can be")
+        table = tomllib.loads(data.decode("utf-8"))
         if table.pop("schema", None) != 1:
             raise ValueError("its schema is not 1; a newer e4t may read it")
+        if unknown := sorted(table.keys() - _STATED.keys()):
+            raise ValueError(f"it has no entry {unknown[0]!r}")
+        for key, value in table.items():
+            if isinstance(value, bool) or not isinstance(value, _STATED[key]):
+                raise ValueError(f"{key} is {str(value)[:40]!r}")
         base = Base(folder=folder, **table)
         check_name(base.name, "base name")
-        if not isinstance(base.resolution, int) or base.resolution < 8:
-            raise ValueError(f"resolution is {base.resolution!r}")
-        if not isinstance(base.guidance, int | float) or not 0 <= base.guidance <= 100:
+        check_side(base.resolution)
+        if not 0 <= base.guidance <= 100:
             raise ValueError(f"guidance is {base.guidance!r}")
         if (limits := base.drawing_limits) is not None:
             if not isinstance(limits, list) or len(limits) != 2 or not all(0 < float(one) < 1e6 for one in limits):
                 raise ValueError(f"drawing_limits is {limits!r}, not two positive numbers")
             base = replace(base, drawing_limits=(float(limits[0]), float(limits[1])))
         return base
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{printable(str(path))} cannot be used: {printable(str(error))}") from error
 
 
@@ -284,12 +299,15 @@ def list_converted_weights() -> list[ConvertedWeights]:
     return found
 
 
-_STEMS = {"text_encoder": "model", "safety_checker": "model", "image_tower": "model"}
+def weight_stem(part: str) -> str:
+    """Return how the names of a part's weights begin."""
+    transformers = part in ("text_encoder", "safety_checker", "image_tower")
+    return f"{part}/{'model' if transformers else 'diffusion_pytorch_model'}"
 
 
 def weight_files(names: Collection[str], part: str, *, half: bool) -> list[str]:
     """Return the file with the weights of one part, or an index and its shards: float16 if possible with `half`."""
-    stem = f"{part}/{_STEMS.get(part, 'diffusion_pytorch_model')}"
+    stem = weight_stem(part)
     for variant in (".fp16", "") if half else ("", ".fp16"):
         if (whole := f"{stem}{variant}.safetensors") in names:
             return [whole]

@@ -99,7 +99,7 @@ def cached_repo_info(repository: str, revision: str | None) -> RepoInfo | None:
         table = json.loads((_info_folder(repository) / f"{commit}.json").read_text(encoding="utf-8"))
         files = tuple(RepoFile(**file) for file in table.pop("files"))
         return RepoInfo(**table, files=files)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None  # absent or damaged: it will be requested again
 
 
@@ -259,7 +259,7 @@ def forget_deleted() -> None:
     """Forget the verification of files that no longer exist."""
     for record in matches(user_cache() / "verified", "*.json"):
         path = ""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
             path = json.loads(record.read_text(encoding="utf-8")).get("path", "")
         if not path or not os.path.exists(path):
             record.unlink(missing_ok=True)

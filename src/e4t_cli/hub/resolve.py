@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import os
 import socket
 from collections.abc import Collection
@@ -17,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from e4t_cli.errors import IntegrityError, WeightsUnavailable, printable
+from e4t_cli.errors import IntegrityError, WeightsUnavailable
+from e4t_cli.hub.architecture import check_architecture, no_safetensors, read_config, shard_names
 from e4t_cli.hub.bases import (
     EMBEDDED,
     PUBLISHED,
@@ -30,13 +30,13 @@ from e4t_cli.hub.bases import (
     read_base,
     remember_location,
     weight_files,
+    weight_stem,
 )
 from e4t_cli.hub.download import check_room, fetch_files
 from e4t_cli.hub.image_tower import VIT_H_14, fetch_image_tower, has_tower, missing_bytes, tower_folder
 from e4t_cli.hub.paths import HubAccess, Terms, accept, endpoint, repository_folder, snapshot_folder
 from e4t_cli.hub.repo_info import cached_commit, get_repo_info
 
-_USABLE = "Stable Diffusion 1 and 2 in diffusers' layout can be used"
 _REQUIRED = {"unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"}
 # Fetched before any weights, to see what the model is.
 _CONFIGS = {
@@ -54,8 +54,7 @@ def needed_files(names: Collection[str], *, half: bool, safety: bool, source: st
     for part in (*required, "safety_checker", "image_tower") if safety else (*required, "image_tower"):
         found = weight_files(names, part, half=half)
         if part in required and not found:
-            message = f"{printable(source)} has no safetensors for its {part}, and pickles are refused"
-            raise IntegrityError(message, hint=_USABLE)
+            raise no_safetensors(names, weight_stem(part), source)
         weights += found
     return [name for name in names if name in _CONFIGS], weights
 
@@ -64,14 +63,14 @@ def is_complete(folder: Path, *, half: bool, safety: bool) -> bool:
     """Whether everything that is needed of a base is in a folder; float32 serves where float16 is preferred."""
     names = _names_in(folder)
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = read_config(folder / "model_index.json")
         _, weights = needed_files(names, half=half, safety=False, source="")
     except (OSError, ValueError, IntegrityError):
         return False
     if not half and any(".fp16." in name for name in weights):
         return False  # float32 was asked for, and there is only float16
-    listed = index.get("safety_checker") if isinstance(index, dict) else None
-    if safety and listed and listed[0] and not weight_files(names, "safety_checker", half=half):
+    listed = index.get("safety_checker")
+    if safety and isinstance(listed, list) and any(listed) and not weight_files(names, "safety_checker", half=half):
         return False
     tokenizer = {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= names or "tokenizer/tokenizer.json" in names
     shards = all(_has_shards(folder / name) for name in weights if name.endswith(".json"))
@@ -86,35 +85,9 @@ def _names_in(folder: Path) -> set[str]:
 def _has_shards(index: Path) -> bool:
     """Whether all files that an index names are beside it."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return all(os.path.isfile(index.parent / Path(name).name) for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return all(os.path.isfile(index.parent / name) for name in shard_names(index))
+    except (OSError, ValueError):
         return False
-
-
-def check_architecture(folder: Path) -> None:
-    """Raise IntegrityError if a model's configs are not those of a Stable Diffusion 1 or 2."""
-    shown = printable(str(folder))
-    try:
-        unet = json.loads((folder / "unet/config.json").read_text("utf-8"))
-        schedule = json.loads((folder / "scheduler/scheduler_config.json").read_text("utf-8"))
-        channels = unet["in_channels"]
-        kind = unet.get("_class_name", "UNet2DConditionModel")
-        predicts = schedule.get("prediction_type", "epsilon")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{shown} is not a base: it has no U-Net or no noise schedule that can be read"
-        raise IntegrityError(message, hint=_USABLE) from error
-    if kind != "UNet2DConditionModel":
-        wrong = f"its denoiser is a {printable(str(kind))}"
-    elif channels != 4:
-        wrong = f"its U-Net takes {channels} channels, as those for inpainting do"
-    elif unet.get("addition_embed_type"):
-        wrong = "it is a Stable Diffusion XL"
-    elif predicts not in ("epsilon", "v_prediction"):
-        wrong = f"it predicts {printable(str(predicts))}"
-    else:
-        return
-    raise IntegrityError(f"{shown} cannot be used: {wrong}", hint="Stable Diffusion 1 and 2 can be used")
 
 
 def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
@@ -209,6 +182,7 @@ def fetch_base(
         if base.folder == find_base(EMBEDDED[0]).folder:
             return base
         check_architecture(base.folder)
+        needed_files(_names_in(base.folder), half=half, safety=False, source=os.fspath(wanted))
     else:
         cached = None if repair else _cached_base(location, access, half=half, safety=safety)
         try:

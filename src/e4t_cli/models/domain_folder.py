@@ -32,7 +32,7 @@ from e4t_cli.files import sha256_of, write_atomically
 from e4t_cli.nn.patch_encoder import PatchEncoder, PatchEncoderConfig, PatchTower
 from e4t_cli.nn.weight_offsets import RANK, Factors
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, WordEmbeddingEncoder
-from e4t_cli.registry.manifest import SCHEMA, read_manifest, toml_text
+from e4t_cli.registry.manifest import SCHEMA, Manifest, read_manifest, toml_text
 
 MANIFEST = "domain.toml"
 
@@ -48,14 +48,9 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = No
     """
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            shapes = _shapes(file)
             if expected is not None:
-                for key in sorted(set(shapes) ^ set(expected)):
-                    state = "lacks" if key in expected else "has an unexpected"
-                    raise IntegrityError(f"{path.name} {state} tensor {printable(key)}")
-                for key, shape in expected.items():
-                    if shapes[key] != shape:
-                        raise IntegrityError(f"{path.name}: {printable(key)} has shape {shapes[key]}, not {shape}")
+                _compare(path.name, shapes, expected)
             tensors = {key: file.get_tensor(key) for key in shapes}
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path.name} is not a usable safetensors file: {error}") from error
@@ -63,6 +58,31 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = No
         if not value.isfinite().all():
             raise IntegrityError(f"{path.name}: {printable(key)} has values that are not finite")
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def _compare(name: str, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise IntegrityError for other keys or shapes than expected."""
+    for key in sorted(set(shapes) ^ set(expected)):
+        state = "lacks" if key in expected else "has an unexpected"
+        raise IntegrityError(f"{name} {state} tensor {printable(key)}")
+    for key, shape in expected.items():
+        if shapes[key] != shape:
+            raise IntegrityError(f"{name}: {printable(key)} has shape {shapes[key]}, not {shape}")
+
+
+def check_headers(folder: Path, manifest: Manifest) -> None:
+    """Raise IntegrityError if the encoder's file does not have the sizes of the manifest; no tensor is read."""
+    name = printable(manifest.name)
+    encoder = _stated_encoder(manifest, name)
+    if _ENCODER not in manifest.files:
+        raise IntegrityError(f"the {MANIFEST} of {name} lists no {_ENCODER}")
+    with safe_open(folder / _ENCODER, framework="pt") as file:
+        shapes = _shapes(file)
+    _compare(_ENCODER, shapes, {key: tuple(value.shape) for key, value in encoder.state_dict().items()})
 
 
 def check_file(folder: Path, name: str, expected: str) -> None:
@@ -128,6 +148,22 @@ def empty_encoder(described: Mapping[str, Any]) -> DomainEncoder:
     with torch.device("meta"):
         encoder: DomainEncoder = kind(config_kind.from_dict(sizes))
     return encoder
+
+
+def _stated_encoder(manifest: Manifest, shown: str) -> DomainEncoder:
+    try:
+        return empty_encoder(manifest.encoder)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        message = f"the encoder's sizes in {shown} are wrong: {printable(str(error))}"
+        raise IntegrityError(message) from error
+
+
+def features_read(encoder: DomainEncoder) -> tuple[int, int]:
+    """Return the number and the width of the feature vectors of an image that it reads."""
+    config = encoder.config
+    if isinstance(config, PatchEncoderConfig):
+        return config.vectors, config.tower_width
+    return config.image_layers, config.image_width
 
 
 def widths_read(encoder: DomainEncoder) -> tuple[int, int]:
@@ -234,10 +270,7 @@ def read_domain_folder(folder: str | Path) -> dict[str, Any]:
     if not os.path.isfile(folder / MANIFEST):
         raise WeightsUnavailable(f"{shown} is no domain folder: it has no {MANIFEST}")
     manifest = read_manifest(folder / MANIFEST)
-    try:
-        encoder = empty_encoder(manifest.encoder)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise IntegrityError(f"the encoder's sizes in {shown} are wrong: {error}") from error
+    encoder = _stated_encoder(manifest, shown)
     tower = None
     if isinstance(encoder, PatchEncoder):
         digest = manifest.files.get(_TOWER, "")

@@ -17,6 +17,7 @@ from torch import Tensor
 from e4t_cli.errors import IntegrityError
 from e4t_cli.models import domain_folder
 from e4t_cli.models.domain_folder import DomainEncoder, DomainImageTower
+from e4t_cli.models.fingerprints import differing_parts, is_recorded
 from e4t_cli.models.loading import config_hash, describe_tower
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.unet import feature_widths
@@ -62,16 +63,20 @@ class DomainWeights:
         """
         if not self.base_fingerprint:
             return self._check_shapes(model)
-        if model.fingerprint == self.base_fingerprint:
+        if is_recorded(model.base, self.base_fingerprint):
             return None
-        known = self.base_config_hash
-        alike = known and known == config_hash(model.base.folder, model.base.tower)
         raise IntegrityError(
             f"the domain {self.name} was made for the base {self.base_name} ({self.base_fingerprint[:12]}), not for "
-            f"this {model.base.name} ({model.fingerprint[:12]})"
-            + (", which is the same model with other weights" if alike else ""),
+            f"this {model.base.name} ({model.weights_fingerprint[:12]})" + self._difference(model),
             hint=f"e4t pretrain --domain {self.name} --data FOLDER trains it for this base",
         )
+
+    def _difference(self, model: TextToImageModel) -> str:
+        if parts := differing_parts(model.base, self.base_fingerprint):
+            return f", which has another {' and '.join(parts)}"
+        if self.base_config_hash and self.base_config_hash == config_hash(model.base.folder, model.base.tower):
+            return ", which is the same architecture with other weights"
+        return ""
 
     def _check_shapes(self, model: TextToImageModel) -> None:
         """Compare all shapes: what can be checked where the base's weights are unknown."""
@@ -86,10 +91,28 @@ class DomainWeights:
             hint=f"it was made for {self.base_name}: --base {self.base_name}",
         )
 
+    def check_features(self, features: Tensor) -> None:
+        """Raise IntegrityError if the encoder does not read features of this shape, (…, vectors, width)."""
+        if isinstance(self.encoder, FixedEmbedding):
+            return
+        found, wanted = tuple(features.shape[-2:]), domain_folder.features_read(self.encoder)
+        if found != wanted:
+            shapes = " instead of ".join(f"{count} × {width}" for count, width in (found, wanted))
+            raise IntegrityError(
+                f"the image features do not fit the encoder of the domain {self.name}: {shapes} values",
+                hint=f"it was made for the base {self.base_name}, with the image tower of that base",
+            )
+
     def image_features(self, model: TextToImageModel, pixels: Tensor) -> Tensor:
-        """Return the features of images in −1 … 1, (batch, vectors, width), float32."""
+        """Return the features of images in −1 … 1, (batch, vectors, width), float32.
+
+        Raises:
+            IntegrityError: the base's image tower is another one than the encoder was trained with.
+        """
         if self.tower is None:
-            return model.image_features(pixels)
+            features = model.image_features(pixels)
+            self.check_features(features)
+            return features
         features = self.tower.encode(pixels, model.dtype)
         # Rounded, so that a concept stores the same values in float16, a third of a megabyte.
         rounded = features.half().float()
@@ -124,7 +147,7 @@ def facts_about(model: TextToImageModel) -> dict[str, str]:
     folder, tower = model.base.folder, model.base.tower
     return {
         "base_name": model.base.name,
-        "base_fingerprint": model.fingerprint,
+        "base_fingerprint": model.weights_fingerprint,
         "base_revision": model.base.revision,
         "base_config_hash": config_hash(folder, tower),
         "image_tower": describe_tower(folder, tower),

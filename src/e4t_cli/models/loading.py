@@ -17,11 +17,12 @@ import numpy
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from e4t_cli.errors import IntegrityError, WeightsUnavailable
-from e4t_cli.hub.bases import weight_files
+from e4t_cli.devices import memory_ran_out
+from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable, printable
+from e4t_cli.hub.architecture import no_safetensors, read_config, shard_names, wrong_size
+from e4t_cli.hub.bases import weight_files, weight_stem
 from e4t_cli.nn.word_embedding_encoder import ImageTower
 
 if TYPE_CHECKING:
@@ -64,10 +65,9 @@ def _tower_config(folder: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_config(path)
+    except (OSError, ValueError):
         return {}  # a base with a damaged config is refused where it is loaded
-    return table if isinstance(table, dict) else {}
 
 
 def _essence(table: Any) -> Any:
@@ -76,37 +76,11 @@ def _essence(table: Any) -> Any:
     return {key: _essence(value) for key, value in table.items() if not key.startswith("_") and key not in _INCIDENTAL}
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """Return a hash of the content of a base's folder, 32 hexadecimal digits.
-
-    Files of up to 64 MiB are read whole; of larger ones the size, the header and 64 blocks, which
-    is fast and tells one training from another (integrity is checked elsewhere).
-    """
-    digest = hashlib.sha256()
-    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_tower")
-    paths = sorted(path for part in parts for path in (folder / part).glob("*"))
-    for path in paths:
-        if path.suffix not in (".safetensors", ".json", ".txt"):
-            continue
-        if path.with_name(path.name.replace(".fp16.", ".")) in paths and ".fp16." in path.name:
-            continue  # a second copy of the same weights makes no other base
-        size, block = path.stat().st_size, 1 << 20
-        digest.update(f"{path.parent.name}/{path.name}:{size}\n".encode())
-        starts = range(0, size, block)
-        if len(starts) > 64:
-            starts = range(0, size, size // 64)
-        with path.open("rb") as file:
-            for start in starts:
-                file.seek(start)
-                digest.update(file.read(block))
-    return digest.hexdigest()[:32]
-
-
 # What older files call the weights of attention (diffusers before 0.13).
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _canonical(key: str) -> str:
+def canonical_key(key: str) -> str:
     """Return a key's name without what differs between versions of diffusers and of transformers."""
     key = key.replace("vision_model.vision_model.", "vision_model.").removeprefix("text_model.")
     return ".".join(_OLD_NAMES.get(name, name) for name in key.split("."))
@@ -125,12 +99,14 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
     if not os.path.isfile(folder / "config.json"):
         raise WeightsUnavailable(f"the base is incomplete: there is no {folder.name}/config.json")
     try:
+        if wrong := wrong_size(read_config(folder / "config.json")):
+            raise ValueError(wrong)
         part = _empty_part(kind, folder, dtype)
-        names = {_canonical(key): key for key in part.state_dict()}
+        names = {canonical_key(key): key for key in part.state_dict()}
         tensors = {}
-        for path in _weight_paths(folder, half):
+        for path in weight_paths(folder, half):
             for key, value in load_file(path).items():
-                if (name := names.get(_canonical(key))) is not None:
+                if (name := names.get(canonical_key(key))) is not None:
                     tensors[name] = value.to(dtype) if value.is_floating_point() else value
         if missing := sorted(names.values() - tensors.keys()):
             raise IntegrityError(f"the base's {folder.name} lacks {len(missing)} weights, as {missing[0]}")
@@ -142,8 +118,11 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
                     raise ValueError(f"nothing is known about {name}")
                 positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
                 part.get_submodule(module).register_buffer(attribute, positions, persistent=False)
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
+    except Exception as error:  # a config of wrong types can raise anything in the libraries
+        if isinstance(error, E4TError) or memory_ran_out(error):
+            raise
+        message = f"the base's {folder.name} cannot be loaded: {printable(str(error))}"
+        raise IntegrityError(message) from error
     return part.eval().to(device)
 
 
@@ -161,16 +140,19 @@ def _empty_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         return kind(config)
 
 
-def _weight_paths(folder: Path, half: bool) -> list[Path]:
-    """Return the safetensors files with the weights of a part: one, or the shards of its index."""
-    files = weight_files([f"{folder.name}/{path.name}" for path in folder.iterdir()], folder.name, half=half)
+def weight_paths(folder: Path, half: bool) -> list[Path]:
+    """Return the safetensors files with the weights of a part: one, or the shards of its index.
+
+    Raises:
+        IntegrityError: it has none.
+        OSError, ValueError: the folder or the index cannot be read.
+    """
+    names = [f"{folder.name}/{path.name}" for path in folder.iterdir()]
+    files = weight_files(names, folder.name, half=half)
     if not files:
-        raise OSError("there are no safetensors")
+        raise no_safetensors(names, weight_stem(folder.name), "the base")
     first = folder.parent / files[0]
-    if first.suffix != ".json":
-        return [first]
-    shards = json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(shards))]
+    return [first] if first.suffix != ".json" else [folder / name for name in shard_names(first)]
 
 
 def load_settings(kind: Any, folder: Path) -> Any:
@@ -180,7 +162,7 @@ def load_settings(kind: Any, folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what a damaged file raises differs between the libraries
-        raise IntegrityError(f"the base's {folder.name} cannot be loaded: {error}") from error
+        raise IntegrityError(f"the base's {folder.name} cannot be loaded: {printable(str(error))}") from error
 
 
 def load_tower(folder: Path) -> ImageTower:
@@ -192,7 +174,7 @@ def load_tower(folder: Path) -> ImageTower:
         hint = "e4t fetch sd14 downloads the one of Stable Diffusion bases"
         raise WeightsUnavailable(f"the base has no image tower: {folder} is incomplete", hint=hint)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_config(config_path)
         model, preprocess = config["model_cfg"], config["preprocess_cfg"]
         options = dict(model["vision_cfg"])
         options.setdefault("mlp_ratio", 4.0)
@@ -205,8 +187,11 @@ def load_tower(folder: Path) -> ImageTower:
         size = preprocess.get("size", options["image_size"])
         side = size if isinstance(size, int) else size[0]
         return ImageTower(visual, preprocess["mean"], preprocess["std"], side)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise IntegrityError(f"the image tower in {folder} cannot be used: {error}") from error
+    except Exception as error:  # as in `load_part`
+        if memory_ran_out(error):
+            raise
+        message = f"the image tower in {printable(str(folder))} cannot be used: {printable(str(error))}"
+        raise IntegrityError(message) from error
 
 
 class SafetyChecker:

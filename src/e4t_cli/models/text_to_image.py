@@ -7,7 +7,7 @@ folder's configs. Every weight is frozen: training works on copies, and threads 
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +24,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from e4t_cli.errors import DivergedError, IntegrityError, UsageError
+from e4t_cli.hub.architecture import USABLE, check_schedule, wrong_schedule
 from e4t_cli.hub.bases import Base, read_base
-from e4t_cli.models.loading import folder_fingerprint, load_part, load_settings, load_tower
+from e4t_cli.models.fingerprints import folder_fingerprint, recorded_fingerprint
+from e4t_cli.models.loading import load_part, load_settings, load_tower
 from e4t_cli.models.prompt_embedding import Tokens, tokenize_prompts, with_embedding
 from e4t_cli.nn.precision import PrecisionPolicy, full_precision, math_attention
 from e4t_cli.nn.unet import check_unet, feature_widths
@@ -86,8 +88,8 @@ class TextToImageModel:
             check_unet(unet)
         except ValueError as error:
             raise IntegrityError(f"the base {base.name} cannot be used: {error}") from error
-        if (kind := noise_schedule.config["prediction_type"]) not in ("epsilon", "v_prediction"):
-            raise IntegrityError(f"the base {base.name} predicts {kind!r}, which is not supported")
+        if wrong := wrong_schedule(dict(noise_schedule.config)):
+            raise IntegrityError(f"the base {base.name} cannot be used: {wrong}", hint=USABLE)
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.dtype
         self.unet = unet.eval().requires_grad_(False)
@@ -114,6 +116,10 @@ class TextToImageModel:
         """
         base = folder if isinstance(folder, Base) else read_base(Path(folder))
         device = torch.device(device)
+        settings = base.folder / "scheduler"
+        if os.path.isdir(settings):  # before diffusers fills in the values of another kind of schedule
+            check_schedule(settings / "scheduler_config.json", base.name)
+        noise_schedule = load_settings(DDPMScheduler, settings)
         kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
         parts = {
             name: load_part(kind, base.folder / name, device, dtype, half=base.half) for name, kind in kinds.items()
@@ -123,7 +129,6 @@ class TextToImageModel:
                 # Tensor cores need this memory format for convolutions, and would convert to it at each call.
                 parts[name] = parts[name].to(memory_format=torch.channels_last)
         tokenizer = load_settings(CLIPTokenizer, base.folder / "tokenizer")
-        noise_schedule = load_settings(DDPMScheduler, base.folder / "scheduler")
         # As diffusers' pipelines take every schedule, and Stable Diffusion has it: with another value they would not
         # generate what we do from an exported model. Training does not use it.
         noise_schedule.register_to_config(steps_offset=1)
@@ -175,10 +180,13 @@ class TextToImageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identify the weights, so that domain weights are used with the base they belong to."""
-        if self.base.identity:  # a commit of the hub, in float32 and float16 alike; each file was verified against it
-            return hashlib.sha256(self.base.identity.encode()).hexdigest()[:32]
-        return folder_fingerprint(self.base.folder)
+        """Identify the base's files, for caches and checkpoints."""
+        return recorded_fingerprint(self.base) if self.base.identity else folder_fingerprint(self.base.folder)
+
+    @cached_property
+    def weights_fingerprint(self) -> str:
+        """Identify the weights, for domain weights and concepts, which are used with the base they belong to."""
+        return recorded_fingerprint(self.base)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Return images as (batch, 3, resolution, resolution) in −1 … 1."""

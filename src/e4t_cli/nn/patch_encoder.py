@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from e4t_cli.nn.word_embedding_encoder import MAX_SIZE
+from e4t_cli.nn.word_embedding_encoder import MAX_LAYERS, MAX_SIZE
 
 # CLIP's normalization of pixels in 0 … 1, for visual towers of every size.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -106,11 +106,12 @@ class PatchEncoderConfig:
             if entry.type == "bool":
                 fits = isinstance(value, bool)
             elif entry.type == "float":
-                fits = isinstance(value, float | int) and 0 < value <= 64
+                fits = isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 64
             else:
-                fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
+                limit = MAX_LAYERS if entry.name == "tower_layers" else MAX_SIZE
+                fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= limit
             if not fits:
-                raise ValueError(f"{entry.name} of an encoder cannot be {value!r}")
+                raise ValueError(f"{entry.name} of an encoder cannot be {str(value)[:80]!r}")
         if config.tower_width % config.tower_heads:
             raise ValueError(f"{config.tower_heads} heads do not share a width evenly")
         if config.vectors > MAX_VECTORS:

@@ -60,7 +60,8 @@ class ImageTower(nn.Module):
         return features.float()
 
 
-MAX_SIZE = 1 << 16  # above every real width; a manifest with a larger one is damaged
+# Above every real width and depth; a manifest with a larger one is damaged.
+MAX_SIZE, MAX_LAYERS = 1 << 16, 512
 
 
 class Encoder(Protocol):
@@ -101,11 +102,16 @@ class EncoderConfig:
         Raises:
             TypeError, ValueError: an entry is missing, unknown, or no size.
         """
-        config = cls(**{**sizes, "unet_widths": tuple(sizes.get("unet_widths", ()))})
+        widths = sizes.get("unet_widths", ())
+        if not isinstance(widths, list | tuple):
+            raise ValueError("unet_widths is no list")
+        config = cls(**{**sizes, "unet_widths": tuple(widths)})
         single = (value for key, value in asdict(config).items() if key != "unet_widths")
         for size in (*single, *config.unet_widths):
-            if not isinstance(size, int) or not 0 < size <= MAX_SIZE:
-                raise ValueError(f"{size!r} is no size of an encoder")
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= MAX_SIZE:
+                raise ValueError(f"{str(size)[:80]!r} is no size of an encoder")
+        if max(config.image_layers, len(config.unet_widths)) > MAX_LAYERS:
+            raise ValueError(f"an encoder reads at most {MAX_LAYERS} layers")
         return config
 
 

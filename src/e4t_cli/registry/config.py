@@ -11,27 +11,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+MAX_INTEGER = 1_000_000_000  # above every size and count that is meant
+MAX_NUMBER = 1e9
 
-def check_number(owner: object, name: str, *, above: float = -math.inf, minimum: float = -math.inf) -> None:
-    """Check that an attribute is a finite number in its range, or raise ValueError."""
+
+def check_number(
+    owner: object, name: str, *, above: float = -math.inf, minimum: float = -math.inf, maximum: float = MAX_NUMBER
+) -> None:
+    """Check that an attribute is a number in its range, so finite, or raise ValueError."""
     value = getattr(owner, name)
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not math.isfinite(value) or value <= above or value < minimum:
+    if not known or not (above < value and minimum <= value <= maximum):
         bound = f"above {above:g}" if above > -math.inf else f"{minimum:g} or more"
-        raise ValueError(f"{type(owner).__name__}.{name} must be {bound}, not {value!r}")
+        raise ValueError(f"{type(owner).__name__}.{name} must be {bound}, at most {maximum:g}, not {_shown(value)}")
 
 
-def check_integer(owner: object, name: str, *, minimum: int) -> None:
-    """Check that an attribute is an integer of at least `minimum`, or raise ValueError."""
+def check_integer(owner: object, name: str, *, minimum: int, maximum: int = MAX_INTEGER) -> None:
+    """Check that an attribute is an integer in its range, or raise ValueError."""
     value = getattr(owner, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{type(owner).__name__}.{name} must be a whole number, {minimum} or more, not {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        bound = f"{minimum} or more, at most {maximum:,}"
+        raise ValueError(f"{type(owner).__name__}.{name} must be a whole number, {bound}, not {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    # Python refuses to write out integers of more than 4,300 digits.
+    return "a longer number" if isinstance(value, int) and abs(value) >= 10**30 else repr(value)[:80]
 
 
 def check_bool(owner: object, name: str) -> None:
     """Check that an attribute is a bool, or raise ValueError."""
     if not isinstance(value := getattr(owner, name), bool):
-        raise ValueError(f"{type(owner).__name__}.{name} must be True or False, not {value!r}")
+        raise ValueError(f"{type(owner).__name__}.{name} must be True or False, not {_shown(value)}")
 
 
 # Keys and values of files since version 0.1, which stay as they are.
@@ -60,13 +71,15 @@ class _Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild a configuration from `as_dict()`; ValueError for unknown or missing keys and invalid values."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{cls.__name__} must be a table, not {_shown(values)}")
         names = {KEYS_IN_FILES.get(name, name): name for name in cls.__annotations__}
         if unknown := sorted(set(values) - names.keys()):
             raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}")
         arguments = {names[key]: value for key, value in values.items()}
         methods = {stored: method for method, stored in METHODS_IN_FILES.items()}
-        if "method" in arguments:
-            arguments["method"] = methods.get(arguments["method"], arguments["method"])
+        if isinstance(method := arguments.get("method"), str):
+            arguments["method"] = methods.get(method, method)
         try:
             return cls(**arguments)
         except TypeError as error:
@@ -115,17 +128,18 @@ class TuningConfig(_Config):
     lora_rate: float = 60.0
 
     def __post_init__(self) -> None:
-        check_integer(self, "steps", minimum=0)
+        # Far above the paper's 15 steps of 16 samples, and within what a machine can do in a day.
+        check_integer(self, "steps", minimum=0, maximum=100_000)
         for name in ("batch_size", "lora_rank"):
-            check_integer(self, name, minimum=1)
-        for name in ("base_learning_rate", "gradient_clip"):
-            check_number(self, name, above=0)
+            check_integer(self, name, minimum=1, maximum=4096)
+        check_number(self, "base_learning_rate", above=0, maximum=1)
+        check_number(self, "gradient_clip", above=0)
         for name in ("reg_weight", "encoder_rate", "offsets_rate", "unet_rate", "lora_rate"):
             check_number(self, name, minimum=0)
         check_bool(self, "mask")
         if self.method not in TUNING_METHODS:
             methods = " or ".join(map(repr, TUNING_METHODS))
-            raise ValueError(f"TuningConfig.method must be {methods}, not {self.method!r}")
+            raise ValueError(f"TuningConfig.method must be {methods}, not {_shown(self.method)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +168,10 @@ class PretrainingConfig(_Config):
     offsets_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            check_integer(self, name, minimum=1)
-        for name in ("base_learning_rate", "embedding_scale"):
-            check_number(self, name, above=0)
+        check_integer(self, "steps", minimum=1, maximum=100_000_000)
+        check_integer(self, "batch_size", minimum=1, maximum=65_536)  # of all processes together
+        check_number(self, "base_learning_rate", above=0, maximum=1)
+        check_number(self, "embedding_scale", above=0)
         for name in ("reg_weight", "encoder_rate", "offsets_rate"):
             check_number(self, name, minimum=0)
         check_bool(self, "mask")

@@ -21,7 +21,9 @@ from e4t_cli.registry.domain import check_file_name, check_name, check_template
 
 MANIFEST_NAME = "domain.toml"
 SCHEMA = 1
-MAX_BYTES = 1_000_000
+MAX_BYTES = 65_536  # real ones have 2,000; tomllib takes minutes for a megabyte that is made for it
+# More than any data set has, and than any disk has room for.
+MAX_IMAGES, MAX_LENGTH, MAX_FILES = 10**10, 1 << 38, 64
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, AfterValidator(partial(check_name, what="name"))]
@@ -49,11 +51,11 @@ class Manifest(BaseModel):
     image_tower: ShortText = ""  # the CLIP image encoder that the features come from, for people
     tuning: Annotated[TuningConfig, PlainValidator(TuningConfig.from_dict)]
     pretraining: Annotated[PretrainingConfig, PlainValidator(PretrainingConfig.from_dict)]
-    files: dict[FileName, Sha256] = {}
-    sizes: dict[FileName, Annotated[int, Field(ge=0)]] = {}  # bytes
+    files: Annotated[dict[FileName, Sha256], Field(max_length=MAX_FILES)] = {}
+    sizes: dict[FileName, Annotated[int, Field(ge=0, le=MAX_LENGTH)]] = {}  # bytes
     encoder: dict[str, Any] = {}
     templates: list[Annotated[str, AfterValidator(check_template)]] = []
-    images: Annotated[int, Field(ge=0)] = 0
+    images: Annotated[int, Field(ge=0, le=MAX_IMAGES)] = 0
     licence: Text = ""
     limits: Text = ""  # what the domain cannot do, for people
     notes: Text = ""

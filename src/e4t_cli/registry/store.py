@@ -18,14 +18,13 @@ import shutil
 import stat
 import time
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from e4t_cli.errors import InputError, IntegrityError, ResourceError, UsageError, printable
+from e4t_cli.errors import E4TError, InputError, IntegrityError, ResourceError, UsageError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.discovery import OURS, USER, installed_packages, user_domain, user_domains_folder
@@ -85,6 +84,10 @@ def add_domain(
             if os.path.exists(target):
                 raise taken
             user_domain(copy)  # a valid manifest can still make no valid Domain
+            if manifest.encoder:  # the first manifests state no sizes
+                from e4t_cli.models.domain_folder import check_headers  # loads torch
+
+                check_headers(copy, manifest)
             try:
                 copy.rename(target)
             except OSError as error:  # another process was faster
@@ -198,7 +201,11 @@ def _unpack(path: Path, folder: Path) -> Path:
             for name in (MANIFEST_NAME, *manifest.files):
                 if prefix + name in members:
                     archive.extract(prefix + name, folder)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except (E4TError, MemoryError):
+            raise
+        except Exception as error:  # of zlib, bz2, lzma, or what Python 3.14 adds; each has its own kinds
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk, not of bz2
             raise IntegrityError(f"{name} in {shown} is damaged: {printable(str(error))}") from error
     return folder / prefix
 

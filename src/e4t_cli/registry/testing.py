@@ -150,11 +150,11 @@ def _check_fit(weights: DomainWeights, base: Base) -> None:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from e4t_cli.models.loading import folder_fingerprint
+    from e4t_cli.models.fingerprints import is_recorded
     from e4t_cli.nn.weight_offsets import WeightOffsets
 
     known = weights.base_fingerprint  # empty in weights that another program made
-    if known and folder_fingerprint(base.folder) != known:
+    if known and not is_recorded(base, known):
         raise IntegrityError(f"they were made for another base than this {base.name}")
     config = UNet2DConditionModel.load_config(base.folder / "unet")
     with torch.device("meta"):
