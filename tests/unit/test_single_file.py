@@ -129,7 +129,7 @@ def test_both_files_are_written_or_none(small, tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(textual_inversion, "rename_to_free_name", name_taken_meanwhile)
-    with pytest.raises(ResourceError, match="exists"):
+    with pytest.raises(UsageError, match="exists"):
         write_single_file(small, tuned, torch.ones(12), tmp_path / "me.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -149,6 +149,6 @@ def test_the_version_of_stable_diffusion_is_detected(linear, kind):
     model = SimpleNamespace(unet=unet, base=SimpleNamespace(name=f"sd{kind}"))
     if linear:
         with pytest.raises(UsageError, match="sd2.1 is another kind"):
-            stable_diffusion.check_single_file(model, Path("free.safetensors"))
+            stable_diffusion.check_single_file(model)
     else:
-        stable_diffusion.check_single_file(model, Path("free.safetensors"))
+        stable_diffusion.check_single_file(model)

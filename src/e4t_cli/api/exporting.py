@@ -6,6 +6,7 @@ word's embedding lies beside a file.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from e4t_cli.api.options import RunKeywords, RunOptions
 from e4t_cli.api.resolve import load_concept, load_concept_models
 from e4t_cli.api.session import Session
 from e4t_cli.errors import UsageError, printable
+from e4t_cli.files import check_absent, holds_only, put_in_place, staging_directory, write_atomically, writing
 from e4t_cli.hub.bases import Base
 from e4t_cli.prompts import check_placeholder
+from e4t_cli.temporary import leftovers
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
@@ -40,6 +43,7 @@ def export(
     lora: int | None = None,
     placeholder: str | None = None,
     vram: str = "auto",
+    force: bool = False,
     **options: Unpack[RunKeywords],
 ) -> Exported:
     """Write a concept as a model that other programs read.
@@ -55,6 +59,7 @@ def export(
             approximation: `Exported.retained_energy` is the share that it holds.
         placeholder: a folder's token; the concept's own by default.
         vram: gigabytes that may be used, as "8", or "auto" for what is free.
+        force: replace what an earlier export wrote there.
         options: keywords, the fields of `RunOptions`. dtype "fp32" writes float32; anything else float16, half as
             large.
 
@@ -67,10 +72,9 @@ def export(
     asked = RunOptions(**options)
     target = Path(path)
     alone = target.suffix == ".safetensors"
-    if os.path.exists(target):
-        raise UsageError(f"{printable(str(target))} exists already", hint="choose a name that is free")
     if lora is not None and not alone:
         raise UsageError("a LoRA is one file", hint=f"call it {printable(target.name)}.safetensors")
+    check_free(target, force=force)
     if placeholder is not None:
         check_placeholder(placeholder)
     session = Session(asked, vram=vram)
@@ -85,35 +89,93 @@ def export(
         # Everything that can be refused is checked before the tuning.
         if lora is not None:
             lora_file.check_rank(lora)
-            textual_inversion.check_both_absent(target)
         elif alone:
-            stable_diffusion.check_single_file(model, target)
+            stable_diffusion.check_single_file(model)
         else:
             stable_diffusion.check_token(model, token)
         tuned = opened.tuned(model, pretrained) or session.tune(opened, keep_base=lora is not None)
-        with session.stage("export", counted=lora is not None):
+        with session.stage("export", counted=lora is not None), staging_directory(target) as staging:
             import torch
 
             found = textual_inversion.mean_concept_embedding(model, tuned, opened.prepared, seed=opened.seed)
-            stored = torch.float32 if asked.dtype == "fp32" else torch.float16
+            stored, made = torch.float32 if asked.dtype == "fp32" else torch.float16, staging / target.name
             retained_energy = 1.0
             if alone:
                 token = textual_inversion.embedding_path(target).stem
             if lora is not None:
                 retained_energy = lora_file.write_lora(
-                    model, tuned, found.embedding, target, rank=lora, dtype=stored, on_progress=session.report
+                    model, tuned, found.embedding, made, rank=lora, dtype=stored, on_progress=session.report
                 )
             elif alone:
-                stable_diffusion.write_single_file(model, tuned, found.embedding, target, dtype=stored)
+                stable_diffusion.write_single_file(model, tuned, found.embedding, made, dtype=stored)
             else:
                 readme = _readme(opened, token, model.base)
                 stable_diffusion.write_folder(
-                    model, tuned, found.embedding, target, token=token, readme=readme, dtype=stored
+                    model, tuned, found.embedding, made, token=token, readme=readme, dtype=stored
                 )
+            commit(made, target, force=force)
         licence, variation = model.base.licence, found.variation
         return Exported(
             path=target, token=token, variation=variation, licence=licence, retained_energy=retained_energy
         )
+
+
+FOLDER = {
+    *("model_index.json", "README.md", "learned_word.safetensors", "unet", "vae", "text_encoder", "tokenizer"),
+    *("scheduler", "safety_checker", "feature_extractor"),
+}
+
+
+def is_export(path: Path) -> bool:
+    """Whether an export wrote a file, or a folder and everything in it."""
+    if os.path.isdir(path):
+        files = ("model_index.json", "learned_word.safetensors")
+        return holds_only(path, FOLDER) and all(os.path.isfile(path / name) for name in files)
+    from safetensors import SafetensorError, safe_open
+
+    from e4t_cli.formats.textual_inversion import WRITER
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return WRITER in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def _outputs(target: Path) -> list[Path]:
+    """Return what an export writes: a folder, or the file of the word and then the one that needs it."""
+    from e4t_cli.formats.textual_inversion import embedding_path
+
+    return [embedding_path(target), target] if target.suffix == ".safetensors" else [target]
+
+
+def check_free(target: Path, *, force: bool) -> None:
+    """Raise UsageError if what an export writes exists, or with `force`, if no export wrote it."""
+    outputs = _outputs(target)
+    # A run that was killed between its two files: the word is in its temporary folder, too.
+    for left in leftovers(target.parent, target.name):
+        copy = left / outputs[0].name
+        with contextlib.suppress(OSError):
+            if not os.path.lexists(target) and copy.read_bytes() == outputs[0].read_bytes():
+                outputs[0].unlink()
+    for path in outputs:
+        check_absent(path, ours=is_export if force else None)
+
+
+def commit(made: Path, target: Path, *, force: bool) -> None:
+    """Give everything in the temporary folder its final name."""
+    check_free(target, force=force)
+    *word, last = _outputs(target)
+    for path in word:
+        copy = made.with_name(path.name).read_bytes()  # the file stays, see `check_free`
+        with writing(path):
+            write_atomically(path, copy, overwrite=force)
+    try:
+        put_in_place(made, last, ours=is_export if force else None)
+    except BaseException:
+        for path in word if not force else ():
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _readme(concept: Concept, token: str, base: Base) -> str:
