@@ -135,7 +135,8 @@ class PretrainOptions(DomainTrainingOptions):
         trackers: names that accelerate knows, such as "tensorboard".
         checkpoint_every: steps between two checkpoints; None is the loop's default.
         resume: continue from the last checkpoint of an interrupted run with the same arguments.
-        force: continue also if settings differ.
+        resume_changed: continue also if settings differ.
+        force: replace the domain that was pre-trained there before.
         stop: its request makes the run save a checkpoint and raise KeyboardInterrupt.
     """
 
@@ -143,6 +144,7 @@ class PretrainOptions(DomainTrainingOptions):
     trackers: Sequence[str] = ()
     checkpoint_every: int | None = None
     resume: bool = True
+    resume_changed: bool = False
     force: bool = False
     stop: StopRequest | None = None
 
@@ -156,11 +158,13 @@ class ImportOptions(RunOptions):
         name: of the domain; by default the installed one with its descriptor, or the descriptor.
         licence: of the weights, for the manifest.
         normalised_patches: see `PatchTower`; for an open_clip from 2024 on.
+        force: replace the domain of that name, and the concept's file.
     """
 
     name: str | None = None
     licence: str = ""
     normalised_patches: bool = False
+    force: bool = False
 
 
 # The keywords of these options, for type checkers.
@@ -215,6 +219,7 @@ class PretrainKeywords(DomainTrainingKeywords, total=False):
     trackers: Sequence[str]
     checkpoint_every: int | None
     resume: bool
+    resume_changed: bool
     force: bool
     stop: StopRequest | None
 
@@ -223,3 +228,4 @@ class ImportKeywords(RunKeywords, total=False):
     name: str | None
     licence: str
     normalised_patches: bool
+    force: bool

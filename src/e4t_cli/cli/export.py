@@ -54,6 +54,7 @@ class ImportFlags:
         help="For checkpoints trained with an open_clip from 2024 on.")] = False
     device: options.Device = "auto"
     dtype: options.Dtype = "auto"
+    force: options.Force = False
 # fmt: on
 
 
@@ -75,7 +76,8 @@ def e4t_diffusion(
     with console.progress() as on_progress:
         asked: ImportKeywords = {
             "name": flags.name, "base": flags.base, "licence": flags.licence, "device": flags.device,
-            "dtype": flags.dtype, "normalised_patches": flags.normalised_patches, "on_progress": on_progress,
+            "dtype": flags.dtype, "normalised_patches": flags.normalised_patches, "force": flags.force,
+            "on_progress": on_progress,
         }  # fmt: skip
         if save is None:
             made = importing.import_checkpoint(folder, **asked)
@@ -98,7 +100,7 @@ e4t export me.e4t ./me.safetensors\n
 e4t export me.e4t ./me-lora.safetensors --lora 64
 """
 
-Target = Annotated[Path, typer.Argument(metavar="FOLDER|FILE.safetensors", help="Where to; it must not exist.")]
+Target = Annotated[Path, typer.Argument(metavar="FOLDER|FILE.safetensors", help="Where to.")]
 Lora = Annotated[int | None, typer.Option(
     metavar="RANK", min=1, max=1024, show_default=False,
     help="Only what was learned, as a LoRA of this rank, into FILE.safetensors.")]  # fmt: skip
@@ -107,7 +109,7 @@ Lora = Annotated[int | None, typer.Option(
 @options.grouped
 def export(
     concept: Saved, path: Target, run: options.RunFlags, terminal: options.TerminalFlags, lora: Lora = None,
-    placeholder: OwnPlaceholder = None, vram: options.Vram = "auto",
+    placeholder: OwnPlaceholder = None, vram: options.Vram = "auto", force: options.Force = False,
 ) -> None:  # fmt: skip
     """Export a saved concept as a plain Stable Diffusion, for other programs.
 
@@ -125,7 +127,13 @@ def export(
 
     with console.progress() as on_progress:
         made = exporting.export(
-            concept, path, lora=lora, placeholder=placeholder, vram=vram, **run.run_keywords(console, on_progress)
+            concept,
+            path,
+            lora=lora,
+            placeholder=placeholder,
+            vram=vram,
+            force=force,
+            **run.run_keywords(console, on_progress),
         )
     record: dict[str, str | float] = {
         "type": "model" if lora is None else "lora", "path": str(made.path), "token": made.token,
