@@ -114,6 +114,7 @@ class DomainTrainingOptions(RunOptions):
         cache: "on" encodes each image once and keeps the result in the user's cache, "off" encodes it each time;
             "auto" is on if training passes over the images more than once.
         strict: stop at the first image that cannot be used; otherwise they are left out, counted and named in a log.
+        force: replace the domain that was pre-trained there before.
     """
 
     descriptor: str | None = None
@@ -124,6 +125,7 @@ class DomainTrainingOptions(RunOptions):
     micro_batch: int | None = None
     cache: str = "auto"
     strict: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,6 @@ class PretrainOptions(DomainTrainingOptions):
         checkpoint_every: steps between two checkpoints; None is the loop's default.
         resume: continue from the last checkpoint of an interrupted run with the same arguments.
         resume_changed: continue also if settings differ.
-        force: replace the domain that was pre-trained there before.
         stop: its request makes the run save a checkpoint and raise KeyboardInterrupt.
     """
 
@@ -145,7 +146,6 @@ class PretrainOptions(DomainTrainingOptions):
     checkpoint_every: int | None = None
     resume: bool = True
     resume_changed: bool = False
-    force: bool = False
     stop: StopRequest | None = None
 
 
@@ -212,6 +212,7 @@ class DomainTrainingKeywords(RunKeywords, total=False):
     micro_batch: int | None
     cache: str
     strict: bool
+    force: bool
 
 
 class PretrainKeywords(DomainTrainingKeywords, total=False):
@@ -220,7 +221,6 @@ class PretrainKeywords(DomainTrainingKeywords, total=False):
     checkpoint_every: int | None
     resume: bool
     resume_changed: bool
-    force: bool
     stop: StopRequest | None
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from e4t_cli.errors import E4TError, UsageError, printable
-from e4t_cli.files import write_atomically
+from e4t_cli.files import file_error, write_atomically
 from e4t_cli.images.png_metadata import GenerationRecord, png_bytes
 from e4t_cli.images.results import contact_sheet
 from e4t_cli.models.domain_weights import DomainWeights
@@ -194,7 +194,8 @@ class TrainingLogger:
         """Call `act`; report the first error of its kind."""
         try:
             act()
-        except (OSError, E4TError) as error:
+        except (OSError, E4TError) as failure:
+            error = file_error(failure, self.config.folder) if isinstance(failure, OSError) else failure
             if what not in self._failed:
                 self._failed.add(what)
                 self._note(f"{what} could not be written, and training continues: {error}")

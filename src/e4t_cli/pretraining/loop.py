@@ -236,17 +236,18 @@ def pretrain_domain(
             saving = history is not None and (stopping or ended or finished % checkpoints.every == 0)
             if saving or ended or finished % REPORT_EVERY == 0:
                 report(running.report(finished, kept, processes))
-            if saving and history is not None:
-                check_weights(finished, loss, kept=kept)
-                if processes.first:
-                    history.write(finished, loss, optimizer)
-                kept = finished
+            # Before the step is saved: a run that is killed now makes the contact sheet when it is resumed.
             if on_step:
                 taken = PretrainingStep(
                     step=finished, encoder=encoder, offsets=offsets,
                     diffusion=diffusion, penalty=penalty, snapshot=snapshot,
                 )  # fmt: skip
                 on_step(taken)
+            if saving and history is not None:
+                check_weights(finished, loss, kept=kept)
+                if processes.first:
+                    history.write(finished, loss, optimizer)
+                kept = finished
             if stopping:
                 saved = "saved" if saving else "not saved: there is no folder for checkpoints"
                 remark = f"stopped after step {finished} of {config.steps}, {saved}"
