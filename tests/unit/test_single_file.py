@@ -1,6 +1,5 @@
 """One file under the first implementation's names, read back by diffusers' own converter."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from e4t_cli.errors import ResourceError, UsageError
+from e4t_cli.errors import UsageError
 from e4t_cli.formats import stable_diffusion, textual_inversion
 from e4t_cli.formats.stable_diffusion import compvis_state_dict, write_single_file
 from e4t_cli.formats.textual_inversion import embedding_path

@@ -146,7 +146,7 @@ class PretrainingRun:
             report(event)
 
         with logger:
-            yield TrainingCallbacks(stop=stop, on_progress=both, on_step=logger.on_step)
+            yield TrainingCallbacks(stop=stop, on_progress=both, on_step=logger.on_step, on_resume=logger.on_resume)
 
     def finish(self, trained: DomainWeights, *, force: bool) -> None:
         """Put the domain folder, with logs and contact sheets, in its place, and remove the checkpoints."""

@@ -41,6 +41,13 @@ def user_cache() -> Path:
     return user_cache_path("e4t", appauthor=False)
 
 
+def user_data() -> Path:
+    """Return e4t's folder of what cannot be made again: user domains, accepted licences."""
+    from platformdirs import user_data_path
+
+    return user_data_path("e4t", appauthor=False)
+
+
 def is_offline() -> bool:
     """Whether an environment variable forbids the network."""
     names = ("E4T_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -167,6 +174,4 @@ def _accepted() -> dict[str, dict[str, str]]:
 
 
 def _consent_file() -> Path:
-    from platformdirs import user_data_path
-
-    return user_data_path("e4t", appauthor=False) / "licences.json"
+    return user_data() / "licences.json"

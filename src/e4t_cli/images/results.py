@@ -16,13 +16,18 @@ from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import file_error, write_atomically
 from e4t_cli.images.png_metadata import GenerationRecord, png_bytes
 from e4t_cli.prompts import slug
+from e4t_cli.temporary import leftovers, remove
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
-    """Make the folder for results, before the work; raises UsageError, or ResourceError if the disk is full."""
+    """Make the folder for results, before the work, and remove from it what killed runs left.
+
+    Raises:
+        UsageError, ResourceError: it cannot be one, or cannot be written to; the disk is full.
+    """
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -30,6 +35,8 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
         raise file_error(error, path) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"the folder {printable(str(path))} cannot be written to")
+    for left in leftovers(path):
+        remove(left)
     return path
 
 

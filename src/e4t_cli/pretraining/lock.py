@@ -41,29 +41,18 @@ def locked(folder: Path, domain: str) -> Iterator[None]:
             folder.rmdir()
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of a folder."""
-    try:
-        handle = os.open(folder / NAME, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        return not _lock(handle)
-    finally:
-        os.close(handle)
-
-
 def _take(path: Path, domain: str) -> int:
     """Return the open and locked file."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not _lock(handle):
-                raise _busy(handle, domain)
+                raise _busy(handle, path, domain)
             # Whoever held it before may have removed the file meanwhile.
             if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
                 about = {"machine": machine(), "process": os.getpid(), "host": platform.node()}
                 about["since"] = time.strftime("%Y-%m-%d %H:%M")
+                os.lseek(handle, 0, os.SEEK_SET)
                 os.ftruncate(handle, 0)
                 os.write(handle, json.dumps(about).encode())
                 return handle
@@ -86,7 +75,8 @@ def _lock(handle: int) -> bool:
                 return False
     # Another system, or a file system without locks.
     holder = _holder(handle)
-    return not holder or has_ended(str(holder.get("machine")), int(holder.get("process", 0)))
+    process = holder.get("process")
+    return not isinstance(process, int) or has_ended(str(holder.get("machine")), process)
 
 
 def _holder(handle: int) -> dict[str, str | int]:
@@ -97,9 +87,12 @@ def _holder(handle: int) -> dict[str, str | int]:
     return {}
 
 
-def _busy(handle: int, domain: str) -> UsageError:
+def _busy(handle: int, path: Path, domain: str) -> UsageError:
     who, about = "another process", _holder(handle)
     if about:
         who = f"process {about.get('process')} on {about.get('host')}, since {about.get('since')}"
     message = f"the domain {domain!r} is being pre-trained already, by {printable(who)}"
-    return UsageError(message, hint="wait for it, or choose another name with --domain")
+    hint = "wait for it, or choose another name with --domain"
+    if about.get("machine") != machine():
+        hint = f"{hint}; if it has ended, remove {printable(str(path))}"
+    return UsageError(message, hint=hint)

@@ -107,6 +107,14 @@ class TrainingLogger:
         if every and step.step % every == 0 and self.config.images:
             self._try("the contact sheet", lambda: self._write_sheet(step))
 
+    def on_resume(self, step: PretrainingStep) -> None:
+        """Make the contact sheet of the step that a run resumes from, if the run was killed before it had one."""
+        if not os.path.exists(self._sheet(step)):
+            self.on_step(step)
+
+    def _sheet(self, step: PretrainingStep) -> Path:
+        return self.config.folder / f"step-{step.step:08d}.png"
+
     def _log(self, line: dict[str, float]) -> None:
         path = self.config.folder / "losses.jsonl"
         if not self._log_started:
@@ -167,7 +175,7 @@ class TrainingLogger:
             records += row
         sheet = contact_sheet(images, captions, columns=1 + len(self._prompts))
         self.config.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config.folder / f"step-{step.step:08d}.png", png_bytes(sheet, records))
+        write_atomically(self._sheet(step), png_bytes(sheet, records))
 
     def _samples(
         self, weights: DomainWeights, number: int, prepared: PreparedImage
