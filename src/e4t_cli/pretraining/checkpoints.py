@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from e4t_cli.errors import DivergedError, E4TError, IntegrityError, ResourceError, UsageError, printable
 from e4t_cli.files import file_error, write_atomically
-from e4t_cli.temporary import leftovers, remove
 
 LATEST = "latest"  # file that names the checkpoint to resume from; written when that one is safe on the disk
 LAYOUT = ("processes", "micro_batch", "steps")  # settings that may change when a run is resumed
@@ -84,8 +83,8 @@ class Checkpoints:
             IntegrityError: it cannot be read.
             UsageError: it is of another run.
         """
-        for torn in leftovers(self.folder):
-            remove(torn)
+        for torn in [*self.folder.glob(".step-*~"), *self.folder.glob(f".{LATEST}.*~")]:
+            torn.unlink(missing_ok=True)  # a killed process was writing it
         path = self.latest()
         if path is None:
             return 0
