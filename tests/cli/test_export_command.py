@@ -213,6 +213,24 @@ def test_a_single_file_and_its_embedding(run, world, saved, tmp_path, monkeypatc
     assert names == {"me.safetensors", "me-word.safetensors"}
 
 
+def test_the_word_in_a_separate_file(run, world, saved, tmp_path):
+    base = ("--base", str(world.base))
+    ended = run("export", str(saved), "my model", "--word", "separate", *base)
+    assert ended.code == 0, ended.err
+    assert "in prompts it is my-model-word, in ComfyUI embedding:my-model-word" in ended.err
+    pipeline = pipeline_of("my model")
+    assert "load_textual_inversion" in Path("my model/README.md").read_text()
+    before = pipeline.text_encoder.get_input_embeddings().num_embeddings
+    pipeline.load_textual_inversion("my model/my-model-word.safetensors", token="my-model-word")
+    assert pipeline.text_encoder.get_input_embeddings().num_embeddings == before + 1
+    # The name of a file is the word in it; what else there is to choose is refused before anything is loaded.
+    for options in (("other", "--word", "separate"), ("other.safetensors",), ("other.safetensors", "--lora", "4")):
+        ended = run("export", str(saved), *options, "--placeholder", "<me>", *base)
+        assert ended.code == 2 and "--placeholder" in ended.err
+    ended = run("export", str(saved), "other", "--word", "beside", *base)
+    assert ended.code == 2 and "included or separate" in ended.err
+
+
 # ── a LoRA ──
 
 

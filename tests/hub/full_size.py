@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,19 @@ PARTS = (
 _BLOCK = 1 << 22  # values at a time
 
 
-def write_noise(module: Any, path: Path, *, prefix: str = "") -> None:
-    """Write a safetensors file in float16 for a module on the meta device, a block at a time.
+def write_noise(state: Mapping[str, Any], path: Path) -> None:
+    """Write a safetensors file in float16 with the names and shapes of tensors, a block at a time.
 
     Matrices are small noise and scales are ones, so that activations stay finite.
     """
     import numpy
 
     header, offset = {}, 0
-    state = {key: value for key, value in module.state_dict().items() if not key.endswith("position_ids")}
+    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
     for key, value in state.items():
         size = 2 * value.numel()
         place = [offset, offset + size]
-        header[prefix + key] = {"dtype": "F16", "shape": list(value.shape), "data_offsets": place}
+        header[key] = {"dtype": "F16", "shape": list(value.shape), "data_offsets": place}
         offset += size
     text = json.dumps(header).encode()
     source = numpy.random.default_rng(0)
@@ -105,8 +106,15 @@ def write_stable_diffusion(folder: Path, *, small: bool = False) -> None:
         "text_encoder": (text_encoder, "model"),
         "safety_checker": (checker, "model"),
     }
+    # The names in the public files, which transformers before version 5 wrote.
+    published = {
+        "text_encoder": lambda key: f"text_model.{key}",
+        "safety_checker": lambda key: key.replace("vision_model.", "vision_model.vision_model."),
+    }
     for name, (module, stem) in parts.items():
-        write_noise(module, folder / name / f"{stem}.fp16.safetensors")
+        names = published.get(name, str)
+        state = {names(key): value for key, value in module.state_dict().items()}
+        write_noise(state, folder / name / f"{stem}.fp16.safetensors")
         if hasattr(module, "save_config"):
             module.save_config(folder / name)
         else:
@@ -143,13 +151,14 @@ def write_tower(folder: Path, config: dict[str, Any]) -> None:
                 "transformer": torch.nn.Linear(4, 4),
             }
         )
-    write_noise(both, folder / "open_clip_model.safetensors")
+    write_noise(both.state_dict(), folder / "open_clip_model.safetensors")
 
 
 def write_parser(folder: Path, *, small: bool = False) -> None:
     """Write a repository as the public face parser's: a SegFormer B5 of 19 labels."""
     import torch
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
+    from transformers.core_model_loading import revert_weight_conversion
 
     sizes = {"hidden_sizes": [64, 128, 320, 512], "depths": [3, 6, 40, 3]}
     decoder = 768
@@ -158,7 +167,8 @@ def write_parser(folder: Path, *, small: bool = False) -> None:
     config = SegformerConfig(**sizes, decoder_hidden_size=decoder, id2label=dict(enumerate(PARTS)))
     with torch.device("meta"):
         parser = SegformerForSemanticSegmentation(config)
-    write_noise(parser, folder / "model.safetensors")
+    published = revert_weight_conversion(parser, parser.state_dict())  # names of before version 5, as above
+    write_noise(published, folder / "model.safetensors")
     config.save_pretrained(folder)
     plan = {
         "size": {"height": 512, "width": 512},

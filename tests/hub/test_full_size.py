@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from e4t_cli.cli import app
 from e4t_cli.hub import image_tower as towers
@@ -45,6 +46,24 @@ def test_sd14_by_name(published):
     assert model.embed_prompts(model.tokenize(["a photo"], 3)).isfinite().all()
     assert model.posterior(pixels).mean.isfinite().all()
     assert published.count("GET", "*/resolve/*model.fp16.safetensors") == 4
+
+
+def test_weights_have_the_names_of_the_public_files(published, tmp_path):
+    """Written down from the public repositories, whose files are older than version 5 of transformers."""
+    for file, name in (
+        ("sd14/text_encoder/model.fp16", "text_model.encoder.layers.0.mlp.fc1.weight"),
+        ("sd14/text_encoder/model.fp16", "text_model.embeddings.token_embedding.weight"),
+        ("sd14/safety_checker/model.fp16", "vision_model.vision_model.encoder.layers.0.mlp.fc1.weight"),
+        ("sd14/safety_checker/model.fp16", "visual_projection.weight"),
+        (
+            "sd14/unet/diffusion_pytorch_model.fp16",
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        ),
+        ("tower/open_clip_model", "visual.transformer.resblocks.0.mlp.c_fc.weight"),
+        ("parser/model", "segformer.encoder.block.0.0.attention.self.query.weight"),
+    ):
+        with safe_open(tmp_path / "published" / f"{file}.safetensors", "pt") as stored:
+            assert name in stored.keys()  # noqa: SIM118
 
 
 def test_a_command_is_rehearsed(hub, pins, tmp_path, monkeypatch, capfd):

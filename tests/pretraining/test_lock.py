@@ -31,9 +31,8 @@ def test_the_second_learns_who_is_at_it(tmp_path, locks):
     with locked(tmp_path / "work", "my_dogs"):
         with pytest.raises(
             UsageError, match=f"'my_dogs' is being pre-trained already, by process {os.getpid()} on"
-        ) as at:
-            with locked(tmp_path / "work", "my_dogs"):
-                pass
+        ) as at, locked(tmp_path / "work", "my_dogs"):
+            pass
         assert "wait for it" in at.value.hint and "since 20" in at.value.message
         (tmp_path / "work" / "step-00000001.safetensors").touch()
     assert os.listdir(tmp_path / "work") == ["step-00000001.safetensors"]

@@ -6,7 +6,6 @@ word's embedding lies beside a file.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,16 @@ from e4t_cli.api.options import RunKeywords, RunOptions
 from e4t_cli.api.resolve import load_concept, load_concept_models
 from e4t_cli.api.session import Session
 from e4t_cli.errors import UsageError, printable
-from e4t_cli.files import check_absent, holds_only, put_in_place, staging_directory, write_atomically, writing
+from e4t_cli.files import staging_directory
+from e4t_cli.formats.export_files import check_free, commit
 from e4t_cli.hub.bases import Base
 from e4t_cli.prompts import check_placeholder
-from e4t_cli.temporary import leftovers
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
+
+
+WORDS = ("included", "separate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Exported:
     """A concept in a format of other programs."""
 
     path: Path  # a folder in diffusers' layout, or a single file
-    token: str  # what prompts call the concept there; beside a file, the stem of the word's file
+    token: str  # what prompts call the concept there; the stem of the word's file if the word is in one
     variation: float  # share of the word that depends on the noise level, which is left out
     licence: str  # of the base; "" if its files do not state one
     retained_energy: float = 1.0  # share of what tuning changed that is in it: 1 but for a LoRA
@@ -42,6 +44,7 @@ def export(
     *,
     lora: int | None = None,
     placeholder: str | None = None,
+    word: str = "included",
     vram: str = "auto",
     force: bool = False,
     **options: Unpack[RunKeywords],
@@ -58,6 +61,8 @@ def export(
         lora: write only the change of the base, as a LoRA of this rank, into such a file. It is small and an
             approximation: `Exported.retained_energy` is the share that it holds.
         placeholder: a folder's token; the concept's own by default.
+        word: "included" in a folder's tokenizer and text encoder, or "separate": only in a file in the folder, for
+            programs whose vocabulary has a fixed size. Beside a single file or a LoRA it always is in a file.
         vram: gigabytes that may be used, as "8", or "auto" for what is free.
         force: replace what an earlier export wrote there.
         options: keywords, the fields of `RunOptions`. dtype "fp32" writes float32; anything else float16, half as
@@ -74,9 +79,16 @@ def export(
     alone = target.suffix == ".safetensors"
     if lora is not None and not alone:
         raise UsageError("a LoRA is one file", hint=f"call it {printable(target.name)}.safetensors")
-    check_free(target, force=force)
+    if word not in WORDS:
+        raise UsageError(f"the word is {' or '.join(WORDS)}, not {printable(word)!r}")
     if placeholder is not None:
         check_placeholder(placeholder)
+    in_file = alone or word == "separate"
+    if in_file and placeholder is not None:
+        raise UsageError(
+            "the file of the word is its name: there is no token to choose", hint="leave out --placeholder"
+        )
+    check_free(target, force=force)
     session = Session(asked, vram=vram)
     with session.running():
         opened = load_concept(concept)
@@ -91,7 +103,7 @@ def export(
             lora_file.check_rank(lora)
         elif alone:
             stable_diffusion.check_single_file(model)
-        else:
+        elif not in_file:
             stable_diffusion.check_token(model, token)
         tuned = opened.tuned(model, pretrained) or session.tune(opened, keep_base=lora is not None)
         with session.stage("export", counted=lora is not None), staging_directory(target) as staging:
@@ -100,7 +112,7 @@ def export(
             found = textual_inversion.mean_concept_embedding(model, tuned, opened.prepared, seed=opened.seed)
             stored, made = torch.float32 if asked.dtype == "fp32" else torch.float16, staging / target.name
             retained_energy = 1.0
-            if alone:
+            if in_file:
                 token = textual_inversion.embedding_path(target).stem
             if lora is not None:
                 retained_energy = lora_file.write_lora(
@@ -109,9 +121,10 @@ def export(
             elif alone:
                 stable_diffusion.write_single_file(model, tuned, found.embedding, made, dtype=stored)
             else:
-                readme = _readme(opened, token, model.base)
+                readme = _readme(opened, token, model.base, in_file=in_file)
+                known = None if in_file else token
                 stable_diffusion.write_folder(
-                    model, tuned, found.embedding, made, token=token, readme=readme, dtype=stored
+                    model, tuned, found.embedding, made, token=known, readme=readme, dtype=stored
                 )
             commit(made, target, force=force)
         licence, variation = model.base.licence, found.variation
@@ -120,66 +133,13 @@ def export(
         )
 
 
-FOLDER = {
-    *("model_index.json", "README.md", "learned_word.safetensors", "unet", "vae", "text_encoder", "tokenizer"),
-    *("scheduler", "safety_checker", "feature_extractor"),
-}
-
-
-def is_export(path: Path) -> bool:
-    """Whether an export wrote a file, or a folder and everything in it."""
-    if os.path.isdir(path):
-        files = ("model_index.json", "learned_word.safetensors")
-        return holds_only(path, FOLDER) and all(os.path.isfile(path / name) for name in files)
-    from safetensors import SafetensorError, safe_open
-
-    from e4t_cli.formats.textual_inversion import WRITER
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return WRITER in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
-
-
-def _outputs(target: Path) -> list[Path]:
-    """Return what an export writes: a folder, or the file of the word and then the one that needs it."""
-    from e4t_cli.formats.textual_inversion import embedding_path
-
-    return [embedding_path(target), target] if target.suffix == ".safetensors" else [target]
-
-
-def check_free(target: Path, *, force: bool) -> None:
-    """Raise UsageError if what an export writes exists, or with `force`, if no export wrote it."""
-    outputs = _outputs(target)
-    # A run that was killed between its two files: the word is in its temporary folder, too.
-    for left in leftovers(target.parent, target.name):
-        copy = left / outputs[0].name
-        with contextlib.suppress(OSError):
-            if not os.path.lexists(target) and copy.read_bytes() == outputs[0].read_bytes():
-                outputs[0].unlink()
-    for path in outputs:
-        check_absent(path, ours=is_export if force else None)
-
-
-def commit(made: Path, target: Path, *, force: bool) -> None:
-    """Give everything in the temporary folder its final name."""
-    check_free(target, force=force)
-    *word, last = _outputs(target)
-    for path in word:
-        copy = made.with_name(path.name).read_bytes()  # the file stays, see `check_free`
-        with writing(path):
-            write_atomically(path, copy, overwrite=force)
-    try:
-        put_in_place(made, last, ours=is_export if force else None)
-    except BaseException:
-        for path in word if not force else ():
-            path.unlink(missing_ok=True)
-        raise
-
-
-def _readme(concept: Concept, token: str, base: Base) -> str:
+def _readme(concept: Concept, token: str, base: Base, *, in_file: bool) -> str:
     """Return the README of the folder, a model card of the hub."""
+    word = "It is also alone in learned_word.safetensors."
+    if in_file:
+        word = f"""It is in {token}.safetensors, a textual inversion. Programs with a folder of embeddings know it by
+that name once it is there, ComfyUI as `embedding:{token}`."""
+    load = f'\n    pipeline.load_textual_inversion("FOLDER/{token}.safetensors", token="{token}")' if in_file else ""
     stated = f"\nlicense: {base.licence.lower()}" if base.licence else ""
     return f"""---
 base_model: {base.identity.partition("@")[0] or base.name}
@@ -193,11 +153,11 @@ Made from one photo by e4t, on the base {base.name}, whose licence goes on for t
 
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained("FOLDER")
+    pipeline = StableDiffusionPipeline.from_pretrained("FOLDER"){load}
     pipeline("{token} on the beach").images[0].save("beach.png")
 
 The word `{token}` has one embedding for all denoising steps (e4t itself predicts it anew at each).
-It is also alone in learned_word.safetensors.
+{word}
 
 Whoever has this folder can draw what the photo showed. Share it as you would share the photo, a
 person's only with that person's consent, and say of its pictures that they were generated.

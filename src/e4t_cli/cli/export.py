@@ -105,18 +105,25 @@ Lora = Annotated[int | None, typer.Option(
     metavar="RANK", min=1, max=1024, show_default=False,
     help="Only what was learned, as a LoRA of this rank, into FILE.safetensors.")]  # fmt: skip
 
+Word = Annotated[str, typer.Option(
+    "--word", metavar="HOW", autocompletion=lambda: ["included", "separate"],
+    help="In a folder: included in its vocabulary, or in a separate file.")]  # fmt: skip
+
 
 @options.grouped
 def export(
     concept: Saved, path: Target, run: options.RunFlags, terminal: options.TerminalFlags, lora: Lora = None,
-    placeholder: OwnPlaceholder = None, vram: options.Vram = "auto", force: options.Force = False,
+    placeholder: OwnPlaceholder = None, word: Word = "included", vram: options.Vram = "auto",
+    force: options.Force = False,
 ) -> None:  # fmt: skip
     """Export a saved concept as a plain Stable Diffusion, for other programs.
 
     A folder is for diffusers and what reads its folders: the tuned model, with one more word in
-    its vocabulary, which is the concept. FILE.safetensors is for programs that read checkpoints of
-    Stable Diffusion 1.x: the tuned model, and the word in a second file, for their embeddings. With
-    --lora it is a small file to be added to the base, which holds most of what was learned.
+    its vocabulary, which is the concept. Programs with a vocabulary of fixed size, as ComfyUI and
+    stable-diffusion.cpp, read the folder with --word separate. FILE.safetensors is for programs
+    that read checkpoints of Stable Diffusion 1.x: the tuned model, and the word in a second file,
+    for their embeddings. With --lora it is a small file to be added to the base, which holds most
+    of what was learned.
 
     The word's embedding is the same at every denoising step, where e4t predicts it anew at each.
     Whoever gets the model can generate the concept: share it as you would share the photo.
@@ -127,14 +134,9 @@ def export(
 
     with console.progress() as on_progress:
         made = exporting.export(
-            concept,
-            path,
-            lora=lora,
-            placeholder=placeholder,
-            vram=vram,
-            force=force,
+            concept, path, lora=lora, placeholder=placeholder, word=word, vram=vram, force=force,
             **run.run_keywords(console, on_progress),
-        )
+        )  # fmt: skip
     record: dict[str, str | float] = {
         "type": "model" if lora is None else "lora", "path": str(made.path), "token": made.token,
         "variation": round(made.variation, 4), "retained_energy": round(made.retained_energy, 4),
@@ -143,4 +145,10 @@ def export(
     if lora is not None:
         console.note(f"rank {lora} holds {made.retained_energy:.0%} of what tuning changed")
     left_out = f"{made.variation:.0%} of the word changes with the noise level, and is left out"
-    console.note(f"in prompts it is {printable(made.token)}; {left_out}")
+    if path.suffix == ".safetensors" or word == "separate":
+        token = printable(made.token)
+        console.note(f"in prompts it is {token}, in ComfyUI embedding:{token}; {left_out}")
+        console.note(f"put {token}.safetensors where the other program keeps embeddings")
+    else:
+        console.note(f"in prompts it is {printable(made.token)}; {left_out}")
+        console.note("the folder is for diffusers; ComfyUI and stable-diffusion.cpp need --word separate")

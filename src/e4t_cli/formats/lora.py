@@ -4,29 +4,35 @@
 
 W is a weight of the tuned U-Net, offsets merged. ΔW of eq. 3 multiplies W₀ element by element and tuning moves every
 weight, so W - W₀ has full rank: a file of rank r holds its truncated singular value decomposition, and loses the rest.
-Biases and normalization layers stay the base's. The diffusers folder and the single file lose nothing.
+Biases, normalization layers and the four matrices outside the U-Net's blocks (conv_in, conv_out and the time
+embedding) stay the base's: kohya-ss's programs and stable-diffusion.cpp leave out those four. The diffusers folder and
+the single file lose nothing.
 
-Every layer has the same rank, padded with zeros where it has fewer directions, and alpha = rank: diffusers 0.42 scales
-some layers of files with several ranks wrongly.
+Every layer has the same rank, padded with zeros where it has fewer directions, and the same alpha, the rank, so that
+the product is not scaled: diffusers 0.42.1 scales some layers of files with several alphas wrongly.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from e4t_cli.errors import UsageError
-from e4t_cli.formats.textual_inversion import write_with_embedding
+from e4t_cli.formats.textual_inversion import embedding_path, write_with_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.randomness import generator
 from e4t_cli.progress import Progress, ProgressCallback
 
 MAX_RANK = 1024
+BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")  # what every reader of LoRAs knows of a U-Net
+STABLE_DIFFUSION_CHANNELS = (320, 640, 1280, 1280)  # of versions 1 and 2
 OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the randomized singular value decomposition (Halko et al., 2011)
 
 
@@ -59,22 +65,49 @@ def write_lora(
     Args:
         model: the base that `tuned` was made from, its U-Net unchanged.
         rank: r; a layer that has fewer directions keeps them all.
-        on_progress: called after each layer: Stable Diffusion has 280, and takes a minute on a CPU.
+        on_progress: called after each layer: Stable Diffusion has 282, and takes a minute on a CPU.
 
     The other arguments and errors are those of `write_with_embedding` and `check_rank`.
     """
     check_rank(rank)
     found = lora_of(model.unet, tuned.unet, rank, on_progress)
-    metadata = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(found.rank),
-        "ss_network_alpha": str(found.rank),
-        # By this, programs know Stable Diffusion 2.
-        "ss_v2": str(bool(model.unet.config["use_linear_projection"])),
-        "ss_sd_model_name": model.base.name,
-    }
+    schedule: Any = model.noise_schedule  # a scheduler's `config` is not in diffusers' types
+    v_prediction = schedule.config.prediction_type == "v_prediction"
+    metadata = lora_metadata(
+        model.unet.config, path, rank=found.rank, base_name=model.base.name, v_prediction=v_prediction
+    )
     write_with_embedding(path, found.weights, embedding, dtype=dtype, metadata=metadata)
     return found.retained_energy
+
+
+def lora_metadata(
+    unet_config: Mapping[str, Any], path: Path, *, rank: int, base_name: str, v_prediction: bool
+) -> dict[str, str]:
+    """Return what programs show of a LoRA and choose it by, under kohya-ss's and the model specification's names.
+
+    Args:
+        unet_config: of the base; only Stable Diffusion's two architectures have names.
+        path, rank: of the LoRA; the stem of its word's file is the one tag.
+    """
+    second = bool(unet_config["use_linear_projection"])
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_output_name": path.stem,
+        "ss_sd_model_name": base_name,
+        "ss_v2": str(second),
+        "ss_tag_frequency": json.dumps({f"1_{path.stem}": {embedding_path(path).stem: 1}}),
+        "modelspec.title": path.stem,
+    }
+    if tuple(unet_config["block_out_channels"]) != STABLE_DIFFUSION_CHANNELS:
+        return metadata
+    kind, version = "v1", "sd_v1"
+    if second:
+        kind, version = ("v2-768-v", "sd_v2_v") if v_prediction else ("v2-512", "sd_v2")
+    return metadata | {
+        "modelspec.architecture": f"stable-diffusion-{kind}/lora", "ss_base_model_version": version,
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -82,7 +115,7 @@ def lora_of(base: nn.Module, tuned: nn.Module, rank: int, on_progress: ProgressC
     """Return the best approximation of `tuned` - `base`, both without offsets, in `rank` directions a layer."""
     weights, total, lost = {}, 0.0, 0.0
     layers, before = _matrices(tuned), _matrices(base)
-    rank = min(rank, max(min(weight.flatten(1).shape) for weight in layers.values()))
+    rank = min(rank, max(min(weight.flatten(1).shape) for path, weight in layers.items() if path.startswith(BLOCKS)))
     for done, (path, weight) in enumerate(layers.items(), start=1):
         # The decomposition runs in float32, on a CUDA device or the CPU.
         device = weight.device if weight.device.type == "cuda" else torch.device("cpu")
@@ -92,8 +125,11 @@ def lora_of(base: nn.Module, tuned: nn.Module, rank: int, on_progress: ProgressC
         if not change.any():
             continue
         flat = change.flatten(1)  # (M, N), a convolution's N with its kernel
-        up, down = _factors(flat, rank)  # (M, r), (r, N)
         total += flat.square().sum().item()
+        if not path.startswith(BLOCKS):
+            lost += flat.square().sum().item()
+            continue
+        up, down = _factors(flat, rank)  # (M, r), (r, N)
         lost += (flat - up @ down).square().sum().item()
         # Not diffusers' convert_state_dict_to_kohya: in 0.42.1 it writes alpha as int64 whatever
         # the weights' dtype, raises on a U-Net without changes, and replaces these three lines.

@@ -1,8 +1,11 @@
 """A tuned model as a plain Stable Diffusion: a folder in diffusers' layout, or one CompVis file.
 
-The folder is what `StableDiffusionPipeline.from_pretrained` reads, with one more token in its tokenizer, and the
-safety checker of a base that has one; beside it learned_word.safetensors, the token's embedding in the format of
-textual inversion, and a README.md. The file holds Stable Diffusion 1.x under the names of its first implementation:
+The folder is what `StableDiffusionPipeline.from_pretrained` reads, under transformers 4 as well as 5, with one more
+token in its tokenizer, and the safety checker of a base that has one; in it also learned_word.safetensors, the token's
+embedding in the format of textual inversion, and a README.md. Programs that expect a table of exactly as many tokens
+as Stable Diffusion has need a folder without that token, and call the file of its embedding.
+
+The file holds Stable Diffusion 1.x under the names of its first implementation:
 
     model.diffusion_model.…                     the U-Net
     first_stage_model.…                         the VAE
@@ -30,7 +33,7 @@ from transformers import AddedToken, CLIPTextModel
 
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import check_absent, rename_folder_to_free_name, staging_directory, sync_tree
-from e4t_cli.formats.textual_inversion import write_with_embedding
+from e4t_cli.formats.textual_inversion import embedding_path, write_with_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.loading import CHECKER, FEATURE_EXTRACTOR, load_part
 from e4t_cli.models.text_to_image import TextToImageModel
@@ -38,6 +41,7 @@ from e4t_cli.models.text_to_image import TextToImageModel
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
+    "requires_safety_checker": False,
     "safety_checker": [None, None],
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -45,6 +49,9 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+# Beginnings of the names of weights. transformers 5 saves the shorter ones and reads both; version 4 finds no weight
+# under those, and goes on with random ones.
+TRANSFORMERS_4_NAMES = {"text_encoder": ("", "text_model."), CHECKER: ("vision_model.", "vision_model.vision_model.")}
 # Of the one U-Net that single files can hold: they have no configuration.
 SINGLE_FILE_CONFIG = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -59,7 +66,7 @@ def write_folder(
     embedding: Tensor,
     folder: Path,
     *,
-    token: str,
+    token: str | None,
     readme: str,
     dtype: torch.dtype = torch.float16,
 ) -> None:
@@ -67,7 +74,9 @@ def write_folder(
 
     Args:
         model: the base that `tuned` was made from; it stays as it is.
-        token, embedding: what prompts call the concept, and its embedding (embedding_width,).
+        token: what prompts call the concept; None leaves tokenizer and text encoder as they are in the base, and gives
+            the embedding's file a name that can be a token (`embedding_path`).
+        embedding: of the concept (embedding_width,).
         readme: the text of its README.md.
         dtype: of the stored weights.
 
@@ -76,7 +85,11 @@ def write_folder(
         ResourceError: the disk has no room, or cannot be written to.
     """
     check_absent(folder)
-    tokenizer, text_encoder = _with_token(model, embedding, token)
+    tokenizer: Any = model.tokenizer
+    text_encoder, word = model.text_encoder, embedding_path(folder).name
+    if token is not None:
+        tokenizer, text_encoder = _with_token(model, embedding, token)
+        word = "learned_word.safetensors"
     parts = {"unet": tuned.unet, "vae": model.vae, "text_encoder": text_encoder}
     base = model.base.folder
     checked = os.path.isfile(base / CHECKER / "config.json") and os.path.isdir(base / FEATURE_EXTRACTOR)
@@ -87,15 +100,18 @@ def write_folder(
         # Not StableDiffusionPipeline.save_pretrained: the pipeline of diffusers 0.42.1 changes the
         # scheduler it is given (steps_offset 0 becomes 1).
         for name, part in parts.items():
-            _cpu_copy(part, dtype).save_pretrained(staging / name)
+            _save(_cpu_copy(part, dtype), staging / name)
         tokenizer.save_pretrained(staging / "tokenizer")
-        _add_slow_tokenizer(base / "tokenizer", staging / "tokenizer", tokenizer, token)
-        # e4t's own default; the schedule of training would take ten times the steps.
+        _add_slow_tokenizer(staging / "tokenizer", tokenizer, token)
+        # e4t's own default; the schedule of training would take ten times the steps. Whatever a pipeline's scheduler
+        # has, diffusers sets steps_offset to 1, which changes only the spacing "leading", and clip_sample, which
+        # this one has not, to False, each with a page of warning.
         schedule: Any = model.noise_schedule  # a scheduler's `config` is not in diffusers' types
         scheduler: Any = DPMSolverMultistepScheduler
-        scheduler.from_config(schedule.config).save_pretrained(staging / "scheduler")
+        settings = {**schedule.config, "steps_offset": 1, "clip_sample": False}
+        scheduler.from_config(settings).save_pretrained(staging / "scheduler")
         index = MODEL_INDEX | (_add_checker(base, staging, dtype) if checked else {})
-        save_file({"emb_params": embedding.detach().cpu().float()[None]}, staging / "learned_word.safetensors")
+        save_file({"emb_params": embedding.detach().cpu().float()[None]}, staging / word)
         (staging / "README.md").write_bytes(readme.encode())
         (staging / "model_index.json").write_bytes(json.dumps(index, indent=2).encode())
         _normalize(staging)
@@ -115,7 +131,9 @@ def _with_token(model: TextToImageModel, embedding: Tensor, token: str) -> tuple
     """Return copies of tokenizer and text encoder that have the token."""
     check_token(model, token)
     tokenizer: Any = copy.deepcopy(model.tokenizer)
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
+    # As `prompts.parse_prompt` finds it: in either case, and not inside words.
+    inside_words = not re.search(r"^[\w*]|[\w*]$", token)
+    tokenizer.add_tokens([AddedToken(token, normalized=True, single_word=not inside_words, special=False)])
     token_id = tokenizer.convert_tokens_to_ids(token)
     text_encoder = copy.deepcopy(model.text_encoder)
     known = text_encoder.get_input_embeddings().num_embeddings
@@ -136,27 +154,52 @@ def _cpu_copy(part: nn.Module, dtype: torch.dtype) -> Any:
     return copy.deepcopy(part, memo)
 
 
-def _add_slow_tokenizer(source: Path, target: Path, tokenizer: Any, token: str) -> None:
-    """Add the files that transformers before version 5 reads a tokenizer from."""
-    for name in ("vocab.json", "merges.txt"):
-        if os.path.isfile(source / name) and not os.path.exists(target / name):
-            shutil.copyfile(source / name, target / name)
-    added = {token: tokenizer.convert_tokens_to_ids(token)}
-    (target / "added_tokens.json").write_bytes(json.dumps(added).encode())
+def _save(part: Any, folder: Path) -> None:
+    if folder.name not in TRANSFORMERS_4_NAMES:
+        part.save_pretrained(folder)
+        return
+    short, long = TRANSFORMERS_4_NAMES[folder.name]
+    weights = {
+        long + name.removeprefix(short) if name.startswith(short) and not name.startswith(long) else name: value
+        for name, value in part.state_dict().items()
+    }
+    part.save_pretrained(folder, state_dict=weights)
 
 
-def _add_checker(base: Path, target: Path, dtype: torch.dtype) -> dict[str, list[str]]:
+def _add_slow_tokenizer(folder: Path, tokenizer: Any, token: str | None) -> None:
+    """Add the files that transformers before version 5 reads a tokenizer from.
+
+    To its CLIPTokenizer, which is diffusers' choice there, a single word ends at spaces only: it would miss `S*,`. So
+    versions before 5 read a tokenizer.json that finds the token also inside words, and later ones another.
+    """
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
+    if token is None:
+        return
+    (folder / "added_tokens.json").write_bytes(json.dumps({token: tokenizer.convert_tokens_to_ids(token)}).encode())
+    exact, everywhere = folder / "tokenizer.5.0.0.json", folder / "tokenizer.json"
+    config = folder / "tokenizer_config.json"
+    os.rename(everywhere, exact)
+    table = json.loads(exact.read_bytes())
+    for added in table["added_tokens"]:
+        added["single_word"] = False
+    everywhere.write_bytes(json.dumps(table, ensure_ascii=False).encode())
+    settings = json.loads(config.read_bytes()) | {"fast_tokenizer_files": [everywhere.name, exact.name]}
+    config.write_bytes(json.dumps(settings, indent=2).encode())
+
+
+def _add_checker(base: Path, target: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Add the base's safety checker; returns its entries of model_index.json."""
     # Not at the top: two seconds of imports for the one family of bases that has it.
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     checker = load_part(StableDiffusionSafetyChecker, base / CHECKER, "cpu", dtype)
-    checker.save_pretrained(target / CHECKER)
+    _save(checker, target / CHECKER)
     # This follows the links of the hub's cache.
     shutil.copytree(base / FEATURE_EXTRACTOR, target / FEATURE_EXTRACTOR)
     return {
         CHECKER: ["stable_diffusion", "StableDiffusionSafetyChecker"],
         FEATURE_EXTRACTOR: ["transformers", "CLIPImageProcessor"],
+        "requires_safety_checker": True,
     }
 
 

@@ -9,6 +9,8 @@ the embedding is a second file beside the weights.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -63,8 +65,14 @@ def mean_concept_embedding(
 
 
 def embedding_path(path: Path) -> Path:
-    """Return the path of the embedding of a file of weights; its stem is the concept's token."""
-    return path.with_name(f"{path.stem}-word{path.suffix}")
+    """Return the path of the embedding of a file of weights or of a folder; its stem is the concept's token.
+
+    ComfyUI ends a token at a space or a comma, and stable-diffusion.cpp reads parentheses as a weight: the name has
+    letters, digits, "-" and "_" only.
+    """
+    plain = unicodedata.normalize("NFKD", path.name.removesuffix(".safetensors")).encode("ascii", "ignore").decode()
+    token = re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-") or "my"
+    return path.with_name(f"{token}-word.safetensors")
 
 
 def check_both_absent(path: Path) -> None:
