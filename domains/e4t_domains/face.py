@@ -65,10 +65,15 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
         elif len(chosen.face.eyes) == 1 and chosen.face.confidence >= MIN_CONFIDENCE:
             frame = settle(chosen.frame, spec)
             notes.append("one eye is visible, as in a profile: cropped around the head, not turned")
+        elif len(faces) > 1 or not centred.contains(chosen.center):
+            frame = settle(chosen.head_frame(spec), spec)
+            notes.append("eyes and mouth are not clearly visible: cropped around the head, not turned")
         else:
             notes.append("eyes and mouth are not clearly visible: the face is not aligned")
     mask = None
-    if target.mask is not None:
+    if not frame.contains(chosen.center):
+        notes.append("the chosen face is outside the centred square: without --no-align it is cropped around the face")
+    elif target.mask is not None:
         mask = detector.head_mask(frame, chosen.center, only_face=len(faces) == 1)
         remarks.append(f"mask {_covered(mask):.0%}".replace("%", " %"))
     return PreparedImage(

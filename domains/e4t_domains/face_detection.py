@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from e4t_cli import Frame, InputError
-from e4t_domains.face_alignment import AlignmentSpec, settle, square_of
+from e4t_domains.face_alignment import AlignmentSpec, settle, square_of, surround
 from e4t_domains.face_parsing import HEAD, LabelMap, Parser
 from e4t_domains.face_regions import Face, Point, find_faces
 
@@ -53,6 +53,12 @@ class Detection:
     def extent(self) -> float:
         """The area of the head in the photo, up to a factor."""
         return self.face.area / self.face.head.size * self.view.side**2
+
+    def head_frame(self, spec: AlignmentSpec) -> Frame:
+        """Return the upright square of the photo around the head, wherever its eyes are."""
+        size = self.face.head.shape[1], self.face.head.shape[0]
+        found = self.view.within(surround(self.face, size, spec))
+        return Frame.around(found.size, found.center, found.side)
 
     @property
     def is_stable(self) -> bool:

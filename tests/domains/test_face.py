@@ -244,6 +244,46 @@ def test_unaligned_only_the_chosen_head_is_masked(painted):
     assert prepared.mask.getpixel((int(right), 64)) == 0
 
 
+@pytest.fixture
+def not_rotated(monkeypatch):
+    """Without the search in rotated views, which finds nothing here and takes seconds."""
+    monkeypatch.setattr(face_detection.FaceDetector, "_detect_rotated", lambda self: [])
+
+
+@pytest.mark.parametrize("base", ["sd14", "mini"])
+@pytest.mark.parametrize(("which", "where"), [("left", 160), ("right", 640), ("1", 160), ("largest", 640)])
+def test_heads_that_cannot_be_aligned_are_cropped_around(painted, not_rotated, base, which, where):
+    paint(painted, (160, 300), 60, 0, eyes=())
+    paint(painted, (640, 280), 70, 0, eyes=())
+    prepared = module.prepare(painted, PreparationTarget(size=128, base=base, which=which))
+    assert "cropped around the head" in prepared.notes[0]
+    assert prepared.frame.turn == 0
+    assert prepared.frame.center[0] == pytest.approx(where, abs=15)
+    assert prepared.frame.side < 400  # the other head is 480 pixels away
+    assert np.asarray(prepared.mask).mean() / 255 > 0.15
+
+
+def test_one_head_beside_the_centred_square_that_cannot_be_aligned(painted, not_rotated):
+    paint(painted, (60, 240), 60, 0, eyes=())
+    prepared = module.prepare(painted, PreparationTarget(size=128, base="sd14"))
+    assert prepared.frame.center[0] == pytest.approx(60, abs=15)
+    for align in (True, False):  # the head in the middle stays where it is
+        middle = Image.new("RGB", (800, 600), (40, 120, 60))
+        paint(middle, (430, 300), 60, 0, eyes=())
+        prepared = module.prepare(middle, PreparationTarget(size=128, base="sd14", align=align))
+        assert prepared.image.tobytes() == center_square(middle, 128).tobytes()
+
+
+def test_unaligned_a_face_outside_the_square_does_not_get_the_mask_of_another(painted):
+    paint(painted, (400, 300), 60, 0)
+    paint(painted, (750, 300), 60, 0)
+    target = PreparationTarget(size=128, base="sd14", which="right", align=False)
+    prepared = module.prepare(painted, target)
+    assert prepared.image.tobytes() == center_square(painted, 128).tobytes()
+    assert prepared.mask is None
+    assert "outside the centred square" in prepared.notes[0]
+
+
 def test_a_profile(painted):
     paint(painted, (520, 240), 70, 10, eyes=(-0.4,))
     prepared = module.prepare(painted, PreparationTarget(size=128, base="sd14"))

@@ -24,6 +24,7 @@ from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.loading import load_part
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.prompts import parse_prompt
+from e4t_cli.sampling import SamplingConfig, generate_latents
 
 SPELLINGS = (
     *("S*", "s*", "of S* on", "S*, red", "S*'s hat", '"S*"', "(S*:1.2)", "S*-style"),
@@ -45,11 +46,11 @@ def pipeline_of(folder):
     return pipeline
 
 
-def drawn(pipeline, model, prompt):
+def drawn(pipeline, model, prompt, steps=4):
     """Return the latents that diffusers generates, of the noise that e4t begins with."""
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     return pipeline(
-        prompt, latents=noise, num_inference_steps=4, guidance_scale=3.0, output_type="latent"
+        prompt, latents=noise, num_inference_steps=steps, guidance_scale=3.0, output_type="latent"
     ).images  # fmt: skip
 
 
@@ -240,3 +241,13 @@ def test_nothing_is_complained_of(mini, tmp_path, caplog, monkeypatch):
     assert [record.message for record in caplog.records] == []
     written = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert dict(pipeline.scheduler.config).items() >= {**written, "steps_offset": 1}.items()
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+def test_diffusers_generates_what_e4t_generates_on_mini(mini, tmp_path, steps):
+    """Its config has an offset of 0 in its time steps, which diffusers' pipelines take as 1."""
+    assert json.loads((mini.base.folder / "scheduler" / "scheduler_config.json").read_text())["steps_offset"] == 0
+    found = drawn(pipeline_of(exported(mini, tmp_path / "me")), mini, "S* on the beach", steps)
+    sampling, prompt = SamplingConfig(steps=steps, guidance=3.0), parse_prompt("S* on the beach")
+    own = generate_latents(mini, TunedModel.plain(mini, "face"), [prompt], [1], sampling)
+    torch.testing.assert_close(found, own, rtol=1e-3, atol=1e-3)

@@ -1,12 +1,13 @@
 """Preparing a photo with a requested mask: what counts in tuning, and the notes for the user."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from e4t_cli.errors import UsageError, WeightsUnavailable
+from e4t_cli.errors import InputError, UsageError, WeightsUnavailable
 from e4t_cli.images import preparation
 from e4t_cli.images.decoding import OpenedImage
 from e4t_cli.images.framing import Frame
@@ -69,6 +70,19 @@ def test_transparency_is_the_mask_and_is_reported():
         other = prepare_photo(domain(turned), opened, choice, TARGET, masked=True)
         assert not any("transparent" in remark for remark in other.remarks)
         assert (other.mask is None) == (kind == "none")
+
+
+@pytest.mark.parametrize("prepare", [None, turned])
+def test_a_photo_of_which_nearly_nothing_is_opaque_is_refused(prepare):
+    """It would be a white square."""
+    opened, _ = photo()
+    alpha = Image.new("L", (200, 120))
+    alpha.paste(255, (0, 0, 8, 8))
+    with pytest.raises(InputError, match="opaque") as caught:
+        prepare_photo(domain(prepare), replace(opened, alpha=alpha), AUTO, TARGET, masked=True)
+    assert caught.value.exit_code == 3 and caught.value.hint
+    own = MaskSource(kind="none")
+    assert prepare_photo(domain(prepare), replace(opened, alpha=alpha), own, TARGET, masked=True).mask is None
 
 
 @pytest.mark.parametrize("value", [0, 2])

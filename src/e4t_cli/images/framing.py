@@ -87,6 +87,10 @@ class Frame:
         (u, v), area = self.edge, self.side**2
         return (x * u + y * v) / area, (y * u - x * v) / area
 
+    def contains(self, point: Point) -> bool:
+        """Whether a point of the photo is in the square."""
+        return all(0 <= fraction <= 1 for fraction in self.from_photo(point))
+
     def within(self, inner: Self) -> Self:
         """Return the frame in this photo of `inner`, a frame in the image cropped with this one."""
         corner = self.to_photo(inner.corner[0] / inner.size[0], inner.corner[1] / inner.size[1])

@@ -146,6 +146,8 @@ def _bounded(file: BinaryIO, name: str) -> bytes:
 
 def _encoded(image: Image.Image) -> bytes:
     """Return a PIL image as a file, so that alpha, palettes and 16 bits are decoded as usual."""
+    if image.mode in ("RGBa", "La", "PA"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
     deep = image.mode in ("I", "F", "CMYK", "LAB") or image.mode.startswith("I;16")
     known = deep or image.mode in ("RGB", "RGBA", "L", "LA", "P", "1")
     buffer = io.BytesIO()

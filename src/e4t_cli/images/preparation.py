@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from e4t_cli.devices import quiet_libraries
-from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavailable
+from e4t_cli.errors import E4TError, InputError, IntegrityError, UsageError, WeightsUnavailable
 from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.paths import HubAccess, Terms, accept
 from e4t_cli.hub.repo_info import get_repo_info
@@ -58,6 +58,7 @@ def prepare_photo(
 
     Raises:
         UsageError: a mask by text is requested, and there is no text prompt.
+        InputError: nearly nothing in the photo's square is opaque.
         WeightsUnavailable: the network for it is not on this machine.
         E4TError: the domain's function failed.
     """
@@ -74,6 +75,9 @@ def prepare_photo(
         prepared = _with_text_mask(prepared, words, target)
     elif alpha is not None:
         prepared = with_mask(prepared, photo.image, alpha)
+        if prepared.mask is None:  # white, which nothing is to be learned from
+            message = "less than 1 % of the photo's square is opaque"
+            raise InputError(message, hint="crop the photo around what is opaque, or give it a background")
         remark = "the photo is transparent in places: what is opaque is the concept"
         prepared = replace(prepared, remarks=(*prepared.remarks, remark))
     elif automatic and masked and prepared.mask is None and domain.mask_words:

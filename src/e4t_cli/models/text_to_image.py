@@ -124,6 +124,9 @@ class TextToImageModel:
                 parts[name] = parts[name].to(memory_format=torch.channels_last)
         tokenizer = load_settings(CLIPTokenizer, base.folder / "tokenizer")
         noise_schedule = load_settings(DDPMScheduler, base.folder / "scheduler")
+        # As diffusers' pipelines take every schedule, and Stable Diffusion has it: with another value they would not
+        # generate what we do from an exported model. Training does not use it.
+        noise_schedule.register_to_config(steps_offset=1)
         return cls(base=base, tokenizer=tokenizer, noise_schedule=noise_schedule, **parts)
 
     @cached_property
