@@ -29,9 +29,12 @@ def locks(request, monkeypatch):
 
 def test_the_second_learns_who_is_at_it(tmp_path, locks):
     with locked(tmp_path / "work", "my_dogs"):
-        with pytest.raises(
-            UsageError, match=f"'my_dogs' is being pre-trained already, by process {os.getpid()} on"
-        ) as at, locked(tmp_path / "work", "my_dogs"):
+        with (
+            pytest.raises(
+                UsageError, match=f"'my_dogs' is being pre-trained already, by process {os.getpid()} on"
+            ) as at,
+            locked(tmp_path / "work", "my_dogs"),
+        ):
             pass
         assert "wait for it" in at.value.hint and "since 20" in at.value.message
         (tmp_path / "work" / "step-00000001.safetensors").touch()
