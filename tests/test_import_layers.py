@@ -20,7 +20,7 @@ LAYERS = [
     {"prompts", "registry.manifest", "images"},
     {"hub", "nn"},
     {"images.preparation", "registry.discovery"},
-    {"registry.weights", "datasets", "models"},
+    {"registry.weights", "registry.store", "datasets", "models"},
     {"formats", "training"},
     {"sampling", "images.results"},
     {"pretraining"},

@@ -77,6 +77,15 @@ def test_a_lone_word_of_a_killed_export_does_not_block_the_next(tmp_path, made):
     assert sorted(os.listdir(tmp_path)) == ["me-word.safetensors", "me.safetensors"]
 
 
+def test_the_leftovers_of_an_export_that_was_complete_go(tmp_path, made):
+    target = tmp_path / "me.safetensors"
+    left = killed(target, made, 1)
+    (left / target.name).rename(target)
+    with pytest.raises(UsageError, match="exists already"):
+        check_free(target, force=False)
+    assert sorted(os.listdir(tmp_path)) == ["me-word.safetensors", "me.safetensors"]
+
+
 def test_a_word_of_somebody_else_stays(tmp_path, made):
     target = tmp_path / "me.safetensors"
     killed(target, made, 1)

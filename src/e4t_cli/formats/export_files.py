@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from e4t_cli.files import check_absent, holds_only, put_in_place, write_atomically, writing
-from e4t_cli.temporary import leftovers
+from e4t_cli.temporary import leftovers, sweep
 
 FOLDER = {
     *("model_index.json", "README.md", "unet", "vae", "text_encoder", "tokenizer"),
@@ -51,6 +51,7 @@ def check_free(target: Path, *, force: bool) -> None:
         with contextlib.suppress(OSError):
             if not os.path.lexists(target) and copy.read_bytes() == outputs[0].read_bytes():
                 outputs[0].unlink()
+    sweep(target)
     for path in outputs:
         check_absent(path, ours=is_export if force else None)
 
