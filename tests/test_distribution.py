@@ -160,7 +160,7 @@ def test_the_installed_command_works(installed, tmp_path):
     with Image.open(empty / saved) as picture:
         assert picture.size == (64, 64)
 
-    listed = json.loads(done([e4t, "domains", "list", "--json"], empty, HF_HUB_OFFLINE="1"))
+    listed = map(json.loads, done([e4t, "domains", "list", "--json"], empty, HF_HUB_OFFLINE="1").splitlines())
     version = e4t_cli.__version__
     sound = {row["name"]: row["source"] for row in listed if row["reason"] is None}
     assert sound == dict.fromkeys(["face", "cat", "art"], f"e4t {version}")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .models.domain_weights import DomainWeights
     from .models.text_to_image import TextToImageModel
     from .progress import Progress
-    from .prompts import SUBJECT_TEMPLATES
+    from .prompts import SUBJECT_TEMPLATES, PromptRequest
     from .registry.config import PretrainingConfig, TuningConfig
     from .registry.discovery import find_domain, installed_domains
     from .registry.domain import Domain, PreparationTarget, PreparedImage
@@ -70,7 +70,7 @@ _IMPORT_STRUCTURE = {
     "models.domain_weights": ["DomainWeights"],
     "models.text_to_image": ["TextToImageModel"],
     "progress": ["Progress"],
-    "prompts": ["SUBJECT_TEMPLATES"],
+    "prompts": ["PromptRequest", "SUBJECT_TEMPLATES"],
     "registry.config": ["PretrainingConfig", "TuningConfig"],
     "registry.discovery": ["find_domain", "installed_domains"],
     "registry.domain": ["Domain", "PreparationTarget", "PreparedImage"],
@@ -82,10 +82,10 @@ _HOME = {name: module for module, names in _IMPORT_STRUCTURE.items() for name in
 __all__ = [
     "Concept", "DivergedError", "Domain", "DomainWeights", "E4TError", "Frame", "GeneratedImage", "InputError",
     "IntegrityError", "PartialResult", "Personalization", "PreparationTarget", "PreparedImage",
-    "PretrainingConfig", "Progress", "ResourceError", "SUBJECT_TEMPLATES", "SamplingConfig", "TextToImageModel",
-    "TuningConfig", "UsageError", "WeightsUnavailable", "__version__", "center_square", "check_domain", "export",
-    "find_base", "find_domain", "generate", "installed_domains", "load_segmenter", "mask_by_words", "open_image",
-    "personalize", "plan_pretraining", "pretrain",
+    "PretrainingConfig", "Progress", "PromptRequest", "ResourceError", "SUBJECT_TEMPLATES", "SamplingConfig",
+    "TextToImageModel", "TuningConfig", "UsageError", "WeightsUnavailable", "__version__", "center_square",
+    "check_domain", "export", "find_base", "find_domain", "generate", "installed_domains", "load_segmenter",
+    "mask_by_words", "open_image", "personalize", "plan_pretraining", "pretrain",
 ]  # fmt: skip
 
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.registry.domain import Domain
@@ -46,6 +49,35 @@ class Prompt:
     def without_placeholder(self, descriptor: str) -> str:
         """Return the prompt with the descriptor in place of the concept."""
         return "".join(descriptor if part is None else part for part in self.segments)
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """A prompt with settings of its own; those that are not given are the settings of the whole request.
+
+    Args:
+        prompt: as the user wrote it.
+        num_images: how many images of it.
+        seed: of its first image; tuning does not depend on it.
+        sampling: fields of `SamplingConfig` that differ, such as `negative_prompt`.
+        source: where it was read, such as "prompts.txt:3"; begins every complaint about it.
+    """
+
+    prompt: str
+    num_images: int | None = None
+    seed: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Begin the message of a `UsageError` that is raised inside with the source."""
+        try:
+            yield
+        except UsageError as error:
+            if not self.source:
+                raise
+            raise UsageError(f"{printable(self.source)}: {error.message}", hint=error.hint) from error
 
 
 @lru_cache
@@ -83,7 +115,11 @@ def parse_prompt(text: str, placeholder: str = PLACEHOLDER, *, require_placehold
     if len(plain) > MAX_PROMPT_LENGTH:
         limits = f"{MAX_PROMPT_LENGTH:,} is the limit, and a text encoder reads about 300"
         raise UsageError(f"the prompt has {len(plain):,} characters; {limits}")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in plain):
+    categories = {unicodedata.category(character) for character in plain}
+    if "Cs" in categories:  # Python's form of bytes that are no text in the locale
+        message = f"the prompt {printable(plain, limit=60)!r} is not text in the encoding of this terminal"
+        raise UsageError(message, hint="set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
+    if "Cc" in categories:
         raise UsageError(f"the prompt {printable(plain, limit=60)!r} contains control characters")
     # None between the parts, and no empty parts.
     separated = [piece for part in _rule(placeholder).split(plain) for piece in (None, part)][1:]
@@ -105,10 +141,10 @@ def training_prompts(templates: tuple[str, ...]) -> tuple[Prompt, ...]:
     return tuple(parse_prompt(template.replace("{}", PLACEHOLDER)) for template in templates)
 
 
-def slug(text: str, *, limit: int = 60) -> str:
-    """Return an ASCII piece of a file name: "S* as an astronaut" → "s-as-an-astronaut"."""
+def slug(text: str, *, limit: int = 60, default: str = "picture") -> str:
+    """Return an ASCII piece of a file name: "S* as an astronaut" → "s-as-an-astronaut"; `default` if none is left."""
     ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")
     if len(words) > limit:
         words = words[: limit + 1].rpartition("-")[0] or words[:limit]
-    return words or "picture"
+    return words or default

@@ -87,7 +87,7 @@ def test_the_record_says_what_a_picture_depends_on(draw, world):
     assert record.tuning["steps"] == 1 and record.tuning["seed"] == 5
     assert record.guidance > 0 and record.scheduler == "dpm++"
     assert record.base_fingerprint and record.weights_fingerprint
-    assert record.parameters().startswith("S* on the beach\nSteps: 2, Sampler: dpm++")
+    assert record.parameters().startswith("S* on the beach\nSteps: 2, Sampler: DPM++ 2M, Schedule type: Simple,")
 
 
 @pytest.mark.parametrize(

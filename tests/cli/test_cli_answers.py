@@ -10,6 +10,8 @@ from e4t_cli.errors import UsageError
 from e4t_cli.registry import discovery
 
 COMMANDS = [
+    ["cache"],
+    ["import"],
     ["personalize"],
     ["generate"],
     ["pretrain"],
@@ -31,10 +33,11 @@ def test_help(run, command, option):
     assert "\x1b" not in ended.out
 
 
-def test_no_arguments_are_a_question(run):
-    ended = run()
-    assert ended.code == 0
-    assert "personalize" in ended.out
+@pytest.mark.parametrize(("group", "word"), [([], "personalize"), (["cache"], "prune"), (["import"], "e4t-diffusion")])
+def test_no_arguments_are_a_question(run, group, word):
+    ended = run(*group)
+    assert (ended.code, ended.err) == (0, "")
+    assert word in ended.out and ended.out.rstrip() == run(*group, "--help").out.rstrip()
 
 
 def test_version(run):
@@ -67,7 +70,7 @@ def test_help_fills_its_lines(run, monkeypatch, columns):
         (["persnalize"], 2, "Did you mean 'personalize'"),
         (["personalize"], 2, "Missing argument"),
         (["personalize", "face", "p.png", "S* x", "-n", "0"], 2, "greater than or equal to 1"),
-        (["personalize", "face", "p.png", "S* x", "--seed", "-1"], 2, "greater than or equal to 0"),
+        (["personalize", "face", "p.png", "S* x", "--seed", "-1"], 2, "a whole number from 0"),
         (["personalize", "face", "p.png", "S* x", "--nonsense"], 2, "No such option"),
         (["personalize", "face", "p.png"], 2, "there is no prompt"),
         (["personalize", "face", "p.png", ""], 2, "the prompt is empty"),
@@ -84,7 +87,8 @@ def test_help_fills_its_lines(run, monkeypatch, columns):
         (["personalize", "face", "p.png", "S* x", "--base", "sd14"], 4, "'sd14'"),
         (["personalize", "face", "p.png", "S* x", "--keep-weights"], 2, "--save"),
         (["personalize", "face", "p.png", "S* x", "--save", "p.png"], 2, "not overwritten"),
-        (["personalize", "face", "p.png", "S* x", "-o", "p.png"], 2, "not a folder"),
+        (["personalize", "face", "p.png", "S* x", "-o", "p.png"], 2, "not overwritten"),
+        (["personalize", "face", "p.png", "S* x", "-o", "notes.txt"], 2, "not a folder"),
         (["personalize", "face", "p.png", "S* x", "--mask", "none.png"], 2, "no file none.png"),
         (["personalize", "face", "p.png", "S* x", "--mask", "words:"], 2, "needs words"),
         (["personalize", "face", "p.png", "--save-prepared", "p.png"], 2, "not overwritten"),
@@ -142,17 +146,14 @@ def test_prompts_from_everywhere_keep_their_order(tmp_path, monkeypatch):
     import io
     import sys
 
-    from e4t_cli.cli.personalize import gather_prompts
+    from e4t_cli.cli.prompt_files import gather_prompts
 
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffS* on a hill\r\n\r\n  S* at sea  \n".encode())
-    assert gather_prompts(["S* first"], str(file), placeholder="S*") == [
-        "S* first",
-        "S* on a hill",
-        "S* at sea",
-    ]
+    found = gather_prompts(["S* first"], str(file), placeholder="S*")
+    assert [one.prompt for one in found] == ["S* first", "S* on a hill", "S* at sea"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"S* one\nS* two\n")))
-    assert gather_prompts(["-"], None, placeholder="S*") == ["S* one", "S* two"]
+    assert [one.prompt for one in gather_prompts(["-"], None, placeholder="S*")] == ["S* one", "S* two"]
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"\xff\xfe\x00S", "not UTF-8"), (b"\n \n", "no prompts")])
@@ -185,7 +186,7 @@ def test_domains_list(run):
 
 
 def test_domains_list_json(run):
-    rows = json.loads(run("domains", "list", "--json").out)
+    rows = [json.loads(line) for line in run("domains", "list", "--json").lines]
     assert {"face", "cat", "art"} <= {row["name"] for row in rows}
     assert all({"name", "source", "reason"} <= set(row) for row in rows)
 
@@ -273,6 +274,30 @@ def test_an_unforeseen_fault_is_one_line(run, monkeypatch):
     assert "Traceback" in run("domains", "list").err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/x"), 2, "/x cannot be written: Permission denied"),
+        (OSError(30, "Read-only file system", "/x"), 2, "its permissions do not allow it"),
+        (OSError(28, "No space left on device", "/x"), 6, "make room"),
+        (OSError(28, "No space left on device"), 6, "make room"),
+        (EOFError("cut"), 1, "unexpected EOFError: cut"),
+        (ConnectionError("x"), 1, "unexpected ConnectionError"),
+    ],
+)
+def test_what_no_command_expected(run, monkeypatch, error, code, words):
+    """The disk and permissions are never a bug of this program, and a permission is never a lack of room."""
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("e4t_cli.registry.discovery.installed_domains", fail)
+    monkeypatch.setattr(console, "discard_stdout", lambda: None)
+    ended = run("domains", "list")
+    assert ended.code == code and words in ended.err
+    assert ("make room" in ended.err) == (code == 6) and ("bug" in ended.err) == (code == 1)
+
+
 def test_a_folder_that_may_not_be_written_to(run, tmp_path, monkeypatch):
     from PIL import Image
 
@@ -283,14 +308,28 @@ def test_a_folder_that_may_not_be_written_to(run, tmp_path, monkeypatch):
     assert "cannot be written to" in ended.err
 
 
-def test_the_shell_completes_domains(start):
-    words = "e4t personalize fa"
-    asked = {
-        "_E4T_COMPLETE": "complete_bash",
-        "COMP_WORDS": words,
-        "COMP_CWORD": "2",
-        "_TYPER_COMPLETE_ARGS": words,
-    }
-    process = start(env=asked)
-    out, _ = process.communicate(timeout=30)
-    assert out.split() == ["face"]
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("e4t personalize fa", ["face"]),
+        ("e4t personalize face me.jpg --base sd1", ["sd14", "sd15"]),
+        ("e4t generate me.e4t --scheduler dpm", ["dpm++", "dpm++-karras"]),
+        ("e4t generate me.e4t --dtype ", ["auto", "bf16", "fp16", "fp32"]),
+        ("e4t fetch sd14 --device c", ["cpu", "cuda", "cuda:0", "cuda:1"]),
+        ("e4t personalize face me.jpg --tuning ", ["full", "lora"]),
+    ],
+)
+def test_the_shell_completes(run, monkeypatch, words, expected):
+    count = len(words.split()) - (not words.endswith(" "))
+    for name, value in {"_E4T_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}.items():
+        monkeypatch.setenv(name, value)
+    assert sorted(run().out.split()) == expected
+
+
+def test_completion_and_help_list_every_scheduler(run):
+    from e4t_cli import sampling
+    from e4t_cli.cli.options import SCHEDULERS
+
+    assert list(SCHEDULERS) == list(sampling.SCHEDULERS)
+    words = run("generate", "--help").out
+    assert all(name in words for name in SCHEDULERS)

@@ -20,7 +20,7 @@ def pixels(path):
 def test_personalize_says_the_paths_and_nothing_else(run, world, tmp_path):
     ended = run(*world.personalize("--seed", "7", "-n", "2"))
     assert ended.code == 0, ended.err
-    names = ["my-faces-s-on-the-beach-7.png", "my-faces-s-on-the-beach-8.png"]
+    names = ["me-s-on-the-beach-7.png", "me-s-on-the-beach-8.png"]
     assert ended.lines == [f"outputs/{name}" for name in names]
     for name in names:
         with Image.open(tmp_path / "outputs" / name) as image:
@@ -52,9 +52,9 @@ def test_json_is_one_object_a_file(run, world):
     ended = run(*world.personalize("--json", "--grid", "--save", "me.e4t", "-n", "2", "--seed", "1"))
     assert ended.code == 0, ended.err
     told = [json.loads(line) for line in ended.lines]
-    assert [one["type"] for one in told] == ["image", "image", "grid", "concept"]
+    assert [one["type"] for one in told] == ["concept", "image", "image", "grid"]
     assert all(one["schema"] == 1 for one in told)
-    image = told[0]
+    image = told[1]
     assert image["prompt"] == "S* on the beach"
     assert image["tuning"]["steps"] == 1 and image["steps"] == 2
     assert image["domain"] == "my_faces" and image["base"] == "tiny"
@@ -78,7 +78,7 @@ def test_the_pictures_tell_their_story(run, world):
     assert str(world.photo.parent) not in json.dumps(told.details) + told.parameters
     shown = run("info", path).out
     assert "S* on the beach" in shown and "marked as generated" in shown
-    assert json.loads(run("info", path, "--json").out)["seed"] == 5
+    assert json.loads(run("info", path, "--json").out)["recorded"]["seed"] == 5
 
 
 def test_strength_is_heard_and_written_down(run, world, tmp_path):
@@ -87,7 +87,7 @@ def test_strength_is_heard_and_written_down(run, world, tmp_path):
     pixels = {}
     for strength in ("0", "0.5", "1"):
         one = ("--seed", "5", "--concept-scale", strength, "--save", f"{strength}.e4t")
-        path = run(*world.personalize(*one)).lines[0]
+        path = run(*world.personalize(*one)).lines[1]
         with open(path, "rb") as file:
             told = read_metadata(file.read())
         assert told.details["strength"] == float(strength)
@@ -105,15 +105,15 @@ def test_without_metadata_only_the_mark_stays(run, world):
     with open(path, "rb") as file:
         data = file.read()
     told = read_metadata(data)
-    assert told.ai_generated
-    assert told.parameters is None
-    assert b"beach" not in data
+    assert told.ai_generated and told.by_e4t
+    assert told.parameters is None and told.details is None
+    assert b"beach" not in data and data.count(b"tEXt") == 0
 
 
 def test_the_contact_sheet_shows_the_photo_first(run, world):
     ended = run(*world.personalize("--grid", "-n", "3", "--seed", "1", "-o", "sheet"))
     *paths, grid = ended.lines
-    assert grid == "sheet/my-faces-grid.png"
+    assert grid == "sheet/me-grid.png"
     with Image.open(grid) as sheet, Image.open(world.photo) as photo:
         assert sheet.width > 2 * 256 and sheet.height > 2 * 256
         shown = sheet.convert("RGB").crop((12, 12, 12 + 256, 12 + 256)).resize((32, 32))
@@ -124,11 +124,11 @@ def test_the_contact_sheet_shows_the_photo_first(run, world):
         told = read_metadata(file.read())
     assert told.ai_generated
     assert [one["seed"] for one in told.details["pictures"]] == [1, 2, 3]
-    assert run(*world.personalize("--grid", "-o", "sheet")).lines[-1] == "sheet/my-faces-grid-2.png"
+    assert run(*world.personalize("--grid", "-o", "sheet")).lines[-1] == "sheet/me-grid-2.png"
 
 
 def test_a_saved_concept_draws_the_same_again(run, world):
-    first, concept = run(*world.personalize("--save", "me.e4t", "--seed", "3")).lines
+    concept, first = run(*world.personalize("--save", "me.e4t", "--seed", "3")).lines
     assert concept == "me.e4t"
     again = run(
         "generate", "me.e4t", "S* on the beach", "--base", str(world.base), "--seed", "3",
@@ -150,7 +150,7 @@ def test_a_saved_concept_draws_the_same_again(run, world):
 
 def test_kept_weights_draw_without_tuning(run, world):
     install(world)
-    first = run(*world.personalize("--save", "me.e4t", "--keep-weights", "--seed", "3")).lines[0]
+    first = run(*world.personalize("--save", "me.e4t", "--keep-weights", "--seed", "3")).lines[1]
     again = run(
         "generate", "me.e4t", "S* on the beach", "--base", str(world.base), "--seed", "3",
         "--steps", "2",
@@ -279,7 +279,7 @@ def test_an_interrupted_command_keeps_what_was_saved(run, world, monkeypatch, tm
     assert ended.code == 130
     assert "interrupted; 1 saved before" in ended.err
     names = [path.name for path in (tmp_path / "outputs").iterdir()]
-    assert sorted(names) == ["my-faces-s-on-the-beach-0.png", "my-faces-s-on-the-beach-1.png"]
+    assert sorted(names) == ["me-s-on-the-beach-0.png", "me-s-on-the-beach-1.png"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def test_the_prepared_picture_alone(run, tmp_path):
     assert ended.out.split() == ["seen/me-prepared.png", "seen/me-prepared-mask.png"]
     assert "1 face, turned 0°, mask 3" in ended.err and "tune" not in ended.err
     with Image.open(tmp_path / "seen/me-prepared.png") as picture:
-        assert (picture.size, picture.mode) == ((64, 64), "RGB") and not picture.info
+        assert (picture.size, picture.mode) == ((64, 64), "RGB") and list(picture.info) == ["Software"]
     with Image.open(tmp_path / "seen/me-prepared-mask.png") as mask:
         assert (mask.size, mask.mode) == ((64, 64), "L")
     # Nothing is overwritten: a folder gets another name, a file is refused.
@@ -91,10 +91,10 @@ def test_the_concept_remembers_what_was_found(run, tmp_path):
     # The prepared picture comes first: it is there before any tuning.
     assert ended.out.split()[:2] == ["p/me-prepared.png", "p/me-prepared-mask.png"]
     told = json.loads(run("info", "me.e4t", "--json").out)
-    assert told["photo"].startswith("1 face, turned 0°, mask 3")
+    assert told["recorded"]["photo"].startswith("1 face, turned 0°, mask 3")
     again = run("generate", "me.e4t", "S* on the beach", "--steps", "1", "--seed", "3", "-o", "x")
     assert again.code == 0, again.err
-    first, second = (next((tmp_path / folder).glob("face*.png")) for folder in ("outputs", "x"))
+    first, second = (next((tmp_path / folder).glob("me-s-*.png")) for folder in ("outputs", "x"))
     with Image.open(first) as one, Image.open(second) as other:
         assert one.tobytes() == other.tobytes()
 

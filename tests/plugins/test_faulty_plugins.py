@@ -75,7 +75,7 @@ def test_G1_whatever_it_raises(install, site):
     install("e4t-broken", **WAYS_TO_FAIL)
     listed = e4t(site, "domains", "list", "--json")
     assert listed.returncode == 0, listed.stderr
-    rows = {row["name"]: row for row in json.loads(listed.stdout)}
+    rows = {row["name"]: row for row in map(json.loads, listed.stdout.splitlines())}
     for name in WAYS_TO_FAIL:
         assert rows[name]["source"] == "e4t-broken 1.0"
         assert rows[name]["reason"].startswith("did not load: ")
@@ -113,7 +113,7 @@ def test_G4_what_it_prints_stays_out_of_stdout(install, site):
     for words in (["domains", "list", "--json"], ["domains", "info", "chatty", "--json"]):
         ended = e4t(site, *words)
         assert ended.returncode == 0
-        json.loads(ended.stdout)
+        assert all(json.loads(line) for line in ended.stdout.splitlines())
         assert "hello from a plug-in\nand again\n" in ended.stderr
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    from e4t_cli.formats.concept import Concept
     from e4t_cli.hub.paths import AskLicence
     from e4t_cli.images.loading import ImageInput
     from e4t_cli.images.results import GeneratedImage
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ImageCallback = Callable[["GeneratedImage"], None]
 PreparedCallback = Callable[["PreparedImage"], None]
+ConceptCallback = Callable[["Concept"], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +96,14 @@ class PersonalizeOptions(GenerateOptions, PhotoOptions):
         tune_steps: instead of the config's; 0 keeps the encoder's first estimate.
         keep_weights: keep the tuned tensors in the concept: larger, but usable without tuning.
         on_prepared: called with the prepared image and its mask, before tuning.
+        on_concept: called with the concept after tuning, before the first image.
     """
 
     tuning: str | None = None
     tune_steps: int | None = None
     keep_weights: bool = False
     on_prepared: PreparedCallback | None = None
+    on_concept: ConceptCallback | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +205,7 @@ class PersonalizeKeywords(GenerateKeywords, PhotoKeywords, total=False):
     tune_steps: int | None
     keep_weights: bool
     on_prepared: PreparedCallback | None
+    on_concept: ConceptCallback | None
 
 
 class DomainTrainingKeywords(RunKeywords, total=False):

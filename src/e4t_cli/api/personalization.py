@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from e4t_cli.api.options import (
@@ -21,18 +22,23 @@ from e4t_cli.api.options import (
     RunKeywords,
     RunOptions,
 )
+from e4t_cli.api.repetition import other_circumstances, repeated
 from e4t_cli.api.resolve import (
+    Prompts,
     load_concept,
     load_concept_models,
     parse_prompts,
     prefers_half,
+    prompt_requests,
     resolve_base,
     resolve_base_name,
     resolve_domain,
     resolve_domain_weights,
+    resolve_images,
     resolve_sampling,
-    resolve_seed,
+    resolve_seeds,
     resolve_tuning,
+    scales_concept,
 )
 from e4t_cli.api.session import Session
 from e4t_cli.errors import UsageError, WeightsUnavailable, printable
@@ -40,7 +46,8 @@ from e4t_cli.hub.bases import e4t_diffusion_repository
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import look_up_base
 from e4t_cli.images.decoding import OpenedImage
-from e4t_cli.images.loading import ImageInput, open_image, open_mask
+from e4t_cli.images.loading import ImageInput, open_image, open_mask, read_bytes
+from e4t_cli.images.png_metadata import read_records
 from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downloader
 from e4t_cli.images.results import Personalization
 from e4t_cli.progress import Progress, ProgressCallback
@@ -56,10 +63,10 @@ if TYPE_CHECKING:
 def personalize(
     domain: str | os.PathLike[str] | Domain,
     image: ImageInput,
-    prompts: str | Sequence[str] = (),
+    prompts: Prompts = (),
     *,
     num_images_per_prompt: int = 1,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     sampling: SamplingConfig | Mapping[str, Any] | None = None,
     placeholder: str = PLACEHOLDER,
     **options: Unpack[PersonalizeKeywords],
@@ -69,21 +76,23 @@ def personalize(
     Args:
         domain: "face", "cat", "art", any installed domain, a domain folder, or a `Domain`.
         image: the photo: a path, "-" for stdin, bytes, an open binary file, or a PIL image.
-        prompts: with the placeholder where the concept goes; none only makes the concept.
+        prompts: with the placeholder where the concept goes; none only makes the concept. A `PromptRequest` has
+            settings of its own.
         num_images_per_prompt: image i of every prompt has the seed `seed + i`.
-        seed: of tuning and of the first image; None takes a random one, and reports it.
+        seed: of tuning and of the first image; None takes a random one, and reports it. Of several seeds each makes
+            one image of every prompt, and the first is that of tuning.
         sampling: `SamplingConfig`, or a mapping of some of its fields.
         placeholder: what the prompts call the concept.
         options: keywords, see `e4t_cli.api.options`: base, device, dtype, vram, offline, accept_license,
             safety_checker (`GenerateOptions`); mask, align, face, require_face (`PhotoOptions`); tuning, tune_steps,
-            keep_weights (`PersonalizeOptions`); on_progress, on_prepared, on_image.
+            keep_weights (`PersonalizeOptions`); on_progress, on_prepared, on_concept, on_image.
 
     Raises:
         E4TError: one of its children (errors.py).
     """
     asked = PersonalizeOptions(**options)
     parsed = parse_prompts(prompts, placeholder)
-    first_seed = resolve_seed(seed, num_images_per_prompt)
+    seeds = resolve_seeds(seed, num_images_per_prompt)
     value, package = resolve_domain(domain)
     photo = open_image(image)
     mask = resolve_mask(asked.mask, photo)
@@ -92,6 +101,7 @@ def personalize(
     weights = resolve_domain_weights(value, base, session.access)
     with session.running(base):
         config = resolve_sampling(sampling)
+        wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
         session.load(base, weights)
         session.check_prompts(parsed)
         model, pretrained = session.model, session.pretrained
@@ -113,24 +123,25 @@ def personalize(
         concept = Concept(
             domain=value.name, package=package, descriptor=pretrained.descriptor,
             base_name=model.base.name, base_fingerprint=model.fingerprint, weights_digest=pretrained.digest,
-            prepared=prepared, image_features=features, config=tuning, seed=first_seed,
+            prepared=prepared, image_features=features, config=tuning, seed=seeds[0],
             image_sha256=photo.sha256, photo="; ".join(prepared.remarks),
             placeholder=check_placeholder(placeholder),
         )  # fmt: skip
-        tuned = session.tune(concept, keep_base=config.concept_scale != 1)
+        tuned = session.tune(concept, keep_base=scales_concept(wanted))
         if asked.keep_weights:
             concept = replace(concept, weights=Concept.weights_of(tuned))
-        return session.generate(
-            concept, tuned, parsed, config, count=num_images_per_prompt, seed=first_seed, on_image=asked.on_image
-        )
+        if asked.on_concept is not None:
+            asked.on_concept(concept)
+        return session.generate(concept, tuned, wanted, seed=seeds[0], name=_stem(image), on_image=asked.on_image)
 
 
 def generate(
     concept: Concept | str | os.PathLike[str],
-    prompts: str | Sequence[str],
+    prompts: Prompts = (),
     *,
+    like: ImageInput | None = None,
     num_images_per_prompt: int = 1,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     sampling: SamplingConfig | Mapping[str, Any] | None = None,
     placeholder: str | None = None,
     **options: Unpack[GenerateKeywords],
@@ -139,6 +150,8 @@ def generate(
 
     Args:
         concept: from `personalize`, or the file it was saved to.
+        like: a PNG, or contact sheet, of e4t, whose prompts, seeds, placeholder and sampling options stand in for
+            those that are not given.
         placeholder: the concept's own by default.
         options: keywords, the fields of `GenerateOptions`.
 
@@ -146,24 +159,36 @@ def generate(
 
     Raises:
         IntegrityError: this machine's base or domain weights are not those of the concept.
+        InputError: `like` has no record of how it was made.
         E4TError: another of its children.
     """
     asked = GenerateOptions(**options)
-    first_seed = resolve_seed(seed, num_images_per_prompt)
+    records = [] if like is None else read_records(read_bytes(like))
+    if records:
+        placeholder = placeholder or records[0].placeholder
+        prompts, seed, sampling = repeated(records, prompts, seed, num_images_per_prompt, sampling)
+    seeds = resolve_seeds(seed, num_images_per_prompt)
     if placeholder is not None:
         parse_prompts(prompts, placeholder)
+    name = _stem(concept) if isinstance(concept, str | os.PathLike) else ""
     session = Session(asked, vram=asked.vram, safety=asked.safety_checker)
     with session.running():
         concept = load_concept(concept)
         parsed = parse_prompts(prompts, placeholder or concept.placeholder)
+        if records and (note := other_circumstances(records[0], concept)):
+            session.note("load", note)
         config = resolve_sampling(sampling)
+        wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
         load_concept_models(concept, session)
         session.check_prompts(parsed)
         tuned = concept.tuned(session.model, session.pretrained)
-        tuned = tuned or session.tune(concept, keep_base=config.concept_scale != 1)
-        return session.generate(
-            concept, tuned, parsed, config, count=num_images_per_prompt, seed=first_seed, on_image=asked.on_image
-        )
+        tuned = tuned or session.tune(concept, keep_base=scales_concept(wanted))
+        return session.generate(concept, tuned, wanted, seed=seeds[0], name=name, on_image=asked.on_image)
+
+
+def _stem(source: ImageInput) -> str:
+    """Return the name of a photo's or concept's file without its ending; "" if it has none that is known."""
+    return Path(source).stem if isinstance(source, str | os.PathLike) and source != "-" else ""
 
 
 def prepare(
@@ -198,7 +223,7 @@ def prepare(
 def plan(
     domain: str | os.PathLike[str] | Domain,
     image: ImageInput,
-    prompts: str | Sequence[str] = (),
+    prompts: Prompts = (),
     *,
     num_images_per_prompt: int = 1,
     placeholder: str = PLACEHOLDER,
@@ -228,11 +253,11 @@ def plan(
         "domain": value.name,
         "descriptor": value.descriptor,
         "base": name,
-        "photo": f"{photo.width}×{photo.height}",
+        "photo": {"width": photo.width, "height": photo.height},
         "prompts": len(parsed),
-        "images": len(parsed) * num_images_per_prompt,
-        "size": f"{resolution}×{resolution}" if resolution else "",
-        "to fetch": " and ".join(fetched),
+        "images": sum(one.num_images or num_images_per_prompt for one in prompt_requests(prompts)),
+        "size": {"width": resolution, "height": resolution} if resolution else None,
+        "to_fetch": " and ".join(fetched),
         "tuning": asdict(resolve_tuning(config, tuning, tune_steps)),
     }
 

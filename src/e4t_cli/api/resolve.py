@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e4t_cli.api.options import RunOptions
-from e4t_cli.api.session import Session
+from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.devices import choose_device, likely_accelerator
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import (
@@ -31,7 +31,7 @@ from e4t_cli.hub.bases import (
 from e4t_cli.hub.paths import HubAccess, Terms, is_accepted
 from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, is_reachable
 from e4t_cli.progress import Progress
-from e4t_cli.prompts import Prompt, parse_prompt
+from e4t_cli.prompts import Prompt, PromptRequest, parse_prompt
 from e4t_cli.registry.config import TUNING_METHODS, PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages, weights_folder
 from e4t_cli.registry.domain import Domain
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.sampling import SamplingConfig
 
+Prompts = str | PromptRequest | Sequence[str | PromptRequest]
 MAX_SEED = 2**32 - 1  # the largest that other programs' metadata readers take
 
 # Of a new domain: the paper's values for cats, its domain of objects without masks (section 3.5).
@@ -48,20 +49,75 @@ NEW_TUNING = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
 NEW_PRETRAINING = PretrainingConfig(steps=60_000)
 
 
-def parse_prompts(prompts: str | Sequence[str], placeholder: str) -> list[Prompt]:
+def prompt_requests(prompts: Prompts) -> list[PromptRequest]:
+    """Return one prompt or several, each with the settings that are its own."""
+    several = [prompts] if isinstance(prompts, str | PromptRequest) else prompts
+    return [one if isinstance(one, PromptRequest) else PromptRequest(one) for one in several]
+
+
+def parse_prompts(prompts: Prompts, placeholder: str) -> list[Prompt]:
     """Parse one prompt or several; raises `UsageError` if one does not name the concept."""
-    return [parse_prompt(one, placeholder) for one in ([prompts] if isinstance(prompts, str) else prompts)]
+    parsed = []
+    for one in prompt_requests(prompts):
+        with one.located():
+            parsed.append(parse_prompt(one.prompt, placeholder))
+    return parsed
 
 
-def resolve_seed(seed: int | None, count: int) -> int:
-    """Return the seed of the first of `count` images, checked; a random one if none was asked for."""
+def resolve_images(
+    prompts: Prompts, parsed: Sequence[Prompt], sampling: SamplingConfig, *, count: int, seeds: Sequence[int]
+) -> list[ImageRequest]:
+    """Return every image that is wanted; raises `UsageError` for a prompt's own settings that cannot be.
+
+    Args:
+        parsed: the prompts, by `parse_prompts`.
+        sampling, count, seeds: of prompts without their own.
+    """
+    wanted = []
+    for one, prompt in zip(prompt_requests(prompts), parsed, strict=True):
+        with one.located():
+            own = own_seeds(one, seeds, count)
+            config = resolve_sampling({**sampling.as_dict(), **one.sampling}) if one.sampling else sampling
+        wanted += [ImageRequest(prompt, seed, config) for seed in own]
+    return wanted
+
+
+def own_seeds(request: PromptRequest, seeds: Sequence[int], count: int) -> Sequence[int]:
+    """Return the seeds of one prompt's images: `seeds` and their number, `count`, unless it has its own."""
+    if request.seed is None and request.num_images is None:
+        return seeds
+    first = seeds[0] if request.seed is None else request.seed
+    return resolve_seeds(first, count if request.num_images is None else request.num_images)
+
+
+def count_images(prompts: Prompts, seed: int | Sequence[int] | None, count: int) -> int:
+    """Return how many images are wanted; raises UsageError as `resolve_seeds`."""
+    seeds, images = resolve_seeds(seed, count), 0
+    for one in prompt_requests(prompts):
+        with one.located():
+            images += len(own_seeds(one, seeds, count))
+    return images
+
+
+def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Return the seeds of each prompt's images, checked: those given, or `count` from the given or a random one on.
+
+    Raises:
+        UsageError: a seed is out of range, there is none, or both a list and a count were given.
+    """
     if not isinstance(count, int) or count < 1:
         raise UsageError(f"the number of images per prompt must be 1 or more, not {count!r}")
     if seed is None:
-        return secrets.randbelow(2**31)  # short enough to type, far from the end
-    if not 0 <= seed <= MAX_SEED + 1 - count:
-        raise UsageError(f"seeds must be 0 to {MAX_SEED}, not {seed} to {seed + count - 1}")
-    return seed
+        seed = secrets.randbelow(2**31)  # short enough to type, far from the end
+    if isinstance(seed, Sequence) and count > 1:
+        raise UsageError("a list of seeds says how many images there are", hint="leave -n out, or give one seed")
+    if isinstance(seed, int):
+        seeds = list(range(seed, seed + count))
+    else:
+        seeds = list(dict.fromkeys(seed)) if isinstance(seed, Sequence) else []
+    if not seeds or not all(isinstance(one, int) and 0 <= one <= MAX_SEED for one in seeds):
+        raise UsageError(f"seeds must be 0 to {MAX_SEED}, not {printable(repr(seed), limit=40)}")
+    return seeds
 
 
 def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
@@ -74,6 +130,11 @@ def resolve_sampling(wanted: SamplingConfig | Mapping[str, Any] | None) -> Sampl
         return SamplingConfig(**(wanted or {}))
     except TypeError as error:
         raise UsageError(f"sampling: {error}") from error
+
+
+def scales_concept(wanted: Sequence[ImageRequest]) -> bool:
+    """Whether an image needs the base's own weights beside the tuned ones."""
+    return any(one.sampling.concept_scale != 1 for one in wanted)
 
 
 def resolve_tuning(config: TuningConfig, method: str | None, steps: int | None) -> TuningConfig:

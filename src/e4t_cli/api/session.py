@@ -7,11 +7,12 @@ imported in `Session.running`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from e4t_cli.api.options import ImageCallback, RunOptions
 from e4t_cli.devices import (
@@ -33,6 +34,8 @@ from e4t_cli.progress import Progress
 from e4t_cli.prompts import Prompt
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from e4t_cli.formats.concept import Concept
     from e4t_cli.models.denoiser import TunedModel
     from e4t_cli.models.domain_weights import DomainWeights
@@ -54,17 +57,26 @@ def memory_errors() -> Iterator[None]:
 
 
 def record_of(
-    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int]
+    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int], spacing: str
 ) -> GenerationRecord:
     """Return all that it takes to generate an image again; `size` is (width, height) in pixels."""
     return GenerationRecord(
         prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
         negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
         steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
-        domain=concept.domain, base=concept.base_name, base_fingerprint=concept.base_fingerprint,
+        timestep_spacing=spacing, domain=concept.domain,
+        base=concept.base_name, base_fingerprint=concept.base_fingerprint,
         weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
         tuning={**concept.config.as_dict(), "seed": concept.seed},
     )  # fmt: skip
+
+
+class ImageRequest(NamedTuple):
+    """One image that is wanted."""
+
+    prompt: Prompt
+    seed: int
+    sampling: SamplingConfig
 
 
 class Session:
@@ -216,36 +228,60 @@ class Session:
         self,
         concept: Concept,
         tuned: TunedModel,
-        prompts: Sequence[Prompt],
-        sampling: SamplingConfig,
+        wanted: Sequence[ImageRequest],
         *,
-        count: int,
         seed: int,
+        name: str,
         on_image: ImageCallback | None,
     ) -> Personalization:
-        """Generate `count` images of every prompt; image i of each has the seed `seed + i`."""
-        from e4t_cli.sampling import sample
-
-        sampling = sampling.resolved(self.model)
-        wanted = [prompt for prompt in prompts for _ in range(count)]
-        seeds = [seed + i for _ in prompts for i in range(count)]
+        """Generate the images in order; `seed`, that of tuning, and `name` are the result's."""
         images: list[GeneratedImage] = []
         withheld: list[GenerationRecord] = []
         with self.stage("generate", counted=True):
             checker = self._safety_checker()
-            sampled = sample(self.model, tuned, wanted, seeds, sampling, on_progress=self.report)
-            for prompt, image_seed, pixels in zip(wanted, seeds, sampled, strict=True):
-                record = record_of(concept, prompt, image_seed, sampling, pixels.size)
+            for one, sampling, pixels in self._sampled(tuned, wanted):
+                record = record_of(concept, one.prompt, one.seed, sampling, pixels.size, self._spacing(sampling))
                 if checker is not None and checker.flags([pixels])[0]:
                     withheld.append(record)
                     continue
-                images.append(GeneratedImage(image=pixels, prompt=prompt.text, seed=image_seed, record=record))
+                images.append(
+                    GeneratedImage(image=pixels, prompt=one.prompt.text, seed=one.seed, record=record, name=name)
+                )
                 if on_image is not None:
                     on_image(images[-1])
         return Personalization(
             concept=concept, images=images, seed=seed, timings=Timings(**self.seconds),
-            notes=tuple(self.notes), withheld=tuple(withheld),
+            notes=tuple(self.notes), withheld=tuple(withheld), name=name,
         )  # fmt: skip
+
+    def _sampled(
+        self, tuned: TunedModel, wanted: Sequence[ImageRequest]
+    ) -> Iterator[tuple[ImageRequest, SamplingConfig, Image]]:
+        """Yield each image with its request and its sampling; neighbours with the same sampling are one batch."""
+        from e4t_cli.sampling import sample
+
+        total, before = sum(one.sampling.steps for one in wanted), 0
+        for chosen, group in itertools.groupby(wanted, key=lambda one: one.sampling):
+            some, sampling = list(group), chosen.resolved(self.model)
+            share = sampling.steps * len(some)
+
+            def report(event: Progress, before: int = before, share: int = share) -> None:
+                # Of all groups; a scheduler that evaluates the U-Net twice in a step counts more of them.
+                done = before + event.done * share // event.total if event.total else 0
+                self.report(event if share == total else replace(event, done=done, total=total))
+
+            prompts, seeds = [one.prompt for one in some], [one.seed for one in some]
+            for one, pixels in zip(
+                some, sample(self.model, tuned, prompts, seeds, sampling, on_progress=report), strict=True
+            ):
+                yield one, sampling, pixels
+            before += share
+
+    def _spacing(self, sampling: SamplingConfig) -> str:
+        """Return how the scheduler distributes its time steps, in diffusers' words."""
+        from e4t_cli.sampling import make_scheduler
+
+        return str(make_scheduler(self.model, sampling).config.get("timestep_spacing", "leading"))
 
     def _safety_checker(self) -> SafetyChecker | None:
         """Return the base's safety checker, if it has one and it is not disabled."""

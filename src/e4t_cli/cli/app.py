@@ -1,11 +1,13 @@
 """Assembles the commands, and maps every way of ending to an error message and an exit code.
 
-0 done · 1 unexpected · 2 to 8 the errors in errors.py · 130 interrupted · 143 terminated.
+0 done · 1 unexpected · 2 to 8 the errors in errors.py · 130 interrupted · 141 the reader of stdout ended ·
+143 terminated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import logging
 import os
@@ -20,9 +22,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from e4t_cli import __version__
-from e4t_cli.cli import cache, console, domains, export, info, personalize, pretrain
+from e4t_cli.cli import cache, console, doctor, domains, export, info, personalize, pretrain
 from e4t_cli.errors import E4TError, ResourceError, UsageError
+from e4t_cli.files import file_error
 
+READER_ENDED = 141  # 128 + SIGPIPE: the signal would end other tools there, as in `e4t … | head -1`
+SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -39,10 +44,10 @@ app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.add_typer(domains.app, name="domains")
 app.add_typer(export.app, name="import")
-app.command("info")(info.info)
+app.command("info", epilog=info.EXAMPLES)(info.info)
 app.command("fetch", epilog=cache.FETCH_EXAMPLES)(cache.fetch)
 app.add_typer(cache.app, name="cache")
-app.command("doctor")(info.doctor)
+app.command("doctor")(doctor.doctor)
 
 
 def _reflow(group: typer.Typer) -> None:
@@ -67,12 +72,12 @@ def root(
     if version:
         console.write_stdout(f"e4t {__version__}")
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        console.write_stdout(context.get_help())
+    console.show_help(context)
 
 
 def main() -> NoReturn:
     """Entry point of ``e4t`` and of ``python -m e4t_cli``."""
+    _open_closed_streams()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -96,8 +101,18 @@ def run(arguments: Sequence[str]) -> int:
         except MemoryError:
             hint = "close other programs, or ask for fewer images at once"
             return _report(ResourceError("this machine ran out of memory", hint=hint))
-        except BrokenPipeError:
-            return _broken_pipe()
+        except console.ReaderEnded:
+            return READER_ENDED
+        except SystemExit as error:
+            # Typer's answer to a broken pipe, while it prints a help.
+            if isinstance(error.__context__, BrokenPipeError):
+                console.discard_stdout()
+                return READER_ENDED
+            return error.code if isinstance(error.code, int) else 1
+        except OSError as error:
+            return _os_error(error)
+        except typer.Abort as error:  # Typer's answer to an EOFError, of whatever library
+            return _unexpected(error.__cause__ or error)
         except Exception as error:
             return _unexpected(error)
 
@@ -109,7 +124,16 @@ def _report(error: E4TError) -> int:
     return error.exit_code
 
 
-def _unexpected(error: Exception) -> int:
+def _os_error(error: OSError) -> int:
+    """Report a full disk or a missing permission that no command expected; anything else is a bug."""
+    if error.errno not in SURROUNDINGS:
+        return _unexpected(error)
+    if error.filename is None:
+        console.discard_stdout()  # perhaps a help, which Typer prints
+    return _report(file_error(error, error.filename or "stdout or a file"))
+
+
+def _unexpected(error: BaseException) -> int:
     text = " ".join(str(error).split())
     message = f"unexpected {type(error).__name__}{': ' if text else ''}{text}"
     return _report(
@@ -130,16 +154,20 @@ def _stopped(stopped_by: list[int]) -> int:
     return stopped.exit_code
 
 
-def _broken_pipe() -> int:
-    """``e4t … | head -1``: the reader has ended; as other tools, exit quietly with 1."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        # Python flushes stdout once more at exit, which would fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
-
-
 def _debugging() -> bool:
     return console.current().verbose >= 2 or os.environ.get("E4T_DEBUG") == "1"
+
+
+def _open_closed_streams() -> None:
+    """Open the null device in place of closed streams (``<&-``), else the next file opened gets the number of one.
+
+    What a library prints, or a process that is started, would go to that file. Python's own streams stay None.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
 
 
 def _silence_libraries() -> None:
@@ -148,8 +176,9 @@ def _silence_libraries() -> None:
         os.environ.setdefault(name, "1")
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
+    # Whatever PYTHONWARNINGS says, which is meant for programs under test: "error" would end torch's import.
+    warnings.simplefilter("ignore")
+    os.environ["PYTHONWARNINGS"] = "ignore"  # of processes that this one starts
     if not logging.root.handlers:
         logging.root.addHandler(logging.NullHandler())  # else Python prints warnings to stderr
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,25 +13,27 @@ from e4t_cli.cli.options import Json, Quiet, Yes
 from e4t_cli.errors import IntegrityError
 from e4t_cli.files import shown_size
 from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
-from e4t_cli.hub.paths import hub_cache, user_cache
+from e4t_cli.hub.paths import folder_problems, hub_cache, user_cache
 
 if TYPE_CHECKING:
     from e4t_cli.hub.paths import HubAccess
 
-app = typer.Typer(help="The files that e4t has downloaded or derived.", no_args_is_help=True)
+app = typer.Typer(help="The files that e4t has downloaded or derived.")
 
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="As `e4t cache ls` shows them.")]
 
 
-@app.callback()
-def cache() -> None:
+@app.callback(invoke_without_command=True)
+def cache(context: typer.Context) -> None:
     """The files that e4t has downloaded or derived."""
+    terminal.show_help(context)
 
 
 @app.command("dir")
 def show_folders(json: Json = False) -> None:
     """Print the folders of fetched and of derived files."""
     console = terminal.start(json=json)
+    _warn_of_folders(console)
     folders = {"hub": str(hub_cache()), "own": str(user_cache())}
     if json:
         return console.details("cache", folders)
@@ -41,15 +42,23 @@ def show_folders(json: Json = False) -> None:
     return None
 
 
+def _warn_of_folders(console: terminal.Console) -> None:
+    for problem in folder_problems():
+        console.warning(problem)
+
+
 @app.command("ls")
 def list_items(json: Json = False) -> None:
     """List what was fetched and derived, with its size."""
     console = terminal.start(json=json)
     from e4t_cli.hub.cache import list_cache
 
+    _warn_of_folders(console)
     found = list_cache()
     if json:
-        return terminal.write_stdout(json_format.dumps([item.as_dict() for item in found]))
+        for item in found:
+            console.details(item.name, {"type": "cached", **item.as_dict()})
+        return None
     rows = [(item.name, item.kind, shown_size(item.size), str(item.path)) for item in found]
     if rows:
         console.table(("name", "kind", "size", "path"), rows)

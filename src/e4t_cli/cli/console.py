@@ -9,6 +9,7 @@ never read as markup.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -18,10 +19,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from e4t_cli.errors import E4TError, UsageError, printable
+from e4t_cli.errors import E4TError, ResourceError, UsageError, printable
 from e4t_cli.progress import Progress, StopRequest
 
 if TYPE_CHECKING:
+    import typer
     from rich.console import Console as RichConsole
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -29,7 +31,12 @@ if TYPE_CHECKING:
 
 # Between two plain lines of a stage PLAIN_SECONDS pass and PLAIN_SHARE of it is done, or PLAIN_MAX_SECONDS pass.
 PLAIN_SECONDS, PLAIN_SHARE, PLAIN_MAX_SECONDS = 10.0, 0.1, 60.0
+SHORT_LIST = 8  # entries of a list that is printed whole, not counted
 LONG_STAGE = 10.0  # seconds after which a stage also shows its remaining time
+
+
+class ReaderEnded(Exception):  # not an OSError, which Typer would turn into an exit with code 1
+    """Nobody reads stdout any more."""
 
 
 class Console:
@@ -62,11 +69,11 @@ class Console:
             write_stdout("  ".join(map(str.ljust, row, widths)).rstrip())
 
     def details(self, title: str, about: Mapping[str, Any]) -> None:
-        """Print a mapping: a line for each entry, or one JSON object."""
+        """Print a mapping: a line for each entry, or one JSON object; its keys are in snake case."""
         if self.json:
             write_stdout(json.dumps({"schema": 1, **about}))
         else:
-            rows = [(name, _as_text(value)) for name, value in about.items()]
+            rows = [(name.replace("_", " "), _as_text(value)) for name, value in about.items()]
             self.table((title, ""), [row for row in rows if row[1]])
 
     # ── stderr ──
@@ -165,28 +172,65 @@ class Console:
 
 def _as_text(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_as_text(one)}" for name, one in value.items())
+        size = [f"{value['width']}×{value['height']}"] if {"width", "height"} <= value.keys() else []
+        others = {name: one for name, one in value.items() if not size or name not in ("width", "height")}
+        return ", ".join(size + [f"{name} {_as_text(one)}" for name, one in others.items()])
     if isinstance(value, list):
-        return f"{len(value)}"
+        short = len(value) <= SHORT_LIST and not any(isinstance(one, Mapping | list) for one in value)
+        return ", ".join(map(str, value)) if short else f"{len(value)}"
     return {"True": "yes", "False": "no", "None": ""}.get(str(value), str(value))
 
 
 def write_stdout(line: str) -> None:
     """Write one line to stdout, and flush it.
 
-    File names need not be text: where the stream cannot encode one, its raw bytes are written.
+    File names need not be text: where the stream cannot encode one, its raw bytes are written. A stdout that was
+    closed by the caller (``>&-``) takes nothing.
 
     Raises:
-        BrokenPipeError: the reader has ended (``| head -1``); handled in app.py.
+        ReaderEnded: as in ``| head -1``; handled in app.py.
+        ResourceError: the file or device that it goes to takes no more; nothing is written from then on.
     """
     if sys.stdout is None:
         return
     try:
-        sys.stdout.write(line + "\n")
-    except UnicodeEncodeError:
+        try:
+            sys.stdout.write(line + "\n")
+        except UnicodeEncodeError:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(_raw(line) + b"\n")
         sys.stdout.flush()
-        sys.stdout.buffer.write(os.fsencode(line) + b"\n")
-    sys.stdout.flush()
+    except BrokenPipeError:
+        discard_stdout()
+        raise ReaderEnded from None
+    except OSError as error:
+        raise stdout_failed(error) from error
+
+
+def show_help(context: typer.Context) -> None:
+    """Print the help of a group of commands that was called without one."""
+    if context.invoked_subcommand is None:
+        write_stdout(context.get_help())
+
+
+def _raw(line: str) -> bytes:
+    try:
+        return os.fsencode(line)
+    except UnicodeEncodeError:  # file names are ASCII, where PYTHONUTF8=0 and LC_ALL=C are set
+        return line.encode("ascii", "backslashreplace")
+
+
+def discard_stdout() -> None:
+    """Send what is buffered, and all that follows, nowhere: Python flushes stdout once more at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def stdout_failed(error: OSError) -> E4TError:
+    """Return the error for a stdout that takes no more; what follows is discarded."""
+    discard_stdout()
+    hint = "make room, or send it elsewhere" if error.errno == errno.ENOSPC else "send it elsewhere"
+    return ResourceError(f"stdout cannot be written: {error.strerror or error}", hint=f"{hint}; files stay")
 
 
 # ── terminals, and the progress of stages ──

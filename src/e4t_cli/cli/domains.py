@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json as json_format
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,6 @@ from e4t_cli.errors import E4TError
 from e4t_cli.files import shown_size
 
 if TYPE_CHECKING:
-    from e4t_cli.registry.config import TuningConfig
     from e4t_cli.registry.discovery import Listing
     from e4t_cli.registry.domain import Domain
     from e4t_cli.registry.weights import WeightsState
@@ -41,11 +39,13 @@ def list_domains(json: Json = False) -> None:
     console = terminal.start(json=json)
     listings = installed_domains()
     if json:
-        return terminal.write_stdout(json_format.dumps([_record(listing) for listing in listings]))
+        for listing in listings:
+            console.details(listing.name, {"type": "domain", **_record(listing)})
+        return
     console.table(HEADINGS, [_row(listing) for listing in listings])
     if not listings:
         console.note("no domain is installed; domains/README.md says how to write one")
-    return None
+    return
 
 
 def _record(listing: Listing) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _row(listing: Listing) -> tuple[str, ...]:
         return (listing.name, record["source"], f"broken: {listing.reason}", "", "", "")
     weights = "; ".join(f"{base} {_state_text(one)}" for base, one in record["weights"].items())
     licence = record["licence"] + (f" ({listing.reason})" if listing.reason else "")
-    return (listing.name, record["source"], record["descriptor"], record["tuning"], weights, licence)
+    return (listing.name, record["source"], record["descriptor"], _tuning_text(record["tuning"]), weights, licence)
 
 
 def _source_text(listing: Listing) -> str:
@@ -78,6 +78,7 @@ def domain_info(name: DomainName, json: Json = False) -> None:
     about: dict[str, Any] = {"source": _source_text(listing), **_about_domain(listing.domain)}
     if not json:
         del about["name"]
+        about["tuning"] = _tuning_text(about["tuning"])
         for base, weights in about.pop("weights").items():
             about[f"weights for {base}"] = _state_text(weights, long=True)
             about |= {f"{base}: {key}": value for key, value in _lines(weights).items()}
@@ -92,7 +93,7 @@ def _about_domain(domain: Domain) -> dict[str, Any]:
         "name": domain.name,
         "summary": domain.summary,
         "descriptor": domain.descriptor,
-        "tuning": _tuning_text(domain.tuning),
+        "tuning": dict(vars(domain.tuning)),
         "licence": domain.licence,
         "weights": {state.base: _about_weights(state) for state in weights_states(domain)},
     }
@@ -106,14 +107,14 @@ def _state_text(weights: dict[str, Any], *, long: bool = False) -> str:
         text = f"{size} to fetch".strip()
     elif long and size:
         text = f"{text}, {size}"
-    more = weights.get("tuning") or weights.get("hint") or weights.get("reason")
+    more = _tuning_text(weights["tuning"]) if "tuning" in weights else weights.get("hint") or weights.get("reason")
     return f"{text}: {more}" if long and more else text
 
 
-def _tuning_text(config: TuningConfig) -> str:
-    """Return the tuning config in a few words."""
-    mask = ", masked" if config.mask else ""
-    return f"{config.steps} steps, rate {config.learning_rate:.3g}, regularization {config.reg_weight:g}{mask}"
+def _tuning_text(config: dict[str, Any]) -> str:
+    """Return the fields of a tuning config in a few words."""
+    rate, mask = config["base_learning_rate"] * config["batch_size"], ", masked" if config["mask"] else ""
+    return f"{config['steps']} steps, rate {rate:.3g}, regularization {config['reg_weight']:g}{mask}"
 
 
 def _about_weights(state: WeightsState) -> dict[str, Any]:
@@ -126,8 +127,8 @@ def _about_weights(state: WeightsState) -> dict[str, Any]:
     files = manifest.files.items()
     return {
         **record,
-        "tuning": _tuning_text(manifest.tuning),
-        "pretraining": manifest.pretraining.as_dict(),
+        "tuning": dict(vars(manifest.tuning)),
+        "pretraining": dict(vars(manifest.pretraining)),
         "folder": str(folder),
         "images": manifest.images,
         **{field: getattr(manifest, field) for field in texts},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from e4t_cli.cli import options
+from e4t_cli.cli.console import show_help
 from e4t_cli.cli.personalize import OwnPlaceholder, Saved, check_concept
 from e4t_cli.errors import UsageError, printable
 
@@ -22,7 +23,7 @@ e4t personalize my_dogs rex.jpg "S* on the beach" --base sd14\n
 e4t import e4t-diffusion ./tuned-on-rex --save rex.e4t
 """
 
-app = typer.Typer(help="Use weights that another program trained.", no_args_is_help=True)
+app = typer.Typer(help="Use weights that another program trained.")
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="With config.json, encoder.pt and the weights.")]
 Save = Annotated[
@@ -33,9 +34,10 @@ Photo = Annotated[
 ]
 
 
-@app.callback()
-def weights() -> None:
+@app.callback(invoke_without_command=True)
+def weights(context: typer.Context) -> None:
     """Use weights that another program trained."""
+    show_help(context)
 
 
 # fmt: off
@@ -46,7 +48,8 @@ class ImportFlags:
     name: Annotated[str | None, typer.Option(
         metavar="NAME", help="Of the domain; by default the one that it was made for.")] = None
     base: Annotated[str, typer.Option(
-        "--base", help="What it was trained on; auto is what its config says.")] = "auto"
+        "--base", autocompletion=options.complete_base,
+        help="What it was trained on; auto is what its config says.")] = "auto"
     licence: Annotated[str, typer.Option(
         metavar="TEXT", help="Of the weights, for the domain's manifest.")] = ""
     normalised_patches: Annotated[bool, typer.Option(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from e4t_cli.cli import console
+from e4t_cli.devices import DTYPES
+from e4t_cli.errors import UsageError, printable
 from e4t_cli.progress import ProgressCallback
 
 if TYPE_CHECKING:
     from e4t_cli.api.options import (
+        ConceptCallback,
         GenerateKeywords,
         ImageCallback,
         PersonalizeKeywords,
@@ -26,6 +30,10 @@ if TYPE_CHECKING:
         PreparedCallback,
         RunKeywords,
     )
+
+MAX_SEED = 2**32 - 1
+MAX_SEEDS = 10_000  # of one range; more is a slip of the finger
+SCHEDULERS = ("dpm++", "dpm++-karras", "ddim", "ddpm", "euler", "euler-a", "heun", "pndm", "unipc")
 
 # Options, by their panel of the help.
 images_option = functools.partial(typer.Option, rich_help_panel="Images")
@@ -74,6 +82,18 @@ def complete_domain(incomplete: str) -> list[str]:
     return [name for name in domain_names() if name.startswith(incomplete)]
 
 
+def complete_base(incomplete: str) -> list[str]:
+    """Names of bases, for the shell's completion."""
+    from e4t_cli.hub.bases import EMBEDDED, PUBLISHED
+
+    return [name for name in ("auto", *EMBEDDED, *PUBLISHED) if name.startswith(incomplete)]
+
+
+def completes(*words: str) -> Callable[[str], list[str]]:
+    """Return a function that completes one of a few words."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
 def _go_offline(offline: bool) -> bool:
     """Set the environment too: the libraries read it at their first import."""
     if offline:
@@ -87,8 +107,11 @@ def _go_offline(offline: bool) -> bool:
 DomainName = Annotated[str, typer.Argument(
     metavar="DOMAIN", autocompletion=complete_domain, help="What kind of thing it is: see `e4t domains list`.")]
 Placeholder = Annotated[str, images_option(help="Another word for the concept, such as '<me>'.")]
-Device = Annotated[str, device_option(envvar="E4T_DEVICE", help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, device_option(envvar="E4T_DTYPE", help="auto, fp32, bf16 or fp16.")]
+Device = Annotated[str, device_option(
+    envvar="E4T_DEVICE", autocompletion=completes("auto", "cpu", "cuda", "cuda:0", "cuda:1", "mps"),
+    help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, device_option(
+    envvar="E4T_DTYPE", autocompletion=completes("auto", *DTYPES), help="auto, fp32, bf16 or fp16.")]
 Vram = Annotated[str, device_option(
     envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12 … or auto for what is free.")]
 Offline = Annotated[bool, network_option(
@@ -119,6 +142,7 @@ class RunFlags:
     """The base, the device and the network: `api.options.RunOptions`."""
 
     base: Annotated[str, images_option(
+        autocompletion=complete_base,
         help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder.")] = "auto"
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -143,8 +167,24 @@ class PromptFlags:
     prompts_file: Annotated[str | None, images_option(
         "-f", "--prompts-file", metavar="FILE", help="More prompts, one a line; - for stdin.")] = None
     num_images: Annotated[int, images_option("-n", "--num-images", min=1, help="Images per prompt.")] = 1
-    seed: Annotated[int | None, images_option(
-        min=0, max=2**32 - 1, help="Image i of a prompt uses SEED + i. Not given: random, and reported.")] = None
+    seed: Annotated[str | None, images_option(
+        metavar="S|S,S|S-S", help="Image i of a prompt uses S + i; of several seeds, such as 1,4 or 1-8, each makes "
+        "one image. Not given: random, and reported.")] = None
+
+    def seeds(self) -> int | list[int] | None:
+        """Return the seed, or the list of seeds; raises UsageError if it is neither."""
+        if self.seed is None:
+            return None
+        found: list[int] = []
+        for part in self.seed.split(","):
+            match = re.fullmatch(r"\s*([0-9]{1,10})\s*(?:-\s*([0-9]{1,10})\s*)?", part, re.ASCII)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+            if not first <= last <= MAX_SEED or last - first >= MAX_SEEDS:
+                given = printable(self.seed, limit=40)
+                message = f"{given!r} is no seed: a seed is a whole number from 0 to {MAX_SEED}"
+                raise UsageError(message, hint="--seed 7, --seed 1,4,9 or --seed 1-8")
+            found += range(first, last + 1)
+        return found if len(found) > 1 else found[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +193,8 @@ class SamplingFlags:
 
     steps: Annotated[int | None, sampling_option(min=1, help="Denoising steps of each image.")] = None
     guidance: Annotated[float | None, sampling_option(min=0.0, help="Scale of classifier-free guidance.")] = None
-    scheduler: Annotated[str | None, sampling_option(help="dpm++, ddim, euler and other samplers.")] = None
+    scheduler: Annotated[str | None, sampling_option(
+        autocompletion=completes(*SCHEDULERS), help=f"{', '.join(SCHEDULERS)}, or a class of diffusers.")] = None
     negative_prompt: Annotated[str | None, sampling_option(help="What the images should not show.")] = None
     concept_scale: Annotated[float | None, sampling_option(
         min=0.0, max=2.0, show_default=False,
@@ -185,7 +226,8 @@ class PersonalizeFlags(GenerateFlags):
     """`api.options.PersonalizeOptions`."""
 
     tuning: Annotated[str | None, tuning_option(
-        metavar="full|lora", help="All weights, as the paper does, or LoRA: less memory, small concepts.")] = None
+        metavar="full|lora", autocompletion=completes("full", "lora"),
+        help="All weights, as the paper does, or LoRA: less memory, small concepts.")] = None
     tune_steps: Annotated[int | None, tuning_option(
         min=0, help="Tuning steps on the photo; 0 keeps the encoder's first estimate.")] = None
     keep_weights: Annotated[bool, output_option(
@@ -208,12 +250,12 @@ class PersonalizeFlags(GenerateFlags):
         return {"mask": self.mask, "align": align, "face": self.face, "require_face": self.require_face}
 
     def personalize_keywords(
-        self, generating: GenerateKeywords, on_prepared: PreparedCallback | None
+        self, generating: GenerateKeywords, on_prepared: PreparedCallback | None, on_concept: ConceptCallback | None
     ) -> PersonalizeKeywords:
         """Return the keywords of the library."""
         return {
             **generating, **self.photo_keywords(), "tuning": self.tuning, "tune_steps": self.tune_steps,
-            "keep_weights": self.keep_weights, "on_prepared": on_prepared,
+            "keep_weights": self.keep_weights, "on_prepared": on_prepared, "on_concept": on_concept,
         }
 
 
@@ -222,11 +264,14 @@ class OutputFlags:
     """Where images go, and what is beside them."""
 
     out: Annotated[Path, output_option(
-        "-o", "--out", metavar="DIR",
-        help="Folder for the images; nothing in it is ever overwritten.")] = Path("outputs")
+        "-o", "--out", metavar="DIR|FILE.png",
+        help="Folder for the images, where none is ever overwritten; or the name of one image.")] = Path("outputs")
+    name: Annotated[str | None, output_option(
+        help="Beginning of the files' names; by default that of the photo's or concept's file.")] = None
+    force: Annotated[bool, output_option("--force", help="Replace what e4t wrote there before.")] = False
     grid: Annotated[bool, output_option("--grid", help="Also a captioned contact sheet, the photo first.")] = False
     no_metadata: Annotated[bool, output_option(
-        "--no-metadata", help="Keep prompts and settings out of the files; the AI mark stays.")] = False
+        "--no-metadata", help="Keep everything out of the files but the AI mark.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

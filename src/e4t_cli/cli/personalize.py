@@ -1,222 +1,34 @@
 """``e4t personalize`` and ``e4t generate``: images of a concept, from a photo or a saved one.
 
-Prompts come from arguments, a file and stdin, and are checked before torch is imported. Each image is saved as soon as
-it is generated, and its path goes to stdout.
+Each image is saved as soon as it is generated, and its path goes to stdout.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from e4t_cli.cli import options
-from e4t_cli.cli.console import Console
-from e4t_cli.devices import peak_memory
-from e4t_cli.errors import InputError, PartialResult, UsageError, printable
-from e4t_cli.prompts import PLACEHOLDER, parse_prompt, slug
+from e4t_cli.cli.prompt_files import STDIN, gather_prompts
+from e4t_cli.errors import UsageError, printable
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from e4t_cli.images.results import GeneratedImage, Personalization
-    from e4t_cli.registry.domain import PreparedImage
-
-STDIN = "-"
-MAX_FILE_BYTES = 4_000_000  # a list of prompts, not a book
-
-
-def gather_prompts(
-    arguments: Sequence[str], file: str | None, *, placeholder: str | None, stdin_taken: bool = False
-) -> list[str]:
-    """Return all prompts in the order given: arguments first, then the file's lines; ``-`` is stdin.
-
-    Args:
-        placeholder: the word that stands for the concept; None if only the concept's file knows.
-        stdin_taken: the photo comes from stdin already.
-
-    Raises:
-        UsageError: two inputs want stdin, or a prompt does not name the concept.
-        InputError: the file cannot be read as text.
-    """
-    if [*arguments, file].count(STDIN) + stdin_taken > 1:
-        raise UsageError("only one input can be - (stdin)", hint="give the others as files")
-    prompts = [line for one in arguments for line in (_lines(STDIN) if one == STDIN else [one])]
-    prompts += _lines(file) if file is not None else []
-    if placeholder is not None:
-        try:
-            for prompt in prompts:
-                parse_prompt(prompt, placeholder or PLACEHOLDER)
-        except UsageError as error:
-            hint = _shell_hint(arguments, placeholder or PLACEHOLDER) or error.hint
-            raise UsageError(error.message, hint=hint) from None
-    return prompts
-
-
-def _lines(source: str) -> list[str]:
-    shown = "stdin" if source == STDIN else printable(source)
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if source == STDIN else Path(source).open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise InputError(f"{shown} is longer than {MAX_FILE_BYTES // 10**6} MB of prompts")
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{shown} is not UTF-8 text: {error.reason}") from None
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {shown}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{shown} cannot be read: {error}") from None
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not found:
-        raise InputError(f"{shown} has no prompts; put one on each line")
-    return found
-
-
-def _shell_hint(arguments: Sequence[str], placeholder: str) -> str | None:
-    """Return a hint for a prompt without quotes: the shell split it, and may have expanded ``S*``.
-
-    ``e4t personalize face me.jpg S* as an astronaut`` arrives as single words, and in a folder with ``Screenshot.png``
-    the shell puts that name where ``S*`` stood.
-    """
-    if any(os.path.exists(word) for word in arguments if 0 < len(word) < 256 and "\0" not in word):
-        return (
-            f'a file\'s name stands in place of a prompt: quote the prompt, as in "{placeholder} as an astronaut", '
-            "so that the shell does not expand the *; or choose another word with --placeholder '<me>'"
-        )
-    if len(arguments) > 1 and all(len(word.split()) == 1 for word in arguments):
-        first = placeholder if placeholder.casefold() != arguments[0].casefold() else arguments[0]
-        words = [word for word in arguments if word.casefold() != placeholder.casefold()]
-        return f'quote the prompt: "{printable(" ".join([first, *words]))}"'
-    return None
-
-
-class PreparedSaver:
-    """Saves a prepared image and, in a second file, its mask; prints both paths.
-
-    Args:
-        path: a folder, or the name of a PNG file that does not exist; the mask's file has "-mask" in its name.
-        photo: as it was given on the command line; names the files in a folder.
-
-    Raises:
-        UsageError: the path cannot be written to, or exists.
-    """
-
-    def __init__(self, console: Console, path: Path, photo: str) -> None:
-        from e4t_cli.images.results import check_folder
-
-        self.console = console
-        self.file = None if os.path.isdir(path) or not path.suffix else path
-        self.folder = path if self.file is None else path.parent
-        self.stem = f"{slug('photo' if photo == STDIN else Path(photo).stem, limit=40)}-prepared"
-        if self.file is not None:
-            if self.file.suffix.lower() != ".png":
-                raise UsageError(f"{printable(str(path))} is not the name of a PNG file", hint="such as face.png")
-            for file in (self.file, _mask_of(self.file)):
-                _check_free(file)
-        check_folder(self.folder)
-
-    def __call__(self, prepared: PreparedImage) -> None:
-        """Save the image and its mask."""
-        image = self._write(self.file, self.stem, prepared.image)
-        record = {"type": "prepared", "path": str(image)}
-        if prepared.mask is None:
-            return self.console.product(str(image), record)
-        file = None if self.file is None else _mask_of(self.file)
-        mask = self._write(file, _mask_of(image).stem, prepared.mask)
-        self.console.product(str(image), {**record, "mask": str(mask)})
-        return self.console.product(str(mask), {"type": "mask", "path": str(mask)})
-
-    def _write(self, file: Path | None, stem: str, image: Image) -> Path:
-        from e4t_cli.files import write_atomically
-        from e4t_cli.images.results import write_new
-
-        data = io.BytesIO()
-        image.save(data, "PNG")
-        if file is None:
-            return write_new(self.folder, stem, data.getvalue())
-        try:
-            write_atomically(file, data.getvalue(), overwrite=False)
-        except FileExistsError:
-            _check_free(file)  # meanwhile it is taken
-            raise
-        return file
-
-
-def _mask_of(file: Path) -> Path:
-    return file.with_name(f"{file.stem}-mask{file.suffix}")
-
-
-def _check_free(file: Path) -> None:
-    if os.path.exists(file):
-        raise UsageError(f"{printable(str(file))} exists and is not overwritten", hint="use another name")
-
-
-class ImageSaver:
-    """Saves the images, the contact sheet and the concept of one command; prints every path.
-
-    Args:
-        out: the folder; created now, so that a wrong one fails before tuning.
-        metadata: whether prompts and settings go into the files.
-        grid: whether there will be a contact sheet.
-        concept: the concept's file, which must not exist; None saves none.
-
-    Raises:
-        UsageError: one of the paths cannot be written to.
-    """
-
-    def __init__(
-        self, console: Console, out: Path, *, metadata: bool = True, grid: bool = False, concept: Path | None = None
-    ) -> None:
-        from e4t_cli.images.results import check_folder
-
-        self.console, self.out = console, check_folder(out)
-        self.metadata, self.grid, self.concept = metadata, grid, concept
-        if concept is not None:
-            _check_free(concept)
-            check_folder(concept.parent)
-
-    def save(self, image: GeneratedImage) -> None:
-        """Save one image at once: a later interrupt does not lose it."""
-        path = image.save(self.out, include_prompts=self.metadata)
-        self.console.product(str(path), {"type": "image", "path": str(path), **image.record.as_dict()})
-
-    def finish(self, result: Personalization) -> None:
-        """Save the contact sheet and the concept, then report the seed and the time.
-
-        Raises:
-            PartialResult: the safety checker withheld images.
-        """
-        if self.grid and result.images:
-            path = result.save_grid(self.out, include_prompts=self.metadata)
-            self.console.product(str(path), {"type": "grid", "path": str(path)})
-        if self.concept is not None:
-            result.concept.save(self.concept)
-            self.console.product(str(self.concept), {"type": "concept", "path": str(self.concept)})
-        for record in result.withheld if self.console.json else ():
-            self.console.product("", {"type": "withheld", **record.as_dict(include_prompts=self.metadata)})
-        seconds = ", ".join(f"{k} {v:.1f}" for k, v in result.timings.as_dict().items() if v)
-        self.console.note(f"seed {result.seed}; {result.timings.total:.1f} s: {seconds}")
-        self.console.detail(f"peak memory {peak_memory() / 2**20:.0f} MB")
-        if result.withheld:
-            withheld, wanted = len(result.withheld), len(result.images) + len(result.withheld)
-            message = f"the safety checker withheld {withheld} of {wanted} images"
-            raise PartialResult(message, hint="try another --seed or prompt; --no-safety-checker if it is mistaken")
-
-
-GENERATE_EXAMPLES = 'Example: e4t generate me.e4t "S* on the beach" "a pencil sketch of S*" -n 4 --grid'
+GENERATE_EXAMPLES = """
+Examples:\n
+e4t generate me.e4t "S* on the beach" "a pencil sketch of S*" -n 4 --grid\n
+e4t generate me.e4t --like outputs/me-s-on-the-beach-7.png --steps 40
+"""
 
 Saved = Annotated[Path, typer.Argument(metavar="CONCEPT", help="A file made with `e4t personalize --save`.")]
 Photo = Annotated[str, typer.Argument(metavar="IMAGE", help="The one photo: a file, or -.")]
 OwnPlaceholder = Annotated[
     str | None, options.images_option(help="Another word for the concept; by default the one it was saved with.")
 ]
+Like = Annotated[str | None, options.images_option(
+    metavar="PICTURE.png", help="Draw a picture of e4t again: its prompt, seed and settings, where they are not given."
+)]  # fmt: skip
 
 
 def check_concept(concept: Path) -> None:
@@ -228,6 +40,7 @@ def check_concept(concept: Path) -> None:
 def generate(
     concept: Saved, prompts: options.PromptFlags, sampling: options.SamplingFlags, run: options.GenerateFlags,
     output: options.OutputFlags, terminal: options.TerminalFlags, placeholder: OwnPlaceholder = None,
+    like: Like = None,
 ) -> None:  # fmt: skip
     """Generate images of a saved concept.
 
@@ -237,15 +50,26 @@ def generate(
     console = terminal.start()
     check_concept(concept)
     wanted = gather_prompts(prompts.prompts or [], prompts.prompts_file, placeholder=placeholder)
-    if not wanted:
+    if not wanted and like is None:
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
+    seeds, count = prompts.seeds(), prompts.num_images
     from e4t_cli.api import personalization as api
+    from e4t_cli.api.repetition import repeated
+    from e4t_cli.api.resolve import count_images
+    from e4t_cli.cli.outputs import ImageSaver, Written
+    from e4t_cli.images.loading import read_bytes
+    from e4t_cli.images.png_metadata import read_records
 
-    saver = ImageSaver(console, output.out, metadata=not output.no_metadata, grid=output.grid)
+    picture = None if like is None else read_bytes(like)
+    images = count_images(wanted, seeds, count)
+    if picture is not None:
+        images = count_images(*repeated(read_records(picture), wanted, seeds, count, None)[:2], count)
+    saver = ImageSaver(console, Written(), output, images=images)
     with console.progress() as on_progress:
         result = api.generate(
-            concept, wanted, num_images_per_prompt=prompts.num_images, seed=prompts.seed, sampling=sampling.given(),
-            placeholder=placeholder, **run.generate_keywords(console, on_progress, saver.save),
+            concept, wanted, like=picture, num_images_per_prompt=count, seed=seeds,
+            sampling=sampling.given(), placeholder=placeholder,
+            **run.generate_keywords(console, on_progress, saver.save),
         )  # fmt: skip
     saver.finish(result)
 
@@ -282,25 +106,33 @@ def personalize(
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
     if run.keep_weights and save is None:
         raise UsageError("--keep-weights needs a file to keep them in", hint="add --save me.e4t")
+    seeds, count = prompts.seeds(), prompts.num_images
     from e4t_cli.api import personalization as api
+    from e4t_cli.api.resolve import count_images
+    from e4t_cli.cli.outputs import ImageSaver, PreparedSaver, Written
 
-    if output.dry_run:
-        plan = api.plan(
-            domain, image, wanted, num_images_per_prompt=prompts.num_images, placeholder=placeholder,
-            tuning=run.tuning, tune_steps=run.tune_steps, **run.run_keywords(console),
-        )  # fmt: skip
-        return console.details("plan", {**plan, "folder": str(output.out)})
-    prepared_saver = None if save_prepared is None else PreparedSaver(console, save_prepared, image)
-    if prepared_saver and not wanted and save is None:
+    images = count_images(wanted, seeds, count)
+    written, create, prepared_saver = Written(), not output.dry_run, None
+    if save_prepared is not None:
+        prepared_saver = PreparedSaver(console, written, save_prepared, image, force=output.force, create=create)
+    if prepared_saver and not output.dry_run and not wanted and save is None:
         with console.progress() as on_progress:
             keywords = run.run_keywords(console, on_progress)
             prepared = api.prepare(domain, image, **keywords, **run.photo_keywords())
-        return prepared_saver(prepared)
-    saver = ImageSaver(console, output.out, metadata=not output.no_metadata, grid=output.grid, concept=save)
+        prepared_saver(prepared)
+        return written.check()
+    saver = ImageSaver(console, written, output, images=images, concept=save, create=create)
+    if output.dry_run:
+        plan = api.plan(
+            domain, image, wanted, num_images_per_prompt=len(seeds) if isinstance(seeds, list) else count,
+            placeholder=placeholder, tuning=run.tuning, tune_steps=run.tune_steps, **run.run_keywords(console),
+        )  # fmt: skip
+        return console.details("plan", {**plan, "folder": str(output.out)})
     with console.progress() as on_progress:
         asked = run.generate_keywords(console, on_progress, saver.save)
         result = api.personalize(
-            domain, image, wanted, num_images_per_prompt=prompts.num_images, seed=prompts.seed,
-            sampling=sampling.given(), placeholder=placeholder, **run.personalize_keywords(asked, prepared_saver),
+            domain, image, wanted, num_images_per_prompt=count, seed=seeds,
+            sampling=sampling.given(), placeholder=placeholder,
+            **run.personalize_keywords(asked, prepared_saver, saver.save_concept if save is not None else None),
         )  # fmt: skip
     return saver.finish(result)

@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
-from e4t_cli.hub.paths import COMMIT, REPOSITORY, snapshot_folder, user_cache, write_to_cache
+from e4t_cli.hub.paths import COMMIT, REPOSITORY, matches, snapshot_folder, user_cache, write_to_cache
 from e4t_cli.hub.repo_info import cached_commit
 from e4t_cli.registry.domain import NAME_PATTERN, check_name
 
@@ -270,7 +270,7 @@ def converted_weights_folder(location: str) -> Path | None:
 def list_converted_weights() -> list[ConvertedWeights]:
     """Return all domain weights that were converted."""
     found = []
-    for path in sorted((user_cache() / "converted").glob("*/*/domain.toml")):
+    for path in matches(user_cache() / "converted", "*/*/domain.toml"):
         folder, repository = path.parent, path.parent.parent.name.replace("--", "/", 1)
         commit, _, version = folder.name.partition("-")
         if COMMIT.fullmatch(commit) and version == str(FORMAT):

@@ -22,7 +22,7 @@ from e4t_cli.hub import repo_info
 from e4t_cli.hub.bases import PROGRAM, PUBLISHED, hub_location, list_converted_weights
 from e4t_cli.hub.download import ProgressMeter
 from e4t_cli.hub.image_tower import VIT_H_14, has_tower, tower_folder
-from e4t_cli.hub.paths import repository_folder, repository_of, snapshot_folder, user_cache, user_data
+from e4t_cli.hub.paths import matches, repository_folder, repository_of, snapshot_folder, user_cache, user_data
 from e4t_cli.progress import ProgressCallback
 from e4t_cli.temporary import final_path, leftovers
 from e4t_cli.temporary import remove as discard
@@ -80,14 +80,14 @@ def list_cache() -> list[CacheItem]:
         found.append(_item(VIT_H_14.name, "image tower", tower_folder()))
     for weights in list_converted_weights():
         found.append(_item(f"{PROGRAM}:{weights.repository}", "converted weights", weights.folder, weights.commit))
-    folders = sorted((user_cache() / "pretraining").glob("*/"))
+    folders = matches(user_cache() / "pretraining", "*/")
     found += [_item(f"pretraining/{folder.name}", "encoded images", folder) for folder in folders]
     return found + _checkpoints() + _leftovers()
 
 
 def _leftovers() -> list[CacheItem]:
     """Return what killed commands left in e4t's folders, in the current one, and in the images' folder there."""
-    own = [folder for top in (user_cache(), user_data()) for folder in (top, *top.rglob("*")) if os.path.isdir(folder)]
+    own = [folder for top in (user_cache(), user_data()) for folder in (top, *matches(top, "**/*")) if os.path.isdir(folder)]
     found = [path for folder in (Path(), Path("outputs"), *own) for path in leftovers(folder)]
     outermost = [path for path in found if not any(other in path.parents for other in found)]
     return [_item(f"{final_path(path).name}~", "leftover", path) for path in dict.fromkeys(outermost)]
@@ -95,7 +95,7 @@ def _leftovers() -> list[CacheItem]:
 
 def _checkpoints() -> list[CacheItem]:
     """Return the states of pre-trainings that run, or were interrupted, among the user domains and in this folder."""
-    found = [path for folder in (user_data() / "domains", Path()) for path in folder.glob(".*.checkpoints")]
+    found = [path for folder in (user_data() / "domains", Path()) for path in matches(folder, ".*.checkpoints")]
     return [_item(f"checkpoints/{path.name[1:-12]}", "checkpoints", path) for path in found if os.path.isdir(path)]
 
 
@@ -139,7 +139,7 @@ def prunable() -> list[CacheItem]:
     """Return what can go: partial downloads, sources of converted files, leftovers, and pre-trainings given up."""
     partial: list[tuple[str, Path]] = []
     for repository in dict.fromkeys(repository for repository, _ in _repositories()):
-        partial += [(repository, path) for path in repository_folder(repository).glob("blobs/*.incomplete")]
+        partial += [(repository, path) for path in matches(repository_folder(repository), "blobs/*.incomplete")]
     found = [*_leftovers(), *(item for item in _checkpoints() if _is_given_up(item.path))]
     for name, path in partial:
         with contextlib.suppress(OSError):  # it is complete, and renamed, by now

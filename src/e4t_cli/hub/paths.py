@@ -23,22 +23,87 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 
 
+# In place of a folder in a home that there is not, as in containers: nothing is found in it, and what is to be written
+# there ends with a message that contains this name.
+NO_HOME = Path(os.devnull) / "HOME-is-not-set"
+# What decides on each folder: the first variable that is set, and the folder below it.
+_HUB_CACHE = (
+    ("HF_HUB_CACHE", ""),
+    ("HUGGINGFACE_HUB_CACHE", ""),
+    ("HF_HOME", "hub"),
+    ("XDG_CACHE_HOME", "huggingface/hub"),
+)
+_USER_CACHE = (("E4T_CACHE_DIR", ""),)
+
+
 def hub_cache() -> Path:
     """Return huggingface_hub's cache folder, which all programs share."""
-    for name, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
-        if folder := os.environ.get(name):
-            return Path(folder).expanduser() / below
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "huggingface" / "hub"
+    return _chosen(_HUB_CACHE) or _expanded("~/.cache/huggingface/hub")
 
 
 def user_cache() -> Path:
     """Return e4t's cache folder; everything in it can be made again."""
-    if folder := os.environ.get("E4T_CACHE_DIR"):
-        return Path(folder).expanduser()
-    from platformdirs import user_cache_path
+    return _chosen(_USER_CACHE) or _user_folder("user_cache_path")
 
-    return user_cache_path("e4t", appauthor=False)
+
+def user_data() -> Path:
+    """Return e4t's folder for what the user made: domains, and accepted licences."""
+    return _user_folder("user_data_path")
+
+
+def _chosen(variables: tuple[tuple[str, str], ...]) -> Path | None:
+    return next((_expanded(os.environ[name]) / below for name, below in variables if os.environ.get(name)), None)
+
+
+def _expanded(folder: str) -> Path:
+    path = os.path.expanduser(folder)  # Path.expanduser raises where there is no home
+    return NO_HOME if path.startswith("~") else Path(path)
+
+
+def _user_folder(kind: str) -> Path:
+    import platformdirs
+
+    try:
+        return _expanded(getattr(platformdirs, kind)("e4t", appauthor=False))
+    except RuntimeError:  # platformdirs 4.14 where there is no home; earlier ones return "~/..."
+        return NO_HOME
+
+
+def matches(folder: Path, pattern: str) -> list[Path]:
+    """Return the sorted paths below a folder that match a pattern; none of a folder that cannot be one."""
+    with contextlib.suppress(OSError):  # Path.glob raises for names that are too long, and for loops of links
+        return sorted(folder.glob(pattern))
+    return []
+
+
+def folder_problems() -> list[str]:
+    """Return a sentence for each of the three folders that cannot be used, with the variable that points to it."""
+    places = (
+        (hub_cache(), [name for name, _ in _HUB_CACHE]),
+        (user_cache(), ["E4T_CACHE_DIR", "XDG_CACHE_HOME"]),
+        (user_data(), ["XDG_DATA_HOME"]),
+    )
+    found = {_reason_against(folder, names): None for folder, names in places}
+    return [reason for reason in found if reason]
+
+
+def _reason_against(folder: Path, names: list[str]) -> str:
+    """Return why nothing can be kept in a folder, which need not exist yet; "" if it can."""
+    if NO_HOME in (folder, *folder.parents):
+        return "there is no home folder for caches and domains: set HOME, or E4T_CACHE_DIR, HF_HOME and XDG_DATA_HOME"
+    name = next((name for name in names if os.environ.get(name)), "")
+    shown = printable(f"{name}={os.environ[name]}" if name else str(folder), limit=120)
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        return f"{shown} cannot be used: {getattr(error, 'strerror', None) or error}"
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not os.path.isdir(folder):
+        return f"{shown} cannot be a folder: {printable(str(folder))} is none"
+    return "" if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else f"{shown} cannot be read and written"
 
 
 def user_data() -> Path:

@@ -24,7 +24,16 @@ from urllib.parse import quote
 
 from e4t_cli.errors import WeightsUnavailable, printable
 from e4t_cli.hub.errors import as_e4t_error, is_refused_token, is_transient, retry_after
-from e4t_cli.hub.paths import COMMIT, REPOSITORY, HubAccess, endpoint, repository_folder, user_cache, write_to_cache
+from e4t_cli.hub.paths import (
+    COMMIT,
+    REPOSITORY,
+    HubAccess,
+    endpoint,
+    matches,
+    repository_folder,
+    user_cache,
+    write_to_cache,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -109,14 +118,14 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
 
 def cached_repo_infos() -> list[RepoInfo]:
     """Return everything that is remembered about repositories."""
-    paths = sorted((user_cache() / "hub").glob("*/*.json"))
+    paths = matches(user_cache() / "hub", "*/*.json")
     found = [cached_repo_info(path.parent.name.replace("--", "/", 1), path.stem) for path in paths]
     return [info for info in found if info is not None]
 
 
 def forget_repository(repository: str) -> None:
     """Forget everything about a repository: its branches will be resolved again."""
-    for path in _info_folder(repository).glob("*"):
+    for path in matches(_info_folder(repository), "*"):
         path.unlink(missing_ok=True)
 
 
@@ -248,7 +257,7 @@ def delete_file(path: Path) -> None:
 
 def forget_deleted() -> None:
     """Forget the verification of files that no longer exist."""
-    for record in (user_cache() / "verified").glob("*.json"):
+    for record in matches(user_cache() / "verified", "*.json"):
         path = ""
         with contextlib.suppress(OSError, ValueError):
             path = json.loads(record.read_text(encoding="utf-8")).get("path", "")

@@ -34,6 +34,11 @@ def open_image(source: ImageInput) -> OpenedImage:
     return decode(*_read(source))
 
 
+def read_bytes(source: ImageInput) -> bytes:
+    """Return the bytes of an image's file as they are; raises as `open_image`."""
+    return _read(source)[0]
+
+
 def open_mask(source: ImageInput, image: Image.Image) -> Image.Image:
     """Open a mask drawn for `image`; returns mode L in the mask's own size.
 
@@ -110,6 +115,8 @@ def _read(source: ImageInput) -> tuple[bytes, str]:
     if isinstance(source, bytes):
         return source, "the image"
     if isinstance(source, str) and source == "-":
+        if sys.stdin is None or sys.stdin.closed:  # `<&-`
+            raise UsageError("'-' reads the image from standard input, which is closed", hint="name a file")
         if sys.stdin.isatty():
             hint = "for example: cat me.jpg | e4t personalize face - 'S* on the beach'"
             raise UsageError("'-' reads the image from standard input, which is the keyboard", hint=hint)

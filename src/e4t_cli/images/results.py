@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,22 +40,36 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_new(folder: str | os.PathLike[str], name: str, data: bytes, suffix: str = ".png") -> Path:
-    """Write a file under the first free name of `name.png`, `name-2.png`, …
+def free_names(path: Path) -> Iterator[Path]:
+    """Yield `name.png`, `name-2.png`, `name-3.png`, …"""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def write_free(path: Path, write: Callable[[Path], None]) -> Path:
+    """Write a file under the first free name of `name.png`, `name-2.png`, …; returns the path.
 
     The file system reserves the name, so that many processes can share a folder; no existing file is changed.
+
+    Args:
+        write: raises FileExistsError if the name that it is called with is taken.
     """
-    path = check_folder(folder)
-    for number in itertools.count(1):
-        target = path / f"{name}{'' if number == 1 else f'-{number}'}{suffix}"
+    for target in free_names(path):
         try:
-            write_atomically(target, data, overwrite=False)
+            write(target)
             break
         except FileExistsError:
             continue
         except OSError as error:
             raise file_error(error, target) from error
     return target
+
+
+def write_new(folder: str | os.PathLike[str], name: str, data: bytes) -> Path:
+    """Write `name.png` to a folder, which is made if need be, under the first free name; see `write_free`."""
+    path = check_folder(folder) / f"{name}.png"
+    return write_free(path, lambda target: write_atomically(target, data, overwrite=False))
 
 
 CELL = 256  # side in pixels that an image of a contact sheet is scaled to, at least, about
@@ -144,30 +158,37 @@ class GeneratedImage:
         prompt: as it was given.
         seed: of this image; the same seed gives the same image, alone or in a batch.
         record: everything it depends on.
+        name: whose image it is, for the names of files: the stem of the photo's or the concept's file, if it has one.
     """
 
     image: Image.Image
     prompt: str
     seed: int
     record: GenerationRecord
+    name: str = ""
 
     def save(
-        self, folder: str | os.PathLike[str] = "outputs", *, name: str | None = None, include_prompts: bool = True
+        self, folder: str | os.PathLike[str] = "outputs", *, name: str | None = None, metadata: bool = True
     ) -> Path:
         """Write `<name>-<prompt>-<seed>.png`, with a number appended if that name is taken; returns the path.
 
         Args:
             folder: made if it does not exist.
-            name: the beginning of the file's name; the domain's by default.
-            include_prompts: False leaves prompts out of the file; the AI mark is always in it.
+            name: the beginning of the file's name; by default the image's own, else the domain's.
+            metadata: False leaves everything out of the file but the AI mark.
 
         Raises:
             UsageError: the folder cannot be one, or may not be written to.
             ResourceError: the disk is full.
         """
-        begin = slug(name or self.record.domain, limit=40)
-        data = png_bytes(self.image, self.record, include_prompts=include_prompts)
+        begin = _begin(name or self.name, self.record.domain)
+        data = png_bytes(self.image, self.record, metadata=metadata)
         return write_new(folder, f"{begin}-{slug(self.prompt)}-{self.seed}", data)
+
+
+def _begin(name: str, domain: str) -> str:
+    """Return the beginning of a file's name; the domain's name where nothing of `name` is left in ASCII."""
+    return slug(name, limit=40, default="") or slug(domain, limit=40)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +202,7 @@ class Personalization:
         timings: of the parts of the work.
         notes: sentences for the user, such as "no face was found".
         withheld: the records of images that the base's safety checker rejected.
+        name: that of the images.
     """
 
     concept: Concept
@@ -189,13 +211,14 @@ class Personalization:
     timings: Timings
     notes: tuple[str, ...] = ()
     withheld: tuple[GenerationRecord, ...] = ()
+    name: str = ""
 
     def save(self, folder: str | os.PathLike[str] = "outputs", **options: Any) -> list[Path]:
         """Save every image; see `GeneratedImage.save`."""
         return [image.save(folder, **options) for image in self.images]
 
     def save_grid(
-        self, folder: str | os.PathLike[str] = "outputs", *, name: str | None = None, include_prompts: bool = True
+        self, folder: str | os.PathLike[str] = "outputs", *, name: str | None = None, metadata: bool = True
     ) -> Path:
         """Write `<name>-grid.png`: the photo first, then every image above its prompt."""
         captions = [image.prompt for image in self.images]
@@ -203,5 +226,5 @@ class Personalization:
             captions = [f"{image.prompt} (seed {image.seed})" for image in self.images]
         images = [self.concept.prepared.image, *(image.image for image in self.images)]
         sheet = contact_sheet(images, ["the photo", *captions])
-        data = png_bytes(sheet, [image.record for image in self.images], include_prompts=include_prompts)
-        return write_new(folder, f"{slug(name or self.concept.domain, limit=40)}-grid", data)
+        data = png_bytes(sheet, [image.record for image in self.images], metadata=metadata)
+        return write_new(folder, f"{_begin(name or self.name, self.concept.domain)}-grid", data)

@@ -35,8 +35,8 @@ def check_bool(owner: object, name: str) -> None:
 
 
 # Keys and values of files since version 0.1, which stay as they are.
-_KEYS_IN_FILES = {"reg_weight": "embedding_penalty", "lora_rank": "adapter_rank", "lora_rate": "adapters_rate"}
-_METHODS_IN_FILES = {"full": "exact", "lora": "adapters"}
+KEYS_IN_FILES = {"reg_weight": "embedding_penalty", "lora_rank": "adapter_rank", "lora_rate": "adapters_rate"}
+METHODS_IN_FILES = {"full": "exact", "lora": "adapters"}
 
 
 class _Config:
@@ -52,19 +52,19 @@ class _Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values under the keys that files use, ready for TOML or JSON."""
-        values = {_KEYS_IN_FILES.get(name, name): value for name, value in vars(self).items()}
+        values = {KEYS_IN_FILES.get(name, name): value for name, value in vars(self).items()}
         if "method" in values:
-            values["method"] = _METHODS_IN_FILES[values["method"]]
+            values["method"] = METHODS_IN_FILES[values["method"]]
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild a configuration from `as_dict()`; ValueError for unknown or missing keys and invalid values."""
-        names = {_KEYS_IN_FILES.get(name, name): name for name in cls.__annotations__}
+        names = {KEYS_IN_FILES.get(name, name): name for name in cls.__annotations__}
         if unknown := sorted(set(values) - names.keys()):
             raise ValueError(f"{cls.__name__} has no field {', '.join(map(repr, unknown))}")
         arguments = {names[key]: value for key, value in values.items()}
-        methods = {stored: method for method, stored in _METHODS_IN_FILES.items()}
+        methods = {stored: method for method, stored in METHODS_IN_FILES.items()}
         if "method" in arguments:
             arguments["method"] = methods.get(arguments["method"], arguments["method"])
         try:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
 from e4t_cli.hub.bases import PUBLISHED, converted_weights_folder, hub_weights_folder
+from e4t_cli.hub.paths import user_data
 from e4t_cli.registry.config import PretrainingConfig, format_hours
 from e4t_cli.registry.domain import Domain, check_name, is_remote
 
@@ -33,9 +34,7 @@ USER = "user"  # the package name shown for domains that are folders of the user
 
 def user_domains_folder() -> Path:
     """Return the folder whose sub-folders are the user's domains."""
-    from platformdirs import user_data_path
-
-    return user_data_path("e4t", appauthor=False) / "domains"
+    return user_data() / "domains"
 
 
 def user_domain(folder: Path) -> Domain:
@@ -43,6 +42,8 @@ def user_domain(folder: Path) -> Domain:
     from e4t_cli.registry.manifest import MANIFEST_NAME, read_manifest  # pydantic takes 0.1 s
 
     path = folder / MANIFEST_NAME
+    if _is_closed(folder):
+        raise UsageError(f"{printable(str(folder))} cannot be read", hint="its permissions do not allow it")
     if not os.path.isfile(path):
         message = f"{printable(str(folder))} is no domain: it has no {MANIFEST_NAME}"
         raise UsageError(message, hint="e4t domains list shows what is installed")
@@ -160,14 +161,21 @@ def _candidates() -> list[Listing]:
     for point in entry_points(group=GROUP):
         package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
         found.append(Listing(name=point.name, package=package, version=version, load=point.load))
-    with contextlib.suppress(OSError):  # no such folder yet, or no permission
-        for path in user_domains_folder().glob("*/domain.toml"):
-            load = partial(user_domain, path.parent)
-            found.append(Listing(name=path.parent.name, package=USER, load=load))
+    folder, entries = user_domains_folder(), list[str]()
+    with contextlib.suppress(OSError, ValueError):  # no such folder yet, or no permission
+        entries = os.listdir(folder)
+    for name in entries:
+        if os.path.isfile(folder / name / "domain.toml") or _is_closed(folder / name):
+            found.append(Listing(name=name, package=USER, load=partial(user_domain, folder / name)))
     if (chosen := os.environ.get("E4T_DOMAINS")) is not None:
         names = {name.strip() for name in chosen.split(",")}
         found = [c for c in found if c.name in names or f"{c.package}:{c.name}" in names]
     return sorted(found, key=lambda c: (c.package != OURS, c.name, c.package))
+
+
+def _is_closed(folder: Path) -> bool:
+    """Whether a folder may not be looked into: it is listed with the reason, not passed over."""
+    return not folder.name.startswith(".") and os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK)
 
 
 def _load(candidate: Listing) -> Domain:
