@@ -32,7 +32,7 @@ def test_cache_shows_and_removes_leftovers(run, tmp_path):
         path.write_bytes(b"12345")
     for path in (gone[-2], gone[-2].parent, gone[-1]):
         os.utime(path, (time.time() - month,) * 2)
-    shown = json.loads(run("cache", "ls", "--json").out)
+    shown = [json.loads(line) for line in run("cache", "ls", "--json").lines]
     assert {(one["name"], one["kind"], one["size"]) for one in shown} == {
         ("me.e4t~", "leftover", 5), ("a.png~", "leftover", 5), ("vit~", "leftover", 5), ("adding~", "leftover", 5),
         ("removing~", "leftover", 5), ("checkpoints/old", "checkpoints", 5), ("checkpoints/young", "checkpoints", 5),

@@ -87,7 +87,12 @@ def list_cache() -> list[CacheItem]:
 
 def _leftovers() -> list[CacheItem]:
     """Return what killed commands left in e4t's folders, in the current one, and in the images' folder there."""
-    own = [folder for top in (user_cache(), user_data()) for folder in (top, *matches(top, "**/*")) if os.path.isdir(folder)]
+    own = [
+        folder
+        for top in (user_cache(), user_data())
+        for folder in (top, *matches(top, "**/*"))
+        if os.path.isdir(folder)
+    ]
     found = [path for folder in (Path(), Path("outputs"), *own) for path in leftovers(folder)]
     outermost = [path for path in found if not any(other in path.parents for other in found)]
     return [_item(f"{final_path(path).name}~", "leftover", path) for path in dict.fromkeys(outermost)]

@@ -106,13 +106,6 @@ def _reason_against(folder: Path, names: list[str]) -> str:
     return "" if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else f"{shown} cannot be read and written"
 
 
-def user_data() -> Path:
-    """Return e4t's folder of what cannot be made again: user domains, accepted licences."""
-    from platformdirs import user_data_path
-
-    return user_data_path("e4t", appauthor=False)
-
-
 def is_offline() -> bool:
     """Whether an environment variable forbids the network."""
     names = ("E4T_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
