@@ -14,13 +14,13 @@ SOURCE = ROOT / "src" / "e4t_cli"
 DOMAINS = ROOT / "domains" / "e4t_domains"
 
 LAYERS = [
-    {"errors", "progress"},
+    {"errors", "progress", "temporary"},
     {"files", "devices", "images.framing", "registry.config", "schedulers"},
     {"registry.domain"},  # the contract with the author of a domain
     {"prompts", "registry.manifest", "images"},
     {"hub", "nn"},
     {"images.preparation", "registry.discovery"},
-    {"registry.weights", "datasets", "models"},
+    {"registry.weights", "registry.store", "datasets", "models"},
     {"formats", "training"},
     {"sampling", "images.results"},
     {"pretraining"},

@@ -342,3 +342,49 @@ def test_a_long_stage_says_how_long_it_will_take(monkeypatch):
         now[0] += LONG_STAGE
     assert seen[0] == "" and seen[-1] == ""
     assert seen[2] == "0:01:20 left"  # 800 of 1000, 10 a second
+
+
+def test_the_same_line_works_twice_with_force(pretrain, dogs):
+    assert pretrain().code == 0
+    first = (made() / "domain.toml").read_bytes()
+    again = pretrain()
+    assert again.code == 2 and "--force" in again.err
+    forced = pretrain("--force")
+    assert forced.code == 0, forced.err
+    assert (made() / "domain.toml").read_bytes() == first
+    (made() / "thesis.txt").write_text("mine")
+    refused = pretrain("--force")
+    assert refused.code == 2 and "holds other files than a domain's" in refused.err
+    assert (made() / "thesis.txt").read_text() == "mine"
+
+
+def test_the_second_of_two_learns_of_the_first(pretrain):
+    from e4t_cli.pretraining.lock import locked
+
+    with locked(made().with_name(".my_dogs.checkpoints"), "my_dogs"):
+        ended = pretrain()
+    assert ended.code == 2 and "is being pre-trained already, by process" in ended.err
+    assert pretrain().code == 0
+
+
+def test_a_contact_sheet_that_a_kill_prevented_is_made_when_the_run_is_resumed(pretrain, monkeypatch):
+    from e4t_cli.pretraining.logging import TrainingLogger
+
+    def killed(self, step):
+        if step.step == 2:  # its checkpoint is written by now
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLogger, "on_step", killed)
+        assert pretrain("--sample-every", "1").code == 130
+    assert pretrain("--sample-every", "1").code == 0
+    assert (made() / "training" / "step-00000002.png").is_file()
+    assert not list(user_domains_folder().glob(".*"))
+
+
+def test_temporary_files_stay_out_of_the_finished_domain(pretrain):
+    work = made().with_name(".my_dogs.checkpoints")
+    (work / "training").mkdir(parents=True)
+    (work / "training" / ".step-00000001.png.0123456789abcdef~").write_bytes(b"torn")
+    assert pretrain().code == 0
+    assert not [path for path in user_domains_folder().rglob("*") if path.name.endswith("~")]

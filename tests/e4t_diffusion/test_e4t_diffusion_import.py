@@ -320,7 +320,7 @@ def test_a_process_that_dies_is_explained(conversion, tmp_path, monkeypatch):
 
 def test_D9_no_room(conversion, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     with pytest.raises(ResourceError, match="are free on the disk"):
         convert(conversion, tmp_path / "out" / "face")
 

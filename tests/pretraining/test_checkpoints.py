@@ -88,7 +88,7 @@ def test_R4_another_run_is_refused_with_what_differs(pretrain, tmp_path, data):
     for sentence, change in changes.items():
         with pytest.raises(UsageError, match=sentence) as refused:
             pretrain(checkpoints=tmp_path, **change)
-        assert "--force" in refused.value.hint
+        assert "--resume-changed" in refused.value.hint
 
 
 def test_R4_forced_it_goes_on_and_reports_the_differences(pretrain, tmp_path):

@@ -13,6 +13,7 @@ from e4t_cli.errors import InputError, IntegrityError, ResourceError, UsageError
 from e4t_cli.registry.discovery import find_domain, installed_domains, user_domains_folder
 from e4t_cli.registry.store import add_domain
 from e4t_cli.registry.weights import weights_state
+from e4t_cli.temporary import machine, temporary_path
 from tests.store.conftest import FILES, manifest_text, write_domain_folder, write_zip
 
 
@@ -67,7 +68,7 @@ def test_what_is_there_stays(folder, tmp_path):
     other = write_domain_folder(tmp_path / "other", images=7)
     with pytest.raises(UsageError, match="already") as caught:
         add_domain(other)
-    assert caught.value.hint == "e4t domains rm my_dogs removes it"
+    assert caught.value.hint == "replace it with --force; e4t domains rm my_dogs removes it"
     assert "images = 1234" in (user_domains_folder() / "my_dogs" / "domain.toml").read_text()
     assert stored() == ["my_dogs"]
 
@@ -244,7 +245,7 @@ def test_a_store_that_cannot_be_written_to(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", closed)
-    refused(folder, UsageError, "cannot be used: Permission denied")
+    refused(folder, UsageError, "cannot be written: Permission denied")
 
 
 def test_a_text_file_is_no_zip(tmp_path):
@@ -254,11 +255,12 @@ def test_a_text_file_is_no_zip(tmp_path):
 
 def test_leftovers_of_a_crash_go_and_running_ones_stay(folder):
     root = user_domains_folder()
-    for name in (".adding-old", ".adding-new", ".removing-old"):
+    ended, mine = f".adding.{machine()}-999999999-00000000~", temporary_path(root / "adding").name
+    old, young = f".removing.{'0' * 8}-1-00000000~", f".adding.{'0' * 8}-1-00000000~"  # of another machine
+    for name in (ended, mine, old, young):
         (root / name / "domain").mkdir(parents=True)
         (root / name / "domain" / "domain.toml").touch()
-    for name in (".adding-old", ".removing-old"):
-        os.utime(root / name, (0, 0))
+    os.utime(root / old, (0, 0))
     assert [row.name for row in installed_domains() if row.package == "user"] == []
     add_domain(folder)
-    assert stored() == [".adding-new", "my_dogs"]
+    assert stored() == sorted([mine, young, "my_dogs"])

@@ -81,7 +81,8 @@ def test_weights_are_shipped_in_the_package(tmp_path):
         ({"name": "x", "descriptor": "a\nb"}, "not a line of plain text"),
         ({"name": "x", "folder": "full"}, "not an empty folder"),
         ({"name": "x", "folder": "full/file"}, "not an empty folder"),
-        ({"name": "x", "folder": "full/file/below"}, "cannot be written"),
+        ({"name": "x", "folder": "full/file/below"}, "full/file is not a folder"),
+        ({"name": "x", "folder": "."}, "no name for a new folder"),
     ],
 )
 def test_what_is_refused(tmp_path, monkeypatch, arguments, says):

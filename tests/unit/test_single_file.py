@@ -1,6 +1,5 @@
 """One file under the first implementation's names, read back by diffusers' own converter."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from e4t_cli.errors import ResourceError, UsageError
+from e4t_cli.errors import UsageError
 from e4t_cli.formats import stable_diffusion, textual_inversion
 from e4t_cli.formats.stable_diffusion import compvis_state_dict, write_single_file
 from e4t_cli.formats.textual_inversion import embedding_path
@@ -129,7 +128,7 @@ def test_both_files_are_written_or_none(small, tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(textual_inversion, "rename_to_free_name", name_taken_meanwhile)
-    with pytest.raises(ResourceError, match="exists"):
+    with pytest.raises(UsageError, match="exists"):
         write_single_file(small, tuned, torch.ones(12), tmp_path / "me.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -149,6 +148,6 @@ def test_the_version_of_stable_diffusion_is_detected(linear, kind):
     model = SimpleNamespace(unet=unet, base=SimpleNamespace(name=f"sd{kind}"))
     if linear:
         with pytest.raises(UsageError, match="sd2.1 is another kind"):
-            stable_diffusion.check_single_file(model, Path("free.safetensors"))
+            stable_diffusion.check_single_file(model)
     else:
-        stable_diffusion.check_single_file(model, Path("free.safetensors"))
+        stable_diffusion.check_single_file(model)

@@ -15,6 +15,8 @@ from e4t_cli.api.options import RunKeywords, RunOptions
 from e4t_cli.api.resolve import load_concept, load_concept_models
 from e4t_cli.api.session import Session
 from e4t_cli.errors import UsageError, printable
+from e4t_cli.files import staging_directory
+from e4t_cli.formats.export_files import check_free, commit
 from e4t_cli.hub.bases import Base
 from e4t_cli.prompts import check_placeholder
 
@@ -44,6 +46,7 @@ def export(
     placeholder: str | None = None,
     word: str = "included",
     vram: str = "auto",
+    force: bool = False,
     **options: Unpack[RunKeywords],
 ) -> Exported:
     """Write a concept as a model that other programs read.
@@ -61,6 +64,7 @@ def export(
         word: "included" in a folder's tokenizer and text encoder, or "separate": only in a file in the folder, for
             programs whose vocabulary has a fixed size. Beside a single file or a LoRA it always is in a file.
         vram: gigabytes that may be used, as "8", or "auto" for what is free.
+        force: replace what an earlier export wrote there.
         options: keywords, the fields of `RunOptions`. dtype "fp32" writes float32; anything else float16, half as
             large.
 
@@ -73,8 +77,6 @@ def export(
     asked = RunOptions(**options)
     target = Path(path)
     alone = target.suffix == ".safetensors"
-    if os.path.exists(target):
-        raise UsageError(f"{printable(str(target))} exists already", hint="choose a name that is free")
     if lora is not None and not alone:
         raise UsageError("a LoRA is one file", hint=f"call it {printable(target.name)}.safetensors")
     if word not in WORDS:
@@ -86,6 +88,7 @@ def export(
         raise UsageError(
             "the file of the word is its name: there is no token to choose", hint="leave out --placeholder"
         )
+    check_free(target, force=force)
     session = Session(asked, vram=vram)
     with session.running():
         opened = load_concept(concept)
@@ -98,32 +101,32 @@ def export(
         # Everything that can be refused is checked before the tuning.
         if lora is not None:
             lora_file.check_rank(lora)
-            textual_inversion.check_both_absent(target)
         elif alone:
-            stable_diffusion.check_single_file(model, target)
+            stable_diffusion.check_single_file(model)
         elif not in_file:
             stable_diffusion.check_token(model, token)
         tuned = opened.tuned(model, pretrained) or session.tune(opened, keep_base=lora is not None)
-        with session.stage("export", counted=lora is not None):
+        with session.stage("export", counted=lora is not None), staging_directory(target) as staging:
             import torch
 
             found = textual_inversion.mean_concept_embedding(model, tuned, opened.prepared, seed=opened.seed)
-            stored = torch.float32 if asked.dtype == "fp32" else torch.float16
+            stored, made = torch.float32 if asked.dtype == "fp32" else torch.float16, staging / target.name
             retained_energy = 1.0
             if in_file:
                 token = textual_inversion.embedding_path(target).stem
             if lora is not None:
                 retained_energy = lora_file.write_lora(
-                    model, tuned, found.embedding, target, rank=lora, dtype=stored, on_progress=session.report
+                    model, tuned, found.embedding, made, rank=lora, dtype=stored, on_progress=session.report
                 )
             elif alone:
-                stable_diffusion.write_single_file(model, tuned, found.embedding, target, dtype=stored)
+                stable_diffusion.write_single_file(model, tuned, found.embedding, made, dtype=stored)
             else:
                 readme = _readme(opened, token, model.base, in_file=in_file)
                 known = None if in_file else token
                 stable_diffusion.write_folder(
-                    model, tuned, found.embedding, target, token=known, readme=readme, dtype=stored
+                    model, tuned, found.embedding, made, token=known, readme=readme, dtype=stored
                 )
+            commit(made, target, force=force)
         licence, variation = model.base.licence, found.variation
         return Exported(
             path=target, token=token, variation=variation, licence=licence, retained_energy=retained_energy

@@ -18,12 +18,13 @@ from e4t_cli.api.options import ImportKeywords, ImportOptions
 from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING, base_name, resolve_base
 from e4t_cli.api.session import Session
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
-from e4t_cli.files import sha256_of
+from e4t_cli.files import check_absent, put_in_place, sha256_of, staging_directory
 from e4t_cli.formats.e4t_diffusion.checkpoint import (
     MERGED_UNET,
     Checkpoint,
     ConversionRequest,
     convert,
+    converting,
     read_checkpoint,
     tower_sizes,
 )
@@ -44,10 +45,12 @@ from e4t_cli.prompts import training_templates
 from e4t_cli.registry.discovery import USER, installed_domains, user_domains_folder
 from e4t_cli.registry.domain import Domain, PreparedImage, check_name
 from e4t_cli.registry.manifest import read_manifest
+from e4t_cli.registry.store import add_to_store, check_free_in_store
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from e4t_cli.formats.concept import Concept
     from e4t_cli.models.text_to_image import TextToImageModel
 
 FILES = ("config.json", "encoder.pt", "weight_offsets.pt")
@@ -124,22 +127,31 @@ class Imported:
     summary: str
 
 
-def import_checkpoint(
-    folder: str | os.PathLike[str], *, keep_unet: bool = False, **options: Unpack[ImportKeywords]
-) -> Imported:
+def import_checkpoint(folder: str | os.PathLike[str], **options: Unpack[ImportKeywords]) -> Imported:
     """Convert a checkpoint folder of e4t-diffusion into a user domain.
 
     Args:
         folder: with config.json, encoder.pt, and weight_offsets.pt or, tuned, unet.pt.
-        keep_unet: keep the merged weights of a tuned U-Net in the folder, for a concept.
         options: keywords, the fields of `ImportOptions`.
 
     Raises:
-        UsageError: no such folder, a name that cannot be used, or an unknown base.
+        UsageError: no such folder, a name that cannot be used or is taken, or an unknown base.
         IntegrityError, ResourceError: it is no such checkpoint, or hostile; the disk has no room.
     """
     asked = ImportOptions(**options)
     checkpoint = read_checkpoint(Path(folder))
+    request, target = _request(checkpoint, asked)
+    check_free_in_store(target, force=asked.force)
+    if asked.on_progress and checkpoint.tuned:
+        note = "this checkpoint was tuned on one image: it knows one subject better than others"
+        asked.on_progress(Progress(stage="convert", note=note))
+    with converting(request, target, asked.on_progress) as (made, result):
+        add_to_store(made, target, force=asked.force)
+    return Imported(name=request.name, base=request.base, folder=target, summary=result.summary())
+
+
+def _request(checkpoint: Checkpoint, asked: ImportOptions) -> tuple[ConversionRequest, Path]:
+    """Return what to convert and the new domain's place."""
     alike = _domain_alike(checkpoint, asked.name)
     chosen = asked.name or (
         alike.name if alike else re.sub(r"[^a-z0-9_-]+", "-", checkpoint.descriptor.lower()).strip("-_")[:64]
@@ -148,21 +160,11 @@ def import_checkpoint(
         check_name(chosen)
     except ValueError as error:
         raise UsageError(str(error), hint="choose one with --name") from error
-    target = user_domains_folder() / chosen
-    if os.path.exists(target):
-        message = f"there is a domain in {printable(str(target))} already"
-        raise UsageError(message, hint="choose another name with --name")
-    base = _base_name(checkpoint, asked.base)
-    request = replace(
-        conversion_request(checkpoint, alike, chosen, base, asked.normalised_patches),
-        licence=asked.licence or "as the checkpoint's, which does not state one",
-        keep_unet=keep_unet,
+    request = conversion_request(
+        checkpoint, alike, chosen, _base_name(checkpoint, asked.base), asked.normalised_patches
     )
-    if asked.on_progress and checkpoint.tuned and not keep_unet:
-        note = "this checkpoint was tuned on one image: it knows one subject better than others"
-        asked.on_progress(Progress(stage="convert", note=note))
-    summary = convert(request, target, asked.on_progress).summary()
-    return Imported(name=chosen, base=base, folder=target, summary=summary)
+    licence = asked.licence or "as the checkpoint's, which does not state one"
+    return replace(request, licence=licence), user_domains_folder() / chosen
 
 
 def conversion_request(
@@ -231,7 +233,7 @@ def import_concept(
         UsageError: it has no tuned U-Net, or the image is missing.
         E4TError: another of its children.
     """
-    asked = ImportOptions(**options)
+    asked, path = ImportOptions(**options), Path(save)
     checkpoint = read_checkpoint(Path(folder))
     if checkpoint.weights != TUNED:
         message = f"{printable(str(folder))} has no {TUNED}: it is a domain, and no concept to save"
@@ -243,22 +245,57 @@ def import_concept(
     session = Session(asked)
     named = asked if asked.base != "auto" else replace(asked, base=_named_base(checkpoint))
     base = resolve_base(named, session.access)
-    options["base"] = base_name(base) if asked.base == "auto" else asked.base
-    options["on_progress"] = session.report
-    imported = import_checkpoint(folder, keep_unet=True, **options)
-    try:
+    named = replace(asked, base=base_name(base) if asked.base == "auto" else asked.base)
+    request, target = _request(checkpoint, named)
+    ours = is_concept if asked.force else None
+    check_absent(path, ours=ours)
+    if not _is_from(target, checkpoint):
+        check_free_in_store(target, force=asked.force)
+    with converting(replace(request, keep_unet=True), target, session.report) as (made, result):
         with session.running():
-            session.load(base, imported.folder)
-            _save(session, imported, photo.image, photo.sha256, Path(save))
-    except BaseException:
-        shutil.rmtree(imported.folder, ignore_errors=True)  # both, or nothing
-        raise
+            session.load(base, made)
+            concept = _concept(session, request.name, made, photo.image, photo.sha256)
+        (made / MERGED_UNET).unlink()  # the concept has them now
+        with staging_directory(path) as staging:
+            concept.save(staging / path.name)
+            known = _same_manifest(made, target)  # of a run that was killed between domain and concept
+            if not known:
+                add_to_store(made, target, force=asked.force)
+            try:
+                put_in_place(staging / path.name, path, ours=ours)
+            except BaseException:
+                if not known and not asked.force:
+                    shutil.rmtree(target, ignore_errors=True)  # both, or nothing
+                raise
+    return Imported(name=request.name, base=request.base, folder=target, summary=result.summary())
+
+
+def is_concept(path: Path) -> bool:
+    """Whether a file is a concept."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return "e4t" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def _is_from(folder: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a domain folder was converted from the files of a checkpoint."""
+    with contextlib.suppress(IntegrityError, OSError):
+        notes = read_manifest(folder / "domain.toml").notes
+        return all(sha256_of(checkpoint.folder / name) in notes for name in ("encoder.pt", checkpoint.weights))
+    return False
+
+
+def _same_manifest(one: Path, other: Path) -> bool:
     with contextlib.suppress(OSError):
-        (imported.folder / MERGED_UNET).unlink()  # the concept has them now
-    return imported
+        return (one / "domain.toml").read_bytes() == (other / "domain.toml").read_bytes()
+    return False
 
 
-def _save(session: Session, imported: Imported, photo: Image, sha256: str, path: Path) -> None:
+def _concept(session: Session, name: str, folder: Path, photo: Image, sha256: str) -> Concept:
     import torch
 
     from e4t_cli.formats.concept import Concept
@@ -270,16 +307,16 @@ def _save(session: Session, imported: Imported, photo: Image, sha256: str, path:
     features = pretrained.image_features(model, model.pixels([prepared.image]))
     with torch.no_grad():
         encoded_image = pretrained.encoder.to(features.device).encode_image(features)
-    unet = read_tensors(imported.folder / MERGED_UNET)
+    unet = read_tensors(folder / MERGED_UNET)
     weights = {f"unet.{key}": value.half() for key, value in unet.items()}
     for_inference = pretrained.encoder.for_inference().state_dict()
     weights |= {f"encoder.{key}": value.cpu() for key, value in for_inference.items()}
     config = pretrained.tuning.replace(steps=0)  # this program tuned nothing
     concept = Concept(
-        domain=imported.name, package=USER, descriptor=pretrained.descriptor,
+        domain=name, package=USER, descriptor=pretrained.descriptor,
         base_name=model.base.name, base_fingerprint=model.weights_fingerprint, weights_digest=pretrained.digest,
         prepared=prepared, image_features=features[0].cpu(), config=config, seed=0, image_sha256=sha256,
         weights={**weights, "folded": encoded_image.cpu()},
     )  # fmt: skip
     concept.tuned(model, pretrained)  # raises before a file is written if the weights do not fit
-    concept.save(path)
+    return concept

@@ -121,6 +121,7 @@ class DomainTrainingOptions(RunOptions):
         cache: "on" encodes each image once and keeps the result in the user's cache, "off" encodes it each time;
             "auto" is on if training passes over the images more than once.
         strict: stop at the first image that cannot be used; otherwise they are left out, counted and named in a log.
+        force: replace the domain that was pre-trained there before.
     """
 
     descriptor: str | None = None
@@ -131,6 +132,7 @@ class DomainTrainingOptions(RunOptions):
     micro_batch: int | None = None
     cache: str = "auto"
     strict: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,7 @@ class PretrainOptions(DomainTrainingOptions):
         trackers: names that accelerate knows, such as "tensorboard".
         checkpoint_every: steps between two checkpoints; None is the loop's default.
         resume: continue from the last checkpoint of an interrupted run with the same arguments.
-        force: continue also if settings differ.
+        resume_changed: continue also if settings differ.
         stop: its request makes the run save a checkpoint and raise KeyboardInterrupt.
     """
 
@@ -150,7 +152,7 @@ class PretrainOptions(DomainTrainingOptions):
     trackers: Sequence[str] = ()
     checkpoint_every: int | None = None
     resume: bool = True
-    force: bool = False
+    resume_changed: bool = False
     stop: StopRequest | None = None
 
 
@@ -163,11 +165,13 @@ class ImportOptions(RunOptions):
         name: of the domain; by default the installed one with its descriptor, or the descriptor.
         licence: of the weights, for the manifest.
         normalised_patches: see `PatchTower`; for an open_clip from 2024 on.
+        force: replace the domain of that name, and the concept's file.
     """
 
     name: str | None = None
     licence: str = ""
     normalised_patches: bool = False
+    force: bool = False
 
 
 # The keywords of these options, for type checkers.
@@ -217,6 +221,7 @@ class DomainTrainingKeywords(RunKeywords, total=False):
     micro_batch: int | None
     cache: str
     strict: bool
+    force: bool
 
 
 class PretrainKeywords(DomainTrainingKeywords, total=False):
@@ -224,7 +229,7 @@ class PretrainKeywords(DomainTrainingKeywords, total=False):
     trackers: Sequence[str]
     checkpoint_every: int | None
     resume: bool
-    force: bool
+    resume_changed: bool
     stop: StopRequest | None
 
 
@@ -232,3 +237,4 @@ class ImportKeywords(RunKeywords, total=False):
     name: str | None
     licence: str
     normalised_patches: bool
+    force: bool

@@ -16,7 +16,9 @@ from e4t_cli.api.pretraining_setup import (
     NewDomain,
     check_cache,
     check_new_name,
+    check_place,
     choose_cache,
+    is_earlier,
     plan_domain,
     training_data,
 )
@@ -24,6 +26,7 @@ from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
 from e4t_cli.datasets.reader import ImageReader
 from e4t_cli.datasets.sources import ImageSource, find_source, hold_out
+from e4t_cli.files import holds_only, put_in_place, staging_directory, sync_tree
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.images.loading import ImageInput
 from e4t_cli.images.preparation import snapshot_downloader
@@ -32,6 +35,7 @@ from e4t_cli.progress import Progress, StopRequest
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
+from e4t_cli.temporary import remove, temporary_path
 
 if TYPE_CHECKING:
     from e4t_cli.models.domain_weights import DomainWeights
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from e4t_cli.pretraining.encoded_images import TrainingData
     from e4t_cli.pretraining.loop import TrainingCallbacks
 
+LEFT_OUT = "left-out.tsv"  # images that were not used, and why
 Data = str | os.PathLike[str] | Iterable[ImageInput | PreparedImage]
 
 
@@ -71,7 +76,7 @@ class PretrainingRun:
             size=model.resolution, base=model.base.name, mask="auto" if config.mask else None,
             device=str(model.device), fetch=snapshot_downloader(session.access),
         )  # fmt: skip
-        log = plan.work / "left-out.tsv" if processes.first else None
+        log = plan.work / LEFT_OUT if processes.first else None
         self.reader = ImageReader(self.domain, target, strict=options.strict, log=log)
         self.samples = config.steps * config.batch_size * processes.count
 
@@ -102,7 +107,9 @@ class PretrainingRun:
         checkpoints = CheckpointOptions()
         if saved is not None:
             every = saved.checkpoint_every or checkpoints.every
-            checkpoints = CheckpointOptions(folder=self.plan.work, every=every, resume=saved.resume, force=saved.force)
+            checkpoints = CheckpointOptions(
+                folder=self.plan.work, every=every, resume=saved.resume, force=saved.resume_changed
+            )
         domain = DomainInfo(
             name=self.domain.name, descriptor=self.domain.descriptor, licence=self.domain.licence,
             templates=tuple(training_templates(self.domain)), tuning=self.plan.tuning,
@@ -138,21 +145,37 @@ class PretrainingRun:
             report(event)
 
         with logger:
-            yield TrainingCallbacks(stop=stop, on_progress=both, on_step=logger.on_step)
+            yield TrainingCallbacks(stop=stop, on_progress=both, on_step=logger.on_step, on_resume=logger.on_resume)
 
-    def keep_logs(self) -> None:
-        """Move logs and contact sheets to the domain folder, and remove the checkpoints."""
-        work, kept = self.plan.work, self.plan.folder / "training"
-        log = work / "left-out.tsv"
+    def finish(self, trained: DomainWeights, *, force: bool) -> None:
+        """Put the domain folder, with logs and contact sheets, in its place, and remove the checkpoints."""
+        folder, work = self.plan.folder, self.plan.work
+        with staging_directory(folder) as staging:
+            # Two levels down, where no listing of domain folders looks for manifests.
+            made = staging / "domain"
+            trained.save(made)
+            self._copy_logs(made / "training")
+            sync_tree(made)
+            check_place(folder, force=force)
+            if holds_only(folder, ()):
+                folder.rmdir()
+            put_in_place(made, folder, ours=is_earlier if force else None)
+        if os.path.exists(folder / "training" / LEFT_OUT):
+            text = f"the images left out are named in {folder / 'training' / LEFT_OUT}"
+            self.session.report(Progress(stage="pretrain", remark=text))
+        with contextlib.suppress(OSError):  # in one step: the next run must not resume from half of it
+            os.rename(work, left := temporary_path(folder))
+            remove(left)
+
+    def _copy_logs(self, kept: Path) -> None:
+        work, unfinished = self.plan.work, shutil.ignore_patterns("*~")
         with contextlib.suppress(OSError):  # the domain weights are complete without them
-            kept.mkdir(exist_ok=True)
-            for path in (log, *(work / "training").glob("*")):
-                if os.path.exists(path):
-                    os.replace(path, kept / path.name)
-            if os.path.exists(kept / log.name):
-                text = f"the images left out are named in {kept / log.name}"
-                self.session.report(Progress(stage="pretrain", remark=text))
-        shutil.rmtree(work, ignore_errors=True)
+            if os.path.isdir(work / "training"):
+                shutil.copytree(work / "training", kept, ignore=unfinished)
+        with contextlib.suppress(OSError):
+            if os.path.exists(work / LEFT_OUT):
+                kept.mkdir(exist_ok=True)
+                shutil.copyfile(work / LEFT_OUT, kept / LEFT_OUT)
 
 
 def process_options(options: DomainTrainingOptions, processes: DistributedContext) -> DomainTrainingOptions:
@@ -187,15 +210,16 @@ def pretrain(
         folder: where the domain weights go; by default among the user domains.
         options: keywords, see `e4t_cli.api.options`: base, device, dtype, offline, accept_license,
             on_progress (`RunOptions`); descriptor, steps, batch_size, base_learning_rate,
-            reg_weight, micro_batch, cache, strict (`DomainTrainingOptions`); sample_every,
-            trackers, checkpoint_every, resume, force, stop (`PretrainOptions`).
+            reg_weight, micro_batch, cache, strict, force (`DomainTrainingOptions`); sample_every,
+            trackers, checkpoint_every, resume, resume_changed, stop (`PretrainOptions`).
 
     Returns:
         The folder, which `e4t domains list` shows and `personalize` accepts. Inside, `training/`
         has the losses, contact sheets, and the names of images that were left out.
 
     Raises:
-        UsageError: the name or the descriptor cannot be used, or there are such weights already.
+        UsageError: the name or the descriptor cannot be used, there are such weights already, or another process is
+            pre-training the domain.
         InputError: there is no usable image.
         E4TError: another of its children.
     """
@@ -205,6 +229,7 @@ def pretrain(
     cut_off = HubAccess(offline=asked.offline).cut_off
     source = find_source(data, offline=cut_off)
     from e4t_cli.pretraining.batches import init_distributed
+    from e4t_cli.pretraining.lock import locked
     from e4t_cli.pretraining.logging import check_trackers
 
     check_trackers(asked.trackers, offline=cut_off)
@@ -213,7 +238,9 @@ def pretrain(
         session = Session(process_options(asked, processes))
         base = resolve_base(asked, session.access, safety=False)
         plan = plan_domain(name, base_name(base), asked, config=config, tuning=tuning, folder=folder)
-        with session.running():
+        alone = locked(plan.work, plan.domain.name) if processes.first else contextlib.nullcontext()
+        with session.running(), alone:
+            check_place(plan.folder, force=asked.force)  # a run that held the lock until now may have filled it
             session.load(base, None)
             run = PretrainingRun(session, plan, source, asked, processes)
             held_out = run.hold_out() if asked.sample_every else []
@@ -226,6 +253,5 @@ def pretrain(
             ):  # fmt: skip
                 trained = run.train(encoded, callbacks=callbacks, saved=asked, seed=seed)
             if processes.first:
-                trained.save(plan.folder)
-                run.keep_logs()
+                run.finish(trained, force=asked.force)
     return plan.folder

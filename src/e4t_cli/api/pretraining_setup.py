@@ -14,17 +14,21 @@ from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING
 from e4t_cli.datasets.reader import ImageReader
 from e4t_cli.datasets.sources import ImageSource, IterableSource, MapStyleSource, SinglePassSource
 from e4t_cli.errors import E4TError, ResourceError, UsageError, WeightsUnavailable, printable
-from e4t_cli.files import free_bytes, shown_size
+from e4t_cli.files import free_bytes, holds_only, shown_size
 from e4t_cli.hub.paths import user_cache
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, installed_domains, user_domain, user_domains_folder, weights_folder
 from e4t_cli.registry.domain import Domain, check_name
+from e4t_cli.registry.manifest import is_domain_folder
+from e4t_cli.temporary import sweep
 
 if TYPE_CHECKING:
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.pretraining.batches import DistributedContext
     from e4t_cli.pretraining.encoded_images import TrainingData
+
+UNFINISHED = ("encoder.safetensors", "offsets.safetensors", "tower.safetensors", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,7 @@ def plan_domain(
     Raises:
         UsageError: a value is out of range, or there are such weights already.
     """
-    domain, is_new = _find(name, base)
+    domain, is_new = _find(name, base, replacing=options.force)
     config = config or domain.pretraining or NEW_PRETRAINING
     fields = ("steps", "batch_size", "base_learning_rate", "reg_weight")
     given = {field: value for field in fields if (value := getattr(options, field)) is not None}
@@ -72,28 +76,45 @@ def plan_domain(
     except ValueError as error:
         raise UsageError(str(error)) from error
     target = Path(folder) if folder is not None else user_domains_folder() / domain.name
-    if os.path.exists(target / "domain.toml"):
-        raise UsageError(
-            f"there is a domain in {printable(str(target))} already",
-            hint=f"choose another name, or remove it: e4t domains rm {domain.name}",
-        )
+    check_place(target, force=options.force)
     names_itself = is_new and options.descriptor is None
     tuning = tuning or domain.tuning
     return NewDomain(domain=domain, names_itself=names_itself, config=config, tuning=tuning, folder=target)
 
 
-def _find(name: str | Domain, base: str) -> tuple[Domain, bool]:
+def is_earlier(folder: Path) -> bool:
+    """Whether a folder is that of an earlier pre-training, also of one that was killed while it wrote the weights."""
+    return is_domain_folder(folder) or holds_only(folder, UNFINISHED)
+
+
+def check_place(target: Path, *, force: bool) -> None:
+    """Raise UsageError unless a domain's folder is absent or empty, or with `force`, that of an earlier one."""
+    sweep(target)
+    if not os.path.lexists(target) or holds_only(target, ()) or (force and is_earlier(target)):
+        return
+    shown = printable(str(target))
+    if force:
+        message = f"{shown} holds other files than a domain's: it is not replaced"
+        raise UsageError(message, hint="choose another name, or move it away")
+    hint = f"replace it with --force, choose another name, or remove it: e4t domains rm {target.name}"
+    raise UsageError(f"there is a domain in {shown} already", hint=hint)
+
+
+def _find(name: str | Domain, base: str, *, replacing: bool) -> tuple[Domain, bool]:
     """Return the value, the installed domain of that name, or a new plain one; and which it is."""
     if isinstance(name, Domain):
         return name, False
     # A package's domain precedes the user's folder of that name, which holds weights for it.
     installed = sorted(installed_domains(), key=lambda one: one.package == USER)
     for listing in installed:
+        if replacing and listing.package == USER:
+            continue  # made anew, by the same rules as the first time
         if listing.name == name and listing.domain is not None:
             with contextlib.suppress(WeightsUnavailable):
-                weights_folder(listing.domain, base)
+                if weights_folder(listing.domain, base).parent == user_domains_folder() and replacing:
+                    return listing.domain, False
                 message = f"the domain {name!r} has weights for {base} already"
-                raise UsageError(message, hint="choose another name with --domain")
+                raise UsageError(message, hint="choose another name with --domain, or replace your own: --force")
             return listing.domain, False
     known = [one.domain for one in installed if one.domain is not None]
     tuning, pretraining = _known_configs(known, base)

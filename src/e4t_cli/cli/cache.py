@@ -85,14 +85,17 @@ def verify(json: Json = False, quiet: Quiet = False) -> None:
 
 @app.command("prune")
 def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Remove what is not needed: partial downloads, and files that a smaller copy has replaced."""
+    """Remove what is not needed: partial downloads, what killed commands left, files that a smaller copy replaced.
+
+    Checkpoints of an interrupted pre-training go when nothing was written to them for 30 days.
+    """
     console = terminal.start(json=json, quiet=quiet)
     from e4t_cli.hub import cache as hub_files
 
     found = hub_files.prunable()
     if found:
         size = shown_size(sum(item.size for item in found))
-        console.confirm(yes, f"remove {len(found)} files, {size}, that are not needed?")
+        console.confirm(yes, f"remove {len(found)} files or folders, {size}, that are not needed?")
     for item in hub_files.prune(found):
         console.product(str(item.path), {"type": "removed", **item.as_dict()})
     if not found:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from e4t_cli.cli import console as terminal
-from e4t_cli.cli.options import DomainName, Json, Offline, Quiet, Yes, complete_domain
+from e4t_cli.cli.options import DomainName, Force, Json, Offline, Quiet, Yes, complete_domain
 from e4t_cli.errors import E4TError
 from e4t_cli.files import shown_size
 
@@ -161,13 +161,15 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a zip, 
 
 
 @app.command("add", epilog=ADD_EXAMPLES)
-def add(source: Source, offline: Offline = False, json: Json = False, quiet: Quiet = False) -> None:
+def add(
+    source: Source, force: Force = False, offline: Offline = False, json: Json = False, quiet: Quiet = False
+) -> None:
     """Add a domain from a folder, a zip or the hub; it is added only if all checks pass."""
     from e4t_cli.registry.store import add_domain  # imports pydantic: too slow for --help
 
     console = terminal.start(json=json, quiet=quiet)
     with console.progress() as on_progress:
-        added = add_domain(source, offline=offline, on_progress=on_progress)
+        added = add_domain(source, force=force, offline=offline, on_progress=on_progress)
     name, path = added.domain.name, str(added.folder)
     base, licence = added.manifest.base, added.manifest.licence
     console.product(path, {"type": "domain", "name": name, "base": base, "path": path, "licence": licence})
@@ -244,13 +246,13 @@ Pack = Annotated[Path | None, typer.Option(metavar="DIR", help="Weights that `e4
 @app.command("new", epilog=NEW_EXAMPLES)
 def new(
     name: NewName, directory: Directory = None, descriptor: Descriptor = "", licence: Licence = "",
-    pack: Pack = None, json: Json = False, quiet: Quiet = False,
+    pack: Pack = None, force: Force = False, json: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Write a plug-in package with one domain, whose tests pass once it is installed."""
     from e4t_cli.registry.scaffold import new_domain  # imports pydantic: too slow for --help
 
     console = terminal.start(json=json, quiet=quiet)
-    folder = new_domain(name, directory, descriptor=descriptor, licence=licence, weights=pack)
+    folder = new_domain(name, directory, descriptor=descriptor, licence=licence, weights=pack, force=force)
     console.product(str(folder), {"type": "package", "name": name, "path": str(folder)})
     console.note(f"install it: pip install -e {folder}")
 

@@ -57,6 +57,7 @@ class ImportFlags:
         help="For checkpoints trained with an open_clip from 2024 on.")] = False
     device: options.Device = "auto"
     dtype: options.Dtype = "auto"
+    force: options.Force = False
 # fmt: on
 
 
@@ -78,7 +79,8 @@ def e4t_diffusion(
     with console.progress() as on_progress:
         asked: ImportKeywords = {
             "name": flags.name, "base": flags.base, "licence": flags.licence, "device": flags.device,
-            "dtype": flags.dtype, "normalised_patches": flags.normalised_patches, "on_progress": on_progress,
+            "dtype": flags.dtype, "normalised_patches": flags.normalised_patches, "force": flags.force,
+            "on_progress": on_progress,
         }  # fmt: skip
         if save is None:
             made = importing.import_checkpoint(folder, **asked)
@@ -101,7 +103,7 @@ e4t export me.e4t ./me.safetensors\n
 e4t export me.e4t ./me-lora.safetensors --lora 64
 """
 
-Target = Annotated[Path, typer.Argument(metavar="FOLDER|FILE.safetensors", help="Where to; it must not exist.")]
+Target = Annotated[Path, typer.Argument(metavar="FOLDER|FILE.safetensors", help="Where to.")]
 Lora = Annotated[int | None, typer.Option(
     metavar="RANK", min=1, max=1024, show_default=False,
     help="Only what was learned, as a LoRA of this rank, into FILE.safetensors.")]  # fmt: skip
@@ -115,6 +117,7 @@ Word = Annotated[str, typer.Option(
 def export(
     concept: Saved, path: Target, run: options.RunFlags, terminal: options.TerminalFlags, lora: Lora = None,
     placeholder: OwnPlaceholder = None, word: Word = "included", vram: options.Vram = "auto",
+    force: options.Force = False,
 ) -> None:  # fmt: skip
     """Export a saved concept as a plain Stable Diffusion, for other programs.
 
@@ -134,7 +137,7 @@ def export(
 
     with console.progress() as on_progress:
         made = exporting.export(
-            concept, path, lora=lora, placeholder=placeholder, word=word, vram=vram,
+            concept, path, lora=lora, placeholder=placeholder, word=word, vram=vram, force=force,
             **run.run_keywords(console, on_progress),
         )  # fmt: skip
     record: dict[str, str | float] = {

@@ -119,6 +119,7 @@ Offline = Annotated[bool, network_option(
     help="Use what is on this machine, and open no connection.")]
 Json = Annotated[bool, output_option("--json", help="One JSON object a line on stdout.")]
 Yes = Annotated[bool, output_option("-y", "--yes", help="Do not ask.")]
+Force = Annotated[bool, output_option("--force", help="Replace what e4t wrote there before.")]
 Quiet = Annotated[bool, output_option("-q", "--quiet", help="Only errors on stderr.")]
 
 

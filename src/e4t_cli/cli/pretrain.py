@@ -52,6 +52,7 @@ class TrainingFlags(options.RunFlags):
         help="Weight of the embedding regularization L_reg (eq. 2).")] = None
     micro_batch: Annotated[int | None, run_option(
         min=1, help="Images in memory at once; less needs less memory, and more time.")] = None
+    force: options.Force = False
 
     def keywords(self, terminal: Console, on_progress: ProgressCallback) -> DomainTrainingKeywords:
         """Return the keywords of the library."""
@@ -59,7 +60,7 @@ class TrainingFlags(options.RunFlags):
             **self.run_keywords(terminal, on_progress),
             "descriptor": self.descriptor, "strict": self.strict, "cache": self.cache, "steps": self.steps,
             "batch_size": self.batch, "base_learning_rate": self.base_lr, "reg_weight": self.reg_weight,
-            "micro_batch": self.micro_batch,
+            "micro_batch": self.micro_batch, "force": self.force,
         }
 
 
@@ -73,8 +74,8 @@ class CheckpointFlags:
         min=1, metavar="N", help="Steps between two checkpoints.")] = None
     resume: Annotated[bool, run_option(
         "--resume/--fresh", help="Continue from the last checkpoint of an interrupted run, or start over.")] = True
-    force: Annotated[bool, run_option(
-        "--force", help="Continue from a checkpoint also if data or settings differ.")] = False
+    resume_changed: Annotated[bool, run_option(
+        "--resume-changed", help="Continue from a checkpoint also if data or settings differ.")] = False
     tracker: Annotated[list[str] | None, run_option(
         metavar="NAME", help="Also send the losses to tensorboard, wandb, ...; can be repeated.")] = None
 # fmt: on
@@ -113,7 +114,8 @@ def pretrain(
         folder = pretraining.pretrain(
             domain, data, seed=seed, stop=console.stop, trackers=checkpoints.tracker or (),
             sample_every=checkpoints.sample_every, checkpoint_every=checkpoints.checkpoint_every,
-            resume=checkpoints.resume, force=checkpoints.force, **training.keywords(console, on_progress),
+            resume=checkpoints.resume, resume_changed=checkpoints.resume_changed,
+            **training.keywords(console, on_progress),
         )  # fmt: skip
     if first:
         console.product(str(folder), {"type": "domain", "name": domain, "path": str(folder)})

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from transformers import AddedToken, CLIPTextModel
 
 from e4t_cli.errors import UsageError, printable
-from e4t_cli.files import check_absent, staging_directory, sync_tree
-from e4t_cli.formats.textual_inversion import check_both_absent, embedding_path, write_with_embedding
+from e4t_cli.files import check_absent, rename_folder_to_free_name, staging_directory, sync_tree
+from e4t_cli.formats.textual_inversion import embedding_path, write_with_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.loading import CHECKER, FEATURE_EXTRACTOR, load_part
 from e4t_cli.models.text_to_image import TextToImageModel
@@ -116,7 +116,7 @@ def write_folder(
         (staging / "model_index.json").write_bytes(json.dumps(index, indent=2).encode())
         _normalize(staging)
         sync_tree(staging)
-        os.rename(staging, folder)
+        rename_folder_to_free_name(staging, folder)
 
 
 def check_token(model: TextToImageModel, token: str) -> None:
@@ -226,15 +226,14 @@ def write_single_file(
     `model` is the base that `tuned` was made from. The other arguments and errors are those of `write_with_embedding`
     and `check_single_file`.
     """
-    check_single_file(model, path)
+    check_single_file(model)
     assert isinstance(tuned.unet, UNet2DConditionModel)
     weights = dict(compvis_state_dict(tuned.unet, model.vae, model.text_encoder))
     write_with_embedding(path, weights, embedding, dtype=dtype)
 
 
-def check_single_file(model: TextToImageModel, path: Path) -> None:
-    """Raise UsageError if a file exists, or the base is no Stable Diffusion 1.x."""
-    check_both_absent(path)
+def check_single_file(model: TextToImageModel) -> None:
+    """Raise UsageError if the base is no Stable Diffusion 1.x."""
     config: Mapping[str, Any] = model.unet.config
     if any(config[name] != value for name, value in SINGLE_FILE_CONFIG.items()):
         message = f"one file can only hold Stable Diffusion 1.x, and {model.base.name} is another kind of model"

@@ -27,6 +27,7 @@ from e4t_cli.nn.randomness import draw
 from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features
 from e4t_cli.registry.domain import PreparedImage
 
+WRITER = "written_by"  # key in the metadata of files that may be written again
 NOISE_LEVELS = 16  # each in its own range of time steps, as in a step of tuning
 
 
@@ -107,8 +108,8 @@ def write_with_embedding(
             name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
             for name, value in weights.items()
         }
-        save_file(stored, staging / "weights", {"format": "pt", **(metadata or {})})
-        save_file({"emb_params": embedding.detach().cpu().float()[None]}, staging / "embedding")
+        save_file(stored, staging / "weights", {"format": "pt", WRITER: "e4t", **(metadata or {})})
+        save_file({"emb_params": embedding.detach().cpu().float()[None]}, staging / "embedding", {WRITER: "e4t"})
         for name in ("weights", "embedding"):
             # safetensors makes files that only their owner may read.
             (staging / name).chmod(staging.stat().st_mode & 0o666)

@@ -1,7 +1,7 @@
 """Lists, verifies, prunes and removes cached files.
 
 The hub's cache is shared by all programs: only repositories that e4t fetched, or has a name for, are touched.
-Everything in e4t's own cache can be made again.
+Everything in e4t's own cache can be made again. What killed commands left, there and elsewhere, is listed too.
 
 Not `huggingface_hub.scan_cache_dir` (2.4.0): one dead link hides its repository, which then could not be removed; it
 reads all repositories (0.3 s for 300 of other programs), and its deletions log errors instead of raising them. Not
@@ -22,8 +22,12 @@ from e4t_cli.hub import repo_info
 from e4t_cli.hub.bases import PROGRAM, PUBLISHED, hub_location, list_converted_weights
 from e4t_cli.hub.download import ProgressMeter
 from e4t_cli.hub.image_tower import VIT_H_14, has_tower, tower_folder
-from e4t_cli.hub.paths import matches, repository_folder, repository_of, snapshot_folder, user_cache
+from e4t_cli.hub.paths import matches, repository_folder, repository_of, snapshot_folder, user_cache, user_data
 from e4t_cli.progress import ProgressCallback
+from e4t_cli.temporary import final_path, leftovers
+from e4t_cli.temporary import remove as discard
+
+GIVEN_UP_SECONDS = 30 * 24 * 3600  # since a pre-training that was interrupted wrote anything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,9 @@ class CacheItem:
     """Something in a cache: a file or a folder, named as on the command line.
 
     Args:
-        kind: "repository", "image tower", "converted weights", "encoded images", "partial download", "published
-            tower", "published checkpoint".
+        kind: "repository", "image tower", "converted weights", "encoded images", "checkpoints" (of a pre-training that
+            has not ended), "leftover" (of a killed command), "partial download", "published tower", "published
+            checkpoint".
         size: in bytes, on the disk.
         revision: the commit, of a repository or of converted weights.
     """
@@ -76,7 +81,32 @@ def list_cache() -> list[CacheItem]:
     for weights in list_converted_weights():
         found.append(_item(f"{PROGRAM}:{weights.repository}", "converted weights", weights.folder, weights.commit))
     folders = matches(user_cache() / "pretraining", "*/")
-    return found + [_item(f"pretraining/{folder.name}", "encoded images", folder) for folder in folders]
+    found += [_item(f"pretraining/{folder.name}", "encoded images", folder) for folder in folders]
+    return found + _checkpoints() + _leftovers()
+
+
+def _leftovers() -> list[CacheItem]:
+    """Return what killed commands left in e4t's folders, in the current one, and in the images' folder there."""
+    own = [
+        folder
+        for top in (user_cache(), user_data())
+        for folder in (top, *matches(top, "**/*"))
+        if os.path.isdir(folder)
+    ]
+    found = [path for folder in (Path(), Path("outputs"), *own) for path in leftovers(folder)]
+    outermost = [path for path in found if not any(other in path.parents for other in found)]
+    return [_item(f"{final_path(path).name}~", "leftover", path) for path in dict.fromkeys(outermost)]
+
+
+def _checkpoints() -> list[CacheItem]:
+    """Return the states of pre-trainings that run, or were interrupted, among the user domains and in this folder."""
+    found = [path for folder in (user_data() / "domains", Path()) for path in matches(folder, ".*.checkpoints")]
+    return [_item(f"checkpoints/{path.name[1:-12]}", "checkpoints", path) for path in found if os.path.isdir(path)]
+
+
+def _is_given_up(folder: Path) -> bool:
+    times = [path.stat().st_mtime for path in (folder, *folder.rglob("*")) if os.path.exists(path)]
+    return time.time() - max(times, default=0) > GIVEN_UP_SECONDS
 
 
 def verify(on_progress: ProgressCallback | None = None) -> tuple[int, list[ChecksumMismatch]]:
@@ -111,12 +141,11 @@ def _snapshots() -> list[tuple[str, str]]:
 
 
 def prunable() -> list[CacheItem]:
-    """Return what can go without a loss: partial downloads, and sources of converted files."""
+    """Return what can go: partial downloads, sources of converted files, leftovers, and pre-trainings given up."""
     partial: list[tuple[str, Path]] = []
     for repository in dict.fromkeys(repository for repository, _ in _repositories()):
         partial += [(repository, path) for path in matches(repository_folder(repository), "blobs/*.incomplete")]
-    partial += [("image tower", path) for path in matches(user_cache() / "towers", ".*~")]
-    found = []
+    found = [*_leftovers(), *(item for item in _checkpoints() if _is_given_up(item.path))]
     for name, path in partial:
         with contextlib.suppress(OSError):  # it is complete, and renamed, by now
             # A younger file may belong to a running process.
@@ -135,7 +164,9 @@ def prune(chosen: list[CacheItem] | None = None) -> list[CacheItem]:
     removed = []
     for item in prunable() if chosen is None else chosen:
         with contextlib.suppress(OSError):
-            if os.path.isdir(item.path):
+            if item.kind == "leftover":
+                discard(item.path)
+            elif os.path.isdir(item.path):
                 shutil.rmtree(item.path)
             else:
                 repo_info.delete_file(item.path)
@@ -165,7 +196,10 @@ def remove(item: CacheItem) -> None:
         else:
             blobs = _blobs(path)
     try:
-        shutil.rmtree(path)
+        if item.kind == "leftover":
+            discard(path)
+        else:
+            shutil.rmtree(path)
         for blob in blobs - _blobs(folder / "snapshots"):
             blob.unlink(missing_ok=True)
     except OSError as error:

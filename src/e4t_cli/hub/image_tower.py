@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from e4t_cli.errors import IntegrityError, ResourceError, WeightsUnavailable
-from e4t_cli.files import free_bytes, shown_size, sync_tree
+from e4t_cli.errors import E4TError, IntegrityError, ResourceError
+from e4t_cli.files import free_bytes, rename_folder_to_free_name, shown_size, sync_tree, writing
 from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.paths import HubAccess, Terms, accept, snapshot_folder, user_cache
 from e4t_cli.hub.repo_info import cached_repo_info, checksum
+from e4t_cli.temporary import sweep, temporary_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,18 +124,18 @@ def _write_visual_tower(published: Path, folder: Path, config: dict[str, Any]) -
     if needed > free:
         message = f"the image tower needs {shown_size(needed)} and {shown_size(free)} are free"
         raise ResourceError(message, hint="make room, or set E4T_CACHE_DIR to a larger disk")
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}~")
+    sweep(folder)
+    temporary = temporary_path(folder)
     try:
-        temporary.mkdir(parents=True)
-        (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
-        save_file(tensors, temporary / "model.safetensors")
-        sync_tree(temporary)
-        with contextlib.suppress(FileExistsError):
-            os.rename(temporary, folder)
-    except OSError as error:
-        if os.path.isdir(folder):
-            return  # another process was faster; its copy is the same
-        message = f"the image tower cannot be kept in {folder.parent}: {error.strerror}"
-        raise WeightsUnavailable(message, hint="set E4T_CACHE_DIR to a folder of yours") from error
+        with writing(folder):
+            temporary.mkdir(parents=True)
+            (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+            save_file(tensors, temporary / "model.safetensors")
+            sync_tree(temporary)
+            with contextlib.suppress(FileExistsError):  # another process was faster; its copy is the same
+                rename_folder_to_free_name(temporary, folder)
+    except E4TError as error:
+        hint = "set E4T_CACHE_DIR to a folder of yours that has room"
+        raise type(error)(f"the image tower cannot be kept: {error.message}", hint=hint) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

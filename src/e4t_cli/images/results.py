@@ -16,13 +16,17 @@ from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import file_error, write_atomically
 from e4t_cli.images.png_metadata import GenerationRecord, png_bytes
 from e4t_cli.prompts import slug
+from e4t_cli.temporary import leftovers, remove
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
 
 
 def check_folder(folder: str | os.PathLike[str], *, create: bool = True) -> Path:
-    """Make the folder for results, before the work; without `create`, only check whether it could be made.
+    """Make the folder for results, before the work, and remove from it what killed runs left.
+
+    Args:
+        create: False only checks whether it could be made.
 
     Raises:
         E4TError: as of `file_error`.
@@ -38,6 +42,8 @@ def check_folder(folder: str | os.PathLike[str], *, create: bool = True) -> Path
         raise file_error(error, path) from error
     if not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"the folder {printable(str(there))} cannot be written to")
+    for left in leftovers(path) if create else ():
+        remove(left)
     return path
 
 

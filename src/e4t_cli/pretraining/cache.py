@@ -29,8 +29,8 @@ from torch import Tensor
 
 from e4t_cli.datasets.reader import ImageReader, signature
 from e4t_cli.datasets.sources import ImageItem, ImageSource, SinglePassSource
-from e4t_cli.errors import InputError, IntegrityError, ResourceError
-from e4t_cli.files import write_atomically
+from e4t_cli.errors import InputError, IntegrityError
+from e4t_cli.files import file_error, write_atomically
 from e4t_cli.hub.paths import user_cache
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.pretraining.batches import DistributedContext
@@ -111,7 +111,8 @@ def _write(path: Path, data: bytes, *, overwrite: bool = True) -> None:
         pass
     except OSError as error:
         hint = "E4T_CACHE_DIR moves it, --cache off trains without it"
-        raise ResourceError(f"the cache in {path.parent} cannot be written: {error.strerror}", hint=hint) from error
+        kind = type(file_error(error, path))
+        raise kind(f"the cache in {path.parent} cannot be written: {error.strerror}", hint=hint) from error
 
 
 class CachedDataset:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from e4t_cli.errors import DivergedError, IntegrityError, ResourceError, UsageError, printable
-from e4t_cli.files import write_atomically
+from e4t_cli.errors import DivergedError, E4TError, IntegrityError, ResourceError, UsageError, printable
+from e4t_cli.files import file_error, write_atomically
 
 LATEST = "latest"  # file that names the checkpoint to resume from; written when that one is safe on the disk
 LAYOUT = ("processes", "micro_batch", "steps")  # settings that may change when a run is resumed
@@ -126,7 +126,9 @@ class Checkpoints:
         changed = ", ".join(f"{key} {_shown(old.get(key))} → {_shown(new.get(key))}" for key in keys)
         if changed and not force:
             message = f"the checkpoints in {printable(str(self.folder))} are of another run: {changed}"
-            raise UsageError(message, hint="give the settings of before, or --force to continue with the new ones")
+            raise UsageError(
+                message, hint="give the settings of before, or --resume-changed to go on with the new ones"
+            )
         if changed:
             self.remarks.append(f"continuing with other settings: {changed}")
         same = ": the samples of each step stay the same, their sums are rounded in another order"
@@ -138,11 +140,13 @@ class Checkpoints:
         names = [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}\.safetensors", path.name)]
         return sorted(names, key=lambda path: int(path.stem.partition("-")[2]))
 
-    def _unwritable(self, error: OSError, what: str) -> ResourceError:
+    def _unwritable(self, error: OSError, what: str) -> E4TError:
         intact = self.latest() if os.path.isdir(self.folder) else None
         kept = f"; {intact.name} before it is intact" if intact is not None else ""
         message = f"{what} could not be written in {printable(str(self.folder))}: {error.strerror or error}{kept}"
-        return ResourceError(message, hint="make room; the same command then resumes from there")
+        found = file_error(error, self.folder)
+        first = "make room" if isinstance(found, ResourceError) else found.hint
+        return type(found)(message, hint=f"{first}; the same command then resumes from there")
 
 
 def check_weights(step: int, modules: nn.Module, *, kept: int) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from e4t_cli.errors import E4TError, UsageError, printable
-from e4t_cli.files import write_atomically
+from e4t_cli.files import file_error, write_atomically
 from e4t_cli.images.png_metadata import GenerationRecord, png_bytes
 from e4t_cli.images.results import contact_sheet
 from e4t_cli.models.domain_weights import DomainWeights
@@ -108,6 +108,14 @@ class TrainingLogger:
         if every and step.step % every == 0 and self.config.images:
             self._try("the contact sheet", lambda: self._write_sheet(step))
 
+    def on_resume(self, step: PretrainingStep) -> None:
+        """Make the contact sheet of the step that a run resumes from, if the run was killed before it had one."""
+        if not os.path.exists(self._sheet(step)):
+            self.on_step(step)
+
+    def _sheet(self, step: PretrainingStep) -> Path:
+        return self.config.folder / f"step-{step.step:08d}.png"
+
     def _log(self, line: dict[str, float]) -> None:
         path = self.config.folder / "losses.jsonl"
         if not self._log_started:
@@ -168,7 +176,7 @@ class TrainingLogger:
             records += row
         sheet = contact_sheet(images, captions, columns=1 + len(self._prompts))
         self.config.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config.folder / f"step-{step.step:08d}.png", png_bytes(sheet, records))
+        write_atomically(self._sheet(step), png_bytes(sheet, records))
 
     def _samples(
         self, weights: DomainWeights, number: int, prepared: PreparedImage
@@ -195,7 +203,8 @@ class TrainingLogger:
         """Call `act`; report the first error of its kind."""
         try:
             act()
-        except (OSError, E4TError) as error:
+        except (OSError, E4TError) as failure:
+            error = file_error(failure, self.config.folder) if isinstance(failure, OSError) else failure
             if what not in self._failed:
                 self._failed.add(what)
                 self._note(f"{what} could not be written, and training continues: {error}")

@@ -78,6 +78,8 @@ class TrainingCallbacks:
     # Every few steps, with the mean losses since then, the smoothed loss and the speed.
     on_progress: ProgressCallback | None = None
     on_step: Callable[[PretrainingStep], None] | None = None  # after each step
+    # Once, before the first step of a resumed run, with the step it resumes from, which has no losses.
+    on_resume: Callable[[PretrainingStep], None] | None = None
 
 
 class RunningLosses:
@@ -202,6 +204,11 @@ def pretrain_domain(
             **facts,
         )
 
+    def after(step: int, diffusion: Tensor, penalty: Tensor) -> PretrainingStep:
+        return PretrainingStep(
+            step=step, encoder=encoder, offsets=offsets, diffusion=diffusion, penalty=penalty, snapshot=snapshot
+        )
+
     def train_step(step: int) -> tuple[Tensor, Tensor]:
         """Take an optimizer step; return both losses of this process's samples (batch,)."""
         losses = []
@@ -224,6 +231,8 @@ def pretrain_domain(
     rates = f"learning rate {rate:.3g} = {config.base_learning_rate:.3g} × {factors}{resuming}"
     for remark in [*(history.remarks if history is not None else []), rates]:
         report(Progress(stage="pretrain", remark=remark))
+    if done and processes.first and callbacks.on_resume:
+        callbacks.on_resume(after(done, torch.empty(0), torch.empty(0)))
     running, kept = RunningLosses(config, done), done
     with stop.listening():
         for finished in range(done + 1, config.steps + 1):
@@ -242,11 +251,7 @@ def pretrain_domain(
                     history.write(finished, loss, optimizer)
                 kept = finished
             if on_step:
-                taken = PretrainingStep(
-                    step=finished, encoder=encoder, offsets=offsets,
-                    diffusion=diffusion, penalty=penalty, snapshot=snapshot,
-                )  # fmt: skip
-                on_step(taken)
+                on_step(after(finished, diffusion, penalty))
             if stopping:
                 saved = "saved" if saving else "not saved: there is no folder for checkpoints"
                 remark = f"stopped after step {finished} of {config.steps}, {saved}"

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from e4t_cli.errors import IntegrityError, printable
+from e4t_cli.files import holds_only
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import check_file_name, check_name, check_template
 
@@ -95,6 +96,15 @@ def parse_manifest(data: bytes, shown: str) -> Manifest:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "its contents"
         raise IntegrityError(f"{shown} cannot be used: {printable(where)}: {printable(first['msg'])}") from error
+
+
+def is_domain_folder(folder: Path) -> bool:
+    """Whether a folder is a domain's, with nothing else in it: weights, and the logs of their pre-training."""
+    try:
+        files = read_manifest(folder / MANIFEST_NAME).files
+    except IntegrityError:
+        return False
+    return holds_only(folder, {MANIFEST_NAME, *files, "unet.safetensors", "training", "README.md"})
 
 
 def toml_text(manifest: Mapping[str, Any]) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import secrets
-import shutil
+import tomllib
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
 from e4t_cli.errors import UsageError, printable
-from e4t_cli.files import write_atomically
+from e4t_cli.files import holds_only, put_in_place, staging_directory, sync_tree, write_atomically
 from e4t_cli.hub.bases import find_base
 from e4t_cli.models.descriptors import Vocabulary, choose_descriptor
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
@@ -20,6 +20,9 @@ from e4t_cli.registry.discovery import OURS, installed_packages
 from e4t_cli.registry.domain import check_name
 from e4t_cli.registry.manifest import Manifest
 from e4t_cli.registry.store import copy_domain_folder
+from e4t_cli.temporary import sweep
+
+PROJECT = "pyproject.toml"
 
 # The paper's values for cats, its unmasked domain of things (section 3.5).
 TUNING = TuningConfig(steps=5, base_learning_rate=3e-6, reg_weight=1e-4)
@@ -33,6 +36,7 @@ def new_domain(
     descriptor: str = "",
     licence: str = "",
     weights: str | os.PathLike[str] | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a package with one domain, ready for `pip install -e`, and return its folder.
 
@@ -42,10 +46,13 @@ def new_domain(
         descriptor: the everyday word for such things; by default the weights', or the word in the name.
         licence: of the weights and the data; by default the weights'.
         weights: a domain folder that `e4t pretrain` made, to be shipped in the package.
+        force: replace a package that this function wrote, if nobody has changed a file of it.
 
     Raises:
-        UsageError: the name cannot be used, or has no word that is a descriptor, or the folder is not empty.
+        UsageError: the name cannot be used, or has no word that is a descriptor, the folder is not empty, or it cannot
+            be written.
         IntegrityError: the weights are damaged.
+        ResourceError: the disk is full.
     """
     try:
         check_name(name)
@@ -60,11 +67,11 @@ def new_domain(
     package = f"e4t-domain-{name.replace('_', '-').strip('-')}"
     module = package.replace("-", "_")
     target = Path(folder if folder is not None else package)
-    shown = printable(str(target))
-    if os.path.exists(target) and (not os.path.isdir(target) or any(target.iterdir())):
-        raise UsageError(f"{shown} is not an empty folder", hint="name another one")
-    building = target.parent / f".{secrets.token_hex(8)}~"
-    try:
+    if target.name in ("", ".."):
+        raise UsageError(f"{printable(str(target))} is no name for a new folder", hint="call it by its own name")
+    _check_free(target, force)
+    with staging_directory(target) as staging:
+        building = staging / target.name
         for path in (building / "tests", building / module):
             path.mkdir(parents=True)
         manifest = None
@@ -90,11 +97,13 @@ def new_domain(
         for template in ("pyproject.toml", "README.md", *paths):
             text = (templates / f"{template}.template").read_text(encoding="utf-8")
             write_atomically(building / paths.get(template, template), Template(text).substitute(values).encode())
-        building.replace(target)  # replaces an empty folder, fails on any other
-    except OSError as error:
-        raise UsageError(f"{shown} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        with (building / PROJECT).open("ab") as file:
+            file.write(f'\n[tool.e4t]\nwritten = "{_digest(building)}"\n'.encode())
+        sync_tree(building)
+        _check_free(target, force)
+        if holds_only(target, ()):
+            target.rmdir()
+        put_in_place(building, target, ours=is_unchanged_package if force else None)
     return target
 
 
@@ -105,6 +114,42 @@ def _descriptor(name: str) -> str:
         UsageError: there is none; the hint lists similar words.
     """
     return choose_descriptor(name, Vocabulary.of_base(find_base()))
+
+
+def _check_free(target: Path, force: bool) -> None:
+    """Raise UsageError unless a folder is absent or empty, or with `force`, a package that nobody has changed."""
+    sweep(target)
+    if not os.path.lexists(target) or holds_only(target, ()) or (force and is_unchanged_package(target)):
+        return
+    shown = printable(str(target))
+    if force:
+        message = f"{shown} is no package of e4t domains new, or was changed since: it is not replaced"
+        raise UsageError(message, hint="name another folder")
+    raise UsageError(
+        f"{shown} is not an empty folder", hint="name another one, or replace what is as e4t wrote it: --force"
+    )
+
+
+def is_unchanged_package(folder: Path) -> bool:
+    """Whether `new_domain` wrote a folder and every file in it; what Python and pip leave there does not count."""
+    try:
+        written = tomllib.loads((folder / PROJECT).read_text(encoding="utf-8"))["tool"]["e4t"]["written"]
+        return bool(written == _digest(folder)) and not os.path.islink(folder)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _digest(folder: Path) -> str:
+    """Return a hash of all files in a package, without the lines of this hash."""
+    made_by_others = ("__pycache__", ".pytest_cache", ".egg-info")
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if os.path.isdir(path) or any(part.endswith(made_by_others) for part in name.parts):
+            continue
+        data = path.read_bytes().partition(b"\n[tool.e4t]\n")[0] if name.as_posix() == PROJECT else path.read_bytes()
+        digest.update(f"{name.as_posix()} {hashlib.sha256(data).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _configs(manifest: Manifest | None) -> str:

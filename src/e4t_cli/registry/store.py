@@ -8,35 +8,37 @@ in the store completely or not at all.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
-import time
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from e4t_cli.errors import E4TError, InputError, IntegrityError, ResourceError, UsageError, printable
-from e4t_cli.files import write_atomically
+from e4t_cli.files import check_absent, file_error, make_folder, put_in_place, write_atomically, writing
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.discovery import OURS, USER, installed_packages, user_domain, user_domains_folder
 from e4t_cli.registry.domain import Domain, check_name
-from e4t_cli.registry.manifest import MANIFEST_NAME, MAX_BYTES, Manifest, parse_manifest, read_manifest
+from e4t_cli.registry.manifest import (
+    MANIFEST_NAME,
+    MAX_BYTES,
+    Manifest,
+    is_domain_folder,
+    parse_manifest,
+    read_manifest,
+)
+from e4t_cli.temporary import sweep, temporary_path
 
 MAX_MEMBERS = 1000
 MAX_ARCHIVE_BYTES = 32 << 30  # larger than any domain folder: an encoder for Stable Diffusion takes 0.2 GB
 MAX_RATIO = 100  # weights hardly compress; what unpacks to a hundred times its size is a zip bomb
 _REPOSITORY = re.compile(r"(?:hub:|hf://)?([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,200}))?")
-# Temporary folders of a running or interrupted command; they are swept after a day.
-_ADDING, _REMOVING = ".adding-", ".removing-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +51,18 @@ class AddedDomain:
 
 
 def add_domain(
-    source: str | os.PathLike[str], *, offline: bool = False, on_progress: ProgressCallback | None = None
+    source: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    offline: bool = False,
+    on_progress: ProgressCallback | None = None,
 ) -> AddedDomain:
     """Copy a domain into the user's store, where `find_domain` finds it.
 
     Args:
         source: a folder with a domain.toml, a zip of one, or "owner/repository@revision" of the hub; a revision is a
             branch, a tag, or best a commit, which never changes.
+        force: replace the domain of its name.
         offline: of the hub, use only what is on this machine already.
         on_progress: called while files are copied.
 
@@ -67,36 +74,49 @@ def add_domain(
         ResourceError: the disk is full.
     """
     store = user_domains_folder()
-    with _disk_errors(store):
-        store.mkdir(parents=True, exist_ok=True)
-        _sweep(store)
-        # Two levels below the store, where discovery does not look for manifests.
-        temporary = store / f"{_ADDING}{secrets.token_hex(6)}"
-        temporary.mkdir()
-        copy = temporary / "domain"
-        try:
+    make_folder(store)
+    sweep(store / "adding")
+    sweep(store / "removing")
+    temporary = temporary_path(store / "adding")
+    try:
+        with writing(store):
+            # Two levels below the store, where discovery does not look for manifests.
+            temporary.mkdir()
+            copy = temporary / "domain"
             folder, root = _resolve_source(source, temporary, offline, on_progress)
             shown = printable(os.fspath(source))
             manifest = copy_domain_folder(folder, copy, on_progress, links_into=root, shown=shown)
-            target = store / manifest.name
-            message = f"there is a domain in {printable(str(target))} already"
-            taken = UsageError(message, hint=f"e4t domains rm {manifest.name} removes it")
-            if os.path.exists(target):
-                raise taken
             user_domain(copy)  # a valid manifest can still make no valid Domain
             if manifest.encoder:  # the first manifests state no sizes
                 from e4t_cli.models.domain_folder import check_headers  # loads torch
 
                 check_headers(copy, manifest)
-            try:
-                copy.rename(target)
-            except OSError as error:  # another process was faster
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise taken from error
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            target = store / manifest.name
+            add_to_store(copy, target, force=force)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return AddedDomain(domain=user_domain(target), folder=target, manifest=manifest)
+
+
+def check_free_in_store(target: Path, *, force: bool) -> None:
+    """Raise UsageError if the store has a folder of that name, or with `force`, one that is no whole domain."""
+    try:
+        check_absent(target, ours=is_domain_folder if force else None)
+    except UsageError as error:
+        if force:
+            raise UsageError(error.message, hint=f"e4t domains rm {target.name} removes it") from error
+        message = f"there is a domain in {printable(str(target))} already"
+        raise UsageError(message, hint=f"replace it with --force; e4t domains rm {target.name} removes it") from error
+
+
+def add_to_store(folder: Path, target: Path, *, force: bool) -> None:
+    """Rename a complete domain folder to its place in the store; UsageError if that is taken, also just now."""
+    check_free_in_store(target, force=force)
+    try:
+        put_in_place(folder, target, ours=is_domain_folder if force else None)
+    except FileExistsError:  # another process was faster
+        check_free_in_store(target, force=force)
+        raise
 
 
 def find_user_folder(name: str) -> Path:
@@ -125,10 +145,15 @@ def remove_domain(name: str) -> Path:
             folder.unlink()  # the folder it points to is not the store's
             return folder
         # Renamed in one step first: an interrupt leaves no half domain in the list.
-        temporary = folder.with_name(f"{_REMOVING}{secrets.token_hex(6)}")
-        temporary.mkdir()
-        folder.rename(temporary / "domain")
-        shutil.rmtree(temporary)
+        temporary = temporary_path(folder.with_name("removing"))
+        with contextlib.suppress(OSError):  # a full disk has no room for a folder
+            temporary.mkdir()
+        if os.path.isdir(temporary):
+            folder.rename(temporary / "domain")
+            shutil.rmtree(temporary)
+        else:
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder)
     except OSError as error:
         raise UsageError(f"{printable(str(folder))} cannot be removed: {error.strerror}") from error
     return folder
@@ -271,7 +296,13 @@ def copy_domain_folder(
             raise IntegrityError(f"{printable(name)} in {shown} is not a plain file")
         return path
 
-    with find(MANIFEST_NAME).open("rb") as file:
+    def open_file(name: str) -> BinaryIO:
+        try:
+            return find(name).open("rb")
+        except OSError as error:
+            raise file_error(error, folder / name, reading=True) from error
+
+    with open_file(MANIFEST_NAME) as file:
         text = file.read(MAX_BYTES + 1)
     manifest = parse_manifest(text, f"the {MANIFEST_NAME} of {shown}")
     if not manifest.files:
@@ -287,7 +318,7 @@ def copy_domain_folder(
         raise ResourceError(f"{manifest.name} needs {total:,} bytes on disk, {free:,} are free")
     done = 0
     for name, sha256 in manifest.files.items():
-        with find(name).open("rb") as file:
+        with open_file(name) as file:
             copy = partial(_copy_checked, file, sha256, f"{name} in {shown}")
             write_atomically(target / name, copy)
         _check_header(target / name)
@@ -321,25 +352,3 @@ def _check_header(path: Path) -> None:
             file.keys()
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path.name} is not a usable safetensors file: {error}") from error
-
-
-def _sweep(store: Path) -> None:
-    """Remove the temporary folders of commands that crashed; running ones are younger."""
-    for left in (*store.glob(f"{_ADDING}*"), *store.glob(f"{_REMOVING}*")):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _disk_errors(store: Path) -> Iterator[None]:
-    """Turn OSErrors of the disk into errors with a message."""
-    try:
-        yield
-    except OSError as error:
-        shown = printable(str(error.filename or store))
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError("the disk is full; nothing was added") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UsageError(f"{shown} cannot be used: {error.strerror}") from error
-        raise

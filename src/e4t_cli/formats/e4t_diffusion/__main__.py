@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from e4t_cli.errors import E4TError, IntegrityError, ResourceError, printable
-from e4t_cli.files import sha256_of
+from e4t_cli.files import file_error, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +154,7 @@ def main() -> int:
     except MemoryError:
         failure = ResourceError("memory ran out")
     except OSError as error:
-        failure = ResourceError(error.strerror or str(error))
+        failure = file_error(error, target)
     else:
         answer(result=asdict(result))
         return 0

@@ -10,25 +10,24 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
 from e4t_cli.errors import E4TError, IntegrityError, ResourceError, UsageError, printable
-from e4t_cli.files import staging_directory
+from e4t_cli.files import put_in_place, staging_directory
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.temporary import sweep
 
 ENCODER, OFFSETS, UNET, PHOTO = "encoder.pt", "weight_offsets.pt", "unet.pt", "domain.png"
 MERGED_UNET = "unet.safetensors"
-MAX_CONFIG_BYTES, STALE_SECONDS = 1_000_000, 24 * 3600
+MAX_CONFIG_BYTES = 1_000_000
 _DEFAULT_TOWER = "ViT-H-14::laion2b_s32b_b79k"
 # What describes a plain vision transformer; another key means another kind of tower.
 _PLAIN_TOWER = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
@@ -191,30 +190,38 @@ class ConversionResult:
         return f"{became} of factors; {error}"
 
 
-def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallback | None = None) -> ConversionResult:
-    """Convert a checkpoint into a domain folder, in a child process without a network.
+@contextlib.contextmanager
+def converting(
+    request: ConversionRequest, target: Path, on_progress: ProgressCallback | None = None
+) -> Iterator[tuple[Path, ConversionResult]]:
+    """Convert a checkpoint in a child process without a network; yields a temporary domain folder, to be renamed.
 
-    `target` appears whole, or not at all. One that another process makes meanwhile from the same files is kept.
+    Args:
+        target: its later place, which lies beside it.
 
     Raises:
         IntegrityError: the checkpoint is hostile, damaged, or of another kind.
-        ResourceError: there is no room for the result, or memory ran out.
+        UsageError, ResourceError: there is no room for the result or it cannot be written, or memory ran out.
     """
-    # What a killed conversion left; a recent one may still be running.
-    for path in target.parent.glob(f".{target.name[:48]}.*~"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+    sweep(target)
     # Half precision takes half the bytes; the offsets, next to nothing.
     needed = sum(path.stat().st_size for path in Path(request.folder).glob("*.pt")) // 2
     with staging_directory(target, needed) as staging:
         # Two levels down, where no listing of domain folders looks for manifests.
         made = staging / "domain"
         made.mkdir()
-        result = _run_child(request, made, on_progress)
+        yield made, _run_child(request, made, on_progress)
+
+
+def convert(request: ConversionRequest, target: Path, on_progress: ProgressCallback | None = None) -> ConversionResult:
+    """Convert a checkpoint into a folder of the cache, which appears whole, or not at all; errors as of `converting`.
+
+    One that another process makes meanwhile from the same files is kept.
+    """
+    with converting(request, target, on_progress) as (made, result):
         try:
-            os.rename(made, target)
-        except OSError:
+            put_in_place(made, target)
+        except FileExistsError:
             if not os.path.isfile(target / "domain.toml"):
                 raise
     return result
