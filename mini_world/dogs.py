@@ -15,7 +15,7 @@ from PIL import Image
 from e4t_cli.api.personalization import personalize
 from e4t_cli.api.pretraining import pretrain
 from e4t_cli.models.domain_weights import DomainWeights
-from e4t_cli.sampling import SamplingConfig
+from e4t_cli.schedulers import SamplingConfig
 from mini_world.evaluate import drawn_scores, held_out_photos, plain_method, run_method, tuned_method
 from mini_world.report import table, write_between
 

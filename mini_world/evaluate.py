@@ -16,7 +16,8 @@ from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage
-from e4t_cli.sampling import SamplingConfig, sample
+from e4t_cli.sampling import sample
+from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.tuning import tune
 from mini_world.clip import HEADS
 from mini_world.data import SUBJECTS

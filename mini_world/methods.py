@@ -24,7 +24,7 @@ from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage
-from e4t_cli.sampling import SamplingConfig
+from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.tuning import tune
 from mini_world.evaluate import held_out_photos, run_method
 from mini_world.stages import PACKS, load_judge, load_model

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 
 from e4t_cli.models.domain_weights import DomainWeights
-from e4t_cli.sampling import SamplingConfig
+from e4t_cli.schedulers import SamplingConfig
 from mini_world.evaluate import (
     Scores,
     drawn_scores,

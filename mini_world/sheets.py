@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from e4t_cli.api.personalization import generate, personalize
-from e4t_cli.sampling import SamplingConfig
+from e4t_cli.schedulers import SamplingConfig
 
 SCENES = (
     "S* as an astronaut", "S* on the beach", "S* in the snow", "S* in the forest",

@@ -17,7 +17,7 @@ from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.pretraining.loop import PretrainingStep
 from e4t_cli.prompts import training_prompts
 from e4t_cli.registry.config import TuningConfig
-from e4t_cli.sampling import SamplingConfig
+from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.loss import TrainingBatch, training_loss
 from mini_world.data import Drawings
 from mini_world.domains import encode_drawings

@@ -19,7 +19,8 @@ from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry.discovery import user_domains_folder
-from e4t_cli.sampling import SamplingConfig, generate_latents
+from e4t_cli.sampling import generate_latents
+from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.tuning import TuningOptions, tune
 
 SAMPLING = SamplingConfig(steps=4, guidance=3.0)

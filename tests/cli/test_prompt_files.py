@@ -110,7 +110,7 @@ def test_the_longest_line_takes_no_time():
 def test_options_of_a_line_are_those_of_sampling():
     from dataclasses import fields
 
-    from e4t_cli.sampling import SamplingConfig
+    from e4t_cli.schedulers import SamplingConfig
 
     own = {name.replace("-", "_") for name in OPTIONS} - {"prompt", "num_images", "seed"}
     assert own == {field.name for field in fields(SamplingConfig)}

@@ -21,7 +21,8 @@ from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.nn.patch_encoder import PatchEncoderConfig
 from e4t_cli.nn.weight_offsets import WeightOffsets, projection_shapes
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SamplingConfig, sample
+from e4t_cli.sampling import sample
+from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.tuning import tune
 from tests.e4t_diffusion import checkpoints
 

@@ -19,7 +19,8 @@ from e4t_cli.nn.adapters import (
     merge_lora,
 )
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SamplingConfig, sample
+from e4t_cli.sampling import sample
+from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, TuningOptions, tune
 

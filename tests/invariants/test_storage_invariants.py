@@ -15,7 +15,8 @@ from e4t_cli.models.domain_folder import read_tensors
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.registry.manifest import toml_text
-from e4t_cli.sampling import SamplingConfig, sample
+from e4t_cli.sampling import sample
+from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.tuning import tune
 
 

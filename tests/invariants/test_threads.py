@@ -13,7 +13,8 @@ from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SamplingConfig, generate_latents
+from e4t_cli.sampling import generate_latents
+from e4t_cli.schedulers import SamplingConfig
 from tests.threads import at_once, switch_often  # noqa: F401
 
 THREADS = 3

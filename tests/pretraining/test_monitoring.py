@@ -9,7 +9,7 @@ from PIL import Image
 from e4t_cli.images.png_metadata import read_metadata
 from e4t_cli.pretraining.logging import LoggerConfig, TrainingLogger, read_losses
 from e4t_cli.registry.domain import PreparedImage
-from e4t_cli.sampling import SamplingConfig
+from e4t_cli.schedulers import SamplingConfig
 from tests.conftest import drawn_face
 from tests.pretraining.conftest import RECIPE, Interrupted, same
 

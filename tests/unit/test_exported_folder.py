@@ -24,7 +24,8 @@ from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.loading import load_part
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SamplingConfig, generate_latents
+from e4t_cli.sampling import generate_latents
+from e4t_cli.schedulers import SamplingConfig
 
 SPELLINGS = (
     *("S*", "s*", "of S* on", "S*, red", "S*'s hat", '"S*"', "(S*:1.2)", "S*-style"),

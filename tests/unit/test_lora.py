@@ -19,7 +19,8 @@ from e4t_cli.formats.stable_diffusion import write_folder
 from e4t_cli.formats.textual_inversion import embedding_path, mean_concept_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.prompts import parse_prompt
-from e4t_cli.sampling import SamplingConfig, generate_latents
+from e4t_cli.sampling import generate_latents
+from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.tuning import TuningOptions, tune
 
 FULL_RANK = 1024

@@ -19,7 +19,7 @@ from e4t_cli.images.png_metadata import (
     read_metadata,
     read_records,
 )
-from e4t_cli.sampling import SCHEDULERS
+from e4t_cli.schedulers import SCHEDULERS
 
 RECORD = GenerationRecord(
     prompt="S* on the beach, 猫 <b>, Steps: 3",

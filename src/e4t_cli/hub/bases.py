@@ -32,6 +32,7 @@ _STATED: dict[str, Any] = {
     **dict.fromkeys(("name", "licence", "revision"), str),
     "resolution": int,
     "guidance": int | float,
+    "drawing_limits": list,
 }
 EMBEDDED = ("mini",)  # bases inside the package, the default first
 ACCELERATED = "sd14"  # the base that "auto" means where there is an accelerator
