@@ -20,6 +20,7 @@ from PIL import Image
 from e4t_cli.errors import InputError, UsageError, printable
 from e4t_cli.images.loading import MAX_BYTES, ImageInput, image_sha256, open_image, prepare_image
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
+from e4t_cli.system_memory import memory_ran_out
 
 if TYPE_CHECKING:
     from e4t_cli.datasets.reader import ImageReader
@@ -64,6 +65,8 @@ class ImageItem:
         except OSError as error:
             raise InputError(f"it cannot be read: {error.strerror or error}") from error
         except Exception as error:  # a lazily opened PIL image decodes here, hostile bytes and all
+            if memory_ran_out(error):
+                raise
             raise InputError(f"it is damaged: {error}") from error
 
     def stamp(self) -> str | None:

@@ -19,11 +19,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from safetensors.torch import load_file
 
-from e4t_cli.devices import memory_ran_out
 from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable, printable
 from e4t_cli.hub.architecture import no_safetensors, read_config, shard_names, wrong_size
 from e4t_cli.hub.bases import weight_files, weight_stem
 from e4t_cli.nn.word_embedding_encoder import ImageTower
+from e4t_cli.system_memory import memory_ran_out
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
