@@ -132,7 +132,7 @@ class E4T:
     def __init__(self, base: Path, weights: Path) -> None:
         self.unet = UNet2DConditionModel.from_pretrained(base / "unet")
         self.vae = AutoencoderKL.from_pretrained(base / "vae").requires_grad_(False)
-        self.schedule = DDPMScheduler.from_pretrained(base / "scheduler")
+        self.schedule = DDPMScheduler.from_pretrained(base / "scheduler", steps_offset=1)
         self.tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").float()
         self.text_encoder.requires_grad_(False)

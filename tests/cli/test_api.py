@@ -134,6 +134,9 @@ def test_a_mask_lies_on_the_pixels_it_was_drawn_for():
 
 def test_pil_images_are_treated_as_files_are():
     see_through = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    with pytest.raises(InputError, match="transparent everywhere"):
+        open_image(see_through)
+    see_through.paste((0, 0, 255, 255), (20, 20, 60, 60))
     assert open_image(see_through).image.getpixel((9, 9)) == (255, 255, 255)
     turned = Image.new("RGB", (64, 128))
     turned.getexif()[0x0112] = 6  # lies on its side

@@ -200,6 +200,7 @@ def test_metadata_of_the_file(model, tuned, tmp_path):
         "ss_v2": "False",
         "ss_tag_frequency": '{"1_me": {"me-word": 1}}',
         "modelspec.title": "me",
+        "written_by": "e4t",
     }  # and no architecture: the tiny base has none of Stable Diffusion's
     assert load_file(embedding_path(path))["emb_params"].shape == (1, len(tuned.e_domain))
 

@@ -124,7 +124,7 @@ def test_a_negative_prompt_is_read_as_a_prompt_is():
     for wrong in ("without S*", "s*'s hat", "<S*>"):
         with pytest.raises(UsageError, match="names the concept"):
             parse_negative_prompt(wrong, "S*")
-    for wrong in ("a\x1b[31mb", "a\0b", "\ud800"):
+    for wrong in ("a\x1b[31mb", "a\0b"):
         with pytest.raises(UsageError, match="the negative prompt .* control characters"):
             parse_negative_prompt(wrong, "S*")
     with pytest.raises(UsageError, match="the negative prompt has"):
