@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable, printable
-from e4t_cli.hub.architecture import no_safetensors, read_config, shard_names, wrong_size
+from e4t_cli.hub.architecture import MAX_PARAMETERS, no_safetensors, read_config, shard_names, wrong_size
 from e4t_cli.hub.bases import weight_files, weight_stem
 from e4t_cli.nn.word_embedding_encoder import ImageTower
 from e4t_cli.system_memory import memory_ran_out
@@ -102,6 +102,7 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
         if wrong := wrong_size(read_config(folder / "config.json")):
             raise ValueError(wrong)
         part = _empty_part(kind, folder, dtype)
+        check_parameters(part)
         names = {canonical_key(key): key for key in part.state_dict()}
         tensors = {}
         for path in weight_paths(folder, half):
@@ -138,6 +139,12 @@ def _empty_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     config.dtype, config.name_or_path = dtype, str(folder)
     with torch.device("meta"):
         return kind(config)
+
+
+def check_parameters(part: torch.nn.Module) -> None:
+    """Raise ValueError for an impossible number of weights; none has been allocated."""
+    if (count := sum(weight.numel() for weight in part.parameters())) > MAX_PARAMETERS:
+        raise ValueError(f"it would have {count:,} weights")
 
 
 def weight_paths(folder: Path, half: bool) -> list[Path]:
@@ -177,12 +184,15 @@ def load_tower(folder: Path) -> ImageTower:
         config = read_config(config_path)
         model, preprocess = config["model_cfg"], config["preprocess_cfg"]
         options = dict(model["vision_cfg"])
+        if wrong := wrong_size(options, {"projection_dim": model["embed_dim"]}):
+            raise ValueError(wrong)
         options.setdefault("mlp_ratio", 4.0)
         if model.get("quick_gelu"):
             options["act_layer"] = QuickGELU
         heads = options["width"] // options.pop("head_width", 64)
         with torch.device("meta"):
             visual = VisionTransformer(heads=heads, output_dim=model["embed_dim"], **options)
+        check_parameters(visual)
         visual.load_state_dict(load_file(weights_path), strict=True, assign=True)
         size = preprocess.get("size", options["image_size"])
         side = size if isinstance(size, int) else size[0]
