@@ -24,6 +24,7 @@ from e4t_cli.formats.e4t_diffusion.conversion import convert_to_domain_folder
 from e4t_cli.nn.unet import feature_widths
 from e4t_cli.nn.weight_offsets import projection_shapes
 from e4t_cli.registry.discovery import user_domains_folder
+from tests.children import use_own_streams
 from tests.conftest import drawn_face
 from tests.faults import faults, tree
 
@@ -79,6 +80,7 @@ def in_child(folder, arguments, step=None):
             handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
+            use_own_streams()
             if step is None:
                 code = app.run(arguments)
             else:

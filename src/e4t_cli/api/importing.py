@@ -46,6 +46,7 @@ from e4t_cli.registry.discovery import USER, installed_domains, user_domains_fol
 from e4t_cli.registry.domain import Domain, PreparedImage, check_name
 from e4t_cli.registry.manifest import read_manifest
 from e4t_cli.registry.store import add_to_store, check_free_in_store
+from e4t_cli.temporary import sweep
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -248,6 +249,7 @@ def import_concept(
     named = replace(asked, base=base_name(base) if asked.base == "auto" else asked.base)
     request, target = _request(checkpoint, named)
     ours = is_concept if asked.force else None
+    sweep(target)  # also where the concept is complete, and nothing else is done
     check_absent(path, ours=ours)
     if not _is_from(target, checkpoint):
         check_free_in_store(target, force=asked.force)
