@@ -19,7 +19,8 @@ def run_in_child(log, arguments, begin=None, seconds=SECONDS):
         code = 99
         try:
             handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+            os.dup2(0, 1)
             os.dup2(handle, 2)
             use_own_streams()
             if begin is not None:
@@ -42,7 +43,8 @@ def run_in_child(log, arguments, begin=None, seconds=SECONDS):
 
 
 def use_own_streams():
-    """Replace pytest's stdout and stderr by those of this process."""
+    """Replace pytest's streams by those of this process."""
+    sys.stdin = os.fdopen(os.dup(0))
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", errors="surrogateescape") for number in (1, 2))
 
 

@@ -392,6 +392,6 @@ def test_a_few_damaged_files(sound, tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(sound, tmp_path, kind):
-    codes, complaints = attack(kind, sound, tmp_path)
+    codes, complaints = attack(kind, sound, tmp_path, int(os.environ.get("E4T_TEST_MUTATIONS", "60")))
     print(json.dumps({"kind": kind, "runs": codes.total(), "codes": {str(code): codes[code] for code in codes}}))
     assert not complaints, "\n".join([f"{len(complaints)}:", *complaints[:40]])

@@ -17,7 +17,7 @@ from tests.children import complaint, run_in_child
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 TINY = ["--base", "base", "--steps", "1", "--offline"]
 PLACES = [
-    "nowhere", "nowhere/at/all", "", ".", "..", "/", "-", "-x", "./-x", "folder", "folder/", "file", "file/", "file/inside",
+    "nowhere", "nowhere/at/all", "", ".", "..", "/", "-", "-x", "./-x", "folder", "folder/", "file", "file/", "file/x",
     "dangling", "loop", "loop/x", "fifo", "/dev/null", "/dev/full", "/dev/full/x", "locked/x", "locked", "unreadable",
     "read-only/x", "~", "~/x", "~nobody-here/x", "x" * 300, "x/" * 3000, "x" * 5000, "日本" * 100, "a\nb", "\x1b[31ma",
     "a\0b", "\udcff", " ", "*", "../x", "a:b", "http://localhost/x", "hf://owner/name", "file.png", "folder.e4t",

@@ -176,6 +176,18 @@ def test_the_number_of_weights_is_bounded(copy, monkeypatch):
         TextToImageModel.load(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("tokenizer_config.json", {"model_max_length": 0}), ("tokenizer_config.json", {"model_max_length": 16.5}),
+     ("tokenizer_config.json", {"model_max_length": "16"}), ("vocab.json", {"new</w>": 10**6}),
+     ("vocab.json", {"new</w>": -1})],
+)  # fmt: skip
+def test_a_tokenizer_fits_its_text_encoder(copy, name, changes):
+    change(copy / "tokenizer" / name, **changes)
+    with pytest.raises(IntegrityError, match="tokenizer cannot be"):
+        TextToImageModel.load(copy)
+
+
 @pytest.mark.parametrize("change_of", [{"layers": 10**6}, {"width": 10**6}, {"image_size": 10**6}, {"layers": "8"}])
 def test_impossible_image_towers_are_refused(copy, change_of):
     path = copy / "image_tower" / "open_clip_config.json"

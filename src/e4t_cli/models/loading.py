@@ -28,6 +28,7 @@ from e4t_cli.system_memory import memory_ran_out
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
+MIN_LENGTH = 4  # tokens of a prompt that a base reads: begin, a word or two, end
 CHECKER, FEATURE_EXTRACTOR = "safety_checker", "feature_extractor"
 CONFIGS = ("unet/config.json", "text_encoder/config.json")
 TOWER_CONFIGS = ("open_clip_config.json", "config.json")
@@ -170,6 +171,24 @@ def load_settings(kind: Any, folder: Path) -> Any:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what a damaged file raises differs between the libraries
         raise IntegrityError(f"the base's {folder.name} cannot be loaded: {printable(str(error))}") from error
+
+
+def load_tokenizer(kind: Any, folder: Path, rows: int) -> Any:
+    """Read a tokenizer, and compare it with the number of rows of the text encoder's table; IntegrityError as above."""
+    tokenizer = load_settings(kind, folder)
+    try:
+        length = tokenizer.model_max_length
+        if type(length) is not int or length < MIN_LENGTH:
+            raise ValueError(f"model_max_length is {printable(str(length), limit=40)}")
+        special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id
+        used = [*tokenizer.get_vocab().values(), *special, *tokenizer("a photo").input_ids]
+        if any(type(number) is not int or not 0 <= number < rows for number in used):
+            raise ValueError(f"it has tokens that are none of the text encoder's {rows:,}")
+    except Exception as error:  # as there
+        if memory_ran_out(error):
+            raise
+        raise IntegrityError(f"the base's {folder.name} cannot be used: {printable(str(error))}") from error
+    return tokenizer
 
 
 def load_tower(folder: Path) -> ImageTower:
