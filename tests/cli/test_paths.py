@@ -35,7 +35,7 @@ READING = {
     "domains add": ["domains", "add", "PATH", "--offline"],
     "domains check": ["domains", "check", "PATH"],
     "domains new --pack": ["domains", "new", "my_dogs", "--pack", "PATH"],
-    "export": ["export", "PATH", "exported", "--base", "base", "--offline"],
+    "export from": ["export", "PATH", "exported", "--base", "base", "--offline"],
     "import": ["import", "e4t-diffusion", "PATH", "--name", "people", "--base", "base", "--offline"],
 }
 WRITING = {

@@ -241,13 +241,13 @@ class FolderSource(MapStyleSource):
             return
         for entry in found:
             name = f"{inside}{entry.name}"
-            if entry.is_dir():
+            if os.path.isdir(entry.path):  # `entry.is_dir` raises for a link to itself
                 yield from self._walk(entry.path, f"{name}/")
             elif entry.name.lower().endswith(_OTHER_KINDS):
                 suffix = entry.name[entry.name.rindex(".") :]
                 self._other_kinds.setdefault(suffix, f"'{printable(folder)}/*{suffix}'")
                 self.other_files += 1
-            elif not entry.is_file() or is_annotation(entry.name):
+            elif not os.path.isfile(entry.path) or is_annotation(entry.name):
                 self.other_files += 1  # also a dangling link, a FIFO, a socket
             else:
                 yield name

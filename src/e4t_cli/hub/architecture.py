@@ -23,8 +23,13 @@ MAX_WIDTH = 65_536  # of any layer; the widest of Stable Diffusion has 10,240
 MAX_BLOCKS = 16
 MAX_PARAMETERS = 20_000_000_000  # of one part; Stable Diffusion's U-Net has 0.9
 _LIMITS = {
-    "layers_per_block": 32, "transformer_layers_per_block": 32, "num_hidden_layers": 256, "layers": 256,
-    "vocab_size": 1 << 20, "image_size": MAX_SIDE, "sample_size": MAX_SIDE,
+    "layers_per_block": 32,
+    "transformer_layers_per_block": 32,
+    "num_hidden_layers": 256,
+    "layers": 256,
+    "vocab_size": 1 << 20,
+    "image_size": MAX_SIDE,
+    "sample_size": MAX_SIDE,
 }
 _WIDTHS = (
     *("block_out_channels", "in_channels", "out_channels", "latent_channels", "norm_num_groups", "sample_size"),

@@ -174,7 +174,7 @@ def load_settings(kind: Any, folder: Path) -> Any:
 
 
 def load_tokenizer(kind: Any, folder: Path, rows: int) -> Any:
-    """Read a tokenizer, and compare it with the number of rows of the text encoder's table; IntegrityError as above."""
+    """Read a tokenizer, and compare it with the rows of the text encoder's table; IntegrityError as above."""
     tokenizer = load_settings(kind, folder)
     try:
         length = tokenizer.model_max_length
