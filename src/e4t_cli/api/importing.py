@@ -174,7 +174,7 @@ def conversion_request(
     domain = domain or Domain(name="x", descriptor=checkpoint.descriptor, tuning=NEW_TUNING)
     pretraining = (domain.pretraining or NEW_PRETRAINING).replace(embedding_scale=checkpoint.scale)
     return ConversionRequest(
-        folder=str(checkpoint.folder.resolve()), weights=checkpoint.weights, name=name, base=base,
+        folder=os.path.realpath(checkpoint.folder), weights=checkpoint.weights, name=name, base=base,
         descriptor=checkpoint.descriptor, templates=tuple(training_templates(domain)),
         tower=tower_sizes(checkpoint.tower, normalised_patches=normalised_patches),
         image_tower=f"its own: {checkpoint.tower}, trained further",

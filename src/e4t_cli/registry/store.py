@@ -285,11 +285,11 @@ def copy_domain_folder(
         IntegrityError: a file is missing, differs from the manifest, or has an invalid header.
         ResourceError: there is not enough disk space.
     """
-    shown, root = shown or printable(str(folder)), (links_into or folder).resolve()
+    shown, root = shown or printable(str(folder)), Path(os.path.realpath(links_into or folder))
 
     def find(name: str) -> Path:
         try:
-            path = (folder / name).resolve(strict=True)
+            path = Path(os.path.realpath(folder / name, strict=True))
         except (OSError, RuntimeError):
             raise IntegrityError(f"{shown} has no file {printable(name)}") from None
         if not path.is_relative_to(root):
