@@ -336,7 +336,9 @@ def picture(index):
 def names(folder):
     """Return everything below a folder but for what commands may leave there."""
     kept = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    own = re.compile(r"outputs|home/e4t/(pretraining|domains/(my_faces|my_dogs|\.my_dogs\.checkpoints))(/|$)")
+    own = re.compile(
+        r"outputs|home/huggingface|home/e4t/(pretraining|domains/(my_faces|my_dogs|\.my_dogs\.checkpoints))(/|$)"
+    )
     return {name for name in kept if not own.match(name)}
 
 
