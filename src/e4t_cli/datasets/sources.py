@@ -7,7 +7,7 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -241,16 +241,23 @@ class FolderSource(MapStyleSource):
             return
         for entry in found:
             name = f"{inside}{entry.name}"
-            if os.path.isdir(entry.path):  # `entry.is_dir` raises for a link to itself
+            if _is(entry.is_dir):
                 yield from self._walk(entry.path, f"{name}/")
             elif entry.name.lower().endswith(_OTHER_KINDS):
                 suffix = entry.name[entry.name.rindex(".") :]
                 self._other_kinds.setdefault(suffix, f"'{printable(folder)}/*{suffix}'")
                 self.other_files += 1
-            elif not os.path.isfile(entry.path) or is_annotation(entry.name):
+            elif not _is(entry.is_file) or is_annotation(entry.name):
                 self.other_files += 1  # also a dangling link, a FIFO, a socket
             else:
                 yield name
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Ask an entry of a folder for its kind; the answer of a link to itself is an error."""
+    with suppress(OSError):
+        return kind()
+    return False
 
 
 class SequenceSource(MapStyleSource):
