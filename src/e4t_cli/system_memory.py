@@ -114,7 +114,9 @@ def memory_ran_out(error: BaseException | None) -> bool:
     seen = 0
     while error is not None and seen < 20:
         text = str(error).lower()
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
         if isinstance(error, RuntimeError | ImportError | OSError) or type(error).__name__ == "SafetensorError":
             if any(sign in text for sign in _SIGNS):

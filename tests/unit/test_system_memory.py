@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from e4t_cli import system_memory
@@ -99,6 +100,7 @@ def chained(error, *causes):
 ENOMEM = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 MEMORY = [
     MemoryError(),
+    torch.OutOfMemoryError("no more"),
     ENOMEM,
     SafetensorError("Error while deserializing: Cannot allocate memory (os error 12)"),
     RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
