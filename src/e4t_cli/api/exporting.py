@@ -16,7 +16,7 @@ from e4t_cli.api.resolve import load_concept, load_concept_models
 from e4t_cli.api.session import Session
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import staging_directory
-from e4t_cli.formats.export_files import check_free, commit
+from e4t_cli.formats.export_files import check_free, commit, embedding_path
 from e4t_cli.hub.bases import Base
 from e4t_cli.prompts import check_placeholder
 
@@ -113,7 +113,7 @@ def export(
             stored, made = torch.float32 if asked.dtype == "fp32" else torch.float16, staging / target.name
             retained_energy = 1.0
             if in_file:
-                token = textual_inversion.embedding_path(target).stem
+                token = embedding_path(target).stem
             if lora is not None:
                 retained_energy = lora_file.write_lora(
                     model, tuned, found.embedding, made, rank=lora, dtype=stored, on_progress=session.report

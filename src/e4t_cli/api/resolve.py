@@ -156,10 +156,16 @@ def resolve_base(
         domain: "auto" takes a base that this domain has weights for.
         tower: whether a photo will be encoded.
         safety: whether the base's safety checker will be used.
+
+    Raises:
+        WeightsUnavailable: the domain has no weights for it; nothing was downloaded.
+        E4TError: another of its children.
     """
     if not isinstance(options.base, str | os.PathLike):
         return options.base
     wanted = resolve_base_name(options.base, access, domain=domain, device=options.device)
+    if domain is not None:
+        check_weights(domain, wanted)
     if wanted in EMBEDDED:
         return find_base(wanted)
     tower = tower and needs_image_tower(domain, wanted)
@@ -206,7 +212,9 @@ def default_base_name(
     mini, large = EMBEDDED[0], ACCELERATED
     drawings = f"base: {mini} knows drawings only"
     if not likely_accelerator(device):
-        return mini, f"{drawings}; no accelerator; --base {large} makes photographs (slow on CPU)"
+        photographs = domain is None or has_weights(domain, large)
+        other = f"; --base {large} makes photographs (slow on CPU)" if photographs else ""
+        return mini, f"{drawings}; no accelerator{other}"
     if domain is not None and not has_weights(domain, large):
         return mini, f"{drawings}; {domain.name} has no weights for {large} yet (e4t pretrain makes them)"
     row = PUBLISHED[large]
@@ -228,6 +236,14 @@ def has_weights(domain: Domain, base: str) -> bool:
     with contextlib.suppress(E4TError):
         return base in domain.weights or os.path.isdir(weights_folder(domain, base))
     return False
+
+
+def check_weights(domain: Domain, base: str) -> None:
+    """Raise `WeightsUnavailable` if a domain has no weights for a base of a known name (or its address)."""
+    address = hub_location(base)
+    name = base if address is None else address.name
+    if name in (*EMBEDDED, *PUBLISHED) and name not in domain.weights:
+        weights_folder(domain, name)
 
 
 def prefers_half(device: str, dtype: str) -> bool:

@@ -22,19 +22,23 @@ e4t generate me.e4t "S* on the beach" "a pencil sketch of S*" -n 4 --grid\n
 e4t generate me.e4t --like outputs/me-s-on-the-beach-7.png --steps 40
 """
 
-Saved = Annotated[Path, typer.Argument(metavar="CONCEPT", help="A file made with `e4t personalize --save`.")]
-Photo = Annotated[str, typer.Argument(metavar="IMAGE", help="The one photo: a file, or -.")]
+Saved = Annotated[Path, typer.Argument(metavar="CONCEPT", help="A file of `e4t personalize … --save`.")]
+Photo = Annotated[str, typer.Argument(metavar="IMAGE", help="The photo: a file, or - for stdin.")]
 OwnPlaceholder = Annotated[
-    str | None, options.images_option(help="Another word for the concept; by default the one it was saved with.")
+    str | None, options.images_option(metavar="WORD", help="What prompts call it, such as '<me>'.")
 ]
 Like = Annotated[str | None, options.images_option(
-    metavar="PICTURE.png", help="Draw a picture of e4t again: its prompt, seed and settings, where they are not given."
+    metavar="PICTURE", help="Draw this picture of e4t again; other options stand in place of what it records."
 )]  # fmt: skip
 
 
 def check_concept(concept: Path) -> None:
+    """Raise an error if there is no such concept, before torch is imported."""
+    from e4t_cli.formats import recognition
+
     if not os.path.isfile(concept):
         raise UsageError(f"there is no file {printable(str(concept))}", hint="make one: e4t personalize … --save")
+    recognition.check_concept(concept)
 
 
 @options.grouped
@@ -96,16 +100,19 @@ def personalize(
     run: options.PersonalizeFlags, output: options.PersonalizeOutputFlags, terminal: options.TerminalFlags,
     placeholder: options.Placeholder = "S*",
 ) -> None:  # fmt: skip
-    """Learn a face, a cat, a style from one photo, and generate images of it.
+    """Learn a face, a cat or a style from one photo, and generate images of it.
 
-    Saved paths go to stdout, one a line. A prompt that begins with a dash goes behind `--`.
+    Saved paths go to stdout, one a line. A prompt that begins with a dash goes after `--`.
 
-    A face is somebody's. Use photos of people only with their consent to what you want to make
-    of them, and never to deceive, to shame or to undress anybody. The photo stays on this machine,
-    but a concept saved with --save shows the person to whoever gets the file: share it as you
-    would share the photo. Every image carries a mark that says it was generated.
+    Use photos of people only with their consent to what you want to make of them, and never to
+    deceive, to shame or to undress anybody. The photo stays on this machine, but a concept saved
+    with --save shows the person to whoever gets the file: share it as you would share the photo.
+    Every image has a mark that says it was generated.
     """
     console = terminal.start()
+    if "." in domain and os.path.isfile(domain):  # no name of a domain has a dot
+        example = f'for example: e4t personalize face {printable(domain)} "S* as an astronaut"'
+        raise UsageError(f"{printable(domain)} is a file; the domain comes before it", hint=example)
     wanted = gather_prompts(
         prompts.prompts or [], prompts.prompts_file, placeholder=placeholder, stdin_taken=image == STDIN
     )

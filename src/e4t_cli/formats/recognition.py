@@ -84,6 +84,17 @@ def recognize(path: str | os.PathLike[str]) -> Recognized:
         raise file_error(error, path, reading=True) from error
 
 
+def check_concept(path: str | os.PathLike[str]) -> None:
+    """Raise InputError if a path is anything but a concept, another error if it is none or damaged."""
+    hint = "make a concept: e4t personalize … --save"
+    try:
+        found = recognize(path)
+    except InputError as error:
+        raise InputError(error.message, hint=hint if error.hint == HINT else error.hint) from error
+    if found.type != "concept":
+        raise InputError(f"{printable(str(path))} is no concept, its type is {found.type!r}", hint=hint)
+
+
 def _file(path: Path, shown: str) -> Recognized:
     if path.name == "domain.toml":
         return _domain(path.parent, shown)
