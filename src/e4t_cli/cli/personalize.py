@@ -53,10 +53,10 @@ def generate(
     Saved paths go to stdout, one a line.
     """
     console = terminal.start()
-    check_concept(concept)
     wanted = gather_prompts(prompts.prompts or [], prompts.prompts_file, placeholder=placeholder)
     if not wanted and like is None:
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
+    check_concept(concept)
     seeds, count = prompts.seeds(), prompts.num_images
     from e4t_cli.api import personalization as api
     from e4t_cli.api.plans import plan_generation

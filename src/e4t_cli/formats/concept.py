@@ -163,7 +163,7 @@ class Concept:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a concept; UsageError if there is no file, InputError if it is another one, IntegrityError if damaged."""
+        """Read a concept; raises UsageError (no file), InputError (another kind) or IntegrityError (damaged)."""
         path = Path(path)
         if not os.path.isfile(path):
             raise UsageError(f"there is no concept {printable(str(path))}", hint="make one: e4t personalize … --save")

@@ -90,7 +90,9 @@ def check_concept(path: str | os.PathLike[str]) -> None:
     try:
         found = recognize(path)
     except InputError as error:
-        raise InputError(error.message, hint=hint if error.hint == HINT else error.hint) from error
+        raise InputError(
+            f"{error.message}, and is no concept", hint=hint if error.hint == HINT else error.hint
+        ) from error
     if found.type != "concept":
         raise InputError(f"{printable(str(path))} is no concept, its type is {found.type!r}", hint=hint)
 
