@@ -223,7 +223,7 @@ def default_base_name(
             return mini, f"{drawings}; offline, and {large} is not on this machine"
         terms = Terms(repository=row.repository, licence=row.licence)
         if terms.asks and not access.accept_license and not is_accepted(terms):
-            return mini, f"{drawings}; e4t fetch {large} asks about the licence of {large} first"
+            return mini, f"{drawings}; for photographs: e4t fetch {large}, which asks about its licence"
         if not is_reachable():
             return mini, f"{drawings}; {large} is not on this machine and the hub does not answer"
     if confirm and choose_device(device).type == "cpu":  # imports torch, which is needed by now
