@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from e4t_cli.errors import IntegrityError, UsageError, printable
 from e4t_cli.files import write_atomically
-from e4t_cli.formats.recognition import check_concept
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.fingerprints import is_recorded
@@ -163,11 +162,10 @@ class Concept:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a concept; raises UsageError (no file), InputError (another kind) or IntegrityError (damaged)."""
+        """Read a concept; raises UsageError if there is no such file, IntegrityError if it is not a usable concept."""
         path = Path(path)
         if not os.path.isfile(path):
             raise UsageError(f"there is no concept {printable(str(path))}", hint="make one: e4t personalize … --save")
-        check_concept(path)
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["e4t"])
