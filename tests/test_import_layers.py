@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "e4t_cli"
 DOMAINS = ROOT / "domains" / "e4t_domains"
 
 LAYERS = [
-    {"errors", "progress", "temporary"},
+    {"errors", "progress", "temporary", "system_memory"},
     {"files", "devices", "images.framing", "registry.config", "schedulers"},
     {"registry.domain"},  # the contract with the author of a domain
     {"prompts", "registry.manifest", "images"},

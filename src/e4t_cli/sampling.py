@@ -15,13 +15,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from e4t_cli.devices import captures_graphs, free_memory, memory_ran_out
+from e4t_cli.devices import captures_graphs, free_memory
 from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import Prompt
 from e4t_cli.schedulers import SamplingConfig, has_zero_snr, scheduler_class
+from e4t_cli.system_memory import memory_ran_out
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
 
 FEW_STEPS = 4  # up to which a step at t = 0 is too many

@@ -32,7 +32,7 @@ from e4t_cli.api.resolve import (
     resolve_tuning,
 )
 from e4t_cli.api.session import ImageRequest, Session
-from e4t_cli.devices import GB, choose_device, likely_accelerator
+from e4t_cli.devices import choose_device, likely_accelerator
 from e4t_cli.errors import WeightsUnavailable
 from e4t_cli.hub.bases import EMBEDDED, PUBLISHED, Base, e4t_diffusion_repository
 from e4t_cli.hub.image_tower import missing_bytes
@@ -45,6 +45,7 @@ from e4t_cli.prompts import PLACEHOLDER, check_placeholder
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.discovery import user_domain, weights_folder
 from e4t_cli.registry.domain import Domain
+from e4t_cli.system_memory import GB
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept

@@ -25,6 +25,7 @@ from e4t_cli import __version__
 from e4t_cli.cli import cache, console, doctor, domains, export, info, personalize, pretrain
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 from e4t_cli.files import file_error
+from e4t_cli.system_memory import memory_ran_out, out_of_memory
 
 READER_ENDED = 141  # 128 + SIGPIPE: the signal would end other tools there, as in `e4t … | head -1`
 SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
@@ -101,9 +102,6 @@ def run(arguments: Sequence[str]) -> int:
             context = getattr(error, "ctx", None)
             hint = f"see: {context.command_path if context is not None else 'e4t'} --help"
             return _report(UsageError(error.format_message(), hint=hint))
-        except MemoryError:
-            hint = "close other programs, or ask for fewer images at once"
-            return _report(ResourceError("this machine ran out of memory", hint=hint))
         except console.ReaderEnded:
             return READER_ENDED
         except SystemExit as error:
@@ -121,6 +119,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _report(error: E4TError) -> int:
+    if not isinstance(error, ResourceError) and memory_ran_out(error):
+        error = out_of_memory()  # and no damaged file, nor a fault of e4t
     console.current().error(error)
     if _debugging():
         traceback.print_exc()
@@ -137,6 +137,8 @@ def _os_error(error: OSError) -> int:
 
 
 def _unexpected(error: BaseException) -> int:
+    if memory_ran_out(error):
+        return _report(out_of_memory())
     text = " ".join(str(error).split())
     message = f"unexpected {type(error).__name__}{': ' if text else ''}{text}"
     return _report(

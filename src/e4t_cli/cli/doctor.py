@@ -63,6 +63,9 @@ def _version(package: str) -> str:
 def _device() -> dict[str, str]:
     """Return what torch reports."""
     try:
+        from e4t_cli.system_memory import check_addresses
+
+        check_addresses()
         import torch
 
         from e4t_cli.devices import choose_device

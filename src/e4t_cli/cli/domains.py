@@ -11,7 +11,7 @@ import typer
 
 from e4t_cli.cli import console as terminal
 from e4t_cli.cli.options import DomainName, Force, Json, Offline, Quiet, Yes, complete_domain
-from e4t_cli.errors import E4TError
+from e4t_cli.errors import E4TError, UsageError, printable
 from e4t_cli.files import shown_size
 
 if TYPE_CHECKING:
@@ -214,11 +214,16 @@ Subject = Annotated[
 def check(subject: Subject, json: Json = False, quiet: Quiet = False) -> None:
     """Check a domain: its value, prompt templates, preparation and weights."""
     console = terminal.start(json=json, quiet=quiet)
+    from e4t_cli.registry.discovery import find_listing, installed_domains
     from e4t_cli.registry.testing import examine_domain
 
     problems = 0
     folder = Path(subject)
     domain = folder if "/" in subject or os.path.isfile(folder / "domain.toml") else subject
+    if isinstance(domain, Path) and not os.path.isfile(folder / "domain.toml"):
+        raise UsageError(f"there is no domain in {printable(subject)}", hint="a domain's folder has a domain.toml")
+    if domain == subject and all(one.name != subject for one in installed_domains()):
+        find_listing(subject)  # raises
     for finding in examine_domain(domain):
         problems += bool(finding.problem)
         message, ok = finding.problem or finding.remark, not finding.problem

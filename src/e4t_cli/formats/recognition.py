@@ -171,7 +171,7 @@ def _tensors(path: Path, shown: str, facts: dict[str, Any]) -> Recognized:
         return Recognized(type="word", facts=facts, recorded=metadata)
     if any(key.startswith("model.diffusion_model.") for key in shapes):
         return Recognized(type="checkpoint", facts=facts, recorded=metadata)
-    folder = path.resolve().parent
+    folder = Path(os.path.realpath(path)).parent
     for name, whole in (("domain.toml", folder), ("model_index.json", folder.parent)):
         if os.path.isfile(whole / name):
             raise InputError(f"{shown} is a part of a folder", hint=f"e4t info {printable(str(whole))}")
