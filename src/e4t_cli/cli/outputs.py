@@ -108,10 +108,9 @@ class Written:
 
 def check_distinct(output: PersonalizeOutputFlags) -> None:
     """Raise UsageError if two outputs have one name, or one is a file in whose place another needs a folder."""
-    prepared, named = (
-        output.save_prepared,
-        [("-o", output.out, _names_file(output.out)), ("--save", output.save, True)],
-    )
+    prepared = output.save_prepared
+    named: list[tuple[str, Path | None, bool]] = [("-o", output.out, _names_file(output.out))]
+    named += [("--save", output.save, True)]
     if prepared is not None:
         is_file = bool(prepared.suffix) and not os.path.isdir(prepared)
         named += [("--save-prepared", prepared, is_file)]

@@ -127,12 +127,10 @@ def personalize(
     written, create, prepared_saver = Written(), not output.dry_run, None
     if save_prepared is not None:
         prepared_saver = PreparedSaver(console, written, save_prepared, image, force=output.force, create=create)
-    if prepared_saver and not wanted and save is None:
+    if prepared_saver and save_prepared is not None and not wanted and save is None:
         if output.dry_run:
-            keywords = run.run_keywords(console)
-            return print_plan(
-                console, plan_preparation(domain, image, **keywords, **run.photo_keywords()), save_prepared
-            )
+            plan = plan_preparation(domain, image, **run.run_keywords(console), **run.photo_keywords())
+            return print_plan(console, plan, save_prepared)
         with console.progress() as on_progress:
             keywords = run.run_keywords(console, on_progress)
             prepared = api.prepare(domain, image, **keywords, **run.photo_keywords())
