@@ -206,15 +206,16 @@ class Concept:
 
 def _unusable(path: Path, error: Exception) -> E4TError:
     """Return the error for a file that is another than a concept (InputError), or is a damaged one."""
+    kind = IntegrityError if path.suffix == ".e4t" else InputError  # a concept by its name
     shown, hint = printable(str(path)), "make a concept: e4t personalize … --save me.e4t"
     try:
         found = recognize(path)
     except InputError as other:
-        return InputError(other.message, hint=hint)
+        return kind(other.message, hint=hint)
     except IntegrityError as other:
         if isinstance(error, SafetensorError):
             return other
     else:
         if found.type != "concept":
-            return InputError(f"{shown} is no concept: its type is {found.type!r}", hint=hint)
+            return kind(f"{shown} is no concept: its type is {found.type!r}", hint=hint)
     return IntegrityError(f"{shown} is not a usable concept: {printable(str(error))}")
