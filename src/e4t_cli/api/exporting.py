@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 WORDS = ("included", "separate")
+# Of files: a folder of such a name is a slip.
+OTHER_FILES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".zip", ".e4t", ".png", ".jpg"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,9 @@ def export(
     asked = RunOptions(**options)
     target = Path(path)
     alone = target.suffix == ".safetensors"
+    if not alone and target.suffix.lower() in OTHER_FILES:
+        hint = f"call it {printable(target.stem)}.safetensors, or {printable(target.stem)} for a folder"
+        raise UsageError(f"an export is a folder or a file that ends in .safetensors, not {target.suffix}", hint=hint)
     if lora is not None and not alone:
         raise UsageError("a LoRA is one file", hint=f"call it {printable(target.name)}.safetensors")
     if word not in WORDS:

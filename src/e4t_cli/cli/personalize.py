@@ -37,7 +37,9 @@ def check_concept(concept: Path) -> None:
     from e4t_cli.formats import recognition
 
     if not os.path.isfile(concept):
-        raise UsageError(f"there is no file {printable(str(concept))}", hint="make one: e4t personalize … --save")
+        shown = printable(str(concept))
+        message = f"{shown} is a folder or a pipe" if os.path.exists(concept) else f"there is no file {shown}"
+        raise UsageError(message, hint="make a concept: e4t personalize … --save me.e4t")
     recognition.check_concept(concept)
 
 
@@ -123,15 +125,19 @@ def personalize(
         raise UsageError("--keep-weights needs a file to keep them in", hint="add --save me.e4t")
     seeds, count = prompts.seeds(), prompts.num_images
     from e4t_cli.api import personalization as api
-    from e4t_cli.api.plans import plan_personalization
+    from e4t_cli.api.plans import plan_personalization, plan_preparation
     from e4t_cli.api.resolve import count_images
-    from e4t_cli.cli.outputs import ImageSaver, PreparedSaver, Written
+    from e4t_cli.cli.outputs import ImageSaver, PreparedSaver, Written, check_distinct
 
     images = count_images(wanted, seeds, count)
+    check_distinct(output)
     written, create, prepared_saver = Written(), not output.dry_run, None
     if save_prepared is not None:
         prepared_saver = PreparedSaver(console, written, save_prepared, image, force=output.force, create=create)
-    if prepared_saver and not output.dry_run and not wanted and save is None:
+    if prepared_saver and save_prepared is not None and not wanted and save is None:
+        if output.dry_run:
+            plan = plan_preparation(domain, image, **run.run_keywords(console), **run.photo_keywords())
+            return print_plan(console, plan, save_prepared)
         with console.progress() as on_progress:
             keywords = run.run_keywords(console, on_progress)
             prepared = api.prepare(domain, image, **keywords, **run.photo_keywords())
