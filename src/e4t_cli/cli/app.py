@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, get_origin, get_type_hints
 
 import typer
 
@@ -33,8 +33,8 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="e4t",
-    help="One photo in, a personalised text-to-image model out.",
-    epilog="Learn more: docs/commands.md, docs/python.md and domains/README.md of the project.",
+    help="From one photo, a text-to-image model learns a face, a cat or a style.",
+    epilog="Documents of the project: docs/commands.md, docs/python.md, domains/README.md.",
     context_settings=HELP_OPTIONS,
     pretty_exceptions_enable=False,
     invoke_without_command=True,
@@ -52,10 +52,13 @@ app.command("doctor")(doctor.doctor)
 
 
 def _reflow(group: typer.Typer) -> None:
-    """Join the lines of docstrings' paragraphs: Typer would keep their line breaks."""
+    """Leave room for texts: no line breaks of docstrings, and no `<bool>` beside flags, which Typer would print."""
     for command in group.registered_commands:
         paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
         command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        for hint in get_type_hints(command.callback, include_extras=True).values():
+            if get_origin(hint) is Annotated and hint.__origin__ is bool:
+                hint.__metadata__[0].metavar = ""
     for registered in group.registered_groups:
         if registered.typer_instance is not None:
             _reflow(registered.typer_instance)
@@ -69,7 +72,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
 ) -> None:
-    """One photo in, a personalised text-to-image model out."""
+    """From one photo, a text-to-image model learns a face, a cat or a style."""
     if version:
         console.write_stdout(f"e4t {__version__}")
         raise typer.Exit
