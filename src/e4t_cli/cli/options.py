@@ -234,11 +234,12 @@ class PersonalizeFlags(GenerateFlags):
     keep_weights: Annotated[bool, output_option(
         "--keep-weights", help="Save the tuned weights too: a large file, usable without tuning again.")] = False
     mask: Annotated[str, photo_option(
-        metavar="FILE|auto|none|words:...",
+        metavar="FILE|auto|none|words:...|face-ellipse",
         help="Which part of the photo is the concept: a file is white there; 'words:a cat' is "
-             "text-prompted; auto is the domain's way.")] = "auto"
+             "text-prompted; face-ellipse needs no parser; auto is the domain's way.")] = "auto"
     face: Annotated[str, photo_option(
-        metavar="largest|left|right|N", help="Which of several faces; 1 is the leftmost.")] = "largest"
+        metavar="largest|left|right|center|N",
+        help="Which of several faces; 1 is the leftmost: see `e4t faces`.")] = "largest"
     no_align: Annotated[bool, photo_option(
         "--no-align", help="Take the centred square; do not rotate and crop around the face.")] = False
     require_face: Annotated[bool, photo_option(
