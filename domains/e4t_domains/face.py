@@ -70,8 +70,7 @@ def prepare(image: Image, target: PreparationTarget) -> PreparedImage:
     try:
         detector = find_detector(target)
     except WeightsUnavailable as error:
-        hint = f" ({error.hint})" if error.hint else ""
-        return _by_parser(image, target, f"{error.message}{hint}")
+        return _by_parser(image, target, error)
     return _by_parser(image, target) if detector is None else _by_detector(image, target, detector)
 
 
@@ -132,18 +131,22 @@ def _head_mask(
     return mask, ""
 
 
-def _by_parser(image: Image, target: PreparationTarget, reason: str = "") -> PreparedImage:
-    """Prepare without a detector, `reason` says why there is none; on drawings there needs to be none."""
+def _by_parser(
+    image: Image, target: PreparationTarget, no_detector: WeightsUnavailable | None = None
+) -> PreparedImage:
+    """Prepare without a detector, for the reason given; drawings need none."""
     from e4t_domains.face_alignment import settle, spec_of
     from e4t_domains.face_mask import cut_at_border, ellipse
     from e4t_domains.face_search import MIN_CONFIDENCE, FaceDetector
 
+    reason = "" if no_detector is None else no_detector.message
+    reason += f" ({no_detector.hint})" if no_detector is not None and no_detector.hint else ""
     centred = Frame.centered(image.size)
     try:
         parser = find_parser(target)
     except WeightsUnavailable as error:
         if target.required:
-            raise
+            raise no_detector or error from None
         return _by_words(image, target, f"{error.message}; {reason}" if reason else error.message)
     spec = spec_of(target.base)
     detector = FaceDetector(image, parser, spec, target.size)

@@ -117,6 +117,8 @@ Vram = Annotated[str, device_option(
 Offline = Annotated[bool, network_option(
     "--offline", envvar="E4T_OFFLINE", callback=_go_offline,
     help="Use what is on this machine, and open no connection.")]
+AcceptLicence = Annotated[bool, network_option(
+    "--accept-license", help="Accept the licences of what has to be fetched; remembered.")]
 Json = Annotated[bool, output_option("--json", help="One JSON object a line on stdout.")]
 Yes = Annotated[bool, output_option("-y", "--yes", help="Do not ask.")]
 Force = Annotated[bool, output_option("--force", help="Replace what e4t wrote there before.")]
@@ -147,8 +149,7 @@ class RunFlags:
     device: Device = "auto"
     dtype: Dtype = "auto"
     offline: Offline = False
-    accept_license: Annotated[bool, network_option(
-        "--accept-license", help="Accept the licences of what has to be fetched; remembered.")] = False
+    accept_license: AcceptLicence = False
 
     def run_keywords(self, terminal: console.Console, on_progress: ProgressCallback | None = None) -> RunKeywords:
         """Return the keywords of the library; the user is asked at the terminal, if at all."""

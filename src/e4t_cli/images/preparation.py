@@ -148,9 +148,9 @@ def snapshot_downloader(access: HubAccess) -> Callable[[str], Path]:
 
 def _fetch_snapshot(repository: str, access: HubAccess) -> Path:
     """Return the folder of a network; it is fetched, its licence accepted, if it is not here."""
-    files = FILES_OF.get(repository, FILES)
+    files, again = FILES_OF.get(repository, FILES), "the same command without --offline"
     try:
-        return fetch_files(repository, None, files, replace(access, offline=True))
+        return fetch_files(repository, None, files, replace(access, offline=True), command=again)
     except (WeightsUnavailable, IntegrityError):
         if access.cut_off:
             raise
@@ -158,7 +158,7 @@ def _fetch_snapshot(repository: str, access: HubAccess) -> Path:
     info = get_repo_info(repository, None, access)
     licence, note = info.licence if info else "", KNOWN_TERMS.get(repository, "")
     accept(Terms(repository=repository, licence=licence, note=note), access)
-    return fetch_files(repository, None, files, access, repair=True)
+    return fetch_files(repository, None, files, access, repair=True, command=again)
 
 
 def mask_by_words(image: Image.Image, words: str, target: PreparationTarget) -> Image.Image:

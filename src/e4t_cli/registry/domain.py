@@ -93,8 +93,8 @@ class PreparationTarget:
     Args:
         size: side in pixels of the square the base works on (64 for `mini`, 512 for SD 1.x).
         base: name of the base, for preparations that have a part per base.
-        mask: "auto" lets the domain compute its mask, None asks for none; "face-ellipse" is for domains of faces, others
-            may take it for "auto".
+        mask: "auto" lets the domain compute its mask, None asks for none; "face-ellipse" is for domains of faces,
+            others may take it for "auto".
         align: whether the domain may turn and crop; False is the centred square.
         which: of several subjects, "largest", "left", "right", "center", or its number from the left: "1", …
         required: an image without the subject is refused (`InputError`).
