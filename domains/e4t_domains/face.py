@@ -94,7 +94,7 @@ def _by_detector(image: Image, target: PreparationTarget, detector: Detector) ->
     if not frame.contains(chosen.center):
         notes.append(OUTSIDE)
     elif target.mask is not None:
-        mask, note = _head_mask(image, target, chosen, square, frame)
+        mask, note = _head_mask(image, target, chosen, square, frame, only_face=len(faces) == 1)
         notes += [note] if note else []
         kind = "elliptic mask" if note or target.mask == ELLIPSE else "mask"
         remarks.append(f"{kind} {_covered(mask):.0%}".replace("%", " %"))
@@ -109,7 +109,7 @@ def _by_detector(image: Image, target: PreparationTarget, detector: Detector) ->
 
 
 def _head_mask(
-    image: Image, target: PreparationTarget, chosen: Detection, square: Frame, frame: Frame
+    image: Image, target: PreparationTarget, chosen: Detection, square: Frame, frame: Frame, *, only_face: bool
 ) -> tuple[Image, str]:
     """Return the mask for `frame`, by the parser on the aligned square, and a note if it is an ellipse instead."""
     from e4t_domains.face_detection import GREY
@@ -123,7 +123,7 @@ def _head_mask(
     except WeightsUnavailable as error:
         return cut_at_border(usual, frame), f"the mask is an ellipse around the head: {error.message}"
     (labels,) = parser.parse([square.apply(image, parser.side or target.size, outside=GREY)])
-    parsed = parsed_head(labels, target.size, square.from_photo(chosen.center))
+    parsed = parsed_head(labels, target.size, None if only_face else square.from_photo(chosen.center))
     mask = cut_at_border(moved(parsed, square, frame, target.size), frame)
     if shares(mask, usual) < MIN_SHARED:
         note = "the parser finds no head where the face is: the mask is an ellipse around it"
