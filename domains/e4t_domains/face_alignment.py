@@ -2,17 +2,28 @@
 
 The rule is that of FFHQ, by which the paper's face data were cropped: with e the vector between the
 eyes and m the one from their middle to the mouth, the square's half-edge x points along
-e - rot90(m), its length is max(2.0·|e|, 1.8·|m|), and its centre lies 0.1·m below the eyes. Here
-eyes and mouth are regions of the parser, so that no landmark network is needed.
+e - rot90(m), its length is max(2.0·|e|, 1.8·|m|), and its centre lies 0.1·m below the eyes. Eyes
+and mouth are points of the detector or, without one, regions of the parser.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from e4t_cli import Frame
-from e4t_domains.face_regions import Face
+from e4t_domains.face_regions import Face, Point
+
+
+class Landmarks(Protocol):
+    """Two eyes, from left to right in an upright image, and the middle of the mouth, None if it is hidden."""
+
+    @property
+    def eyes(self) -> tuple[Point, ...]: ...
+
+    @property
+    def mouth(self) -> Point | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +95,7 @@ def spec_of(base: str) -> AlignmentSpec:
     return SPECS.get(base, FFHQ)
 
 
-def align(face: Face, size: tuple[int, int], spec: AlignmentSpec) -> Frame:
+def align(face: Landmarks, size: tuple[int, int], spec: AlignmentSpec) -> Frame:
     """Return the square for a face with two eyes.
 
     Args:

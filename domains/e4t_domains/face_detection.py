@@ -1,200 +1,254 @@
-"""Detects faces in a photo: at two scales, refined in their own crops, and rotated if necessary."""
+"""Detects faces in a photo with a network that finds upright faces: at several scales, and rotated if necessary.
+
+The network is YuNet (Wu et al., 2023; MIT licence), through OpenCV. It finds faces of about 10 to 300 pixels, so the
+photo is searched at several scales, and each face is detected again in its own view, upright and of one size: there
+its points are exact, and what was no face is not found again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass, field
-from itertools import product
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from e4t_cli import Frame, InputError
-from e4t_domains.face_alignment import AlignmentSpec, settle, square_of, surround
-from e4t_domains.face_parsing import HEAD, LabelMap, Parser
-from e4t_domains.face_regions import Face, Point, find_faces
+from e4t_cli import Frame, PreparationTarget, WeightsUnavailable
+from e4t_domains.face_alignment import FFHQ, align
+from e4t_domains.face_parsing import PACKAGED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Point = tuple[float, float]
+REPOSITORY = "opencv/face_detection_yunet"
+FILE = "face_detection_yunet_2023mar.onnx"
+SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
+"""Of the file: another one was not tested with this code, and is not opened."""
+
+MIN_SCORE = 0.6
+MAX_OVERLAP = 0.5
 GREY = (127, 127, 127)
 """Fill beyond the photo's border: a reflection would show faces that are not there."""
-REFINEMENTS = 3
-"""Maximum number of smaller and smaller crops, until the frame is stable."""
-BATCH_SIZE = 8
-MAX_REFINED = 3
-"""Of many faces, the number of the largest that are refined before one is chosen."""
-MIN_CONFIDENCE = 0.7
-"""Mean confidence over a head below which a face is not detected reliably."""
-MIN_CONFIDENCE_ROTATED = 0.74
-ROTATION_MARGIN = 0.1
-"""By how much the confidence in a rotated view must exceed that in the upright one."""
+
+VIEWS = ((2560, 1.0), (960, 1.0), (320, 1.6))
+"""Pixels of the views in which the photo is searched, and their sides as parts of the photo's longer one."""
+MAX_ENLARGED = 2.0
+SURE = 0.8
+"""Best score below which the photo is also searched on its sides and upside down."""
+OWN_VIEW, OWN_SIDE = 2.0, 384
+"""Side of a face's own view, as a part of its box and in pixels."""
+ROUNDS = 4
+MIN_SIDE = 16.0
+"""Pixels of the photo; what is smaller is no use."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Detection:
-    """A face that was found in one view of the photo.
+    """A face.
 
     Args:
-        face: in pixels of the view.
-        view: the part of the photo that was labelled.
-        frame: the square of the photo in which the spec wants this face.
+        box: left, top, width and height, in pixels of the image.
+        points: two eyes, nose, two corners of the mouth; each pair from left to right where the face is upright.
+        score: of the detector, 0 to 1.
     """
 
-    face: Face
-    view: Frame
-    frame: Frame
+    box: tuple[float, float, float, float]
+    points: tuple[Point, ...]
+    score: float
+
+    @property
+    def eyes(self) -> tuple[Point, ...]:
+        """The two eyes."""
+        return self.points[:2]
+
+    @property
+    def mouth(self) -> Point | None:
+        """The middle of the mouth."""
+        (ax, ay), (bx, by) = self.points[3:]
+        return (ax + bx) / 2, (ay + by) / 2
 
     @property
     def center(self) -> Point:
-        """The centre of the head, in the photo."""
-        side = len(self.face.head)
-        return self.view.to_photo(self.face.center[0] / side, self.face.center[1] / side)
+        """The centre of the box."""
+        left, top, width, height = self.box
+        return left + width / 2, top + height / 2
+
+    @property
+    def side(self) -> float:
+        """The longer side of the box."""
+        return max(self.box[2:])
 
     @property
     def extent(self) -> float:
-        """The area of the head in the photo, up to a factor."""
-        return self.face.area / self.face.head.size * self.view.side**2
-
-    def head_frame(self, spec: AlignmentSpec) -> Frame:
-        """Return the upright square of the photo around the head, wherever its eyes are."""
-        size = self.face.head.shape[1], self.face.head.shape[0]
-        found = self.view.within(surround(self.face, size, spec))
-        return Frame.around(found.size, found.center, found.side)
+        """The area of the box."""
+        return self.box[2] * self.box[3]
 
     @property
-    def is_stable(self) -> bool:
-        """Whether the view was the frame itself, so that refinement would change nothing."""
-        turn = (self.frame.turn - self.view.turn + 180) % 360 - 180
-        moved = math.dist(self.frame.center, self.view.center) / self.view.side
-        zoom = self.frame.side / self.view.side
-        return self.face.is_plausible and abs(turn) < 5 and moved < 0.1 and 0.8 < zoom < 1.25
+    def turn(self) -> float:
+        """Clockwise rotation in degrees, from -180 to 180."""
+        return align(self, (1, 1), FFHQ).turn
+
+    @property
+    def is_profile(self) -> bool:
+        """Whether the eyes are as close together, or the nose as far aside, as where a head is seen from the side."""
+        (ax, ay), (bx, by) = self.eyes
+        apart = math.hypot(bx - ax, by - ay)
+        nose = (self.points[2][0] - ax) * (bx - ax) + (self.points[2][1] - ay) * (by - ay)
+        return align(self, (1, 1), FFHQ).side > 7.2 * apart or not -0.1 < nose / apart**2 < 1.1
+
+    def to_photo(self, view: Frame, side: int) -> Detection:
+        """Return it in the photo, where it was found in a view of `side` × `side` pixels."""
+        center = view.to_photo(self.center[0] / side, self.center[1] / side)
+        width, height = (length * view.side / side for length in self.box[2:])
+        if 45 < abs(view.turn) < 135:
+            width, height = height, width
+        return Detection(
+            box=(center[0] - width / 2, center[1] - height / 2, width, height),
+            points=tuple(view.to_photo(x / side, y / side) for x, y in self.points),
+            score=self.score,
+        )
+
+    def overlap(self, other: Detection) -> float:
+        """Return the area that two boxes share, as a part of the smaller one."""
+        shared = 1.0
+        for n in (0, 1):
+            end = min(self.box[n] + self.box[n + 2], other.box[n] + other.box[n + 2])
+            shared *= max(0.0, end - max(self.box[n], other.box[n]))
+        return shared / min(self.extent, other.extent)
 
 
-@dataclass
-class FaceDetector:
-    """Detects the faces of one photo with one parser.
+class Detector(Protocol):
+    """A network that finds upright faces of about 10 to 300 pixels."""
+
+    def detect(self, image: Image) -> list[Detection]:
+        """Return the faces in an image of mode RGB."""
+
+
+class YuNet:
+    """YuNet in OpenCV's `FaceDetectorYN`, which decodes its outputs and suppresses duplicates.
 
     Args:
-        photo: upright, RGB.
-        parser: labels squares.
-        spec: how faces are framed.
-        size: side of the prepared image.
+        model: the bytes of the ONNX file.
     """
 
-    photo: Image
-    parser: Parser
-    spec: AlignmentSpec
-    size: int
-    _labels: dict[Frame, LabelMap] = field(default_factory=dict)
-
-    def label(self, view: Frame) -> LabelMap:
-        """Return the labels of a view; they are cached."""
-        self._label_all([view])
-        return self._labels[view]
-
-    def _label_all(self, views: list[Frame]) -> None:
-        side = self.parser.side or self.size
-        new = [view for view in views if view not in self._labels]
-        images = [view.apply(self.photo, side, outside=GREY) for view in new]
-        for start in range(0, len(new), BATCH_SIZE):
-            batch = slice(start, start + BATCH_SIZE)
-            self._labels |= zip(new[batch], self.parser.parse(images[batch]), strict=True)
-
-    def detect_in(self, view: Frame) -> list[Detection]:
-        """Return the faces in a view, from left to right."""
-        labels = self.label(view)
-        size = labels.labels.shape[1], labels.labels.shape[0]
-        return [Detection(face, view, view.within(square_of(face, size, self.spec))) for face in find_faces(labels)]
-
-    def detect(self) -> list[Detection]:
-        """Return the faces of the photo, from left to right, the largest ones refined."""
-        upright: list[Detection] = []
-        for view in dict.fromkeys((Frame.whole(self.photo.size), Frame.centered(self.photo.size))):
-            found = self.detect_in(view)
-            large = sorted(found, key=lambda one: one.extent)[-MAX_REFINED:]
-            found = [self.refine(one) if one in large else one for one in found]
-            if self._confidence(found) >= self.spec.confidence:
-                return found
-            if self._confidence(found) > self._confidence(upright) or not upright:
-                upright = found
-        rotated = max(self._detect_rotated(), key=self._confidence, default=[])
-        needed = self._confidence(upright) + ROTATION_MARGIN
-        return rotated if self._confidence(rotated) > needed else upright
-
-    def head_mask(self, frame: Frame, center: Point, *, only_face: bool) -> Image:
-        """Return the mask of a head: mode L, of the prepared image's size.
-
-        Args:
-            frame: of the prepared image.
-            center: approximate centre of the head, in the photo.
-            only_face: whether it is the photo's only one; then all head pixels belong to it.
-        """
+    def __init__(self, model: bytes) -> None:
+        import cv2
         import numpy as np
-        from PIL import Image as PILImage
-        from PIL import ImageChops
 
-        inside = self.label(frame).where(HEAD)
-        found = self.detect_in(frame)
-        if found and not only_face:
-            inside = min(found, key=lambda one: math.dist(one.center, center)).face.head
-        mask = PILImage.fromarray((inside * 255).astype(np.uint8))
-        if mask.width != self.size:
-            mask = mask.resize((self.size, self.size), PILImage.Resampling.BILINEAR)
-        if frame == Frame.centered(self.photo.size):
-            return mask
-        photo = PILImage.new("L", self.photo.size, 255)
-        return ImageChops.darker(mask, frame.apply_to_mask(photo, self.size))
+        buffer = np.frombuffer(model, np.uint8)
+        empty = np.zeros(0, np.uint8)
+        self._net: Any = cv2.FaceDetectorYN.create("onnx", buffer, empty, (320, 320), MIN_SCORE, 0.3, 5000)
+        self._lock = threading.Lock()  # the size of the input is a state of the detector
 
-    def _confidence(self, found: list[Detection]) -> float:
-        return max((one.face.confidence for one in found if self.is_reliable(one)), default=0.0)
+    def detect(self, image: Image) -> list[Detection]:
+        """Return the faces in an image."""
+        import numpy as np
 
-    def is_reliable(self, one: Detection) -> bool:
-        """Whether a face's eyes and mouth are detected well enough to align it."""
-        framed = settle(one.frame, self.spec) == Frame.centered(self.photo.size)
-        stable = one.is_stable or (one.face.is_plausible and framed)
-        return one.face.confidence >= MIN_CONFIDENCE and stable
-
-    def refine(self, one: Detection) -> Detection:
-        """Detect a face again in its own frame, where eyes and mouth are larger and upright."""
-        for _ in range(REFINEMENTS):
-            if self.is_reliable(one):
-                return one
-            found = self.detect_in(one.frame)
-            found = [other for other in found if len(other.face.eyes) >= len(one.face.eyes)]
-            if not found:
-                return one
-            one = min(found, key=lambda other: math.dist(other.center, one.frame.center))
-        return one
-
-    def _detect_rotated(self) -> list[list[Detection]]:
-        """Return the reliable faces of each rotated and magnified view of the photo."""
-        width, height = self.photo.size
-        views = [
-            Frame.around((width, height), (width / 2, height / 2), zoom * max(width, height), turn)
-            for turn, zoom in product(self.spec.turns, self.spec.zooms)
-        ]
-        self._label_all(views)
+        # BGR in 8 bits: of greys and of floats it finds nothing, without an error.
+        pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
+        with self._lock:
+            self._net.setInputSize(image.size)
+            _, rows = self._net.detect(pixels)
         found = []
-        for view in views:
-            refined = [self.refine(one) for one in self.detect_in(view)]
-            found.append([one for one in refined if one.is_stable and one.face.confidence >= MIN_CONFIDENCE_ROTATED])
+        for left, top, width, height, *points, score in () if rows is None else rows.tolist():
+            pairs = tuple(zip(points[::2], points[1::2], strict=True))
+            found.append(Detection(box=(left, top, width, height), points=pairs, score=score))
         return found
 
 
-def choose(faces: list[Detection], which: str) -> Detection:
-    """Return one of several faces.
-
-    Args:
-        faces: at least one.
-        which: "largest", "left", "right", or a number from 1 on, from left to right.
+def find_detector(target: PreparationTarget) -> Detector | None:
+    """Return the detector for a base's photographs; None for a base of drawings, whose parser finds their faces.
 
     Raises:
-        InputError: the number is larger than that of the faces.
+        WeightsUnavailable: it is not on this machine and cannot be fetched, or OpenCV is not installed.
     """
-    if which == "largest":
-        return max(faces, key=lambda one: one.extent)
-    ordered = sorted(faces, key=lambda one: one.center)
-    number = {"left": 1, "right": len(faces)}.get(which) or int(which)
-    if number > len(faces):
-        count = "is 1 face" if len(faces) == 1 else f"are {len(faces)} faces"
-        raise InputError(f"there {count} in the image, not {number}", hint="--face 1 is leftmost")
-    return ordered[number - 1]
+    if target.base in PACKAGED:
+        return None
+    try:
+        from cv2 import FaceDetectorYN  # noqa: F401 # some cv2 of another package may have none
+    except ImportError as error:
+        message = "faces are detected with OpenCV, which is not installed"
+        raise WeightsUnavailable(message, hint="pip install opencv-python-headless") from error
+    if target.fetch is None:
+        raise WeightsUnavailable("there is no face detector here")
+    return load_detector(target.fetch(REPOSITORY) / FILE)
+
+
+@lru_cache(maxsize=1)
+def load_detector(path: Path) -> Detector:
+    """Load the detector; it is cached.
+
+    Raises:
+        WeightsUnavailable: the file is not the one that is known.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WeightsUnavailable(f"the face detector {path.name} cannot be read") from error
+    if hashlib.sha256(data).hexdigest() != SHA256:
+        raise WeightsUnavailable(f"{path.name} of {REPOSITORY} is not the face detector that this e4t knows")
+    return YuNet(data)
+
+
+def find_faces(photo: Image, detector: Detector) -> list[Detection]:
+    """Return the faces of a photo (upright, RGB, any size), from left to right; points and boxes in its pixels."""
+    found = _search(photo, detector, (0,))
+    if max((one.score for one in found), default=0.0) < SURE:
+        found = _without_duplicates([*found, *_search(photo, detector, (90, -90, 180))])
+    return sorted(found, key=lambda one: one.center)
+
+
+def _search(photo: Image, detector: Detector, turns: Sequence[float]) -> list[Detection]:
+    """Return the faces in views of the whole photo that are rotated by some degrees."""
+    size, longer = photo.size, max(photo.size)
+    found = []
+    small = photo
+    for side, zoom in VIEWS:  # from the largest to the smallest
+        if side > max(MAX_ENLARGED * longer, VIEWS[-1][0]):
+            continue
+        scale = side / (zoom * longer)
+        if scale < 0.5:
+            width, height = (max(1, round(2 * scale * length)) for length in size)
+            small = small.resize((width, height), reducing_gap=2.0)
+        for turn in turns:
+            view = Frame.around(size, (size[0] / 2, size[1] / 2), zoom * longer, turn)
+            found += _detect(small, view, side, detector)
+    refined = [refine(photo, one, detector) for one in _without_duplicates(found)]
+    large = [one for one in refined if one is not None and one.side >= MIN_SIDE]
+    return _without_duplicates(large)
+
+
+def refine(photo: Image, one: Detection, detector: Detector) -> Detection | None:
+    """Detect a face again in its own view, upright and of one size; None if it is not found there."""
+    for _ in range(ROUNDS):
+        if not one.overlap(Detection(box=(0, 0, *photo.size), points=(), score=1)):
+            return None
+        view = Frame.around(photo.size, one.center, OWN_VIEW * one.side, one.turn)
+        found = [other for other in _detect(photo, view, OWN_SIDE, detector) if other.overlap(one) > MAX_OVERLAP]
+        if not found:
+            return None
+        one = max(found, key=lambda other: other.score)
+        turned = (one.turn - view.turn + 180) % 360 - 180
+        if abs(turned) < 5 and 0.8 < OWN_VIEW * one.side / view.side < 1.25:
+            break
+    return one
+
+
+def _without_duplicates(found: Iterable[Detection]) -> list[Detection]:
+    """Return the best of the detections that overlap."""
+    kept: list[Detection] = []
+    for one in sorted(found, key=lambda one: -one.score):
+        if all(one.overlap(other) <= MAX_OVERLAP for other in kept):
+            kept.append(one)
+    return kept
+
+
+def _detect(photo: Image, view: Frame, side: int, detector: Detector) -> list[Detection]:
+    """Return the faces in a view of the photo, scaled to `side` pixels; what has no two eyes in a box is none."""
+    found = detector.detect(view.apply(photo, side, outside=GREY))
+    proper = [one for one in found if min(one.box[2:]) > 1 and math.dist(*one.eyes) > 0.5]
+    return [one.to_photo(view, side) for one in proper]

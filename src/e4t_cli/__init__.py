@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .prompts import SUBJECT_TEMPLATES, PromptRequest
     from .registry.config import PretrainingConfig, TuningConfig
     from .registry.discovery import find_domain, installed_domains
-    from .registry.domain import Domain, PreparationTarget, PreparedImage
+    from .registry.domain import Domain, FoundSubject, PreparationTarget, PreparedImage
     from .registry.testing import check_domain
     from .schedulers import SamplingConfig
 
@@ -73,15 +73,15 @@ _IMPORT_STRUCTURE = {
     "prompts": ["PromptRequest", "SUBJECT_TEMPLATES"],
     "registry.config": ["PretrainingConfig", "TuningConfig"],
     "registry.discovery": ["find_domain", "installed_domains"],
-    "registry.domain": ["Domain", "PreparationTarget", "PreparedImage"],
+    "registry.domain": ["Domain", "FoundSubject", "PreparationTarget", "PreparedImage"],
     "registry.testing": ["check_domain"],
     "schedulers": ["SamplingConfig"],
 }
 _HOME = {name: module for module, names in _IMPORT_STRUCTURE.items() for name in names}
 
 __all__ = [
-    "Concept", "DivergedError", "Domain", "DomainWeights", "E4TError", "Frame", "GeneratedImage", "InputError",
-    "IntegrityError", "PartialResult", "Personalization", "PreparationTarget", "PreparedImage",
+    "Concept", "DivergedError", "Domain", "DomainWeights", "E4TError", "FoundSubject", "Frame", "GeneratedImage",
+    "InputError", "IntegrityError", "PartialResult", "Personalization", "PreparationTarget", "PreparedImage",
     "PretrainingConfig", "Progress", "PromptRequest", "ResourceError", "SUBJECT_TEMPLATES", "SamplingConfig",
     "TextToImageModel", "TuningConfig", "UsageError", "WeightsUnavailable", "__version__", "center_square",
     "check_domain", "export", "find_base", "find_domain", "generate", "installed_domains", "load_segmenter",

@@ -16,7 +16,7 @@ from e4t_cli.images.loading import center_square, prepare_image
 from e4t_cli.registry.discovery import find_domain
 from e4t_cli.registry.domain import PreparationTarget
 from e4t_domains import face as module
-from e4t_domains import face_detection, face_parsing
+from e4t_domains import face_parsing, face_search
 
 TARGET = PreparationTarget(size=64, base="mini")
 NAMES = {0: "background", 1: "shirt", 2: "skin.png"}
@@ -81,7 +81,14 @@ def test_the_public_parser_is_fetched_for_photographs(tmp_path):
 
     target = PreparationTarget(size=64, base="sd14", fetch=fetch)
     prepared = module.prepare(Image.new("RGB", (90, 70)), target)
-    assert set(calls) == set(module.face.networks) == {"jonathandinu/face-parsing"}
+    assert (
+        set(calls)
+        == set(module.face.networks)
+        == {
+            "jonathandinu/face-parsing",
+            "opencv/face_detection_yunet",
+        }
+    )
     assert prepared.mask.size == prepared.image.size == (64, 64)
     loaded = face_parsing.load_parser(folder)
     assert (loaded.side, loaded.names[2]) == (96, "skin")
@@ -191,6 +198,7 @@ def paint(photo, center, unit, turn, *, eyes=(-0.4, 0.4)):
 @pytest.fixture
 def painted(monkeypatch):
     monkeypatch.setattr(module, "find_parser", lambda target: Painted())
+    monkeypatch.setattr(module, "find_detector", lambda target: None)
     return Image.new("RGB", (800, 600), (40, 120, 60))
 
 
@@ -207,7 +215,7 @@ def test_a_photograph_is_turned_and_cropped(painted, turn):
     assert words[2] == f"mask {round(100 * covered)} %" and 0.2 < covered < 0.6
     # Upright now, with the eyes at one height and the mouth below them.
     seen = Painted()._one(prepared.image)
-    (face,) = face_detection.find_faces(seen)
+    (face,) = face_search.find_faces(seen)
     (ax, ay), (bx, by) = face.eyes
     assert abs(ay - by) < 2.5 and ax < 128 < bx and face.mouth[1] > ay + 20
 
@@ -247,7 +255,7 @@ def test_unaligned_only_the_chosen_head_is_masked(painted):
 @pytest.fixture
 def not_rotated(monkeypatch):
     """Without the search in rotated views, which finds nothing here and takes seconds."""
-    monkeypatch.setattr(face_detection.FaceDetector, "_detect_rotated", lambda self: [])
+    monkeypatch.setattr(face_search.FaceDetector, "_detect_rotated", lambda self: [])
 
 
 @pytest.mark.parametrize("base", ["sd14", "mini"])

@@ -8,10 +8,11 @@ from PIL import Image, ImageDraw
 
 from e4t_cli.errors import InputError
 from e4t_cli.images.framing import Frame
+from e4t_domains.face import choose
 from e4t_domains.face_alignment import FFHQ, align, settle, square_of, surround
-from e4t_domains.face_detection import Detection, choose
 from e4t_domains.face_parsing import LabelMap
 from e4t_domains.face_regions import find_faces, split_regions
+from e4t_domains.face_search import Detection
 
 # As the public parser orders them, and as an older revision of it does.
 NAMES = dict(
@@ -130,13 +131,13 @@ def test_two_faces_from_left_to_right_and_which():
     assert [round(face.center[0]) for face in faces] == pytest.approx([120, 370], abs=8)
     view = Frame.centered((SIDE, SIDE))
     seen = [Detection(face, view, square_of(face, (SIDE, SIDE), FFHQ)) for face in faces]
-    assert choose(seen, "largest").face is faces[0]
-    assert choose(seen, "left").face is choose(seen, "1").face is faces[0]
-    assert choose(seen, "right").face is choose(seen, "2").face is faces[1]
-    assert choose(seen, "left").frame.turn == pytest.approx(12, abs=0.7)
-    assert choose(seen, "right").frame.turn == pytest.approx(-8, abs=0.7)
+    assert choose(seen, "largest", (SIDE, SIDE)).face is faces[0]
+    assert choose(seen, "left", (SIDE, SIDE)).face is choose(seen, "1", (SIDE, SIDE)).face is faces[0]
+    assert choose(seen, "right", (SIDE, SIDE)).face is choose(seen, "2", (SIDE, SIDE)).face is faces[1]
+    assert choose(seen, "left", (SIDE, SIDE)).frame.turn == pytest.approx(12, abs=0.7)
+    assert choose(seen, "right", (SIDE, SIDE)).frame.turn == pytest.approx(-8, abs=0.7)
     with pytest.raises(InputError, match="are 2 faces in the image, not 3"):
-        choose(seen, "3")
+        choose(seen, "3", (SIDE, SIDE))
 
 
 def test_cheek_to_cheek_is_two_faces():

@@ -23,6 +23,7 @@ from tests.hub.fake_hub import FakeHub
 
 FACES = "mkshing/e4t-diffusion-ffhq-celebahq-v1"
 PARSER = "jonathandinu/face-parsing"
+DETECTOR = "opencv/face_detection_yunet"
 PARTS = (
     "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear",
     "mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth",
@@ -179,7 +180,7 @@ def write_parser(folder: Path, *, small: bool = False) -> None:
 
 
 def publish(hub: FakeHub, folder: Path, *, small: bool = False) -> None:
-    """Publish `sd14` and its image tower at their pinned commits, and a face parser.
+    """Publish `sd14` and its image tower at their pinned commits, a face parser and a stand-in for the detector.
 
     The tower's checksum is replaced: it is another file.
     """
@@ -203,6 +204,10 @@ def publish(hub: FakeHub, folder: Path, *, small: bool = False) -> None:
     if not (folder / "parser" / "config.json").is_file():
         write_parser(folder / "parser", small=small)
     hub.add(PARSER, folder / "parser", licence="")
+    # No detector can be made here: the file is fetched, refused for its checksum, and the parser searches the face.
+    (folder / "detector").mkdir(exist_ok=True)
+    (folder / "detector" / "face_detection_yunet_2023mar.onnx").write_bytes(b"a stand-in for an ONNX file")
+    hub.add(DETECTOR, folder / "detector", licence="mit")
     hub.add(base.repository, folder / "sd14", commit=base.revision, licence=base.licence)
     hub.add(pinned.repository, folder / "tower", commit=pinned.revision, licence="mit")
     file = hub.repositories[pinned.repository][pinned.revision].files[pinned.file]

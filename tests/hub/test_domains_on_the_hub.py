@@ -224,3 +224,20 @@ def test_add_from_the_hub_by_command(hub, folder, capfd):
     commit = hub.add("someone/dogs", folder)
     assert app.run(["domains", "add", f"someone/dogs@{commit}"]) == 0
     assert capfd.readouterr().out == f"{user_domains_folder() / 'my_dogs'}\n"
+
+
+def test_the_face_detector_is_one_file_whose_licence_asks_nothing(hub, tmp_path):
+    from e4t_cli.hub.paths import HubAccess
+    from e4t_cli.images.preparation import snapshot_downloader
+    from e4t_domains.face_detection import FILE, REPOSITORY
+
+    folder = tmp_path / "detector"
+    folder.mkdir()
+    for name in (FILE, "face_detection_yunet_2023mar_int8.onnx", "demo.py", "README.md"):
+        (folder / name).write_bytes(name.encode() * 50)
+    hub.add(REPOSITORY, folder, licence="mit")
+    found = snapshot_downloader(HubAccess())(REPOSITORY)
+    assert [path.name for path in found.iterdir()] == [FILE]
+    hub.requests.clear()
+    assert snapshot_downloader(HubAccess(offline=True))(REPOSITORY) == found
+    assert not hub.requests

@@ -69,9 +69,10 @@ class PhotoOptions:
 
     Args:
         mask: "auto" as the domain does, "none", "words:a cat" for text-prompted segmentation
-            ("words" alone: the domain's prompt), or an image that is white on the concept.
+            ("words" alone: the domain's prompt), "face-ellipse" around a face, by eyes and mouth, or an image that is
+            white on the concept.
         align: let the domain rotate and crop the photo; False takes its centred square.
-        face: of several, "largest", "left", "right", or a number from the left.
+        face: of several, "largest", "left", "right", "center", or a number from the left.
         require_face: refuse a photo without a face instead of continuing without a mask.
         strict: refuse a photo (`InputError`) wherever a note would cast doubt on it: no face where the domain looks
             for one, a face that is not clear, an unused mask, too few pixels, a photograph on a base for drawings.

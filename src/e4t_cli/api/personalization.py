@@ -228,7 +228,12 @@ def _look_up_base(domain: Domain, options: RunOptions, access: HubAccess) -> tup
     return look_up_base(wanted, half=prefers_half(options.device, options.dtype))
 
 
-NAMED_MASKS = {"auto": MaskSource(kind="auto"), "none": MaskSource(kind="none"), "words": MaskSource(kind="words")}
+NAMED_MASKS = {
+    "auto": MaskSource(kind="auto"),
+    "none": MaskSource(kind="none"),
+    "words": MaskSource(kind="words"),
+    "face-ellipse": MaskSource(kind="face-ellipse"),
+}
 
 
 def resolve_mask(mask: ImageInput, photo: OpenedImage) -> MaskSource:

@@ -22,7 +22,7 @@ from typing import Annotated, NoReturn, get_origin, get_type_hints
 import typer
 
 from e4t_cli import __version__
-from e4t_cli.cli import cache, console, doctor, domains, export, info, personalize, pretrain
+from e4t_cli.cli import cache, console, doctor, domains, export, faces, info, personalize, pretrain
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 from e4t_cli.files import file_error
 from e4t_cli.system_memory import memory_ran_out, out_of_memory
@@ -41,6 +41,7 @@ app = typer.Typer(
 )
 app.command("personalize", epilog=personalize.EXAMPLES)(personalize.personalize)
 app.command("generate", epilog=personalize.GENERATE_EXAMPLES)(personalize.generate)
+app.command("faces", epilog=faces.EXAMPLES)(faces.faces)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.add_typer(domains.app, name="domains")

@@ -118,6 +118,8 @@ Vram = Annotated[str, device_option(
 Offline = Annotated[bool, network_option(
     "--offline", envvar="E4T_OFFLINE", callback=_go_offline,
     help="Open no connection; use what is on this machine.")]
+AcceptLicence = Annotated[bool, network_option(
+    "--accept-license", help="Accept the licences of what is downloaded.")]
 Json = Annotated[bool, output_option("--json", help="One JSON object a line on stdout.")]
 Yes = Annotated[bool, output_option("-y", "--yes", help="Do not ask.")]
 Force = Annotated[bool, output_option("--force", help="Replace what e4t wrote there before.")]
@@ -149,8 +151,7 @@ class RunFlags:
     device: Device = "auto"
     dtype: Dtype = "auto"
     offline: Offline = False
-    accept_license: Annotated[bool, network_option(
-        "--accept-license", help="Accept the licences of what is downloaded.")] = False
+    accept_license: AcceptLicence = False
 
     def run_keywords(self, terminal: console.Console, on_progress: ProgressCallback | None = None) -> RunKeywords:
         """Return the keywords of the library; the user is asked at the terminal, if at all."""
@@ -241,10 +242,11 @@ class PersonalizeFlags(GenerateFlags):
     keep_weights: Annotated[bool, output_option(
         "--keep-weights", help="With --save: the tuned weights too, a large file.")] = False
     mask: Annotated[str, photo_option(
-        metavar="MASK",
-        help="The part of the photo that counts: auto, none, a FILE that is white there, or 'words:a cat'.")] = "auto"
+        metavar="MASK", help="The part of the photo that counts: auto, none, a FILE that is white there, "
+        "'words:a cat', or face-ellipse.")] = "auto"
     face: Annotated[str, photo_option(
-        metavar="WHICH", help="Of several: largest, left, right, or a number from the left.")] = "largest"
+        metavar="WHICH",
+        help="Of several: largest, left, right, center, or a number from the left (`e4t faces`).")] = "largest"
     no_align: Annotated[bool, photo_option(
         "--no-align", help="Use the centre square; do not rotate and crop around the face.")] = False
     require_face: Annotated[bool, photo_option(

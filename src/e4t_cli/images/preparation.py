@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 CLIPSEG = "CIDAS/clipseg-rd64-refined"
 FILES = ("*.json", "*.safetensors")
+FILES_OF = {
+    CLIPSEG: (*FILES, "merges.txt"),
+    # Of several precisions; ONNX is protobuf, which holds no code. The domain compares the file's SHA-256.
+    "opencv/face_detection_yunet": ("face_detection_yunet_2023mar.onnx",),
+}
 # Terms of a repository beside the licence it states.
 KNOWN_TERMS = {"jonathandinu/face-parsing": "made from SegFormer weights and CelebAMask-HQ: for research"}
 MIN_PROBABILITY = 0.4  # a pixel above it belongs to the mask; CLIPSeg's probabilities are rarely above 0.8
@@ -39,7 +44,8 @@ MIN_PROBABILITY = 0.4  # a pixel above it belongs to the mask; CLIPSeg's probabi
 class MaskSource:
     """The part of the photo that is the concept, as requested."""
 
-    kind: Literal["auto", "none", "words", "image"]  # "auto": the photo and the domain decide, "none": all of it
+    # "auto": the photo and the domain decide, "none": all of it
+    kind: Literal["auto", "none", "words", "image", "face-ellipse"]
     words: str = ""  # a text prompt for it, "" for the domain's
     image: Image.Image | None = None  # a mask, white on it: mode L, of the photo's proportions
 
@@ -57,14 +63,17 @@ def prepare_photo(
         masked: whether the domain's tuning uses a mask.
 
     Raises:
-        UsageError: a mask by text is requested, and there is no text prompt.
+        UsageError: a mask by text is requested, and there is no text prompt; or an ellipse around no face.
         InputError: nearly nothing in the photo's square is opaque.
         WeightsUnavailable: the network for it is not on this machine.
         E4TError: the domain's function failed.
     """
     alpha = photo.alpha if mask.kind == "auto" else None
     automatic = mask.kind == "auto" and alpha is None
-    prepared = prepare_image(domain, photo.image, replace(target, mask="auto" if automatic else None))
+    if mask.kind == "face-ellipse" and domain.prepare is None:
+        raise UsageError(f"the domain {domain.name!r} looks for no face", hint="leave --mask face-ellipse out")
+    kind = mask.kind if mask.kind == "face-ellipse" else "auto" if automatic else None
+    prepared = prepare_image(domain, photo.image, replace(target, mask=kind))
     if mask.image is not None and mask.kind == "image":
         prepared = with_mask(prepared, photo.image, mask.image)
     elif mask.kind == "words":
@@ -139,9 +148,9 @@ def snapshot_downloader(access: HubAccess) -> Callable[[str], Path]:
 
 def _fetch_snapshot(repository: str, access: HubAccess) -> Path:
     """Return the folder of a network; it is fetched, its licence accepted, if it is not here."""
-    files = (*FILES, "merges.txt") if repository == CLIPSEG else FILES
+    files, again = FILES_OF.get(repository, FILES), "the same command without --offline"
     try:
-        return fetch_files(repository, None, files, replace(access, offline=True))
+        return fetch_files(repository, None, files, replace(access, offline=True), command=again)
     except (WeightsUnavailable, IntegrityError):
         if access.cut_off:
             raise
@@ -149,7 +158,7 @@ def _fetch_snapshot(repository: str, access: HubAccess) -> Path:
     info = get_repo_info(repository, None, access)
     licence, note = info.licence if info else "", KNOWN_TERMS.get(repository, "")
     accept(Terms(repository=repository, licence=licence, note=note), access)
-    return fetch_files(repository, None, files, access, repair=True)
+    return fetch_files(repository, None, files, access, repair=True, command=again)
 
 
 def mask_by_words(image: Image.Image, words: str, target: PreparationTarget) -> Image.Image:

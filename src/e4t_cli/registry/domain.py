@@ -49,9 +49,9 @@ def check_file_name(name: object) -> str:
 
 def check_which(which: object) -> str:
     """Return `which` if it selects one of several subjects, or raise ValueError."""
-    if which in ("largest", "left", "right") or re.fullmatch(r"[1-9]\d{0,3}", str(which)):
+    if which in ("largest", "left", "right", "center") or re.fullmatch(r"[1-9]\d{0,3}", str(which)):
         return str(which)
-    raise ValueError(f"{which!r} must be largest, left, right, or a number: 1 is the leftmost")
+    raise ValueError(f"{which!r} must be largest, left, right, center, or a number: 1 is the leftmost")
 
 
 def check_location(location: object) -> str:
@@ -93,9 +93,10 @@ class PreparationTarget:
     Args:
         size: side in pixels of the square the base works on (64 for `mini`, 512 for SD 1.x).
         base: name of the base, for preparations that have a part per base.
-        mask: "auto" lets the domain compute its mask, None asks for none.
+        mask: "auto" lets the domain compute its mask, None asks for none; "face-ellipse" is for domains of faces,
+            others may take it for "auto".
         align: whether the domain may turn and crop; False is the centred square.
-        which: of several subjects, "largest", "left", "right", or its number from the left: "1", …
+        which: of several subjects, "largest", "left", "right", "center", or its number from the left: "1", …
         required: an image without the subject is refused (`InputError`).
         device: where a segmentation network may run.
         fetch: returns the folder with a hub repository's configs and safetensors; raises `WeightsUnavailable`. None
@@ -114,8 +115,25 @@ class PreparationTarget:
     def __post_init__(self) -> None:
         check_integer(self, "size", minimum=1)
         check_which(self.which)
-        if self.mask not in ("auto", None):
-            raise ValueError(f"PreparationTarget.mask must be 'auto' or None, not {self.mask!r}")
+        if self.mask not in ("auto", "face-ellipse", None):
+            raise ValueError(f"PreparationTarget.mask must be 'auto', 'face-ellipse' or None, not {self.mask!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundSubject:
+    """One of the subjects that `prepare` found in a photo, in pixels of the photo.
+
+    Args:
+        box: left, top, width and height.
+        points: such as eyes, nose and corners of the mouth.
+        score: how sure it is, 0 to 1.
+        chosen: whether the prepared image shows this one.
+    """
+
+    box: tuple[float, float, float, float]
+    points: tuple[tuple[float, float], ...] = ()
+    score: float = 1.0
+    chosen: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +146,7 @@ class PreparedImage:
         notes: warnings for the user, such as "no face was found".
         remarks: further information for the user, such as "1 face, turned 4°".
         frame: the square of the photo that the image shows; the user's mask is cut with it.
+        found: what `PreparationTarget.which` chooses among, from left to right.
     """
 
     image: Image
@@ -135,6 +154,7 @@ class PreparedImage:
     notes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     frame: Frame | None = None
+    found: tuple[FoundSubject, ...] = ()
 
     def __post_init__(self) -> None:
         size, mode = getattr(self.image, "size", None), getattr(self.image, "mode", None)
