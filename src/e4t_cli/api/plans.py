@@ -26,6 +26,7 @@ from e4t_cli.api.resolve import (
     prefers_half,
     resolve_base_name,
     resolve_domain,
+    resolve_domain_base,
     resolve_images,
     resolve_sampling,
     resolve_seeds,
@@ -87,7 +88,7 @@ def plan_personalization(
     value, _ = resolve_domain(domain)
     photo = open_image(image)
     mask = resolve_mask(asked.mask, photo)
-    base = _Base(asked, value, wanted, tower=True)
+    base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base))
     target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
     if value.prepare is not None and (target.which != "largest" or target.required):
         with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched: nobody knows
@@ -127,7 +128,7 @@ def plan_generation(
     value = find_concept_domain(concept.domain, concept.package)
     if asked.base == "auto":
         asked = replace(asked, base=concept.base_name)
-    base = _Base(asked, value, wanted, tower=False)
+    base = _Base(asked, value, wanted, tower=False, domain_base=concept.domain_base)
     tuning = concept.config.replace(steps=0) if concept.weights else concept.config
     return {"type": "plan", "domain": value.name, "prompts": len(parsed), **base.cost(wanted, tuning)}
 
@@ -141,7 +142,8 @@ class _Base:
     """
 
     def __init__(
-        self, options: GenerateOptions, domain: Domain, wanted: Sequence[ImageRequest], *, tower: bool
+        self, options: GenerateOptions, domain: Domain, wanted: Sequence[ImageRequest], *, tower: bool,
+        domain_base: str,
     ) -> None:
         access = Session(options, vram=options.vram, safety=options.safety_checker).access
         half = prefers_half(options.device, options.dtype)
@@ -153,7 +155,7 @@ class _Base:
             self.name, self.resolution, here = look_up_base(name, half=half)
             schedule = _schedule(find_cached_base(name, half=half))
             if not here:
-                self._fetch(name, half, tower=tower and needs_image_tower(domain, name))
+                self._fetch(name, half, tower=tower and needs_image_tower(domain, domain_base or name))
         else:
             model: TextToImageModel = options.base
             self.name, self.resolution, schedule = model.base.name, model.resolution, model.noise_schedule.config
@@ -162,9 +164,9 @@ class _Base:
         if options.device not in ("auto", "cpu"):
             choose_device(options.device)
         try:
-            self.tuning = user_domain(weights_folder(domain, self.name)).tuning
+            self.tuning = user_domain(weights_folder(domain, domain_base or self.name)).tuning
         except WeightsUnavailable:
-            location = domain.weights.get(self.name, "")
+            location = domain.weights.get(domain_base or self.name, "")
             if not location.startswith("hub:") and not e4t_diffusion_repository(location):
                 raise
             self.to_fetch.append(f"the weights of {domain.name}")

@@ -143,7 +143,7 @@ class RunFlags:
 
     base: Annotated[str, images_option(
         autocompletion=complete_base,
-        help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder.")] = "auto"
+        help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder, a .safetensors.")] = "auto"
     device: Device = "auto"
     dtype: Dtype = "auto"
     offline: Offline = False
@@ -233,6 +233,9 @@ class PersonalizeFlags(GenerateFlags):
         min=0, help="Tuning steps on the photo; 0 keeps the encoder's first estimate.")] = None
     keep_weights: Annotated[bool, output_option(
         "--keep-weights", help="Save the tuned weights too: a large file, usable without tuning again.")] = False
+    domain_base: Annotated[str | None, images_option(
+        metavar="NAME", autocompletion=complete_base,
+        help="Take the domain's weights for this base, as sd14, on another base of the same shapes.")] = None
     mask: Annotated[str, photo_option(
         metavar="FILE|auto|none|words:...",
         help="Which part of the photo is the concept: a file is white there; 'words:a cat' is "
@@ -261,7 +264,8 @@ class PersonalizeFlags(GenerateFlags):
         """Return the keywords of the library."""
         return {
             **generating, **self.photo_keywords(), "tuning": self.tuning, "tune_steps": self.tune_steps,
-            "keep_weights": self.keep_weights, "on_prepared": on_prepared, "on_concept": on_concept,
+            "keep_weights": self.keep_weights, "domain_base": self.domain_base,
+            "on_prepared": on_prepared, "on_concept": on_concept,
         }
 
 
