@@ -36,7 +36,7 @@ class CacheItem:
     """Something in a cache: a file or a folder, named as on the command line.
 
     Args:
-        kind: "repository", "image tower", "converted weights", "converted base" (from a single file), "encoded images",
+        kind: "repository", "image tower", "converted weights", "converted base" (of a single file), "encoded images",
             "checkpoints" (of a pre-training that has not ended), "leftover" (of a killed command), "partial download",
             "published tower", "published checkpoint".
         size: in bytes, on the disk.

@@ -1,8 +1,9 @@
 """Finds a base or domain weights by name: in the cache, or downloaded.
 
 A name is one of `PUBLISHED`, "owner/name[@revision]" of the hub, a folder, or a single file that was converted. Cached
-files are used without a request. Otherwise the licence is accepted, room on the disk and the model's configs are checked, and only then the weights are
-fetched: safetensors only, one precision only, about 3 of the 45 GB of a Stable Diffusion repository.
+files are used without a request. Otherwise the licence is accepted, room on the disk and the model's configs are
+checked, and only then the weights are fetched: safetensors only, one precision only, about 3 of the 45 GB of a Stable
+Diffusion repository.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ _MAGIC: dict[bytes, tuple[str, str]] = {
 _SDXL = ("a Stable Diffusion XL, which has two text encoders", "docs/bases.md says what it would take; " + USABLE)
 _OTHER = ("another kind of model than Stable Diffusion 1 or 2", USABLE)
 _NAMES: list[tuple[str, tuple[str, str]]] = [
-    (r"\.lora_(down|up|A|B)\.|\.lora\.(down|up)\.|\.(hada|lokr)_w|^lora_(unet|te)|^oft_unet", ("a LoRA", _WHOLE)),
+    (r"\.lora_(down|up|A|B)\.|lora\.(down|up)\.|\.(hada|lokr)_w|^lora_(unet|te)|^oft_unet", ("a LoRA", _WHOLE)),
     (r"^(emb_params|clip_[lg]|string_to_param.*)$|^<", ("a textual inversion (an embedding of one word)", _WHOLE)),
     (r"^(control_model|controlnet_cond_embedding|input_hint_block)\.", ("a ControlNet", _WHOLE)),
     (r"^(image_proj|ip_adapter)\.", ("an IP-Adapter", _WHOLE)),
