@@ -124,6 +124,7 @@ def test_a_plan_converts_nothing_and_fetch_does(small, written, run, personalize
     ended, _ = personalize(file, "--dry-run")
     assert ended.code == 0, ended.err
     assert not list_converted_files()
+    assert json.loads(run("info", str(file), "--json").out)["model"] == "a Stable Diffusion 1 or 2"
     ended = run("fetch", str(file))
     assert ended.code == 0, ended.err
     assert ended.lines == [str(list_converted_files()[0].folder)]

@@ -125,6 +125,9 @@ def recognize_file(wanted: str | os.PathLike[str]) -> SingleFile:
         raise IntegrityError(message, hint="download it again")
     if wrong := name_of_tensors(shapes, metadata):
         raise IntegrityError(f"{shown} is {wrong[0]}", hint=_folder_of(path) or wrong[1])
+    if not any(key.startswith(UNET) for key in shapes):
+        keys = ", ".join(printable(key, limit=40) for key in sorted(shapes)[:3]) or "none"
+        raise IntegrityError(f"{shown} is no model that e4t knows: its tensors are {keys}", hint=USABLE)
     _check_parts(shapes, dtypes, shown)
     width = shapes[CONTEXT][-1] if len(shapes.get(CONTEXT, ())) >= 2 else 0
     if width not in VERSIONS:
@@ -160,7 +163,7 @@ def _read_header(text: bytes, shown: str) -> tuple[dict[str, tuple[int, ...]], s
 
 
 def name_of_tensors(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return what a safetensors file is that is no Stable Diffusion 1 or 2, and what to do; None if it can be one."""
+    """Return what a safetensors file is instead of a Stable Diffusion, and what to do; None if that is not known."""
     if "e4t" in metadata:
         return "a concept of e4t", "e4t generate CONCEPT PROMPT generates from it; " + USABLE
     for pattern, about in _NAMES:
@@ -176,10 +179,9 @@ def name_of_tensors(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str
     for pattern, what in _PARTS:
         if any(re.search(pattern, key) for key in shapes):
             return f"{what}, not a whole model", USABLE
-    if len(shapes) == 1 and len(next(iter(shapes.values()))) <= 2:
+    if len(shapes) == 1 and next(iter(shapes.values()))[-1:] in ((768,), (1024,), (1280,)):
         return "a textual inversion (an embedding of one word)", _WHOLE
-    keys = ", ".join(printable(key, limit=40) for key in sorted(shapes)[:3]) or "none"
-    return f"no model that e4t knows: its tensors are {keys}", USABLE
+    return None
 
 
 def _folder_of(path: Path) -> str:
