@@ -161,7 +161,7 @@ def test_impossible_widths_are_refused_before_a_network_is_built(copy, monkeypat
     from e4t_cli.models import loading
 
     change(copy / name, **changes)
-    monkeypatch.setattr(loading, "_empty_part", lambda kind, folder, dtype: pytest.fail("it was built"))
+    monkeypatch.setattr(loading, "empty_part", lambda kind, folder, dtype: pytest.fail("it was built"))
     with pytest.raises(IntegrityError, match=f"{next(iter(changes))}|hidden_size"):
         fetch_base(copy, HubAccess(offline=True))
 

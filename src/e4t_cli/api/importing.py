@@ -34,11 +34,11 @@ from e4t_cli.hub.bases import (
     converted_weights_path,
     e4t_diffusion_repository,
     hub_location,
-    read_base,
 )
 from e4t_cli.hub.download import fetch_files
 from e4t_cli.hub.paths import HubAccess, Terms, accept
 from e4t_cli.hub.repo_info import cached_commit, cached_repo_info, get_repo_info
+from e4t_cli.hub.resolve import look_up_base
 from e4t_cli.images.loading import ImageInput, center_square, open_image
 from e4t_cli.progress import Progress
 from e4t_cli.prompts import training_templates
@@ -193,8 +193,8 @@ def _base_name(checkpoint: Checkpoint, base: str | os.PathLike[str] | TextToImag
     if not isinstance(base, str | os.PathLike):
         return base_name(base)
     wanted = _named_base(checkpoint) if base == "auto" else os.fspath(base)
-    if os.path.isdir(wanted):
-        return read_base(Path(wanted)).name
+    if os.path.exists(wanted):
+        return look_up_base(wanted)[0]
     if (address := hub_location(wanted)) is not None:
         return address.name
     if base != "auto":

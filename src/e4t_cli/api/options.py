@@ -31,8 +31,9 @@ class RunOptions:
     """The base, the device, and what may be fetched.
 
     Args:
-        base: a name, "owner/name[@revision]" of the hub, a folder in diffusers' layout, or a loaded model. "auto" is
-            Stable Diffusion where there is an accelerator; for a concept, the base it was made with.
+        base: a name, "owner/name[@revision]" of the hub, a folder in diffusers' layout, a .safetensors file with a
+            whole Stable Diffusion, or a loaded model. "auto" is Stable Diffusion where there is an accelerator; for a
+            concept, the base it was made with.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto", "fp32", "bf16", "fp16".
         offline: use only what is on this machine, and open no socket.
@@ -99,6 +100,8 @@ class PersonalizeOptions(GenerateOptions, PhotoOptions):
             from the paper; None as the domain weights' config.
         tune_steps: instead of the config's; 0 keeps the encoder's first estimate.
         keep_weights: keep the tuned tensors in the concept: larger, but usable without tuning.
+        domain_base: take the domain weights that were trained for this base, as "sd14" with a base of the same shapes;
+            None takes those for the base itself.
         on_prepared: called with the prepared image and its mask, before tuning.
         on_concept: called with the concept after tuning, before the first image.
     """
@@ -106,6 +109,7 @@ class PersonalizeOptions(GenerateOptions, PhotoOptions):
     tuning: str | None = None
     tune_steps: int | None = None
     keep_weights: bool = False
+    domain_base: str | None = None
     on_prepared: PreparedCallback | None = None
     on_concept: ConceptCallback | None = None
 
@@ -209,6 +213,7 @@ class PersonalizeKeywords(GenerateKeywords, PhotoKeywords, total=False):
     tuning: str | None
     tune_steps: int | None
     keep_weights: bool
+    domain_base: str | None
     on_prepared: PreparedCallback | None
     on_concept: ConceptCallback | None
 

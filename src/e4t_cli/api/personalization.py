@@ -32,6 +32,7 @@ from e4t_cli.api.resolve import (
     resolve_base,
     resolve_base_name,
     resolve_domain,
+    resolve_domain_base,
     resolve_domain_weights,
     resolve_images,
     resolve_sampling,
@@ -82,7 +83,8 @@ def personalize(
         placeholder: what the prompts call the concept.
         options: keywords, see `e4t_cli.api.options`: base, device, dtype, vram, offline, accept_license,
             safety_checker (`GenerateOptions`); mask, align, face, require_face, strict (`PhotoOptions`); tuning,
-            tune_steps, keep_weights (`PersonalizeOptions`); on_progress, on_prepared, on_concept, on_image.
+            tune_steps, keep_weights, domain_base (`PersonalizeOptions`); on_progress, on_prepared, on_concept,
+            on_image.
 
     Raises:
         E4TError: one of its children (errors.py).
@@ -95,10 +97,11 @@ def personalize(
     photo = open_image(image)
     mask = resolve_mask(asked.mask, photo)
     session = Session(asked, vram=asked.vram, safety=asked.safety_checker)
-    base = resolve_base(asked, session.access, domain=value, safety=asked.safety_checker)
-    weights = resolve_domain_weights(value, base, session.access)
+    other = resolve_domain_base(asked.domain_base)
+    base = resolve_base(asked, session.access, domain=value, safety=asked.safety_checker, domain_base=other)
+    weights = resolve_domain_weights(value, base, session.access, domain_base=other)
     with session.running(base):
-        session.load(base, weights)
+        session.load(base, weights, domain_base=other)
         session.check_sampling(wanted)
         session.check_prompts(parsed, (one.sampling.negative_prompt for one in wanted))
         model, pretrained = session.model, session.pretrained
@@ -123,7 +126,7 @@ def personalize(
             base_name=model.base.name, base_fingerprint=model.weights_fingerprint, weights_digest=pretrained.digest,
             prepared=prepared, image_features=features, config=tuning, seed=seeds[0],
             image_sha256=photo.sha256, photo="; ".join(prepared.remarks),
-            placeholder=check_placeholder(placeholder),
+            placeholder=check_placeholder(placeholder), domain_base=other,
         )  # fmt: skip
         tuned = session.tune(concept, keep_base=scales_concept(wanted))
         if asked.keep_weights:

@@ -34,6 +34,7 @@ from e4t_cli.api.resolve import (
     resolve_base,
     resolve_base_name,
     resolve_domain,
+    resolve_domain_base,
     resolve_domain_weights,
     resolve_images,
     resolve_sampling,
@@ -97,7 +98,7 @@ def plan_personalization(
     value, _ = resolve_domain(domain)
     photo = open_image(image)
     mask = resolve_mask(asked.mask, photo)
-    base = _Base(asked, value, wanted, tower=True)
+    base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base))
     target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
     if value.prepare is not None and (target.which != "largest" or target.required):
         with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched: nobody knows
@@ -153,7 +154,7 @@ def plan_generation(
     value = find_concept_domain(concept.domain, concept.package)
     if asked.base == "auto":
         asked = replace(asked, base=concept.base_name)
-    base = _Base(asked, value, wanted, tower=False)
+    base = _Base(asked, value, wanted, tower=False, domain_base=concept.domain_base)
     tuning = concept.config.replace(steps=0) if concept.weights else concept.config
     return {"type": "plan", "domain": value.name, "prompts": len(parsed), **base.cost(wanted, tuning)}
 
@@ -167,7 +168,8 @@ class _Base:
     """
 
     def __init__(
-        self, options: GenerateOptions, domain: Domain, wanted: Sequence[ImageRequest], *, tower: bool
+        self, options: GenerateOptions, domain: Domain, wanted: Sequence[ImageRequest], *, tower: bool,
+        domain_base: str,
     ) -> None:
         access = Session(options, vram=options.vram, safety=options.safety_checker).access
         half = prefers_half(options.device, options.dtype)
@@ -183,8 +185,10 @@ class _Base:
                 _check_lengths(base, [one.prompt for one in wanted])
             if not here:
                 if access.cut_off:  # raises what the run would
-                    resolve_base(replace(options, base=name), access, domain=domain, safety=options.safety_checker)
-                self._fetch(name, half, tower=tower and needs_image_tower(domain, name))
+                    resolve_base(
+                        replace(options, base=name), access, domain=domain,
+                        safety=options.safety_checker, domain_base=domain_base)
+                self._fetch(name, half, tower=tower and needs_image_tower(domain, domain_base or name))
         else:
             model: TextToImageModel = options.base
             self.name, self.resolution, schedule = model.base.name, model.resolution, model.noise_schedule.config
@@ -192,14 +196,15 @@ class _Base:
             one.sampling.check_schedule(schedule)
         if options.device not in ("auto", "cpu"):
             choose_device(options.device)
-        folder = find_weights(domain, self.name)
+        own = domain_base or self.name
+        folder = find_weights(domain, own)
         if folder is None and access.cut_off:
-            folder = resolve_domain_weights(domain, self.name, access)
+            folder = resolve_domain_weights(domain, own, access)
         if folder is not None:
             self.tuning = user_domain(folder).tuning
             return
         self.to_fetch.append(f"the weights of {domain.name}")
-        published = domain.weights[self.name].startswith("hub:")
+        published = domain.weights[own].startswith("hub:")
         self.download = None if published or self.download is None else self.download + CHECKPOINT
 
     def _fetch(self, wanted: str, half: bool, *, tower: bool) -> None:

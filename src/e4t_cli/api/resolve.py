@@ -30,6 +30,7 @@ from e4t_cli.hub.bases import (
 )
 from e4t_cli.hub.paths import HubAccess, Terms, is_accepted
 from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, is_reachable
+from e4t_cli.hub.single_file import is_file_name, recognize_file
 from e4t_cli.progress import Progress
 from e4t_cli.prompts import Prompt, PromptRequest, parse_negative_prompt, parse_prompt, plain_text
 from e4t_cli.registry.config import TUNING_METHODS, PretrainingConfig, TuningConfig
@@ -150,7 +151,8 @@ def resolve_tuning(config: TuningConfig, method: str | None, steps: int | None) 
 
 
 def resolve_base(
-    options: RunOptions, access: HubAccess, *, domain: Domain | None = None, tower: bool = True, safety: bool = True
+    options: RunOptions, access: HubAccess, *, domain: Domain | None = None, tower: bool = True, safety: bool = True,
+    domain_base: str = "",
 ) -> Base | TextToImageModel:
     """Return the base that was asked for, fetched if need be; a loaded model is returned as it is.
 
@@ -158,6 +160,7 @@ def resolve_base(
         domain: "auto" takes a base that this domain has weights for; `WeightsUnavailable` for another published one.
         tower: whether a photo will be encoded.
         safety: whether the base's safety checker will be used.
+        domain_base: the base whose domain weights are used; "" is this base.
 
     Raises:
         WeightsUnavailable: the domain has no weights for it; nothing was downloaded.
@@ -167,13 +170,36 @@ def resolve_base(
         return options.base
     wanted = resolve_base_name(options.base, access, domain=domain, device=options.device)
     if domain is not None:
-        check_weights(domain, wanted)
+        check_weights(domain, domain_base or wanted)
     if wanted in EMBEDDED:
         return find_base(wanted)
     if domain is not None and (location := hub_location(wanted)) is not None and location.name in PUBLISHED:
-        find_weights(domain, location.name)  # before gigabytes are fetched for nothing
-    tower = tower and needs_image_tower(domain, wanted)
-    return fetch_base(wanted, access, half=prefers_half(options.device, options.dtype), tower=tower, safety=safety)
+        find_weights(domain, domain_base or location.name)  # before gigabytes are fetched for nothing
+    tower = tower and needs_image_tower(domain, domain_base or wanted)
+    half = prefers_half(options.device, options.dtype)
+    return fetch_named_base(wanted, access, half=half, tower=tower, safety=safety)
+
+
+def fetch_named_base(
+    wanted: str, access: HubAccess, *, half: bool, tower: bool, safety: bool = True, repair: bool = False
+) -> Base:
+    """Return a base as `fetch_base` does, or the one in a single file, which is converted the first time.
+
+    Raises:
+        E4TError: as `fetch_base` and `recognize_file`.
+    """
+    if not is_file_name(wanted):
+        return fetch_base(wanted, access, half=half, tower=tower, safety=safety, repair=repair)
+    file = recognize_file(wanted)
+    shown = printable(file.path.name)
+    if file.has_ema:
+        access.note(f"{shown} has averaged weights (EMA) beside the plain ones, which are used, as elsewhere")
+    if safety:
+        access.note(f"{shown} has no safety checker: no image is checked")
+    from e4t_cli.models.single_file import convert_file
+
+    converted = convert_file(file, access.on_progress)
+    return fetch_base(converted.folder, access, half=half, tower=tower, safety=safety)
 
 
 def needs_image_tower(domain: Domain | None, base: str) -> bool:
@@ -233,6 +259,13 @@ def default_base_name(
     if confirm and choose_device(device).type == "cpu":  # imports torch, which is needed by now
         return mini, f"{drawings}; the accelerator of this machine does not work with this torch"
     return large, f"base {large}: this machine has an accelerator; --base {mini} needs none"
+
+
+def resolve_domain_base(wanted: str | None) -> str:
+    """Return the name of the base whose domain weights were asked for, "" if none was named."""
+    if wanted is None:
+        return ""
+    return location.name if (location := hub_location(wanted)) is not None else wanted
 
 
 def has_weights(domain: Domain, base: str) -> bool:
@@ -298,14 +331,18 @@ def find_weights(domain: Domain, base: str) -> Path | None:
 
 
 def resolve_domain_weights(
-    domain: Domain, base: Base | TextToImageModel | str, access: HubAccess, *, repair: bool = False
+    domain: Domain, base: Base | TextToImageModel | str, access: HubAccess, *, repair: bool = False,
+    domain_base: str = "",
 ) -> Path:
     """Return the folder with the domain's weights for a base, fetched if they are on the hub (`repair`: or damaged).
+
+    Args:
+        domain_base: another base, whose weights are taken.
 
     Raises:
         WeightsUnavailable: there are none; the hint is the command that makes them.
     """
-    name = base if isinstance(base, str) else base_name(base)
+    name = domain_base or (base if isinstance(base, str) else base_name(base))
     location = domain.weights.get(name, "")
     published = location.startswith("hub:")
     if not published and not location.startswith("e4t-diffusion:"):
@@ -349,6 +386,6 @@ def load_concept_models(concept: Concept, session: Session) -> None:
     domain = find_concept_domain(concept.domain, concept.package)
     if options.base == "auto":
         options = replace(options, base=concept.base_name)
-    base = resolve_base(options, session.access, tower=False, safety=session.safety)
-    session.load(base, resolve_domain_weights(domain, base, session.access))
+    base, other = resolve_base(options, session.access, tower=False, safety=session.safety), concept.domain_base
+    session.load(base, resolve_domain_weights(domain, base, session.access, domain_base=other), domain_base=other)
     concept.check(session.model, session.pretrained)

@@ -72,7 +72,7 @@ def record_of(
         prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
         negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
         steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
-        timestep_spacing=spacing, domain=concept.domain,
+        timestep_spacing=spacing, domain=concept.domain, domain_base=concept.domain_base,
         base=concept.base_name, base_fingerprint=concept.base_fingerprint,
         weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
         tuning={**concept.config.as_dict(), "seed": concept.seed},
@@ -165,12 +165,15 @@ class Session:
         with memory_errors(), quiet_libraries, self._limits:
             yield
 
-    def load(self, base: Base | TextToImageModel, weights: Path | None) -> None:
+    def load(self, base: Base | TextToImageModel, weights: Path | None, *, domain_base: str = "") -> None:
         """Load the base, if it is not a loaded model, and the domain weights, if there are any yet.
+
+        Args:
+            domain_base: the name of another base, if the weights are meant to be those of that one.
 
         Raises:
             UsageError: there is no such device here.
-            IntegrityError: the weights were made for another base.
+            IntegrityError: the weights were made for another base, or do not fit this one.
         """
         from e4t_cli.models.domain_weights import DomainWeights
         from e4t_cli.models.text_to_image import TextToImageModel
@@ -188,7 +191,13 @@ class Session:
                 self.model = base
             if weights is not None:
                 self.pretrained = DomainWeights.load(weights)
-                self.pretrained.check_base(self.model)
+                if domain_base and not self.pretrained.is_for(self.model):
+                    self.pretrained.check_shapes(self.model)
+                    name, here = printable(self.pretrained.name), printable(self.model.base.name)
+                    about = f"the weights of {name} for {printable(domain_base)} are used on {here}"
+                    self.note("load", f"{about}: their shapes fit; nobody has measured the quality")
+                elif not domain_base:
+                    self.pretrained.check_base(self.model)
         self.report(Progress(stage="load", done=1, total=1))
 
     def check_prompts(self, prompts: Sequence[Prompt], negative: Iterable[str] = ()) -> None:

@@ -159,23 +159,24 @@ def fetch(wanted: Wanted, run: options.RunFlags, flags: options.TerminalFlags) -
 def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options.RunFlags) -> None:
     from e4t_cli.api.resolve import (
         check_weights,
+        fetch_named_base,
         needs_image_tower,
         prefers_half,
         resolve_base_name,
         resolve_domain_weights,
     )
     from e4t_cli.hub.bases import hub_location
-    from e4t_cli.hub.resolve import fetch_base
+    from e4t_cli.hub.single_file import is_file_name
     from e4t_cli.images.preparation import snapshot_downloader
     from e4t_cli.registry.discovery import find_domain
 
     domain, place = None, name
-    if name not in EMBEDDED and hub_location(name) is None:
+    if name not in EMBEDDED and hub_location(name) is None and not is_file_name(name):
         domain = find_domain(name)
         place = resolve_base_name(run.base, access, domain=domain, device=run.device)
         check_weights(domain, place)
     half, tower = prefers_half(run.device, run.dtype), needs_image_tower(domain, place)
-    found = fetch_base(place, access, half=half, tower=tower, repair=True)
+    found = fetch_named_base(place, access, half=half, tower=tower, repair=True)
     path = str(found.folder)
     console.product(path, {"type": "base", "name": found.name, "revision": found.revision, "path": path})
     if domain is not None:

@@ -147,7 +147,7 @@ class RunFlags:
 
     base: Annotated[str, images_option(
         metavar="BASE", autocompletion=complete_base,
-        help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, or a folder.")] = "auto"
+        help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder, a .safetensors.")] = "auto"
     device: Device = "auto"
     dtype: Dtype = "auto"
     offline: Offline = False
@@ -241,6 +241,9 @@ class PersonalizeFlags(GenerateFlags):
         metavar="N", min=0, help="Tuning steps on the photo; 0: the encoder's prediction.")] = None
     keep_weights: Annotated[bool, output_option(
         "--keep-weights", help="With --save: the tuned weights too, a large file.")] = False
+    domain_base: Annotated[str | None, images_option(
+        metavar="NAME", autocompletion=complete_base,
+        help="Take the domain's weights for this base, as sd14, on another base of the same shapes.")] = None
     mask: Annotated[str, photo_option(
         metavar="MASK", help="The part of the photo that counts: auto, none, a FILE that is white there, "
         "'words:a cat', or face-ellipse.")] = "auto"
@@ -268,7 +271,8 @@ class PersonalizeFlags(GenerateFlags):
         """Return the keywords of the library."""
         return {
             **generating, **self.photo_keywords(), "tuning": self.tuning, "tune_steps": self.tune_steps,
-            "keep_weights": self.keep_weights, "on_prepared": on_prepared, "on_concept": on_concept,
+            "keep_weights": self.keep_weights, "domain_base": self.domain_base,
+            "on_prepared": on_prepared, "on_concept": on_concept,
         }
 
 

@@ -39,7 +39,7 @@ SCHEMA = 1
 _REQUIRED = (
     "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed", "image_sha256", "placeholder",
 )  # fmt: skip
-_OPTIONAL = ("package", "photo")
+_OPTIONAL = ("package", "photo", "domain_base")
 _FIELDS = {"pack_digest": "weights_digest"}  # entry -> field of `Concept`, where the names differ
 
 
@@ -57,6 +57,7 @@ class Concept:
         placeholder: the concept's token in prompts.
         photo: what preparation found in the photo and changed, such as "1 face, turned 4°".
         package: the distribution that the domain came with, "user" for a user domain, or "".
+        domain_base: the base that the domain weights were trained for, where that is another than `base_name`.
         weights: the tuned tensors, if they are stored; see `weights_of` and `tuned`.
     """
 
@@ -73,6 +74,7 @@ class Concept:
     placeholder: str = "S*"
     photo: str = ""
     package: str = ""
+    domain_base: str = ""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self, model: TextToImageModel, pretrained: DomainWeights) -> None:

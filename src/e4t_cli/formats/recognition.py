@@ -20,6 +20,7 @@ from typing import Any
 
 from e4t_cli.errors import InputError, IntegrityError, printable
 from e4t_cli.files import file_error
+from e4t_cli.hub.single_file import name_of_tensors
 from e4t_cli.images import png_metadata
 from e4t_cli.registry import config
 
@@ -169,12 +170,16 @@ def _tensors(path: Path, shown: str, facts: dict[str, Any]) -> Recognized:
         vectors = shapes["emb_params"]
         facts |= {"vectors": vectors[0], "width": vectors[-1]} if len(vectors) == 2 else {}
         return Recognized(type="word", facts=facts, recorded=metadata)
+    other = name_of_tensors(shapes, metadata)
     if any(key.startswith("model.diffusion_model.") for key in shapes):
+        facts["model"] = other[0] if other else "a Stable Diffusion 1 or 2"
         return Recognized(type="checkpoint", facts=facts, recorded=metadata)
     folder = Path(os.path.realpath(path)).parent
     for name, whole in (("domain.toml", folder), ("model_index.json", folder.parent)):
         if os.path.isfile(whole / name):
             raise InputError(f"{shown} is a part of a folder", hint=f"e4t info {printable(str(whole))}")
+    if other:
+        raise InputError(f"{shown} is {other[0]}", hint=HINT)
     keys = ", ".join(printable(key, limit=40) for key in sorted(shapes)[:3]) or "none"
     raise InputError(f"{shown} has tensors that e4t does not know: {keys}", hint=HINT)
 

@@ -1,4 +1,4 @@
-"""What the name of a base or the location of domain weights stands for: a folder or a repository.
+"""What the name of a base or the location of domain weights stands for: a folder, a file or a repository.
 
 A base is a text-to-image model in a folder in diffusers' layout, with image_tower/ and, for a name of its own,
 base.toml (schema, name, licence, revision, resolution, guidance, drawing_limits). `mini` is part of the package, those
@@ -24,6 +24,7 @@ from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, print
 from e4t_cli.hub.architecture import check_side, resolution_of
 from e4t_cli.hub.paths import COMMIT, REPOSITORY, matches, snapshot_folder, user_cache, write_to_cache
 from e4t_cli.hub.repo_info import cached_commit
+from e4t_cli.hub.single_file import SUFFIXES, find_converted, is_file_name, recognize_file
 from e4t_cli.registry.domain import NAME_PATTERN, check_name
 
 _MAX_MANIFEST = 65_536  # bytes of a base.toml
@@ -106,6 +107,7 @@ PUBLISHED = {
         ),
     )
 }
+ALIKE = ("sd14", "sd15")  # with the same shapes and word embeddings, as all of Stable Diffusion 1
 
 
 def installed_bases() -> list[Base]:
@@ -114,12 +116,12 @@ def installed_bases() -> list[Base]:
 
 
 def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
-    """Return an embedded base by name, or one in a folder; "auto" is the embedded one.
+    """Return an embedded base by name, or one in a folder or a converted single file; "auto" is the embedded one.
 
     Raises:
-        UsageError: it looks like a path, and there is no such folder.
-        WeightsUnavailable: no base of that name is on this machine.
-        IntegrityError: the folder is not a base.
+        UsageError: it looks like a path, and there is no such folder or file.
+        WeightsUnavailable: no base of that name is on this machine, or the single file was not converted yet.
+        IntegrityError: the folder or file is not a base.
     """
     wanted = os.fspath(name_or_path)
     if wanted in ("auto", *EMBEDDED):
@@ -136,9 +138,15 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
         raise UsageError(f"{shown} cannot be the name of a folder")
     if os.path.isdir(wanted):
         return read_base(Path(wanted))
+    if (converted := find_converted(wanted)) is not None:
+        return read_base(converted.folder)
+    if is_file_name(wanted):
+        recognize_file(wanted)
+        raise WeightsUnavailable(f"{shown} was not converted yet", hint=f"e4t fetch {shown} does it")
     if wanted.startswith((".", "/", "~")) or wanted.count("/") > 1 or "\\" in wanted:
         raise UsageError(f"there is no folder {shown}")
-    hint = f"--base {EMBEDDED[0]}, or one of {', '.join([*EMBEDDED, *PUBLISHED])}, OWNER/NAME of the hub, or a folder"
+    names = ", ".join([*EMBEDDED, *PUBLISHED])
+    hint = f"--base {EMBEDDED[0]}, or one of {names}, OWNER/NAME of the hub, a folder or a .safetensors file"
     if wanted in PUBLISHED:
         hint = f"e4t fetch {wanted}, or --base {EMBEDDED[0]}"
     raise WeightsUnavailable(f"the base {shown!r} is not on this machine", hint=hint)
@@ -148,11 +156,11 @@ def read_base(folder: Path) -> Base:
     """Return the base in a folder; IntegrityError if it lacks a part or its base.toml is invalid."""
     if not os.path.isfile(folder / "model_index.json"):
         message = f"{printable(str(folder))} is not a base: it has no model_index.json"
-        raise IntegrityError(message, hint="--base takes a folder in diffusers' layout")
+        raise IntegrityError(message, hint="--base takes a folder in diffusers' layout, or one .safetensors file")
     path = folder / "base.toml"
     try:
         if not os.path.isfile(path):
-            name = _as_name(os.path.basename(os.path.realpath(folder))) or "base"
+            name = as_name(os.path.basename(os.path.realpath(folder))) or "base"
             return Base(name=name, folder=folder, resolution=resolution_of(folder))
         with path.open("rb") as file:
             data = file.read(_MAX_MANIFEST + 1)
@@ -184,7 +192,13 @@ def _embedded(name: str) -> Path:
     return Path(str(files("e4t_cli"))) / "models" / name
 
 
-def _as_name(text: str) -> str:
+def name_of_file(path: Path) -> str:
+    """Return the name of the base in a single file: the file's, unless that means another base here."""
+    name = as_name(path.stem)[:50].strip("-_") or "base"
+    return f"file-{name}" if name in ("auto", *EMBEDDED, *PUBLISHED) else name
+
+
+def as_name(text: str) -> str:
     """Return a valid base name: lower case, other characters as hyphens."""
     return re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-_")
 
@@ -195,15 +209,17 @@ def hub_location(wanted: str) -> HubLocation | None:
         return PUBLISHED[wanted]
     if wanted in ("auto", *EMBEDDED) or wanted.startswith((".", "/", "~")) or "\\" in wanted:
         return None
+    if wanted.lower().endswith(SUFFIXES):
+        return None
     repository, _, revision = wanted.partition("@")
     if not REPOSITORY.fullmatch(repository):
         return _remembered_location(wanted)
-    if os.path.isdir(wanted):  # a local folder takes precedence
+    if os.path.exists(wanted):  # what is on this disk takes precedence
         return None
     for row in PUBLISHED.values():
         if repository.lower() == row.repository.lower() and revision in ("", row.revision):
             return row
-    name = _as_name(repository)[:64]
+    name = as_name(repository)[:64]
     if name in PUBLISHED:  # sd21/base must not get the domain weights of sd21-base
         name = f"hub-{name}"
     return HubLocation(name=name, repository=repository, revision=revision)

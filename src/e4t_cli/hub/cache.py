@@ -23,6 +23,7 @@ from e4t_cli.hub.bases import PROGRAM, PUBLISHED, hub_location, list_converted_w
 from e4t_cli.hub.download import ProgressMeter
 from e4t_cli.hub.image_tower import VIT_H_14, has_tower, tower_folder
 from e4t_cli.hub.paths import matches, repository_folder, repository_of, snapshot_folder, user_cache, user_data
+from e4t_cli.hub.single_file import list_converted_files
 from e4t_cli.progress import ProgressCallback
 from e4t_cli.temporary import final_path, leftovers
 from e4t_cli.temporary import remove as discard
@@ -35,9 +36,9 @@ class CacheItem:
     """Something in a cache: a file or a folder, named as on the command line.
 
     Args:
-        kind: "repository", "image tower", "converted weights", "encoded images", "checkpoints" (of a pre-training that
-            has not ended), "leftover" (of a killed command), "partial download", "published tower", "published
-            checkpoint".
+        kind: "repository", "image tower", "converted weights", "converted base" (of a single file), "encoded images",
+            "checkpoints" (of a pre-training that has not ended), "leftover" (of a killed command), "partial download",
+            "published tower", "published checkpoint".
         size: in bytes, on the disk.
         revision: the commit, of a repository or of converted weights.
     """
@@ -80,6 +81,7 @@ def list_cache() -> list[CacheItem]:
         found.append(_item(VIT_H_14.name, "image tower", tower_folder()))
     for weights in list_converted_weights():
         found.append(_item(f"{PROGRAM}:{weights.repository}", "converted weights", weights.folder, weights.commit))
+    found += [_item(one.name, "converted base", one.folder) for one in list_converted_files()]
     folders = matches(user_cache() / "pretraining", "*/")
     found += [_item(f"pretraining/{folder.name}", "encoded images", folder) for folder in folders]
     return found + _checkpoints() + _leftovers()
@@ -141,7 +143,10 @@ def _snapshots() -> list[tuple[str, str]]:
 
 
 def prunable() -> list[CacheItem]:
-    """Return what can go: partial downloads, sources of converted files, leftovers, and pre-trainings given up."""
+    """Return what can go: partial downloads, sources of converted files, leftovers, and pre-trainings given up.
+
+    Of converted bases those that an older e4t made, or that nobody used for 30 days and can be made again.
+    """
     partial: list[tuple[str, Path]] = []
     for repository in dict.fromkeys(repository for repository, _ in _repositories()):
         partial += [(repository, path) for path in matches(repository_folder(repository), "blobs/*.incomplete")]
@@ -156,6 +161,10 @@ def prunable() -> list[CacheItem]:
         found.append(_item(VIT_H_14.repository, "published tower", published))
     for weights in list_converted_weights():
         found += [_item(weights.repository, "published checkpoint", path) for path in weights.source_files]
+    for one in list_converted_files():
+        unused = one.source_exists and time.time() - one.last_used > GIVEN_UP_SECONDS
+        if one.is_superseded or unused:
+            found.append(_item(one.name, "converted base", one.folder))
     return found
 
 

@@ -1,8 +1,9 @@
 """Finds a base or domain weights by name: in the cache, or downloaded.
 
-A name is one of `PUBLISHED`, "owner/name[@revision]" of the hub, or a folder. Cached files are used without a request.
-Otherwise the licence is accepted, room on the disk and the model's configs are checked, and only then the weights are
-fetched: safetensors only, one precision only, about 3 of the 45 GB of a Stable Diffusion repository.
+A name is one of `PUBLISHED`, "owner/name[@revision]" of the hub, a folder, or a single file that was converted. Cached
+files are used without a request. Otherwise the licence is accepted, room on the disk and the model's configs are
+checked, and only then the weights are fetched: safetensors only, one precision only, about 3 of the 45 GB of a Stable
+Diffusion repository.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from e4t_cli.hub.bases import (
     find_base,
     hub_location,
     hub_weights_folder,
+    name_of_file,
     read_base,
     remember_location,
     weight_files,
@@ -36,6 +38,7 @@ from e4t_cli.hub.download import check_room, fetch_files
 from e4t_cli.hub.image_tower import VIT_H_14, fetch_image_tower, has_tower, missing_bytes, tower_folder
 from e4t_cli.hub.paths import HubAccess, Terms, accept, endpoint, repository_folder, snapshot_folder
 from e4t_cli.hub.repo_info import cached_commit, get_repo_info
+from e4t_cli.hub.single_file import find_converted, is_file_name, recognize_file
 
 _REQUIRED = {"unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"}
 # Fetched before any weights, to see what the model is.
@@ -94,7 +97,7 @@ def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
     """Whether a base could be used without a network, by the names of cached files."""
     location = hub_location(wanted)
     if location is None:
-        return wanted in EMBEDDED or os.path.isdir(wanted)
+        return wanted in EMBEDDED or os.path.exists(wanted) or find_converted(wanted) is not None
     folder = _cached_snapshot(location)
     if folder is None or not is_complete(folder, half=half, safety=False):
         return False
@@ -105,6 +108,9 @@ def is_cached(wanted: str, *, half: bool = True, tower: bool = True) -> bool:
 def look_up_base(wanted: str, *, half: bool = True) -> tuple[str, int, bool]:
     """Return name, resolution (0: unknown) and whether it is cached; no network. Errors as of `find_base`."""
     location, base = hub_location(wanted), find_cached_base(wanted, half=half)
+    if base is None and location is None:  # a single file, before its conversion
+        file = recognize_file(wanted)
+        return name_of_file(file.path), file.resolution, True
     if base is None:
         assert location is not None
         return location.name, location.resolution, False
@@ -115,7 +121,7 @@ def find_cached_base(wanted: str, *, half: bool = True) -> Base | None:
     """Return a base that is complete on this machine, else None; no network. Errors as of `find_base`."""
     location = hub_location(wanted)
     if location is None:
-        return find_base(wanted)
+        return find_base(wanted) if not is_file_name(wanted) or find_converted(wanted) else None
     folder = _cached_snapshot(location)
     return _base_in(folder, location, half=half) if folder is not None and is_cached(wanted, half=half) else None
 

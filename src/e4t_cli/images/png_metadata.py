@@ -76,6 +76,7 @@ class GenerationRecord:
     placeholder: str = "S*"  # the spelling of the concept in the prompt
     timestep_spacing: str = "leading"  # diffusers' word for how the scheduler distributes its steps
     domain: str = ""
+    domain_base: str = ""  # that the domain weights were trained for, where it is another than `base`
     base: str = ""
     base_fingerprint: str = ""
     weights_fingerprint: str = ""
@@ -85,7 +86,10 @@ class GenerationRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values under the keys of the file."""
-        values = {KEYS_IN_FILES.get(name, name): value for name, value in asdict(self).items()}
+        found = asdict(self)
+        if not self.domain_base:
+            del found["domain_base"]
+        values = {KEYS_IN_FILES.get(name, name): value for name, value in found.items()}
         return {"schema": SCHEMA, **values}
 
     @classmethod

@@ -55,6 +55,11 @@ class DomainWeights:
     def embedding_scale(self) -> float:
         return self.pretraining.embedding_scale
 
+    def is_for(self, model: TextToImageModel) -> bool:
+        """Whether they were trained for this base; by its name where its weights are unknown."""
+        recorded = self.base_fingerprint
+        return is_recorded(model.base, recorded) if recorded else self.base_name == model.base.name
+
     def check_base(self, model: TextToImageModel) -> None:
         """Refuse a base that these weights were not trained for.
 
@@ -62,13 +67,14 @@ class DomainWeights:
             IntegrityError: the weights of the base differ.
         """
         if not self.base_fingerprint:
-            return self._check_shapes(model)
+            return self.check_shapes(model)
         if is_recorded(model.base, self.base_fingerprint):
             return None
         raise IntegrityError(
             f"the domain {self.name} was made for the base {self.base_name} ({self.base_fingerprint[:12]}), not for "
             f"this {model.base.name} ({model.weights_fingerprint[:12]})" + self._difference(model),
-            hint=f"e4t pretrain --domain {self.name} --data FOLDER trains it for this base",
+            hint=f"e4t pretrain --domain {self.name} --data FOLDER trains it for this base"
+            + (f"; --domain-base {self.base_name} takes it as it is" if self._fits(model) else ""),
         )
 
     def _difference(self, model: TextToImageModel) -> str:
@@ -78,17 +84,20 @@ class DomainWeights:
             return ", which is the same architecture with other weights"
         return ""
 
-    def _check_shapes(self, model: TextToImageModel) -> None:
-        """Compare all shapes: what can be checked where the base's weights are unknown."""
-        found = {path: (len(left), right.shape[1]) for path, (left, right) in self.offsets.items()}
-        sizes = (sum(feature_widths(model.unet)), model.embedding_width)
-        if isinstance(self.encoder, FixedEmbedding) or (
-            found == projection_shapes(model.unet) and domain_folder.widths_read(self.encoder) == sizes
-        ):
+    def check_shapes(self, model: TextToImageModel) -> None:
+        """Compare all shapes: what can be checked where the base's weights are unknown, or others are meant."""
+        if self._fits(model):
             return
         raise IntegrityError(
             f"the domain {self.name} was made for a model of other sizes than {model.base.name}",
             hint=f"it was made for {self.base_name}: --base {self.base_name}",
+        )
+
+    def _fits(self, model: TextToImageModel) -> bool:
+        found = {path: (len(left), right.shape[1]) for path, (left, right) in self.offsets.items()}
+        sizes = (sum(feature_widths(model.unet)), model.embedding_width)
+        return isinstance(self.encoder, FixedEmbedding) or (
+            found == projection_shapes(model.unet) and domain_folder.widths_read(self.encoder) == sizes
         )
 
     def check_features(self, features: Tensor) -> None:

@@ -102,7 +102,7 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
     try:
         if wrong := wrong_size(read_config(folder / "config.json")):
             raise ValueError(wrong)
-        part = _empty_part(kind, folder, dtype)
+        part = empty_part(kind, folder, dtype)
         check_parameters(part)
         names = {canonical_key(key): key for key in part.state_dict()}
         tensors = {}
@@ -128,7 +128,7 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
     return part.eval().to(device)
 
 
-def _empty_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+def empty_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Build a part from its config, its weights on the meta device, which belongs to this thread."""
     if issubclass(kind, ModelMixin):
         config = kind.load_config(folder, local_files_only=True)

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from e4t_cli.errors import E4TError, UsageError, WeightsUnavailable, printable
-from e4t_cli.hub.bases import PUBLISHED, converted_weights_folder, hub_weights_folder
+from e4t_cli.hub.bases import ALIKE, EMBEDDED, PUBLISHED, converted_weights_folder, hub_weights_folder
 from e4t_cli.hub.paths import user_data
 from e4t_cli.registry.config import PretrainingConfig, format_hours
 from e4t_cli.registry.domain import Domain, check_name, is_remote
@@ -227,7 +227,10 @@ def weights_folder(domain: Domain, base: str) -> Path:
             unpublished = ": nobody has published any"
             time = f" ({config.steps:,} steps, {format_hours(config, published.resolution)})"
         message = f"domain {domain.name!r} has no weights for the base {printable(base)!r}{unpublished}"
-        raise WeightsUnavailable(message, hint=f"make them: {command}{time}")
+        can_be_alike = base in ALIKE or base not in (*EMBEDDED, *PUBLISHED)
+        alike = next((name for name in ALIKE if can_be_alike and name in domain.weights and name != base), "")
+        other = f"; or use those for {alike}, if this is a Stable Diffusion 1: --domain-base {alike}" if alike else ""
+        raise WeightsUnavailable(message, hint=f"make them: {command}{time}{other}")
     about = f"the weights of domain {domain.name!r} for {base} are"
     if is_remote(location):
         message = f"{about} on the hub ({printable(location.partition(':')[2])}) and not on this machine"
