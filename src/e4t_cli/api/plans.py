@@ -18,6 +18,7 @@ from e4t_cli.api.personalization import preparation_target, resolve_mask
 from e4t_cli.api.repetition import repeated
 from e4t_cli.api.resolve import (
     Prompts,
+    check_addons,
     check_concept_base,
     find_concept_domain,
     load_concept,
@@ -87,6 +88,7 @@ def plan_personalization(
     value, _ = resolve_domain(domain)
     photo = open_image(image)
     mask = resolve_mask(asked.mask, photo)
+    asked.addons.check()
     base = _Base(asked, value, wanted, tower=True)
     target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
     if value.prepare is not None and (target.which != "largest" or target.required):
@@ -123,6 +125,7 @@ def plan_generation(
     concept = load_concept(concept)
     parsed = parse_prompts(prompts, placeholder or concept.placeholder)
     wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
+    check_addons(concept, asked, records)
     check_concept_base(concept, asked.base)
     value = find_concept_domain(concept.domain, concept.package)
     if asked.base == "auto":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from e4t_cli.api.options import DomainTrainingOptions
-from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING
+from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING, refuse_addons
 from e4t_cli.datasets.reader import ImageReader
 from e4t_cli.datasets.sources import ImageSource, IterableSource, MapStyleSource, SinglePassSource
 from e4t_cli.errors import E4TError, ResourceError, UsageError, WeightsUnavailable, printable
@@ -65,6 +65,7 @@ def plan_domain(
     Raises:
         UsageError: a value is out of range, or there are such weights already.
     """
+    refuse_addons(options)
     domain, is_new = _find(name, base, replacing=options.force)
     config = config or domain.pretraining or NEW_PRETRAINING
     fields = ("steps", "batch_size", "base_learning_rate", "reg_weight")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from e4t_cli.errors import IntegrityError, UsageError, printable
 from e4t_cli.files import write_atomically
+from e4t_cli.hub.addons import Addon, check_same
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.fingerprints import is_recorded
@@ -38,7 +39,7 @@ SCHEMA = 1
 _REQUIRED = (
     "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed", "image_sha256", "placeholder",
 )  # fmt: skip
-_OPTIONAL = ("package", "photo")
+_OPTIONAL = ("package", "photo", "addons")
 _FIELDS = {"pack_digest": "weights_digest"}  # entry -> field of `Concept`, where the names differ
 
 
@@ -56,6 +57,7 @@ class Concept:
         placeholder: the concept's token in prompts.
         photo: what preparation found in the photo and changed, such as "1 face, turned 4°".
         package: the distribution that the domain came with, "user" for a user domain, or "".
+        addons: the LoRAs and the VAE that the base had, if any: JSON in the file.
         weights: the tuned tensors, if they are stored; see `weights_of` and `tuned`.
     """
 
@@ -72,6 +74,7 @@ class Concept:
     placeholder: str = "S*"
     photo: str = ""
     package: str = ""
+    addons: Sequence[Addon] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self, model: TextToImageModel, pretrained: DomainWeights) -> None:
@@ -81,6 +84,7 @@ class Concept:
             here = f"{model.base.name} ({model.weights_fingerprint[:12]})"
             message = f"this concept lives on the base {wanted}, not on this {here}"
             raise IntegrityError(message, hint="personalize the picture again on this base")
+        check_same(self.addons, model.addons, "this concept")
         if pretrained.digest != self.weights_digest:
             digests = f"({self.weights_digest[:12] or 'unsaved'}, here: {pretrained.digest[:12]})"
             message = f"this concept was made with another version of the {self.domain} weights {digests}"
@@ -155,6 +159,7 @@ class Concept:
             "schema": SCHEMA,
             **{key: getattr(self, _FIELDS.get(key, key)) for key in _REQUIRED},
             **{key: getattr(self, key) for key in _OPTIONAL if getattr(self, key)},
+            **({"addons": json.dumps([one.as_dict() for one in self.addons])} if self.addons else {}),
             "recipe": self.config.as_dict(),
         }
         data = save({k: v.contiguous() for k, v in tensors.items()}, {"e4t": json.dumps(header)})
@@ -199,5 +204,6 @@ class Concept:
         if features.dim() != 2 or any(not key.startswith("weights.") for key in tensors):
             raise ValueError("it holds other tensors than a concept")
         weights = {key.removeprefix("weights."): value for key, value in tensors.items()}
+        header["addons"] = tuple(Addon.from_dict(one) for one in json.loads(header.get("addons", "[]")))
         fields = {_FIELDS.get(key, key): value for key, value in header.items()}
         return cls(prepared=prepared, image_features=features, config=config, weights=weights, **fields)
