@@ -39,7 +39,7 @@ SCHEMA = 1
 _REQUIRED = (
     "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed", "image_sha256", "placeholder",
 )  # fmt: skip
-_OPTIONAL = ("package", "photo", "addons")
+_OPTIONAL = ("package", "photo")
 _FIELDS = {"pack_digest": "weights_digest"}  # entry -> field of `Concept`, where the names differ
 
 
@@ -57,7 +57,7 @@ class Concept:
         placeholder: the concept's token in prompts.
         photo: what preparation found in the photo and changed, such as "1 face, turned 4°".
         package: the distribution that the domain came with, "user" for a user domain, or "".
-        addons: the LoRAs and the VAE that the base had, if any: JSON in the file.
+        addons: the LoRAs and the VAE that the base had.
         weights: the tuned tensors, if they are stored; see `weights_of` and `tuned`.
     """
 
@@ -159,7 +159,7 @@ class Concept:
             "schema": SCHEMA,
             **{key: getattr(self, _FIELDS.get(key, key)) for key in _REQUIRED},
             **{key: getattr(self, key) for key in _OPTIONAL if getattr(self, key)},
-            **({"addons": json.dumps([one.as_dict() for one in self.addons])} if self.addons else {}),
+            **({"addons": [one.as_dict() for one in self.addons]} if self.addons else {}),
             "recipe": self.config.as_dict(),
         }
         data = save({k: v.contiguous() for k, v in tensors.items()}, {"e4t": json.dumps(header)})
@@ -187,6 +187,7 @@ class Concept:
         if type(schema) is not int or schema != SCHEMA:
             raise ValueError("its schema is unknown; a newer e4t may read it")
         config = TuningConfig.from_dict(header.pop("recipe"))
+        addons = tuple(Addon.from_dict(one) for one in header.pop("addons", ()))
         if set(header) - set(_OPTIONAL) != set(_REQUIRED):
             raise ValueError("its header has other entries than a concept's")
         check_name(header["domain"])
@@ -204,6 +205,5 @@ class Concept:
         if features.dim() != 2 or any(not key.startswith("weights.") for key in tensors):
             raise ValueError("it holds other tensors than a concept")
         weights = {key.removeprefix("weights."): value for key, value in tensors.items()}
-        header["addons"] = tuple(Addon.from_dict(one) for one in json.loads(header.get("addons", "[]")))
         fields = {_FIELDS.get(key, key): value for key, value in header.items()}
-        return cls(prepared=prepared, image_features=features, config=config, weights=weights, **fields)
+        return cls(prepared=prepared, image_features=features, config=config, weights=weights, addons=addons, **fields)

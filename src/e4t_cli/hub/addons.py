@@ -278,7 +278,7 @@ def check_lora(path: Path) -> Path:
     shown = printable(str(path))
     for name, pattern in _VARIANTS.items():
         if key := next((key for key in shapes if re.search(pattern, key)), None):
-            message = f"{shown} is a {name} ({printable(key, limit=100)}), and e4t merges plain LoRAs only"
+            message = f"{shown} is no plain LoRA but {name} ({printable(key, limit=100)})"
             raise IntegrityError(message, hint="merge it into the base with the program that made it, then --base")
     if not any(_LORA_KEY.search(key) for key in shapes):
         raise _other_kind(path, shapes, "a LoRA")
