@@ -27,7 +27,10 @@ LISTED = 3  # layers in one note
 
 
 def apply_addons(
-    model: TextToImageModel, addons: BaseAddons, note: Callable[[str], None], remark: Callable[[str], None]
+    model: TextToImageModel,
+    addons: BaseAddons,
+    note: Callable[[str], None] | None = None,
+    remark: Callable[[str], None] | None = None,
 ) -> None:
     """Change a base that nobody else has yet.
 
@@ -37,12 +40,15 @@ def apply_addons(
     Raises:
         E4TError: a file is missing, damaged, of another kind, or made for another base.
     """
+    if model.addons:
+        raise ValueError("a base takes add-ons once, all together")
     model.addons = addons.check()
     known, base = base_layers(model.unet, model.text_encoder), model.base.name
     loras = [read_lora(file, known, base) for file in addons.sorted_loras()]
     for lora in loras:
-        remark(lora.summary)
-        if lora.unknown:
+        if remark:
+            remark(lora.summary)
+        if note and lora.unknown:
             some = ", ".join(printable(name, limit=80) for name in lora.unknown[:LISTED])
             more = " …" if len(lora.unknown) > LISTED else ""
             note(f"{printable(lora.file.path.name)}: left out what {base} has no layer for: {some}{more}")

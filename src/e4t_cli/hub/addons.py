@@ -22,6 +22,7 @@ from typing import Any, Self
 from e4t_cli.errors import InputError, IntegrityError, UsageError, printable
 from e4t_cli.files import file_error
 from e4t_cli.hub.bases import weight_files
+from e4t_cli.hub.paths import REPOSITORY
 from e4t_cli.prompts import plain_text
 
 OPTIONS = {"lora": "--lora", "embedding": "--embedding", "vae": "--vae"}
@@ -314,6 +315,9 @@ def vae_file(path: Path) -> Path:
             hint = "it needs config.json and diffusion_pytorch_model.safetensors"
             raise IntegrityError(f"the folder {printable(str(path))} has no VAE", hint=hint)
         return folder / files[0].partition("/")[2]
+    if not os.path.lexists(path) and REPOSITORY.fullmatch(path.as_posix()):
+        hint = f"of the hub: hf download {path.as_posix()} --local-dir FOLDER, then --vae FOLDER"
+        raise UsageError(f"there is no file or folder {printable(str(path))}", hint=hint)
     shapes, _ = read_header(path, OPTIONS["vae"])
     if describe(shapes)[1] not in (OPTIONS["vae"], "--base"):
         raise _other_kind(path, shapes, "a VAE")
