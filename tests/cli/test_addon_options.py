@@ -64,6 +64,8 @@ def test_a_concept_its_pictures_and_the_same_again(run, world, files):
     assert "addons" not in told(plain.lines[0]).details and "hashes" not in told(plain.lines[0]).parameters
     assert [one.kind for one in Concept.load("me.e4t").addons] == ["lora", "vae"]
 
+    assert f"the LoRA style:0.5 [{style['sha256'][:12]}]" in run("info", "me.e4t", picture).out
+
     same = ["--base", str(world.base)]
     again = run("generate", "me.e4t", "--like", picture, *same, *ALL, "-o", "again.png")
     assert again.code == 0, again.err

@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,14 +67,14 @@ class Addon:
 
     def __str__(self) -> str:
         of = f":{self.scale:g}" if self.kind == "lora" else f" ({self.word})" if self.word else ""
-        return f"the {_NAMES[self.kind]} {printable(self.name, limit=60)}{of} [{self.sha256[:12]}]"
+        return printable(f"the {_NAMES[self.kind]} {self.name[:60]}{of} [{self.sha256[:12]}]")
 
     @property
     def option(self) -> str:
         """What adds it, on the command line."""
-        file = printable(self.name, limit=60) + ("" if self.kind == "vae" else ".safetensors")
+        file = self.name[:60] + ("" if self.kind == "vae" else ".safetensors")
         of = f":{self.scale:g}" if self.kind == "lora" else f":{self.word}" if self.word else ""
-        return f"{OPTIONS[self.kind]} {file}{of}"
+        return f"{OPTIONS[self.kind]} {shlex.quote(printable(file + of))}"
 
     @property
     def identity(self) -> tuple[str, str, float, str]:
