@@ -27,12 +27,13 @@ import torch
 
 from benchmarks.variants import VARIANTS
 from benchmarks.workload import Workload, make_workload
-from e4t_cli.devices import GB, choose_device
+from e4t_cli.devices import choose_device
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import sample
 from e4t_cli.schedulers import SamplingConfig
+from e4t_cli.system_memory import GB
 from e4t_cli.training.memory import plan_tuning
 from e4t_cli.training.tuning import TuningOptions, tune
 

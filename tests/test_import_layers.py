@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "e4t_cli"
 DOMAINS = ROOT / "domains" / "e4t_domains"
 
 LAYERS = [
-    {"errors", "progress", "temporary"},
+    {"errors", "progress", "temporary", "system_memory"},
     {"files", "devices", "images.framing", "registry.config", "schedulers"},
     {"registry.domain"},  # the contract with the author of a domain
     {"prompts", "registry.manifest", "images"},
@@ -145,6 +145,19 @@ def test_contributing_shows_the_layers():
     table = page.partition("## Layers")[2].partition("\n- ")[0]
     rows = [re.findall(r"`([\w.]+)/?`", line) for line in table.splitlines() if line[:1] == "|"]
     assert [set(row) for row in rows if row] == LAYERS[::-1]
+
+
+def test_contributing_names_modules_that_exist():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = page.partition("## Packages\n")[2].partition("\n\nThe paper")[0]
+    packages = dict(re.findall(r"^- `([\w/]+)/`: (.*(?:\n  .*)*)", section, re.M))
+    assert {path.parent.name for path in SOURCE.glob("*/__init__.py")} <= set(packages)
+    for package, text in packages.items():
+        folder = SOURCE / package
+        if not folder.is_dir():
+            continue
+        names = re.findall(r"`([a-z_]+)`", text)
+        assert [name for name in names if not [*folder.glob(f"{name}.py"), *folder.glob(name)]] == [], package
 
 
 def test_contributing_shows_the_exit_codes():

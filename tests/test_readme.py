@@ -1,7 +1,8 @@
 """The README and the guides agree with the program.
 
 Command lines in fenced blocks are parsed by the program's own parser; the README's daily commands
-and the marked Python blocks of docs/python.md are run on the packaged base.
+and the marked Python blocks of docs/python.md are run on the packaged base. Every option is documented, and every
+documented option exists.
 """
 
 import dataclasses
@@ -106,6 +107,90 @@ def stand_in(callback, note):
         note(*arguments, **options)
 
     return reach
+
+
+# ── options, exit codes, links ──
+
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?![\w-])")
+# Of launchers, of `python -m …`, of prompt files, in a prompt, and of the versions before, in CHANGELOG.md.
+OTHERS_OPTIONS = {
+    *("--num_machines", "--nnodes", "--nproc-per-node", "--faces", "--photos", "--concept-scales", "--export-ranks"),
+    *("--n", "--n-iter", "--s", "--neg", "--cfg-scale", "--sampler-name", "--prompt", "--sale", "--rounds", "--size"),
+}
+
+
+def options_of(command, name=()):
+    """Yield (command, its option strings) of a command and everything below it."""
+    yield " ".join(name), {one for p in command.params for one in (*p.opts, *p.secondary_opts) if one[:1] == "-"}
+    for below, one in getattr(command, "commands", {}).items():
+        yield from options_of(one, (*name, below))
+
+
+def every_option():
+    import typer
+
+    return dict(options_of(typer.main.get_command(app.app)))
+
+
+def test_every_option_is_documented():
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    for command, options in every_option().items():
+        found = {one for one in options if re.search(rf"(?<![\w-]){one}(?![\w-])", page)}
+        assert options <= found, f"e4t {command}: docs/commands.md lacks {options - found}"
+
+
+@pytest.mark.parametrize(
+    "guide", [*GUIDES, ROOT / "SECURITY.md", ROOT / "benchmarks" / "README.md"], ids=lambda g: g.name
+)
+def test_documented_options_exist(guide):
+    known = set().union(*every_option().values()) | OTHERS_OPTIONS | {"--help"}
+    assert set(OPTION.findall(guide.read_text(encoding="utf-8"))) <= known
+
+
+def test_the_exit_codes_are_documented():
+    from e4t_cli import errors
+
+    table = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8").partition("## Exit codes")[2]
+    shown = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", table, re.M) for code in row.split(",")}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, E4TError)]
+    assert shown == {0, 130, 143, app.READER_ENDED} | {kind.exit_code for kind in kinds}
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them of its headings, and its own."""
+    text = page.read_text(encoding="utf-8")
+    titles = [
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)
+    ]
+    return {*titles, *re.findall(r'<a id="([^"]+)">', text)}
+
+
+@pytest.mark.parametrize(
+    "guide", [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(guide):
+    text = re.sub(r"^```.*?^```$", "", guide.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for address in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in address:
+            continue
+        path, _, anchor = address.partition("#")
+        page = (guide.parent / path) if path else guide
+        assert page.exists(), f"{guide.name}: {address}"
+        assert not anchor or anchor in anchors(page), f"{guide.name}: {address}"
+
+
+@pytest.mark.parametrize("command", sorted(every_option()))
+def test_help_is_short_lines(command, capsys, monkeypatch):
+    """On 80 columns no option takes more than five lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert app.run([*command.split(), "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    longest = run = 0
+    for line in lines:
+        run = run + 1 if re.match(r"│ {18,}\S", line) else 0  # a line that continues a text
+        longest = max(longest, run)
+    assert longest <= 4, "shorten the help of this option"
 
 
 # ── run on the packaged base ──

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from e4t_cli.errors import UsageError, printable
+from e4t_cli.system_memory import GB, free_ram
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 SMALL = 100_000_000  # weights of a U-Net under which half precision gains nothing
-GB = 1 << 30
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -134,23 +134,6 @@ def free_memory_bytes(device: torch.device) -> int:
     return free_ram()
 
 
-def free_ram() -> int:
-    """Return the bytes of main memory that a program can have without swapping."""
-    found = []
-    with suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    with suppress(OSError, ValueError):  # a container's own limit
-        most, used = (
-            int(Path("/sys/fs/cgroup", name).read_text("ascii")) for name in ("memory.max", "memory.current")
-        )
-        found.append(max(0, most - used))
-    if not found:
-        with suppress(OSError, ValueError, AttributeError):
-            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return min(found, default=8 * GB)  # Windows reports it through ctypes only
-
-
 def read_ahead(folder: Path) -> None:
     """Have the system read a base's weights into its cache during imports, if it can and they fit into memory."""
     files = list(folder.glob("*/*.safetensors"))
@@ -159,19 +142,6 @@ def read_ahead(folder: Path) -> None:
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
-def memory_ran_out(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out.
-
-    torch has a class for it, a RuntimeError that only CUDA raises: those of the allocators of MPS and of the CPU and
-    of the libraries below only their message tells from others.
-    """
-    import torch
-
-    signs = ("out of memory", "can't allocate memory", "_alloc_failed")
-    found = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
-    return found or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def free_memory(device: torch.device) -> None:

@@ -104,7 +104,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except FileExistsError as error:
         raise taken(path) from error
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:  # safetensors takes no name that is not UTF-8
         raise file_error(error, path) from error
     except Exception as error:
         # safetensors (0.8.0) has an exception of its own, with the number at the end of its text.

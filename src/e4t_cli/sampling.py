@@ -15,13 +15,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from e4t_cli.devices import captures_graphs, free_memory, memory_ran_out
+from e4t_cli.devices import captures_graphs, free_memory
 from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import Prompt
 from e4t_cli.schedulers import SamplingConfig, has_zero_snr, scheduler_class
+from e4t_cli.system_memory import memory_ran_out
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
 
 FEW_STEPS = 4  # up to which a step at t = 0 is too many
@@ -33,10 +34,11 @@ def make_scheduler(model: TextToImageModel, sampling: SamplingConfig) -> Any:
 
     They are on the CPU, as its tables are: a lookup with a value on a GPU would synchronize in each step.
 
-    The time steps have the base's spacing, else the scheduler's, except where that leaves noise in an image: few steps
-    that end with one at t = 0 (a single one only begins there), and more than half of all, which begin at 599 where
-    600 are 1 apart. "trailing" begins at the last time step; rounding gives some numbers of steps, as 61, a further
-    time step of -1, and "linspace" is right for those.
+    The time steps have the base's spacing, else the scheduler's, except where that gives another image than it should:
+    few steps that end with one at t = 0 (a single one only begins there), and those that begin much before the last
+    time step, as if the noise there were all of it: "leading" with 5 steps begins at 800, with 334, which are 2 apart,
+    at 666. "trailing" begins at the last time step; rounding gives some numbers of steps, as 61, a further time step
+    of -1, and "linspace" is right for those.
     """
     name, options = scheduler_class(sampling.scheduler)
     kind, config = getattr(diffusers, name), model.noise_schedule.config
@@ -45,8 +47,9 @@ def make_scheduler(model: TextToImageModel, sampling: SamplingConfig) -> Any:
     for spacing in ("", "trailing", "linspace") if usual else ("trailing", "linspace"):
         scheduler = kind.from_config(config, **options, **({"timestep_spacing": spacing} if spacing else {}))
         scheduler.set_timesteps(steps)
-        end = int(scheduler.timesteps.min())
-        if end >= 0 and (spacing or steps > FEW_STEPS or end > total // 10):
+        begin, end = int(scheduler.timesteps.max()), int(scheduler.timesteps.min())
+        whole = begin >= total * 9 // 10 and (steps > FEW_STEPS or end > total // 10)
+        if end >= 0 and (spacing or whole):
             break
     return scheduler
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_help_fills_its_lines(run, monkeypatch, columns):
     """A docstring's own breaks fit no terminal: a line ends where the next word is too long."""
     monkeypatch.setenv("COLUMNS", str(columns))
     text = run("personalize", "--help").out
-    paragraph = text.partition("A face is somebody's")[2].partition("\n  ")[0]
+    paragraph = text.partition("Use photos of people")[2].partition("\n  ")[0]
     lines = [line.strip() for line in paragraph.splitlines()][1:]
     assert len(lines) > 2
     for line, below in zip(lines, lines[1:], strict=False):
@@ -116,6 +117,37 @@ def test_refusals(run, tmp_path, arguments, code, words):
     assert "Traceback" not in ended.err
     assert len(ended.err.splitlines()) <= 2  # a sentence, and what to type next
     assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs").iterdir())
+
+
+def test_a_forgotten_domain(run, tmp_path):
+    (tmp_path / "me.jpg").touch()
+    (tmp_path / "face").touch()  # a file with a domain's name changes nothing
+    ended = run("personalize", "me.jpg", "S* x")
+    assert ended.code == 2 and "the domain comes before it" in ended.err and "personalize face me.jpg" in ended.err
+    assert "there is no prompt" in run("personalize", "face", "me.jpg").err
+
+
+@pytest.mark.parametrize("command", ["generate", "export"])
+@pytest.mark.parametrize(
+    ("name", "content", "code", "words"),
+    [
+        ("a.png", None, 3, "a.png is no concept, its type is 'prepared'"),
+        ("a.jpg", b"\xff\xd8\xff", 3, "a.jpg is a JPEG picture, and is no concept"),
+        ("a.e4t", b"", 3, "a.e4t is empty"),
+        ("a.e4t", b"\xff" * 20, 5, "a.e4t is damaged"),
+    ],
+)
+def test_files_that_are_no_concept(run, tmp_path, monkeypatch, command, name, content, code, words):
+    """They are named before torch is imported."""
+    from PIL import Image
+
+    from e4t_cli.images.png_metadata import png_bytes
+
+    monkeypatch.setitem(sys.modules, "e4t_cli.formats.concept", None)  # its import would fail
+    (tmp_path / name).write_bytes(png_bytes(Image.new("RGB", (8, 8)), None) if content is None else content)
+    ended = run(command, name, "S* x")
+    assert (ended.code, ended.out) == (code, "") and words in ended.err
+    assert code == 5 or "e4t personalize … --save" in ended.err
 
 
 def test_json_refusals_are_json_on_stderr(run):

@@ -263,3 +263,9 @@ def test_the_base_is_still_there_to_be_compared_with(world, saved, tmp_path):
     found = e4t_cli.export(saved, tmp_path / "me.safetensors", lora=4, base=world.base)
     assert found.retained_energy < 1  # compared with itself, nothing would be missing
     assert load_file(found.path)
+
+
+@pytest.mark.parametrize("name", ["me.ckpt", "me.SAFETENSORS", "me.png", "me.e4t"])
+def test_a_folder_is_not_called_as_a_file_is(run, tmp_path, name):
+    with pytest.raises(e4t_cli.UsageError, match="a folder or a file that ends in .safetensors"):
+        e4t_cli.export(tmp_path / "any.e4t", tmp_path / name)

@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 
 from e4t_cli.errors import UsageError
 from e4t_cli.files import staging_directory
-from e4t_cli.formats.export_files import check_free, commit, is_export
-from e4t_cli.formats.textual_inversion import WRITER, embedding_path
+from e4t_cli.formats.export_files import WRITER, check_free, commit, embedding_path, is_export
 from e4t_cli.hub.paths import user_cache
 from e4t_cli.registry.discovery import user_domains_folder
 from e4t_cli.temporary import machine, temporary_path

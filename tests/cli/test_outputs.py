@@ -236,3 +236,66 @@ def test_a_list_of_seeds_is_one_picture_each(run, world):
     assert [one["seed"] for one in several] == [6, 2]
     assert [one["tuning"]["seed"] for one in several] == [6, 6]
     assert run(*world.personalize("--seed", "1,2", "-n", "2")).code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        (("--save", "a.e4t", "-o", "a.e4t"), None),  # a folder of that name is refused before
+        (("--save", "a.png", "-o", "./a.png"), "-o and --save"),
+        (("--save", "a", "-o", "a"), "-o and --save"),
+        (("--save-prepared", "a.png", "-o", "a.png", "--force"), "-o and --save-prepared"),
+        (("--save-prepared", "a.png", "-o", "a-mask.png"), "-o and the mask of --save-prepared"),
+        (("--save-prepared", "a.png", "--save", "b/../a.png"), "--save and --save-prepared"),
+        (("-o", "a.png", "--save", "a.png/b.e4t"), "-o and --save"),
+    ],
+)
+def test_two_outputs_with_one_name_are_refused_before_the_work(world, run, tmp_path, options, same):
+    """The second would be saved elsewhere, or with --force replace the first."""
+    before = set(os.listdir(tmp_path))
+    for more in ((), ("--dry-run",)):
+        ended = run(*world.personalize(*options, *more))
+        assert ended.code == 2 and ended.out == "" and set(os.listdir(tmp_path)) == before
+        assert same is None or f"{same} have the same name" in ended.err
+
+
+def test_folders_may_be_shared(world, run):
+    ended = run(*world.personalize("-o", "a", "--save-prepared", "a", "--save", "a/me.e4t"))
+    assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize("name", ["me.e4t", "me.safetensors", "me.JPG"])
+def test_a_folder_is_not_called_as_a_file_is(world, run, name):
+    ended = run(*world.personalize("-o", name))
+    assert ended.code == 2 and "pictures are PNG files" in ended.err and not os.path.exists(name)
+
+
+def test_json_has_todays_names(world, run):
+    ended = run(*world.personalize("--json", "--tuning", "lora", "-o", "x"))
+    record = json.loads(ended.lines[0])
+    assert {"concept_scale", "weights_fingerprint"} <= record.keys()
+    assert {"reg_weight", "lora_rank", "lora_rate"} <= record["tuning"].keys() and record["tuning"]["method"] == "lora"
+    for stored in ("strength", "pack_", "embedding_penalty", "adapter"):
+        assert stored not in json.dumps(record)
+
+
+def test_files_that_are_no_concepts(world, run, tmp_path):
+    """What they are is said, in place of what the library that reads tensors says."""
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    (tmp_path / "me.txt").write_text("a prompt")
+    (tmp_path / "cut.e4t").write_bytes((9999).to_bytes(8, "little") + b"{")
+    save_file(
+        {"lora_unet_a.lora_down.weight": zeros(2, 2), "lora_unet_a.alpha": zeros(())}, tmp_path / "l.safetensors"
+    )
+    cases = {
+        str(world.photo): (3, ""), "me.txt": (3, "is a text that e4t does not know"),
+        "l.safetensors": (3, "is no concept: its type is 'lora'"), "cut.e4t": (5, "is damaged"),
+        ".": (2, ". is a folder"), "none.e4t": (2, "there is no file none.e4t"),
+    }  # fmt: skip
+    for name, (code, says) in cases.items():
+        for command in (("generate", name, "S*"), ("generate", name, "S*", "--dry-run"), ("export", name, "out")):
+            ended = run(*command)
+            assert ended.code == code and says in ended.err, (name, ended.err)
+            assert "deserializing" not in ended.err and "'e4t'" not in ended.err

@@ -16,7 +16,10 @@ from e4t_cli.errors import IntegrityError
         (["--dtype", "fp8"], 2), (["--device", "nonsense"], 2), (["--tuning", "some"], 2), (["--face", "x"], 2),
         (["--face", "7"], 2), (["--require-face"], 2), (["--mask", "none.png"], 2), (["--keep-weights"], 2),
         (["--base", "sd14"], 4), (["--save", "taken.e4t"], 2), (["-o", "taken.e4t/below"], 2),
-        (["--placeholder", "two words"], 2),
+        (["--placeholder", "two words"], 2), (["--negative-prompt", "no S*"], 2), (["-o", "taken.e4t"], 2),
+        (["--base", "sd14", "--offline"], 4), (["--base", "owner/x", "--offline"], 4),
+        (["--save", "a.e4t", "-o", "a.e4t"], 2), (["-o", "a.png", "--save-prepared", "a.png"], 2),
+        (["--seed", "4294967295", "-n", "2"], 2),
     ],
 )  # fmt: skip
 def test_a_dry_run_refuses_what_the_run_refuses(world, run, tmp_path, monkeypatch, options, code):
@@ -27,7 +30,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(world, run, tmp_path, monkeypatc
     assert os.listdir() == ["taken.e4t"]
     both.append(run(*world.personalize(*options)))
     assert [one.code for one in both] == [code, code], both[0].err
-    if "sd14" not in options:  # the run asks the hub first
+    if options != ["--base", "sd14"]:  # the run asks the hub first
         dry, wet = (one.err[one.err.index("error:") :] for one in both)
         assert dry == wet
 
@@ -46,7 +49,44 @@ def test_a_dry_run_says_what_it_costs(world, run, tmp_path, monkeypatch):
     assert os.listdir() == []
 
 
+def test_a_prompt_that_names_the_concept_too_late(world, run):
+    late = [*world.personalize(prompts=("a photo of a dog " * 10 + "S*",))]
+    both = [run(*late, *more) for more in ((), ("--dry-run",))]
+    assert [one.code for one in both] == [2, 2], both[1].err
+    assert all("the placeholder comes after them" in one.err for one in both)
+    assert run(*world.personalize("--dry-run", prompts=("S* " + "a photo of a dog " * 10,))).code == 0
+
+
+def test_a_line_of_a_file_that_names_the_concept_in_its_negative_prompt(world, run, tmp_path):
+    (tmp_path / "p.txt").write_text("S* at sea\nS* at sea --neg no S*\n")
+    for more in ((), ("--dry-run",)):
+        ended = run(*world.personalize("-f", "p.txt", *more, prompts=()))
+        assert ended.code == 2 and "error: p.txt:2: the negative prompt 'no S*' names the concept" in ended.err
+
+
+def test_a_dry_run_of_the_preparation_alone(world, run, tmp_path):
+    """It needs no weights of the domain, tunes nothing, and writes nothing."""
+    photo, before = str(world.photo), set(os.listdir(tmp_path))
+    for base in (str(world.base), "sd14"):
+        common = ("personalize", "cat", photo, "--base", base, "--save-prepared", "ready")
+        ended = run(*common, "--dry-run", "--json")
+        assert ended.code == 0, ended.err
+        plan = json.loads(ended.out)
+        assert plan["folder"] == "ready" and not plan.keys() & {"tuning", "seconds", "memory_bytes"}
+        assert run(*common, "--dry-run").code == 0
+    assert set(os.listdir(tmp_path)) == before
+    assert run(*common, "--dry-run", "--face", "left").code == run(*common, "--face", "left").code == 2
+
+
+def test_nothing_is_downloaded_for_a_domain_without_weights(run, world, monkeypatch):
+    """The base would be fetched first, gigabytes, for a domain that has no weights for it."""
+    monkeypatch.setattr("e4t_cli.api.resolve.fetch_base", lambda *_, **__: pytest.fail("fetched"))
+    ended = run("personalize", "cat", str(world.photo), "S*", "--base", "sd14")
+    assert ended.code == 4 and "nobody has published any" in ended.err
+
+
 def test_the_size_of_a_download(world, run, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     ended = run("personalize", "face", str(world.photo), "S* at sea", "--base", "sd14", "--dtype", "fp16", "--dry-run",
                 "--json")  # fmt: skip

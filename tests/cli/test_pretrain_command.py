@@ -135,6 +135,47 @@ def test_R5_bad_pictures_are_named_in_a_log_that_stays(pretrain, dogs):
     assert "images = 10" in (made() / "domain.toml").read_text()
 
 
+def test_a_resumed_run_counts_the_bad_pictures_of_the_killed_one(pretrain, dogs, monkeypatch):
+    """Killed after its last step, with all pictures seen: the next run opens none, and says the same of them."""
+    for index in range(3):
+        (dogs / f"0{index}.png").write_bytes(b"no picture")
+    options = ("--cache", "off", "--steps", "6", "--checkpoint-every", "1", "--batch", "2")
+
+    def killed(self, trained, force):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("e4t_cli.api.pretraining.PretrainingRun.finish", killed)
+        assert pretrain(*options).code == 130
+    assert pretrain(*options).code == 0
+    assert "images = 9" in (made() / "domain.toml").read_text()
+    log = (made() / "training" / "left-out.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in log] == ["00.png", "01.png", "02.png"]
+
+
+def test_a_new_run_forgets_the_bad_pictures_of_one_that_was_given_up(pretrain):
+    work = user_domains_folder() / ".my_dogs.checkpoints"
+    work.mkdir(parents=True)
+    (work / "left-out.tsv").write_text("of/others.png\tit is damaged\n")
+    assert pretrain("--cache", "off").code == 0
+    assert not list(made().rglob("left-out.tsv"))
+
+
+def test_killed_after_the_end_it_says_where_the_domain_is(pretrain, monkeypatch):
+    """The checkpoints are of what is there already, and go; those that lead to another domain stay."""
+    with monkeypatch.context() as patch:
+        patch.setattr("e4t_cli.api.pretraining.discard_work", lambda folder: None)
+        assert pretrain().code == 0
+    work = user_domains_folder() / ".my_dogs.checkpoints"
+    assert "finished" in left(work)
+    ended = pretrain()
+    assert ended.code == 2 and str(made()) in ended.err and "--force" in ended.err
+    assert not work.exists()
+    work.mkdir()
+    (work / "finished").write_text("0" * 64)
+    assert pretrain().code == 2 and work.exists()
+
+
 def test_R5_strict_stops(pretrain, dogs):
     (dogs / "05.png").write_bytes(b"no picture")
     ended = pretrain("--strict")

@@ -21,6 +21,8 @@ from e4t_cli.registry.discovery import find_domain
 from tests.hub.fake_hub import FakeHub, Fault
 from tests.hub.repositories import publish_stable_diffusion
 
+TIGER = Path(__file__).parents[2] / "examples" / "tiger.png"
+
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
@@ -161,10 +163,24 @@ def test_auto_without_an_accelerator_sends_no_request(monkeypatch):
 
     monkeypatch.setattr(automatic, "likely_accelerator", lambda device: False)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    for name in ("is_cached", "choose_device", "weights_folder"):
+    for name in ("is_cached", "choose_device"):
         monkeypatch.setattr(automatic, name, refuse)
-    name, why = default_base_name(HubAccess(), domain=find_domain("cat"))
+    name, why = default_base_name(HubAccess(), domain=find_domain("face"))
     assert name == "mini" and "no accelerator" in why and "--base sd14" in why
+    name, why = default_base_name(HubAccess(), domain=find_domain("cat"))  # it has no weights for sd14
+    assert name == "mini" and "no accelerator" in why and "sd14" not in why
+
+
+@pytest.mark.parametrize("base", ["sd14", "sd21", "CompVis/stable-diffusion-v1-4"])
+@pytest.mark.parametrize("command", ["personalize", "fetch"])
+def test_a_base_is_not_fetched_for_a_domain_without_weights_for_it(command, base, run, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("somebody was asked")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    photo = [str(TIGER), "S* in space"] if command == "personalize" else []
+    code, out, err = run(command, "cat", *photo, "--base", base)
+    assert (code, out) == (4, "") and "has no weights for the base" in err and "e4t pretrain" in err
 
 
 def test_auto_with_an_accelerator(hub, accelerator, monkeypatch):

@@ -10,7 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from e4t_cli.devices import GB
 from e4t_cli.hub.bases import Base
 from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
@@ -22,6 +21,7 @@ from e4t_cli.nn.unet import feature_widths
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, ImageTower, WordEmbeddingEncoder
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.system_memory import GB
 from e4t_cli.training.loss import TrainingBatch, training_loss
 from e4t_cli.training.memory import plan_tuning
 from e4t_cli.training.trainable import METHODS

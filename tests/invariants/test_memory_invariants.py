@@ -10,10 +10,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from e4t_cli.devices import GB, budget_of, choose_device, choose_dtype, free_ram
+from e4t_cli.devices import budget_of, choose_device, choose_dtype
 from e4t_cli.errors import ResourceError, UsageError
 from e4t_cli.nn.adapters import attention_layers
 from e4t_cli.nn.unet import down_and_mid, embed_latents, up_and_out
+from e4t_cli.system_memory import GB, free_ram
 from e4t_cli.training import memory as peaks
 from e4t_cli.training import memory as planning
 from e4t_cli.training import optim as optimizers

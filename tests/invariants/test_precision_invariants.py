@@ -13,11 +13,12 @@ from e4t_cli import devices
 from e4t_cli.api.options import RunOptions
 from e4t_cli.api.pretraining import PretrainingRun
 from e4t_cli.api.session import Session
-from e4t_cli.devices import GB, limited_memory
+from e4t_cli.devices import limited_memory
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn import precision
 from e4t_cli.nn.precision import PrecisionPolicy, math_attention, requested_autocast
 from e4t_cli.pretraining.batches import PretrainingLoss
+from e4t_cli.system_memory import GB
 from e4t_cli.training.memory import Plan
 from e4t_cli.training.tuning import Trainer, TuningOptions
 

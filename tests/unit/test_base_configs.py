@@ -16,6 +16,7 @@ from e4t_cli.hub.bases import find_base, read_base
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import fetch_base
 from e4t_cli.models import text_to_image
+from e4t_cli.models.loading import load_tower
 from e4t_cli.models.text_to_image import TextToImageModel
 
 CONFIGS = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"]
@@ -138,6 +139,63 @@ KEYS = [
     ("text_encoder/config.json", ("num_hidden_layers", "hidden_size", "num_attention_heads", "model_type")),
     ("scheduler/scheduler_config.json", ("num_train_timesteps", "beta_start", "beta_schedule", "prediction_type")),
 ]
+
+
+HUGE = [
+    ("text_encoder/config.json", {"hidden_size": 1 << 20}),
+    ("text_encoder/config.json", {"intermediate_size": 65_537}),
+    ("text_encoder/config.json", {"max_position_embeddings": 10**9}),
+    ("text_encoder/config.json", {"vocab_size": 10**12}),
+    ("text_encoder/config.json", {"vision_config": {"hidden_size": 10**6}}),
+    ("unet/config.json", {"block_out_channels": [10**6, 64]}),
+    ("unet/config.json", {"block_out_channels": [32] * 17}),
+    ("unet/config.json", {"down_block_types": ["DownBlock2D"] * 1000}),
+    ("unet/config.json", {"cross_attention_dim": 1e3}),
+    ("vae/config.json", {"block_out_channels": [8, 8, True]}),
+    ("vae/config.json", {"latent_channels": 1 << 40}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), HUGE, ids=[str(changes) for _, changes in HUGE])
+def test_impossible_widths_are_refused_before_a_network_is_built(copy, monkeypatch, name, changes):
+    from e4t_cli.models import loading
+
+    change(copy / name, **changes)
+    monkeypatch.setattr(loading, "_empty_part", lambda kind, folder, dtype: pytest.fail("it was built"))
+    with pytest.raises(IntegrityError, match=f"{next(iter(changes))}|hidden_size"):
+        fetch_base(copy, HubAccess(offline=True))
+
+
+def test_the_number_of_weights_is_bounded(copy, monkeypatch):
+    """Each width is possible, and together they are not; nothing is allocated."""
+    from e4t_cli.models import loading
+
+    change(copy / "unet/config.json", block_out_channels=[65_536, 65_536])
+    monkeypatch.setattr(loading, "load_file", lambda path: pytest.fail("it was read"))
+    with pytest.raises(IntegrityError, match=r"it would have [\d,]{14,} weights"):
+        TextToImageModel.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("tokenizer_config.json", {"model_max_length": 0}), ("tokenizer_config.json", {"model_max_length": 16.5}),
+     ("tokenizer_config.json", {"model_max_length": "16"}), ("vocab.json", {"new</w>": 10**6}),
+     ("vocab.json", {"new</w>": -1})],
+)  # fmt: skip
+def test_a_tokenizer_fits_its_text_encoder(copy, name, changes):
+    change(copy / "tokenizer" / name, **changes)
+    with pytest.raises(IntegrityError, match="tokenizer cannot be"):
+        TextToImageModel.load(copy)
+
+
+@pytest.mark.parametrize("change_of", [{"layers": 10**6}, {"width": 10**6}, {"image_size": 10**6}, {"layers": "8"}])
+def test_impossible_image_towers_are_refused(copy, change_of):
+    path = copy / "image_tower" / "open_clip_config.json"
+    about = json.loads(path.read_text())
+    about["model_cfg"]["vision_cfg"] |= change_of
+    path.write_text(json.dumps(about))
+    with pytest.raises(IntegrityError, match=next(iter(change_of))):
+        load_tower(path.parent)
 
 
 @pytest.mark.parametrize(("name", "keys"), KEYS, ids=[name.partition("/")[0] for name, _ in KEYS])

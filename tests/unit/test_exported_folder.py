@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from e4t_cli.formats.export_files import embedding_path
 from e4t_cli.formats.stable_diffusion import write_folder
-from e4t_cli.formats.textual_inversion import embedding_path
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import fetch_base
 from e4t_cli.models.denoiser import TunedModel

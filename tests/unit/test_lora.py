@@ -14,9 +14,10 @@ from torch import nn
 
 from e4t_cli.errors import UsageError
 from e4t_cli.formats import lora
+from e4t_cli.formats.export_files import embedding_path
 from e4t_cli.formats.lora import lora_of, write_lora
 from e4t_cli.formats.stable_diffusion import write_folder
-from e4t_cli.formats.textual_inversion import embedding_path, mean_concept_embedding
+from e4t_cli.formats.textual_inversion import mean_concept_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.prompts import parse_prompt
 from e4t_cli.sampling import generate_latents

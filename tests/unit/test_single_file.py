@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from e4t_cli.errors import UsageError
 from e4t_cli.formats import stable_diffusion, textual_inversion
+from e4t_cli.formats.export_files import embedding_path
 from e4t_cli.formats.stable_diffusion import compvis_state_dict, write_single_file
-from e4t_cli.formats.textual_inversion import embedding_path
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
 

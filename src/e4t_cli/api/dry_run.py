@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, Unpack
 
 from e4t_cli.api.options import DomainTrainingKeywords, DomainTrainingOptions
+from e4t_cli.api.photographs import note_photographs
 from e4t_cli.api.pretraining import Data, PretrainingRun, process_options
 from e4t_cli.api.pretraining_setup import CacheChoice, check_cache, check_new_name, plan_domain
 from e4t_cli.api.resolve import base_name, resolve_base
@@ -56,6 +57,7 @@ def plan_pretraining(
             if not some:
                 raise run.reader.empty_error()
             encoding, stepping, memory = _measure(run, some)
+            note_photographs(session, some)
     usable = choice.images - (len(run.reader.left_out) if opened == choice.images else 0)
     for note in (*source.notes, *run.reader.notes(usable or None)):
         session.note("encode", note)

@@ -16,7 +16,7 @@ from e4t_cli.api.resolve import load_concept, load_concept_models
 from e4t_cli.api.session import Session
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import staging_directory
-from e4t_cli.formats.export_files import check_free, commit
+from e4t_cli.formats.export_files import check_free, commit, embedding_path
 from e4t_cli.hub.bases import Base
 from e4t_cli.prompts import check_placeholder
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 WORDS = ("included", "separate")
+# Of files: a folder of such a name is a slip.
+OTHER_FILES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".zip", ".e4t", ".png", ".jpg"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,9 @@ def export(
     asked = RunOptions(**options)
     target = Path(path)
     alone = target.suffix == ".safetensors"
+    if not alone and target.suffix.lower() in OTHER_FILES:
+        hint = f"call it {printable(target.stem)}.safetensors, or {printable(target.stem)} for a folder"
+        raise UsageError(f"an export is a folder or a file that ends in .safetensors, not {target.suffix}", hint=hint)
     if lora is not None and not alone:
         raise UsageError("a LoRA is one file", hint=f"call it {printable(target.name)}.safetensors")
     if word not in WORDS:
@@ -117,7 +122,7 @@ def export(
             stored, made = torch.float32 if asked.dtype == "fp32" else torch.float16, staging / target.name
             retained_energy = 1.0
             if in_file:
-                token = textual_inversion.embedding_path(target).stem
+                token = embedding_path(target).stem
             if lora is not None:
                 retained_energy = lora_file.write_lora(
                     model, tuned, found.embedding, made, rank=lora, dtype=stored, on_progress=session.report

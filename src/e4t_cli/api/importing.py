@@ -46,6 +46,7 @@ from e4t_cli.registry.discovery import USER, installed_domains, user_domains_fol
 from e4t_cli.registry.domain import Domain, PreparedImage, check_name
 from e4t_cli.registry.manifest import read_manifest
 from e4t_cli.registry.store import add_to_store, check_free_in_store
+from e4t_cli.temporary import sweep
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,7 +175,7 @@ def conversion_request(
     domain = domain or Domain(name="x", descriptor=checkpoint.descriptor, tuning=NEW_TUNING)
     pretraining = (domain.pretraining or NEW_PRETRAINING).replace(embedding_scale=checkpoint.scale)
     return ConversionRequest(
-        folder=str(checkpoint.folder.resolve()), weights=checkpoint.weights, name=name, base=base,
+        folder=os.path.realpath(checkpoint.folder), weights=checkpoint.weights, name=name, base=base,
         descriptor=checkpoint.descriptor, templates=tuple(training_templates(domain)),
         tower=tower_sizes(checkpoint.tower, normalised_patches=normalised_patches),
         image_tower=f"its own: {checkpoint.tower}, trained further",
@@ -249,6 +250,7 @@ def import_concept(
     named = replace(asked, base=base_name(base) if asked.base == "auto" else asked.base)
     request, target = _request(checkpoint, named)
     ours = is_concept if asked.force else None
+    sweep(target)  # also where the concept is complete, and nothing else is done
     check_absent(path, ours=ours)
     if not _is_from(target, checkpoint):
         check_free_in_store(target, force=asked.force)

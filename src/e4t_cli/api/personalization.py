@@ -277,7 +277,7 @@ def _report_preparation(
     prepared: PreparedImage, on_progress: ProgressCallback | None, doubts: Sequence[str] = (), *, strict: bool
 ) -> None:
     """Report what is to be known about a photo; with `strict` raise InputError for what casts doubt on it."""
-    notes = (*prepared.notes, *doubts)
+    notes = (*doubts, *prepared.notes)
     if strict and notes:
         raise InputError("; ".join(notes), hint="--strict refuses this; without it, it is a note")
     if on_progress is not None:

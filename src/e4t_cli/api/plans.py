@@ -13,39 +13,49 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
-from e4t_cli.api.options import GenerateKeywords, GenerateOptions, PersonalizeKeywords, PersonalizeOptions
-from e4t_cli.api.personalization import preparation_target, resolve_mask
+from e4t_cli.api.options import (
+    GenerateKeywords,
+    GenerateOptions,
+    PersonalizeKeywords,
+    PersonalizeOptions,
+    PrepareKeywords,
+)
+from e4t_cli.api.personalization import preparation_target, prepare, resolve_mask
 from e4t_cli.api.repetition import repeated
 from e4t_cli.api.resolve import (
     Prompts,
     check_addons,
     check_concept_base,
     find_concept_domain,
+    find_weights,
     load_concept,
     needs_image_tower,
     parse_prompts,
     prefers_half,
+    resolve_base,
     resolve_base_name,
     resolve_domain,
+    resolve_domain_weights,
     resolve_images,
     resolve_sampling,
     resolve_seeds,
     resolve_tuning,
 )
 from e4t_cli.api.session import ImageRequest, Session
-from e4t_cli.devices import GB, choose_device, likely_accelerator
+from e4t_cli.devices import choose_device, likely_accelerator
 from e4t_cli.errors import WeightsUnavailable
-from e4t_cli.hub.bases import EMBEDDED, PUBLISHED, Base, e4t_diffusion_repository
+from e4t_cli.hub.bases import EMBEDDED, PUBLISHED, Base
 from e4t_cli.hub.image_tower import missing_bytes
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import find_cached_base, look_up_base
 from e4t_cli.images.loading import ImageInput, open_image, read_bytes
 from e4t_cli.images.png_metadata import read_records
 from e4t_cli.images.preparation import prepare_photo
-from e4t_cli.prompts import PLACEHOLDER, check_placeholder
+from e4t_cli.prompts import PLACEHOLDER, Prompt, check_placeholder
 from e4t_cli.registry.config import TuningConfig
-from e4t_cli.registry.discovery import user_domain, weights_folder
+from e4t_cli.registry.discovery import user_domain
 from e4t_cli.registry.domain import Domain
+from e4t_cli.system_memory import GB
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
@@ -106,6 +116,22 @@ def plan_personalization(
     }
 
 
+def plan_preparation(
+    domain: str | os.PathLike[str] | Domain, image: ImageInput, **options: Unpack[PrepareKeywords]
+) -> dict[str, Any]:
+    """Return what `prepare`, with these arguments, would do, as plain values; nothing is fetched.
+
+    Raises:
+        E4TError: as `prepare`, without what a parser that is not here would find.
+    """
+    options["offline"] = True
+    with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched
+        prepare(domain, image, **options)
+    photo, (value, _) = open_image(image), resolve_domain(domain)
+    size = {"width": photo.image.width, "height": photo.image.height}
+    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, "photo": size, "prompts": 0}
+
+
 def plan_generation(
     concept: Concept | str | os.PathLike[str], prompts: Prompts = (), *, like: ImageInput | None = None,
     num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
@@ -154,8 +180,13 @@ class _Base:
         if isinstance(options.base, str | os.PathLike):
             name = resolve_base_name(options.base, access, domain=domain, device=options.device, confirm=False)
             self.name, self.resolution, here = look_up_base(name, half=half)
-            schedule = _schedule(find_cached_base(name, half=half))
+            base = find_cached_base(name, half=half)
+            schedule = _config(base, "scheduler/scheduler_config.json")
+            if base is not None:
+                _check_lengths(base, [one.prompt for one in wanted])
             if not here:
+                if access.cut_off:  # raises what the run would
+                    resolve_base(replace(options, base=name), access, domain=domain, safety=options.safety_checker)
                 self._fetch(name, half, tower=tower and needs_image_tower(domain, name))
         else:
             model: TextToImageModel = options.base
@@ -164,14 +195,15 @@ class _Base:
             one.sampling.check_schedule(schedule)
         if options.device not in ("auto", "cpu"):
             choose_device(options.device)
-        try:
-            self.tuning = user_domain(weights_folder(domain, self.name)).tuning
-        except WeightsUnavailable:
-            location = domain.weights.get(self.name, "")
-            if not location.startswith("hub:") and not e4t_diffusion_repository(location):
-                raise
-            self.to_fetch.append(f"the weights of {domain.name}")
-            self.download = None if location.startswith("hub:") else (self.download or 0) + CHECKPOINT
+        folder = find_weights(domain, self.name)
+        if folder is None and access.cut_off:
+            folder = resolve_domain_weights(domain, self.name, access)
+        if folder is not None:
+            self.tuning = user_domain(folder).tuning
+            return
+        self.to_fetch.append(f"the weights of {domain.name}")
+        published = domain.weights[self.name].startswith("hub:")
+        self.download = None if published or self.download is None else self.download + CHECKPOINT
 
     def _fetch(self, wanted: str, half: bool, *, tower: bool) -> None:
         self.to_fetch.append(f"the base {self.name}")
@@ -203,9 +235,23 @@ class _Base:
         }
 
 
-def _schedule(base: Base | None) -> dict[str, Any]:
-    """Return the config of a base's scheduler, {} if it cannot be read: that is reported where it has to be."""
+def _config(base: Base | None, name: str) -> dict[str, Any]:
+    """Return a config file of a base, {} if it cannot be read: that is reported where it has to be."""
     with contextlib.suppress(OSError, ValueError):
         if base is not None:
-            return dict(json.loads((base.folder / "scheduler" / "scheduler_config.json").read_text("utf-8")))
+            return dict(json.loads((base.folder / name).read_text("utf-8")))
     return {}
+
+
+def _check_lengths(base: Base, prompts: Sequence[Prompt]) -> None:
+    """Raise UsageError for a prompt that names the concept behind the last token that the base reads."""
+    length = _config(base, "text_encoder/config.json").get("max_position_embeddings", 77)
+    late = [one for one in prompts if len(one.segments[0] or "") > length - 2]  # a token has a character or more
+    if late:
+        from transformers import CLIPTokenizer
+
+        from e4t_cli.models.prompt_embedding import tokenize_prompts
+
+        tokenizer = CLIPTokenizer.from_pretrained(base.folder / "tokenizer", local_files_only=True)
+        length = min(tokenizer.model_max_length, length)
+        tokenize_prompts(tokenizer, late, tokenizer.eos_token_id, length=length, device=choose_device("cpu"))

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Unpack
 
 from e4t_cli.api.options import DomainTrainingOptions, PretrainKeywords, PretrainOptions
 from e4t_cli.api.pretraining_setup import (
+    FINISHED,
     CacheChoice,
     NewDomain,
     check_cache,
     check_new_name,
     check_place,
     choose_cache,
+    discard_work,
     is_earlier,
     plan_domain,
     training_data,
@@ -26,7 +28,7 @@ from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
 from e4t_cli.datasets.reader import ImageReader
 from e4t_cli.datasets.sources import ImageSource, find_source, hold_out
-from e4t_cli.files import holds_only, put_in_place, staging_directory, sync_tree
+from e4t_cli.files import holds_only, put_in_place, sha256_of, staging_directory, sync_tree, write_atomically
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.images.loading import ImageInput
 from e4t_cli.images.preparation import snapshot_downloader
@@ -35,13 +37,14 @@ from e4t_cli.progress import Progress, StopRequest
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
-from e4t_cli.temporary import remove, temporary_path
+from e4t_cli.registry.manifest import MANIFEST_NAME
+from e4t_cli.temporary import remove
 
 if TYPE_CHECKING:
     from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.pretraining.batches import DistributedContext
     from e4t_cli.pretraining.encoded_images import TrainingData
-    from e4t_cli.pretraining.loop import TrainingCallbacks
+    from e4t_cli.pretraining.loop import PretrainingStep, TrainingCallbacks
 
 LEFT_OUT = "left-out.tsv"  # images that were not used, and why
 Data = str | os.PathLike[str] | Iterable[ImageInput | PreparedImage]
@@ -140,12 +143,16 @@ class PretrainingRun:
             config, self.session.model, name=self.domain.name, settings=settings, on_progress=report
         )
 
+        def resume(step: PretrainingStep) -> None:
+            self.reader.resume_log()
+            logger.on_resume(step)
+
         def both(event: Progress) -> None:
             logger.on_progress(event)
             report(event)
 
         with logger:
-            yield TrainingCallbacks(stop=stop, on_progress=both, on_step=logger.on_step, on_resume=logger.on_resume)
+            yield TrainingCallbacks(stop=stop, on_progress=both, on_step=logger.on_step, on_resume=resume)
 
     def finish(self, trained: DomainWeights, *, force: bool) -> None:
         """Put the domain folder, with logs and contact sheets, in its place, and remove the checkpoints."""
@@ -159,13 +166,12 @@ class PretrainingRun:
             check_place(folder, force=force)
             if holds_only(folder, ()):
                 folder.rmdir()
+            write_atomically(work / FINISHED, sha256_of(made / MANIFEST_NAME).encode())
             put_in_place(made, folder, ours=is_earlier if force else None)
         if os.path.exists(folder / "training" / LEFT_OUT):
             text = f"the images left out are named in {folder / 'training' / LEFT_OUT}"
             self.session.report(Progress(stage="pretrain", remark=text))
-        with contextlib.suppress(OSError):  # in one step: the next run must not resume from half of it
-            os.rename(work, left := temporary_path(folder))
-            remove(left)
+        discard_work(folder)
 
     def _copy_logs(self, kept: Path) -> None:
         work, unfinished = self.plan.work, shutil.ignore_patterns("*~")
@@ -241,6 +247,8 @@ def pretrain(
         alone = locked(plan.work, plan.domain.name) if processes.first else contextlib.nullcontext()
         with session.running(), alone:
             check_place(plan.folder, force=asked.force)  # a run that held the lock until now may have filled it
+            if not (asked.resume and any(plan.work.glob("step-*.safetensors"))):
+                remove(plan.work / LEFT_OUT)  # of a run that was given up
             session.load(base, None)
             run = PretrainingRun(session, plan, source, asked, processes)
             held_out = run.hold_out() if asked.sample_every else []

@@ -14,20 +14,21 @@ from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING, refuse_addons
 from e4t_cli.datasets.reader import ImageReader
 from e4t_cli.datasets.sources import ImageSource, IterableSource, MapStyleSource, SinglePassSource
 from e4t_cli.errors import E4TError, ResourceError, UsageError, WeightsUnavailable, printable
-from e4t_cli.files import free_bytes, holds_only, shown_size
+from e4t_cli.files import free_bytes, holds_only, sha256_of, shown_size
 from e4t_cli.hub.paths import user_cache
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, installed_domains, user_domain, user_domains_folder, weights_folder
 from e4t_cli.registry.domain import Domain, check_name
-from e4t_cli.registry.manifest import is_domain_folder
-from e4t_cli.temporary import sweep
+from e4t_cli.registry.manifest import MANIFEST_NAME, is_domain_folder
+from e4t_cli.temporary import remove, sweep, temporary_path
 
 if TYPE_CHECKING:
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.pretraining.batches import DistributedContext
     from e4t_cli.pretraining.encoded_images import TrainingData
 
+FINISHED = "finished"  # file beside the checkpoints: the SHA-256 of the manifest that they have led to
 UNFINISHED = ("encoder.safetensors", "offsets.safetensors", "tower.safetensors", "training")
 
 
@@ -44,7 +45,19 @@ class NewDomain:
     @property
     def work(self) -> Path:
         """The folder of checkpoints, logs and contact sheets during the training."""
-        return self.folder.with_name(f".{self.folder.name}.checkpoints")
+        return work_folder(self.folder)
+
+
+def work_folder(target: Path) -> Path:
+    """Return the folder of checkpoints beside a domain's folder."""
+    return target.with_name(f".{target.name}.checkpoints")
+
+
+def discard_work(target: Path) -> None:
+    """Remove the checkpoints of a domain's folder, in one step: the next run must not resume from half of them."""
+    with contextlib.suppress(OSError):
+        os.rename(work_folder(target), left := temporary_path(target))
+        remove(left)
 
 
 def check_new_name(name: str | Domain) -> None:
@@ -66,6 +79,9 @@ def plan_domain(
         UsageError: a value is out of range, or there are such weights already.
     """
     refuse_addons(options)
+    called = name if isinstance(name, str) else name.name
+    target = Path(folder) if folder is not None else user_domains_folder() / called
+    sweep_place(target)
     domain, is_new = _find(name, base, replacing=options.force)
     config = config or domain.pretraining or NEW_PRETRAINING
     fields = ("steps", "batch_size", "base_learning_rate", "reg_weight")
@@ -76,7 +92,6 @@ def plan_domain(
         config = config.replace(**given)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    target = Path(folder) if folder is not None else user_domains_folder() / domain.name
     check_place(target, force=options.force)
     names_itself = is_new and options.descriptor is None
     tuning = tuning or domain.tuning
@@ -88,9 +103,17 @@ def is_earlier(folder: Path) -> bool:
     return is_domain_folder(folder) or holds_only(folder, UNFINISHED)
 
 
+def sweep_place(target: Path) -> None:
+    """Remove what killed pre-trainings of a domain's folder left, but for checkpoints that lead to another."""
+    sweep(target)
+    with contextlib.suppress(OSError, ValueError):  # killed between the end and the removal of its checkpoints
+        if (work_folder(target) / FINISHED).read_text(encoding="ascii") == sha256_of(target / MANIFEST_NAME):
+            discard_work(target)
+
+
 def check_place(target: Path, *, force: bool) -> None:
     """Raise UsageError unless a domain's folder is absent or empty, or with `force`, that of an earlier one."""
-    sweep(target)
+    sweep_place(target)
     if not os.path.lexists(target) or holds_only(target, ()) or (force and is_earlier(target)):
         return
     shown = printable(str(target))
@@ -112,9 +135,10 @@ def _find(name: str | Domain, base: str, *, replacing: bool) -> tuple[Domain, bo
             continue  # made anew, by the same rules as the first time
         if listing.name == name and listing.domain is not None:
             with contextlib.suppress(WeightsUnavailable):
-                if weights_folder(listing.domain, base).parent == user_domains_folder() and replacing:
+                made = weights_folder(listing.domain, base)
+                if made.parent == user_domains_folder() and replacing:
                     return listing.domain, False
-                message = f"the domain {name!r} has weights for {base} already"
+                message = f"the domain {name!r} has weights for {base} already, in {printable(str(made))}"
                 raise UsageError(message, hint="choose another name with --domain, or replace your own: --force")
             return listing.domain, False
     known = [one.domain for one in installed if one.domain is not None]

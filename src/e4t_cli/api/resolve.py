@@ -32,7 +32,7 @@ from e4t_cli.hub.bases import (
 from e4t_cli.hub.paths import HubAccess, Terms, is_accepted
 from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, is_reachable
 from e4t_cli.progress import Progress
-from e4t_cli.prompts import Prompt, PromptRequest, parse_prompt, plain_text
+from e4t_cli.prompts import Prompt, PromptRequest, parse_negative_prompt, parse_prompt, plain_text
 from e4t_cli.registry.config import TUNING_METHODS, PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import USER, find_domain, find_listing, installed_packages, weights_folder
 from e4t_cli.registry.domain import Domain
@@ -69,7 +69,7 @@ def parse_prompts(prompts: Prompts, placeholder: str) -> list[Prompt]:
 def resolve_images(
     prompts: Prompts, parsed: Sequence[Prompt], sampling: SamplingConfig, *, count: int, seeds: Sequence[int]
 ) -> list[ImageRequest]:
-    """Return every image that is wanted; raises `UsageError` for a prompt's own settings that cannot be.
+    """Return every image that is wanted; `UsageError` for settings that cannot be, or do not fit a prompt.
 
     Args:
         parsed: the prompts, by `parse_prompts`.
@@ -80,6 +80,7 @@ def resolve_images(
         with one.located():
             own = own_seeds(one, seeds, count)
             config = resolve_sampling({**sampling.as_dict(), **one.sampling}) if one.sampling else sampling
+            parse_negative_prompt(config.negative_prompt, prompt.placeholder)
         wanted += [ImageRequest(prompt, seed, config) for seed in own]
     return wanted
 
@@ -117,8 +118,9 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         seeds = list(range(seed, seed + count))
     else:
         seeds = list(dict.fromkeys(seed)) if isinstance(seed, Sequence) else []
-    if not seeds or not all(isinstance(one, int) and 0 <= one <= MAX_SEED for one in seeds):
-        raise UsageError(f"seeds must be 0 to {MAX_SEED}, not {printable(repr(seed), limit=40)}")
+    wrong = [one for one in seeds if not isinstance(one, int) or not 0 <= one <= MAX_SEED] if seeds else [seed]
+    if wrong:
+        raise UsageError(f"seeds must be 0 to {MAX_SEED}, not {printable(repr(wrong[0]), limit=40)}")
     return seeds
 
 
@@ -155,15 +157,23 @@ def resolve_base(
     """Return the base that was asked for, fetched if need be; a loaded model is returned as it is.
 
     Args:
-        domain: "auto" takes a base that this domain has weights for.
+        domain: "auto" takes a base that this domain has weights for; `WeightsUnavailable` for another published one.
         tower: whether a photo will be encoded.
         safety: whether the base's safety checker will be used.
+
+    Raises:
+        WeightsUnavailable: the domain has no weights for it; nothing was downloaded.
+        E4TError: another of its children.
     """
     if not isinstance(options.base, str | os.PathLike):
         return options.base
     wanted = resolve_base_name(options.base, access, domain=domain, device=options.device)
+    if domain is not None:
+        check_weights(domain, wanted)
     if wanted in EMBEDDED:
         return find_base(wanted)
+    if domain is not None and (location := hub_location(wanted)) is not None and location.name in PUBLISHED:
+        find_weights(domain, location.name)  # before gigabytes are fetched for nothing
     tower = tower and needs_image_tower(domain, wanted)
     return fetch_base(wanted, access, half=prefers_half(options.device, options.dtype), tower=tower, safety=safety)
 
@@ -208,7 +218,9 @@ def default_base_name(
     mini, large = EMBEDDED[0], ACCELERATED
     drawings = f"base: {mini} knows drawings only"
     if not likely_accelerator(device):
-        return mini, f"{drawings}; no accelerator; --base {large} makes photographs (slow on CPU)"
+        photographs = domain is None or has_weights(domain, large)
+        other = f"; --base {large} makes photographs (slow on CPU)" if photographs else ""
+        return mini, f"{drawings}; no accelerator{other}"
     if domain is not None and not has_weights(domain, large):
         return mini, f"{drawings}; {domain.name} has no weights for {large} yet (e4t pretrain makes them)"
     row = PUBLISHED[large]
@@ -217,7 +229,7 @@ def default_base_name(
             return mini, f"{drawings}; offline, and {large} is not on this machine"
         terms = Terms(repository=row.repository, licence=row.licence)
         if terms.asks and not access.accept_license and not is_accepted(terms):
-            return mini, f"{drawings}; e4t fetch {large} asks about the licence of {large} first"
+            return mini, f"{drawings}; for photographs: e4t fetch {large}, which asks about its licence"
         if not is_reachable():
             return mini, f"{drawings}; {large} is not on this machine and the hub does not answer"
     if confirm and choose_device(device).type == "cpu":  # imports torch, which is needed by now
@@ -230,6 +242,14 @@ def has_weights(domain: Domain, base: str) -> bool:
     with contextlib.suppress(E4TError):
         return base in domain.weights or os.path.isdir(weights_folder(domain, base))
     return False
+
+
+def check_weights(domain: Domain, base: str) -> None:
+    """Raise `WeightsUnavailable` if a domain has no weights for a base of a known name (or its address)."""
+    address = hub_location(base)
+    name = base if address is None else address.name
+    if name in (*EMBEDDED, *PUBLISHED) and name not in domain.weights:
+        weights_folder(domain, name)
 
 
 def prefers_half(device: str, dtype: str) -> bool:
@@ -268,15 +288,26 @@ def find_concept_domain(name: str, package: str) -> Domain:
         raise UsageError(f"this concept needs the domain {name!r}: {error.message}", hint=hint) from error
 
 
+def find_weights(domain: Domain, base: str) -> Path | None:
+    """Return the folder of a domain's weights for a base, None if they can be fetched; `WeightsUnavailable` if not."""
+    try:
+        return weights_folder(domain, base)
+    except WeightsUnavailable:
+        location = domain.weights.get(base, "")
+        if not location.startswith("hub:") and e4t_diffusion_repository(location) is None:
+            raise
+        return None
+
+
 def resolve_domain_weights(
-    domain: Domain, base: Base | TextToImageModel, access: HubAccess, *, repair: bool = False
+    domain: Domain, base: Base | TextToImageModel | str, access: HubAccess, *, repair: bool = False
 ) -> Path:
     """Return the folder with the domain's weights for a base, fetched if they are on the hub (`repair`: or damaged).
 
     Raises:
         WeightsUnavailable: there are none; the hint is the command that makes them.
     """
-    name = base_name(base)
+    name = base if isinstance(base, str) else base_name(base)
     location = domain.weights.get(name, "")
     published = location.startswith("hub:")
     if not published and not location.startswith("e4t-diffusion:"):

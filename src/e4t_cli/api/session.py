@@ -21,7 +21,6 @@ from e4t_cli.devices import (
     choose_device,
     choose_dtype,
     limited_memory,
-    memory_ran_out,
     quiet_libraries,
     read_ahead,
 )
@@ -34,6 +33,7 @@ from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
 from e4t_cli.progress import Progress
 from e4t_cli.prompts import Prompt, foreign_syntax, parse_negative_prompt, unknown_words
+from e4t_cli.system_memory import check_addresses, memory_ran_out, out_of_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,13 +50,12 @@ LISTED = 8  # words in one note
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn an allocator's error into a `ResourceError`."""
+    """Turn an allocator's error into a `ResourceError`, also one that was taken for a damaged file."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if memory_ran_out(error):
-            hint = "close other programs, or use another --device or a smaller --base"
-            raise ResourceError("memory ran out", hint=hint) from error
+    except Exception as error:
+        if not isinstance(error, ResourceError) and memory_ran_out(error):
+            raise out_of_memory() from error
         raise
 
 
@@ -161,7 +160,8 @@ class Session:
         self.report(Progress(stage="load", done=0, total=1))
         if isinstance(base, Base):
             read_ahead(base.folder)
-        with self.stage("imports", counted=True):
+        check_addresses()
+        with self.stage("imports", counted=True), memory_errors():
             import e4t_cli.sampling
             import e4t_cli.training.tuning  # noqa: F401
         with memory_errors(), quiet_libraries, self._limits:

@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, get_origin, get_type_hints
 
 import typer
 
@@ -25,6 +25,7 @@ from e4t_cli import __version__
 from e4t_cli.cli import cache, console, doctor, domains, export, info, personalize, pretrain
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 from e4t_cli.files import file_error
+from e4t_cli.system_memory import memory_ran_out, out_of_memory
 
 READER_ENDED = 141  # 128 + SIGPIPE: the signal would end other tools there, as in `e4t … | head -1`
 SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
@@ -32,8 +33,8 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="e4t",
-    help="One photo in, a personalised text-to-image model out.",
-    epilog="Learn more: docs/commands.md, docs/python.md and domains/README.md of the project.",
+    help="From one photo, a text-to-image model learns a face, a cat or a style.",
+    epilog="Documents of the project: docs/commands.md, docs/python.md, domains/README.md.",
     context_settings=HELP_OPTIONS,
     pretty_exceptions_enable=False,
     invoke_without_command=True,
@@ -51,10 +52,13 @@ app.command("doctor")(doctor.doctor)
 
 
 def _reflow(group: typer.Typer) -> None:
-    """Join the lines of docstrings' paragraphs: Typer would keep their line breaks."""
+    """Leave room for texts: no line breaks of docstrings, and no `<bool>` beside flags, which Typer would print."""
     for command in group.registered_commands:
         paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
         command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        for hint in get_type_hints(command.callback, include_extras=True).values():
+            if get_origin(hint) is Annotated and hint.__origin__ is bool:
+                hint.__metadata__[0].metavar = ""
     for registered in group.registered_groups:
         if registered.typer_instance is not None:
             _reflow(registered.typer_instance)
@@ -68,7 +72,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
 ) -> None:
-    """One photo in, a personalised text-to-image model out."""
+    """From one photo, a text-to-image model learns a face, a cat or a style."""
     if version:
         console.write_stdout(f"e4t {__version__}")
         raise typer.Exit
@@ -98,9 +102,6 @@ def run(arguments: Sequence[str]) -> int:
             context = getattr(error, "ctx", None)
             hint = f"see: {context.command_path if context is not None else 'e4t'} --help"
             return _report(UsageError(error.format_message(), hint=hint))
-        except MemoryError:
-            hint = "close other programs, or ask for fewer images at once"
-            return _report(ResourceError("this machine ran out of memory", hint=hint))
         except console.ReaderEnded:
             return READER_ENDED
         except SystemExit as error:
@@ -118,6 +119,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _report(error: E4TError) -> int:
+    if not isinstance(error, ResourceError) and memory_ran_out(error):
+        error = out_of_memory()  # and no damaged file, nor a fault of e4t
     console.current().error(error)
     if _debugging():
         traceback.print_exc()
@@ -134,6 +137,8 @@ def _os_error(error: OSError) -> int:
 
 
 def _unexpected(error: BaseException) -> int:
+    if memory_ran_out(error):
+        return _report(out_of_memory())
     text = " ".join(str(error).split())
     message = f"unexpected {type(error).__name__}{': ' if text else ''}{text}"
     return _report(

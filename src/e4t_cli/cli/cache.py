@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The files that e4t has downloaded or derived.")
 
-Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="As `e4t cache ls` shows them.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME", help="As `e4t cache ls` shows it.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -31,7 +31,7 @@ def cache(context: typer.Context) -> None:
 
 @app.command("dir")
 def show_folders(json: Json = False) -> None:
-    """Print the folders of fetched and of derived files."""
+    """Print the folders of downloaded and of derived files."""
     console = terminal.start(json=json)
     _warn_of_folders(console)
     folders = {"hub": str(hub_cache()), "own": str(user_cache())}
@@ -49,7 +49,7 @@ def _warn_of_folders(console: terminal.Console) -> None:
 
 @app.command("ls")
 def list_items(json: Json = False) -> None:
-    """List what was fetched and derived, with its size."""
+    """List downloaded and derived files, with their size."""
     console = terminal.start(json=json)
     from e4t_cli.hub.cache import list_cache
 
@@ -68,7 +68,7 @@ def list_items(json: Json = False) -> None:
 
 @app.command("verify")
 def verify(json: Json = False, quiet: Quiet = False) -> None:
-    """Compare every fetched file with the checksum that the hub declared."""
+    """Compare every downloaded file with the hub's checksum."""
     console = terminal.start(json=json, quiet=quiet)
     from e4t_cli.hub import cache as hub_files
 
@@ -85,9 +85,10 @@ def verify(json: Json = False, quiet: Quiet = False) -> None:
 
 @app.command("prune")
 def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Remove what is not needed: partial downloads, what killed commands left, files that a smaller copy replaced.
+    """Remove partial downloads, what killed commands left, and other files that are not needed.
 
-    Checkpoints of an interrupted pre-training go when nothing was written to them for 30 days.
+    These are also files that have a smaller copy, and checkpoints of pre-trainings to which nothing was written for
+    30 days.
     """
     console = terminal.start(json=json, quiet=quiet)
     from e4t_cli.hub import cache as hub_files
@@ -104,7 +105,7 @@ def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
 
 @app.command("rm")
 def remove(names: Names, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Remove fetched repositories, also for other programs that share the hub's cache."""
+    """Remove downloaded repositories, also for other programs that use the hub's cache."""
     console = terminal.start(json=json, quiet=quiet)
     from e4t_cli.hub import cache as hub_files
 
@@ -121,7 +122,7 @@ FETCH_EXAMPLES = """
 Examples:\n
 e4t fetch face --base sd14\n
 e4t fetch sd15\n
-e4t fetch owner/a-stable-diffusion@fp16 --dtype fp32
+e4t fetch owner/a-stable-diffusion
 """
 
 
@@ -133,16 +134,16 @@ def complete_wanted(incomplete: str) -> list[str]:
 
 Wanted = Annotated[list[str], typer.Argument(
     metavar="DOMAIN|BASE", autocompletion=complete_wanted,
-    help="face, cat, ...; sd14, sd15, sd21-base, sd21, or OWNER/NAME of the hub.")]  # fmt: skip
+    help="face, …; sd14, sd15, sd21-base, sd21; OWNER/NAME of the hub.")]  # fmt: skip
 
 
 @options.grouped
 def fetch(wanted: Wanted, run: options.RunFlags, flags: options.TerminalFlags) -> None:
     """Download bases and domains, complete and verified.
 
-    What is here is not fetched again; what is here and damaged is. A domain comes with the base
-    that it is for, and with what finds its subject in a photo. Everything lies in the cache of the
-    Hugging Face hub. The folders go to stdout.
+    What is in the cache of the Hugging Face hub is not downloaded again, unless it is damaged. A
+    domain comes with its base, and with the networks it prepares photos with. The folders go to
+    stdout.
     """
     console = flags.start()
     console.resume_hint = "the same command continues: finished files are kept"
@@ -156,7 +157,13 @@ def fetch(wanted: Wanted, run: options.RunFlags, flags: options.TerminalFlags) -
 
 
 def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options.RunFlags) -> None:
-    from e4t_cli.api.resolve import needs_image_tower, prefers_half, resolve_base_name, resolve_domain_weights
+    from e4t_cli.api.resolve import (
+        check_weights,
+        needs_image_tower,
+        prefers_half,
+        resolve_base_name,
+        resolve_domain_weights,
+    )
     from e4t_cli.hub.bases import hub_location
     from e4t_cli.hub.resolve import fetch_base
     from e4t_cli.images.preparation import snapshot_downloader
@@ -166,6 +173,7 @@ def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options
     if name not in EMBEDDED and hub_location(name) is None:
         domain = find_domain(name)
         place = resolve_base_name(run.base, access, domain=domain, device=run.device)
+        check_weights(domain, place)
     half, tower = prefers_half(run.device, run.dtype), needs_image_tower(domain, place)
     found = fetch_base(place, access, half=half, tower=tower, repair=True)
     path = str(found.folder)

@@ -14,9 +14,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "safetensor
 
 
 def doctor(json: Json = False) -> None:
-    """Print the state of the installation: versions, device, disk, caches, bases and domains.
+    """Print versions, device, disk, caches, bases and domains.
 
-    Nothing is fetched, and no secret is shown.
+    Nothing is downloaded, and no secret is shown.
     """
     console = terminal.start(json=json)
     from e4t_cli.devices import likely_accelerator
@@ -63,6 +63,9 @@ def _version(package: str) -> str:
 def _device() -> dict[str, str]:
     """Return what torch reports."""
     try:
+        from e4t_cli.system_memory import check_addresses
+
+        check_addresses()
         import torch
 
         from e4t_cli.devices import choose_device

@@ -11,7 +11,7 @@ import typer
 
 from e4t_cli.cli import console as terminal
 from e4t_cli.cli.options import DomainName, Force, Json, Offline, Quiet, Yes, complete_domain
-from e4t_cli.errors import E4TError
+from e4t_cli.errors import E4TError, UsageError, printable
 from e4t_cli.files import shown_size
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def domains(context: typer.Context, json: Json = False) -> None:
 
 @app.command("list")
 def list_domains(json: Json = False) -> None:
-    """List every domain, with the reason beside those that cannot be used."""
+    """List all domains, with the reason where one cannot be used."""
     from e4t_cli.registry.discovery import installed_domains
 
     console = terminal.start(json=json)
@@ -69,7 +69,7 @@ def _source_text(listing: Listing) -> str:
 
 @app.command("info")
 def domain_info(name: DomainName, json: Json = False) -> None:
-    """Show everything about one domain: its weights, their files, configs, licence and limits."""
+    """Show a domain: its weights, their files, configs, licence and limits."""
     from e4t_cli.registry.discovery import find_listing
 
     console = terminal.start(json=json)
@@ -153,8 +153,10 @@ def _lines(weights: dict[str, Any]) -> dict[str, str]:
 
 
 ADD_EXAMPLES = """
-Examples: [bold]e4t domains add ./my_dogs[/bold] · [bold]e4t domains add my_dogs.zip[/bold] ·
-[bold]e4t domains add someone/e4t-dogs@COMMIT[/bold]
+Examples:\n
+e4t domains add ./my_dogs\n
+e4t domains add my_dogs.zip\n
+e4t domains add someone/e4t-dogs@COMMIT
 """
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a zip, or owner/repository@revision.")]
@@ -164,7 +166,7 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a zip, 
 def add(
     source: Source, force: Force = False, offline: Offline = False, json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Add a domain from a folder, a zip or the hub; it is added only if all checks pass."""
+    """Add a domain from a folder, a zip or the hub, if all checks pass."""
     from e4t_cli.registry.store import add_domain  # imports pydantic: too slow for --help
 
     console = terminal.start(json=json, quiet=quiet)
@@ -191,7 +193,7 @@ UserDomainName = Annotated[
 
 @app.command("rm")
 def rm(name: UserDomainName, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Remove a user domain; a package's domain is removed by its package manager."""
+    """Remove a user domain; that of a package goes with its package."""
     from e4t_cli.registry.store import find_user_folder, remove_domain
 
     console = terminal.start(json=json, quiet=quiet)
@@ -201,7 +203,7 @@ def rm(name: UserDomainName, yes: Yes = False, json: Json = False, quiet: Quiet 
     console.product(path, {"type": "removed", "name": folder.name, "path": path})
 
 
-CHECK_EXAMPLES = 'In a test: [bold]from e4t_cli import check_domain[/bold], then\n[bold]check_domain("my_dogs")[/bold]'
+CHECK_EXAMPLES = "Example: e4t domains check ./my_dogs"
 
 Subject = Annotated[
     str, typer.Argument(metavar="NAME|DIR", autocompletion=complete_domain, help="A domain, or a domain's folder.")
@@ -210,13 +212,18 @@ Subject = Annotated[
 
 @app.command("check", epilog=CHECK_EXAMPLES)
 def check(subject: Subject, json: Json = False, quiet: Quiet = False) -> None:
-    """Run every check on a domain: its value, prompt templates, preparation and weights."""
+    """Check a domain: its value, prompt templates, preparation and weights."""
     console = terminal.start(json=json, quiet=quiet)
+    from e4t_cli.registry.discovery import find_listing, installed_domains
     from e4t_cli.registry.testing import examine_domain
 
     problems = 0
     folder = Path(subject)
     domain = folder if "/" in subject or os.path.isfile(folder / "domain.toml") else subject
+    if isinstance(domain, Path) and not os.path.isfile(folder / "domain.toml"):
+        raise UsageError(f"there is no domain in {printable(subject)}", hint="a domain's folder has a domain.toml")
+    if domain == subject and all(one.name != subject for one in installed_domains()):
+        find_listing(subject)  # raises
     for finding in examine_domain(domain):
         problems += bool(finding.problem)
         message, ok = finding.problem or finding.remark, not finding.problem
@@ -227,8 +234,9 @@ def check(subject: Subject, json: Json = False, quiet: Quiet = False) -> None:
 
 
 NEW_EXAMPLES = """
-Example: [bold]e4t domains new my_dogs --descriptor dog[/bold], then
-[bold]pip install -e ./e4t-domain-my-dogs[/bold]
+Examples:\n
+e4t domains new my_dogs --descriptor dog\n
+pip install -e ./e4t-domain-my-dogs
 """
 
 NewName = Annotated[str, typer.Argument(metavar="NAME", help="Its name: a-z, 0-9, - and _.")]
@@ -236,11 +244,14 @@ Directory = Annotated[
     Path | None, typer.Argument(metavar="DIR", help="A new or empty folder; by default ./e4t-domain-NAME.")
 ]
 Descriptor = Annotated[
-    str, typer.Option(metavar="WORD", help="The everyday word for such things.", show_default=False)
+    str,
+    typer.Option(
+        metavar="WORD", help="The everyday word for such things; default: from the name.", show_default=False
+    ),
 ]
 licence_option = functools.partial(typer.Option, "--licence", "--license", metavar="NAME", show_default=False)
-Licence = Annotated[str, licence_option(help="Of the weights and the images they are made from.")]
-Pack = Annotated[Path | None, typer.Option(metavar="DIR", help="Weights that `e4t pretrain` made, for the package.")]
+Licence = Annotated[str, licence_option(help="Of the weights and of their images.")]
+Pack = Annotated[Path | None, typer.Option(metavar="DIR", help="Weights of `e4t pretrain`, for the package.")]
 
 
 @app.command("new", epilog=NEW_EXAMPLES)
@@ -248,7 +259,7 @@ def new(
     name: NewName, directory: Directory = None, descriptor: Descriptor = "", licence: Licence = "",
     pack: Pack = None, force: Force = False, json: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Write a plug-in package with one domain, whose tests pass once it is installed."""
+    """Write a plug-in package with one domain and its tests."""
     from e4t_cli.registry.scaffold import new_domain  # imports pydantic: too slow for --help
 
     console = terminal.start(json=json, quiet=quiet)
@@ -257,12 +268,12 @@ def new(
     console.note(f"install it: pip install -e {folder}")
 
 
-PUSH_EXAMPLES = "Example: [bold]e4t domains push my_dogs me/e4t-my-dogs --licence CC0-1.0[/bold]"
+PUSH_EXAMPLES = "Example: e4t domains push my_dogs me/e4t-my-dogs --licence CC0-1.0"
 
-Repository = Annotated[str, typer.Argument(metavar="OWNER/REPO", help="The repository; made if there is none.")]
+Repository = Annotated[str, typer.Argument(metavar="OWNER/REPO", help="The repository; created if there is none.")]
 Which = Annotated[str, typer.Option("--base", metavar="NAME", show_default=False, help="Which weights, of several.")]
-PushLicence = Annotated[str, licence_option(help="Of weights and images; default: the manifest's.")]
-Public = Annotated[bool, typer.Option("--public", help="For everybody; otherwise it is private.")]
+PushLicence = Annotated[str, licence_option(help="Of weights and images; default: as recorded.")]
+Public = Annotated[bool, typer.Option("--public", help="For everybody; else it is private.")]
 
 
 @app.command("push", epilog=PUSH_EXAMPLES)
@@ -270,7 +281,7 @@ def push(
     name: DomainName, repository: Repository, base: Which = "", licence: PushLicence = "",
     public: Public = False, yes: Yes = False, json: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Upload a domain's weights with a model card, into a private repository of yours.
+    """Upload a domain's weights with a model card, to a private repository.
 
     Weights can reveal the images they were made from: publish only what you may.
     """

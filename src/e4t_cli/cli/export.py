@@ -26,12 +26,10 @@ e4t import e4t-diffusion ./tuned-on-rex --save rex.e4t
 
 app = typer.Typer(help="Use weights that another program trained.")
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="With config.json, encoder.pt and the weights.")]
-Save = Annotated[
-    Path | None, typer.Option("--save", metavar="FILE.e4t", help="A tuned checkpoint's subject, as a concept.")
-]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="It has config.json, encoder.pt and the weights.")]
+Save = Annotated[Path | None, typer.Option("--save", metavar="FILE.e4t", help="Make a concept of a tuned checkpoint.")]
 Photo = Annotated[
-    str | None, typer.Option("--image", metavar="FILE", help="The photo it was tuned on, if it is not there.")
+    str | None, typer.Option("--image", metavar="FILE", help="The photo it was tuned on, if not in FOLDER.")
 ]
 
 
@@ -47,15 +45,14 @@ class ImportFlags:
     """`api.options.ImportOptions`."""
 
     name: Annotated[str | None, typer.Option(
-        metavar="NAME", help="Of the domain; by default the one that it was made for.")] = None
+        metavar="NAME", help="Of the domain; default: by its descriptor.")] = None
     base: Annotated[str, typer.Option(
-        "--base", autocompletion=options.complete_base,
-        help="What it was trained on; auto is what its config says.")] = "auto"
+        "--base", metavar="BASE", autocompletion=options.complete_base,
+        help="What it was trained on; auto: see its config.")] = "auto"
     licence: Annotated[str, typer.Option(
-        metavar="TEXT", help="Of the weights, for the domain's manifest.")] = ""
+        metavar="TEXT", show_default=False, help="Of the weights, for the domain's manifest.")] = ""
     normalised_patches: Annotated[bool, typer.Option(
-        "--normalised-patches",
-        help="For checkpoints trained with an open_clip from 2024 on.")] = False
+        "--normalised-patches", help="Of checkpoints trained with open_clip from 2024 on.")] = False
     device: options.Device = "auto"
     dtype: options.Dtype = "auto"
     force: options.Force = False
@@ -104,17 +101,17 @@ e4t export me.e4t ./me.safetensors\n
 e4t export me.e4t ./me-lora.safetensors --lora 64
 """
 
-Target = Annotated[Path, typer.Argument(metavar="FOLDER|FILE.safetensors", help="Where to.")]
+Target = Annotated[Path, typer.Argument(metavar="TARGET", help="A new folder, or FILE.safetensors.")]
 Lora = Annotated[int | None, typer.Option(
     metavar="RANK", min=1, max=1024, show_default=False,
-    help="Only what was learned, as a LoRA of this rank, into FILE.safetensors.")]  # fmt: skip
+    help="Write only what was learned, as a LoRA of this rank.")]  # fmt: skip
 
 BaseLora = Annotated[list[str] | None, options.images_option(
     metavar="FILE[:SCALE]", help="A LoRA that the concept was made with; several if repeated.")]  # fmt: skip
 
 Word = Annotated[str, typer.Option(
-    "--word", metavar="HOW", autocompletion=lambda: ["included", "separate"],
-    help="In a folder: included in its vocabulary, or in a separate file.")]  # fmt: skip
+    "--word", metavar="WHERE", autocompletion=lambda: ["included", "separate"],
+    help="Of a folder: included in its vocabulary, or separate.")]  # fmt: skip
 
 
 @options.grouped
@@ -123,14 +120,12 @@ def export(
     placeholder: OwnPlaceholder = None, word: Word = "included", vram: options.Vram = "auto",
     base_lora: BaseLora = None, vae: options.Vae = None, force: options.Force = False,
 ) -> None:  # fmt: skip
-    """Export a saved concept as a plain Stable Diffusion, for other programs.
+    """Write a saved concept as a model for other programs.
 
-    A folder is for diffusers and what reads its folders: the tuned model, with one more word in
-    its vocabulary, which is the concept. Programs with a vocabulary of fixed size, as ComfyUI and
-    stable-diffusion.cpp, read the folder with --word separate. FILE.safetensors is for programs
-    that read checkpoints of Stable Diffusion 1.x: the tuned model, and the word in a second file,
-    for their embeddings. With --lora it is a small file to be added to the base, which holds most
-    of what was learned.
+    A folder is for diffusers: the tuned model, with one more word in its vocabulary, which is the
+    concept. ComfyUI and stable-diffusion.cpp read it with --word separate. FILE.safetensors is for
+    programs that read checkpoints of Stable Diffusion 1.x: the tuned model, and the word in a
+    second file, for their embeddings. With --lora it is a small file for use with the base.
 
     The word's embedding is the same at every denoising step, where e4t predicts it anew at each.
     Whoever gets the model can generate the concept: share it as you would share the photo.

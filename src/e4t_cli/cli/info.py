@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = "Example: e4t info outputs/*.png me.e4t ./me-model"
 
-Files = Annotated[
-    list[str], typer.Argument(metavar="FILE...", help="Anything that e4t wrote, or the name of a base: mini.")
-]
+Files = Annotated[list[str], typer.Argument(metavar="FILE", help="Anything that e4t wrote; or a base: mini, sd14, …")]
 
 
 def info(files: Files, json: Json = False) -> None:
-    """Show how a picture was made, and what is in a concept, an export, a domain or a checkpoint.
+    """Show how a picture was made, and what other files contain.
 
     What a file says of itself is under "recorded": anybody can write that. The rest is found in its structure.
     """

@@ -106,20 +106,21 @@ def _go_offline(offline: bool) -> bool:
 
 # fmt: off
 DomainName = Annotated[str, typer.Argument(
-    metavar="DOMAIN", autocompletion=complete_domain, help="What kind of thing it is: see `e4t domains list`.")]
-Placeholder = Annotated[str, images_option(help="Another word for the concept, such as '<me>'.")]
+    metavar="DOMAIN", autocompletion=complete_domain, help="A name of `e4t domains list`.")]
+Placeholder = Annotated[str, images_option(
+    metavar="WORD", help="What prompts call it, such as '<me>'.")]
 Device = Annotated[str, device_option(
-    envvar="E4T_DEVICE", autocompletion=completes("auto", "cpu", "cuda", "cuda:0", "cuda:1", "mps"),
+    metavar="NAME", envvar="E4T_DEVICE", autocompletion=completes("auto", "cpu", "cuda", "cuda:0", "cuda:1", "mps"),
     help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, device_option(
-    envvar="E4T_DTYPE", autocompletion=completes("auto", *DTYPES), help="auto, fp32, bf16 or fp16.")]
+    metavar="NAME", envvar="E4T_DTYPE", autocompletion=completes("auto", *DTYPES), help="auto, fp32, bf16 or fp16.")]
 Vram = Annotated[str, device_option(
-    envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12 … or auto for what is free.")]
+    envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12, … or auto.")]
 Vae = Annotated[str | None, images_option(
     metavar="FILE|FOLDER", help="A VAE instead of the base's: .safetensors, or a folder of diffusers.")]
 Offline = Annotated[bool, network_option(
     "--offline", envvar="E4T_OFFLINE", callback=_go_offline,
-    help="Use what is on this machine, and open no connection.")]
+    help="Open no connection; use what is on this machine.")]
 Json = Annotated[bool, output_option("--json", help="One JSON object a line on stdout.")]
 Yes = Annotated[bool, output_option("-y", "--yes", help="Do not ask.")]
 Force = Annotated[bool, output_option("--force", help="Replace what e4t wrote there before.")]
@@ -133,7 +134,8 @@ class TerminalFlags:
     json: Json = False
     quiet: Quiet = False
     verbose: Annotated[int, output_option(
-        "-v", "--verbose", count=True, help="More on stderr; -vv also shows tracebacks.")] = 0
+        "-v", "--verbose", count=True, metavar="", show_default=False,
+        help="More on stderr; -vv also shows tracebacks.")] = 0
 
     def start(self, *, quiet: bool = False) -> console.Console:
         """Return the console of the command."""
@@ -145,13 +147,13 @@ class RunFlags:
     """The base, the device and the network: `api.options.RunOptions`."""
 
     base: Annotated[str, images_option(
-        autocompletion=complete_base,
-        help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder.")] = "auto"
+        metavar="BASE", autocompletion=complete_base,
+        help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, or a folder.")] = "auto"
     device: Device = "auto"
     dtype: Dtype = "auto"
     offline: Offline = False
     accept_license: Annotated[bool, network_option(
-        "--accept-license", help="Accept the licences of what has to be fetched; remembered.")] = False
+        "--accept-license", help="Accept the licences of what is downloaded.")] = False
 
     def run_keywords(self, terminal: console.Console, on_progress: ProgressCallback | None = None) -> RunKeywords:
         """Return the keywords of the library; the user is asked at the terminal, if at all."""
@@ -166,13 +168,15 @@ class PromptFlags:
     """What is generated, and how often."""
 
     prompts: Annotated[list[str] | None, typer.Argument(
-        metavar="PROMPT...", help="In quotes, with S* where the concept goes; - reads lines of stdin.")] = None
+        metavar="PROMPT", help="In quotes; S* is the concept, - is stdin.")] = None
     prompts_file: Annotated[str | None, images_option(
-        "-f", "--prompts-file", metavar="FILE", help="More prompts, one a line; - for stdin.")] = None
-    num_images: Annotated[int, images_option("-n", "--num-images", min=1, help="Images per prompt.")] = 1
+        "-f", "--prompts-file", metavar="FILE", help="More prompts, one a line; - is stdin.")] = None
+    num_images: Annotated[int, images_option(
+        "-n", "--num-images", metavar="N", min=1, help="Images per prompt.")] = 1
     seed: Annotated[str | None, images_option(
-        metavar="S|S,S|S-S", help="Image i of a prompt uses S + i; of several seeds, such as 1,4 or 1-8, each makes "
-        "one image. Not given: random, and reported.")] = None
+        metavar="SEED", show_default=False,
+        help="Of the first image of a prompt, then SEED + 1, …; 1,4-8 lists the seed of every image. Default: random.")
+    ] = None
 
     def seeds(self) -> int | list[int] | None:
         """Return the seed, or the list of seeds; raises UsageError if it is neither."""
@@ -194,14 +198,17 @@ class PromptFlags:
 class SamplingFlags:
     """Fields of `SamplingConfig`."""
 
-    steps: Annotated[int | None, sampling_option(min=1, help="Denoising steps of each image.")] = None
-    guidance: Annotated[float | None, sampling_option(min=0.0, help="Scale of classifier-free guidance.")] = None
+    steps: Annotated[int | None, sampling_option(metavar="N", min=1, help="Denoising steps of each image.")] = None
+    guidance: Annotated[float | None, sampling_option(
+        metavar="X", min=0.0, help="Scale of classifier-free guidance.")] = None
     scheduler: Annotated[str | None, sampling_option(
-        autocompletion=completes(*NAMES), help=f"{', '.join(SCHEDULERS)}, or a class of diffusers.")] = None
-    negative_prompt: Annotated[str | None, sampling_option(help="What the images should not show.")] = None
+        metavar="NAME", autocompletion=completes(*NAMES),
+        help=f"{', '.join(SCHEDULERS)}, or a class of diffusers.")] = None
+    negative_prompt: Annotated[str | None, sampling_option(
+        metavar="TEXT", help="What the images should not show.")] = None
     concept_scale: Annotated[float | None, sampling_option(
-        min=0.0, max=2.0, show_default=False,
-        help="Scale of the learned concept, 1 by default; less follows the prompt more.")] = None
+        metavar="X", min=0.0, max=2.0, show_default=False,
+        help="Weight of what was learned, default 1; less follows the prompt more.")] = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that were given."""
@@ -220,7 +227,7 @@ class GenerateFlags(RunFlags):
     vae: Vae = None
     vram: Vram = "auto"
     no_safety_checker: Annotated[bool, output_option(
-        "--no-safety-checker", help="Keep images that the base's safety checker would withhold.")] = False
+        "--no-safety-checker", help="Keep images that the checker would withhold.")] = False
 
     def generate_keywords(
         self, terminal: console.Console, on_progress: ProgressCallback | None = None,
@@ -238,24 +245,22 @@ class PersonalizeFlags(GenerateFlags):
 
     tuning: Annotated[str | None, tuning_option(
         metavar="full|lora", autocompletion=completes("full", "lora"),
-        help="All weights, as the paper does, or LoRA: less memory, small concepts.")] = None
+        help="All weights, as in the paper, or LoRA: less memory, small files.")] = None
     tune_steps: Annotated[int | None, tuning_option(
-        min=0, help="Tuning steps on the photo; 0 keeps the encoder's first estimate.")] = None
+        metavar="N", min=0, help="Tuning steps on the photo; 0: the encoder's prediction.")] = None
     keep_weights: Annotated[bool, output_option(
-        "--keep-weights", help="Save the tuned weights too: a large file, usable without tuning again.")] = False
+        "--keep-weights", help="With --save: the tuned weights too, a large file.")] = False
     mask: Annotated[str, photo_option(
-        metavar="FILE|auto|none|words:...",
-        help="Which part of the photo is the concept: a file is white there; 'words:a cat' is "
-             "text-prompted; auto is the domain's way.")] = "auto"
+        metavar="MASK",
+        help="The part of the photo that counts: auto, none, a FILE that is white there, or 'words:a cat'.")] = "auto"
     face: Annotated[str, photo_option(
-        metavar="largest|left|right|N", help="Which of several faces; 1 is the leftmost.")] = "largest"
+        metavar="WHICH", help="Of several: largest, left, right, or a number from the left.")] = "largest"
     no_align: Annotated[bool, photo_option(
-        "--no-align", help="Take the centred square; do not rotate and crop around the face.")] = False
+        "--no-align", help="Use the centre square; do not rotate and crop around the face.")] = False
     require_face: Annotated[bool, photo_option(
-        "--require-face",
-        help="End with code 3 if there is no face, instead of continuing without a mask.")] = False
+        "--require-face", help="End with code 3 if there is no face.")] = False
     strict: Annotated[bool, photo_option(
-        "--strict", help="End with code 3 instead of printing a note that casts doubt on the photo.")] = False
+        "--strict", help="End with code 3 where a note would cast doubt on the photo.")] = False
 
     def photo_keywords(self) -> PhotoKeywords:
         """Return the keywords of `api.options.PhotoOptions`."""
@@ -280,23 +285,23 @@ class OutputFlags:
     """Where images go, and what is beside them."""
 
     out: Annotated[Path, output_option(
-        "-o", "--out", metavar="DIR|FILE.png",
-        help="Folder for the images, where none is ever overwritten; or the name of one image.")] = Path("outputs")
+        "-o", "--out", metavar="PATH", help="Folder for the images, or FILE.png for the only one.")] = Path("outputs")
     name: Annotated[str | None, output_option(
-        help="Beginning of the files' names; by default that of the photo's or concept's file.")] = None
-    force: Annotated[bool, output_option("--force", help="Replace what e4t wrote there before.")] = False
+        metavar="NAME", help="Beginning of the images' names, in place of the photo's.")] = None
+    force: Force = False
     grid: Annotated[bool, output_option("--grid", help="Also a captioned contact sheet, the photo first.")] = False
     no_metadata: Annotated[bool, output_option(
-        "--no-metadata", help="Keep everything out of the files but the AI mark.")] = False
+        "--no-metadata", help="Leave all but the AI mark out of the files.")] = False
     dry_run: Annotated[bool, output_option(
-        "--dry-run", help="Check, print what it would do and cost, and end.")] = False
+        "--dry-run", help="Check everything, print the cost, and end.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalizeOutputFlags(OutputFlags):
     """What `personalize` saves beside images."""
 
-    save: Annotated[Path | None, output_option(metavar="FILE.e4t", help="Keep the concept for `e4t generate`.")] = None
+    save: Annotated[Path | None, output_option(
+        metavar="FILE.e4t", help="Save the concept, for `e4t generate`.")] = None
     save_prepared: Annotated[Path | None, photo_option(
-        metavar="FILE.png|DIR",
-        help="Save the cropped photo, and its mask in a second file; without prompts that is all.")] = None
+        metavar="PATH",
+        help="Save the cropped photo and its mask; without prompts, only that.")] = None

@@ -6,6 +6,7 @@ is written under the next free one, and the command ends with code 2.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from e4t_cli.cli.console import Console
-from e4t_cli.cli.options import OutputFlags
+from e4t_cli.cli.options import OutputFlags, PersonalizeOutputFlags
 from e4t_cli.devices import peak_memory
 from e4t_cli.errors import E4TError, PartialResult, UsageError, printable
 from e4t_cli.files import write_atomically
-from e4t_cli.formats.recognition import recognize
+from e4t_cli.formats.recognition import recognize, todays_names
 from e4t_cli.images.png_metadata import png_bytes, read_metadata
 from e4t_cli.images.results import check_folder, write_free, write_new
 from e4t_cli.prompts import slug
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from e4t_cli.images.results import GeneratedImage, Personalization
     from e4t_cli.registry.domain import PreparedImage
 
-OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".heic"}
+# Of files that `-o` cannot be: a folder of such a name is a slip.
+OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".e4t", ".safetensors"}
 
 
 def is_concept(path: Path) -> bool:
@@ -102,6 +104,23 @@ class Written:
         """Raise UsageError if a file did not get its name."""
         if self.elsewhere:
             raise UsageError(f"saved as {'; as '.join(self.elsewhere)}", hint="--force replaces what e4t wrote")
+
+
+def check_distinct(output: PersonalizeOutputFlags) -> None:
+    """Raise UsageError if two outputs have one name, or one is a file in whose place another needs a folder."""
+    prepared = output.save_prepared
+    named: list[tuple[str, Path | None, bool]] = [("-o", output.out, _names_file(output.out))]
+    named += [("--save", output.save, True)]
+    if prepared is not None:
+        is_file = bool(prepared.suffix) and not os.path.isdir(prepared)
+        named += [("--save-prepared", prepared, is_file)]
+        named += [("the mask of --save-prepared", _mask_of(prepared), True)] if is_file else []
+    places = [(option, Path(os.path.abspath(path)), is_file) for option, path, is_file in named if path is not None]
+    for (one, first, is_file), (other, second, also_file) in itertools.combinations(places, 2):
+        same = first == second and (is_file or also_file)
+        if same or (is_file and first in second.parents) or (also_file and second in first.parents):
+            place = printable(min(first, second, key=lambda path: len(path.parts)).name)
+            raise UsageError(f"{one} and {other} have the same name, {place}", hint="give each a name of its own")
 
 
 class PreparedSaver:
@@ -210,7 +229,7 @@ class ImageSaver:
         else:
             path = self.file.write_bytes(png_bytes(image.image, image.record, metadata=self.metadata))
             self.written.note(self.file.path, path)
-        self.console.product(str(path), {"type": "image", "path": str(path), **image.record.as_dict()})
+        self.console.product(str(path), {"type": "image", "path": str(path), **todays_names(image.record.as_dict())})
 
     def finish(self, result: Personalization) -> None:
         """Save the contact sheet, then report the seed and the time.
@@ -223,7 +242,7 @@ class ImageSaver:
             path = result.save_grid(self.output.out, name=self.name, metadata=self.metadata)
             self.console.product(str(path), {"type": "grid", "path": str(path)})
         for record in result.withheld if self.console.json else ():
-            self.console.product("", {"type": "withheld", **record.as_dict()})
+            self.console.product("", {"type": "withheld", **todays_names(record.as_dict())})
         seconds = ", ".join(f"{k} {v:.1f}" for k, v in result.timings.as_dict().items() if v)
         self.console.note(f"seed {result.seed}; {result.timings.total:.1f} s: {seconds}")
         self.console.detail(f"peak memory {peak_memory() / 2**20:.0f} MB")

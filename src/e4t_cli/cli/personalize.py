@@ -22,19 +22,25 @@ e4t generate me.e4t "S* on the beach" "a pencil sketch of S*" -n 4 --grid\n
 e4t generate me.e4t --like outputs/me-s-on-the-beach-7.png --steps 40
 """
 
-Saved = Annotated[Path, typer.Argument(metavar="CONCEPT", help="A file made with `e4t personalize --save`.")]
-Photo = Annotated[str, typer.Argument(metavar="IMAGE", help="The one photo: a file, or -.")]
+Saved = Annotated[Path, typer.Argument(metavar="CONCEPT", help="A file of `e4t personalize … --save`.")]
+Photo = Annotated[str, typer.Argument(metavar="IMAGE", help="The photo: a file, or - for stdin.")]
 OwnPlaceholder = Annotated[
-    str | None, options.images_option(help="Another word for the concept; by default the one it was saved with.")
+    str | None, options.images_option(metavar="WORD", help="What prompts call it, such as '<me>'.")
 ]
 Like = Annotated[str | None, options.images_option(
-    metavar="PICTURE.png", help="Draw a picture of e4t again: its prompt, seed and settings, where they are not given."
+    metavar="PICTURE", help="Draw this picture of e4t again; other options stand in place of what it records."
 )]  # fmt: skip
 
 
 def check_concept(concept: Path) -> None:
+    """Raise an error if there is no such concept, before torch is imported."""
+    from e4t_cli.formats import recognition
+
     if not os.path.isfile(concept):
-        raise UsageError(f"there is no file {printable(str(concept))}", hint="make one: e4t personalize … --save")
+        shown = printable(str(concept))
+        message = f"{shown} is a folder or a pipe" if os.path.exists(concept) else f"there is no file {shown}"
+        raise UsageError(message, hint="make a concept: e4t personalize … --save me.e4t")
+    recognition.check_concept(concept)
 
 
 @options.grouped
@@ -49,10 +55,10 @@ def generate(
     Saved paths go to stdout, one a line.
     """
     console = terminal.start()
-    check_concept(concept)
     wanted = gather_prompts(prompts.prompts or [], prompts.prompts_file, placeholder=placeholder)
     if not wanted and like is None:
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
+    check_concept(concept)
     seeds, count = prompts.seeds(), prompts.num_images
     from e4t_cli.api import personalization as api
     from e4t_cli.api.plans import plan_generation
@@ -96,16 +102,19 @@ def personalize(
     run: options.PersonalizeFlags, output: options.PersonalizeOutputFlags, terminal: options.TerminalFlags,
     placeholder: options.Placeholder = "S*",
 ) -> None:  # fmt: skip
-    """Learn a face, a cat, a style from one photo, and generate images of it.
+    """Learn a face, a cat or a style from one photo, and generate images of it.
 
-    Saved paths go to stdout, one a line. A prompt that begins with a dash goes behind `--`.
+    Saved paths go to stdout, one a line. A prompt that begins with a dash goes after `--`.
 
-    A face is somebody's. Use photos of people only with their consent to what you want to make
-    of them, and never to deceive, to shame or to undress anybody. The photo stays on this machine,
-    but a concept saved with --save shows the person to whoever gets the file: share it as you
-    would share the photo. Every image carries a mark that says it was generated.
+    Use photos of people only with their consent to what you want to make of them, and never to
+    deceive, to shame or to undress anybody. The photo stays on this machine, but a concept saved
+    with --save shows the person to whoever gets the file: share it as you would share the photo.
+    Every image has a mark that says it was generated.
     """
     console = terminal.start()
+    if "." in domain and os.path.isfile(domain):  # no name of a domain has a dot
+        example = f'for example: e4t personalize face {printable(domain)} "S* as an astronaut"'
+        raise UsageError(f"{printable(domain)} is a file; the domain comes before it", hint=example)
     wanted = gather_prompts(
         prompts.prompts or [], prompts.prompts_file, placeholder=placeholder, stdin_taken=image == STDIN
     )
@@ -116,15 +125,19 @@ def personalize(
         raise UsageError("--keep-weights needs a file to keep them in", hint="add --save me.e4t")
     seeds, count = prompts.seeds(), prompts.num_images
     from e4t_cli.api import personalization as api
-    from e4t_cli.api.plans import plan_personalization
+    from e4t_cli.api.plans import plan_personalization, plan_preparation
     from e4t_cli.api.resolve import count_images
-    from e4t_cli.cli.outputs import ImageSaver, PreparedSaver, Written
+    from e4t_cli.cli.outputs import ImageSaver, PreparedSaver, Written, check_distinct
 
     images = count_images(wanted, seeds, count)
+    check_distinct(output)
     written, create, prepared_saver = Written(), not output.dry_run, None
     if save_prepared is not None:
         prepared_saver = PreparedSaver(console, written, save_prepared, image, force=output.force, create=create)
-    if prepared_saver and not output.dry_run and not wanted and save is None:
+    if prepared_saver and save_prepared is not None and not wanted and save is None:
+        if output.dry_run:
+            plan = plan_preparation(domain, image, **run.run_keywords(console), **run.photo_keywords())
+            return print_plan(console, plan, save_prepared)
         with console.progress() as on_progress:
             keywords = run.run_keywords(console, on_progress)
             prepared = api.prepare(domain, image, **keywords, **run.photo_keywords())

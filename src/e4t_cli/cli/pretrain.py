@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from e4t_cli.cli.console import Console
 
 EXAMPLES = """
-Example: [bold]e4t pretrain --domain my_dogs --data ./dogs --dry-run[/bold], then without
-[bold]--dry-run[/bold], then [bold]e4t personalize my_dogs rex.jpg "S* on the beach"[/bold]
+Examples:\n
+e4t pretrain --domain my_dogs --data ./dogs --dry-run\n
+e4t pretrain --domain my_dogs --data ./dogs\n
+e4t personalize my_dogs rex.jpg "S* on the beach"
 """
 training_option = functools.partial(typer.Option, rich_help_panel="Training")
 run_option = functools.partial(typer.Option, rich_help_panel="The run")
@@ -26,11 +28,11 @@ run_option = functools.partial(typer.Option, rich_help_panel="The run")
 # fmt: off
 Name = Annotated[str, typer.Option("--domain", metavar="NAME", help="Its name: a-z, 0-9, - and _.")]
 Data = Annotated[str, typer.Option(
-    metavar="SOURCE", help="A folder; shards: a .tar, 'x-{000..099}.tar', a list of them in a .txt; "
-                           "a dataset: hf://owner/name, a saved folder, a .parquet.")]
-Seed = Annotated[int, training_option(min=0, help="Of weights, noise and order.")]
+    metavar="SOURCE", help="A folder; shards: a .tar, 'x-{000..099}.tar', a .txt that lists them; a dataset: "
+                           "hf://owner/name, a saved folder, a .parquet, '*.parquet'.")]
+Seed = Annotated[int, training_option(metavar="N", min=0, help="Of weights, noise and order.")]
 DryRun = Annotated[bool, run_option(
-    "--dry-run", help="Open the images, measure a few steps, print the cost, and end.")]
+    "--dry-run", help="Measure a few steps, print the cost, and end.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +40,21 @@ class TrainingFlags(options.RunFlags):
     """`api.options.DomainTrainingOptions`."""
 
     descriptor: Annotated[str | None, options.images_option(
-        metavar="WORD", help="The everyday word for such things; by default one of the name's words.")] = None
+        metavar="WORD", help="The everyday word for such things; default: from the name.")] = None
     strict: Annotated[bool, options.images_option(
-        "--strict", help="Stop at an image that cannot be used, instead of leaving it out.")] = False
+        "--strict", help="Stop at an image that cannot be used.")] = False
     cache: Annotated[str, options.images_option(
-        metavar="auto|on|off", help="Encode each image once and keep the result; auto: if used repeatedly.")] = "auto"
+        metavar="auto|on|off", help="Encode each image once; auto: if it is used repeatedly.")] = "auto"
     steps: Annotated[int | None, training_option(
-        min=1, help="Training steps. Here and below, default: the config's.")] = None
-    batch: Annotated[int | None, training_option(min=1, help="Images in a step, in each process.")] = None
+        metavar="N", min=1, help="Training steps. Here and below, default: the config's.")] = None
+    batch: Annotated[int | None, training_option(
+        metavar="N", min=1, help="Images in a step, in each process.")] = None
     base_lr: Annotated[float | None, training_option(
-        help="Learning rate, before it is multiplied by batch and processes.")] = None
+        metavar="X", help="Learning rate, before it is multiplied by batch and processes.")] = None
     reg_weight: Annotated[float | None, training_option(
-        help="Weight of the embedding regularization L_reg (eq. 2).")] = None
+        metavar="X", help="Weight of the embedding regularization L_reg (eq. 2).")] = None
     micro_batch: Annotated[int | None, run_option(
-        min=1, help="Images in memory at once; less needs less memory, and more time.")] = None
+        metavar="N", min=1, help="Images in memory at once: the same training in less memory.")] = None
     force: options.Force = False
 
     def keywords(self, terminal: Console, on_progress: ProgressCallback) -> DomainTrainingKeywords:
@@ -69,15 +72,15 @@ class CheckpointFlags:
     """`api.options.PretrainOptions`: checkpoints and logs."""
 
     sample_every: Annotated[int, run_option(
-        min=0, metavar="N", help="Generate a contact sheet of a few held-out images every N steps.")] = 0
+        min=0, metavar="N", help="Every N steps a contact sheet of a few held-out images.")] = 0
     checkpoint_every: Annotated[int | None, run_option(
         min=1, metavar="N", help="Steps between two checkpoints.")] = None
     resume: Annotated[bool, run_option(
-        "--resume/--fresh", help="Continue from the last checkpoint of an interrupted run, or start over.")] = True
+        "--resume/--fresh", help="Continue an interrupted run, or start again.")] = True
     resume_changed: Annotated[bool, run_option(
-        "--resume-changed", help="Continue from a checkpoint also if data or settings differ.")] = False
+        "--resume-changed", help="Continue also if data or settings differ.")] = False
     tracker: Annotated[list[str] | None, run_option(
-        metavar="NAME", help="Also send the losses to tensorboard, wandb, ...; can be repeated.")] = None
+        metavar="NAME", help="Send the losses to tensorboard, wandb, …; can be repeated.")] = None
 # fmt: on
 
 
@@ -93,8 +96,8 @@ def pretrain(
 ) -> None:
     """Pre-train a domain on images, for `e4t personalize` to use.
 
-    No captions are needed. It takes hours to days, and a GPU; an interrupted run continues from
-    its last checkpoint when the same command is given again.
+    No captions are needed. On mini it takes minutes, on Stable Diffusion hours on a GPU. After an
+    interruption the same command continues from the last checkpoint.
     """
     # Under a launcher the same command runs in every process; only the first one prints.
     first = os.environ.get("RANK", "0") == "0"

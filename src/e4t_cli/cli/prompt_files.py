@@ -140,7 +140,8 @@ def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[
 
     def read(value: str) -> float:
         with contextlib.suppress(ValueError):
-            if low <= (number := kind(value)) <= high:
+            # Python's own reading takes 1_000 and digits of other scripts.
+            if value.isascii() and "_" not in value and low <= (number := kind(value)) <= high:
                 return number
         raise ValueError(f"it takes {what}, {low:g} to {high:.10g}")
 

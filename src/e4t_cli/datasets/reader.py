@@ -121,6 +121,7 @@ class ImageReader:
     ) -> None:
         self.domain, self.target, self.strict, self.log = domain, target, strict, log
         self.left_out: dict[str, str] = {}
+        self._earlier: set[str] = set()  # lines of the log
         self.duplicates = NearDuplicateFilter()
         self._lock = threading.Lock()
         # Only the default preparation is known to be thread-safe.
@@ -174,21 +175,31 @@ class ImageReader:
         if self.strict:
             raise InputError(_named(name, reason), hint="without --strict such images are left out")
         with self._lock:
-            fresh = name not in self.left_out
-            if len(self.left_out) < _NAMED:
-                self.left_out[name] = reason
-            count = len(self.left_out)
-        if fresh and count & (count - 1) == 0:  # 1, 2, 4, 8 …: each line is written a few times
-            self.write_log()
+            if name in self.left_out or len(self.left_out) >= _NAMED:
+                return
+            self.left_out[name] = reason
+            if self.log is not None:  # at once: a run that resumes from its checkpoint does not open the image again
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(_line(name, reason))
 
     def write_log(self) -> None:
-        """Write the names of the images left out, if there are any."""
-        if self.log is None or not self.left_out:
+        """Write the names of the images left out in order; without any, remove what an earlier run has written."""
+        if self.log is None:
             return
         with self._lock:
-            lines = [f"{printable(name)}\t{why}" for name, why in sorted(self.left_out.items())]
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.log, "".join(f"{line}\n" for line in lines).encode())
+            lines = {_line(name, why) for name, why in self.left_out.items()} | self._earlier
+            if lines:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.log, "".join(sorted(lines)).encode())
+            else:
+                self.log.unlink(missing_ok=True)
+
+    def resume_log(self) -> None:
+        """Keep what the log says: it is of the run that is being resumed."""
+        if self.log is not None and os.path.isfile(self.log):
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            self._earlier = {line for line in lines if line.endswith("\n") and "\t" in line}  # but for a torn one
 
     def empty_error(self) -> InputError:
         """Return the error for a source without a usable image."""
@@ -210,6 +221,10 @@ class ImageReader:
 
     def _first(self) -> str:
         return _named(*min(self.left_out.items()))
+
+
+def _line(name: str, reason: str) -> str:
+    return f"{printable(name)}\t{reason}\n"
 
 
 def _named(name: str, reason: str) -> str:

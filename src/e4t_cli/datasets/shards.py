@@ -31,6 +31,7 @@ from e4t_cli.datasets.sources import (
 )
 from e4t_cli.errors import InputError, UsageError, WeightsUnavailable, printable
 from e4t_cli.images.loading import MAX_BYTES
+from e4t_cli.system_memory import memory_ran_out
 
 _PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = (*(f".tar{packed}" for packed in _PACKED), ".tgz", ".tbz2", ".txz")
@@ -127,9 +128,9 @@ class ShardSource(IterableSource):
                                 others += 1
                             else:
                                 yield item
-                except MemoryError:
-                    raise
                 except Exception as error:  # of tarfile, of a decompressor, of webdataset's downloads
+                    if memory_ran_out(error):
+                        raise
                     # What was read of the shard counts, and the next one follows.
                     broken[shard] = _reason(error)
 

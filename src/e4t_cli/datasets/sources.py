@@ -20,6 +20,7 @@ from PIL import Image
 from e4t_cli.errors import InputError, UsageError, printable
 from e4t_cli.images.loading import MAX_BYTES, ImageInput, image_sha256, open_image, prepare_image
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
+from e4t_cli.system_memory import memory_ran_out
 
 if TYPE_CHECKING:
     from e4t_cli.datasets.reader import ImageReader
@@ -64,6 +65,8 @@ class ImageItem:
         except OSError as error:
             raise InputError(f"it cannot be read: {error.strerror or error}") from error
         except Exception as error:  # a lazily opened PIL image decodes here, hostile bytes and all
+            if memory_ran_out(error):
+                raise
             raise InputError(f"it is damaged: {error}") from error
 
     def stamp(self) -> str | None:
@@ -238,13 +241,13 @@ class FolderSource(MapStyleSource):
             return
         for entry in found:
             name = f"{inside}{entry.name}"
-            if entry.is_dir():
+            if os.path.isdir(entry.path):  # `entry.is_dir` raises for a link to itself
                 yield from self._walk(entry.path, f"{name}/")
             elif entry.name.lower().endswith(_OTHER_KINDS):
                 suffix = entry.name[entry.name.rindex(".") :]
                 self._other_kinds.setdefault(suffix, f"'{printable(folder)}/*{suffix}'")
                 self.other_files += 1
-            elif not entry.is_file() or is_annotation(entry.name):
+            elif not os.path.isfile(entry.path) or is_annotation(entry.name):
                 self.other_files += 1  # also a dangling link, a FIFO, a socket
             else:
                 yield name

@@ -12,6 +12,7 @@ from typing import Any
 
 from e4t_cli.datasets.sources import ImageItem, MapStyleSource, is_image, optional_package
 from e4t_cli.errors import E4TError, InputError, UsageError, WeightsUnavailable, printable
+from e4t_cli.system_memory import memory_ran_out
 
 _HUB = re.compile(
     r"hf://(?:datasets/)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w\[\]%:+-]+))?"
@@ -69,6 +70,8 @@ class ArrowSource(MapStyleSource):
         try:
             found = self._table[index][self._column] or {}
         except Exception as error:  # a damaged table, of which pyarrow reads a row when it is asked for
+            if memory_ran_out(error):
+                raise
             return ImageItem(name=f"row {index}", image=b"", fault=f"it cannot be read: {printable(str(error))}")
         content = found.get("bytes")
         # An empty row is a bad image like any other.

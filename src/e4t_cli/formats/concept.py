@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from e4t_cli.errors import IntegrityError, UsageError, printable
+from e4t_cli.errors import E4TError, InputError, IntegrityError, UsageError, printable
 from e4t_cli.files import write_atomically
+from e4t_cli.formats.recognition import recognize
 from e4t_cli.hub.addons import Addon, check_same
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
@@ -167,7 +168,7 @@ class Concept:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a concept; raises UsageError if there is no such file, IntegrityError if it is not a usable concept."""
+        """Read a concept; raises UsageError, InputError or IntegrityError if there is none, it is none, or damaged."""
         path = Path(path)
         if not os.path.isfile(path):
             raise UsageError(f"there is no concept {printable(str(path))}", hint="make one: e4t personalize … --save")
@@ -177,7 +178,7 @@ class Concept:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return cls._from_file(header, tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
-            raise IntegrityError(f"{printable(str(path))} is not a usable concept: {printable(str(error))}") from error
+            raise _unusable(path, error) from error
 
     @classmethod
     def _from_file(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
@@ -207,3 +208,20 @@ class Concept:
         weights = {key.removeprefix("weights."): value for key, value in tensors.items()}
         fields = {_FIELDS.get(key, key): value for key, value in header.items()}
         return cls(prepared=prepared, image_features=features, config=config, weights=weights, addons=addons, **fields)
+
+
+def _unusable(path: Path, error: Exception) -> E4TError:
+    """Return the error for a file that is another than a concept (InputError), or is a damaged one."""
+    kind = IntegrityError if path.suffix == ".e4t" else InputError  # a concept by its name
+    shown, hint = printable(str(path)), "make a concept: e4t personalize … --save me.e4t"
+    try:
+        found = recognize(path)
+    except InputError as other:
+        return kind(other.message, hint=hint)
+    except IntegrityError as other:
+        if isinstance(error, SafetensorError):
+            return other
+    else:
+        if found.type != "concept":
+            return kind(f"{shown} is no concept: its type is {found.type!r}", hint=hint)
+    return IntegrityError(f"{shown} is not a usable concept: {printable(str(error))}")

@@ -8,15 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import unicodedata
 from pathlib import Path
 
 from e4t_cli.files import check_absent, holds_only, put_in_place, write_atomically, writing
 from e4t_cli.temporary import leftovers, sweep
 
+WRITER = "written_by"  # key in the metadata of files that may be written again
 FOLDER = {
     *("model_index.json", "README.md", "unet", "vae", "text_encoder", "tokenizer"),
     *("scheduler", "safety_checker", "feature_extractor"),
 }
+
+
+def embedding_path(path: Path) -> Path:
+    """Return the path of the embedding of a file of weights or of a folder; its stem is the concept's token.
+
+    ComfyUI ends a token at a space or a comma, and stable-diffusion.cpp reads parentheses as a weight: the name has
+    letters, digits, "-" and "_" only.
+    """
+    plain = unicodedata.normalize("NFKD", path.name.removesuffix(".safetensors")).encode("ascii", "ignore").decode()
+    token = re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-") or "my"
+    return path.with_name(f"{token}-word.safetensors")
 
 
 def is_export(path: Path) -> bool:
@@ -27,8 +41,6 @@ def is_export(path: Path) -> bool:
         return len(words) == 1 and os.path.isfile(path / "model_index.json") and holds_only(path, {*FOLDER, *words})
     from safetensors import SafetensorError, safe_open
 
-    from e4t_cli.formats.textual_inversion import WRITER
-
     try:
         with safe_open(path, framework="numpy") as file:
             return WRITER in (file.metadata() or {})
@@ -38,8 +50,6 @@ def is_export(path: Path) -> bool:
 
 def _outputs(target: Path) -> list[Path]:
     """Return what an export writes: a folder, or the file of the word and then the one that needs it."""
-    from e4t_cli.formats.textual_inversion import embedding_path
-
     return [embedding_path(target), target] if target.suffix == ".safetensors" else [target]
 
 

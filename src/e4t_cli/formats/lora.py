@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e4t_cli.errors import UsageError
-from e4t_cli.formats.textual_inversion import embedding_path, write_with_embedding
+from e4t_cli.formats.export_files import embedding_path
+from e4t_cli.formats.textual_inversion import write_with_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.randomness import generator

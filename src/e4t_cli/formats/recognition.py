@@ -84,6 +84,19 @@ def recognize(path: str | os.PathLike[str]) -> Recognized:
         raise file_error(error, path, reading=True) from error
 
 
+def check_concept(path: str | os.PathLike[str]) -> None:
+    """Raise InputError if a path is anything but a concept, another error if it is none or damaged."""
+    hint = "make a concept: e4t personalize … --save"
+    try:
+        found = recognize(path)
+    except InputError as error:
+        raise InputError(
+            f"{error.message}, and is no concept", hint=hint if error.hint == HINT else error.hint
+        ) from error
+    if found.type != "concept":
+        raise InputError(f"{printable(str(path))} is no concept, its type is {found.type!r}", hint=hint)
+
+
 def _file(path: Path, shown: str) -> Recognized:
     if path.name == "domain.toml":
         return _domain(path.parent, shown)
@@ -123,7 +136,7 @@ def _png(data: bytes, shown: str) -> Recognized:
     facts = {"width": width, "height": height, "marked_as_generated": found.ai_generated}
     if found.details is None and found.by_e4t and not found.ai_generated:
         return Recognized(type="prepared", facts=facts)
-    recorded = _renamed(found.details or {"parameters": found.parameters}, shown)
+    recorded = todays_names(found.details or {"parameters": found.parameters}, shown)
     return Recognized(type="grid" if "images" in recorded else "image", facts=facts, recorded=recorded)
 
 
@@ -158,7 +171,7 @@ def _tensors(path: Path, shown: str, facts: dict[str, Any]) -> Recognized:
         return Recognized(type="word", facts=facts, recorded=metadata)
     if any(key.startswith("model.diffusion_model.") for key in shapes):
         return Recognized(type="checkpoint", facts=facts, recorded=metadata)
-    folder = path.resolve().parent
+    folder = Path(os.path.realpath(path)).parent
     for name, whole in (("domain.toml", folder), ("model_index.json", folder.parent)):
         if os.path.isfile(whole / name):
             raise InputError(f"{shown} is a part of a folder", hint=f"e4t info {printable(str(whole))}")
@@ -185,13 +198,13 @@ def _concept(header: str, shapes: Mapping[str, tuple[int, ...]], shown: str, fac
 def _object(text: str, shown: str) -> dict[str, Any]:
     """Return a JSON object under today's names; IntegrityError if it is none."""
     try:
-        return _renamed(json.loads(text), shown)
+        return todays_names(json.loads(text), shown)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{shown} is damaged: its JSON cannot be read") from error
 
 
-def _renamed(record: Any, shown: str) -> dict[str, Any]:
-    """Return a record under today's names, fit for JSON; IntegrityError if it is none, or nested too deeply."""
+def todays_names(record: Any, shown: str = "") -> dict[str, Any]:
+    """Return a file's record under today's names, fit for JSON; IntegrityError if it is none or nested too deeply."""
 
     def walk(value: Any, depth: int) -> Any:
         if depth > MAX_DEPTH:
@@ -239,7 +252,7 @@ def _domain(folder: Path, shown: str) -> Recognized:
     recorded = {**manifest.model_dump(exclude={"tuning", "pretraining", "sizes"}), "files": dict(manifest.files)}
     for name in ("tuning", "pretraining"):
         recorded[name] = dict(vars(getattr(manifest, name)))
-    return Recognized(type="domain", facts=facts, recorded=_renamed(recorded, shown))
+    return Recognized(type="domain", facts=facts, recorded=todays_names(recorded, shown))
 
 
 def _model(folder: Path, shown: str) -> Recognized:

@@ -33,7 +33,8 @@ from transformers import AddedToken, CLIPTextModel
 
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.files import check_absent, rename_folder_to_free_name, staging_directory, sync_tree
-from e4t_cli.formats.textual_inversion import embedding_path, write_with_embedding
+from e4t_cli.formats.export_files import embedding_path
+from e4t_cli.formats.textual_inversion import write_with_embedding
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.loading import CHECKER, FEATURE_EXTRACTOR, load_part
 from e4t_cli.models.text_to_image import TextToImageModel

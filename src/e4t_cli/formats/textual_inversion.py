@@ -9,8 +9,6 @@ the embedding is a second file beside the weights.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from e4t_cli.files import check_absent, rename_to_free_name, staging_directory, sync_tree
+from e4t_cli.formats.export_files import WRITER, embedding_path
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.randomness import draw
 from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features
 from e4t_cli.registry.domain import PreparedImage
 
-WRITER = "written_by"  # key in the metadata of files that may be written again
 NOISE_LEVELS = 16  # each in its own range of time steps, as in a step of tuning
 
 
@@ -62,17 +60,6 @@ def mean_concept_embedding(
     mean = e_c.mean(dim=0)
     distance = (e_c - mean).norm(dim=1).mean() / (mean - tuned.e_domain).norm().clamp(min=1e-12)
     return ConceptEmbedding(embedding=mean, variation=float(distance))
-
-
-def embedding_path(path: Path) -> Path:
-    """Return the path of the embedding of a file of weights or of a folder; its stem is the concept's token.
-
-    ComfyUI ends a token at a space or a comma, and stable-diffusion.cpp reads parentheses as a weight: the name has
-    letters, digits, "-" and "_" only.
-    """
-    plain = unicodedata.normalize("NFKD", path.name.removesuffix(".safetensors")).encode("ascii", "ignore").decode()
-    token = re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-") or "my"
-    return path.with_name(f"{token}-word.safetensors")
 
 
 def check_both_absent(path: Path) -> None:

@@ -19,7 +19,23 @@ MAX_CONFIG = 32 << 20  # bytes: a tokenizer.json has 4 MB
 MAX_SIDE = 4096  # pixels
 MAX_TIMESTEPS = 100_000  # Stable Diffusion has 1,000
 # Modules are built before a file is compared with them, so their number is bounded.
-_LIMITS = {"layers_per_block": 32, "transformer_layers_per_block": 32, "num_hidden_layers": 256}
+MAX_WIDTH = 65_536  # of any layer; the widest of Stable Diffusion has 10,240
+MAX_BLOCKS = 16
+MAX_PARAMETERS = 20_000_000_000  # of one part; Stable Diffusion's U-Net has 0.9
+_LIMITS = {
+    "layers_per_block": 32,
+    "transformer_layers_per_block": 32,
+    "num_hidden_layers": 256,
+    "layers": 256,
+    "vocab_size": 1 << 20,
+    "image_size": MAX_SIDE,
+    "sample_size": MAX_SIDE,
+}
+_WIDTHS = (
+    *("block_out_channels", "in_channels", "out_channels", "latent_channels", "norm_num_groups", "sample_size"),
+    *("cross_attention_dim", "attention_head_dim", "num_attention_heads", "time_embedding_dim", "projection_dim"),
+    *("hidden_size", "intermediate_size", "max_position_embeddings", "width", "head_width", "patch_size"),
+)
 _CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
 
 
@@ -96,13 +112,20 @@ def check_architecture(folder: Path) -> None:
 
 
 def wrong_size(*configs: dict[str, Any]) -> str:
-    """Return which depth of a network in configs is impossible, or ""."""
+    """Return which depth or width of a network in configs, or in tables inside them, is impossible, or ""."""
     for config in configs:
-        for key, limit in _LIMITS.items():
-            value = config.get(key, 1)
+        for key in (*_LIMITS, *_WIDTHS):
+            value, limit = config.get(key, 1), _LIMITS.get(key, MAX_WIDTH)
             counts = value if isinstance(value, list) else [value]
-            if any(type(count) is not int or not 0 < count <= limit for count in counts):
+            if value is None and key in _WIDTHS:
+                continue  # derived from another
+            if any(type(count) is not int or not 0 < count <= limit for count in counts) or len(counts) > MAX_BLOCKS:
                 return f"{key} in a config is {printable(str(value), limit=40)}"
+        for key, value in config.items():
+            if isinstance(value, list) and len(value) > MAX_BLOCKS and key.endswith("block_types"):
+                return f"{key} in a config has {len(value):,} entries"
+            if isinstance(value, dict) and (wrong := wrong_size(value)):
+                return wrong
     return ""
 
 

@@ -152,7 +152,7 @@ def read_base(folder: Path) -> Base:
     path = folder / "base.toml"
     try:
         if not os.path.isfile(path):
-            name = _as_name(folder.resolve().name) or "base"
+            name = _as_name(os.path.basename(os.path.realpath(folder))) or "base"
             return Base(name=name, folder=folder, resolution=resolution_of(folder))
         with path.open("rb") as file:
             data = file.read(_MAX_MANIFEST + 1)

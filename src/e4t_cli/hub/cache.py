@@ -208,4 +208,4 @@ def remove(item: CacheItem) -> None:
 
 
 def _blobs(folder: Path) -> set[Path]:
-    return {link.resolve() for link in folder.rglob("*") if os.path.islink(link)}
+    return {Path(os.path.realpath(link)) for link in folder.rglob("*") if os.path.islink(link)}

@@ -131,7 +131,7 @@ def _connection_error(one: BaseException, what: _Request) -> E4TError | None:
         return WeightsUnavailable(f"the hub did not answer in time for {repository}", hint=AGAIN)
     if _is_http(one) or isinstance(one, ConnectionError):
         message = f"the hub cannot be reached for {repository}"
-        return WeightsUnavailable(message, hint="check the network, or use --base mini, which needs none")
+        return WeightsUnavailable(message, hint="check the network; --base mini needs none, but knows drawings only")
     return None
 
 

@@ -17,6 +17,7 @@ from e4t_cli.errors import E4TError, InputError, UsageError, printable
 from e4t_cli.images.decoding import OpenedImage, decode
 from e4t_cli.images.framing import Frame
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
+from e4t_cli.system_memory import memory_ran_out
 
 MAX_BYTES = 256 * 1024 * 1024
 MIN_COVERAGE = 0.01  # a mask over a smaller part of the image is left out: the loss divides by its area
@@ -80,9 +81,9 @@ def prepare_image(domain: Domain, image: Image.Image, target: PreparationTarget)
         about = f"the preparation of domain {domain.name!r} ({domain.prepare.__module__})"
         try:
             prepared = domain.prepare(image, target)
-        except E4TError:
-            raise
         except Exception as error:
+            if isinstance(error, E4TError) or memory_ran_out(error):
+                raise
             message = f"{about} failed: " + printable(f"{type(error).__name__}: {error}")
             raise E4TError(message, hint="E4T_DEBUG=1 shows the traceback") from error
         size = getattr(getattr(prepared, "image", None), "size", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -33,11 +34,13 @@ def check_folder(folder: str | os.PathLike[str], *, create: bool = True) -> Path
     """
     path = there = Path(folder)
     try:
-        if create:
-            path.mkdir(parents=True, exist_ok=True)
         while not os.path.lexists(there) and there != there.parent:
             there = there.parent
         os.stat(os.path.join(there, "."))  # NotADirectoryError, or a link to nowhere
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+    except NotADirectoryError as error:
+        raise file_error(FileExistsError(errno.EEXIST, ""), there) from error
     except (OSError, ValueError) as error:
         raise file_error(error, path) from error
     if not os.access(there, os.W_OK | os.X_OK):

@@ -26,6 +26,7 @@ from e4t_cli.hub.bases import Base, installed_bases
 from e4t_cli.hub.paths import snapshot_folder
 from e4t_cli.hub.repo_info import cached_repo_infos
 from e4t_cli.models.loading import canonical_key, weight_paths
+from e4t_cli.system_memory import memory_ran_out
 
 _WHOLE = 1 << 16  # values of a tensor that is read whole; of a larger one, as many rows as follows
 _ROWS = 16
@@ -108,7 +109,9 @@ def recorded_fingerprint(base: Base) -> str:
         return folder_fingerprint(base.folder)
     try:
         return weights_fingerprint(base.folder)
-    except (OSError, ValueError, SafetensorError, IntegrityError):  # as of a base put together in Python
+    except (OSError, ValueError, SafetensorError, IntegrityError) as error:  # as of a base put together in Python
+        if memory_ran_out(error):
+            raise  # else another base would be blamed
         return folder_fingerprint(base.folder)
 
 
@@ -128,8 +131,9 @@ def differing_parts(base: Base, recorded: str) -> list[str] | None:
         for folder in _folders_of(recorded):
             other = part_fingerprints(folder)
             return sorted(part for part in own.keys() | other.keys() if own.get(part) != other.get(part))
-    except (OSError, ValueError, SafetensorError, IntegrityError):
-        pass
+    except (OSError, ValueError, SafetensorError, IntegrityError) as error:
+        if memory_ran_out(error):
+            raise
     return None
 
 

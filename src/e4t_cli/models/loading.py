@@ -19,15 +19,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from safetensors.torch import load_file
 
-from e4t_cli.devices import memory_ran_out
 from e4t_cli.errors import E4TError, IntegrityError, WeightsUnavailable, printable
-from e4t_cli.hub.architecture import no_safetensors, read_config, shard_names, wrong_size
+from e4t_cli.hub.architecture import MAX_PARAMETERS, no_safetensors, read_config, shard_names, wrong_size
 from e4t_cli.hub.bases import weight_files, weight_stem
 from e4t_cli.nn.word_embedding_encoder import ImageTower
+from e4t_cli.system_memory import memory_ran_out
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
+MIN_LENGTH = 4  # tokens of a prompt that a base reads: begin, a word or two, end
 CHECKER, FEATURE_EXTRACTOR = "safety_checker", "feature_extractor"
 CONFIGS = ("unet/config.json", "text_encoder/config.json")
 TOWER_CONFIGS = ("open_clip_config.json", "config.json")
@@ -102,6 +103,7 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
         if wrong := wrong_size(read_config(folder / "config.json")):
             raise ValueError(wrong)
         part = _empty_part(kind, folder, dtype)
+        check_parameters(part)
         names = {canonical_key(key): key for key in part.state_dict()}
         tensors = {}
         for path in weight_paths(folder, half):
@@ -140,6 +142,12 @@ def _empty_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         return kind(config)
 
 
+def check_parameters(part: torch.nn.Module) -> None:
+    """Raise ValueError for an impossible number of weights; none has been allocated."""
+    if (count := sum(weight.numel() for weight in part.parameters())) > MAX_PARAMETERS:
+        raise ValueError(f"it would have {count:,} weights")
+
+
 def weight_paths(folder: Path, half: bool) -> list[Path]:
     """Return the safetensors files with the weights of a part: one, or the shards of its index.
 
@@ -165,6 +173,24 @@ def load_settings(kind: Any, folder: Path) -> Any:
         raise IntegrityError(f"the base's {folder.name} cannot be loaded: {printable(str(error))}") from error
 
 
+def load_tokenizer(kind: Any, folder: Path, rows: int) -> Any:
+    """Read a tokenizer, and compare it with the rows of the text encoder's table; IntegrityError as above."""
+    tokenizer = load_settings(kind, folder)
+    try:
+        length = tokenizer.model_max_length
+        if type(length) is not int or length < MIN_LENGTH:
+            raise ValueError(f"model_max_length is {printable(str(length), limit=40)}")
+        special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id
+        used = [*tokenizer.get_vocab().values(), *special, *tokenizer("a photo").input_ids]
+        if any(type(number) is not int or not 0 <= number < rows for number in used):
+            raise ValueError(f"it has tokens that are none of the text encoder's {rows:,}")
+    except Exception as error:  # as there
+        if memory_ran_out(error):
+            raise
+        raise IntegrityError(f"the base's {folder.name} cannot be used: {printable(str(error))}") from error
+    return tokenizer
+
+
 def load_tower(folder: Path) -> ImageTower:
     """Read a visual tower from open_clip_config.json and model.safetensors."""
     from open_clip.transformer import QuickGELU, VisionTransformer  # slow to import
@@ -177,12 +203,15 @@ def load_tower(folder: Path) -> ImageTower:
         config = read_config(config_path)
         model, preprocess = config["model_cfg"], config["preprocess_cfg"]
         options = dict(model["vision_cfg"])
+        if wrong := wrong_size(options, {"projection_dim": model["embed_dim"]}):
+            raise ValueError(wrong)
         options.setdefault("mlp_ratio", 4.0)
         if model.get("quick_gelu"):
             options["act_layer"] = QuickGELU
         heads = options["width"] // options.pop("head_width", 64)
         with torch.device("meta"):
             visual = VisionTransformer(heads=heads, output_dim=model["embed_dim"], **options)
+        check_parameters(visual)
         visual.load_state_dict(load_file(weights_path), strict=True, assign=True)
         size = preprocess.get("size", options["image_size"])
         side = size if isinstance(size, int) else size[0]

@@ -28,7 +28,7 @@ from e4t_cli.hub.addons import Addon
 from e4t_cli.hub.architecture import USABLE, check_schedule, wrong_schedule
 from e4t_cli.hub.bases import Base, read_base
 from e4t_cli.models.fingerprints import folder_fingerprint, recorded_fingerprint
-from e4t_cli.models.loading import load_part, load_settings, load_tower
+from e4t_cli.models.loading import load_part, load_settings, load_tokenizer, load_tower
 from e4t_cli.models.prompt_embedding import NO_WORDS, AddedWords, Tokens, tokenize_prompts, with_embedding
 from e4t_cli.nn.precision import PrecisionPolicy, full_precision, math_attention
 from e4t_cli.nn.unet import check_unet, feature_widths
@@ -134,7 +134,8 @@ class TextToImageModel:
             for name in ("unet", "vae"):
                 # Tensor cores need this memory format for convolutions, and would convert to it at each call.
                 parts[name] = parts[name].to(memory_format=torch.channels_last)
-        tokenizer = load_settings(CLIPTokenizer, base.folder / "tokenizer")
+        rows = parts["text_encoder"].get_input_embeddings().weight.shape[0]
+        tokenizer = load_tokenizer(CLIPTokenizer, base.folder / "tokenizer", rows)
         # As diffusers' pipelines take every schedule, and Stable Diffusion has it: with another value they would not
         # generate what we do from an exported model. Training does not use it.
         noise_schedule.register_to_config(steps_offset=1)

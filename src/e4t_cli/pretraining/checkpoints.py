@@ -50,6 +50,7 @@ class Checkpoints:
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
         self.folder, self.run = folder, run
         self.kept: list[Path] = []
+        self.left_out: set[int] = set()  # images that were found to be unusable: a resumed run may not meet them
         self.remarks: list[str] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ class Checkpoints:
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in moments.items()}
         path = self.folder / f"step-{step:08d}.safetensors"
-        metadata = {"step": str(step), "run": json.dumps(self.run)}
+        metadata = {"step": str(step), "run": json.dumps(self.run), "left_out": json.dumps(sorted(self.left_out))}
         try:
             write_atomically(path, save({key: value.cpu() for key, value in tensors.items()}, metadata))
             write_atomically(self.folder / LATEST, f"{path.name}\n".encode())
@@ -93,10 +94,13 @@ class Checkpoints:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             step, run = int(metadata["step"]), json.loads(metadata["run"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            left_out = {int(index) for index in json.loads(metadata.get("left_out", "[]"))}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             message = f"the checkpoint {path.name} cannot be read: {error}"
             raise IntegrityError(message, hint="remove it to resume from the one before") from error
         self._compare(run, force)
+        if run.get("data") == self.run.get("data"):
+            self.left_out |= left_out
         moments: dict[int, dict[str, Tensor]] = {}
         for key in [key for key in tensors if key.startswith(_OPTIMIZER)]:
             index, _, moment = key.removeprefix(_OPTIMIZER).partition(".")

@@ -194,11 +194,11 @@ class OnTheFlyDataset(_OnTheFly):
     def __init__(self, model: TextToImageModel, source: MapStyleSource, reader: ImageReader) -> None:
         super().__init__(model, reader, source.fingerprint, reader.key)
         self._source = source
-        self._bad: set[int] = set()
+        self.left_out: set[int] = set()  # indices of images that cannot be used
         self._ahead: dict[tuple[int, int, int], Future[PreparedImage]] = {}
 
     def __len__(self) -> int:
-        return len(self._source) - len(self._bad)
+        return len(self._source) - len(self.left_out)
 
     def rows(self, *, seed: int, step: int, positions: range, batch_size: int) -> EncodedRows:
         """Visit all images once an epoch, in a new order (see `TrainingData`)."""
@@ -217,11 +217,11 @@ class OnTheFlyDataset(_OnTheFly):
     def _usable(self, index: int) -> PreparedImage:
         count = len(self._source)
         for candidate in (later % count for later in range(index, index + count)):
-            if candidate not in self._bad:
+            if candidate not in self.left_out:
                 found = self.reader.prepare(self._source[candidate])
                 if not isinstance(found, str):
                     return found
-                self._bad.add(candidate)
+                self.left_out.add(candidate)
         raise self.reader.empty_error()
 
 

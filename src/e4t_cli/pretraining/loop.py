@@ -182,6 +182,9 @@ def pretrain_domain(
     run |= {"processes": processes.count, "micro_batch": size}
     history = Checkpoints(checkpoints.folder, run) if checkpoints.folder is not None else None
     done = 0
+    if history is not None:
+        # The same set: what cannot be used is part of the state of data that is encoded when a step needs it.
+        history.left_out = getattr(data, "left_out", history.left_out)
     if history is not None and checkpoints.resume:
         done = history.restore(loss, optimizer, force=checkpoints.force)
     processes.check_same(done, "the step of their last checkpoint")

@@ -53,7 +53,7 @@ def user_domain(folder: Path) -> Domain:
         descriptor=manifest.descriptor,
         tuning=manifest.tuning,
         pretraining=manifest.pretraining,
-        weights={manifest.base: str(folder.resolve())},
+        weights={manifest.base: os.path.realpath(folder)},
         prompt_templates=tuple(manifest.templates),
         licence=manifest.licence,
         summary=f"pre-trained on {manifest.images:,} images" if manifest.images else "",

@@ -33,6 +33,7 @@ from e4t_cli.registry.manifest import (
     parse_manifest,
     read_manifest,
 )
+from e4t_cli.system_memory import check_addresses
 from e4t_cli.temporary import sweep, temporary_path
 
 MAX_MEMBERS = 1000
@@ -88,6 +89,7 @@ def add_domain(
             manifest = copy_domain_folder(folder, copy, on_progress, links_into=root, shown=shown)
             user_domain(copy)  # a valid manifest can still make no valid Domain
             if manifest.encoder:  # the first manifests state no sizes
+                check_addresses()
                 from e4t_cli.models.domain_folder import check_headers  # loads torch
 
                 check_headers(copy, manifest)
@@ -283,11 +285,11 @@ def copy_domain_folder(
         IntegrityError: a file is missing, differs from the manifest, or has an invalid header.
         ResourceError: there is not enough disk space.
     """
-    shown, root = shown or printable(str(folder)), (links_into or folder).resolve()
+    shown, root = shown or printable(str(folder)), Path(os.path.realpath(links_into or folder))
 
     def find(name: str) -> Path:
         try:
-            path = (folder / name).resolve(strict=True)
+            path = Path(os.path.realpath(folder / name, strict=True))
         except (OSError, RuntimeError):
             raise IntegrityError(f"{shown} has no file {printable(name)}") from None
         if not path.is_relative_to(root):

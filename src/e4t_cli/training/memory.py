@@ -17,11 +17,12 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from e4t_cli.devices import GB, budget_of, free_memory_bytes, free_ram
+from e4t_cli.devices import budget_of, free_memory_bytes
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import attention_layers
 from e4t_cli.registry.config import TuningConfig
+from e4t_cli.system_memory import GB, free_ram
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from e4t_cli.devices import captures_graphs, free_memory, memory_ran_out, trim_heap
+from e4t_cli.devices import captures_graphs, free_memory, trim_heap
 from e4t_cli.errors import DivergedError, ResourceError
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
@@ -27,6 +27,7 @@ from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import training_prompts
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage
+from e4t_cli.system_memory import memory_ran_out
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
 from e4t_cli.training.loss import MIN_MASK_AREA, TrainingBatch, latent_mask, training_loss
 from e4t_cli.training.memory import Plan, can_offload

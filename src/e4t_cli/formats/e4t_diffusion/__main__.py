@@ -25,8 +25,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from e4t_cli.errors import E4TError, IntegrityError, ResourceError, printable
+from e4t_cli.errors import E4TError, IntegrityError, printable
 from e4t_cli.files import file_error, sha256_of
+from e4t_cli.system_memory import memory_ran_out, out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,10 +152,13 @@ def main() -> int:
         )
     except E4TError as error:
         failure = error
-    except MemoryError:
-        failure = ResourceError("memory ran out")
-    except OSError as error:
-        failure = file_error(error, target)
+    except Exception as error:
+        if memory_ran_out(error):
+            failure = out_of_memory("close other programs: it needs about as much memory as its largest file")
+        elif isinstance(error, OSError):
+            failure = file_error(error, target)
+        else:
+            raise
     else:
         answer(result=asdict(result))
         return 0

@@ -23,6 +23,7 @@ from e4t_cli.errors import E4TError, IntegrityError, ResourceError, UsageError, 
 from e4t_cli.files import put_in_place, staging_directory
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
+from e4t_cli.system_memory import free_addresses
 from e4t_cli.temporary import sweep
 
 ENCODER, OFFSETS, UNET, PHOTO = "encoder.pt", "weight_offsets.pt", "unet.pt", "domain.png"
@@ -252,9 +253,9 @@ def _run_child(request: ConversionRequest, folder: Path, on_progress: ProgressCa
         kinds: list[type[E4TError]] = [E4TError, *E4TError.__subclasses__()]
         kind = next((one for one in kinds if one.exit_code == exit_code), IntegrityError)
         raise kind(printable(str(message)), hint=None if hint is None else printable(str(hint)))
-    if code == -9:
+    if code == -9 or free_addresses() is not None:  # `ulimit -v`: libraries crash where it is too small
         hint = "close other programs: it needs about as much memory as its largest file"
-        raise ResourceError("the conversion was killed, probably because memory ran out", hint=hint)
+        raise ResourceError(f"the conversion ended with code {code}, probably because memory ran out", hint=hint)
     message = f"{printable(request.folder)} could not be converted: reading it ended with code {code}"
     raise IntegrityError(message, hint="E4T_DEBUG=1 shows what that process printed")
 
