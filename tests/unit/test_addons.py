@@ -257,7 +257,7 @@ def in_pipeline(folder, prepare, prompt, negative=""):
     prepare(pipeline)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     return pipeline(
-        prompt, negative_prompt=negative, latents=noise, num_inference_steps=3, guidance_scale=3.0,
+        prompt, negative_prompt=negative, latents=noise, num_inference_steps=20, guidance_scale=3.0,
         output_type="latent",
     ).images  # fmt: skip
 
@@ -274,7 +274,7 @@ def pipeline_folder(base_folder, tmp_path_factory):
 
 
 def own_latents(model, prompt, negative=""):
-    few = SamplingConfig(steps=3, guidance=3.0, negative_prompt=negative)
+    few = SamplingConfig(steps=20, guidance=3.0, negative_prompt=negative)
     plain = TunedModel.plain(model, "face")
     return generate_latents(model, plain, [parse_prompt(prompt, require_placeholder=False)], [1], few)
 
