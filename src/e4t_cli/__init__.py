@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         WeightsUnavailable,
     )
     from .formats.concept import Concept
+    from .hub.addons import BaseAddons
     from .hub.bases import find_base
     from .images.framing import Frame
     from .images.loading import center_square, open_image
@@ -62,6 +63,7 @@ _IMPORT_STRUCTURE = {
         "WeightsUnavailable",
     ],
     "formats.concept": ["Concept"],
+    "hub.addons": ["BaseAddons"],
     "hub.bases": ["find_base"],
     "images.framing": ["Frame"],
     "images.loading": ["center_square", "open_image"],
@@ -80,8 +82,8 @@ _IMPORT_STRUCTURE = {
 _HOME = {name: module for module, names in _IMPORT_STRUCTURE.items() for name in names}
 
 __all__ = [
-    "Concept", "DivergedError", "Domain", "DomainWeights", "E4TError", "FoundSubject", "Frame", "GeneratedImage",
-    "InputError", "IntegrityError", "PartialResult", "Personalization", "PreparationTarget", "PreparedImage",
+    "BaseAddons", "Concept", "DivergedError", "Domain", "DomainWeights", "E4TError", "FoundSubject", "Frame",
+    "GeneratedImage", "InputError", "IntegrityError", "PartialResult", "Personalization", "PreparationTarget", "PreparedImage",
     "PretrainingConfig", "Progress", "PromptRequest", "ResourceError", "SUBJECT_TEMPLATES", "SamplingConfig",
     "TextToImageModel", "TuningConfig", "UsageError", "WeightsUnavailable", "__version__", "center_square",
     "check_domain", "export", "find_base", "find_domain", "generate", "installed_domains", "load_segmenter",

@@ -81,7 +81,8 @@ class PromptRequest:
 
 
 @lru_cache
-def _rule(placeholder: str) -> re.Pattern[str]:
+def word_rule(placeholder: str) -> re.Pattern[str]:
+    """Return the pattern that finds a placeholder or another word of its own, by the rule above."""
     core = re.escape(placeholder)
     before = r"(?<![\w*])" if re.match(r"[\w*]", placeholder) else ""
     after = r"(?![\w*])" if re.search(r"[\w*]$", placeholder) else ""
@@ -112,7 +113,7 @@ def parse_prompt(text: str, placeholder: str = PLACEHOLDER, *, require_placehold
     if not plain:
         raise UsageError("the prompt is empty", hint=f'for example: "{placeholder} on the beach"')
     # None between the parts, and no empty parts.
-    separated = [piece for part in _rule(placeholder).split(plain) for piece in (None, part)][1:]
+    separated = [piece for part in word_rule(placeholder).split(plain) for piece in (None, part)][1:]
     segments = tuple(piece for piece in separated if piece != "")
     if require_placeholder and None not in segments:
         hint = f'for example: "{placeholder} as an astronaut" (in quotes: shells expand *)'
@@ -148,7 +149,7 @@ def parse_negative_prompt(text: str, placeholder: str) -> Prompt:
         UsageError: it is too long, not text, or names the concept.
     """
     plain = plain_text(text, "the negative prompt")
-    if _rule(placeholder).search(plain):
+    if word_rule(placeholder).search(plain):
         message = f"the negative prompt {printable(plain, limit=60)!r} names the concept, {placeholder}"
         raise UsageError(message, hint="say in other words what the images should not show")
     return Prompt(plain, (plain,) if plain else (), placeholder)

@@ -106,6 +106,10 @@ def export(
         # Everything that can be refused is checked before the tuning.
         if lora is not None:
             lora_file.check_rank(lora)
+            if some := [str(one) for one in model.addons if one.kind == "lora"]:
+                session.note(
+                    "export", f"the file is what tuning added to the base with {' and '.join(some)}: use both"
+                )
         elif alone:
             stable_diffusion.check_single_file(model)
         elif not in_file:

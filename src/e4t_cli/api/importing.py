@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from e4t_cli.api.options import ImportKeywords, ImportOptions
-from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING, base_name, resolve_base
+from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING, base_name, refuse_addons, resolve_base
 from e4t_cli.api.session import Session
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
 from e4t_cli.files import check_absent, put_in_place, sha256_of, staging_directory
@@ -153,6 +153,7 @@ def import_checkpoint(folder: str | os.PathLike[str], **options: Unpack[ImportKe
 
 def _request(checkpoint: Checkpoint, asked: ImportOptions) -> tuple[ConversionRequest, Path]:
     """Return what to convert and the new domain's place."""
+    refuse_addons(asked)
     alike = _domain_alike(checkpoint, asked.name)
     chosen = asked.name or (
         alike.name if alike else re.sub(r"[^a-z0-9_-]+", "-", checkpoint.descriptor.lower()).strip("-_")[:64]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
+from e4t_cli.hub.addons import BaseAddons
+
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
     from e4t_cli.hub.paths import AskLicence
@@ -39,6 +41,7 @@ class RunOptions:
         offline: use only what is on this machine, and open no socket.
         accept_license: True accepts the licence of what has to be fetched; a function is called with the question.
         on_progress: called with the progress of every stage.
+        addons: LoRAs, textual inversions and a VAE that are added to the loaded base; not in pre-training.
     """
 
     base: str | os.PathLike[str] | TextToImageModel = "auto"
@@ -47,6 +50,7 @@ class RunOptions:
     offline: bool = False
     accept_license: bool | AskLicence = False
     on_progress: ProgressCallback | None = None
+    addons: BaseAddons = BaseAddons()  # it is frozen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +193,7 @@ class RunKeywords(TypedDict, total=False):
     offline: bool
     accept_license: bool | AskLicence
     on_progress: ProgressCallback | None
+    addons: BaseAddons
 
 
 class GenerateKeywords(RunKeywords, total=False):

@@ -25,6 +25,7 @@ from e4t_cli.api.photographs import doubts_about_photo
 from e4t_cli.api.repetition import other_circumstances, repeated
 from e4t_cli.api.resolve import (
     Prompts,
+    check_addons,
     load_concept,
     load_concept_models,
     parse_prompts,
@@ -97,6 +98,7 @@ def personalize(
     photo = open_image(image)
     mask = resolve_mask(asked.mask, photo)
     session = Session(asked, vram=asked.vram, safety=asked.safety_checker)
+    asked.addons.check()
     other = resolve_domain_base(asked.domain_base)
     base = resolve_base(asked, session.access, domain=value, safety=asked.safety_checker, domain_base=other)
     weights = resolve_domain_weights(value, base, session.access, domain_base=other)
@@ -127,6 +129,7 @@ def personalize(
             prepared=prepared, image_features=features, config=tuning, seed=seeds[0],
             image_sha256=photo.sha256, photo="; ".join(prepared.remarks),
             placeholder=check_placeholder(placeholder), domain_base=other,
+            addons=tuple(one for one in model.addons if one.kind != "embedding"),
         )  # fmt: skip
         tuned = session.tune(concept, keep_base=scales_concept(wanted))
         if asked.keep_weights:
@@ -177,6 +180,7 @@ def generate(
     with session.running():
         concept = load_concept(concept)
         parsed = parse_prompts(prompts, placeholder or concept.placeholder)
+        check_addons(concept, session.options, records)
         if records and (note := other_circumstances(records[0], concept)):
             session.note("load", note)
         wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)

@@ -24,6 +24,7 @@ from e4t_cli.api.personalization import preparation_target, prepare, resolve_mas
 from e4t_cli.api.repetition import repeated
 from e4t_cli.api.resolve import (
     Prompts,
+    check_addons,
     check_concept_base,
     find_concept_domain,
     find_weights,
@@ -98,6 +99,7 @@ def plan_personalization(
     value, _ = resolve_domain(domain)
     photo = open_image(image)
     mask = resolve_mask(asked.mask, photo)
+    asked.addons.check()
     base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base))
     target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
     if value.prepare is not None and (target.which != "largest" or target.required):
@@ -150,6 +152,7 @@ def plan_generation(
     concept = load_concept(concept)
     parsed = parse_prompts(prompts, placeholder or concept.placeholder)
     wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
+    check_addons(concept, asked, records)
     check_concept_base(concept, asked.base)
     value = find_concept_domain(concept.domain, concept.package)
     if asked.base == "auto":
@@ -168,7 +171,12 @@ class _Base:
     """
 
     def __init__(
-        self, options: GenerateOptions, domain: Domain, wanted: Sequence[ImageRequest], *, tower: bool,
+        self,
+        options: GenerateOptions,
+        domain: Domain,
+        wanted: Sequence[ImageRequest],
+        *,
+        tower: bool,
         domain_base: str,
     ) -> None:
         access = Session(options, vram=options.vram, safety=options.safety_checker).access
@@ -186,8 +194,12 @@ class _Base:
             if not here:
                 if access.cut_off:  # raises what the run would
                     resolve_base(
-                        replace(options, base=name), access, domain=domain,
-                        safety=options.safety_checker, domain_base=domain_base)
+                        replace(options, base=name),
+                        access,
+                        domain=domain,
+                        safety=options.safety_checker,
+                        domain_base=domain_base,
+                    )
                 self._fetch(name, half, tower=tower and needs_image_tower(domain, domain_base or name))
         else:
             model: TextToImageModel = options.base

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from e4t_cli.api.options import DomainTrainingOptions
-from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING
+from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING, refuse_addons
 from e4t_cli.datasets.reader import ImageReader
 from e4t_cli.datasets.sources import ImageSource, IterableSource, MapStyleSource, SinglePassSource
 from e4t_cli.errors import E4TError, ResourceError, UsageError, WeightsUnavailable, printable
@@ -78,6 +78,7 @@ def plan_domain(
     Raises:
         UsageError: a value is out of range, or there are such weights already.
     """
+    refuse_addons(options)
     called = name if isinstance(name, str) else name.name
     target = Path(folder) if folder is not None else user_domains_folder() / called
     sweep_place(target)

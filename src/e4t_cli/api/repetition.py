@@ -59,6 +59,10 @@ def other_circumstances(record: GenerationRecord, concept: Concept) -> str:
         "photo": (record.photo_sha256, concept.image_sha256),
         "base": (record.base_fingerprint, concept.base_fingerprint),
         "domain weights": (record.weights_fingerprint, concept.weights_digest),
+        "LoRAs or VAE": (
+            [one for one in record.addons if one.get("kind") != "embedding"],
+            [one.as_dict() for one in concept.addons],
+        ),
         "tuning": (dict(record.tuning), tuning),
     }
     others = [name for name, (then, now) in compared.items() if then != now]

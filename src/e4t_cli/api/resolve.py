@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from e4t_cli.api.options import RunOptions
 from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.devices import choose_device, likely_accelerator
-from e4t_cli.errors import E4TError, IntegrityError, UsageError, WeightsUnavailable, printable
+from e4t_cli.errors import E4TError, InputError, IntegrityError, UsageError, WeightsUnavailable, printable
+from e4t_cli.hub.addons import Addon, check_same
 from e4t_cli.hub.bases import (
     ACCELERATED,
     EMBEDDED,
@@ -40,6 +41,7 @@ from e4t_cli.schedulers import SamplingConfig
 
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
+    from e4t_cli.images.png_metadata import GenerationRecord
     from e4t_cli.models.text_to_image import TextToImageModel
 
 Prompts = str | PromptRequest | Sequence[str | PromptRequest]
@@ -151,7 +153,12 @@ def resolve_tuning(config: TuningConfig, method: str | None, steps: int | None) 
 
 
 def resolve_base(
-    options: RunOptions, access: HubAccess, *, domain: Domain | None = None, tower: bool = True, safety: bool = True,
+    options: RunOptions,
+    access: HubAccess,
+    *,
+    domain: Domain | None = None,
+    tower: bool = True,
+    safety: bool = True,
     domain_base: str = "",
 ) -> Base | TextToImageModel:
     """Return the base that was asked for, fetched if need be; a loaded model is returned as it is.
@@ -331,7 +338,11 @@ def find_weights(domain: Domain, base: str) -> Path | None:
 
 
 def resolve_domain_weights(
-    domain: Domain, base: Base | TextToImageModel | str, access: HubAccess, *, repair: bool = False,
+    domain: Domain,
+    base: Base | TextToImageModel | str,
+    access: HubAccess,
+    *,
+    repair: bool = False,
     domain_base: str = "",
 ) -> Path:
     """Return the folder with the domain's weights for a base, fetched if they are on the hub (`repair`: or damaged).
@@ -374,6 +385,37 @@ def check_concept_base(concept: Concept, wanted: str | os.PathLike[str] | TextTo
         raise IntegrityError(message, hint=f"leave --base out, or personalize the picture again on {name}")
 
 
+def refuse_addons(options: RunOptions) -> None:
+    """Raise UsageError if something was added to the base: weights of a domain belong to the base as it is."""
+    if options.addons or (not isinstance(options.base, str | os.PathLike) and options.base.addons):
+        hint = "leave the add-ons out; personalize and generate take them"
+        raise UsageError(
+            "the weights of a domain are made for a base without LoRAs, embeddings or another VAE", hint=hint
+        )
+
+
+def check_addons(concept: Concept, options: RunOptions, records: Sequence[GenerationRecord] = ()) -> None:
+    """Check what is to be added to the base, before it is loaded, against a concept and a picture to draw again.
+
+    Raises:
+        IntegrityError: the concept was made with other LoRAs or another VAE.
+        UsageError: the picture was drawn with an embedding that is not given.
+        E4TError: a file is no add-on.
+    """
+    loaded = options.base if not isinstance(options.base, str | os.PathLike) else None
+    given = options.addons.check() if loaded is None else loaded.addons
+    check_same(concept.addons, given, "this concept")
+    for record in records:
+        try:
+            used = [Addon.from_dict(one) for one in record.addons]
+        except ValueError as error:
+            raise InputError(f"the record in this picture is damaged: {error}") from error
+        words = [one for one in used if one.kind == "embedding"]
+        if missing := [one for one in words if one.identity not in {other.identity for other in given}]:
+            message = f"the picture was drawn with {' and '.join(map(str, missing))}, which is not given"
+            raise UsageError(message, hint=f"add {' '.join(one.option for one in missing)}")
+
+
 def load_concept_models(concept: Concept, session: Session) -> None:
     """Load the base and the domain weights that a concept was made with.
 
@@ -382,6 +424,7 @@ def load_concept_models(concept: Concept, session: Session) -> None:
         E4TError: another of its children.
     """
     options = session.options
+    check_addons(concept, options)
     check_concept_base(concept, options.base)
     domain = find_concept_domain(concept.domain, concept.package)
     if options.base == "auto":

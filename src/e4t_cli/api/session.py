@@ -25,6 +25,7 @@ from e4t_cli.devices import (
     read_ahead,
 )
 from e4t_cli.errors import ResourceError, UsageError, printable
+from e4t_cli.hub.addons import Addon, BaseAddons
 from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.vocabulary import read_vocabulary, words_of
@@ -65,8 +66,9 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def record_of(
-    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int], spacing: str
-) -> GenerationRecord:
+    concept: Concept, prompt: Prompt, seed: int, sampling: SamplingConfig, size: tuple[int, int], spacing: str,
+    addons: Iterable[Addon] = (),
+) -> GenerationRecord:  # fmt: skip
     """Return all that it takes to generate an image again; `size` is (width, height) in pixels."""
     return GenerationRecord(
         prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
@@ -75,7 +77,7 @@ def record_of(
         timestep_spacing=spacing, domain=concept.domain, domain_base=concept.domain_base,
         base=concept.base_name, base_fingerprint=concept.base_fingerprint,
         weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
-        tuning={**concept.config.as_dict(), "seed": concept.seed},
+        tuning={**concept.config.as_dict(), "seed": concept.seed}, addons=[one.as_dict() for one in addons],
     )  # fmt: skip
 
 
@@ -187,6 +189,11 @@ class Session:
                 dtype = choose_dtype(self.options.dtype, device, base.folder)
                 self.model = TextToImageModel.load(base, device=device, dtype=dtype)
                 self._owns_model = True
+                if self.options.addons:
+                    self._add(self.options.addons)
+            elif self.options.addons:
+                hint = "e4t_cli.formats.addons.apply_addons(model, addons), before it is used"
+                raise UsageError("add-ons change a base, and a loaded model may be in use", hint=hint)
             else:
                 self.model = base
             if weights is not None:
@@ -198,7 +205,24 @@ class Session:
                     self.note("load", f"{about}: their shapes fit; nobody has measured the quality")
                 elif not domain_base:
                     self.pretrained.check_base(self.model)
+                self._check_words()
         self.report(Progress(stage="load", done=1, total=1))
+
+    def _add(self, addons: BaseAddons) -> None:
+        from e4t_cli.formats.addons import apply_addons
+
+        def remark(text: str) -> None:
+            self.report(Progress(stage="load", remark=text))
+
+        apply_addons(self.model, addons, note=lambda text: self.note("load", text), remark=remark)
+
+    def _check_words(self) -> None:
+        """Raise UsageError if a prompt of tuning has a word of a textual inversion: the concept would depend on it."""
+        taken = self.model.words.found_in(" ".join(self.pretrained.templates))
+        if taken:
+            word = printable(sorted(taken)[0])
+            message = f"the word {word!r} of an embedding is in the prompts that a concept is tuned with"
+            raise UsageError(message, hint="give it another: --embedding FILE:WORD")
 
     def check_prompts(self, prompts: Sequence[Prompt], negative: Iterable[str] = ()) -> None:
         """Report before any tuning what the text encoder will truncate, does not know, or reads as plain words.
@@ -210,17 +234,33 @@ class Session:
         against = [parse_negative_prompt(text, one) for text in dict.fromkeys(negative) for one in placeholders]
         model, every = self.model, [*prompts, *against]
         descriptor = model.descriptor_id(self.pretrained.descriptor)
+        self._check_added_words(every)
         for index, dropped in enumerate(model.tokenize(every, descriptor).dropped if every else ()):
             if dropped:
                 which = "the prompt" if index < len(prompts) else "the negative prompt"
                 self.note("load", f"{which} is too long; left out: {printable(dropped)!r}")
-        plain = dict.fromkeys(part for prompt in every for part in foreign_syntax(prompt.text))
+        texts = (model.words.without(prompt.text) for prompt in every)
+        plain = dict.fromkeys(part for text in texts for part in foreign_syntax(text))
         if plain:
             self.note("load", f"{_listed(plain)}: read as plain words, without the meaning it has in other programs")
+        known = [
+            replace(one, segments=tuple(model.words.without(part or "") for part in one.segments)) for one in every
+        ]
         vocabulary = read_vocabulary(model.base.folder)
-        if vocabulary is not None and (unknown := unknown_words(every, words_of(vocabulary))):
+        if vocabulary is not None and (unknown := unknown_words(known, words_of(vocabulary))):
             name = model.base.name
             self.note("load", f"{name} does not know: {_listed(unknown)} (its words: e4t info {name})")
+
+    def _check_added_words(self, prompts: Sequence[Prompt]) -> None:
+        """Report words of textual inversions that no prompt has; raise UsageError if one is the placeholder."""
+        words = self.model.words
+        for placeholder in {prompt.placeholder for prompt in prompts}:
+            if words.found_in(placeholder):
+                message = f"{printable(placeholder)!r} is the concept, and the word of an embedding"
+                raise UsageError(message, hint="give it another: --embedding FILE:WORD")
+        read = {word for prompt in prompts for part in prompt.segments for word in words.found_in(part or "")}
+        if unread := [word for word in words.vectors if word not in read]:
+            self.note("load", f"no prompt has the word of the embedding: {_listed(unread)}")
 
     def check_sampling(self, wanted: Sequence[ImageRequest]) -> None:
         """Raise `UsageError` before any tuning if the base cannot be sampled in a way that is wanted."""
@@ -274,7 +314,8 @@ class Session:
         with self.stage("generate", counted=True):
             checker = self._safety_checker()
             for one, sampling, pixels in self._sampled(tuned, wanted):
-                record = record_of(concept, one.prompt, one.seed, sampling, pixels.size, self._spacing(sampling))
+                spacing, addons = self._spacing(sampling), self.model.addons
+                record = record_of(concept, one.prompt, one.seed, sampling, pixels.size, spacing, addons)
                 if checker is not None and checker.flags([pixels])[0]:
                     withheld.append(record)
                     continue

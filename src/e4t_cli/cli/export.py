@@ -12,6 +12,7 @@ from e4t_cli.cli import options
 from e4t_cli.cli.console import show_help
 from e4t_cli.cli.personalize import OwnPlaceholder, Saved, check_concept
 from e4t_cli.errors import UsageError, printable
+from e4t_cli.hub.addons import BaseAddons
 
 if TYPE_CHECKING:
     from e4t_cli.api.options import ImportKeywords
@@ -105,6 +106,9 @@ Lora = Annotated[int | None, typer.Option(
     metavar="RANK", min=1, max=1024, show_default=False,
     help="Write only what was learned, as a LoRA of this rank.")]  # fmt: skip
 
+BaseLora = Annotated[list[str] | None, options.images_option(
+    metavar="FILE[:SCALE]", help="A LoRA that the concept was made with; several if repeated.")]  # fmt: skip
+
 Word = Annotated[str, typer.Option(
     "--word", metavar="WHERE", autocompletion=lambda: ["included", "separate"],
     help="Of a folder: included in its vocabulary, or separate.")]  # fmt: skip
@@ -114,7 +118,7 @@ Word = Annotated[str, typer.Option(
 def export(
     concept: Saved, path: Target, run: options.RunFlags, terminal: options.TerminalFlags, lora: Lora = None,
     placeholder: OwnPlaceholder = None, word: Word = "included", vram: options.Vram = "auto",
-    force: options.Force = False,
+    base_lora: BaseLora = None, vae: options.Vae = None, force: options.Force = False,
 ) -> None:  # fmt: skip
     """Write a saved concept as a model for other programs.
 
@@ -131,9 +135,10 @@ def export(
     from e4t_cli.api import exporting
 
     with console.progress() as on_progress:
+        asked = run.run_keywords(console, on_progress)
+        asked["addons"] = BaseAddons.parse(loras=base_lora or (), vae=vae)
         made = exporting.export(
-            concept, path, lora=lora, placeholder=placeholder, word=word, vram=vram, force=force,
-            **run.run_keywords(console, on_progress),
+            concept, path, lora=lora, placeholder=placeholder, word=word, vram=vram, force=force, **asked
         )  # fmt: skip
     record: dict[str, str | float] = {
         "type": "model" if lora is None else "lora", "path": str(made.path), "token": made.token,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,10 +57,13 @@ def _about(given: str) -> dict[str, Any]:
 def _rows(about: dict[str, Any]) -> dict[str, Any]:
     """Return it with a row for each recorded value, which names where it comes from."""
     from e4t_cli.api.base_details import as_text
+    from e4t_cli.hub.addons import Addon
 
     if about["type"] == "base":
         return as_text(about)
     recorded = about.pop("recorded", {})
+    with contextlib.suppress(ValueError, TypeError):  # a file can say anything
+        recorded["addons"] = [str(Addon.from_dict(one)) for one in recorded.get("addons", ())]
     return {key: value for key, value in about.items() if key != "path"} | {
-        f"recorded {key}": value for key, value in recorded.items() if value not in ("", None)
+        f"recorded {key}": value for key, value in recorded.items() if value not in ("", None, [])
     }

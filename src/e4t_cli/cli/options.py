@@ -18,6 +18,7 @@ import typer
 from e4t_cli.cli import console
 from e4t_cli.devices import DTYPES
 from e4t_cli.errors import UsageError, printable
+from e4t_cli.hub.addons import BaseAddons
 from e4t_cli.progress import ProgressCallback
 from e4t_cli.schedulers import NAMES, SCHEDULERS
 
@@ -115,6 +116,8 @@ Dtype = Annotated[str, device_option(
     metavar="NAME", envvar="E4T_DTYPE", autocompletion=completes("auto", *DTYPES), help="auto, fp32, bf16 or fp16.")]
 Vram = Annotated[str, device_option(
     envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12, … or auto.")]
+Vae = Annotated[str | None, images_option(
+    metavar="FILE|FOLDER", help="A VAE instead of the base's: .safetensors, or a folder of diffusers.")]
 Offline = Annotated[bool, network_option(
     "--offline", envvar="E4T_OFFLINE", callback=_go_offline,
     help="Open no connection; use what is on this machine.")]
@@ -217,6 +220,12 @@ class SamplingFlags:
 class GenerateFlags(RunFlags):
     """`api.options.GenerateOptions`."""
 
+    lora: Annotated[list[str] | None, images_option(
+        metavar="FILE[:SCALE]", help="Merge a LoRA into the base; several if repeated.")] = None
+    embedding: Annotated[list[str] | None, images_option(
+        metavar="FILE[:WORD]",
+        help="A textual inversion: a word of prompts and negative prompts; several if repeated.")] = None
+    vae: Vae = None
     vram: Vram = "auto"
     no_safety_checker: Annotated[bool, output_option(
         "--no-safety-checker", help="Keep images that the checker would withhold.")] = False
@@ -227,6 +236,7 @@ class GenerateFlags(RunFlags):
     ) -> GenerateKeywords:
         """Return the keywords of the library."""
         run, checker = self.run_keywords(terminal, on_progress), not self.no_safety_checker
+        run["addons"] = BaseAddons.parse(loras=self.lora or (), embeddings=self.embedding or (), vae=self.vae)
         return {**run, "vram": self.vram, "safety_checker": checker, "on_image": on_image}
 
 

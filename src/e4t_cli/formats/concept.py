@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from e4t_cli.errors import E4TError, InputError, IntegrityError, UsageError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.formats.recognition import recognize
+from e4t_cli.hub.addons import Addon, check_same
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.fingerprints import is_recorded
@@ -58,6 +59,7 @@ class Concept:
         photo: what preparation found in the photo and changed, such as "1 face, turned 4°".
         package: the distribution that the domain came with, "user" for a user domain, or "".
         domain_base: the base that the domain weights were trained for, where that is another than `base_name`.
+        addons: the LoRAs and the VAE that the base had.
         weights: the tuned tensors, if they are stored; see `weights_of` and `tuned`.
     """
 
@@ -75,6 +77,7 @@ class Concept:
     photo: str = ""
     package: str = ""
     domain_base: str = ""
+    addons: Sequence[Addon] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check(self, model: TextToImageModel, pretrained: DomainWeights) -> None:
@@ -84,6 +87,7 @@ class Concept:
             here = f"{model.base.name} ({model.weights_fingerprint[:12]})"
             message = f"this concept lives on the base {wanted}, not on this {here}"
             raise IntegrityError(message, hint="personalize the picture again on this base")
+        check_same(self.addons, model.addons, "this concept")
         if pretrained.digest != self.weights_digest:
             digests = f"({self.weights_digest[:12] or 'unsaved'}, here: {pretrained.digest[:12]})"
             message = f"this concept was made with another version of the {self.domain} weights {digests}"
@@ -158,6 +162,7 @@ class Concept:
             "schema": SCHEMA,
             **{key: getattr(self, _FIELDS.get(key, key)) for key in _REQUIRED},
             **{key: getattr(self, key) for key in _OPTIONAL if getattr(self, key)},
+            **({"addons": [one.as_dict() for one in self.addons]} if self.addons else {}),
             "recipe": self.config.as_dict(),
         }
         data = save({k: v.contiguous() for k, v in tensors.items()}, {"e4t": json.dumps(header)})
@@ -185,6 +190,7 @@ class Concept:
         if type(schema) is not int or schema != SCHEMA:
             raise ValueError("its schema is unknown; a newer e4t may read it")
         config = TuningConfig.from_dict(header.pop("recipe"))
+        addons = tuple(Addon.from_dict(one) for one in header.pop("addons", ()))
         if set(header) - set(_OPTIONAL) != set(_REQUIRED):
             raise ValueError("its header has other entries than a concept's")
         check_name(header["domain"])
@@ -203,7 +209,7 @@ class Concept:
             raise ValueError("it holds other tensors than a concept")
         weights = {key.removeprefix("weights."): value for key, value in tensors.items()}
         fields = {_FIELDS.get(key, key): value for key, value in header.items()}
-        return cls(prepared=prepared, image_features=features, config=config, weights=weights, **fields)
+        return cls(prepared=prepared, image_features=features, config=config, weights=weights, addons=addons, **fields)
 
 
 def _unusable(path: Path, error: Exception) -> E4TError:

@@ -34,7 +34,14 @@ from e4t_cli.progress import Progress, ProgressCallback
 MAX_RANK = 1024
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")  # what every reader of LoRAs knows of a U-Net
 STABLE_DIFFUSION_CHANNELS = (320, 640, 1280, 1280)  # of versions 1 and 2
+# What kohya-ss's names of layers begin with. transformers 4 has text_model in its paths, 5 not.
+KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the randomized singular value decomposition (Halko et al., 2011)
+
+
+def kohya_name(part: str, path: str) -> str:
+    """Return what kohya-ss's files call the layer at a path of the "unet" or the "text_encoder"."""
+    return KOHYA_PREFIXES[part] + path.removeprefix("text_model.").replace(".", "_")
 
 
 class Lora(NamedTuple):
@@ -134,7 +141,7 @@ def lora_of(base: nn.Module, tuned: nn.Module, rank: int, on_progress: ProgressC
         lost += (flat - up @ down).square().sum().item()
         # Not diffusers' convert_state_dict_to_kohya: in 0.42.1 it writes alpha as int64 whatever
         # the weights' dtype, raises on a U-Net without changes, and replaces these three lines.
-        name = "lora_unet_" + path.replace(".", "_")
+        name = kohya_name("unet", path)
         weights[f"{name}.lora_up.weight"] = up.view(*up.shape, *[1] * (change.dim() - 2)).cpu()
         weights[f"{name}.lora_down.weight"] = down.reshape(-1, *change.shape[1:]).cpu()
         weights[f"{name}.alpha"] = torch.tensor(float(rank))

@@ -265,7 +265,7 @@ def compvis_state_dict(
     for key, value in vae.state_dict().items():
         # There, attention in the VAE is made of convolutions of one pixel.
         linear = ".attentions." in key and value.dim() == 2
-        name = _vae_name(key, len(vae.config["block_out_channels"]))
+        name = vae_name(key, len(vae.config["block_out_channels"]))
         yield f"first_stage_model.{name}", value[:, :, None, None] if linear else value
     prefix = "cond_stage_model.transformer.text_model"
     for key, value in text_encoder.state_dict().items():
@@ -296,7 +296,8 @@ def _unet_name(key: str, depth: int) -> str:
     return f"output_blocks.{index}.{position}.{rest}.{last}"
 
 
-def _vae_name(key: str, blocks: int) -> str:
+def vae_name(key: str, blocks: int) -> str:
+    """Return the name there of a parameter of a VAE with a number of blocks."""
     found = _IN_BLOCK.fullmatch(key)
     if found is None:
         return key.replace("conv_norm_out", "norm_out")

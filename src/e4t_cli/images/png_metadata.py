@@ -2,13 +2,14 @@
 
 `parameters` is the text of AUTOMATIC1111's web UI, which many programs read; `e4t` is JSON, enough to generate the
 image again; the XMP packet with IPTC's mark of generated images is always written. Neither the photo nor any path or
-user name is stored, and the names of files never enter.
+user name is stored, nor the name of any file but those of add-ons to the base, by which other programs know them.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -81,14 +82,16 @@ class GenerationRecord:
     base_fingerprint: str = ""
     weights_fingerprint: str = ""
     photo_sha256: str = ""  # of the photo's bytes; the photo itself is not stored
+    addons: Sequence[Mapping[str, Any]] = ()  # LoRAs, words and a VAE beside the base: `hub.addons.Addon.as_dict()`
     tuning: Mapping[str, Any] = field(default_factory=dict)  # `TuningConfig.as_dict()`, and the seed
     versions: Mapping[str, str] = field(default_factory=package_versions)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values under the keys of the file."""
         found = asdict(self)
-        if not self.domain_base:
-            del found["domain_base"]
+        for name in ("domain_base", "addons"):  # of earlier pictures' records they are no part
+            if not found[name]:
+                del found[name]
         values = {KEYS_IN_FILES.get(name, name): value for name, value in found.items()}
         return {"schema": SCHEMA, **values}
 
@@ -125,15 +128,34 @@ class GenerationRecord:
             "Size": f"{self.width}x{self.height}",
             "Model hash": self.base_fingerprint[:10],
             "Model": "+".join(part for part in (self.base, self.domain) if part),
+            "VAE hash": "".join(one["sha256"][:10] for one in self.addons if one["kind"] == "vae"),
+            "VAE": "".join(one["name"] for one in self.addons if one["kind"] == "vae"),
+            "Lora hashes": self._hashes("lora"),
+            "TI hashes": self._hashes("embedding"),
             "Concept strength": f"{self.concept_scale:g}" if self.concept_scale != 1 else "",
             "Version": _SOFTWARE,
         }
         negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
         settings = ", ".join(f"{k}: {_quoted(v)}" for k, v in pairs.items() if v != "")
-        return f"{self.prompt}\n{negative}{settings}"
+        loras = "".join(f" <lora:{_plain(one)}:{one['scale']:g}>" for one in self.addons if one["kind"] == "lora")
+        return f"{self.prompt}{loras}\n{negative}{settings}"
+
+    def _hashes(self, kind: str) -> str:
+        return ", ".join(f"{_plain(one)}: {one['sha256'][:12]}" for one in self.addons if one["kind"] == kind)
 
 
-_KINDS: dict[str, Any] = {"str": str, "int": int, "float": int | float, "Mapping": dict}  # of the fields in JSON
+def _plain(addon: Mapping[str, Any]) -> str:
+    """Return the name of an add-on as the web UI lists it, without what ends a name there."""
+    return re.sub(r"[:,<>\n]", "", str(addon.get("word") or addon["name"]))
+
+
+_KINDS: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": int | float,
+    "Mapping": dict,
+    "Sequence": list,
+}  # of the fields in JSON
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,15 @@
-"""Tokenizes prompts and injects the concept's embedding at their placeholders (section 3.1)."""
+"""Tokenizes prompts and injects the concept's embedding at their placeholders (section 3.1).
+
+Words of textual inversions are tokens behind the text encoder's table, which itself stays as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -11,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from e4t_cli.errors import UsageError
-from e4t_cli.prompts import Prompt
+from e4t_cli.prompts import Prompt, word_rule
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -28,15 +34,77 @@ class Tokens:
         return Tokens(ids=self.ids[index], placeholder=self.placeholder[index])
 
 
+@dataclass(frozen=True, eq=False)
+class AddedWords:
+    """Words with embeddings of their own, one or several in a row: textual inversions.
+
+    Args:
+        vectors: of each word (tokens, embedding_width).
+        first: the id of the first of them: the size of the text encoder's table.
+    """
+
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    first: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.vectors)
+
+    @cached_property
+    def _rules(self) -> list[tuple[str, re.Pattern[str], list[int]]]:
+        found, start = [], self.first
+        for word, vectors in self.vectors.items():
+            found.append((word, word_rule(word), list(range(start, start + len(vectors)))))
+            start += len(vectors)
+        return sorted(found, key=lambda rule: -len(rule[0]))  # of two that begin alike, the longer one is meant
+
+    def split(self, text: str) -> Iterator[tuple[str, list[int] | None]]:
+        """Yield the pieces of a text: each word with its ids, and what is between them with None."""
+        matches = ((rule.search(text), word, ids) for word, rule, ids in self._rules)
+        found = [(match.start(), match.end(), word, ids) for match, word, ids in matches if match]
+        if not found:
+            yield text, None
+            return
+        start, end, word, ids = min(found, key=lambda one: one[0])
+        yield text[:start], None
+        yield word, ids
+        yield from self.split(text[end:])
+
+    def without(self, text: str) -> str:
+        """Return a text without these words."""
+        return " ".join(piece for piece, ids in self.split(text) if ids is None)
+
+    def found_in(self, text: str) -> set[str]:
+        """Return those of the words that a text has."""
+        return {piece for piece, ids in self.split(text) if ids is not None}
+
+    def decode(self, tokenizer: CLIPTokenizer, ids: Sequence[int]) -> str:
+        """Return the text of tokens, some of which may be these words'."""
+        names = {one: word for word, _, own in self._rules for one in own}
+        runs = itertools.groupby(ids, key=names.get)
+        return " ".join(word or str(tokenizer.decode(list(some))).strip() for word, some in runs)
+
+    def attached(self, text_encoder: CLIPTextModel) -> CLIPTextModel:
+        """Return a text encoder that shares all layers and knows the words' ids."""
+        if not self.vectors:
+            return text_encoder
+        table = torch.cat(list(self.vectors.values()))
+        return _with_table(text_encoder, lambda known: _LongerTable(known, self.first, table))
+
+
+NO_WORDS = AddedWords()
+
+
 def tokenize_prompts(
-    tokenizer: CLIPTokenizer, prompts: Sequence[Prompt | str], descriptor_id: int, *, length: int, device: torch.device
-) -> Tokens:
+    tokenizer: CLIPTokenizer, prompts: Sequence[Prompt | str], descriptor_id: int, *, length: int,
+    device: torch.device, words: AddedWords = NO_WORDS,
+) -> Tokens:  # fmt: skip
     """Tokenize prompts segment by segment, so that the placeholders' positions are known.
 
     Args:
         prompts: parsed prompts, or plain text without a placeholder.
         descriptor_id: the token at the placeholders; its embedding is e_domain.
         length: of every row, including the first and the last token.
+        words: that are tokens of their own.
 
     Raises:
         UsageError: a prompt is so long that its placeholder is never read.
@@ -48,16 +116,15 @@ def tokenize_prompts(
         concept: list[bool] = []
         for segment in (prompt,) if isinstance(prompt, str) else prompt.segments:
             if segment is None:
-                found = [descriptor_id]
-            else:
-                found = tokenizer.encode(segment, add_special_tokens=False, verbose=False)
-            tokens += found
-            concept += [segment is None] * len(found)
+                tokens.append(descriptor_id)
+            for piece, own in words.split(segment or ""):
+                tokens += own or tokenizer.encode(piece, add_special_tokens=False, verbose=False)
+            concept += [segment is None] * (len(tokens) - len(concept))
         if any(concept) and not any(concept[:room]):
             count = f"the prompt is {len(tokens)} tokens long, this base reads {room}"
             hint = "shorten the prompt, or name the concept earlier"
             raise UsageError(f"{count}, and the placeholder comes after them", hint=hint)
-        dropped.append(str(tokenizer.decode(tokens[room:])).strip())
+        dropped.append(words.decode(tokenizer, tokens[room:]))
         tokens, concept = tokens[:room], concept[:room]
         padding = room - len(tokens)
         ids.append([tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] + [tokenizer.pad_token_id] * padding)
@@ -81,6 +148,19 @@ class _InjectedTable(nn.Module):
         return torch.where(self.placeholder[..., None], self.e_c[:, None].to(found.dtype), found)
 
 
+class _LongerTable(nn.Module):
+    """A token table with more rows behind its own."""
+
+    def __init__(self, table: nn.Module, first: int, more: Tensor) -> None:
+        super().__init__()
+        self.table, self.first, self.more = table, first, more
+
+    def forward(self, ids: Tensor) -> Tensor:
+        known: Tensor = self.table(ids.clamp(max=self.first - 1))
+        added = self.more[(ids - self.first).clamp(min=0)].to(known.dtype)
+        return torch.where((ids >= self.first)[..., None], added, known)
+
+
 def with_embedding(text_encoder: CLIPTextModel, placeholder: Tensor, e_c: Tensor) -> CLIPTextModel:
     """Return a text encoder that shares all layers and returns `e_c` at every placeholder.
 
@@ -92,6 +172,10 @@ def with_embedding(text_encoder: CLIPTextModel, placeholder: Tensor, e_c: Tensor
         placeholder: where (batch, length), bool.
         e_c: one embedding for each prompt (batch, embedding_width).
     """
+    return _with_table(text_encoder, lambda table: _InjectedTable(table, placeholder, e_c))
+
+
+def _with_table(text_encoder: CLIPTextModel, change: Callable[[nn.Module], nn.Module]) -> CLIPTextModel:
     table = text_encoder.get_input_embeddings()
     path = next(path for path, module in text_encoder.named_modules() if module is table)
     *parents, name = path.split(".")
@@ -100,7 +184,7 @@ def with_embedding(text_encoder: CLIPTextModel, placeholder: Tensor, e_c: Tensor
     for step in parents:
         parent._modules[step] = _shallow_copy(parent.get_submodule(step))
         parent = parent.get_submodule(step)
-    parent._modules[name] = _InjectedTable(table, placeholder, e_c)
+    parent._modules[name] = change(table)
     return copied
 
 

@@ -24,11 +24,12 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from e4t_cli.errors import DivergedError, IntegrityError, UsageError
+from e4t_cli.hub.addons import Addon
 from e4t_cli.hub.architecture import USABLE, check_schedule, wrong_schedule
 from e4t_cli.hub.bases import Base, read_base
 from e4t_cli.models.fingerprints import folder_fingerprint, recorded_fingerprint
 from e4t_cli.models.loading import load_part, load_settings, load_tokenizer, load_tower
-from e4t_cli.models.prompt_embedding import Tokens, tokenize_prompts, with_embedding
+from e4t_cli.models.prompt_embedding import NO_WORDS, AddedWords, Tokens, tokenize_prompts, with_embedding
 from e4t_cli.nn.precision import PrecisionPolicy, full_precision, math_attention
 from e4t_cli.nn.unet import check_unet, feature_widths
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, ImageTower
@@ -78,6 +79,9 @@ class TextToImageModel:
         unet, vae, text_encoder, tokenizer: parts of a model with Stable Diffusion's architecture.
         noise_schedule: the schedule it was trained with.
         image_tower: the visual tower, or None to load it from the folder when first needed.
+
+    Attributes:
+        addons, words: what was added to the base, and the words that came with it; see `formats.addons`.
     """
 
     def __init__(
@@ -96,6 +100,8 @@ class TextToImageModel:
         self.vae = vae.eval().requires_grad_(False)
         self.text_encoder = text_encoder.train(False).requires_grad_(False)
         self.base, self.tokenizer, self.noise_schedule = base, tokenizer, noise_schedule
+        self.addons: tuple[Addon, ...] = ()
+        self.words: AddedWords = NO_WORDS
         self._given_tower = image_tower is not None
         if image_tower is not None:
             self.__dict__["image_tower"] = image_tower
@@ -238,7 +244,9 @@ class TextToImageModel:
     def tokenize(self, prompts: Sequence[Prompt | str], descriptor_id: int) -> Tokens:
         """Tokenize prompts for this base, see `tokenize_prompts`."""
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        return tokenize_prompts(self.tokenizer, prompts, descriptor_id, length=length, device=self.device)
+        return tokenize_prompts(
+            self.tokenizer, prompts, descriptor_id, length=length, device=self.device, words=self.words
+        )
 
     def embed_prompts(self, tokens: Tokens, e_c: Tensor | None = None) -> Tensor:
         """Run the text encoder, with e_c as the word embedding at every placeholder.
@@ -250,7 +258,7 @@ class TextToImageModel:
         Returns:
             (batch, length, width), differentiable in e_c.
         """
-        plain = self.text_encoder
+        plain = self.words.attached(self.text_encoder)
         text_encoder = plain if e_c is None else with_embedding(plain, tokens.placeholder, e_c)
         return cast(Tensor, text_encoder(tokens.ids).last_hidden_state)
 
