@@ -85,9 +85,9 @@ __all__ = [
     "BaseAddons", "Concept", "DivergedError", "Domain", "DomainWeights", "E4TError", "FoundSubject", "Frame",
     "GeneratedImage", "InputError", "IntegrityError", "PartialResult", "Personalization", "PreparationTarget",
     "PreparedImage", "PretrainingConfig", "Progress", "PromptRequest", "ResourceError", "SUBJECT_TEMPLATES",
-    "SamplingConfig", "TextToImageModel", "TuningConfig", "UsageError", "WeightsUnavailable", "__version__", "center_square",
-    "check_domain", "export", "find_base", "find_domain", "generate", "installed_domains", "load_segmenter",
-    "mask_by_words", "open_image", "personalize", "plan_pretraining", "pretrain",
+    "SamplingConfig", "TextToImageModel", "TuningConfig", "UsageError", "WeightsUnavailable", "__version__",
+    "center_square", "check_domain", "export", "find_base", "find_domain", "generate", "installed_domains",
+    "load_segmenter", "mask_by_words", "open_image", "personalize", "plan_pretraining", "pretrain",
 ]  # fmt: skip
 
 

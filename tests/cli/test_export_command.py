@@ -23,7 +23,7 @@ from e4t_cli.sampling import generate_latents
 from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.tuning import TuningOptions, tune
 
-SAMPLING = SamplingConfig(steps=4, guidance=3.0)
+SAMPLING = SamplingConfig(steps=12, guidance=3.0)  # fewer begin at another time step than a pipeline's
 
 
 @pytest.fixture

@@ -291,7 +291,7 @@ def test_files_that_are_no_concepts(world, run, tmp_path):
     )
     cases = {
         str(world.photo): (3, ""), "me.txt": (3, "is a text that e4t does not know"),
-        "l.safetensors": (3, "is no concept: its type is 'lora'"), "cut.e4t": (5, "is damaged"),
+        "l.safetensors": (3, "is no concept, its type is 'lora'"), "cut.e4t": (5, "is damaged"),
         ".": (2, ". is a folder"), "none.e4t": (2, "there is no file none.e4t"),
     }  # fmt: skip
     for name, (code, says) in cases.items():

@@ -102,6 +102,6 @@ def test_the_concept_remembers_what_was_found(run, tmp_path):
 def test_help_speaks_of_consent(run):
     ended = run("personalize", "--help")
     words = " ".join(ended.out.split())
-    assert "A face is somebody's" in words and "consent" in words
+    assert "Use photos of people only with their consent" in words
     for option in ("--face", "--no-align", "--require-face", "--save-prepared"):
         assert option in words

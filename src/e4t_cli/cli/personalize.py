@@ -58,7 +58,6 @@ def generate(
     wanted = gather_prompts(prompts.prompts or [], prompts.prompts_file, placeholder=placeholder)
     if not wanted and like is None:
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
-    check_concept(concept)
     seeds, count = prompts.seeds(), prompts.num_images
     from e4t_cli.api import personalization as api
     from e4t_cli.api.plans import plan_generation
@@ -72,6 +71,7 @@ def generate(
     images = count_images(wanted, seeds, count)
     if picture is not None:
         images = count_images(*repeated(read_records(picture), wanted, seeds, count, None)[:2], count)
+    check_concept(concept)
     saver = ImageSaver(console, Written(), output, images=images, create=not output.dry_run)
     if output.dry_run:
         plan = plan_generation(
