@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 transformers.logging.set_verbosity_error()
+TOKENS = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
 major = transformers.__version__.split(".")[0]
 if sys.argv[1] == "write":
     torch.manual_seed(0)
@@ -41,14 +42,14 @@ if sys.argv[1] == "write":
     weights = load_file("plain/model.safetensors")
     save_file({f"text_model.{n}": w for n, w in weights.items()}, "prefixed/model.safetensors", {"format": "pt"})
     with torch.no_grad():
-        torch.save(model(torch.arange(1, 9)[None])[0], "hidden.pt")
+        save_file({"hidden": model(TOKENS)[0]}, "hidden.safetensors")
     print("written by", major, sorted(weights)[0])
 else:
     for folder in ("plain", "prefixed"):
         torch.manual_seed(1)
         model, report = CLIPTextModel.from_pretrained(folder, output_loading_info=True)
         with torch.no_grad():
-            equal = torch.equal(model.eval()(torch.arange(1, 9)[None])[0], torch.load("hidden.pt"))
+            equal = torch.equal(model.eval()(TOKENS)[0], load_file("hidden.safetensors")["hidden"])
         missing = sum("position_ids" not in name for name in report["missing_keys"])
         print(f"{folder} read by {major}: {missing} of 36 weights missing, hidden states equal: {equal}")
 PROBE
