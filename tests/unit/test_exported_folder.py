@@ -203,7 +203,9 @@ def test_transformers_4_reads_the_same(request, transformers_4, checked_base, tm
     folder = exported(model, tmp_path / "me")
     prompts = ["S* on the beach", "a photo of a cat", "S*, red", "S*'s hat", "astronauts, 8k!", "s*"]
     program = [sys.executable, "-c", WITH_TRANSFORMERS_4, folder, json.dumps(prompts), json.dumps(model.latent_shape)]
-    environment = {**os.environ, "PYTHONPATH": str(transformers_4)}
+    # Equal bits need the same number of threads.
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": str(transformers_4), "OMP_NUM_THREADS": threads}
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
     record = json.loads(ended.stdout)
     assert record["version"] == "4.57.1" and record["missing"] == []
