@@ -313,9 +313,8 @@ class Session:
         withheld: list[GenerationRecord] = []
         with self.stage("generate", counted=True):
             checker = self._safety_checker()
-            for one, sampling, pixels in self._sampled(tuned, wanted):
-                spacing, addons = self._spacing(sampling), self.model.addons
-                record = record_of(concept, one.prompt, one.seed, sampling, pixels.size, spacing, addons)
+            for one, sampling, spacing, pixels in self._sampled(tuned, wanted):
+                record = record_of(concept, one.prompt, one.seed, sampling, pixels.size, spacing, self.model.addons)
                 if checker is not None and checker.flags([pixels])[0]:
                     withheld.append(record)
                     continue
@@ -331,14 +330,18 @@ class Session:
 
     def _sampled(
         self, tuned: TunedModel, wanted: Sequence[ImageRequest]
-    ) -> Iterator[tuple[ImageRequest, SamplingConfig, Image]]:
-        """Yield each image with its request and its sampling; neighbours with the same sampling are one batch."""
-        from e4t_cli.sampling import sample
+    ) -> Iterator[tuple[ImageRequest, SamplingConfig, str, Image]]:
+        """Yield each image with its request, its sampling and diffusers' word for the spacing of its time steps.
+
+        Neighbours with the same sampling are one batch.
+        """
+        from e4t_cli.sampling import make_scheduler, sample
 
         total, before = sum(one.sampling.steps for one in wanted), 0
         for chosen, group in itertools.groupby(wanted, key=lambda one: one.sampling):
             some, sampling = list(group), chosen.resolved(self.model)
             share = sampling.steps * len(some)
+            spacing = str(make_scheduler(self.model, sampling).config.get("timestep_spacing", "leading"))
 
             def report(event: Progress, before: int = before, share: int = share) -> None:
                 # Of all groups; a scheduler that evaluates the U-Net twice in a step counts more of them.
@@ -349,14 +352,8 @@ class Session:
             for one, pixels in zip(
                 some, sample(self.model, tuned, prompts, seeds, sampling, on_progress=report), strict=True
             ):
-                yield one, sampling, pixels
+                yield one, sampling, spacing, pixels
             before += share
-
-    def _spacing(self, sampling: SamplingConfig) -> str:
-        """Return how the scheduler distributes its time steps, in diffusers' words."""
-        from e4t_cli.sampling import make_scheduler
-
-        return str(make_scheduler(self.model, sampling).config.get("timestep_spacing", "leading"))
 
     def _safety_checker(self) -> SafetyChecker | None:
         """Return the base's safety checker, if it has one and it is not disabled."""
