@@ -56,7 +56,7 @@ def other_circumstances(record: GenerationRecord, concept: Concept) -> str:
     """
     tuning = json.loads(json.dumps({**concept.config.as_dict(), "seed": concept.seed}))
     compared = {
-        "photo": (record.photo_sha256, concept.image_sha256),
+        "photo": ((record.photo_sha256, *record.other_photos_sha256), concept.photos_sha256),
         "base": (record.base_fingerprint, concept.base_fingerprint),
         "domain weights": (record.weights_fingerprint, concept.weights_digest),
         "LoRAs or VAE": (
