@@ -12,6 +12,7 @@ turn. The scores of each identity go to stderr: those of `--identities 8` are th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 import numpy
 
 from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.schedulers import SamplingConfig
 from e4t_cli.training.tuning import tune
 from mini_world.evaluate import generate, prepared_photo, score, tasks_of
 from mini_world.identities import draw_identity
@@ -45,7 +47,7 @@ def paired(one: numpy.ndarray, several: numpy.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(1.96 * difference.std(ddof=1) / len(difference) ** 0.5)
 
 
-def compare(kind: str, sets: Sequence[str], identities: int, seed: int) -> None:
+def compare(kind: str, sets: Sequence[str], identities: int, seed: int, sampling: SamplingConfig) -> None:
     """Print a table with a row for each set and score."""
     model, judge = load_model(), load_judge()
     pretrained = DomainWeights.load(PACKS / kind / "mini")
@@ -57,7 +59,7 @@ def compare(kind: str, sets: Sequence[str], identities: int, seed: int) -> None:
             row = []
             for photos in ([drawn[number % len(drawn)]], drawn):
                 tuned = tune(model, pretrained, [prepared_photo(one) for one in photos], seed=number)
-                images = generate(model, tuned, tasks, 1000 * number, SAMPLING)
+                images = generate(model, tuned, tasks, 1000 * number, sampling)
                 assert drawn[0].who is not None
                 row.append([float(numpy.mean(part)) for part in score(judge, drawn[0].who, tasks, images)])
             for place, what in enumerate(("identity", "prompt")):
@@ -77,5 +79,7 @@ if __name__ == "__main__":
     parser.add_argument("--identities", type=int, default=20)
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
     parser.add_argument("--seed", type=int, default=50)
+    parser.add_argument("--sampling-steps", type=int, default=SAMPLING.steps)
     given = parser.parse_args()
-    compare(given.kind, given.sets, given.identities, given.seed)
+    sampling = dataclasses.replace(SAMPLING, steps=given.sampling_steps)
+    compare(given.kind, given.sets, given.identities, given.seed, sampling)

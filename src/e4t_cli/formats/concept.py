@@ -237,8 +237,8 @@ class Concept:
         weights = {key.removeprefix("weights."): value for key, value in tensors.items()}
         fields = {_FIELDS.get(key, key): value for key, value in header.items()}
         return cls(
-            prepared=prepared, others=tuple(others), others_sha256=tuple(digests), image_features=features, config=config,
-            weights=weights, addons=addons, **fields,
+            prepared=prepared, others=tuple(others), others_sha256=tuple(digests), image_features=features,
+            config=config, weights=weights, addons=addons, **fields,
         )  # fmt: skip
 
 
