@@ -190,7 +190,8 @@ def _concept(header: str, shapes: Mapping[str, tuple[int, ...]], shown: str, fac
     if isinstance(schema, int) and schema > 2:  # 1 has one photo, 2 several
         newer = f"{shown} was written by a newer e4t (schema {schema})"
         raise IntegrityError(newer, hint="pip install --upgrade e4t")
-    if len(shapes.get("image", ())) != 3 or "recipe" not in recorded:
+    whole = "recipe" in recorded and (schema != 2 or "image.1" in shapes)
+    if len(shapes.get("image", ())) != 3 or not whole:
         raise IntegrityError(f"{shown} is a damaged concept: it has no image, or not how it was tuned")
     height, width, _ = shapes["image"]
     kept = any(key.startswith("weights.") for key in shapes)
