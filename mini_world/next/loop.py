@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from e4t_cli.files import write_atomically
 from e4t_cli.nn.precision import PrecisionPolicy, half_precision
+from e4t_cli.temporary import sweep
 from mini_world.loop import default_device, process_rank, random_rows
 from mini_world.next.optimizers import adamw
 from mini_world.next.state import read_state, write_state
@@ -225,6 +226,7 @@ def train_objectives(
             objective.load_tensors(own, device)
     rank, ranks = process_rank()
     if rank == 0:
+        sweep(path)  # what a kill during a save has left
         _cut_log(log_path, first)
 
     def seconds() -> float:

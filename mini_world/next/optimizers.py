@@ -41,6 +41,27 @@ class KernelMuon(torch.optim.Muon):
             matrix.grad = None
         return loss
 
+    def state_dict(self) -> dict:
+        """The state with columns in the order (in, h, w), whatever the memory format, so that it fits every device."""
+        stored = super().state_dict()
+        state = {index: {name: self._reordered(index, value, True) for name, value in values.items()}
+                 for index, values in stored["state"].items()}  # fmt: skip
+        return stored | {"state": state}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        state = {index: {name: self._reordered(index, value, False) for name, value in values.items()}
+                 for index, values in state_dict["state"].items()}  # fmt: skip
+        super().load_state_dict(state_dict | {"state": state})
+
+    def _reordered(self, index: int, value: Tensor, outwards: bool) -> Tensor:
+        kernel = self._kernels[index]
+        if kernel.is_contiguous() or value.dim() != 2:
+            return value
+        out, into, height, width = kernel.shape
+        if outwards:
+            return value.view(out, height, width, into).permute(0, 3, 1, 2).flatten(1)
+        return value.reshape(out, into, height, width).permute(0, 2, 3, 1).flatten(1)
+
 
 def muon(parameters: dict[str, nn.Parameter], learning_rate: float, adamw_rate: float = 2e-3) -> list[torch.optim.Optimizer]:
     """Muon for 3x3 kernels between feature maps, AdamW for the rest (first and last layers, 1x1, norms, biases)."""

@@ -15,8 +15,7 @@ from e4t_cli.files import write_atomically
 
 LIMIT = 16 * 2**20  # bytes of one exported file
 _HEADER = 2**17  # bytes kept free for a file's header
-# The prefixes of a state's tensors: "weights.NAME", "average.NAME", "optimizer.PART.PARAMETER.NAME", "sums.PART.NAME".
-_WEIGHTS, _AVERAGE, _OPTIMIZER = "weights.", "average.", "optimizer."
+# Tensors are named "OBJECTIVE/weights.NAME", "…/average.NAME", "…/optimizer.NUMBER.PARAMETER.NAME" and "…/sums.NAME".
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
@@ -36,17 +35,21 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
 
 
+def _weights_of(name: str, tensors: dict[str, Tensor]) -> Tensor | None:
+    """The weights that a tensor is the moving average of, or None."""
+    objective, _, rest = name.partition("/")
+    return tensors.get(f"{objective}/weights.{rest.removeprefix('average.')}") if rest.startswith("average.") else None
+
+
 def _shorten(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Halve what a resumed training can do with in bfloat16: moments, and the average's distance from the weights."""
     short = {}
     for name, tensor in tensors.items():
-        weights = tensors.get(_WEIGHTS + name.removeprefix(_AVERAGE))
-        if name.startswith(_AVERAGE) and weights is not None:
+        weights = _weights_of(name, tensors)
+        if weights is not None:
             short[name] = (tensor - weights).bfloat16()
-        elif name.startswith(_OPTIMIZER) and tensor.dim() > 0:
-            short[name] = tensor.bfloat16()
         else:
-            short[name] = tensor
+            short[name] = tensor.bfloat16() if "/optimizer." in name and tensor.dim() > 0 else tensor
     return short
 
 
@@ -54,8 +57,8 @@ def _lengthen(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `_shorten`, in float32."""
     long = {}
     for name, tensor in tensors.items():
-        weights = tensors.get(_WEIGHTS + name.removeprefix(_AVERAGE))
-        if name.startswith(_AVERAGE) and weights is not None:
+        weights = _weights_of(name, tensors)
+        if weights is not None:
             long[name] = weights + tensor.float()
         else:
             long[name] = tensor.float() if tensor.dtype == torch.bfloat16 else tensor

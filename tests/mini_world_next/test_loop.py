@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from e4t_cli.temporary import temporary_path
 from mini_world.next import loop, optimizers, state
 from mini_world.next.loop import Objective, Unfinished, train, train_objectives
 
@@ -66,18 +67,20 @@ def same(one, other):
 @pytest.mark.parametrize("average", [None, 0.9])
 def test_a_killed_training_ends_where_an_unbroken_one_does(tmp_path, average, optimizer):
     whole = duel(tmp_path / "whole", average=average, optimizer=optimizer)
+    left = temporary_path(tmp_path / "broken" / "duel.state.safetensors")
     for kill in (6, 33):
         with pytest.raises(Killed):
             duel(tmp_path / "broken", average=average, optimizer=optimizer, kill=kill, save_every_seconds=-1.0)
         _, facts = state.read_state(tmp_path / "broken" / "duel.state.safetensors")
         assert facts["step"] == kill
+        left.write_bytes(b"half a state")
     resumed = duel(tmp_path / "broken", average=average, optimizer=optimizer)
     assert same(whole, resumed)
     one, _ = state.read_state(tmp_path / "whole" / "duel.state.safetensors")
     other, _ = state.read_state(tmp_path / "broken" / "duel.state.safetensors")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert not list((tmp_path / "broken").glob("*.partial*"))
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["duel.state.safetensors"]
 
 
 def test_lines_of_the_log_are_written_once(tmp_path):
@@ -128,6 +131,7 @@ def test_the_exit_code_says_unfinished(tmp_path):
 import torch
 from pathlib import Path
 from torch import nn
+from e4t_cli.temporary import temporary_path
 from mini_world.next import loop
 layer = nn.Linear(2, 2)
 loss = lambda step, generator: {{"loss": layer(torch.randn(1, 2, generator=generator)).pow(2).mean()}}
@@ -151,14 +155,20 @@ def test_the_average_is_what_is_returned(tmp_path):
     assert all(p.requires_grad for p in smooth.parameters())
 
 
+def exported(files):
+    return {name: tensor for file in files for name, tensor in state.read_state(file)[0].items()}
+
+
 def test_an_exported_state_is_small_and_resumes(tmp_path):
     with pytest.raises(Unfinished):
         duel(tmp_path, act=lambda step: step == 40 and os.kill(os.getpid(), signal.SIGTERM))
     path = tmp_path / "duel.state.safetensors"
-    limit = state._HEADER + 12_000
+    limit = state._HEADER + 10_000
     files = state.state_files(path, tmp_path / "export", limit=limit)
     assert len(files) > 1
     assert all(file.stat().st_size <= limit for file in files)
+    kinds = {name: tensor.dtype for name, tensor in exported(files).items() if tensor.dim() > 0}
+    assert {kind for name, kind in kinds.items() if "/weights." not in name} == {torch.bfloat16}
     with pytest.raises(ValueError, match="not the whole export"):
         state.join_state_files(files[1:], tmp_path / "other" / path.name)
     state.join_state_files(reversed(files), tmp_path / "other" / path.name)
@@ -191,6 +201,27 @@ def test_muon_steps_kernels_as_matrices(layout):
     assert values.min() > 0.5 and values.max() < 1.5
     u, _, v = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
     assert torch.nn.functional.cosine_similarity(moved.flatten(), (u @ v).flatten(), 0) > 0.9
+
+
+def test_the_state_of_muon_fits_both_memory_formats():
+    """A training goes on from CPU to GPU and back: momentum belongs to the same weights."""
+    torch.manual_seed(0)
+    plain = nn.Parameter(torch.randn(16, 17, 3, 3))
+    last = nn.Parameter(plain.detach().to(memory_format=torch.channels_last, copy=True))
+    one, other = (optimizers.KernelMuon([kernel], 0.1) for kernel in (plain, last))
+    gradients = torch.randn(3, 16, 17, 3, 3)
+    plain.grad = gradients[0].clone()
+    one.step()
+    stored = one.state_dict()
+    other.load_state_dict(stored)
+    with torch.no_grad():
+        last.copy_(plain)
+    back = other.state_dict()["state"][0]["momentum_buffer"]
+    assert torch.equal(back, stored["state"][0]["momentum_buffer"])
+    for kernel, optimizer in ((plain, one), (last, other)):
+        kernel.grad = gradients[1].to(memory_format=torch.channels_last if kernel is last else torch.contiguous_format)
+        optimizer.step()
+    torch.testing.assert_close(plain, last, rtol=0, atol=0.02)  # orthogonalized in bfloat16
 
 
 def test_it_learns(tmp_path):
