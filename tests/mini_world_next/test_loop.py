@@ -67,7 +67,10 @@ def same(one, other):
 @pytest.mark.parametrize("average", [None, 0.9])
 def test_a_killed_training_ends_where_an_unbroken_one_does(tmp_path, average, optimizer):
     whole = duel(tmp_path / "whole", average=average, optimizer=optimizer)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
     left = temporary_path(tmp_path / "broken" / "duel.state.safetensors")
+    left = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))  # of a process that was killed
     for kill in (6, 33):
         with pytest.raises(Killed):
             duel(tmp_path / "broken", average=average, optimizer=optimizer, kill=kill, save_every_seconds=-1.0)
