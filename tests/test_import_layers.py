@@ -14,8 +14,8 @@ SOURCE = ROOT / "src" / "e4t_cli"
 DOMAINS = ROOT / "domains" / "e4t_domains"
 
 LAYERS = [
-    {"errors", "progress", "temporary"},
-    {"system_memory"},
+    {"errors", "progress", "temporary", "cgroups"},
+    {"system_memory", "threads"},
     {"files", "devices", "images.framing", "registry.config", "schedulers"},
     {"registry.domain"},  # the contract with the author of a domain
     {"prompts", "registry.manifest", "images"},
