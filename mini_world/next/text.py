@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mini_world.next.captions import Caption
+from mini_world.next.captions import Caption, write_caption
 from mini_world.next.identities import ATTRIBUTES, DEGREES
 from mini_world.next.words import all_words
 
@@ -169,11 +169,17 @@ class CaptionTokenizer:
         return ids, ends, subjects, folded, weights
 
 
+def caption_of(drawings: Drawings, row: int, rng: random.Random) -> Caption:
+    """A random caption of drawing `row`."""
+    return write_caption(drawings.subject(row), drawings.identity(row), drawings.scene(row), rng)
+
+
 def tokenize_drawings(drawings: Drawings, tokenizer: CLIPTokenizer, variants: int, processes: int = 1) -> TokenizedCaptions:
     """Several captions of every drawing; drawing i has the rows i · variants … (i + 1) · variants − 1."""
     starts = range(0, len(drawings), 4000)
+    parts = [drawings.select(slice(start, start + 4000)) for start in starts]
     # Without the images, which would have to be sent to the other processes.
-    parts = [drawings.facts_only(slice(start, start + 4000)) for start in starts]
+    parts = [replace(part, images=part.images[:, :0], labels=part.labels[:, :0]) for part in parts]
     arguments = (parts, [tokenizer] * len(parts), [variants] * len(parts), starts)
     if processes > 1:
         with ProcessPoolExecutor(processes) as pool:
@@ -185,7 +191,7 @@ def tokenize_drawings(drawings: Drawings, tokenizer: CLIPTokenizer, variants: in
 
 def _word_chunk(drawings: Drawings, tokenizer: CLIPTokenizer, variants: int, start: int) -> tuple[numpy.ndarray, ...]:
     rng = random.Random(f"wordings {start}")
-    captions = [drawings.caption(row, rng) for row in range(len(drawings)) for _ in range(variants)]
+    captions = [caption_of(drawings, row, rng) for row in range(len(drawings)) for _ in range(variants)]
     return CaptionTokenizer(tokenizer).columns(captions)
 
 
