@@ -53,8 +53,8 @@ class Caption:
     """A caption: the text, and the words folded into the embedding of its subject word, with their weights (empty: none).
 
     `said`: the names of the attributes that the caption expresses in any of the three ways, and "colour" and "subject" where it
-    names the garment's colour and the subject. `overridden`: those of which a wrong value is folded and a phrase has the true one.
-    `identifier`: the rare word in the text, or "none".
+    names the garment's colour and the subject. `overridden`: those of which a wrong value is folded and a phrase has the true
+    one. `identifier`: the rare word in the text, or "none".
     """
 
     text: str
@@ -151,12 +151,16 @@ def _noun_phrases(who: Identity, names: list[str], rng: random.Random) -> list[s
     said, left = [], list(names)
     if {"hair_colour", "hair_style"} <= set(left):
         style, colour = who["hair_style"], who["hair_colour"]
-        joined = {"bun": [f"{colour} hair in a bun", f"a {colour} bun"], "pigtails": [f"{colour} hair in pigtails", f"{colour} pigtails"]}
-        said.append(rng.choice(joined.get(style, [f"{style} {colour} hair", f"{colour} {style} hair"])))
+        tied = [
+            f"{colour} hair in {'a bun' if style == 'bun' else style}",
+            f"a {colour} bun" if style == "bun" else f"{colour} {style}",
+        ]
+        said.append(rng.choice(tied if style in ("bun", "pigtails") else [f"{style} {colour} hair", f"{colour} {style} hair"]))
         left = [name for name in left if name not in ("hair_colour", "hair_style")]
     if {"glasses", "frame"} <= set(left) and who["glasses"] in GLAZED:
         shape, colour = who["glasses"], who["frame"]
-        said.append(rng.choice((f"{shape} {colour} glasses", f"{colour} {shape} glasses", f"{shape} glasses with a {colour} frame")))
+        framed = f"{shape} glasses with a {colour} frame"
+        said.append(rng.choice((f"{shape} {colour} glasses", f"{colour} {shape} glasses", framed)))
         left = [name for name in left if name not in ("glasses", "frame")]
     for name in left:
         if name in who.degrees:
@@ -288,12 +292,13 @@ def vocabulary(templates: Iterable[str] = ()) -> dict[str, list[str]]:
     plurals = {"face": "faces", "cat": "cats", "dog": "dogs", "art": "styles"}
     colours = ("red", "blue", "green", "yellow")
     garments = [f"wearing {GARMENTS[role].format(colour)}" for role in ("hat", "scarf") for colour in colours]
-    media = {medium: [f"{'an' if noun[0] in 'aeiou' else 'a'} {noun} of" for noun in nouns] for medium, nouns in MEDIUM_NOUNS.items()}
+    nouns = dict.fromkeys(noun for nouns in MEDIUM_NOUNS.values() for noun in nouns)
+    media = [f"{'an' if noun[0] in 'aeiou' else 'a'} {noun} of" for noun in nouns]
     groups = {
         "subjects": list(SUBJECT_WORDS),
         "places": _spoken(PLACE_PHRASES),
         "roles and garments": [*ASTRONAUT_PHRASES, "wearing a crown", *garments],
-        "media": list(dict.fromkeys(_spoken(media))) + ["pixel art of"] + _spoken(MEDIUM_ENDS),
+        "media": [*media, "pixel art of", *_spoken(MEDIUM_ENDS)],
         "framing": ["a close-up of", "a distant view of", *_spoken(FRAMING_ENDS)],
     }
     for kind, attributes in ATTRIBUTES.items():
@@ -301,7 +306,8 @@ def vocabulary(templates: Iterable[str] = ()) -> dict[str, list[str]]:
         said += [degree_phrase(kind, name, side) for name in DEGREES[kind] for side in (-1.0, 1.0)]
         groups[f"attributes of {plurals[kind]}"] = list(dict.fromkeys(said))
     known = {word for phrases in groups.values() for phrase in phrases for word in _words(phrase)}
-    texts = [*templates, *IDENTIFIERS, *ARTICLES, *NEUTRAL_ADJECTIVES, *NEUTRAL_FRONTS, *NEUTRAL_ENDS, *STYLE_FRONTS, *STYLE_LINKS]
+    texts = [*templates, *IDENTIFIERS, *ARTICLES, *NEUTRAL_ADJECTIVES, *NEUTRAL_FRONTS, *NEUTRAL_ENDS]
+    texts += [*STYLE_FRONTS, *STYLE_LINKS]
     texts += [word_of(name, value) for table in ATTRIBUTES.values() for name, values in table.items() for value in values]
     groups["other"] = sorted({word for text in [*texts, "and with without"] for word in _words(text)} - known)
     return groups

@@ -20,6 +20,7 @@ from mini_world.next.data import WHO_KINDS, Drawings
 from mini_world.next.identities import ATTRIBUTES, DEGREES
 from mini_world.next.scenes import FRAMINGS, MEDIA
 from mini_world.next.text import WIDTH, CaptionEncoder, TokenizedCaptions
+from mini_world.vae import to_pixels
 
 TOWER_CONFIG = {"image_size": 128, "patch_size": 16, "width": 128, "layers": 8, "heads": 4, "mlp_ratio": 4.0, "output_dim": 128}
 MEAN, STD = 0.5, 0.5
@@ -46,11 +47,6 @@ def build_heads() -> nn.ModuleDict:
             "attributes": nn.ModuleList(nn.Linear(128, sum(HEAD_SIZES) + len(DEGREE_HEADS)) for _ in range(3)),
         }
     )
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Images as bytes (N, height, width, 3) to pixels (N, 3, height, width) in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def class_tokens(tower: VisionTransformer, pixels: Tensor) -> list[Tensor]:

@@ -23,8 +23,9 @@ from mini_world.next.captions import Caption, write_caption
 from mini_world.next.identities import ATTRIBUTES, DEGREES, Identity, draw_identity
 from mini_world.next.scenes import COLOURS, FRAMINGS, MEDIA, PLACES, ROLES
 from mini_world.next.text import LENGTH, WIDTH, CaptionEncoder, CaptionTokenizer, TokenizedCaptions
+from mini_world.next.things import THINGS
 from mini_world.next.words import IDENTIFIERS
-from mini_world.next.world import THINGS, Scene
+from mini_world.next.world import Scene
 
 ABSENT = -100  # the ignore_index of cross_entropy
 UNSAID = "unsaid"

@@ -65,7 +65,7 @@ FURTHER_WORDS = (
     "small large view front that person man woman animal pet made by piece example work artwork detail detailed no walking "
     "sitting standing night day mars king queen very high quality low is here at on well lit riding bicycle horse sea rain hill "
     "paris mirror dog like same sign blue red green yellow pink black white wearing dressed background"
-).split()
+)
 
 
 def word_of(attribute: str, value: str) -> str:
@@ -113,7 +113,7 @@ def degree_phrase(kind: str, attribute: str, degree: float) -> str:
 
 def all_words() -> list[str]:
     """Every word of every caption, and `FURTHER_WORDS`: each is one token of the tokenizer."""
-    texts = [*FURTHER_WORDS, *SUBJECT_WORDS, *IDENTIFIERS, *ARTICLES, *ASTRONAUT_PHRASES, *WITHOUT_GARMENT, *NEUTRAL_ADJECTIVES]
+    texts = [FURTHER_WORDS, *SUBJECT_WORDS, *IDENTIFIERS, *ARTICLES, *ASTRONAUT_PHRASES, *WITHOUT_GARMENT, *NEUTRAL_ADJECTIVES]
     texts += [*NEUTRAL_FRONTS, *NEUTRAL_ENDS, *STYLE_FRONTS, *STYLE_LINKS, *GARMENTS.values(), *FRAMING_ADJECTIVES.values()]
     texts += [PLAIN_BACKGROUND, "red blue green yellow an and with without wearing in of no"]
     for table in (PLACE_PHRASES, MEDIUM_NOUNS, MEDIUM_ENDS, FRAMING_ENDS):
