@@ -24,7 +24,7 @@ from mini_world.next.identities import ATTRIBUTES, DEGREES, Identity, draw_ident
 from mini_world.next.scenes import COLOURS, FRAMINGS, MEDIA, PLACES, ROLES
 from mini_world.next.text import LENGTH, WIDTH, CaptionEncoder, CaptionTokenizer, TokenizedCaptions
 from mini_world.next.things import THINGS
-from mini_world.next.words import IDENTIFIERS
+from mini_world.next.words import IDENTIFIERS, word_of
 from mini_world.next.world import Scene
 
 ABSENT = -100  # the ignore_index of cross_entropy
@@ -63,16 +63,17 @@ class Statement:
 @dataclass(frozen=True)
 class Readings:
     """What captions say: categories (N, heads) as positions, ABSENT where a head does not apply; degrees (N, degrees), 0 where
-    unsaid, NaN where they do not apply."""
+    unsaid, NaN where they do not apply; overridden (N, heads): whether a phrase corrects a folded word."""
 
     categories: Tensor
     degrees: Tensor
+    overridden: Tensor
 
     def __getitem__(self, rows) -> Readings:
-        return Readings(self.categories[rows], self.degrees[rows])
+        return Readings(*(column[rows] for column in vars(self).values()))
 
     def to(self, device: torch.device) -> Readings:
-        return Readings(self.categories.to(device), self.degrees.to(device))
+        return Readings(*(column.to(device) for column in vars(self).values()))
 
 
 def draw_statement(rng: random.Random, *, held_out: bool = False) -> Statement:
@@ -124,15 +125,17 @@ def draw_captions(
 ) -> tuple[TokenizedCaptions, Readings]:
     """`count` random captions, tokenized, and what they say."""
     rng = random.Random(f"{seed} captions {held_out}")
-    captions, categories, degrees = [], numpy.empty((count, len(CATEGORIES)), numpy.int8), []
+    categories, overridden = numpy.empty((count, len(CATEGORIES)), numpy.int8), numpy.zeros((count, len(CATEGORIES)), bool)
+    captions, degrees = [], []
     for row in range(count):
         statement = draw_statement(rng, held_out=held_out)
         captions.append(write_caption(statement.subject, statement.who, statement.scene, rng))
         said, values = read_caption(statement, captions[-1])
         categories[row] = said
+        overridden[row] = [name in captions[-1].overridden for _, name, _ in CATEGORIES]
         degrees.append(values)
     tokens = CaptionTokenizer(tokenizer)(captions)
-    return tokens, Readings(torch.from_numpy(categories), torch.tensor(degrees))
+    return tokens, Readings(torch.from_numpy(categories), torch.tensor(degrees), torch.from_numpy(overridden))
 
 
 class ReadOut(nn.Module):
@@ -204,19 +207,27 @@ def train_text(folder: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextMod
 
 @torch.no_grad()
 def read_out_accuracy(caption_encoder: CaptionEncoder, heads: ReadOut, tokens: TokenizedCaptions, targets: Readings):
-    """Per head: the accuracy where the caption says a value (context: always), and of degrees the mean absolute error where said;
-    read from the mean of the hidden states."""
+    """Read from the mean of the hidden states: the accuracy of each head where the caption says a value (context: always), and
+    of all attributes where a phrase corrects a folded word ("overridden"); of degrees the mean absolute error where said."""
     parts = []
     for rows in torch.arange(len(tokens)).split(256):
         hidden, _ = caption_encoder(tokens[rows])
         parts.append(heads(hidden, tokens.ends[rows])[1])
     logits, degrees = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    result = {}
-    columns = zip(CATEGORIES, logits.split(CATEGORY_SIZES, 1), targets.categories.long().unbind(1), strict=True)
-    for (kind, name, values), part, target in columns:
+    result, corrected = {}, []
+    columns = zip(
+        CATEGORIES,
+        logits.split(CATEGORY_SIZES, 1),
+        targets.categories.long().unbind(1),
+        targets.overridden.unbind(1),
+        strict=True,
+    )
+    for (kind, name, values), part, target, wrong in columns:
+        corrected.append((part.argmax(1) == target)[wrong & (target != ABSENT)])
         some = (target != ABSENT) if kind == "scene" else (target != ABSENT) & (target != len(values) - 1)
         if some.any():
             result[f"{kind}.{name}"] = round(float((part.argmax(1) == target)[some].float().mean()), 4)
+    result["overridden"] = round(float(torch.cat(corrected).float().mean()), 4)
     for column, (kind, name) in enumerate(DEGREE_NAMES):
         truth = targets.degrees[:, column]
         some = truth.isfinite() & (truth != 0)
@@ -225,20 +236,32 @@ def read_out_accuracy(caption_encoder: CaptionEncoder, heads: ReadOut, tokens: T
     return result
 
 
-@torch.no_grad()
-def word_distances(caption_encoder: CaptionEncoder, tokenizer: CLIPTokenizer, words: dict[str, str]) -> dict[str, float]:
-    """How far each word moves the hidden states of all other positions, relative to their norm.
+def measured_phrases() -> dict[str, str]:
+    """What `word_distances` measures: phrases to short captions that contain them; "nice" has no meaning, for comparison."""
+    named = [*IDENTIFIERS, "nice"]
+    named += [word_of(name, value) for name, values in ATTRIBUTES["face"].items() for value in values]
+    texts = {
+        word: f"a photo of a {word} face" for word in [*named, *(side for sides in DEGREES["face"].values() for side in sides)]
+    }
+    texts |= {f"in a {colour} hat": f"a photo of a face in a {colour} hat" for colour in COLOURS[1:]}
+    ends = ("wearing a crown", "in a red scarf", "as an astronaut", "on the beach", "in the snow", "in the forest", "in the city",
+            "in space", "from afar", "up close", "as pixel art", "as an oil painting", "as a pencil sketch")  # fmt: skip
+    return texts | {end: f"a photo of a face {end}" for end in ends}
 
-    `words`: a word to the caption that contains it, which is compared with the same caption without it, position by position.
+
+@torch.no_grad()
+def word_distances(caption_encoder: CaptionEncoder, tokenizer: CLIPTokenizer, phrases: dict[str, str]) -> dict[str, float]:
+    """How far each phrase moves the hidden states of all other positions, relative to their norm.
+
+    `phrases`: a phrase to the caption that contains it, which is compared with the same caption without it, position by position.
     """
     read = CaptionTokenizer(tokenizer)
     result = {}
-    for word, text in words.items():
-        said = text.split()
-        place = said.index(word)
-        tokens = read([Caption(text, ""), Caption(" ".join(said[:place] + said[place + 1 :]), "")])
-        (named, unnamed), _ = caption_encoder(tokens)
-        place = 1 + len(read._word_ids(" ".join(said[:place]))) if place else 1
-        named, unnamed = torch.cat([named[:place], named[place + 1 :]]), unnamed[:-1]
-        result[word] = round(float((named - unnamed).norm() / unnamed.norm()), 4)
+    for phrase, text in phrases.items():
+        before, after = text.split(phrase)
+        tokens = read([Caption(text, ""), Caption(f"{before} {after}", ""), Caption(before, ""), Caption(phrase, "")])
+        first, length = int(tokens.ends[2]), int(tokens.ends[3]) - 1
+        (named, unnamed), _ = caption_encoder(tokens[:2])
+        named, unnamed = torch.cat([named[:first], named[first + length :]]), unnamed[:-length]
+        result[phrase] = round(float((named - unnamed).norm() / unnamed.norm()), 4)
     return result
