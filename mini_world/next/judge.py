@@ -14,6 +14,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mini_world.loop import default_device, random_rows, train
@@ -30,6 +31,8 @@ HEAD_SIZES = [size for _, _, size in HEADS]
 DEGREE_HEADS = [(kind, name) for kind in WHO_KINDS for name in DEGREES[kind]]
 ABSENT = -100  # the ignore_index of cross_entropy
 WIDTHS = (64, 64, 96, 96, 128, 128)
+DRAWINGS, OLD_DRAWINGS, STEPS = 50_000, 6000, 14_000
+"""Of `train_judge`: numbers of drawings, and steps; about 50 minutes of one CPU core."""
 
 
 @dataclass
@@ -185,7 +188,13 @@ def pixels_at(images: numpy.ndarray, rows: Tensor, device: torch.device) -> Tens
 
 
 def train_judge(
-    folder: Path, drawings: Drawings, vae: AutoencoderKL | None, *, steps: int, batch: int = 32, old: Drawings | None = None
+    folder: Path,
+    drawings: Drawings,
+    vae: AutoencoderKL | None,
+    *,
+    steps: int = STEPS,
+    batch: int = 32,
+    old: Drawings | None = None,
 ) -> Judge:
     """Train on drawings of a set of their own.
 
@@ -240,6 +249,19 @@ class Readings:
         garment, backdrop = (tuple(float(c) for c in colour[row]) for colour in (self.garment, self.backdrop))
         subject = facts.pop("subject")
         return Reading(subject, Scene(**facts), values, degrees, garment, backdrop)  # type: ignore[arg-type]
+
+
+def save_judge(judge: Judge, path: Path) -> None:
+    """Save the weights in half precision, safetensors."""
+    state = judge.cpu().state_dict()
+    save_file({key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in state.items()}, path)
+
+
+def load_judge(path: Path) -> Judge:
+    """The judge that `save_judge` saved, in float32."""
+    judge = Judge()
+    judge.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()})
+    return judge.eval().requires_grad_(False)
 
 
 @torch.no_grad()

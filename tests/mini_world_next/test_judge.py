@@ -24,7 +24,9 @@ from mini_world.next.judge import (
     _augment,
     accuracy,
     classify,
+    load_judge,
     losses,
+    save_judge,
     targets_of,
     train_judge,
 )
@@ -56,10 +58,18 @@ class Oracle(torch.nn.Module):
         rows = torch.tensor([self.rows[image.tobytes()] for image in images])
         found = self.targets.select(rows, torch.device("cpu"))
         logits = [
-            torch.cat([torch.nn.functional.one_hot(column.clamp(min=0), size) for column, size in zip(part.T, sizes, strict=True)], 1)
+            torch.cat(
+                [
+                    torch.nn.functional.one_hot(column.clamp(min=0), size)
+                    for column, size in zip(part.T, sizes, strict=True)
+                ],
+                1,
+            )
             for part, sizes in ((found.attributes, HEAD_SIZES), (found.context, CONTEXT_SIZES))
         ]
-        return Outputs(*(one.float() for one in logits), found.degrees.nan_to_num(), found.garment.nan_to_num(), found.backdrop)
+        return Outputs(
+            *(one.float() for one in logits), found.degrees.nan_to_num(), found.garment.nan_to_num(), found.backdrop
+        )
 
 
 def test_targets_are_what_the_drawing_shows(drawings):
@@ -99,6 +109,18 @@ def test_readings_of_the_targets_score_one(drawings):
     assert all(value == 1 for name, value in summary.items() if " of " not in name)
     assert all(value < 0.01 for name, value in summary.items() if " of " in name)
     assert set(CONTEXT) < set(summary) and "error of face.width" in summary and "distance of garment" in summary
+
+
+def test_a_saved_judge_reads_the_same(tmp_path):
+    torch.manual_seed(1)
+    judge = Judge().eval()
+    save_judge(judge, tmp_path / "judge.safetensors")
+    pixels = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.allclose(
+            judge(pixels).context, load_judge(tmp_path / "judge.safetensors")(pixels).context, atol=5e-3
+        )
+    assert (tmp_path / "judge.safetensors").stat().st_size < 3_000_000
 
 
 def test_a_flat_image_has_its_own_colour():
@@ -169,7 +191,9 @@ def test_one_attribute_in_twenty_is_degraded():
     for _ in range(400):
         who = draw_identity("face", rng, held_out=True)
         other = degraded(who, 0.05, rng)
-        wrong += sum(other[name] != who[name] for name in who.values) + sum(other.degrees[n] != who.degrees[n] for n in who.degrees)
+        wrong += sum(other[name] != who[name] for name in who.values) + sum(
+            other.degrees[n] != who.degrees[n] for n in who.degrees
+        )
         total += len(who.values) + len(who.degrees)
         assert all(-1 <= degree <= 1 for degree in other.degrees.values())
     assert 0.035 < wrong / total < 0.065
@@ -183,7 +207,9 @@ def without_overrides(monkeypatch):
 def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, without_overrides):
     photos, path = held_out_photos("cat", 3, seed=8), tmp_path / "rows.jsonl"
     tuned, judge = [], Judge(WIDTHS).eval()
-    monkeypatch.setattr(evaluate, "generate", lambda model, tuned, tasks, seed, rare="": [photos[0].image] * len(tasks))
+    monkeypatch.setattr(
+        evaluate, "generate", lambda model, tuned, tasks, seed, rare="": [photos[0].image] * len(tasks)
+    )
     method = Method(lambda prepared, seed: tuned.append(seed))
     run_method(Rows(path), None, judge, "ours", method, photos[:2], "cat", seed=5)
     whole = path.read_bytes()
@@ -194,7 +220,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, without_overri
     assert path.read_bytes() == whole and len(rows.rows) == whole.count(b"\n")
     run_method(rows, None, judge, "ours", method, photos, "cat", seed=5)
     assert tuned == [5, 6, 7]
-    assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [row["number"] for row in rows.rows]
+    assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [
+        row["number"] for row in rows.rows
+    ]
     assert {row["about"] for row in rows.rows} == {"prompt", "class"}
 
 
@@ -210,7 +238,11 @@ def test_references_are_drawn_once(tmp_path, without_overrides):
 
 def row(method, number, identity, about="prompt", **more):
     blank = dict.fromkeys(("prompt", "subject", "bound", "override", "garment", "backdrop"))
-    return {"method": method, "number": number, "about": about, "identity": identity, "right": {}, "errors": {}} | blank | more
+    return (
+        {"method": method, "number": number, "about": about, "identity": identity, "right": {}, "errors": {}}
+        | blank
+        | more
+    )
 
 
 def test_tables_are_made_of_rows():
@@ -220,15 +252,33 @@ def test_tables_are_made_of_rows():
             row("drawings", number, 0.9, prompt=1.0, garment=60.0),
             row("plain word", number, 0.4),
             row("plain word", number, 0.4, "class"),
-            row("ours", number, 0.8, prompt=0.5, subject=1, bound=number % 2, garment=12.0, backdrop=20.0, errors={"width": 0.1}),
+            row(
+                "ours",
+                number,
+                0.8,
+                prompt=0.5,
+                subject=1,
+                bound=number % 2,
+                garment=12.0,
+                backdrop=20.0,
+                errors={"width": 0.1},
+            ),
             row("ours", number, 0.65, "class"),
             row("ours", number, 0.7, "override", override=1),
             row("theirs", number, 0.8 - 0.01 * (number % 3)),
         ]
-    lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table(rows).splitlines()[2:]}
+    lines = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in table(rows).splitlines()[2:]
+    }
     ours = lines["ours"]
     assert ours[:2] == ["0.800 [0.800, 0.800]", "80%"] and ours[2].startswith("0.500") and ours[4].startswith("0.500")
-    assert ours[5].startswith("1.000") and ours[6].startswith("0.700") and ours[7] == "12, 20" and ours[8].startswith("0.250")
+    assert (
+        ours[5].startswith("1.000")
+        and ours[6].startswith("0.700")
+        and ours[7] == "12, 20"
+        and ours[8].startswith("0.250")
+    )
     assert lines["plain word"][8].startswith("0.000") and lines["theirs"][8] == "-"
     assert class_left(rows, "drawings") is None
     assert ahead(rows, "ours", "theirs").excludes_zero and not ahead(rows, "ours", "ours").excludes_zero

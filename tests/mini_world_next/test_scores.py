@@ -165,7 +165,9 @@ def test_copied_colours_are_distances_from_the_photo():
     assert absent["garment"] is None and absent["backdrop"] is None
     assert garment_visible("face", Scene(place="beach")) and not garment_visible("face", Scene(role="astronaut"))
     assert not garment_visible("cat", Scene()) and not garment_visible("face", Scene(medium="oil"))
-    assert backdrop_visible("cat", Scene(role="hat", colour="red")) and not backdrop_visible("cat", Scene(place="snow"))
+    assert backdrop_visible("cat", Scene(role="hat", colour="red")) and not backdrop_visible(
+        "cat", Scene(place="snow")
+    )
 
 
 def test_independent_colours_are_as_far_apart_as_said():
