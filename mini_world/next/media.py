@@ -42,7 +42,7 @@ def _sketch(image: Image.Image) -> Image.Image:
     """Dark where the drawing is darker than its surroundings; all of it a little shaded."""
     grey = numpy.asarray(image.convert("L"), dtype=numpy.float32)
     soft = numpy.asarray(image.convert("L").filter(ImageFilter.GaussianBlur(3)), dtype=numpy.float32)
-    paper = 204 + 0.18 * grey - numpy.clip((soft - grey) * 2.6, -20, 150) - 70 * pencil(image, 1.5)
+    paper = 204 + 0.18 * grey - numpy.clip((soft - grey) * 2.1, -16, 140) - 55 * pencil(image, 1.5)
     return Image.fromarray(numpy.clip(paper, 0, 255).astype(numpy.uint8)).convert("RGB")
 
 

@@ -58,15 +58,15 @@ def _smooth(image: Image.Image, grey: numpy.ndarray, factor: float) -> numpy.nda
 
 def _dotted(image: Image.Image, grey: numpy.ndarray, factor: float) -> numpy.ndarray:
     rows, columns = _grid()
-    rate = 2 * numpy.pi / (13.0 * factor)
+    rate = 2 * numpy.pi / (14.0 * factor)
     wave = (numpy.cos(columns[0] * rate)[None] * numpy.cos(rows[:, 0] * rate)[:, None] + 1) / 2
-    return numpy.clip((grey * 0.8 + 0.1 - wave) * 4.0 * factor + 0.5, 0, 1) * 0.75 + grey * 0.25
+    return numpy.clip((grey * 0.8 + 0.1 - wave) * 2.6 * factor + 0.5, 0, 1) * 0.64 + grey * 0.36
 
 
 def _hatched(image: Image.Image, grey: numpy.ndarray, factor: float) -> numpy.ndarray:
     rows, columns = _grid()
-    wave = (numpy.sin((columns + rows) * (2 * numpy.pi / (12.0 * factor))) + 1) / 2
-    return numpy.clip((grey * 0.8 + 0.1 - wave) * 3.0 * factor + 0.5, 0, 1) * 0.7 + grey * 0.3
+    wave = (numpy.sin((columns + rows) * (2 * numpy.pi / (12.5 * factor))) + 1) / 2
+    return numpy.clip((grey * 0.8 + 0.1 - wave) * 2.2 * factor + 0.5, 0, 1) * 0.6 + grey * 0.4
 
 
 def _mosaic(image: Image.Image, grey: numpy.ndarray, factor: float) -> numpy.ndarray:

@@ -31,7 +31,7 @@ from mini_world.next.styles import render_style
 from mini_world.next.things import THINGS, draw_thing
 
 # Part of the name of stored drawings: count it up with every change of what is drawn.
-VERSION = 2
+VERSION = 3
 
 KINDS = ("face", "cat", "dog", "art", "thing")
 KIND_SHARES = (0.42, 0.18, 0.14, 0.18, 0.08)
