@@ -47,7 +47,7 @@ def changed(who, name, rng):
 
 def changed_pixels(who, other, scene):
     images = [numpy.asarray(draw(one, scene, random.Random(5)).image, dtype=int) for one in (who, other)]
-    return int((abs(images[0] - images[1]).max(2) > 20).sum())
+    return int((abs(images[0] - images[1]).max(2) > 8).sum())
 
 
 SCENES = [
