@@ -230,18 +230,23 @@ def plain_method(model, word: str) -> Method:
     return Method(lambda prepared, seed: plain)
 
 
-def run_words(rows: Rows, model, judge: Judge, kind: str, *, count: int = WORD_PICTURES, batch: int = 25) -> None:
-    """The base alone: `count` images of every word of `tasks.base_words`."""
+def run_words(
+    rows: Rows, model, judge: Judge, kind: str, *, count: int = WORD_PICTURES, batch: int = 25, world: World = WORLD
+) -> None:
+    """The base alone: `count` images of every word of `tasks.base_words`, of attributes that exist in the world."""
     word = "art" if kind == "art" else kind
     plain = TunedModel.plain(model, word)
     for asked in base_words(kind):
+        name = (asked.attribute or asked.degree or ("",))[0]
+        if world.names is not None and name and name not in world.names[kind]:
+            continue
         done = len(rows.of(method="base", prompt=asked.prompt))
         for first in range(done, count, batch):
             seeds = list(range(first, min(first + batch, count)))
             prompts = [parse_prompt(asked.prompt, require_placeholder=False)] * len(seeds)
             images = list(sample(model, plain, prompts, seeds, SAMPLING, batch=len(seeds)))
             found = []
-            for seed, read in zip(seeds, read_images(judge, kind, images), strict=True):
+            for seed, read in zip(seeds, read_images(judge, kind, images, world), strict=True):
                 bound = asked.bound(read)
                 facts = {"right": int(asked.right(read)), "subject": int(read.subject == ("tree" if kind == "art" else kind))}
                 facts["bound"] = None if bound is None else int(bound)  # type: ignore[assignment]

@@ -31,7 +31,7 @@ HEAD_SIZES = [size for _, _, size in HEADS]
 DEGREE_HEADS = [(kind, name) for kind in WHO_KINDS for name in DEGREES[kind]]
 ABSENT = -100  # the ignore_index of cross_entropy
 WIDTHS = (64, 64, 96, 96, 128, 128)
-DRAWINGS, OLD_DRAWINGS, STEPS = 50_000, 6000, 14_000
+DRAWINGS, OLD_DRAWINGS, STEPS = 50_000, 6000, 12_000
 """Of `train_judge`: numbers of drawings, and steps; about 50 minutes of one CPU core."""
 
 
