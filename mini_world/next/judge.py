@@ -17,9 +17,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mini_world.loop import default_device, random_rows, train
 from mini_world.next.data import FACTS, WHO_KINDS, Drawings
 from mini_world.next.identities import ATTRIBUTES, DEGREES
+from mini_world.next.loop import default_device, random_rows, train
+from mini_world.next.optimizers import muon
 from mini_world.next.scores import Reading, backdrop_visible, fact_visible, garment_visible, visible
 from mini_world.next.world import Scene
 
@@ -222,7 +223,7 @@ def train_judge(
         found = judge(pixels.contiguous(memory_format=torch.channels_last))
         return losses(found, Targets.concatenated(wanted), contrast)
 
-    train("judge", folder, {"judge": judge}, loss_of_step, steps=steps, learning_rate=2e-3, average=None)
+    train("judge", folder, {"judge": judge}, loss_of_step, steps=steps, learning_rate=0.01, optimizer=muon)
     return judge
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from mini_world.loop import default_device, random_rows, train
 from mini_world.next.canvas import LABELS
 from mini_world.next.data import Drawings
 from mini_world.next.judge import pixels_at
+from mini_world.next.loop import default_device, random_rows, train
 
 HEAD = ("skin", "hair", "eyes", "mouth", "glasses", "beard")
 STEPS = 6000  # about 12 minutes of one CPU core
