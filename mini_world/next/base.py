@@ -62,7 +62,7 @@ PAPER_DOMAINS = ("face", "cat", "art")
 SNR_CAP = 5.0
 _ROWS = 2048  # of label maps that are read at once
 
-TextLoss = Callable[[Tensor, TokenizedCaptions], Tensor]
+TextLoss = Callable[[CaptionEncoder, torch.Generator], dict[str, Tensor]]
 
 
 def subject_weights(labels: numpy.ndarray) -> Tensor:
@@ -127,9 +127,9 @@ def train_unet(
         words_rate: the peak learning rate of the text encoder's layers; 0 freezes them.
         batch: of all processes together.
         captions_per_image: variants; one caption in ten is empty, for classifier-free guidance.
-        text_loss: a further loss of the text encoder's hidden states (B, LENGTH, WIDTH), of captions that are not empty. It
-            keeps the text encoder transmitting what the U-Net does not need yet, as rare identifiers.
-        heads: its layers, which are trained further at `words_rate`.
+        text_loss: terms of a further loss of the text encoder on captions of its own; its random numbers are from the generator.
+            It keeps the text encoder transmitting what the U-Net does not need yet, as rare identifiers.
+        heads: the layers of `text_loss`, which are trained further at `words_rate`.
     """
     device = default_device()
     ranks = process_rank()[1]
@@ -163,22 +163,25 @@ def train_unet(
         predicted = unet(schedule.add_noise(z_0, epsilon, t), t, hidden).sample.float()
         error = (predicted - epsilon).pow(2).mean(1)
         parts = {"loss": (error * weights[rows].float() * weights_of_t[t][:, None, None]).mean()}
-        if text_loss is not None and words_rate and not dropped.all():
-            parts["words"] = text_loss(hidden[~dropped], chosen[~dropped])
-        return parts
+        return parts | (text_loss(caption_encoder, generator) if text_loss is not None and words_rate else {})
 
     modules: dict[str, nn.Module] = {"unet": unet}
-    groups = [{"params": list(unet.parameters()), "lr": learning_rate}]
     if words_rate:
         modules["words"] = text_encoder
-        groups.append({"params": layers, "lr": words_rate})
         if heads is not None:
             modules["heads"] = heads
-            groups.append({"params": list(heads.parameters()), "lr": words_rate})
+
+    def optimizer(parameters: dict[str, nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
+        own = [p for name, p in parameters.items() if name.startswith("unet.")]
+        others = [p for name, p in parameters.items() if not name.startswith("unet.")]
+        groups = [{"params": own}, {"params": others, "lr": rate * words_rate / learning_rate}]
+        options = {"lr": rate, "weight_decay": 0.01, "betas": (0.9, 0.98), "fused": True}
+        return [torch.optim.AdamW(groups if others else groups[:1], **options)]
+
     warm_up, average = (200, 0.999) if steps > 1000 else (max(1, steps // 5), max(0.0, 1 - 5 / steps))
     train(
         "unet", folder, modules, loss_of_step,
-        steps=steps, learning_rate=learning_rate, groups=groups, seed=seed, warm_up=warm_up, average=average or None,
+        steps=steps, learning_rate=learning_rate, optimizer=optimizer, seed=seed, warm_up=warm_up, average=average or None,
     )  # fmt: skip
 
 
@@ -195,7 +198,7 @@ def write_base(
     vae.half().save_pretrained(target / "vae")
     text_encoder.float().save_pretrained(target / "text_encoder")
     write_tokenizer(target / "tokenizer", tokenizer)
-    DPMSolverMultistepScheduler(**SAMPLER).save_pretrained(target / "scheduler")
+    write_scheduler(target / "scheduler")
     for config in target.glob("*/config.json"):
         settings = json.loads(config.read_text())
         settings.pop("_name_or_path", None)  # the folder it was trained in
@@ -217,6 +220,18 @@ def write_base(
         f"guidance = {GUIDANCE}\ndrawing_limits = {DRAWING_LIMITS}\n"
     )
     write_vocabulary(target)
+
+
+def write_scheduler(folder: Path) -> None:
+    """Write DPM-Solver++'s config with the schedule and what differs from the defaults.
+
+    Without the other defaults: diffusers writes -Infinity among them, which is no JSON, and null for values that other schedulers
+    have defaults of their own for.
+    """
+    DPMSolverMultistepScheduler(**SAMPLER).save_pretrained(folder)
+    path = folder / "scheduler_config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k in SAMPLER or k.startswith("_")}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_tokenizer(folder: Path, tokenizer) -> None:

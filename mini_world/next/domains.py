@@ -6,6 +6,7 @@ The hyperparameters for a base this small are defined here and are saved with th
 from __future__ import annotations
 
 import json
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.pretraining.checkpoints import CheckpointOptions
 from e4t_cli.pretraining.encoded_images import EncodedImages, encode_images
 from e4t_cli.pretraining.loop import DomainInfo, PretrainingStep, TrainingCallbacks, pretrain_domain
+from e4t_cli.progress import StopRequest
 from e4t_cli.prompts import training_templates
 from e4t_cli.registry.config import PretrainingConfig, TuningConfig
 from e4t_cli.registry.discovery import find_domain
 from e4t_cli.registry.domain import PreparedImage
 from mini_world.next.data import Drawings
-from mini_world.next.stopping import Stopped, stop_requested
+from mini_world.next.loop import Unfinished
+from mini_world.next.stopping import seconds_left
 from mini_world.next.world import SUBJECT_LABELS
 
 # Departure: λ_r. The norm of a word embedding is about 0.3 here. A weight of 0.01 on ‖E‖² (with s = 0.1, 1 on ‖s·E‖²) drives E
@@ -91,12 +94,12 @@ def train_domain(model, folder: Path, name: str, data: EncodedImages, plan: Doma
     """Pre-train one domain with checkpoints in `folder`; `watch(step)` is called after every step.
 
     Raises:
-        Stopped: `stop_requested`; a checkpoint is saved.
+        Unfinished: the time of the run is over, or SIGTERM was received; a checkpoint is saved.
     """
     domain = find_domain(name)
     folder.mkdir(parents=True, exist_ok=True)
     log, begun = folder / f"domain-{name}.jsonl", time.monotonic()
-    callbacks = TrainingCallbacks()
+    stop, terminated = StopRequest(), []
 
     def report(progress) -> None:
         if progress.values and (progress.done % 50 == 0 or progress.done == plan.pretraining.steps):
@@ -105,12 +108,12 @@ def train_domain(model, folder: Path, name: str, data: EncodedImages, plan: Doma
                 lines.write(json.dumps(line) + "\n")
 
     def on_step(step: PretrainingStep) -> None:
-        if stop_requested():
-            callbacks.stop.ask()
+        if terminated or seconds_left() <= 0:
+            stop.ask()
         if watch is not None:
             watch(step)
 
-    callbacks = TrainingCallbacks(stop=callbacks.stop, on_progress=report, on_step=on_step)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
     try:
         return pretrain_domain(
             model,
@@ -125,9 +128,11 @@ def train_domain(model, folder: Path, name: str, data: EncodedImages, plan: Doma
             ),
             config=plan.pretraining,
             checkpoints=CheckpointOptions(folder=folder / "checkpoints", every=SAVE_EVERY),
-            callbacks=callbacks,
+            callbacks=TrainingCallbacks(stop=stop, on_progress=report, on_step=on_step),
         )
     except KeyboardInterrupt:
-        if callbacks.stop.asked:
-            raise Stopped(f"stopped while the domain {name} was trained") from None
+        if stop.asked:
+            raise Unfinished(f"domain-{name}: stopped with its state saved; the same command goes on from there.") from None
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
@@ -28,6 +26,8 @@ class TrainingPlan:
     judged: int
     captions: int
     text: int
+    text_batch: int
+    text_captions: int  # random captions, of no drawings, that the text encoder is trained on
     tower: int
     pairs: int
     vae: int
@@ -121,4 +121,8 @@ PLANS = {plan.name: plan for plan in (CPU, CUDA, TINY)}
 
 def training_plan(name: str = "") -> TrainingPlan:
     """The plan with this name, else the one for this machine."""
-    return PLANS[name or ("cuda" if torch.cuda.is_available() else "cpu")]
+    if not name:
+        import torch  # slow to import, and not needed for the rest
+
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return PLANS[name]

@@ -1,19 +1,20 @@
 """Runs stages that depend on each other, one or several at a time, each in a process of its own.
 
-A stage starts when all that it needs is finished. Shared stages, the U-Net's, take all processes: they start when nothing else
-can, under torchrun on a CPU with more than one process, and alone on a GPU.
+A stage starts when all that it needs is finished. Shared stages, the U-Net's, start when nothing else can, as several processes
+on a CPU that each compute their part of every batch, and as one on a GPU.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from mini_world.next.stopping import STOP_AT, STOPPED
+from mini_world.next.stopping import STOP_AT
 
 # glibc returns large tensors to the system and allocates them again at every step. With these settings it keeps them, and the
 # U-Net trains 1.18 times faster on a CPU.
@@ -22,6 +23,7 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
+STOPPED = 75  # exit status of a stage that saved its state: `mini_world.next.loop.UNFINISHED`, without importing torch
 PATIENCE = 120.0  # seconds that stages have to save and end
 POLL = 0.2  # seconds
 
@@ -60,7 +62,7 @@ def needed(nodes: Mapping[str, Node], targets: list[str], finished: Callable[[st
 
 def ready(nodes: Mapping[str, Node], waiting: list[str], running: list[str], slots: int) -> list[str]:
     """The stages that can start now, at most as many as there are free slots."""
-    if any(nodes[name].shared for name in running) and slots > 1:
+    if any(nodes[name].shared for name in running):
         return []
     open_ones = [name for name in waiting if not set(nodes[name].needs) & {*waiting, *running}]
     plain = [name for name in open_ones if not nodes[name].shared]
@@ -71,17 +73,18 @@ def ready(nodes: Mapping[str, Node], waiting: list[str], running: list[str], slo
 
 @dataclass
 class Runner:
-    """Starts stages with `command(stage, processes)`; `slots` at a time.
+    """Runs stages with `command(stage)`, `slots` at a time.
 
+    split: whether a shared stage runs as `slots` processes.
     minutes: after which running stages save their states and end.
     """
 
     nodes: Mapping[str, Node]
-    command: Callable[[str, int], list[str]]
+    command: Callable[[str], list[str]]
     slots: int = 1
+    split: bool = True
     minutes: float | None = None
-    one_thread: bool = True
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    running: dict[str, list[subprocess.Popen[bytes]]] = field(default_factory=dict)
 
     def run(self, targets: list[str], finished: Callable[[str], bool]) -> bool:
         """Run all that is missing; returns whether everything is finished (False: the time was up).
@@ -95,47 +98,70 @@ class Runner:
         stopped = False
         try:
             while waiting or self.running:
-                if not stopped and time.time() < end:
+                stopped = stopped or time.time() >= end
+                if stopped and not self.running:
+                    return False
+                if not stopped:
                     for name in ready(self.nodes, waiting, list(self.running), self.slots):
                         waiting.remove(name)
                         self._start(name, end)
-                elif not self.running:
-                    return False
-                for name, process in list(self.running.items()):
-                    code = process.poll()
-                    if code is None:
-                        continue
-                    del self.running[name]
-                    if code == STOPPED:
-                        stopped = True
-                    elif code or not finished(name):
-                        raise StageFailed(f"the stage {name} failed with exit status {code}; all others can be resumed")
+                for name in list(self.running):
+                    stopped = self._look_after(name, finished) or stopped
                 if time.time() > end + PATIENCE:
                     self._stop()
                 time.sleep(POLL)
         except BaseException:
             self._stop()
             raise
-        return not stopped
+        return not stopped or not needed(self.nodes, targets, finished)
+
+    def _look_after(self, name: str, finished: Callable[[str], bool]) -> bool:
+        """Note whether a running stage has ended; returns whether it was stopped before its end."""
+        codes = [process.poll() for process in self.running[name]]
+        failed = [code for code in codes if code not in (None, 0, STOPPED)]
+        if None in codes and not failed:
+            return False
+        if failed:
+            raise StageFailed(f"the stage {name} failed with exit status {failed[0]}; all others can be resumed")
+        del self.running[name]
+        if STOPPED in codes:
+            return True
+        if not finished(name):
+            raise StageFailed(f"the stage {name} ended without a result")
+        return False
 
     def _start(self, name: str, end: float) -> None:
         print(f"── {name}", file=sys.stderr, flush=True)
-        shared = self.nodes[name].shared
+        count = self.slots if self.nodes[name].shared and self.split else 1
         environment = KEEP_MEMORY | os.environ
-        if self.slots > 1 and self.one_thread:
+        if self.slots > 1 and self.split:
             environment["OMP_NUM_THREADS"] = "1"
         if end < float("inf"):
             environment[STOP_AT] = str(end)
-        self.running[name] = subprocess.Popen(self.command(name, self.slots if shared else 1), env=environment)
+        if count > 1:
+            environment |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        command = self.command(name)
+        self.running[name] = []
+        for rank in range(count):
+            own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})
+            self.running[name].append(subprocess.Popen(command, env=own))
 
     def _stop(self) -> None:
         """Ask all running stages to save and end; end them after a while."""
-        for process in self.running.values():
+        processes = [process for group in self.running.values() for process in group]
+        for process in processes:
             process.terminate()
         last = time.time() + PATIENCE
-        for process in self.running.values():
+        for process in processes:
             try:
                 process.wait(max(0.1, last - time.time()))
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         self.running.clear()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
