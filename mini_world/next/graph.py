@@ -13,7 +13,7 @@ STAGES: dict[str, Node] = {
     "draw": Node(shipped=False),
     "text": Node(),  # from captions alone
     "vae": Node(("draw",)),
-    "tower": Node(("draw",)),
+    "tower": Node(("draw", "text")),
     "parser": Node(("draw",)),
     "encode": Node(("draw", "vae"), shipped=False),
     "decoder": Node(("draw", "vae", "encode")),

@@ -29,7 +29,7 @@ from mini_world.next.loop import default_device, limit_time, process_rank
 from mini_world.next.plans import PLANS
 from mini_world.next.training_report import training_table
 from mini_world.next.stopping import seconds_left
-from mini_world.next.text import CaptionEncoder, build_text_encoder, build_tokenizer
+from mini_world.next.text import CaptionEncoder, build_text_encoder, build_tokenizer, tokenize_drawings
 from mini_world.next.validation import ValidationLogger
 from mini_world.next.workspace import Workspace
 
@@ -65,12 +65,14 @@ def run_text(work: Workspace, made: Path) -> Facts:
 
 
 def run_tower(work: Workspace, made: Path) -> Facts:
-    tower, heads = clip.build_tower(), clip.build_heads()
-    clip.train_tower(
-        work.state("tower"), sets.tower_drawings(work), tower, heads, steps=work.plan.tower, pairs=work.plan.pairs
+    text_encoder, tokenizer, _ = load_text(work)
+    drawings, plan = sets.tower_drawings(work), work.plan
+    captions = tokenize_drawings(drawings, tokenizer, plan.captions)
+    tower, heads = clip.train_tower(
+        work.state("tower"), drawings, text_encoder.requires_grad_(False), captions, steps=plan.tower, pairs=plan.pairs
     )
     save_weights(tower.cpu(), made / "tower.safetensors")
-    found = {kind: clip.probe(tower, heads.cpu(), sets.held_out_portraits(work, kind)) for kind in work.plan.held_out}
+    found = {kind: clip.probe(tower, heads.cpu(), sets.held_out_portraits(work, kind)) for kind in plan.held_out}
     return found | {"scenes": clip.probe(tower, heads, sets.held_out_scenes(work))}
 
 
