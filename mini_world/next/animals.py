@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mini_world.next.canvas import Colour, Pen, lightness, mix, shade, tinted
+from mini_world.next.canvas import Colour, Pen, mix, shade, tinted
 from mini_world.next.identities import CAT_EYES, FUR, NOSES, PAINTED, Identity
 
 INK: Colour = (16, 14, 18)
@@ -19,21 +19,31 @@ def head_pen(pen: Pen, who: Identity) -> Pen:
 def _colours(who: Identity) -> tuple[Colour, Colour, Colour]:
     """The colours of the coat, of its markings, and of its outline, which is seen before any background."""
     coat = tinted(FUR[who["fur"]], who.degrees["tint"])
-    light = lightness(coat) > 110
+    light = _is_light(who)
     marking = shade(coat, 0.42) if light else (238, 228, 208)
     outline = shade(coat, 0.66) if light else mix(coat, WHITE, 0.22)
     return coat, marking, outline
+
+
+def _is_light(who: Identity) -> bool:
+    """Whether the coat is light; that does not change with its tint."""
+    return who["fur"] not in ("black", "brown")
+
+
+def _has_dark_muzzle(who: Identity) -> bool:
+    return (who["pattern"] == "masked") == _is_light(who)
 
 
 def draw_cat(pen: Pen, who: Identity) -> None:
     """A cat with tail, whiskers and the pattern of its coat."""
     coat, marking, outline = _colours(who)
     head = head_pen(pen, who)
-    tail = [(1.0, 3.5), (1.75, 3.25), (2.0, 2.5), (1.8, 1.75)]
+    tail = [(0.9, 2.75), (1.6, 2.6), (1.92, 2.1), (1.78, 1.4)]
     pen.line(tail, 0.52, outline, "animal")
     pen.line(tail, 0.38, coat, "animal")
     for grow, colour in ((0.07, outline), (0.0, coat)):
-        pen.ellipse(0, 2.65, 1.2 + grow, 1.7 + grow, colour, "animal")
+        pen.rectangle(-0.7 - grow, 0.7, 0.7 + grow, 2.0, colour, "animal")
+        pen.ellipse(0, 2.65, 1.2 + grow, 1.55 + grow, colour, "animal")
         pen.rectangle(-1.2 - grow, 2.7, 1.2 + grow, 8.0, colour, "animal")
     pattern = who["pattern"]
     if pattern == "striped":
@@ -71,17 +81,17 @@ def draw_cat(pen: Pen, who: Identity) -> None:
         head.ellipse(side * 0.46, -0.08, 0.09, 0.22, INK, "animal")
         head.ellipse(side * 0.46 - 0.1, -0.17, 0.06, 0.06, WHITE, "animal")
     muzzle = marking if pattern == "masked" else coat
-    whisker = (250, 250, 250) if lightness(coat) < 170 else (96, 88, 92)
+    whisker = (96, 88, 92) if who["fur"] in ("white", "cream") else (250, 250, 250)
     for side in (-1, 1):
         for y, end in ((0.36, 0.2), (0.5, 0.58)):
             head.line([(side * 0.62, y), (side * 1.52, end)], 0.078, whisker, "animal")
-    dark = (54, 30, 34) if lightness(muzzle) > 90 else (206, 190, 186)
-    head.line([(0, 0.4), (0, 0.54)], 0.085, dark, "animal")
+    dark = (206, 190, 186) if _has_dark_muzzle(who) else (54, 30, 34)
+    head.line([(0, 0.4), (0, 0.58)], 0.085, dark, "animal")
     for side in (-1, 1):
-        head.curve(side * 0.16, 0.5, 0.17, 0.15, 2.4, 0.085, dark, "animal")
-    if lightness(muzzle) < 110 and who["nose"] == "dark":
-        head.polygon([(-0.27, 0.16), (0.27, 0.16), (0, 0.49)], mix(muzzle, WHITE, 0.45), "animal")
-    head.polygon([(-0.2, 0.2), (0.2, 0.2), (0, 0.43)], NOSES[who["nose"]], "animal")
+        head.curve(side * 0.16, 0.54, 0.17, 0.15, 2.4, 0.085, dark, "animal")
+    if _has_dark_muzzle(who) and who["nose"] == "dark":
+        head.polygon([(-0.33, 0.12), (0.33, 0.12), (0, 0.54)], mix(muzzle, WHITE, 0.45), "animal")
+    head.polygon([(-0.26, 0.16), (0.26, 0.16), (0, 0.47)], NOSES[who["nose"]], "animal")
     draw_collar(pen, who["collar"], 1.1)
 
 
@@ -102,7 +112,8 @@ def draw_dog(pen: Pen, who: Identity) -> None:
     head = head_pen(pen, who)
     pattern = who["pattern"]
     for grow, colour in ((0.07, outline), (0.0, coat)):
-        pen.ellipse(0, 2.75, 1.3 + grow, 1.65 + grow, colour, "animal")
+        pen.rectangle(-0.78 - grow, 0.7, 0.78 + grow, 2.0, colour, "animal")
+        pen.ellipse(0, 2.75, 1.3 + grow, 1.5 + grow, colour, "animal")
         pen.rectangle(-1.3 - grow, 2.8, 1.3 + grow, 8.0, colour, "animal")
     if pattern == "spotted":
         for x, y in ((-0.75, 2.1), (0.6, 2.3), (-0.3, 2.8), (0.75, 3.1), (-0.85, 3.2)):
@@ -132,15 +143,15 @@ def draw_dog(pen: Pen, who: Identity) -> None:
     head.ellipse(0, centre, wide, half, muzzle, "animal")
     nose = bottom - 0.62 if long else 0.36
     mouth = nose + 0.36 if long else nose + 0.26
-    dark = (54, 30, 34) if lightness(muzzle) > 90 else (206, 190, 186)
+    dark = (206, 190, 186) if _has_dark_muzzle(who) else (54, 30, 34)
     if who["tongue"] == "panting":
-        head.rectangle(-0.17, mouth, 0.17, mouth + 0.3, (240, 96, 120), "animal")
-        head.ellipse(0, mouth + 0.3, 0.17, 0.2, (240, 96, 120), "animal")
-        head.line([(0, mouth + 0.08), (0, mouth + 0.26)], 0.07, (196, 56, 84), "animal")
+        head.rectangle(-0.21, mouth, 0.21, mouth + 0.36, (240, 96, 120), "animal")
+        head.ellipse(0, mouth + 0.36, 0.21, 0.22, (240, 96, 120), "animal")
+        head.line([(0, mouth + 0.1), (0, mouth + 0.34)], 0.08, (196, 56, 84), "animal")
     head.line([(0, nose), (0, mouth)], 0.085, dark, "animal")
     for side in (-1, 1):
         head.curve(side * 0.17, mouth - 0.06, 0.18, 0.13, 2.6, 0.085, dark, "animal")
-    if lightness(muzzle) < 110:
+    if _has_dark_muzzle(who):
         head.ellipse(0, nose, 0.34, 0.25, mix(muzzle, WHITE, 0.4), "animal")
     head.ellipse(0, nose, 0.27, 0.19, INK, "animal")
     head.ellipse(-0.08, nose - 0.08, 0.075, 0.05, (150, 150, 160), "animal")
@@ -160,7 +171,7 @@ def draw_collar(pen: Pen, kind: str, y: float) -> None:
     if kind == "none":
         return
     colour = PAINTED[kind]
-    pen.curve(0, y - 0.28, 0.94, 0.5, 2.5, 0.36, shade(colour, 0.62), "animal")
-    pen.curve(0, y - 0.28, 0.94, 0.5, 2.5, 0.25, colour, "animal")
+    pen.curve(0, y - 0.2, 0.84, 0.42, 2.5, 0.36, shade(colour, 0.62), "animal")
+    pen.curve(0, y - 0.2, 0.84, 0.42, 2.5, 0.25, colour, "animal")
     pen.ellipse(0, y + 0.38, 0.2, 0.2, (176, 130, 20), "animal")
     pen.ellipse(0, y + 0.38, 0.15, 0.15, (255, 216, 60), "animal")

@@ -67,6 +67,10 @@ class Canvas:
         self.image.paste(bottom, (0, 0, *self.image.size))
         self.image.paste(Image.new("RGB", self.image.size, top), (0, 0), _ramp())
 
+    def veil(self, share: float) -> None:
+        """Make all colours paler, by a share (0 to 1) of white."""
+        self.image.paste(Image.blend(self.image, Image.new("RGB", self.image.size, (255, 255, 255)), share))
+
     def rendered(self) -> Image.Image:
         """The anti-aliased image, 128 by 128."""
         return self.image.reduce(SUPERSAMPLING)
@@ -173,4 +177,4 @@ def lightness(colour: Colour) -> float:
 
 def tinted(colour: Colour, degree: float) -> Colour:
     """The colour from darker (degree -1) to lighter (1), in equal steps also where it is nearly black or white."""
-    return mix(shade(colour, 0.82), mix(colour, (255, 255, 255), 0.22), (degree + 1) / 2)
+    return mix(shade(colour, 0.85), mix(colour, (255, 255, 255), 0.22), (degree + 1) / 2)

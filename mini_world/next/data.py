@@ -9,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 
 import numpy
 
@@ -125,11 +127,18 @@ def _create(folder: Path, count: int) -> None:
     """Make the folder with arrays of the right size, in one step."""
     if folder.exists():
         return
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    for name, (shape, kind) in _LAYOUT.items():
-        numpy.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=kind, shape=(count, *shape)).flush()
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        for name, (shape, kind) in _LAYOUT.items():
+            numpy.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=kind, shape=(count, *shape)).flush()
+        partial.rename(folder)
+    except OSError:
+        # Another process was faster: both draw the same.
+        if not folder.exists():
+            raise
+    finally:
+        rmtree(partial, ignore_errors=True)
 
 
 def _niced() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mini_world.next.canvas import Colour, Pen, lightness, mix, shade, tinted
 from mini_world.next.identities import EYES, FRAMES, HAIR, SKIN, Identity
 
@@ -35,22 +37,23 @@ def draw_face(pen: Pen, who: Identity, garment: Colour) -> None:
     head.ellipse(0, 0, 1.0, 1.2, skin, "skin")
     _draw_marks(head, who["marks"], skin)
     if who["beard"] == "beard":
-        _draw_beard(head, skin, hair)
+        _draw_beard(head, hair, _edge_of_beard(who, hair))
     _draw_hair_before(head, who["hair_style"], hair)
     head.line([(0.02, 0.06), (-0.11, 0.32), (0.05, 0.36)], 0.085, shade(skin, 0.7), "skin")
     _draw_mouth(head, who["mouth"])
     if who["beard"] == "moustache":
-        _draw_moustache(head, skin, hair)
+        _draw_moustache(head, hair, _edge_of_beard(who, hair))
     _draw_eyes(head, who, skin, hair)
 
 
 def _draw_body(pen: Pen, colour: Colour, skin: Colour) -> None:
     """Neck and shoulders with a collar; the body continues to the lower edge of the image."""
-    pen.rectangle(-1.45, 2.5, 1.45, 8.0, colour, "cloth")
+    pen.rectangle(-1.72, 2.55, 1.72, 8.0, colour, "cloth")
     pen.ellipse(0, 2.55, 1.72, 1.15, colour, "cloth")
     pen.ellipse(0, 1.5, 0.62, 0.34, shade(colour, 0.72), "cloth")
-    pen.rectangle(-0.38, 0.8, 0.38, 1.5, shade(skin, 0.8), "skin")
-    pen.bowl(0, 1.5, 0.38, 0.22, shade(skin, 0.8), "skin")
+    shadow = mix(shade(skin, 0.86), (150, 60, 40), 0.16)
+    pen.rectangle(-0.38, 0.8, 0.38, 1.5, shadow, "skin")
+    pen.bowl(0, 1.5, 0.38, 0.22, shadow, "skin")
 
 
 def _draw_hair_behind(head: Pen, style: str, hair: Colour) -> None:
@@ -69,9 +72,9 @@ def _draw_hair_behind(head: Pen, style: str, hair: Colour) -> None:
         head.curve(0, -1.62, 0.3, 0.3, 2.2, 0.09, dark, "hair")
     elif style == "pigtails":
         for side in (-1, 1):
-            tail = ((1.05, -0.15), (1.6, -0.3), (1.82, 0.3), (1.68, 1.05), (1.4, 1.3), (1.22, 0.75))
+            tail = ((1.05, -0.15), (1.4, -0.34), (1.62, 0.2), (1.58, 0.9), (1.36, 1.3), (1.16, 0.8))
             head.polygon([(side * x, y) for x, y in tail], hair, "hair")
-            head.line([(side * 1.5, 0.1), (side * 1.48, 0.8)], 0.1, dark, "hair")
+            head.line([(side * 1.36, 0.2), (side * 1.37, 0.8)], 0.1, dark, "hair")
             head.ellipse(side * 1.14, -0.14, 0.2, 0.22, (240, 240, 246), "hair")
     elif style == "spiky":
         spikes = [(1.02, 0.1), (1.42, -0.28), (1.06, -0.42), (1.36, -0.98), (0.86, -0.84), (0.84, -1.6), (0.36, -1.12)]
@@ -94,6 +97,7 @@ def _draw_hair_before(head: Pen, style: str, hair: Colour) -> None:
         head.line([(-0.3, -1.1), (-0.12, -1.38)], 0.1, light, "hair")
         head.line([(0.3, -1.0), (0.5, -1.24)], 0.1, light, "hair")
     elif style == "curly":
+        head.cap(1.0, 1.24, -0.76, hair, "hair")
         for x, y in ((-0.72, -0.66), (-0.26, -0.78), (0.26, -0.78), (0.72, -0.66)):
             head.ellipse(x, y, 0.32, 0.3, hair, "hair")
         for x, y in ((-0.6, -1.0), (0.0, -1.12), (0.6, -1.0)):
@@ -128,35 +132,35 @@ def _draw_hair_before(head: Pen, style: str, hair: Colour) -> None:
 def _draw_marks(head: Pen, marks: str, skin: Colour) -> None:
     if marks == "rosy":
         for side in (-1, 1):
-            head.ellipse(side * 0.62, 0.44, 0.25, 0.18, mix(skin, (240, 64, 88), 0.62), "skin")
+            head.ellipse(side * 0.62, 0.47, 0.25, 0.18, mix(skin, (240, 64, 88), 0.62), "skin")
     elif marks == "freckles":
         dark = shade(skin, 0.42 if lightness(skin) < 110 else 0.6)
         for side in (-1, 1):
-            for x, y in ((0.36, 0.34), (0.62, 0.32), (0.86, 0.36), (0.49, 0.53), (0.75, 0.54)):
+            for x, y in ((0.4, 0.42), (0.62, 0.38), (0.84, 0.42), (0.51, 0.58), (0.73, 0.58)):
                 head.ellipse(side * x, y, 0.083, 0.078, dark, "skin")
 
 
-def _edge_of_beard(skin: Colour, hair: Colour) -> Colour:
+def _edge_of_beard(who: Identity, hair: Colour) -> Colour:
     """A colour for the edge that sets a beard off from the skin, also where both are dark or both light."""
-    if lightness(hair) < 110 and lightness(skin) < 130:
-        return mix(skin, WHITE, 0.42)
+    if who["hair_colour"] in ("black", "brunette", "blue") and who["skin"] in ("bronze", "ebony"):
+        return mix(SKIN[who["skin"]], WHITE, 0.42)
     return shade(hair, 0.62)
 
 
-def _draw_beard(head: Pen, skin: Colour, hair: Colour) -> None:
-    half = [(1.0, 0.16), (0.93, 0.72), (0.62, 1.18), (0.26, 1.4)]
-    inner = [(0.66, 0.46), (0.3, 0.42)]
-    for grow, colour in ((0.075, _edge_of_beard(skin, hair)), (0.0, hair)):
-        outer = [(x + grow * 0.4, y + grow * 0.6) for x, y in half]
-        upper = [(x, y - grow) for x, y in inner]
-        points = [*outer, *((-x, y) for x, y in reversed(outer)), *((-x, y) for x, y in upper), *reversed(upper)]
-        head.polygon(points, colour, "beard")
+def _draw_beard(head: Pen, hair: Colour, edge: Colour) -> None:
+    for grow, colour in ((0.075, edge), (0.0, hair)):
+        angles = [math.pi * k / 16 for k in range(17)]
+        outer = [((1.0 + grow * 0.3) * math.cos(a), 0.16 + (1.22 + grow) * math.sin(a)) for a in angles]
+        # The cheeks stay free for marks.
+        half = [(0.9, 0.3), (0.83, 0.7 - grow), (0.56, 0.74 - grow), (0.4, 0.58 - grow), (0.2, 0.45 - grow)]
+        upper = [*((-x, y) for x, y in half), *reversed(half)]
+        head.polygon([*outer, *upper], colour, "beard")
 
 
-def _draw_moustache(head: Pen, skin: Colour, hair: Colour) -> None:
+def _draw_moustache(head: Pen, hair: Colour, edge: Colour) -> None:
     half = [(0.14, 0.46), (0.36, 0.47), (0.58, 0.62), (0.66, 0.74), (0.4, 0.7), (0.16, 0.66)]
     points = [(0, 0.5), *half, (0, 0.62), *((-x, y) for x, y in reversed(half))]
-    head.line([*points, points[0]], 0.15, _edge_of_beard(skin, hair), "beard")
+    head.line([*points, points[0]], 0.15, edge, "beard")
     head.polygon(points, hair, "beard")
 
 
@@ -172,9 +176,9 @@ def _draw_mouth(head: Pen, mouth: str) -> None:
 
 def _draw_eyes(head: Pen, who: Identity, skin: Colour, hair: Colour) -> None:
     """Brows, eyes and glasses; also sunglasses show the distance of the eyes."""
-    distance = 0.44 * (1 + 0.18 * who.degrees["eye_distance"])
+    distance = 0.45 * (1 + 0.2 * who.degrees["eye_distance"])
     brow = mix(hair, INK, 0.25)
-    if abs(lightness(brow) - lightness(skin)) < 30:
+    if abs(lightness(HAIR[who["hair_colour"]]) - lightness(skin)) < 45:
         brow = shade(skin, 0.5)
     kind = who["glasses"]
     for side in (-1, 1):

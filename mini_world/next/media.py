@@ -22,17 +22,11 @@ def render_medium(image: Image.Image, medium: str, rng: random.Random) -> Image.
     if medium == "sketch":
         return _sketch(image)
     if medium == "pixel":
-        small = image.resize((PIXEL_BLOCKS, PIXEL_BLOCKS), Image.Resampling.BOX).point(_posterised())
+        small = image.reduce(SIZE // PIXEL_BLOCKS).filter(ImageFilter.UnsharpMask(radius=1, percent=90, threshold=0))
         return small.resize((SIZE, SIZE), Image.Resampling.NEAREST)
     if medium == "oil":
         return _oil(image, phase)
     return image
-
-
-@cache
-def _posterised() -> list[int]:
-    step = 36
-    return [min(255, round(value / step) * step) for value in range(256)] * 3
 
 
 def pencil(image: Image.Image, width: float) -> numpy.ndarray:
@@ -45,27 +39,43 @@ def pencil(image: Image.Image, width: float) -> numpy.ndarray:
 
 
 def _sketch(image: Image.Image) -> Image.Image:
+    """Dark where the drawing is darker than its surroundings; all of it a little shaded."""
     grey = numpy.asarray(image.convert("L"), dtype=numpy.float32)
-    paper = (190 + 0.22 * grey) * (1 - 0.8 * pencil(image, 1.6))
+    soft = numpy.asarray(image.convert("L").filter(ImageFilter.GaussianBlur(3)), dtype=numpy.float32)
+    paper = 204 + 0.18 * grey - numpy.clip((soft - grey) * 2.1, -16, 140) - 55 * pencil(image, 1.5)
     return Image.fromarray(numpy.clip(paper, 0, 255).astype(numpy.uint8)).convert("RGB")
 
 
 _PHASES = 16
+_Neighbours = list[tuple[numpy.ndarray, numpy.ndarray]]
 
 
 @cache
-def _strokes(phase: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Of one of 16 paintings: from which pixel each pixel is taken, (16384,), and the strokes' relief, (128, 128, 1)."""
+def _strokes(phase: int) -> tuple[_Neighbours, numpy.ndarray]:
+    """The brush of one of 16 paintings.
+
+    The four pixels, (16384,), and their weights, (16384, 1), that each pixel is interpolated from; and the relief of the
+    paint, (16384, 1), which is added.
+    """
     shift = 2 * numpy.pi * phase / _PHASES
     rows, columns = numpy.mgrid[0:SIZE, 0:SIZE].astype(numpy.float32)
     bend = numpy.sin(rows * 0.09 + shift) * 2.2 + numpy.sin(columns * 0.07 - shift) * 1.6
     wave = numpy.sin(columns * 0.3 + rows * 0.26 + bend)
-    across = numpy.clip(columns + 0.9 * wave, 0, SIZE - 1).round().astype(numpy.int64)
-    down = numpy.clip(rows - 0.9 * numpy.cos(columns * 0.3 - rows * 0.2 + bend), 0, SIZE - 1).round().astype(numpy.int64)
-    return (down * SIZE + across).ravel(), (wave * 14)[..., None].astype(numpy.int16)
+    across = numpy.clip(columns + 1.1 * wave, 0, SIZE - 1.001)
+    down = numpy.clip(rows - 1.1 * numpy.cos(columns * 0.3 - rows * 0.2 + bend), 0, SIZE - 1.001)
+    left, top = across.astype(numpy.int64), down.astype(numpy.int64)
+    neighbours = []
+    for dx in (0, 1):
+        for dy in (0, 1):
+            weight = (1 - numpy.abs(across - left - dx)) * (1 - numpy.abs(down - top - dy))
+            neighbours.append((((top + dy) * SIZE + left + dx).ravel(), weight.reshape(-1, 1).astype(numpy.float32)))
+    return neighbours, (wave * 14).reshape(-1, 1).astype(numpy.float32)
 
 
 def _oil(image: Image.Image, phase: int) -> Image.Image:
-    source, relief = _strokes(phase)
-    pixels = numpy.asarray(image).reshape(-1, 3).take(source, axis=0).reshape(SIZE, SIZE, 3).astype(numpy.int16)
-    return Image.fromarray(numpy.clip(pixels + relief, 0, 255).astype(numpy.uint8))
+    neighbours, relief = _strokes(phase)
+    flat = numpy.asarray(image, dtype=numpy.float32).reshape(-1, 3)
+    pixels = relief + 0.5
+    for source, weight in neighbours:
+        pixels = pixels + flat.take(source, axis=0) * weight
+    return Image.fromarray(numpy.clip(pixels, 0, 255).astype(numpy.uint8).reshape(SIZE, SIZE, 3))

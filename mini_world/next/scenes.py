@@ -108,14 +108,13 @@ def _draw_space(canvas: Canvas, rng: random.Random) -> None:
     for _ in range(24):
         size = rng.choice((1.3, 1.6, 2.0))
         page.ellipse(rng.uniform(0, 128), rng.uniform(0, 128), size, size, (255, 250, 226))
-    x = 64 + side * 45
-    page.ellipse(x, 22, 14, 14, (226, 128, 78))
-    page.ellipse(x - 4, 18, 7, 6, (244, 164, 108))
-    page.line([(x - 21, 27), (x + 21, 17)], 3.0, (250, 222, 170))
-    x = 64 - side * 50
-    page.ellipse(x, 96, 9, 9, (112, 138, 180))
-    page.ellipse(x + 3, 94, 2.4, 2.4, (82, 104, 148))
-    page.ellipse(x - 3, 99, 2.0, 2.0, (82, 104, 148))
+    planet, moon = 64 + side * 45, 64 - side * 50
+    page.ellipse(planet, 22, 14, 14, (226, 128, 78))
+    page.ellipse(planet - 4, 18, 7, 6, (244, 164, 108))
+    page.line([(planet - 21, 27), (planet + 21, 17)], 3.0, (250, 222, 170))
+    page.ellipse(moon, 96, 9, 9, (112, 138, 180))
+    page.ellipse(moon + 3, 94, 2.4, 2.4, (82, 104, 148))
+    page.ellipse(moon - 3, 99, 2.0, 2.0, (82, 104, 148))
 
 
 _PLACES = {"beach": _draw_beach, "snow": _draw_snow, "forest": _draw_forest, "city": _draw_city, "space": _draw_space}
@@ -124,7 +123,7 @@ _PLACES = {"beach": _draw_beach, "snow": _draw_snow, "forest": _draw_forest, "ci
 def draw_role_behind(pen: Pen, role: str) -> None:
     """Draw the part of a role behind the head: the inside of a helmet."""
     if role == "astronaut":
-        pen.ellipse(0, -0.1, 1.82, 1.82, (86, 112, 158), "accessory")
+        pen.ellipse(0, -0.1, 1.78, 1.78, (86, 112, 158), "accessory")
 
 
 def draw_role(pen: Pen, head: Pen, role: str, colour: str, animal: bool) -> None:
@@ -144,10 +143,10 @@ def draw_role(pen: Pen, head: Pen, role: str, colour: str, animal: bool) -> None
 
 def _draw_astronaut(pen: Pen) -> None:
     suit, edge = (240, 242, 246), (150, 156, 170)
-    pen.rectangle(-1.6, 2.4, 1.6, 8.0, suit, "accessory")
+    pen.rectangle(-1.84, 2.75, 1.84, 8.0, suit, "accessory")
     pen.ellipse(0, 2.75, 2.0, 1.05, suit, "accessory")
-    pen.ring(0, -0.1, 1.98, 1.98, 0.34, edge, "accessory")
-    pen.ring(0, -0.1, 1.94, 1.94, 0.24, suit, "accessory")
+    pen.ring(0, -0.1, 1.88, 1.88, 0.3, edge, "accessory")
+    pen.ring(0, -0.1, 1.85, 1.85, 0.22, suit, "accessory")
     pen.rectangle(-1.2, 2.5, -0.55, 2.85, PAINTED["red"], "accessory")
     pen.rectangle(0.55, 2.5, 1.2, 2.85, PAINTED["blue"], "accessory")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from mini_world.next.canvas import SIZE
 from mini_world.next.identities import LIGHT, PAINT, Identity
@@ -27,18 +27,17 @@ def _surface(kind: str) -> numpy.ndarray:
     if kind == "canvas":
         # A weave of two threads whose period is one latent.
         weave = numpy.sin(rows * (numpy.pi / 4)) + numpy.sin(columns * (numpy.pi / 4))
-        return (weave * 11)[..., None]
+        return (weave * 10)[..., None]
     noise = numpy.random.default_rng(7).normal(0, 1, (22, 22)).astype(numpy.float32)
     soft = numpy.asarray(Image.fromarray(noise).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-    return (soft / soft.std() * 17)[..., None]
+    return (soft / soft.std() * 13)[..., None]
 
 
 def render_style(image: Image.Image, style: Identity) -> Image.Image:
     """The drawing (RGB 128 by 128) in the style."""
     factor = 2.0 ** (0.5 * style.degrees["scale"])  # 0.71 for "fine", 1.41 for "coarse"
-    grey = numpy.asarray(image.convert("L"), dtype=numpy.float32) / 255
-    low, high = float(grey.min()), float(grey.max())
-    grey = _STROKES[style["stroke"]](image, (grey - low) / max(0.2, high - low), factor)
+    contrasted = ImageOps.autocontrast(image.convert("L"), cutoff=3)
+    grey = _STROKES[style["stroke"]](contrasted, numpy.asarray(contrasted, dtype=numpy.float32) / 255, factor)
     dark = numpy.array(PAINT[style["dark"]], dtype=numpy.float32)
     light = numpy.array(LIGHT[style["light"]], dtype=numpy.float32)
     pixels = dark + (light - dark) * grey[..., None]
@@ -53,29 +52,28 @@ def render_style(image: Image.Image, style: Identity) -> Image.Image:
 
 def _smooth(image: Image.Image, grey: numpy.ndarray, factor: float) -> numpy.ndarray:
     """Soft edges: the coarser, the softer."""
-    soft = Image.fromarray((grey * 255).astype(numpy.uint8)).filter(ImageFilter.GaussianBlur(2.4 * factor**2))
+    soft = image.filter(ImageFilter.GaussianBlur(1.8 * factor**1.6))
     return numpy.asarray(soft, dtype=numpy.float32) / 255
 
 
 def _dotted(image: Image.Image, grey: numpy.ndarray, factor: float) -> numpy.ndarray:
     rows, columns = _grid()
-    rate = 2 * numpy.pi / (13.0 * factor)
+    rate = 2 * numpy.pi / (14.0 * factor)
     wave = (numpy.cos(columns[0] * rate)[None] * numpy.cos(rows[:, 0] * rate)[:, None] + 1) / 2
-    return numpy.clip((grey * 0.8 + 0.1 - wave) * 4.0 * factor + 0.5, 0, 1) * 0.75 + grey * 0.25
+    return numpy.clip((grey * 0.8 + 0.1 - wave) * 2.6 * factor + 0.5, 0, 1) * 0.64 + grey * 0.36
 
 
 def _hatched(image: Image.Image, grey: numpy.ndarray, factor: float) -> numpy.ndarray:
     rows, columns = _grid()
-    wave = (numpy.sin((columns + rows) * (2 * numpy.pi / (12.0 * factor))) + 1) / 2
-    return numpy.clip((grey * 0.8 + 0.1 - wave) * 3.0 * factor + 0.5, 0, 1) * 0.7 + grey * 0.3
+    wave = (numpy.sin((columns + rows) * (2 * numpy.pi / (12.5 * factor))) + 1) / 2
+    return numpy.clip((grey * 0.8 + 0.1 - wave) * 2.2 * factor + 0.5, 0, 1) * 0.6 + grey * 0.4
 
 
 def _mosaic(image: Image.Image, grey: numpy.ndarray, factor: float) -> numpy.ndarray:
     cell = 7.0 * factor
     count = int(numpy.ceil(SIZE / cell))
     centres = numpy.minimum((numpy.arange(count) + 0.5) * cell, SIZE - 1).astype(int)
-    soft = Image.fromarray((grey * 255).astype(numpy.uint8)).filter(ImageFilter.BoxBlur(cell / 3))
-    cells = numpy.asarray(soft, dtype=numpy.float32)[centres][:, centres] / 255
+    cells = numpy.asarray(image.filter(ImageFilter.BoxBlur(cell / 3)), dtype=numpy.float32)[centres][:, centres] / 255
     position = numpy.arange(SIZE, dtype=numpy.float32)
     of = numpy.minimum((position / cell).astype(int), count - 1)
     # Grout of two pixels between the cells, with soft edges.

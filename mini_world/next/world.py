@@ -31,7 +31,7 @@ from mini_world.next.styles import render_style
 from mini_world.next.things import THINGS, draw_thing
 
 # Part of the name of stored drawings: count it up with every change of what is drawn.
-VERSION = 1
+VERSION = 3
 
 KINDS = ("face", "cat", "dog", "art", "thing")
 KIND_SHARES = (0.42, 0.18, 0.14, 0.18, 0.08)
@@ -40,8 +40,8 @@ SUBJECT_LABELS = tuple(LABEL_ID[name] for name in ("skin", "hair", "eyes", "mout
 
 # Where the head is, and how many pixels it extends to each side: for faces, animals, and things.
 _HEADS = {
-    "face": {"normal": (64, 66, 28.0), "close": (64, 74, 40.0), "afar": (64, 54, 19.2)},
-    "animal": {"normal": (64, 60, 26.0), "close": (64, 70, 37.0), "afar": (64, 62, 18.8)},
+    "face": {"normal": (64, 66, 28.0), "close": (64, 68, 37.0), "afar": (64, 54, 19.2)},
+    "animal": {"normal": (64, 60, 26.0), "close": (64, 66, 35.0), "afar": (64, 62, 18.8)},
     "thing": {"normal": (64, 68, 30.0), "close": (64, 68, 39.0), "afar": (64, 76, 18.0)},
 }
 
@@ -102,6 +102,8 @@ def draw(
     draw_place(canvas, scene.place, backdrop, place_rng)
     kind = who.kind if who is not None else "thing"
     x, y, unit = _HEADS["face" if kind == "face" else "animal" if kind in ("cat", "dog") else "thing"][scene.framing]
+    if scene.role == "astronaut" and scene.framing == "close":
+        unit *= 0.92  # so that the helmet is in the picture
     sideways = 12.0 if scene.framing == "afar" else 4.0
     pen = canvas.at(
         x + position_rng.uniform(-sideways, sideways),
@@ -109,6 +111,9 @@ def draw(
         unit * position_rng.uniform(0.96, 1.05),
     )
     if who is None or kind == "art":
+        if kind == "art":
+            # Pale, because two colours have to tell the thing from its background.
+            canvas.veil(0.5)
         draw_thing(pen, thing, subject_rng)
         subject = thing
     else:
