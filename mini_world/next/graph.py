@@ -12,11 +12,12 @@ from mini_world.next.runner import Node
 STAGES: dict[str, Node] = {
     "draw": Node(shipped=False),
     "text": Node(),  # from captions alone
-    "vae": Node(("draw",)),
+    "perceptual": Node(("draw",)),
+    "vae": Node(("draw", "perceptual")),
     "tower": Node(("draw", "text")),
     "parser": Node(("draw",)),
     "encode": Node(("draw", "vae"), shipped=False),
-    "decoder": Node(("draw", "vae", "encode")),
+    "decoder": Node(("draw", "perceptual", "vae", "encode")),
     "judge": Node(("draw", "decoder")),
     "unet": Node(("draw", "encode", "text"), shared=True),
     "base": Node(("unet", "text", "decoder", "tower")),

@@ -30,10 +30,13 @@ class TrainingPlan:
     text_captions: int  # random captions, of no drawings, that the text encoder is trained on
     tower: int
     pairs: int
-    vae: int
+    perceptual: int
+    vae_crops: int  # steps on crops
+    vae_wholes: int  # and then on whole drawings
     vae_batch: int
     decoder: int
     decoder_batch: int
+    adversarial_from: int  # the decoder's step at which its discriminator starts
     unet: int
     unet_batch: int
     unet_rate: float = 1e-3
@@ -59,10 +62,13 @@ CPU = TrainingPlan(
     text_captions=60_000,
     tower=1200,
     pairs=32,
-    vae=6000,
-    vae_batch=8,
-    decoder=5000,
+    perceptual=1500,
+    vae_crops=3000,
+    vae_wholes=1500,
+    vae_batch=4,
+    decoder=4000,
     decoder_batch=8,
+    adversarial_from=1500,
     unet=13_000,
     unet_batch=64,
     parser=1200,
@@ -85,10 +91,13 @@ CUDA = TrainingPlan(
     text_captions=60_000,
     tower=1200,
     pairs=256,
-    vae=2500,
-    vae_batch=64,
-    decoder=2000,
-    decoder_batch=64,
+    perceptual=1000,
+    vae_crops=1500,
+    vae_wholes=1000,
+    vae_batch=32,
+    decoder=1500,
+    decoder_batch=32,
+    adversarial_from=500,
     unet=2400,
     unet_batch=512,
     parser=1000,
@@ -111,10 +120,13 @@ TINY = TrainingPlan(
     text_captions=64,
     tower=3,
     pairs=4,
-    vae=4,
+    perceptual=3,
+    vae_crops=3,
+    vae_wholes=2,
     vae_batch=2,
     decoder=4,
     decoder_batch=2,
+    adversarial_from=1,
     unet=6,
     unet_batch=4,
     parser=3,

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from mini_world.next import base, clip, judge, parser, read_out, sets, vae
+from mini_world.next import base, clip, judge, parser, perceptual, read_out, sets, vae
 from mini_world.next.domains import domain_configs, encode_drawings, train_domain
 from mini_world.next.graph import STAGES
 from mini_world.next.latents import standardize_channels
@@ -76,23 +77,41 @@ def run_tower(work: Workspace, made: Path) -> Facts:
     return found | {"scenes": clip.probe(tower, heads, sets.held_out_scenes(work))}
 
 
+def run_perceptual(work: Workspace, made: Path) -> Facts:
+    trained = perceptual.train_classifier(work.state("perceptual"), sets.base_drawings(work), steps=work.plan.perceptual).cpu()
+    save_weights(trained, made / "classifier.safetensors")
+    return {"accuracy": perceptual.accuracy(trained, sets.held_out_scenes(work))}
+
+
+def load_classifier(work: Workspace) -> perceptual.Classifier:
+    """The classifier whose features measure the perceptual distance, in float32."""
+    classifier = perceptual.Classifier()
+    load_weights(classifier, work.result("perceptual") / "classifier.safetensors")
+    return classifier.eval().requires_grad_(False)
+
+
 def run_vae(work: Workspace, made: Path) -> Facts:
-    drawings = sets.base_drawings(work)
-    trained = vae.train_vae(work.state("vae"), drawings, steps=work.plan.vae, batch=work.plan.vae_batch)
-    if process_rank()[0]:
-        return {}
-    means = vae.encode_images_to_latents(trained, drawings.images[:2048])[:, : trained.config.latent_channels]
-    standardize_channels(trained, means.float())
+    drawings, plan = sets.base_drawings(work), work.plan
+    trained = vae.train_vae(
+        work.state("vae"), drawings, load_classifier(work),
+        crop_steps=plan.vae_crops, whole_steps=plan.vae_wholes, batch=plan.vae_batch,
+    )  # fmt: skip
+    some = torch.from_numpy(numpy.array(drawings.images[:2048]))
+    means = vae.encode_images_to_latents(trained, some)[:, : trained.config.latent_channels]
+    standardize_channels(trained, means)
     psnr = vae.reconstruction_psnr(trained, sets.held_out_scenes(work).select(slice(512)))
     trained.cpu().half().save_pretrained(made)
     return psnr
 
 
 def run_encode(work: Workspace, made: Path) -> Facts:
-    images = sets.base_drawings(work).images[: work.plan.latents]
-    latents = vae.encode_images_to_latents(load_vae(work, "vae").to(default_device()), images)
-    save_file({"latents": latents}, made / "latents.safetensors")
-    return {"drawings": len(latents)}
+    images, autoencoder = sets.base_drawings(work).images[: work.plan.latents], load_vae(work, "vae").to(default_device())
+    parts = [
+        vae.encode_images_to_latents(autoencoder, torch.from_numpy(numpy.array(images[start : start + 2048])))
+        for start in range(0, len(images), 2048)
+    ]
+    save_file({"latents": torch.cat(parts)}, made / "latents.safetensors")
+    return {"drawings": len(images)}
 
 
 def load_vae(work: Workspace, stage: str) -> AutoencoderKL:
@@ -107,10 +126,10 @@ def load_latents(work: Workspace) -> Tensor:
 
 def run_decoder(work: Workspace, made: Path) -> Facts:
     trained, plan = load_vae(work, "vae"), work.plan
-    state = work.state("decoder")
     vae.train_decoder(
-        state, trained, sets.base_drawings(work), load_latents(work), steps=plan.decoder, batch=plan.decoder_batch
-    )
+        work.state("decoder"), trained, sets.base_drawings(work), load_latents(work), load_classifier(work),
+        steps=plan.decoder, batch=plan.decoder_batch, adversarial_from=plan.adversarial_from,
+    )  # fmt: skip
     psnr = vae.reconstruction_psnr(trained, sets.held_out_scenes(work).select(slice(512)))
     trained.cpu().half().save_pretrained(made)
     return psnr
