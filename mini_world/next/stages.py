@@ -28,9 +28,9 @@ from mini_world.next.graph import STAGES
 from mini_world.next.latents import standardize_channels
 from mini_world.next.loop import default_device, limit_time, process_rank
 from mini_world.next.plans import PLANS
-from mini_world.next.training_report import training_table
 from mini_world.next.stopping import seconds_left
 from mini_world.next.text import CaptionEncoder, build_text_encoder, build_tokenizer, tokenize_drawings
+from mini_world.next.training_report import training_table
 from mini_world.next.validation import ValidationLogger
 from mini_world.next.workspace import Workspace
 
@@ -175,7 +175,9 @@ def run_base(work: Workspace, made: Path) -> Facts:
     tower.mkdir()
     shutil.copyfile(work.result("tower") / "tower.safetensors", tower / "model.safetensors")
     sizes = clip.TOWER_CONFIG
-    vision = {k: v for k, v in sizes.items() if k not in ("output_dim", "heads")} | {"head_width": sizes["width"] // sizes["heads"]}
+    vision = {k: v for k, v in sizes.items() if k not in ("output_dim", "heads")} | {
+        "head_width": sizes["width"] // sizes["heads"]
+    }
     config = {
         "model_cfg": {"embed_dim": sizes["output_dim"], "vision_cfg": vision},
         "preprocess_cfg": {"mean": [clip.MEAN] * 3, "std": [clip.STD] * 3, "size": sizes["image_size"]},

@@ -145,7 +145,10 @@ def test_the_base_is_named_and_lists_its_words(folder):
 
 
 def test_weights_fit_the_package(folder):
-    sizes = {part: sum(path.stat().st_size for path in (folder / part).glob("*.safetensors")) for part in ("unet", "text_encoder")}
+    sizes = {
+        part: sum(path.stat().st_size for path in (folder / part).glob("*.safetensors"))
+        for part in ("unet", "text_encoder")
+    }
     assert sizes["unet"] < 15e6
     assert sizes["text_encoder"] < 7e6
 
@@ -168,7 +171,9 @@ def test_eight_channels_cost_what_four_did():
 
 def test_an_untrained_unet_predicts_nothing():
     with torch.no_grad():
-        found = base.build_unet()(torch.randn(2, 8, 16, 16), torch.tensor([3, 900]), torch.randn(2, LENGTH, WIDTH)).sample
+        found = base.build_unet()(
+            torch.randn(2, 8, 16, 16), torch.tensor([3, 900]), torch.randn(2, LENGTH, WIDTH)
+        ).sample
     assert not found.any()
 
 

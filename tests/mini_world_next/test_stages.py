@@ -301,10 +301,12 @@ def test_plans_keep_pairs_and_batches_whole():
         assert plan.domains.keys() == plan.portraits.keys() == plan.held_out.keys()
 
 
-def test_every_stage_is_a_function_with_a_sentence_for_the_rest():
+def test_every_stage_is_a_function():
     from mini_world.next import stages
 
-    assert {name for name in vars(stages) if name.startswith("run_")} == {f"run_{name}" for name in STAGES} | {"run_stage"}
+    assert {name for name in vars(stages) if name.startswith("run_")} == {f"run_{name}" for name in STAGES} | {
+        "run_stage"
+    }
 
 
 def run_command(*arguments, **options):
