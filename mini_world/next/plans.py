@@ -47,7 +47,8 @@ class TrainingPlan:
     domain_batch: int
 
 
-# Two cores, about 11 hours: the U-Net takes .6 s a step for 32 drawings on one core with bf16.
+# Two cores. The U-Net takes .68 s a step for 32 drawings on one core with bf16 (.10 of it the text encoder, .06 its replayed
+# captions), so 4.9 hours of one core. The lengths of the other networks are not measured in one run yet.
 CPU = TrainingPlan(
     name="cpu",
     drawings=60_000,
@@ -55,7 +56,7 @@ CPU = TrainingPlan(
     portraits={"face": 14_000, "cat": 7_000, "art": 6_000},
     held_out={"face": 600, "cat": 300, "art": 300},
     scenes=2000,
-    judged=40_000,
+    judged=50_000,
     captions=8,
     text=1500,
     text_batch=64,
@@ -71,12 +72,13 @@ CPU = TrainingPlan(
     adversarial_from=1500,
     unet=13_000,
     unet_batch=64,
-    parser=1200,
-    judge=3000,
+    parser=6000,
+    judge=12_000,
     domains={"face": 1200, "cat": 800, "art": 700},
     domain_batch=32,
 )
-# One H200-class GPU, below 10 minutes with the drawing on 16 cores. Four stages share it at a time (`--parallel 4`).
+# One H200-class GPU, meant for 10 minutes with the drawing on 16 cores and four stages at a time (`--parallel 4`). No run on a GPU
+# has been made.
 CUDA = TrainingPlan(
     name="cuda",
     drawings=60_000,
@@ -100,8 +102,8 @@ CUDA = TrainingPlan(
     adversarial_from=500,
     unet=2400,
     unet_batch=512,
-    parser=1000,
-    judge=2500,
+    parser=2000,
+    judge=4000,
     domains={"face": 800, "cat": 600, "art": 500},
     domain_batch=128,
 )

@@ -75,7 +75,7 @@ def test_no_stage_starts_before_its_needs_and_none_is_forgotten(slots):
 
 
 def test_two_slots_train_the_vae_beside_the_others():
-    running = ready(STAGES, [name for name in STAGES if name not in ("draw", "text")], [], 2)
+    running = ready(STAGES, [name for name in STAGES if name not in ("draw", "text", "perceptual")], [], 2)
     assert running == ["vae", "tower"]
     assert ready(STAGES, ["parser", "encode", "unet"], ["vae"], 2) == ["parser"]
 
@@ -196,9 +196,9 @@ def state(folder, size=4000):
     generator = torch.Generator().manual_seed(5)
     weights = torch.randn(size, generator=generator)
     tensors = {
-        "weights.x": weights,
-        "average.x": weights + 0.01 * torch.randn(size, generator=generator),
-        "optimizer.0.0.exp_avg": torch.randn(size, generator=generator),
+        "main/weights.x": weights,
+        "main/average.x": weights + 0.01 * torch.randn(size, generator=generator),
+        "main/optimizer.0.0.exp_avg": torch.randn(size, generator=generator),
     }
     folder.mkdir(parents=True)
     write_state(folder / "unet.state.safetensors", tensors, {"step": 7})
@@ -242,8 +242,8 @@ def test_what_is_too_large_is_rounded_or_refused(work, packed, tmp_path, monkeyp
     unpack(other, tmp_path / "packed")
     found = load_file(other.state("unet") / "unet.state.safetensors")
     assert found.keys() == exact.keys()
-    assert torch.equal(found["weights.x"], exact["weights.x"])
-    for name in ("average.x", "optimizer.0.0.exp_avg"):
+    assert torch.equal(found["main/weights.x"], exact["main/weights.x"])
+    for name in ("main/average.x", "main/optimizer.0.0.exp_avg"):
         assert not torch.equal(found[name], exact[name])
         torch.testing.assert_close(found[name], exact[name], rtol=0.01, atol=1e-3)
     monkeypatch.setattr(packing, "PART", 1024)
