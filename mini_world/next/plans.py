@@ -77,8 +77,8 @@ CPU = TrainingPlan(
     domains={"face": 1200, "cat": 800, "art": 700},
     domain_batch=32,
 )
-# One H200-class GPU, meant for 10 minutes with the drawing on 16 cores and four stages at a time (`--parallel 4`). No run on a GPU
-# has been made.
+# One H200-class GPU, meant for 10 minutes with the drawing on 16 cores and four stages at a time (`--parallel 4`). No run on a
+# GPU has been made.
 CUDA = TrainingPlan(
     name="cuda",
     drawings=60_000,
