@@ -211,8 +211,7 @@ class SamplingFlags:
         metavar="X", min=0.0, max=2.0, show_default=False,
         help="Weight of what was learned, default 1; less follows the prompt more.")] = None
     prompt_weights: Annotated[bool | None, sampling_option(
-        "--prompt-weights/--no-prompt-weights", show_default=False,
-        help="Read (word:1.2), (word) and [word] as weights.")] = None
+        "--prompt-weights", metavar="", help="Read (word:1.2) and ((word)) as weights of words.")] = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that were given."""

@@ -101,8 +101,6 @@ def parse_line(line: str, *, source: str = "") -> PromptRequest:
     prompt = line[: start.start()].strip() if start else line
     given: dict[str, Any] = {}
     for written, value in _options(line[start.start() :] if start else ""):
-        if written.replace("_", "-") == "no-prompt-weights" and not value:
-            written, value = "prompt-weights", "off"
         name = _ALIASES.get(written.replace("_", "-"), written.replace("_", "-"))
         if name not in OPTIONS:
             known = ", ".join(f"--{one}" for one in OPTIONS)
