@@ -16,7 +16,7 @@ DOMAINS = ROOT / "domains" / "e4t_domains"
 LAYERS = [
     {"errors", "progress", "temporary", "cgroups"},
     {"system_memory", "threads"},
-    {"files", "devices", "images.framing", "registry.config", "schedulers"},
+    {"files", "devices", "images.framing", "prompt_weights", "registry.config", "schedulers"},
     {"registry.domain"},  # the contract with the author of a domain
     {"prompts", "registry.manifest", "images"},
     {"hub", "nn"},
@@ -32,7 +32,7 @@ LAYERS = [
 HEIGHT = {unit: height for height, units in enumerate(LAYERS) for unit in units}
 PUBLIC = {"__init__", "__main__"}  # re-exports everything, lazily
 FILES = sorted(SOURCE.rglob("*.py"))
-CONTRACT = {"errors", "progress", "files", "prompts"} | {
+CONTRACT = {"errors", "progress", "files", "prompts", "prompt_weights"} | {
     *("images.framing", "registry.config", "registry.domain"),
 }
 

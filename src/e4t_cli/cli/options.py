@@ -223,6 +223,8 @@ class SamplingFlags:
     concept_scale: Annotated[float | None, sampling_option(
         metavar="X", min=0.0, max=2.0, show_default=False,
         help="Weight of what was learned, default 1; less follows the prompt more.")] = None
+    prompt_weights: Annotated[bool | None, sampling_option(
+        "--prompt-weights", metavar="", help="Read (word:1.2) and ((word)) as weights of words.")] = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that were given."""
