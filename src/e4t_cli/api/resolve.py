@@ -423,6 +423,7 @@ def load_concept_models(concept: Concept, session: Session) -> None:
         IntegrityError: this machine's base or weights are not the ones it was made with.
         E4TError: another of its children.
     """
+    session.find_addons(concept.addons)
     options = session.options
     check_addons(concept, options)
     check_concept_base(concept, options.base)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.hub.addons import Addon, BaseAddons
 from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
+from e4t_cli.hub.vae import fetch_addons
 from e4t_cli.hub.vocabulary import read_vocabulary, words_of
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
@@ -207,6 +209,17 @@ class Session:
                     self.pretrained.check_base(self.model)
                 self._check_words()
         self.report(Progress(stage="load", done=1, total=1))
+
+    def find_addons(self, recorded: Iterable[Addon] = ()) -> None:
+        """Check the files of the add-ons, and fetch a VAE of the hub: also that of a concept, among the `recorded`.
+
+        Raises:
+            E4TError: a file is no add-on, or the VAE is none or cannot be fetched.
+        """
+        if isinstance(self.options.base, str | os.PathLike):
+            addons = fetch_addons(self.options.addons, self.access, recorded)
+            self.options = replace(self.options, addons=addons)
+        self.options.addons.check()
 
     def _add(self, addons: BaseAddons) -> None:
         from e4t_cli.formats.addons import apply_addons

@@ -117,7 +117,7 @@ Dtype = Annotated[str, device_option(
 Vram = Annotated[str, device_option(
     envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12, … or auto.")]
 Vae = Annotated[str | None, images_option(
-    metavar="FILE|FOLDER", help="A VAE instead of the base's: .safetensors, or a folder of diffusers.")]
+    metavar="VAE", help="Instead of the base's VAE: a .safetensors, a folder of diffusers, or OWNER/NAME of the hub.")]
 Offline = Annotated[bool, network_option(
     "--offline", envvar="E4T_OFFLINE", callback=_go_offline,
     help="Open no connection; use what is on this machine.")]

@@ -157,7 +157,7 @@ class EncodingCache:
         self.model, self.reader = model, reader
         settings = {"format": CHUNK_FORMAT, "base": model.fingerprint, "resolution": model.resolution}
         settings |= {"dtype": str(model.dtype), "preparation": reader.key}
-        self._settings = {**settings, "networks": reader.networks}
+        self._settings: dict[str, Any] = {**settings, "networks": reader.networks}
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = user_cache() / "pretraining" / name
         self.encoded = self.repaired = 0
