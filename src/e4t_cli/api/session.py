@@ -19,6 +19,7 @@ from e4t_cli.api.options import ImageCallback, RunOptions
 from e4t_cli.devices import (
     DTYPES,
     budget_of,
+    check_device,
     choose_device,
     choose_dtype,
     limited_memory,
@@ -112,6 +113,7 @@ class Session:
         if options.dtype != "auto" and options.dtype not in DTYPES:
             hint = f"one of {', '.join(['auto', *DTYPES])}"
             raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=hint)
+        check_device(options.device)
         if vram != "auto":
             budget_of(vram)
         self.options = replace(options, on_progress=self.report)

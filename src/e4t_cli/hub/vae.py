@@ -110,11 +110,11 @@ def find_weights(names: Collection[str], shown: str) -> tuple[str, list[str]]:
 
 def _check_config(path: Path, shown: str) -> None:
     """Raise IntegrityError unless a config is that of a VAE whose latents a Stable Diffusion 1 or 2 denoises."""
+    hint = "take a VAE of Stable Diffusion 1 or 2"
     try:
         config = read_config(path)
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"the config of {shown} cannot be used: {printable(str(error))}") from error
-    hint = "take a VAE of Stable Diffusion 1 or 2"
+        raise IntegrityError(f"the config of {shown} cannot be used: {printable(str(error))}", hint=hint) from error
     kind, channels = config.get("_class_name", "AutoencoderKL"), config.get("latent_channels", LATENT_CHANNELS)
     if kind != "AutoencoderKL":
         message = f"{shown} is no VAE of Stable Diffusion but a {printable(str(kind), limit=60)}"
