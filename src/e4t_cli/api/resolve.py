@@ -181,21 +181,23 @@ def resolve_base(
         check_weights(domain, domain_base or wanted)
     if wanted in EMBEDDED:
         return find_base(wanted)
-    if domain is not None and (name := domain_base or _name_before_fetching(wanted, access)):
+    if domain is not None and (name := domain_base or name_before_fetching(wanted, access)):
         find_weights(domain, name)  # before gigabytes are fetched for nothing
     tower = tower and needs_image_tower(domain, domain_base or wanted)
     half = prefers_half(options.device, options.dtype)
     return fetch_named_base(wanted, access, half=half, tower=tower, safety=safety)
 
 
-def _name_before_fetching(wanted: str, access: HubAccess) -> str:
+def name_before_fetching(wanted: str, access: HubAccess) -> str:
     """Return the name of a base of the hub, the key of `Domain.weights`; "" if that is not known before it is here."""
     location = hub_location(wanted)
     if location is None or location.name in PUBLISHED:
         return "" if location is None else location.name
     if is_cached(wanted, tower=False):
         return ""
-    info = get_repo_info(location.repository, location.revision or None, access)
+    info = None
+    with contextlib.suppress(WeightsUnavailable):  # whoever fetches it says why
+        info = get_repo_info(location.repository, location.revision or None, access)
     named = info is None or any(file.path == "base.toml" for file in info.files)  # it says its name itself
     return "" if named else location.name
 

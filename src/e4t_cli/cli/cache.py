@@ -160,6 +160,8 @@ def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options
     from e4t_cli.api.resolve import (
         check_weights,
         fetch_named_base,
+        find_weights,
+        name_before_fetching,
         needs_image_tower,
         prefers_half,
         resolve_base_name,
@@ -177,6 +179,8 @@ def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options
         domain = find_domain(name)
         place = resolve_base_name(run.base, access, domain=domain, device=run.device)
         check_weights(domain, place)
+        if own := name_before_fetching(place, access):
+            find_weights(domain, own)
     if domain is None and (address := hub_location(name)) is not None and name not in PUBLISHED:
         info = get_repo_info(address.repository, address.revision or None, access)
         if info is not None and is_only_vae([file.path for file in info.files]):
