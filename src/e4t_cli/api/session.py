@@ -7,6 +7,7 @@ imported in `Session.running`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import time
@@ -49,6 +50,18 @@ if TYPE_CHECKING:
     from e4t_cli.schedulers import SamplingConfig
 
 LISTED = 8  # words in one note
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Disable Python's cyclic garbage collector, which finds nothing in imports and takes a sixth of their time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -165,7 +178,7 @@ class Session:
         if isinstance(base, Base):
             read_ahead(base.folder)
         check_addresses()
-        with self.stage("imports", counted=True), memory_errors():
+        with self.stage("imports", counted=True), memory_errors(), without_collection():
             import e4t_cli.sampling
             import e4t_cli.training.tuning  # noqa: F401
         with memory_errors(), quiet_libraries, self._limits:

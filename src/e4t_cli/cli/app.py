@@ -22,7 +22,7 @@ from typing import Annotated, NoReturn, get_origin, get_type_hints
 import typer
 
 from e4t_cli import __version__
-from e4t_cli.cli import cache, console, doctor, domains, export, faces, info, personalize, pretrain
+from e4t_cli.cli import cache, console, doctor, domains, export, faces, info, lazy_packages, personalize, pretrain
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 from e4t_cli.files import file_error
 from e4t_cli.system_memory import memory_ran_out, out_of_memory
@@ -90,6 +90,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; nothing is raised."""
     console.start(json="--json" in arguments)  # until the command has parsed its options
     _silence_libraries()
+    lazy_packages.install()
     with _stop_signals() as stopped_by:
         try:
             code = app(args=list(arguments), prog_name="e4t", standalone_mode=False)
