@@ -105,7 +105,7 @@ def personalize(
     with session.running(base):
         session.load(base, weights, domain_base=other)
         session.check_sampling(wanted)
-        session.check_prompts(parsed, (one.sampling.negative_prompt for one in wanted))
+        session.check_prompts(wanted)
         model, pretrained = session.model, session.pretrained
         tuning = resolve_tuning(pretrained.tuning, asked.tuning, asked.tune_steps)
         if mask.kind != "auto" or photo.alpha is not None:
@@ -187,7 +187,7 @@ def generate(
         wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
         load_concept_models(concept, session)
         session.check_sampling(wanted)
-        session.check_prompts(parsed, (one.sampling.negative_prompt for one in wanted))
+        session.check_prompts(wanted)
         tuned = concept.tuned(session.model, session.pretrained)
         tuned = tuned or session.tune(concept, keep_base=scales_concept(wanted))
         return session.generate(concept, tuned, wanted, seed=seeds[0], name=name, on_image=asked.on_image)

@@ -7,6 +7,7 @@ to read a concept, to try a device other than the CPU, and to look for the face 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -288,7 +289,9 @@ def _config(base: Base | None, name: str) -> dict[str, Any]:
 def _check_lengths(base: Base, prompts: Sequence[Prompt]) -> None:
     """Raise UsageError for a prompt that names the concept behind the last token that the base reads."""
     length = _config(base, "text_encoder/config.json").get("max_position_embeddings", 77)
-    late = [one for one in prompts if len(one.segments[0] or "") > length - 2]  # a token has a character or more
+    before = (itertools.takewhile(lambda part: part is not None, one.segments) for one in prompts)
+    # A token has a character or more.
+    late = [one for one, parts in zip(prompts, before, strict=True) if len("".join(map(str, parts))) > length - 2]
     if late:
         from transformers import CLIPTokenizer
 

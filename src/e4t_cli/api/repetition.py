@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
     from e4t_cli.schedulers import SamplingConfig
 
-REPEATED = ("steps", "guidance", "scheduler", "negative_prompt", "concept_scale")  # fields of `SamplingConfig`
+REPEATED = ("steps", "guidance", "scheduler", "negative_prompt", "concept_scale", "prompt_weights")
+"""Fields of `SamplingConfig` that a picture records."""
 
 
 def repeated(

@@ -82,8 +82,9 @@ def resolve_images(
         with one.located():
             own = own_seeds(one, seeds, count)
             config = resolve_sampling({**sampling.as_dict(), **one.sampling}) if one.sampling else sampling
-            parse_negative_prompt(config.negative_prompt, prompt.placeholder)
-        wanted += [ImageRequest(prompt, seed, config) for seed in own]
+            parse_negative_prompt(config.negative_prompt, prompt.placeholder, weights=config.prompt_weights)
+            read = prompt.weighted() if config.prompt_weights else prompt
+        wanted += [ImageRequest(read, seed, config) for seed in own]
     return wanted
 
 

@@ -36,7 +36,7 @@ from e4t_cli.hub.vocabulary import read_vocabulary, words_of
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
 from e4t_cli.progress import Progress
-from e4t_cli.prompts import Prompt, foreign_syntax, parse_negative_prompt, unknown_words
+from e4t_cli.prompts import Prompt, foreign_syntax, parse_negative_prompt, unknown_words, weight_syntax
 from e4t_cli.system_memory import check_addresses, memory_ran_out, out_of_memory
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def record_of(
     return GenerationRecord(
         prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
         negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
+        prompt_weights=sampling.prompt_weights,
         steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
         timestep_spacing=spacing, domain=concept.domain, domain_base=concept.domain_base,
         base=concept.base_name, base_fingerprint=concept.base_fingerprint,
@@ -252,14 +253,18 @@ class Session:
             message = f"the word {word!r} of an embedding is in the prompts that a concept is tuned with"
             raise UsageError(message, hint="give it another: --embedding FILE:WORD")
 
-    def check_prompts(self, prompts: Sequence[Prompt], negative: Iterable[str] = ()) -> None:
+    def check_prompts(self, wanted: Sequence[ImageRequest]) -> None:
         """Report before any tuning what the text encoder will truncate, does not know, or reads as plain words.
 
         Raises:
             UsageError: a placeholder comes after the text encoder's last token, or is in a negative prompt.
         """
-        placeholders = {prompt.placeholder for prompt in prompts}
-        against = [parse_negative_prompt(text, one) for text in dict.fromkeys(negative) for one in placeholders]
+        prompts = list(dict.fromkeys(one.prompt for one in wanted))
+        negative = ((one.sampling, one.prompt.placeholder) for one in wanted)
+        against = dict.fromkeys(
+            parse_negative_prompt(sampling.negative_prompt, own, weights=sampling.prompt_weights)
+            for sampling, own in negative
+        )
         model, every = self.model, [*prompts, *against]
         descriptor = model.descriptor_id(self.pretrained.descriptor)
         self._check_added_words(every)
@@ -267,10 +272,13 @@ class Session:
             if dropped:
                 which = "the prompt" if index < len(prompts) else "the negative prompt"
                 self.note("load", f"{which} is too long; left out: {printable(dropped)!r}")
-        texts = (model.words.without(prompt.text) for prompt in every)
-        plain = dict.fromkeys(part for text in texts for part in foreign_syntax(text))
-        if plain:
+        texts = [model.words.without(prompt.text) for prompt in every]
+        if plain := dict.fromkeys(part for text in texts for part in foreign_syntax(text)):
             self.note("load", f"{_listed(plain)}: read as plain words, without the meaning it has in other programs")
+        unread = [one for one in wanted if not one.sampling.prompt_weights]
+        texts = [text for one in unread for text in (one.prompt.text, one.sampling.negative_prompt)]
+        if plain := dict.fromkeys(part for text in texts for part in weight_syntax(model.words.without(text))):
+            self.note("load", f"{_listed(plain)}: read as plain words; --prompt-weights reads weights of words")
         known = [
             replace(one, segments=tuple(model.words.without(part or "") for part in one.segments)) for one in every
         ]

@@ -21,6 +21,7 @@ from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.addons import BaseAddons
 from e4t_cli.progress import ProgressCallback
 from e4t_cli.schedulers import NAMES, SCHEDULERS
+from e4t_cli.threads import Load, set_threads
 
 if TYPE_CHECKING:
     from e4t_cli.api.options import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         RunKeywords,
     )
 
+STARTED = Load.read()  # the load from here on says which cores are free
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 10_000  # of one range; more is a slip of the finger
 
@@ -104,6 +106,13 @@ def _go_offline(offline: bool) -> bool:
     return offline
 
 
+def _set_threads(context: typer.Context, threads: int) -> int:
+    """Set the number of threads before torch is imported; a command of hours does not go by the load of a moment."""
+    if not context.resilient_parsing:
+        set_threads(threads, None if context.info_name == "pretrain" else STARTED)
+    return threads
+
+
 # fmt: off
 DomainName = Annotated[str, typer.Argument(
     metavar="DOMAIN", autocompletion=complete_domain, help="A name of `e4t domains list`.")]
@@ -118,6 +127,9 @@ Vram = Annotated[str, device_option(
     envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12, … or auto.")]
 Vae = Annotated[str | None, images_option(
     metavar="VAE", help="Instead of the base's VAE: a .safetensors, a folder of diffusers, or OWNER/NAME of the hub.")]
+Threads = Annotated[int, device_option(
+    metavar="N", envvar="E4T_THREADS", min=0, show_default=False, is_eager=True, callback=_set_threads,
+    help="CPU threads; default: the cores that are free.")]
 Offline = Annotated[bool, network_option(
     "--offline", envvar="E4T_OFFLINE", callback=_go_offline,
     help="Open no connection; use what is on this machine.")]
@@ -153,6 +165,7 @@ class RunFlags:
         help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder, a .safetensors.")] = "auto"
     device: Device = "auto"
     dtype: Dtype = "auto"
+    threads: Threads = 0
     offline: Offline = False
     accept_license: AcceptLicence = False
 
@@ -210,6 +223,8 @@ class SamplingFlags:
     concept_scale: Annotated[float | None, sampling_option(
         metavar="X", min=0.0, max=2.0, show_default=False,
         help="Weight of what was learned, default 1; less follows the prompt more.")] = None
+    prompt_weights: Annotated[bool | None, sampling_option(
+        "--prompt-weights", metavar="", help="Read (word:1.2) and ((word)) as weights of words.")] = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that were given."""

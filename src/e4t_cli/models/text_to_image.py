@@ -29,7 +29,7 @@ from e4t_cli.hub.architecture import USABLE, check_schedule, wrong_schedule
 from e4t_cli.hub.bases import Base, read_base
 from e4t_cli.models.fingerprints import folder_fingerprint, recorded_fingerprint
 from e4t_cli.models.loading import load_noise_schedule, load_part, load_tokenizer, load_tower
-from e4t_cli.models.prompt_embedding import NO_WORDS, AddedWords, Tokens, tokenize_prompts, with_embedding
+from e4t_cli.models.prompt_embedding import NO_WORDS, AddedWords, Tokens, emphasize, tokenize_prompts, with_embedding
 from e4t_cli.nn.precision import PrecisionPolicy, full_precision, math_attention
 from e4t_cli.nn.unet import check_unet, feature_widths
 from e4t_cli.nn.word_embedding_encoder import EncoderConfig, ImageTower
@@ -246,7 +246,7 @@ class TextToImageModel:
         )
 
     def embed_prompts(self, tokens: Tokens, e_c: Tensor | None = None) -> Tensor:
-        """Run the text encoder, with e_c as the word embedding at every placeholder.
+        """Run the text encoder, with e_c as the word embedding at every placeholder, and apply the tokens' weights.
 
         Args:
             tokens: from `tokenize`.
@@ -257,7 +257,8 @@ class TextToImageModel:
         """
         plain = self.words.attached(self.text_encoder)
         text_encoder = plain if e_c is None else with_embedding(plain, tokens.placeholder, e_c)
-        return cast(Tensor, text_encoder(tokens.ids).last_hidden_state)
+        text = cast(Tensor, text_encoder(tokens.ids).last_hidden_state)
+        return text if tokens.weights is None else emphasize(text, tokens.weights)
 
     @cached_property
     def uncond_embeds(self) -> Tensor:
