@@ -97,7 +97,7 @@ def personalize(
     value, package = resolve_domain(domain)
     photos = open_photos(image, asked.mask)
     session = Session(asked, vram=asked.vram, safety=asked.safety_checker)
-    asked.addons.check()
+    session.find_addons()
     other = resolve_domain_base(asked.domain_base)
     base = resolve_base(asked, session.access, domain=value, safety=asked.safety_checker, domain_base=other)
     weights = resolve_domain_weights(value, base, session.access, domain_base=other)
@@ -187,6 +187,7 @@ def generate(
     with session.running():
         concept = load_concept(concept)
         parsed = parse_prompts(prompts, placeholder or concept.placeholder)
+        session.find_addons(concept.addons)
         check_addons(concept, session.options, records)
         if records and (note := other_circumstances(records[0], concept)):
             session.note("load", note)

@@ -10,9 +10,9 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from e4t_cli.api.options import (
     GenerateKeywords,
@@ -46,11 +46,13 @@ from e4t_cli.api.resolve import (
 )
 from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.devices import choose_device, likely_accelerator
-from e4t_cli.errors import WeightsUnavailable
+from e4t_cli.errors import WeightsUnavailable, printable
+from e4t_cli.hub.addons import Addon
 from e4t_cli.hub.bases import EMBEDDED, PUBLISHED, Base
 from e4t_cli.hub.image_tower import missing_bytes
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import find_cached_base, look_up_base
+from e4t_cli.hub.vae import fetch_addons, wanted_source
 from e4t_cli.images.loading import ImageInput, ImageInputs, read_bytes
 from e4t_cli.images.png_metadata import read_records
 from e4t_cli.prompts import PLACEHOLDER, Prompt, check_placeholder
@@ -99,8 +101,9 @@ def plan_personalization(
     wanted = resolve_images(prompts, parsed, resolve_sampling(sampling), count=num_images_per_prompt, seeds=seeds)
     value, _ = resolve_domain(domain)
     photos = open_photos(image, asked.mask)
+    asked, vae = _find_addons(asked)
     asked.addons.check()
-    base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base))
+    base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base), vae=vae)
     target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
     if value.prepare is not None and (target.which != "largest" or target.required):
         with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched: nobody knows
@@ -157,14 +160,35 @@ def plan_generation(
     concept = load_concept(concept)
     parsed = parse_prompts(prompts, placeholder or concept.placeholder)
     wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
-    check_addons(concept, asked, records)
+    asked, vae = _find_addons(asked, concept.addons)
+    if vae:  # nobody knows whether it is the concept's before it is fetched
+        others = tuple(one for one in concept.addons if one.kind != "vae")
+        check_addons(replace(concept, addons=others), asked, records)
+    else:
+        check_addons(concept, asked, records)
     check_concept_base(concept, asked.base)
     value = find_concept_domain(concept.domain, concept.package)
     if asked.base == "auto":
         asked = replace(asked, base=concept.base_name)
-    base = _Base(asked, value, wanted, tower=False, domain_base=concept.domain_base)
+    base = _Base(asked, value, wanted, tower=False, domain_base=concept.domain_base, vae=vae)
     tuning = concept.config.replace(steps=0) if concept.weights else concept.config
     return {"type": "plan", "domain": value.name, "prompts": len(parsed), **base.cost(wanted, tuning)}
+
+
+_Options = TypeVar("_Options", bound=GenerateOptions)
+
+
+def _find_addons(options: _Options, recorded: Iterable[Addon] = ()) -> tuple[_Options, str]:
+    """Return the options with a VAE of the hub that is here, or without it and its name, if it would be fetched."""
+    source = wanted_source(options.addons, recorded)
+    if not source or not isinstance(options.base, str | os.PathLike):
+        return options, ""
+    try:
+        return replace(options, addons=fetch_addons(options.addons, HubAccess(offline=True), recorded)), ""
+    except WeightsUnavailable:
+        if HubAccess(offline=options.offline).cut_off:
+            raise
+        return replace(options, addons=replace(options.addons, vae_source="")), source
 
 
 class _Base:
@@ -183,6 +207,7 @@ class _Base:
         *,
         tower: bool,
         domain_base: str,
+        vae: str = "",
     ) -> None:
         access = Session(options, vram=options.vram, safety=options.safety_checker).access
         half = prefers_half(options.device, options.dtype)
@@ -209,6 +234,9 @@ class _Base:
         else:
             model: TextToImageModel = options.base
             self.name, self.resolution, schedule = model.base.name, model.resolution, model.noise_schedule.config
+        if vae:
+            self.to_fetch.append(f"the VAE {printable(vae)}")
+            self.download = None
         for one in wanted:
             one.sampling.check_schedule(schedule)
         if options.device not in ("auto", "cpu"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from e4t_cli.api.options import ImageCallback, RunOptions
 from e4t_cli.devices import (
     DTYPES,
     budget_of,
+    check_device,
     choose_device,
     choose_dtype,
     limited_memory,
@@ -29,6 +31,7 @@ from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.hub.addons import Addon, BaseAddons
 from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
+from e4t_cli.hub.vae import fetch_addons
 from e4t_cli.hub.vocabulary import read_vocabulary, words_of
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
@@ -125,6 +128,7 @@ class Session:
         if options.dtype != "auto" and options.dtype not in DTYPES:
             hint = f"one of {', '.join(['auto', *DTYPES])}"
             raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=hint)
+        check_device(options.device)
         if vram != "auto":
             budget_of(vram)
         self.options = replace(options, on_progress=self.report)
@@ -222,6 +226,17 @@ class Session:
                     self.pretrained.check_base(self.model)
                 self._check_words()
         self.report(Progress(stage="load", done=1, total=1))
+
+    def find_addons(self, recorded: Iterable[Addon] = ()) -> None:
+        """Check the files of the add-ons, and fetch a VAE of the hub: also that of a concept, among the `recorded`.
+
+        Raises:
+            E4TError: a file is no add-on, or the VAE is none or cannot be fetched.
+        """
+        if isinstance(self.options.base, str | os.PathLike):
+            addons = fetch_addons(self.options.addons, self.access, recorded)
+            self.options = replace(self.options, addons=addons)
+        self.options.addons.check()
 
     def _add(self, addons: BaseAddons) -> None:
         from e4t_cli.formats.addons import apply_addons

@@ -126,7 +126,7 @@ Dtype = Annotated[str, device_option(
 Vram = Annotated[str, device_option(
     envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12, … or auto.")]
 Vae = Annotated[str | None, images_option(
-    metavar="FILE|FOLDER", help="A VAE instead of the base's: .safetensors, or a folder of diffusers.")]
+    metavar="VAE", help="Instead of the base's VAE: a .safetensors, a folder of diffusers, or OWNER/NAME of the hub.")]
 Threads = Annotated[int, device_option(
     metavar="N", envvar="E4T_THREADS", min=0, show_default=False, is_eager=True, callback=_set_threads,
     help="CPU threads; default: the cores that are free.")]

@@ -132,7 +132,7 @@ def _png(data: bytes, shown: str) -> Recognized:
     except InputError as error:
         raise InputError(f"{shown}: {error.message}", hint=error.hint) from error
     if found.details is None and found.parameters is None and not (found.ai_generated or found.by_e4t):
-        raise InputError(f"{shown} has no record of how it was made", hint=HINT)
+        raise InputError(f"{shown} is a PNG that has no record of how it was made", hint=HINT)
     width, height = (int.from_bytes(data[at : at + 4]) for at in (16, 20))
     facts = {"width": width, "height": height, "marked_as_generated": found.ai_generated}
     if found.details is None and found.by_e4t and not found.ai_generated:
