@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from e4t_cli.nn.composed_attention import ComposedAttention
 from e4t_cli.nn.precision import full_precision
 from e4t_cli.nn.weight_offsets import Modulation
 
@@ -78,49 +79,15 @@ def _converted(values: list[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tens
     return [made.get(number, value) for number, value in enumerate(values)]
 
 
-def shared_weights(
-    weights: Sequence[Tensor], dtypes: Sequence[torch.dtype], uses: int
-) -> list[dict[int, Tensor]]:
-    """Return for each of `uses` passes a table id(weight) -> tensor to use in its place.
+def shared_weights(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype], uses: int) -> list[list[Tensor]]:
+    """Return for each of `uses` passes what it uses in place of these weights.
 
     The gradients of all uses are summed in `dtypes`, as autograd sums those of a converted weight.
     """
     made = list(weights)
     if uses > 1 or any(weight.dtype != dtype for weight, dtype in zip(weights, dtypes, strict=True)):
         made = list(_SharedWeights.apply(uses, dtypes, *weights))  # type: ignore[no-untyped-call]
-    keys = [id(weight) for weight in weights]
-    return [dict(zip(keys, made[use * len(keys) :], strict=False)) for use in range(uses)]
-
-
-class _ComposedAttention(torch.autograd.Function):
-    """softmax(s · q kᵀ) v from stacks of heads: (3, heads, L, D), or (1, heads, L, D) and (2, heads, T, D)."""
-
-    @staticmethod
-    def forward(context: Any, *stacks: Tensor) -> Tensor:
-        q, k, v = _parts(stacks)
-        context.scale = q.shape[-1] ** -0.5
-        scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=context.scale)
-        weights = scores.softmax(dim=-1)
-        context.save_for_backward(weights, *stacks)
-        return torch.bmm(weights, v)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        weights, *stacks = context.saved_tensors
-        q, k, v = _parts(stacks)
-        found = [torch.empty_like(stack) for stack in stacks]
-        d_q, d_k, d_v = _parts(found)
-        torch.bmm(weights.transpose(1, 2), gradient, out=d_v)
-        d_weights = torch.bmm(gradient, v.transpose(1, 2))
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        empty, alpha = q.new_empty(1, 1, 1), context.scale
-        torch.baddbmm(empty, d_scores, k, beta=0, alpha=alpha, out=d_q)
-        torch.baddbmm(empty, d_scores.transpose(1, 2), q, beta=0, alpha=alpha, out=d_k)
-        return tuple(found)
-
-
-def _parts(stacks: Sequence[Tensor]) -> list[Tensor]:
-    return [stack[number] for stack in stacks for number in range(len(stack))]
+    return [made[use * len(weights) : (use + 1) * len(weights)] for use in range(uses)]
 
 
 def attention(*projected: Tensor, heads: int, composed: bool) -> Tensor:
@@ -141,7 +108,7 @@ def attention(*projected: Tensor, heads: int, composed: bool) -> Tensor:
     if composed:
         flat = [stack.reshape(len(stack), batch * heads, -1, head) for stack in stacks]
         with full_precision(projected[0].device):
-            output = _ComposedAttention.apply(*flat).view(batch, heads, length, head)  # type: ignore[no-untyped-call]
+            output = ComposedAttention.apply(None, *flat).view(batch, heads, length, head)  # type: ignore[no-untyped-call]
     else:
         output = functional.scaled_dot_product_attention(*(part for stack in stacks for part in stack.unbind(0)))
     merged: Tensor = output.transpose(1, 2).reshape(batch, length, heads * head)

@@ -12,7 +12,7 @@ The three parts are those of `nn.unet`, equal up to rounding, on the same module
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from itertools import groupby
 from typing import Any
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e4t_cli.nn.fused_projections import attention, joint_weights, shared_weights
+from e4t_cli.nn.precision import math_attention
 
+FUSED_ATTENTION = ("cuda", "mps")  # devices with a kernel for it that is fast in both passes
 _STEP: ContextVar[tuple[FusedUNet, list[FusedStep]] | None] = ContextVar("fused step", default=None)
 
 
@@ -85,8 +87,11 @@ class FusedUNet:
         pass has to recompute what the forward pass computed.
         """
         token = _STEP.set((self, []))
+        # The text encoder's attention, too; on a CPU `half_precision` decides.
+        fused = self.unet.device.type in (*FUSED_ATTENTION, "cpu")
         try:
-            yield
+            with nullcontext() if fused else math_attention():
+                yield
         finally:
             _STEP.reset(token)
 
@@ -100,47 +105,38 @@ class FusedStep:
         autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         half = torch.get_autocast_dtype(device.type) if autocast else None
         # Where no fused kernel is, and where it is slow (see `half_precision`).
-        self.composed = device.type != "cuda" and (device.type != "cpu" or half is not None)
-        self.tables: list[dict[int, Tensor]] = [{}, {}]
+        self.composed = device.type not in FUSED_ATTENTION and (device.type != "cpu" or half is not None)
+        self.tables: list[dict[int, Tensor]] = [{}, {}]  # id of a weight -> what the first and the second pass use
         for weights, uses in fused.groups:
             dtypes = [half if half and multiplied else weight.dtype for weight, multiplied in weights]
             made = shared_weights([weight for weight, _ in weights], dtypes, uses)
             for use in (0, 1):
-                self.tables[use] |= made[min(use, uses - 1)]
+                self.tables[use] |= zip((id(weight) for weight, _ in weights), made[min(use, uses - 1)], strict=True)
         self.weights = self.tables[0]
+        layers = [one.time_emb_proj for one in fused.residuals]
+        time = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        self.time_weight, self.time_bias = shared_weights(time, [half or one.dtype for one in time], 1)[0]
         self._project(half)
 
     def _project(self, half: torch.dtype | None) -> None:
-        """Evaluate the projections of all transformer blocks, and what the residual blocks add for t."""
+        """Evaluate the projections of all transformer blocks."""
+        pieces: list[Tensor] = []
+        keys: list[tuple[int, str]] = []  # (id of a block, what the piece projects)
+        for width, found in groupby(sorted(self.fused.transformers, key=_width), key=_width):
+            same = list(found)
+            attentions = [(one.attn1, one.attn2) for one in same]
+            wide = joint_weights([layer for own, text in attentions for layer in (own.to_q, own.to_k, own.to_v, text.to_q)])
+            deep = joint_weights([layer for _, text in attentions for layer in (text.to_k, text.to_v)])
+            pieces += torch.split(wide.flatten(0, 1), [3 * width, width] * len(same))
+            keys += [(id(one), kind) for one in same for kind in ("self", "query")]
+            pieces += torch.split(deep.flatten(0, 1), 2 * width)
+            keys += [(id(one), "text") for one in same]
+        made = shared_weights(pieces, [half or piece.dtype for piece in pieces], 2)
+        self.projections = [dict(zip(keys, use, strict=True)) for use in made]
         blocks = self.fused.transformers
-        self.self_attention: dict[int, Tensor] = {}  # id of a block -> W_q, W_k, W_v, (3 width, width)
-        self.queries: dict[int, Tensor] = {}  # … -> W_q of cross-attention
-        before: list[Tensor] = []
-        after: list[Tensor] = []
-        self.of_text: tuple[list[Any], list[Any]] = ([], [])  # blocks, in the order of the rows of `before`, `after`
-        known = {id(block): number for number, block in enumerate(blocks)}
-        for width, found in groupby(sorted(blocks, key=_width), key=_width):
-            same = list(found)  # sorting is stable: in the order in which they run
-            layers = [
-                layer for one in same for layer in (one.attn1.to_q, one.attn1.to_k, one.attn1.to_v, one.attn2.to_q)
-            ]
-            weight = _to(joint_weights(layers), half).flatten(0, 1)
-            rows = iter(torch.split(weight, [3 * width, width] * len(same)))
-            for one in same:
-                self.self_attention[id(one)], self.queries[id(one)] = next(rows), next(rows)
-            text = [layer for one in same for layer in (one.attn2.to_k, one.attn2.to_v)]
-            weight = _to(joint_weights(text), half).flatten(0, 1)
-            first = sum(known[id(one)] < self.fused.before_up for one in same)
-            for part, some, into in zip(
-                torch.split(weight, [2 * width * first, 2 * width * (len(same) - first)]),
-                (same[:first], same[first:]), (0, 1), strict=True,
-            ):  # fmt: skip
-                (before, after)[into].append(part)
-                self.of_text[into].extend(some)
-        self.before, self.after = torch.cat(before), torch.cat(after)
-        layers = [one.time_emb_proj for one in self.fused.residuals]
-        self.time_weight = _to(torch.cat([layer.weight for layer in layers]), half)
-        self.time_bias = _to(torch.cat([layer.bias for layer in layers]), half)
+        self.of_text = blocks[: self.fused.before_up], blocks[self.fused.before_up :]
+        before, after = ([self.projections[0][id(block), "text"] for block in part] for part in self.of_text)
+        self.text_weights = torch.cat(before), torch.cat(after)
 
     def embed(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """See `unet.embed_latents`: the feature map, the skips, and shift_i of all residual blocks side by side."""
@@ -160,7 +156,7 @@ class FusedStep:
         self, hidden: Tensor, skips: tuple[Tensor, ...], time: Tensor, text: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `unet.down_and_mid`: the feature map and the skips."""
-        self.weights = self.tables[min(self.passes, 1)]
+        self.weights, self.projection = self.tables[min(self.passes, 1)], self.projections[min(self.passes, 1)]
         self.passes += 1
         projected = self._projected(text, 0)
         start, count = self.fused.head
@@ -211,28 +207,35 @@ class FusedStep:
 
     def _transformer(self, module: Any, x: Tensor, projected: dict[int, Tensor]) -> Tensor:
         batch, channels, height, width = x.shape
-        hidden = self._group_norm(module.norm, x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        hidden = self._linear(module.proj_in, hidden)
+        hidden = self._group_norm(module.norm, x)
+        # As a convolution one operation in the backward pass, as a matrix multiplication three, but faster on a CPU.
+        convolves = isinstance(module.proj_in, nn.Conv2d) and x.device.type != "cpu"
+        if convolves:
+            hidden = self._conv(module.proj_in, hidden)
+        hidden = hidden.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        if not convolves:
+            hidden = self._linear(module.proj_in, hidden)
         for block in module.transformer_blocks:
             normed = self._layer_norm(block.norm1, hidden)
-            qkv = functional.linear(normed, self.self_attention[id(block)])
+            qkv = functional.linear(normed, self.projection[id(block), "self"])
             found = attention(qkv, heads=block.attn1.heads, composed=self.composed)
             hidden = self._linear(block.attn1.to_out[0], found) + hidden
-            query = functional.linear(self._layer_norm(block.norm2, hidden), self.queries[id(block)])
+            query = functional.linear(self._layer_norm(block.norm2, hidden), self.projection[id(block), "query"])
             found = attention(query, projected[id(block)], heads=block.attn2.heads, composed=self.composed)
             hidden = self._linear(block.attn2.to_out[0], found) + hidden
             wide, last = block.ff.net[0].proj, block.ff.net[2]
             value, gate = self._linear(wide, self._layer_norm(block.norm3, hidden)).chunk(2, dim=-1)
             hidden = self._linear(last, value * functional.gelu(gate)) + hidden
-        hidden = self._linear(module.proj_out, hidden)
-        return x + hidden.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        if convolves:
+            return x + self._conv(module.proj_out, hidden.view(batch, height, width, channels).permute(0, 3, 1, 2))
+        return x + self._linear(module.proj_out, hidden).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _projected(self, text: Tensor, part: int) -> dict[int, Tensor]:
         """Return id of a block -> k, v of the text, (batch, tokens, 2 width); a batch of 1 for one text of all."""
         if text.stride(0) == 0:
             text = text[:1]
         blocks = self.of_text[part]
-        found = functional.linear(text, (self.before, self.after)[part])
+        found = functional.linear(text, self.text_weights[part])
         parts = torch.split(found, [2 * _width(block) for block in blocks], dim=-1)
         return {id(block): one for block, one in zip(blocks, parts, strict=True)}
 
@@ -256,10 +259,6 @@ class FusedStep:
 
     def _both(self, layer: Any) -> tuple[Tensor, Tensor]:
         return self.weights[id(layer.weight)], self.weights[id(layer.bias)]
-
-
-def _to(weight: Tensor, half: torch.dtype | None) -> Tensor:
-    return weight if half is None else weight.to(half)
 
 
 def _transformers(block: Any) -> Sequence[Any]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from e4t_cli.nn.composed_attention import composed_attention
+
 TENSOR_CORES = (7, 0)  # the first CUDA compute capability with fast float16 matrix multiplications
 
 
@@ -165,6 +167,11 @@ def _math_attention(
         allowed, attn_mask = attn_mask, torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask.masked_fill_(allowed.logical_not(), -torch.inf)
     with full_precision(device):
+        if torch.is_grad_enabled() and attn_mask is None and not args and query.shape == key.shape == value.shape:
+            causal = kwargs.get("is_causal", False)
+            plain = query.ndim == 4 and not kwargs.get("dropout_p")
+            if plain and kwargs.get("scale") in (None, query.shape[-1] ** -0.5):
+                return composed_attention(query, key, value, causal=causal)
         output: Tensor = torch._scaled_dot_product_attention_math(query, key, value, attn_mask, *args, **kwargs)[0]
     return output
 
