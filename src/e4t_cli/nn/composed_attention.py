@@ -67,5 +67,5 @@ def composed_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: boo
     batch, heads, length, width = query.shape
     mask = causal_mask(length, query.dtype, query.device) if causal else None
     stacks = [one.reshape(1, batch * heads, -1, width) for one in (query, key, value)]
-    output: Tensor = ComposedAttention.apply(mask, *stacks)  # type: ignore[no-untyped-call]
+    output: Tensor = ComposedAttention.apply(mask, *stacks)
     return output.view(batch, heads, length, width)

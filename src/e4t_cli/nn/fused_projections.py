@@ -86,7 +86,7 @@ def shared_weights(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype], use
     """
     made = list(weights)
     if uses > 1 or any(weight.dtype != dtype for weight, dtype in zip(weights, dtypes, strict=True)):
-        made = list(_SharedWeights.apply(uses, dtypes, *weights))  # type: ignore[no-untyped-call]
+        made = list(_SharedWeights.apply(uses, dtypes, *weights))
     return [made[use * len(weights) : (use + 1) * len(weights)] for use in range(uses)]
 
 
@@ -108,8 +108,9 @@ def attention(*projected: Tensor, heads: int, composed: bool) -> Tensor:
     if composed:
         flat = [stack.reshape(len(stack), batch * heads, -1, head) for stack in stacks]
         with full_precision(projected[0].device):
-            output = ComposedAttention.apply(None, *flat).view(batch, heads, length, head)  # type: ignore[no-untyped-call]
+            output = ComposedAttention.apply(None, *flat).view(batch, heads, length, head)
     else:
-        output = functional.scaled_dot_product_attention(*(part for stack in stacks for part in stack.unbind(0)))
+        q, k, v = (part for stack in stacks for part in stack.unbind(0))
+        output = functional.scaled_dot_product_attention(q, k, v)
     merged: Tensor = output.transpose(1, 2).reshape(batch, length, heads * head)
     return merged

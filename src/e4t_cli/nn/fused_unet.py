@@ -6,7 +6,7 @@ The three parts are those of `nn.unet`, equal up to rounding, on the same module
     transformer block  q, k, v from one matrix multiplication; k, v of the text from one for all blocks
     weights            see `nn.fused_projections`
 
-`FusedUNet.fits` says whether a U-Net has Stable Diffusion's plain blocks; others run module by module.
+U-Nets with other blocks than Stable Diffusion's run module by module, see `nn.unet_blocks`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e4t_cli.nn.fused_projections import attention, joint_weights, shared_weights
-from e4t_cli.nn.precision import math_attention
+from e4t_cli.nn.precision import training_attention
+from e4t_cli.nn.unet_blocks import transformers_of
 
 FUSED_ATTENTION = ("cuda", "mps")  # devices with a kernel for it that is fast in both passes
 _STEP: ContextVar[tuple[FusedUNet, list[FusedStep]] | None] = ContextVar("fused step", default=None)
@@ -43,54 +44,47 @@ class FusedUNet:
     """The modules of a U-Net in the order in which they run.
 
     Args:
-        unet: a `UNet2DConditionModel` that `fits`, its offsets attached if it has any.
+        unet: a `UNet2DConditionModel` that `has_plain_blocks`, its offsets attached if it has any.
     """
 
     def __init__(self, unet: Any) -> None:
         self.unet = unet
         down, up = list(unet.down_blocks), list(unet.up_blocks)
-        plain = next((number for number, block in enumerate(down) if _transformers(block)), len(down))
+        plain = next((number for number, block in enumerate(down) if transformers_of(block)), len(down))
         self.plain, self.read, self.up = down[:plain], [*down[plain:], unet.mid_block], up
         blocks = [*down, unet.mid_block, *up]
         self.residuals: list[Any] = [one for block in blocks for one in block.resnets]
         self.head = sum(len(block.resnets) for block in self.plain), sum(len(block.resnets) for block in self.read)
-        self.transformers = [one for block in blocks for each in _transformers(block) for one in each.transformer_blocks]
-        self.before_up = sum(len(each.transformer_blocks) for block in self.read for each in _transformers(block))
+        self.transformers = [
+            one for block in blocks for each in transformers_of(block) for one in each.transformer_blocks
+        ]
+        self.before_up = sum(len(each.transformer_blocks) for block in self.read for each in transformers_of(block))
         joint = {id(weight) for one in self.residuals for weight in one.time_emb_proj.parameters()}
         for one in self.transformers:
-            for layer in (one.attn1.to_q, one.attn1.to_k, one.attn1.to_v, one.attn2.to_q, one.attn2.to_k, one.attn2.to_v):
+            for layer in (
+                one.attn1.to_q,
+                one.attn1.to_k,
+                one.attn1.to_v,
+                one.attn2.to_q,
+                one.attn2.to_k,
+                one.attn2.to_v,
+            ):
                 joint |= {id(weight) for weight in layer.parameters()}
         # (weight, whether a matrix multiplication reads it) of each block; passes that read them.
-        self.groups = [
-            ([*_weights(block, joint)], 2 if block in self.read else 1) for block in blocks
-        ]
-
-    @staticmethod
-    def fits(unet: Any) -> bool:
-        """Return whether a U-Net consists of the plain blocks of Stable Diffusion 1 and 2."""
-        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-        kinds = {"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D"}
-        return all(
-            type(block).__name__ in kinds
-            and not getattr(block, "b1", None)  # FreeU
-            and all(map(_plain_residual, block.resnets))
-            and all(map(_plain_transformer, _transformers(block)))
-            and all(_plain_sampler(one) for kind in ("down", "up") for one in getattr(block, f"{kind}samplers", None) or ())
-            for block in blocks
-        )  # fmt: skip
+        self.groups = [([*_weights(block, joint)], 2 if block in self.read else 1) for block in blocks]
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Run `nn.unet`'s functions on this U-Net in few operations inside a `with` block, in this thread.
 
-        Weights are evaluated once, so they must not change inside. Not under gradient checkpointing, where the backward
-        pass has to recompute what the forward pass computed.
+        Weights are evaluated once, so they must not change inside. Not under gradient checkpointing, where backward
+        has to recompute what forward computed.
         """
         token = _STEP.set((self, []))
         # The text encoder's attention, too; on a CPU `half_precision` decides.
         fused = self.unet.device.type in (*FUSED_ATTENTION, "cpu")
         try:
-            with nullcontext() if fused else math_attention():
+            with nullcontext() if fused else training_attention():
                 yield
         finally:
             _STEP.reset(token)
@@ -125,7 +119,9 @@ class FusedStep:
         for width, found in groupby(sorted(self.fused.transformers, key=_width), key=_width):
             same = list(found)
             attentions = [(one.attn1, one.attn2) for one in same]
-            wide = joint_weights([layer for own, text in attentions for layer in (own.to_q, own.to_k, own.to_v, text.to_q)])
+            wide = joint_weights(
+                [layer for own, text in attentions for layer in (own.to_q, own.to_k, own.to_v, text.to_q)]
+            )
             deep = joint_weights([layer for _, text in attentions for layer in (text.to_k, text.to_v)])
             pieces += torch.split(wide.flatten(0, 1), [3 * width, width] * len(same))
             keys += [(id(one), kind) for one in same for kind in ("self", "query")]
@@ -175,7 +171,7 @@ class FusedStep:
         shifts = iter(self._shifts(time, start, len(self.fused.residuals) - start))
         projected, left = self._projected(text, 1), list(skips)
         for block in self.fused.up:
-            transformers = iter(_transformers(block))
+            transformers = iter(transformers_of(block))
             for residual in block.resnets:
                 hidden = self._residual(residual, torch.cat((hidden, left.pop()), dim=1), next(shifts))
                 if (transformer := next(transformers, None)) is not None:
@@ -189,7 +185,7 @@ class FusedStep:
     def _down(
         self, block: Any, hidden: Tensor, shifts: Iterator[Tensor], projected: dict[int, Tensor], skips: list[Tensor]
     ) -> Tensor:
-        transformers = iter(_transformers(block))
+        transformers = iter(transformers_of(block))
         for residual in block.resnets:
             hidden = self._residual(residual, hidden, next(shifts))
             if (transformer := next(transformers, None)) is not None:
@@ -261,10 +257,6 @@ class FusedStep:
         return self.weights[id(layer.weight)], self.weights[id(layer.bias)]
 
 
-def _transformers(block: Any) -> Sequence[Any]:
-    return getattr(block, "attentions", None) or ()
-
-
 def _width(block: Any) -> int:
     """Return the number of channels of a transformer block."""
     return int(block.attn1.to_q.out_features)
@@ -275,30 +267,3 @@ def _weights(block: Any, without: set[int]) -> Iterator[tuple[Tensor, bool]]:
         for weight in module.parameters(recurse=False):
             if id(weight) not in without:
                 yield weight, isinstance(module, nn.Linear | nn.Conv2d)
-
-
-def _plain_residual(block: Any) -> bool:
-    plain = type(block).__name__ == "ResnetBlock2D" and block.time_embedding_norm == "default"
-    plain = plain and block.time_emb_proj is not None and not block.skip_time_act and not (block.up or block.down)
-    return plain and isinstance(block.nonlinearity, nn.SiLU) and block.output_scale_factor == 1
-
-
-def _plain_sampler(module: Any) -> bool:
-    plain = type(module).__name__ in ("Downsample2D", "Upsample2D") and module.norm is None and module.use_conv
-    return plain and module.conv.padding == (1, 1) and not getattr(module, "use_conv_transpose", False)
-
-
-def _plain_transformer(module: Any) -> bool:
-    return type(module).__name__ == "Transformer2DModel" and module.is_input_continuous and all(
-        type(block).__name__ == "BasicTransformerBlock" and block.norm_type == "layer_norm"
-        and block.pos_embed is None and not block.only_cross_attention and block._chunk_size is None
-        and type(block.ff.net[0]).__name__ == "GEGLU" and block.attn2 is not None
-        and all(
-            attn.norm_q is None and attn.norm_k is None and attn.group_norm is None and not attn.norm_cross
-            and attn.spatial_norm is None and not attn.residual_connection and attn.rescale_output_factor == 1
-            and attn.to_q.bias is None and attn.to_k.bias is None and attn.to_v.bias is None
-            and attn.to_q.out_features == attn.to_k.out_features == attn.to_v.out_features == module.inner_dim
-            for attn in (block.attn1, block.attn2)
-        )
-        for block in module.transformer_blocks
-    )  # fmt: skip

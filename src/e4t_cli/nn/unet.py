@@ -71,8 +71,8 @@ def embed_latents(unet: UNet2DConditionModel, z_t: Tensor, t: Tensor) -> UNetSta
     if unet.config["center_input_sample"]:
         z_t = 2 * z_t - 1.0
     if (fused := fused_step(unet)) is not None:
-        hidden, skips, time = fused.embed(z_t, t)
-        return UNetState(hidden=hidden, skips=skips, time=time, blocks_done=len(fused.fused.plain))
+        hidden, kept, time = fused.embed(z_t, t)
+        return UNetState(hidden=hidden, skips=kept, time=time, blocks_done=len(fused.fused.plain))
     time = unet.time_embedding(unet.get_time_embed(sample=z_t, timestep=t), None)
     if unet.time_embed_act is not None:
         time = unet.time_embed_act(time)

@@ -23,6 +23,7 @@ from e4t_cli.nn.adapters import LoraAdapters, frozen_copy, linear_layers, lora_t
 from e4t_cli.nn.fused_unet import FusedUNet
 from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.nn.randomness import generator
+from e4t_cli.nn.unet_blocks import has_plain_blocks
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.registry.config import TuningConfig
@@ -79,7 +80,7 @@ class FullFineTuning:
         self.rounded: list[nn.Parameter] = list(self.unet.parameters())  # without the offsets
         if self.offsets.paths:
             self.offsets.attach_to(self.unet)
-        self._fused = FusedUNet(self.unet) if FusedUNet.fits(self.unet) else None
+        self._fused = FusedUNet(self.unet) if has_plain_blocks(self.unet) else None
 
     def cached(self) -> AbstractContextManager[None]:
         if self._fused is None or self.unet.is_gradient_checkpointing:
