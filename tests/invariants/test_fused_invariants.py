@@ -87,14 +87,27 @@ def test_it_is_the_unet_in_value_and_gradient(kind, offsets, composed, monkeypat
 @pytest.mark.parametrize(
     "options",
     [
-        {"resnet_time_scale_shift": "scale_shift"}, {"only_cross_attention": True}, {"resnet_skip_time_act": True},
-        {"resnet_out_scale_factor": 2.0}, {"act_fn": "gelu"}, {"dual_cross_attention": True},
+        {"resnet_time_scale_shift": "scale_shift"}, {"only_cross_attention": True},
+        {"mid_block_scale_factor": 2.0}, {"attention_type": "gated"}, {"act_fn": "gelu"},
+        {"dual_cross_attention": True},
         {"down_block_types": ("AttnDownBlock2D", "CrossAttnDownBlock2D")}, {"mid_block_type": "UNetMidBlock2D"},
     ],
     ids=str,
 )  # fmt: skip
 def test_another_unet_runs_module_by_module(options):
     assert not has_plain_blocks(small_unet(**options))
+
+
+def test_hooks_and_other_processors_are_not_bypassed():
+    from diffusers.models.attention_processor import SlicedAttnProcessor
+
+    unet = small_unet()
+    hook = unet.mid_block.resnets[0].register_forward_hook(lambda *_: None)
+    assert not has_plain_blocks(unet)
+    hook.remove()
+    assert has_plain_blocks(unet)
+    unet.set_attn_processor(SlicedAttnProcessor(1))
+    assert not has_plain_blocks(unet)
 
 
 def test_another_unet_is_untouched_inside_a_step():

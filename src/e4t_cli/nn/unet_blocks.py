@@ -19,7 +19,12 @@ def transformers_of(block: Any) -> Sequence[Any]:
 
 
 def has_plain_blocks(unet: Any) -> bool:
-    """Return whether a `UNet2DConditionModel` has the blocks of Stable Diffusion 1 and 2 with no further option."""
+    """Return whether a `UNet2DConditionModel` has the blocks of Stable Diffusion 1 and 2 with no further option.
+
+    Nor hooks, which would not be called.
+    """
+    if any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules()):
+        return False
     return all(map(_plain_block, (*unet.down_blocks, unet.mid_block, *unet.up_blocks)))
 
 
@@ -45,10 +50,13 @@ def _plain_sampler(module: Any) -> bool:
 def _plain_transformer(module: Any) -> bool:
     return type(module).__name__ == "Transformer2DModel" and module.is_input_continuous and all(
         type(block).__name__ == "BasicTransformerBlock" and block.norm_type == "layer_norm"
+        and getattr(block, "fuser", None) is None
         and block.pos_embed is None and not block.only_cross_attention and block._chunk_size is None
         and type(block.ff.net[0]).__name__ == "GEGLU" and block.attn2 is not None
         and all(
-            attn.norm_q is None and attn.norm_k is None and attn.group_norm is None and not attn.norm_cross
+            type(attn.processor).__name__ in ("AttnProcessor", "AttnProcessor2_0")
+            and all(isinstance(layer, nn.Linear) for layer in (attn.to_q, attn.to_k, attn.to_v))
+            and attn.norm_q is None and attn.norm_k is None and attn.group_norm is None and not attn.norm_cross
             and attn.spatial_norm is None and not attn.residual_connection and attn.rescale_output_factor == 1
             and attn.to_q.bias is None and attn.to_k.bias is None and attn.to_v.bias is None
             and attn.to_q.out_features == attn.to_k.out_features == attn.to_v.out_features == module.inner_dim
