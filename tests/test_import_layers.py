@@ -14,9 +14,9 @@ SOURCE = ROOT / "src" / "e4t_cli"
 DOMAINS = ROOT / "domains" / "e4t_domains"
 
 LAYERS = [
-    {"errors", "progress", "temporary"},
-    {"system_memory"},
-    {"files", "devices", "images.framing", "registry.config", "schedulers"},
+    {"errors", "progress", "temporary", "cgroups"},
+    {"system_memory", "threads"},
+    {"files", "devices", "images.framing", "prompt_weights", "registry.config", "schedulers"},
     {"registry.domain"},  # the contract with the author of a domain
     {"prompts", "registry.manifest", "images"},
     {"hub", "nn"},
@@ -32,7 +32,7 @@ LAYERS = [
 HEIGHT = {unit: height for height, units in enumerate(LAYERS) for unit in units}
 PUBLIC = {"__init__", "__main__"}  # re-exports everything, lazily
 FILES = sorted(SOURCE.rglob("*.py"))
-CONTRACT = {"errors", "progress", "files", "prompts"} | {
+CONTRACT = {"errors", "progress", "files", "prompts", "prompt_weights"} | {
     *("images.framing", "registry.config", "registry.domain"),
 }
 

@@ -12,11 +12,12 @@ import re
 import unicodedata
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from e4t_cli.errors import UsageError, printable
+from e4t_cli.prompt_weights import read_weights
 from e4t_cli.registry.domain import Domain
 
 PLACEHOLDER = "S*"
@@ -35,11 +36,22 @@ SUBJECT_TEMPLATES = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt cut at its placeholders."""
+    """A prompt cut at its placeholders, and where the weight of its words changes."""
 
     text: str  # the normalized prompt on one line
     segments: tuple[str | None, ...]  # the text between placeholders in order; None stands for a placeholder
     placeholder: str = PLACEHOLDER  # as the user spelled it
+    weights: tuple[float, ...] = ()  # of each segment, see `weighted`; empty: all are 1
+
+    def weighted(self) -> Prompt:
+        """Return the prompt with its brackets read as weights, see `prompt_weights.read_weights`.
+
+        Raises:
+            UsageError: they cannot be.
+        """
+        pieces = _pieces(self.text, self.placeholder)
+        segments, weights = read_weights(pieces, f"the prompt {printable(self.text, limit=60)!r}")
+        return replace(self, segments=segments, weights=weights)
 
     @property
     def placeholders(self) -> int:
@@ -112,14 +124,18 @@ def parse_prompt(text: str, placeholder: str = PLACEHOLDER, *, require_placehold
     plain = plain_text(text)
     if not plain:
         raise UsageError("the prompt is empty", hint=f'for example: "{placeholder} on the beach"')
-    # None between the parts, and no empty parts.
-    separated = [piece for part in word_rule(placeholder).split(plain) for piece in (None, part)][1:]
-    segments = tuple(piece for piece in separated if piece != "")
+    segments = tuple(_pieces(plain, placeholder))
     if require_placeholder and None not in segments:
         hint = f'for example: "{placeholder} as an astronaut" (in quotes: shells expand *)'
         message = f"the prompt {printable(plain, limit=60)!r} does not name the concept, {placeholder}"
         raise UsageError(message, hint=hint)
     return Prompt(plain, segments, placeholder)
+
+
+def _pieces(plain: str, placeholder: str) -> list[str | None]:
+    """Return the parts of a text with None between them, and no empty parts."""
+    separated = [piece for part in word_rule(placeholder).split(plain) for piece in (None, part)][1:]
+    return [piece for piece in separated if piece != ""]
 
 
 def plain_text(text: str, what: str = "the prompt") -> str:
@@ -142,24 +158,35 @@ def plain_text(text: str, what: str = "the prompt") -> str:
     return plain
 
 
-def parse_negative_prompt(text: str, placeholder: str) -> Prompt:
+def parse_negative_prompt(text: str, placeholder: str, *, weights: bool = False) -> Prompt:
     """Return a negative prompt, which may be empty.
 
+    Args:
+        placeholder: what it cannot name; "" if that was checked before.
+        weights: read its brackets as `Prompt.weighted` does.
+
     Raises:
-        UsageError: it is too long, not text, or names the concept.
+        UsageError: it is too long, not text, or names the concept, or its weights cannot be read.
     """
     plain = plain_text(text, "the negative prompt")
-    if word_rule(placeholder).search(plain):
-        message = f"the negative prompt {printable(plain, limit=60)!r} names the concept, {placeholder}"
+    what = f"the negative prompt {printable(plain, limit=60)!r}"
+    if placeholder and word_rule(placeholder).search(plain):
+        message = f"{what} names the concept, {placeholder}"
         raise UsageError(message, hint="say in other words what the images should not show")
-    return Prompt(plain, (plain,) if plain else (), placeholder)
+    pieces: tuple[str | None, ...] = (plain,) if plain else ()
+    segments, own = read_weights(pieces, what) if weights else (pieces, ())
+    return Prompt(plain, segments, placeholder, own)
 
 
-# What other programs read as weights, schedules, alternatives and files, where it can mean nothing else.
-_FOREIGN = re.compile(
+# What other programs read as weights, where it can mean nothing else.
+_WEIGHTS = re.compile(
     r"""\( [^()\[\]]* [^()\[\]\d\s] \s*:\s* [-+]?\d*\.?\d+ \s*\)   # (word:1.2), and not (at 10:30)
-    | \(\([^()]+\)\)+ | \[\[[^\[\]]+\]\]+      # ((word)), [[word]]
-    | \[[^\[\]]* : \s*\d*\.?\d+\s* \]         # [from:to:0.5]
+    | \(\([^()]+\)\)+ | \[\[[^\[\]]+\]\]+      # ((word)), [[word]]""",
+    re.VERBOSE,
+)
+# As schedules, alternatives and files.
+_FOREIGN = re.compile(
+    r"""\[[^\[\]]* : \s*\d*\.?\d+\s* \]         # [from:to:0.5]
     | \[[^\[\]|]+ \| [^\[\]]+\]               # [one|other]
     | <(?:lora|lyco|hypernet):[^<>]+>         # <lora:file:0.8>
     | \bembedding:[\w./-]+""",
@@ -168,8 +195,13 @@ _FOREIGN = re.compile(
 _FOREIGN_WORDS = re.compile(r"\b(?:BREAK|AND)\b")
 
 
+def weight_syntax(text: str) -> list[str]:
+    """Return the parts of a prompt that other programs read as weights: "(word:1.2)", "((word))"."""
+    return list(dict.fromkeys(part.group() for part in _WEIGHTS.finditer(text)))
+
+
 def foreign_syntax(text: str) -> list[str]:
-    """Return the parts of a prompt that other programs do not read as words: "(word:1.2)", "<lora:file:0.8>"."""
+    """Return the parts of a prompt that other programs read neither as words nor as weights: "<lora:file:0.8>"."""
     found = [part.group() for part in _FOREIGN.finditer(text)]
     if text != text.upper():  # a prompt in capitals has an AND of its own
         found += _FOREIGN_WORDS.findall(text)

@@ -20,7 +20,7 @@ from e4t_cli.models.denoiser import CFGDenoiser, TunedModel
 from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.progress import Progress, ProgressCallback
-from e4t_cli.prompts import Prompt
+from e4t_cli.prompts import Prompt, parse_negative_prompt
 from e4t_cli.schedulers import SamplingConfig, has_zero_snr, scheduler_class
 from e4t_cli.system_memory import memory_ran_out
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
@@ -34,11 +34,11 @@ def make_scheduler(model: TextToImageModel, sampling: SamplingConfig) -> Any:
 
     They are on the CPU, as its tables are: a lookup with a value on a GPU would synchronize in each step.
 
-    The time steps have the base's spacing, else the scheduler's, except where that gives another image than it should:
-    few steps that end with one at t = 0 (a single one only begins there), and those that begin much before the last
-    time step, as if the noise there were all of it: "leading" with 5 steps begins at 800, with 334, which are 2 apart,
-    at 666. "trailing" begins at the last time step; rounding gives some numbers of steps, as 61, a further time step
-    of -1, and "linspace" is right for those.
+    The time steps have the base's spacing (of `load_noise_schedule`), else the scheduler's, except where that gives
+    another image than it should: few steps that end with one at t = 0 (a single one only begins there), and those that
+    begin much before the last time step, as if the noise there were all of it: "leading" with 5 steps begins at 800,
+    with 334, which are 2 apart, at 666. "trailing" begins at the last time step; rounding gives some numbers of steps,
+    as 61, a further time step of -1, and "linspace" is right for those.
     """
     name, options = scheduler_class(sampling.scheduler)
     kind, config = getattr(diffusers, name), model.noise_schedule.config
@@ -78,7 +78,7 @@ def sample(
     tuned = tuned.at_concept_scale(model.unet, sampling.concept_scale)
     size = batch or (1 if model.device.type == "cpu" else BATCH)
     # All at once, so that a prompt that is too long raises before the first image.
-    tokens = model.tokenize(prompts, tuned.descriptor_id)
+    tokens = _tokenize(model, tuned, prompts, sampling)
     return _images(model, tuned, tokens, list(seeds), sampling, size, on_progress)
 
 
@@ -121,8 +121,15 @@ def generate_latents(
     """Return z_0 of images sampled as one batch, (batch, channels, height, width), in float32."""
     sampling = (sampling or SamplingConfig()).resolved(model)
     tuned = tuned.at_concept_scale(model.unet, sampling.concept_scale)
-    tokens = model.tokenize(prompts, tuned.descriptor_id)
+    tokens = _tokenize(model, tuned, prompts, sampling)
     return denoise(model, tuned, tokens, seeds, sampling)
+
+
+def _tokenize(
+    model: TextToImageModel, tuned: TunedModel, prompts: Sequence[Prompt], sampling: SamplingConfig
+) -> Tokens:
+    read = [one.weighted() for one in prompts] if sampling.prompt_weights else prompts
+    return model.tokenize(read, tuned.descriptor_id)
 
 
 @torch.no_grad()
@@ -137,7 +144,10 @@ def denoise(
     z_t: Tensor = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma
     random = {"generator": sources} if "generator" in inspect.signature(scheduler.step).parameters else {}
     assert sampling.guidance is not None, "resolve the sampling config first"
-    denoiser = CFGDenoiser(model, tuned, tokens, guidance=sampling.guidance, negative_prompt=sampling.negative_prompt)
+    negative: Prompt | str = sampling.negative_prompt
+    if negative and sampling.prompt_weights:
+        negative = parse_negative_prompt(sampling.negative_prompt, "", weights=True)
+    denoiser = CFGDenoiser(model, tuned, tokens, guidance=sampling.guidance, negative_prompt=negative)
     predict: Callable[..., Tensor] = denoiser
     if captures_graphs(model.device):
         on_trouble = partial(report, 0) if report else None

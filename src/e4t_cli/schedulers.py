@@ -89,6 +89,7 @@ class SamplingConfig:
     scheduler: str = "dpm++"  # one of `NAMES`
     negative_prompt: str = ""  # in place of "" in the unconditional pass; costs a separate feature pass
     concept_scale: float = 1.0  # see `TunedModel.at_concept_scale`
+    prompt_weights: bool = False  # read (word:1.2) and [word] as weights, in negative prompts too
 
     def __post_init__(self) -> None:
         name, _ = scheduler_class(self.scheduler)
@@ -100,6 +101,8 @@ class SamplingConfig:
             raise UsageError(f"the guidance must be 0 to 100, not {self.guidance!r}", hint="--guidance 7.5")
         if not 0 <= self.concept_scale <= 2:
             raise UsageError(f"the concept scale must be 0 to 2, not {self.concept_scale!r}")
+        if not isinstance(self.prompt_weights, bool):
+            raise UsageError(f"prompt weights are on or off (True or False), not {self.prompt_weights!r}")
 
     def _check_steps(self, name: str, train_timesteps: int) -> None:
         least = LEAST.get(self.scheduler, LEAST.get(name, 1))

@@ -10,6 +10,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from e4t_cli.cgroups import cgroup_folders
 from e4t_cli.errors import ResourceError
 
 GB = 1 << 30
@@ -44,31 +45,10 @@ def free_ram(root: Path = _ROOT) -> int:
 def _room_in_cgroups(root: Path) -> Iterator[int]:
     """Yield what the memory limit of each control group around this process leaves, of version 1 and 2.
 
-    A limit counts for all groups below, so those above this process's own are read as well, as far as they can be
-    seen. Cached files count as used there, although the kernel gives their memory away before it runs out.
+    Cached files count as used there, although the kernel gives their memory away before it runs out.
     """
-    with suppress(OSError, ValueError):
-        mounts = [line.split() for line in (root / "proc/self/mountinfo").read_text().splitlines()]
-        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-        for _, controllers, group in groups:
-            kind, names = ("cgroup", _V1) if "memory" in controllers.split(",") else ("cgroup2", _V2)
-            if controllers and kind == "cgroup2":
-                continue  # another controller of version 1
-            for fields in mounts:
-                after = fields.index("-")
-                if fields[after + 1] == kind and (kind == "cgroup2" or "memory" in fields[after + 3].split(",")):
-                    # A container sees its own group as the mount's root, under its name outside or as "/".
-                    inside = os.path.relpath(group, fields[3]) if group.startswith(fields[3]) else "."
-                    yield from _rooms(root / fields[4].lstrip("/"), inside, *names)
-
-
-_V1 = ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"
-_V2 = ("memory.max", "memory.high"), "memory.current", "inactive_file"  # above `high` a process is slowed down
-
-
-def _rooms(mount: Path, inside: str, limits: tuple[str, ...], usage: str, cached: str) -> Iterator[int]:
-    folder = Path(os.path.normpath(mount / inside))
-    while True:
+    for version, folder in cgroup_folders("memory", root):
+        limits, usage, cached = _V1 if version == 1 else _V2
         for name in limits:
             with suppress(OSError, ValueError):  # "max", or the root, which has no limit
                 limit, used = (int((folder / one).read_text(encoding="ascii")) for one in (name, usage))
@@ -76,9 +56,10 @@ def _rooms(mount: Path, inside: str, limits: tuple[str, ...], usage: str, cached
                     lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
                     used -= next((int(line.split()[1]) for line in lines if line.startswith(f"{cached} ")), 0)
                 yield limit - used
-        if folder == mount or mount not in folder.parents:
-            return
-        folder = folder.parent
+
+
+_V1 = ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"
+_V2 = ("memory.max", "memory.high"), "memory.current", "inactive_file"  # above `high` a process is slowed down
 
 
 def free_addresses(root: Path = _ROOT) -> int | None:

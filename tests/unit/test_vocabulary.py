@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from e4t_cli.errors import IntegrityError, UsageError
 from e4t_cli.hub.bases import find_base
 from e4t_cli.hub.vocabulary import FILE, read_vocabulary, words_of
-from e4t_cli.prompts import foreign_syntax, parse_negative_prompt, parse_prompt, training_templates, unknown_words
+from e4t_cli.prompts import (
+    foreign_syntax,
+    parse_negative_prompt,
+    parse_prompt,
+    training_templates,
+    unknown_words,
+    weight_syntax,
+)
 from e4t_cli.registry.discovery import find_domain
 
 MINI = find_base("mini").folder
@@ -114,7 +121,7 @@ def test_a_base_without_a_list(tmp_path):
     ],
 )  # fmt: skip
 def test_what_other_programs_do_not_read_as_words(prompt, parts):
-    assert foreign_syntax(prompt) == parts
+    assert weight_syntax(prompt) + foreign_syntax(prompt) == parts
 
 
 def test_a_negative_prompt_is_read_as_a_prompt_is():

@@ -7,11 +7,12 @@ to read a concept, to try a device other than the CPU, and to look for the face 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from e4t_cli.api.options import (
     GenerateKeywords,
@@ -20,7 +21,8 @@ from e4t_cli.api.options import (
     PersonalizeOptions,
     PrepareKeywords,
 )
-from e4t_cli.api.personalization import preparation_target, prepare, resolve_mask
+from e4t_cli.api.personalization import preparation_target, prepare_all
+from e4t_cli.api.photos import PhotoSet, open_photos
 from e4t_cli.api.repetition import repeated
 from e4t_cli.api.resolve import (
     Prompts,
@@ -44,14 +46,15 @@ from e4t_cli.api.resolve import (
 )
 from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.devices import choose_device, likely_accelerator
-from e4t_cli.errors import WeightsUnavailable
+from e4t_cli.errors import WeightsUnavailable, printable
+from e4t_cli.hub.addons import Addon
 from e4t_cli.hub.bases import EMBEDDED, PUBLISHED, Base
 from e4t_cli.hub.image_tower import missing_bytes
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import find_cached_base, look_up_base
-from e4t_cli.images.loading import ImageInput, open_image, read_bytes
+from e4t_cli.hub.vae import fetch_addons, wanted_source
+from e4t_cli.images.loading import ImageInput, ImageInputs, read_bytes
 from e4t_cli.images.png_metadata import read_records
-from e4t_cli.images.preparation import prepare_photo
 from e4t_cli.prompts import PLACEHOLDER, Prompt, check_placeholder
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.discovery import user_domain
@@ -82,7 +85,7 @@ MEMORY = {
 
 
 def plan_personalization(
-    domain: str | os.PathLike[str] | Domain, image: ImageInput, prompts: Prompts = (), *,
+    domain: str | os.PathLike[str] | Domain, image: ImageInputs, prompts: Prompts = (), *,
     num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
     sampling: SamplingConfig | Mapping[str, Any] | None = None, placeholder: str = PLACEHOLDER,
     **options: Unpack[PersonalizeKeywords],
@@ -97,20 +100,21 @@ def plan_personalization(
     seeds = resolve_seeds(seed, num_images_per_prompt)
     wanted = resolve_images(prompts, parsed, resolve_sampling(sampling), count=num_images_per_prompt, seeds=seeds)
     value, _ = resolve_domain(domain)
-    photo = open_image(image)
-    mask = resolve_mask(asked.mask, photo)
+    photos = open_photos(image, asked.mask)
+    asked, vae = _find_addons(asked)
     asked.addons.check()
-    base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base))
+    base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base), vae=vae)
     target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
     if value.prepare is not None and (target.which != "largest" or target.required):
         with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched: nobody knows
-            prepare_photo(value, photo, mask, target, masked=value.tuning.mask)
+            for photo in photos:
+                photo.prepare(value, target, masked=value.tuning.mask)
     config = resolve_tuning(base.tuning, asked.tuning, asked.tune_steps)
     return {
         "type": "plan",
         "domain": value.name,
         "descriptor": value.descriptor,
-        "photo": {"width": photo.image.width, "height": photo.image.height},
+        **_sizes(photos),
         "prompts": len(parsed),
         **base.cost(wanted, config),
         "tuning": asdict(config),
@@ -118,19 +122,23 @@ def plan_personalization(
 
 
 def plan_preparation(
-    domain: str | os.PathLike[str] | Domain, image: ImageInput, **options: Unpack[PrepareKeywords]
+    domain: str | os.PathLike[str] | Domain, image: ImageInputs, **options: Unpack[PrepareKeywords]
 ) -> dict[str, Any]:
-    """Return what `prepare`, with these arguments, would do, as plain values; nothing is fetched.
+    """Return what `prepare_all`, with these arguments, would do, as plain values; nothing is fetched.
 
     Raises:
-        E4TError: as `prepare`, without what a parser that is not here would find.
+        E4TError: as `prepare_all`, without what a parser that is not here would find.
     """
     options["offline"] = True
     with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched
-        prepare(domain, image, **options)
-    photo, (value, _) = open_image(image), resolve_domain(domain)
-    size = {"width": photo.image.width, "height": photo.image.height}
-    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, "photo": size, "prompts": 0}
+        prepare_all(domain, image, **options)
+    photos, (value, _) = open_photos(image, options.get("mask", "auto")), resolve_domain(domain)
+    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, **_sizes(photos), "prompts": 0}
+
+
+def _sizes(photos: PhotoSet) -> dict[str, Any]:
+    """Return the size of the photo, or those of several, in pixels."""
+    return {"photo": photos.sizes[0]} if len(photos) == 1 else {"photos": photos.sizes}
 
 
 def plan_generation(
@@ -152,14 +160,35 @@ def plan_generation(
     concept = load_concept(concept)
     parsed = parse_prompts(prompts, placeholder or concept.placeholder)
     wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
-    check_addons(concept, asked, records)
+    asked, vae = _find_addons(asked, concept.addons)
+    if vae:  # nobody knows whether it is the concept's before it is fetched
+        others = tuple(one for one in concept.addons if one.kind != "vae")
+        check_addons(replace(concept, addons=others), asked, records)
+    else:
+        check_addons(concept, asked, records)
     check_concept_base(concept, asked.base)
     value = find_concept_domain(concept.domain, concept.package)
     if asked.base == "auto":
         asked = replace(asked, base=concept.base_name)
-    base = _Base(asked, value, wanted, tower=False, domain_base=concept.domain_base)
+    base = _Base(asked, value, wanted, tower=False, domain_base=concept.domain_base, vae=vae)
     tuning = concept.config.replace(steps=0) if concept.weights else concept.config
     return {"type": "plan", "domain": value.name, "prompts": len(parsed), **base.cost(wanted, tuning)}
+
+
+_Options = TypeVar("_Options", bound=GenerateOptions)
+
+
+def _find_addons(options: _Options, recorded: Iterable[Addon] = ()) -> tuple[_Options, str]:
+    """Return the options with a VAE of the hub that is here, or without it and its name, if it would be fetched."""
+    source = wanted_source(options.addons, recorded)
+    if not source or not isinstance(options.base, str | os.PathLike):
+        return options, ""
+    try:
+        return replace(options, addons=fetch_addons(options.addons, HubAccess(offline=True), recorded)), ""
+    except WeightsUnavailable:
+        if HubAccess(offline=options.offline).cut_off:
+            raise
+        return replace(options, addons=replace(options.addons, vae_source="")), source
 
 
 class _Base:
@@ -178,6 +207,7 @@ class _Base:
         *,
         tower: bool,
         domain_base: str,
+        vae: str = "",
     ) -> None:
         access = Session(options, vram=options.vram, safety=options.safety_checker).access
         half = prefers_half(options.device, options.dtype)
@@ -204,6 +234,9 @@ class _Base:
         else:
             model: TextToImageModel = options.base
             self.name, self.resolution, schedule = model.base.name, model.resolution, model.noise_schedule.config
+        if vae:
+            self.to_fetch.append(f"the VAE {printable(vae)}")
+            self.download = None
         for one in wanted:
             one.sampling.check_schedule(schedule)
         if options.device not in ("auto", "cpu"):
@@ -260,7 +293,9 @@ def _config(base: Base | None, name: str) -> dict[str, Any]:
 def _check_lengths(base: Base, prompts: Sequence[Prompt]) -> None:
     """Raise UsageError for a prompt that names the concept behind the last token that the base reads."""
     length = _config(base, "text_encoder/config.json").get("max_position_embeddings", 77)
-    late = [one for one in prompts if len(one.segments[0] or "") > length - 2]  # a token has a character or more
+    before = (itertools.takewhile(lambda part: part is not None, one.segments) for one in prompts)
+    # A token has a character or more.
+    late = [one for one, parts in zip(prompts, before, strict=True) if len("".join(map(str, parts))) > length - 2]
     if late:
         from transformers import CLIPTokenizer
 

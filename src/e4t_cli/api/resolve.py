@@ -30,6 +30,7 @@ from e4t_cli.hub.bases import (
     hub_weights_folder,
 )
 from e4t_cli.hub.paths import HubAccess, Terms, is_accepted
+from e4t_cli.hub.repo_info import get_repo_info
 from e4t_cli.hub.resolve import fetch_base, fetch_domain_weights, is_cached, is_reachable
 from e4t_cli.hub.single_file import is_file_name, recognize_file
 from e4t_cli.progress import Progress
@@ -81,8 +82,9 @@ def resolve_images(
         with one.located():
             own = own_seeds(one, seeds, count)
             config = resolve_sampling({**sampling.as_dict(), **one.sampling}) if one.sampling else sampling
-            parse_negative_prompt(config.negative_prompt, prompt.placeholder)
-        wanted += [ImageRequest(prompt, seed, config) for seed in own]
+            parse_negative_prompt(config.negative_prompt, prompt.placeholder, weights=config.prompt_weights)
+            read = prompt.weighted() if config.prompt_weights else prompt
+        wanted += [ImageRequest(read, seed, config) for seed in own]
     return wanted
 
 
@@ -180,11 +182,25 @@ def resolve_base(
         check_weights(domain, domain_base or wanted)
     if wanted in EMBEDDED:
         return find_base(wanted)
-    if domain is not None and (location := hub_location(wanted)) is not None and location.name in PUBLISHED:
-        find_weights(domain, domain_base or location.name)  # before gigabytes are fetched for nothing
+    if domain is not None and (name := domain_base or name_before_fetching(wanted, access)):
+        find_weights(domain, name)  # before gigabytes are fetched for nothing
     tower = tower and needs_image_tower(domain, domain_base or wanted)
     half = prefers_half(options.device, options.dtype)
     return fetch_named_base(wanted, access, half=half, tower=tower, safety=safety)
+
+
+def name_before_fetching(wanted: str, access: HubAccess) -> str:
+    """Return the name of a base of the hub, the key of `Domain.weights`; "" if that is not known before it is here."""
+    location = hub_location(wanted)
+    if location is None or location.name in PUBLISHED:
+        return "" if location is None else location.name
+    if is_cached(wanted, tower=False):
+        return ""
+    info = None
+    with contextlib.suppress(WeightsUnavailable):  # whoever fetches it says why
+        info = get_repo_info(location.repository, location.revision or None, access)
+    named = info is None or any(file.path == "base.toml" for file in info.files)  # it says its name itself
+    return "" if named else location.name
 
 
 def fetch_named_base(
@@ -423,6 +439,7 @@ def load_concept_models(concept: Concept, session: Session) -> None:
         IntegrityError: this machine's base or weights are not the ones it was made with.
         E4TError: another of its children.
     """
+    session.find_addons(concept.addons)
     options = session.options
     check_addons(concept, options)
     check_concept_base(concept, options.base)

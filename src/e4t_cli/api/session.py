@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from e4t_cli.api.options import ImageCallback, RunOptions
 from e4t_cli.devices import (
     DTYPES,
     budget_of,
+    check_device,
     choose_device,
     choose_dtype,
     limited_memory,
@@ -29,11 +31,12 @@ from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.hub.addons import Addon, BaseAddons
 from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
+from e4t_cli.hub.vae import fetch_addons
 from e4t_cli.hub.vocabulary import read_vocabulary, words_of
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
 from e4t_cli.progress import Progress
-from e4t_cli.prompts import Prompt, foreign_syntax, parse_negative_prompt, unknown_words
+from e4t_cli.prompts import Prompt, foreign_syntax, parse_negative_prompt, unknown_words, weight_syntax
 from e4t_cli.system_memory import check_addresses, memory_ran_out, out_of_memory
 
 if TYPE_CHECKING:
@@ -86,10 +89,12 @@ def record_of(
     return GenerationRecord(
         prompt=prompt.text, placeholder=prompt.placeholder, seed=seed, width=size[0], height=size[1],
         negative_prompt=sampling.negative_prompt, concept_scale=sampling.concept_scale,
+        prompt_weights=sampling.prompt_weights,
         steps=sampling.steps, guidance=float(sampling.guidance or 0), scheduler=sampling.scheduler,
         timestep_spacing=spacing, domain=concept.domain, domain_base=concept.domain_base,
         base=concept.base_name, base_fingerprint=concept.base_fingerprint,
         weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
+        other_photos_sha256=list(concept.others_sha256),
         tuning={**concept.config.as_dict(), "seed": concept.seed}, addons=[one.as_dict() for one in addons],
     )  # fmt: skip
 
@@ -123,6 +128,7 @@ class Session:
         if options.dtype != "auto" and options.dtype not in DTYPES:
             hint = f"one of {', '.join(['auto', *DTYPES])}"
             raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=hint)
+        check_device(options.device)
         if vram != "auto":
             budget_of(vram)
         self.options = replace(options, on_progress=self.report)
@@ -221,6 +227,17 @@ class Session:
                 self._check_words()
         self.report(Progress(stage="load", done=1, total=1))
 
+    def find_addons(self, recorded: Iterable[Addon] = ()) -> None:
+        """Check the files of the add-ons, and fetch a VAE of the hub: also that of a concept, among the `recorded`.
+
+        Raises:
+            E4TError: a file is no add-on, or the VAE is none or cannot be fetched.
+        """
+        if isinstance(self.options.base, str | os.PathLike):
+            addons = fetch_addons(self.options.addons, self.access, recorded)
+            self.options = replace(self.options, addons=addons)
+        self.options.addons.check()
+
     def _add(self, addons: BaseAddons) -> None:
         from e4t_cli.formats.addons import apply_addons
 
@@ -237,14 +254,18 @@ class Session:
             message = f"the word {word!r} of an embedding is in the prompts that a concept is tuned with"
             raise UsageError(message, hint="give it another: --embedding FILE:WORD")
 
-    def check_prompts(self, prompts: Sequence[Prompt], negative: Iterable[str] = ()) -> None:
+    def check_prompts(self, wanted: Sequence[ImageRequest]) -> None:
         """Report before any tuning what the text encoder will truncate, does not know, or reads as plain words.
 
         Raises:
             UsageError: a placeholder comes after the text encoder's last token, or is in a negative prompt.
         """
-        placeholders = {prompt.placeholder for prompt in prompts}
-        against = [parse_negative_prompt(text, one) for text in dict.fromkeys(negative) for one in placeholders]
+        prompts = list(dict.fromkeys(one.prompt for one in wanted))
+        negative = ((one.sampling, one.prompt.placeholder) for one in wanted)
+        against = dict.fromkeys(
+            parse_negative_prompt(sampling.negative_prompt, own, weights=sampling.prompt_weights)
+            for sampling, own in negative
+        )
         model, every = self.model, [*prompts, *against]
         descriptor = model.descriptor_id(self.pretrained.descriptor)
         self._check_added_words(every)
@@ -252,10 +273,13 @@ class Session:
             if dropped:
                 which = "the prompt" if index < len(prompts) else "the negative prompt"
                 self.note("load", f"{which} is too long; left out: {printable(dropped)!r}")
-        texts = (model.words.without(prompt.text) for prompt in every)
-        plain = dict.fromkeys(part for text in texts for part in foreign_syntax(text))
-        if plain:
+        texts = [model.words.without(prompt.text) for prompt in every]
+        if plain := dict.fromkeys(part for text in texts for part in foreign_syntax(text)):
             self.note("load", f"{_listed(plain)}: read as plain words, without the meaning it has in other programs")
+        unread = [one for one in wanted if not one.sampling.prompt_weights]
+        texts = [text for one in unread for text in (one.prompt.text, one.sampling.negative_prompt)]
+        if plain := dict.fromkeys(part for text in texts for part in weight_syntax(model.words.without(text))):
+            self.note("load", f"{_listed(plain)}: read as plain words; --prompt-weights reads weights of words")
         known = [
             replace(one, segments=tuple(model.words.without(part or "") for part in one.segments)) for one in every
         ]
@@ -281,7 +305,7 @@ class Session:
             one.sampling.check_schedule(self.model.noise_schedule.config)
 
     def tune(self, concept: Concept, *, keep_base: bool = False) -> TunedModel:
-        """Tune on the concept's image with its config and seed, in the memory that is available.
+        """Tune on the concept's images with its config and seed, in the memory that is available.
 
         Unless `keep_base`, the U-Net of a model that was loaded for this request becomes the tuned one: no copy.
         """
@@ -293,7 +317,7 @@ class Session:
         model, device = self.model, self.model.device
         consume = self._owns_model and not keep_base
         if self._owns_model:
-            model.release_tower()  # the photo is encoded by now
+            model.release_tower()  # the photos are encoded by now
         half = PrecisionPolicy.resolve(device, model.dtype, self.autocast).half
         plan = plan_tuning(
             model, self.pretrained, concept.config,
@@ -306,7 +330,7 @@ class Session:
             self.note("tune", f"memory may not suffice: {needed}{less}")
         with self.stage("tune", counted=True):
             return tune(
-                model, self.pretrained, concept.prepared, concept.config,
+                model, self.pretrained, concept.photos, concept.config,
                 seed=concept.seed, image_features=concept.image_features, on_progress=self.report,
                 options=TuningOptions(plan=plan, consume=consume, autocast=self.autocast),
             )  # fmt: skip

@@ -23,9 +23,11 @@ import typer
 
 from e4t_cli import __version__
 from e4t_cli.cli import cache, console, doctor, domains, export, faces, info, lazy_packages, personalize, pretrain
+from e4t_cli.cli.photo_arguments import PhotoCommand
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 from e4t_cli.files import file_error
 from e4t_cli.system_memory import memory_ran_out, out_of_memory
+from e4t_cli.threads import set_waiting
 
 READER_ENDED = 141  # 128 + SIGPIPE: the signal would end other tools there, as in `e4t … | head -1`
 SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
@@ -39,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     invoke_without_command=True,
 )
-app.command("personalize", epilog=personalize.EXAMPLES)(personalize.personalize)
+app.command("personalize", cls=PhotoCommand, epilog=personalize.EXAMPLES)(personalize.personalize)
 app.command("generate", epilog=personalize.GENERATE_EXAMPLES)(personalize.generate)
 app.command("faces", epilog=faces.EXAMPLES)(faces.faces)
 app.command("export", epilog=export.EXAMPLES)(export.export)
@@ -91,6 +93,7 @@ def run(arguments: Sequence[str]) -> int:
     console.start(json="--json" in arguments)  # until the command has parsed its options
     _silence_libraries()
     lazy_packages.install()
+    set_waiting()
     with _stop_signals() as stopped_by:
         try:
             code = app(args=list(arguments), prog_name="e4t", standalone_mode=False)

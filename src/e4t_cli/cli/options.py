@@ -21,6 +21,7 @@ from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.addons import BaseAddons
 from e4t_cli.progress import ProgressCallback
 from e4t_cli.schedulers import NAMES, SCHEDULERS
+from e4t_cli.threads import Load, set_threads
 
 if TYPE_CHECKING:
     from e4t_cli.api.options import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         RunKeywords,
     )
 
+STARTED = Load.read()  # the load from here on says which cores are free
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 10_000  # of one range; more is a slip of the finger
 
@@ -104,6 +106,13 @@ def _go_offline(offline: bool) -> bool:
     return offline
 
 
+def _set_threads(context: typer.Context, threads: int) -> int:
+    """Set the number of threads before torch is imported; a command of hours does not go by the load of a moment."""
+    if not context.resilient_parsing:
+        set_threads(threads, None if context.info_name == "pretrain" else STARTED)
+    return threads
+
+
 # fmt: off
 DomainName = Annotated[str, typer.Argument(
     metavar="DOMAIN", autocompletion=complete_domain, help="A name of `e4t domains list`.")]
@@ -117,7 +126,10 @@ Dtype = Annotated[str, device_option(
 Vram = Annotated[str, device_option(
     envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12, … or auto.")]
 Vae = Annotated[str | None, images_option(
-    metavar="FILE|FOLDER", help="A VAE instead of the base's: .safetensors, or a folder of diffusers.")]
+    metavar="VAE", help="Instead of the base's VAE: a .safetensors, a folder of diffusers, or OWNER/NAME of the hub.")]
+Threads = Annotated[int, device_option(
+    metavar="N", envvar="E4T_THREADS", min=0, show_default=False, is_eager=True, callback=_set_threads,
+    help="CPU threads; default: the cores that are free.")]
 Offline = Annotated[bool, network_option(
     "--offline", envvar="E4T_OFFLINE", callback=_go_offline,
     help="Open no connection; use what is on this machine.")]
@@ -153,6 +165,7 @@ class RunFlags:
         help="auto, mini, sd14, sd15, sd21-base, sd21, OWNER/NAME of the hub, a folder, a .safetensors.")] = "auto"
     device: Device = "auto"
     dtype: Dtype = "auto"
+    threads: Threads = 0
     offline: Offline = False
     accept_license: AcceptLicence = False
 
@@ -210,6 +223,8 @@ class SamplingFlags:
     concept_scale: Annotated[float | None, sampling_option(
         metavar="X", min=0.0, max=2.0, show_default=False,
         help="Weight of what was learned, default 1; less follows the prompt more.")] = None
+    prompt_weights: Annotated[bool | None, sampling_option(
+        "--prompt-weights", metavar="", help="Read (word:1.2) and ((word)) as weights of words.")] = None
 
     def given(self) -> dict[str, Any]:
         """Return the fields that were given."""
@@ -254,12 +269,13 @@ class PersonalizeFlags(GenerateFlags):
     domain_base: Annotated[str | None, images_option(
         metavar="NAME", autocompletion=complete_base,
         help="Take the domain's weights for this base, as sd14, on another base of the same shapes.")] = None
-    mask: Annotated[str, photo_option(
-        metavar="MASK", help="The part of the photo that counts: auto, none, a FILE that is white there, "
-        "'words:a cat', or face-ellipse.")] = "auto"
+    mask: Annotated[list[str] | None, photo_option(
+        metavar="MASK", help="The part of the photo that counts: auto (the default), none, a FILE that is white "
+        "there, 'words:a cat', or face-ellipse. Repeated: one for each photo.")] = None
     face: Annotated[str, photo_option(
         metavar="WHICH",
-        help="Of several: largest, left, right, center, or a number from the left (`e4t faces`).")] = "largest"
+        help="Of several in one photo: largest, left, right, center, or a number from the left (`e4t faces`).")
+    ] = "largest"
     no_align: Annotated[bool, photo_option(
         "--no-align", help="Use the centre square; do not rotate and crop around the face.")] = False
     require_face: Annotated[bool, photo_option(
@@ -271,7 +287,7 @@ class PersonalizeFlags(GenerateFlags):
         """Return the keywords of `api.options.PhotoOptions`."""
         align = not self.no_align
         return {
-            "mask": self.mask, "align": align, "face": self.face, "require_face": self.require_face,
+            "mask": self.mask or "auto", "align": align, "face": self.face, "require_face": self.require_face,
             "strict": self.strict,
         }
 

@@ -148,6 +148,12 @@ def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[
     return read
 
 
+def _switch(value: str) -> bool:
+    if value not in ("", "on", "off"):
+        raise ValueError("it takes nothing, on or off")
+    return value != "off"
+
+
 def _text(value: str) -> str:
     if not value:
         raise ValueError("it takes a text")
@@ -163,6 +169,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "guidance": _number(float, 0, 100),
     "scheduler": _text,
     "concept-scale": _number(float, 0, 2),
+    "prompt-weights": _switch,
 }
 """The options of a line, and how their values are read; `SamplingConfig` has the same limits."""
 # Short forms, and what other programs that read prompts from files call them.

@@ -74,6 +74,7 @@ class GenerationRecord:
     height: int
     negative_prompt: str = ""
     concept_scale: float = 1.0
+    prompt_weights: bool = False  # whether brackets in both prompts are weights of words
     placeholder: str = "S*"  # the spelling of the concept in the prompt
     timestep_spacing: str = "leading"  # diffusers' word for how the scheduler distributes its steps
     domain: str = ""
@@ -82,6 +83,7 @@ class GenerationRecord:
     base_fingerprint: str = ""
     weights_fingerprint: str = ""
     photo_sha256: str = ""  # of the photo's bytes; the photo itself is not stored
+    other_photos_sha256: Sequence[str] = ()  # of further photos of the same subject
     addons: Sequence[Mapping[str, Any]] = ()  # LoRAs, words and a VAE beside the base: `hub.addons.Addon.as_dict()`
     tuning: Mapping[str, Any] = field(default_factory=dict)  # `TuningConfig.as_dict()`, and the seed
     versions: Mapping[str, str] = field(default_factory=package_versions)
@@ -89,7 +91,8 @@ class GenerationRecord:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values under the keys of the file."""
         found = asdict(self)
-        for name in ("domain_base", "addons"):  # of earlier pictures' records they are no part
+        # Of earlier pictures' records they are no part.
+        for name in ("domain_base", "addons", "prompt_weights", "other_photos_sha256"):
             if not found[name]:
                 del found[name]
         values = {KEYS_IN_FILES.get(name, name): value for name, value in found.items()}
@@ -109,7 +112,7 @@ class GenerationRecord:
             key = KEYS_IN_FILES.get(one.name, one.name)
             if key in values:
                 kinds = _KINDS[str(one.type).partition("[")[0]]
-                if not isinstance(values[key], kinds) or isinstance(values[key], bool):
+                if not isinstance(values[key], kinds) or isinstance(values[key], bool) != (kinds is bool):
                     raise InputError(f"the record in this picture is damaged: its {key} is of the wrong type")
                 found[one.name] = values[key]
             elif one.default is MISSING and one.default_factory is MISSING:
@@ -117,7 +120,7 @@ class GenerationRecord:
         return cls(**found)
 
     def parameters(self) -> str:
-        """Return the web UI's text."""
+        """Return the web UI's text; brackets that are no weights are escaped, or they would be weights there."""
         sampler, schedule = WEB_UI_SAMPLERS.get(self.scheduler, (self.scheduler, ""))
         pairs = {
             "Steps": self.steps,
@@ -135,10 +138,13 @@ class GenerationRecord:
             "Concept strength": f"{self.concept_scale:g}" if self.concept_scale != 1 else "",
             "Version": _SOFTWARE,
         }
-        negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
+        prompt, negative = self.prompt, self.negative_prompt
+        if not self.prompt_weights:
+            prompt, negative = (re.sub(r"[\\()\[\]]", r"\\\g<0>", text) for text in (prompt, negative))
+        negative = f"Negative prompt: {negative}\n" if negative else ""
         settings = ", ".join(f"{k}: {_quoted(v)}" for k, v in pairs.items() if v != "")
         loras = "".join(f" <lora:{_plain(one)}:{one['scale']:g}>" for one in self.addons if one["kind"] == "lora")
-        return f"{self.prompt}{loras}\n{negative}{settings}"
+        return f"{prompt}{loras}\n{negative}{settings}"
 
     def _hashes(self, kind: str) -> str:
         return ", ".join(f"{_plain(one)}: {one['sha256'][:12]}" for one in self.addons if one["kind"] == kind)
@@ -151,6 +157,7 @@ def _plain(addon: Mapping[str, Any]) -> str:
 
 _KINDS: dict[str, Any] = {
     "str": str,
+    "bool": bool,
     "int": int,
     "float": int | float,
     "Mapping": dict,

@@ -25,6 +25,7 @@ from e4t_cli.models.prompt_embedding import Tokens
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.unet import UNetState, down_and_mid, embed_latents, pooled_features, up_and_out
 from e4t_cli.nn.word_embedding_encoder import Encoder, FixedEmbedding
+from e4t_cli.prompts import Prompt
 from e4t_cli.schedulers import has_zero_snr
 
 
@@ -98,15 +99,16 @@ class CFGDenoiser:
     """ε_θ of one batch of prompts under guidance, with e_c predicted anew from every z_t."""
 
     def __init__(
-        self, model: TextToImageModel, tuned: TunedModel, tokens: Tokens, *, guidance: float, negative_prompt: str = ""
-    ) -> None:
+        self, model: TextToImageModel, tuned: TunedModel, tokens: Tokens, *, guidance: float,
+        negative_prompt: Prompt | str = "",
+    ) -> None:  # fmt: skip
         self.model, self.tuned, self.tokens = model, tuned, tokens
         self.guidance = guidance
         self.rescales = has_zero_snr(model.noise_schedule.config)
         self.count = len(tokens.ids)
         self.empty = self._repeated(model.uncond_embeds)
         self.negative = self.empty
-        if negative_prompt.strip():
+        if isinstance(negative_prompt, Prompt) or negative_prompt.strip():
             negative = model.tokenize([negative_prompt], tuned.descriptor_id)
             self.negative = self._repeated(model.embed_prompts(negative))
         self.text = None if tuned.encoder.reads_unet else self._text(None)

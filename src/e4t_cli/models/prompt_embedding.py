@@ -29,9 +29,11 @@ class Tokens:
     ids: Tensor  # token ids, padded (batch, length); the descriptor's id stands for the concept
     placeholder: Tensor  # where the concept stands (batch, length), bool
     dropped: tuple[str, ...] = ()  # for each prompt the text that did not fit, "" for none
+    weights: Tensor | None = None  # of the tokens' hidden states (batch, length); None: all are 1
 
     def __getitem__(self, index: Tensor | slice) -> Tokens:
-        return Tokens(ids=self.ids[index], placeholder=self.placeholder[index])
+        weights = None if self.weights is None else self.weights[index]
+        return Tokens(ids=self.ids[index], placeholder=self.placeholder[index], weights=weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,20 +108,27 @@ def tokenize_prompts(
         length: of every row, including the first and the last token.
         words: that are tokens of their own.
 
+    Segments of different weights are segments, so a weight that begins inside a word cuts the word; see
+    `prompt_weights.read_weights`. The weights of tokens that do not fit are dropped with them.
+
     Raises:
         UsageError: a prompt is so long that its placeholder is never read.
     """
     room = length - 2
-    ids, placeholders, dropped = [], [], []
+    ids, placeholders, dropped, weights = [], [], [], []
     for prompt in prompts:
         tokens: list[int] = []
         concept: list[bool] = []
-        for segment in (prompt,) if isinstance(prompt, str) else prompt.segments:
+        own_weights: list[float] = []
+        segments = (prompt,) if isinstance(prompt, str) else prompt.segments
+        given = () if isinstance(prompt, str) else prompt.weights
+        for segment, weight in zip(segments, given or [1.0] * len(segments), strict=True):
             if segment is None:
                 tokens.append(descriptor_id)
             for piece, own in words.split(segment or ""):
                 tokens += own or tokenizer.encode(piece, add_special_tokens=False, verbose=False)
             concept += [segment is None] * (len(tokens) - len(concept))
+            own_weights += [weight] * (len(tokens) - len(own_weights))
         if any(concept) and not any(concept[:room]):
             count = f"the prompt is {len(tokens)} tokens long, this base reads {room}"
             hint = "shorten the prompt, or name the concept earlier"
@@ -129,11 +138,31 @@ def tokenize_prompts(
         padding = room - len(tokens)
         ids.append([tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] + [tokenizer.pad_token_id] * padding)
         placeholders.append([False, *concept, False] + [False] * padding)
+        weights.append([1.0, *own_weights[:room], 1.0] + [1.0] * padding)
     return Tokens(
         ids=torch.tensor(ids, device=device),
         placeholder=torch.tensor(placeholders, device=device),
         dropped=tuple(dropped),
+        weights=torch.tensor(weights, device=device) if any(one != 1 for row in weights for one in row) else None,
     )
+
+
+def emphasize(text: Tensor, weights: Tensor) -> Tensor:
+    """Return hidden states times the weights of their tokens, scaled to the mean they had before.
+
+    Departure: the paper has no weights. This is AUTOMATIC1111's "Original" emphasis, with the mean of each prompt by
+    itself, so that a prompt does not depend on the others of its batch. Where a factor beyond 0.1 to 10 restores the
+    mean, which no weight explains, the mean was close to zero, and the hidden states are not scaled: its "No norm".
+
+    Args:
+        text: hidden states (batch, length, width).
+        weights: (batch, length).
+    """
+    before = text.float()
+    after = before * weights[..., None]
+    factor = before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True)
+    usable = (factor >= 0.1) & (factor <= 10)  # and not NaN; no branch, which would synchronize
+    return (after * torch.where(usable, factor, 1.0)).to(text.dtype)
 
 
 class _InjectedTable(nn.Module):
