@@ -24,25 +24,27 @@ from e4t_cli.api.options import (
 from e4t_cli.api.personalization import preparation_target, prepare_all
 from e4t_cli.api.photos import PhotoSet, open_photos
 from e4t_cli.api.repetition import repeated
-from e4t_cli.api.resolve import (
+from e4t_cli.api.requests import (
     Prompts,
+    parse_prompts,
+    resolve_images,
+    resolve_sampling,
+    resolve_seeds,
+    resolve_tuning,
+)
+from e4t_cli.api.resolve import (
     check_addons,
     check_concept_base,
     find_concept_domain,
     find_weights,
     load_concept,
     needs_image_tower,
-    parse_prompts,
     prefers_half,
     resolve_base,
     resolve_base_name,
     resolve_domain,
     resolve_domain_base,
     resolve_domain_weights,
-    resolve_images,
-    resolve_sampling,
-    resolve_seeds,
-    resolve_tuning,
 )
 from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.devices import choose_device, likely_accelerator
