@@ -201,7 +201,7 @@ def _processor() -> str:
 def _device(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"device": device.type}
-    about = [torch.cuda.get_device_name(device), torch.version.cuda, torch.backends.cudnn.version()]
+    about = [torch.cuda.get_device_name(device), torch.version.cuda, torch.backends.cudnn.version()]  # type: ignore[no-untyped-call]
     return {"device": [device.type, *about, torch.backends.cuda.matmul.allow_tf32]}
 
 
