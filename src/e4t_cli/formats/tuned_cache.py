@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-import e4t_cli
+from e4t_cli import __version__
 from e4t_cli.errors import IntegrityError
 from e4t_cli.formats.concept import Concept
 from e4t_cli.hub.tuned_files import refusal, remember_use, tuned_files, tuned_folder, write_tuned_file
@@ -166,7 +166,7 @@ def _pixels(image: Image | None) -> list[Any]:
 def _programs() -> dict[str, Any]:
     """Return what decides on this machine, beside its devices, in which order numbers are added up."""
     return {
-        "versions": [e4t_cli.__version__, torch.__version__, diffusers.__version__, transformers.__version__],
+        "versions": [__version__, torch.__version__, diffusers.__version__, transformers.__version__],
         "code": _code(),
         "processor": [platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability()],
         "threads": torch.get_num_threads(),
@@ -182,7 +182,7 @@ def _programs() -> dict[str, Any]:
 @cache
 def _code() -> str:
     """Return a hash of the modules that tuning runs."""
-    folder, digest = Path(e4t_cli.__file__).parent, hashlib.sha256()
+    folder, digest = Path(__file__).parent.parent, hashlib.sha256()
     for path in sorted(path for pattern in _CODE for path in folder.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
