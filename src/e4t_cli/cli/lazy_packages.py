@@ -2,7 +2,7 @@
 
 diffusers' U-Net needs one module of `diffusers.models.transformers`, whose `__init__` imports some forty models, and
 the image tower needs one of `open_clip`, whose `__init__` imports timm and all else it has. transformers and diffusers
-import 490 modules of scipy, 59 MB, for a loss and for a spacing of time steps. `install` makes those packages lazy:
+import 490 modules of scipy, 59 MB, for a loss and for two schedulers. `install` makes those packages lazy:
 their `__init__` runs at the first use of a name that no submodule is called. Where there is no accelerator it hides
 triton, of which `torch._dynamo` reads one name, 75 MB. Only the command line does so, because modules belong to the
 process. `torch._dynamo` would be worth more, but torchvision imports its parts.
@@ -24,6 +24,7 @@ from e4t_cli.devices import likely_accelerator
 PACKAGES: dict[str, tuple[str, ...]] = {
     "diffusers.models.transformers": (),
     "open_clip": (),
+    "scipy.integrate": (),
     "scipy.optimize": ("linear_sum_assignment",),
     "scipy.stats": (),
 }
