@@ -120,7 +120,7 @@ def _images(
             chosen = tokens[torch.tensor(rows, device=model.device)]
             latents = denoise(model, tuned, chosen, [seeds[row] for row in rows], sampling, report)[:together]
             # One by one they are the same in any company, too, and no copy is decoded.
-            parts = latents.split(1) if whole else [latents]
+            parts = torch.split(latents, 1) if whole else [latents]
             images = [image for part in parts for image in model.decode(part)]
         except (MemoryError, RuntimeError) as error:
             if size == 1 or not memory_ran_out(error):
