@@ -22,14 +22,20 @@ _STAGE = re.compile(rf"\b({'|'.join(STAGES)}) (\d+\.\d+)")
 # Variables of the user that would decide what is compared here.
 _OURS = ("E4T_", "OMP_", "KMP_", "GOMP_", "MKL_", "HF_", "TRANSFORMERS_", "PYTHON")
 
-# Both end with the process that started them, whatever ended that one.
+# Both end with the process that started them, whatever ended that one; its number is their argument.
 NEIGHBOURS = {
-    "loop": "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))",
+    "loop": "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    sum(range(100_000))",
     "starts": (
-        "import os, subprocess, sys\nparent = os.getppid()\n"
-        "while os.getppid() == parent:\n    subprocess.run([sys.executable, '-I', '-S', '-c', ''])"
+        "import os, subprocess, sys\nwhile os.getppid() == int(sys.argv[1]):\n"
+        "    subprocess.run([sys.executable, '-I', '-S', '-c', ''])"
     ),
 }
+
+
+def start_neighbour(kind: str) -> subprocess.Popen[bytes]:
+    """Start a process that keeps one core busy until it is killed or this process ends."""
+    command = [sys.executable, "-I", "-c", NEIGHBOURS[kind], str(os.getpid())]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 class CommandFailed(Exception):
@@ -113,7 +119,7 @@ def neighbour(kind: str) -> Iterator[None]:
     if not kind:
         yield
         return
-    process = subprocess.Popen([sys.executable, "-I", "-c", NEIGHBOURS[kind]], stdin=subprocess.DEVNULL)
+    process = start_neighbour(kind)
     try:
         time.sleep(0.5)  # until it runs
         yield

@@ -140,13 +140,13 @@ def photos(side: Side) -> Measured:
     files, prompts, out = sorted(folder.glob("*.png")), PROMPTS[:PROMPTS_EACH], Path(side.out("photos"))
     shutil.rmtree(out, ignore_errors=True)
     if side.newer:
-        jobs = side.work / "jobs.jsonl"
-        lines = [{"domain": "face", "image": str(file), "prompts": list(prompts), "seed": 1} for file in files]
-        jobs.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        found = side.e4t("batch", str(jobs), "-o", str(out), home=side.fresh())
+        listed = side.work / "prompts.txt"
+        listed.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+        words = ("batch", "face", *map(str, files), "-f", str(listed), "--seed", "1", "-o", str(out))
+        found = side.e4t(*words, home=side.fresh())
     else:
-        words = [sys.executable, "-m", "e4t_cli", "personalize", "face", "PHOTO", *prompts, "--seed", "1"]
-        command = " ".join("$photo" if word == "PHOTO" else shlex.quote(word) for word in [*words, "-o", str(out)])
+        asked = shlex.join([*prompts, "--seed", "1", "-o", str(out)])
+        command = f'{shlex.quote(sys.executable)} -m e4t_cli personalize face "$photo" {asked}'
         loop = f"for photo in {shlex.quote(str(folder))}/*.png; do {command} || exit; done"
         home = side.work / side.fresh()
         home.mkdir()
