@@ -21,27 +21,30 @@ from e4t_cli.api.options import (
     PersonalizeOptions,
     PrepareKeywords,
 )
-from e4t_cli.api.personalization import preparation_target, prepare, resolve_mask
+from e4t_cli.api.personalization import preparation_target, prepare_all
+from e4t_cli.api.photos import PhotoSet, open_photos
 from e4t_cli.api.repetition import repeated
-from e4t_cli.api.resolve import (
+from e4t_cli.api.requests import (
     Prompts,
+    parse_prompts,
+    resolve_images,
+    resolve_sampling,
+    resolve_seeds,
+    resolve_tuning,
+)
+from e4t_cli.api.resolve import (
     check_addons,
     check_concept_base,
     find_concept_domain,
     find_weights,
     load_concept,
     needs_image_tower,
-    parse_prompts,
     prefers_half,
     resolve_base,
     resolve_base_name,
     resolve_domain,
     resolve_domain_base,
     resolve_domain_weights,
-    resolve_images,
-    resolve_sampling,
-    resolve_seeds,
-    resolve_tuning,
 )
 from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.devices import choose_device, likely_accelerator
@@ -52,9 +55,8 @@ from e4t_cli.hub.image_tower import missing_bytes
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import find_cached_base, look_up_base
 from e4t_cli.hub.vae import fetch_addons, wanted_source
-from e4t_cli.images.loading import ImageInput, open_image, read_bytes
+from e4t_cli.images.loading import ImageInput, ImageInputs, read_bytes
 from e4t_cli.images.png_metadata import read_records
-from e4t_cli.images.preparation import prepare_photo
 from e4t_cli.prompts import PLACEHOLDER, Prompt, check_placeholder
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.discovery import user_domain
@@ -85,7 +87,7 @@ MEMORY = {
 
 
 def plan_personalization(
-    domain: str | os.PathLike[str] | Domain, image: ImageInput, prompts: Prompts = (), *,
+    domain: str | os.PathLike[str] | Domain, image: ImageInputs, prompts: Prompts = (), *,
     num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
     sampling: SamplingConfig | Mapping[str, Any] | None = None, placeholder: str = PLACEHOLDER,
     **options: Unpack[PersonalizeKeywords],
@@ -100,21 +102,21 @@ def plan_personalization(
     seeds = resolve_seeds(seed, num_images_per_prompt)
     wanted = resolve_images(prompts, parsed, resolve_sampling(sampling), count=num_images_per_prompt, seeds=seeds)
     value, _ = resolve_domain(domain)
-    photo = open_image(image)
-    mask = resolve_mask(asked.mask, photo)
+    photos = open_photos(image, asked.mask)
     asked, vae = _find_addons(asked)
     asked.addons.check()
     base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base), vae=vae)
     target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
     if value.prepare is not None and (target.which != "largest" or target.required):
         with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched: nobody knows
-            prepare_photo(value, photo, mask, target, masked=value.tuning.mask)
+            for photo in photos:
+                photo.prepare(value, target, masked=value.tuning.mask)
     config = resolve_tuning(base.tuning, asked.tuning, asked.tune_steps)
     return {
         "type": "plan",
         "domain": value.name,
         "descriptor": value.descriptor,
-        "photo": {"width": photo.image.width, "height": photo.image.height},
+        **_sizes(photos),
         "prompts": len(parsed),
         **base.cost(wanted, config),
         "tuning": asdict(config),
@@ -122,19 +124,23 @@ def plan_personalization(
 
 
 def plan_preparation(
-    domain: str | os.PathLike[str] | Domain, image: ImageInput, **options: Unpack[PrepareKeywords]
+    domain: str | os.PathLike[str] | Domain, image: ImageInputs, **options: Unpack[PrepareKeywords]
 ) -> dict[str, Any]:
-    """Return what `prepare`, with these arguments, would do, as plain values; nothing is fetched.
+    """Return what `prepare_all`, with these arguments, would do, as plain values; nothing is fetched.
 
     Raises:
-        E4TError: as `prepare`, without what a parser that is not here would find.
+        E4TError: as `prepare_all`, without what a parser that is not here would find.
     """
     options["offline"] = True
     with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched
-        prepare(domain, image, **options)
-    photo, (value, _) = open_image(image), resolve_domain(domain)
-    size = {"width": photo.image.width, "height": photo.image.height}
-    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, "photo": size, "prompts": 0}
+        prepare_all(domain, image, **options)
+    photos, (value, _) = open_photos(image, options.get("mask", "auto")), resolve_domain(domain)
+    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, **_sizes(photos), "prompts": 0}
+
+
+def _sizes(photos: PhotoSet) -> dict[str, Any]:
+    """Return the size of the photo, or those of several, in pixels."""
+    return {"photo": photos.sizes[0]} if len(photos) == 1 else {"photos": photos.sizes}
 
 
 def plan_generation(

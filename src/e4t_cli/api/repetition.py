@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli.api.resolve import Prompts, prompt_requests
+from e4t_cli.api.requests import Prompts, prompt_requests
 from e4t_cli.hub.addons import Addon
 from e4t_cli.images.png_metadata import GenerationRecord, package_versions
 from e4t_cli.prompts import PromptRequest
@@ -58,7 +58,7 @@ def other_circumstances(record: GenerationRecord, concept: Concept) -> str:
     """
     tuning = json.loads(json.dumps({**concept.config.as_dict(), "seed": concept.seed}))
     compared = {
-        "photo": (record.photo_sha256, concept.image_sha256),
+        "photo": ((record.photo_sha256, *record.other_photos_sha256), concept.photos_sha256),
         "base": (record.base_fingerprint, concept.base_fingerprint),
         "domain weights": (record.weights_fingerprint, concept.weights_digest),
         "LoRAs or VAE": (

@@ -94,6 +94,7 @@ def record_of(
         timestep_spacing=spacing, domain=concept.domain, domain_base=concept.domain_base,
         base=concept.base_name, base_fingerprint=concept.base_fingerprint,
         weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
+        other_photos_sha256=list(concept.others_sha256),
         tuning={**concept.config.as_dict(), "seed": concept.seed}, addons=[one.as_dict() for one in addons],
     )  # fmt: skip
 
@@ -304,7 +305,7 @@ class Session:
             one.sampling.check_schedule(self.model.noise_schedule.config)
 
     def tune(self, concept: Concept, *, keep_base: bool = False) -> TunedModel:
-        """Tune on the concept's image with its config and seed, in the memory that is available.
+        """Tune on the concept's images with its config and seed, in the memory that is available.
 
         Unless `keep_base`, the U-Net of a model that was loaded for this request becomes the tuned one: no copy.
         """
@@ -316,7 +317,7 @@ class Session:
         model, device = self.model, self.model.device
         consume = self._owns_model and not keep_base
         if self._owns_model:
-            model.release_tower()  # the photo is encoded by now
+            model.release_tower()  # the photos are encoded by now
         half = PrecisionPolicy.resolve(device, model.dtype, self.autocast).half
         plan = plan_tuning(
             model, self.pretrained, concept.config,
@@ -329,7 +330,7 @@ class Session:
             self.note("tune", f"memory may not suffice: {needed}{less}")
         with self.stage("tune", counted=True):
             return tune(
-                model, self.pretrained, concept.prepared, concept.config,
+                model, self.pretrained, concept.photos, concept.config,
                 seed=concept.seed, image_features=concept.image_features, on_progress=self.report,
                 options=TuningOptions(plan=plan, consume=consume, autocast=self.autocast),
             )  # fmt: skip

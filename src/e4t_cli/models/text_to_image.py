@@ -47,6 +47,10 @@ class Posterior:
         """Return latents z_0 for standard normal `noise`."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
+    def __getitem__(self, index: Tensor) -> Posterior:
+        """Return the rows of `index`, (batch,), which may repeat."""
+        return Posterior(mean=self.mean[index], logvar=self.logvar[index])
+
 
 def to_uint8(images: Sequence[Image.Image], side: int, mode: str) -> Tensor:
     """Return images as bytes: (batch, side, side, 3) for RGB, without the 3 for L."""
