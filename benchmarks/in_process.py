@@ -117,7 +117,7 @@ def measure_cold(rounds: int) -> None:
             "--base", "mini", "--seed", "1", "-q", "-o", folder,
         ]  # fmt: skip
         for _ in range(rounds):
-            found.append(run(command, os.environ, ROOT))
+            found.append(run(command, {**os.environ, "E4T_TUNED_CACHE": "0"}, ROOT))
     peak = max(one.memory for one in found) / 2**20
     print(f"photo → first image, fresh process, mini: {spread([one.wall for one in found])}, {peak:.0f} MB")
 

@@ -62,7 +62,7 @@ def measure(results: Results, workload: Workload, *, rounds: int, warm_up: int) 
     workload.model.__dict__.clear()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    environment = environment_of(ROOT, home)
+    environment = {**environment_of(ROOT, home), "E4T_TUNED_CACHE": "0"}  # each run tunes
     run([sys.executable, "-m", "e4t_cli", "domains", "add", str(folder / "domain")], environment, ROOT)
     tiny = ("--tune-steps", "1", "--steps", "1") if workload.size != "sd14" else ()
     command = [
