@@ -29,7 +29,7 @@ from benchmarks.processes import ended_by_signals
 
 # The most seconds that a part may take, in order of importance.
 PARTS = {
-    "facts": 60, "tune": 120, "draw": 80, "warm": 80, "cold": 150, "memory": 100, "tests": 60, "compile": 150,
+    "facts": 60, "tune": 120, "draw": 80, "warm": 80, "cold": 150, "memory": 100, "tests": 100, "compile": 150,
 }  # fmt: skip
 LIMIT = 540
 MAX_LOG = 900_000  # bytes
