@@ -29,13 +29,13 @@ MAX_FILE_BYTES = 4_000_000  # a list of prompts, not a book
 
 
 def gather_prompts(
-    arguments: Sequence[str], file: str | None, *, placeholder: str | None, stdin_taken: bool = False
+    arguments: Sequence[str], file: str | None, *, placeholder: str | None, stdin_taken: int = 0
 ) -> list[PromptRequest]:
     """Return all prompts in the order given: arguments first, then the file's lines; ``-`` is stdin.
 
     Args:
         placeholder: the word that stands for the concept; None if only the concept's file knows.
-        stdin_taken: the photo comes from stdin already.
+        stdin_taken: how many photos, masks and pictures are to come from stdin.
 
     Raises:
         UsageError: two inputs want stdin, a prompt does not name the concept, or a line has an option that is none.
