@@ -69,9 +69,6 @@ class Context:
         ("a.png | no concept | -- | S* x", "no file no concept"),
         ("a.png | b.png | S* x", "b.png is a file, where a prompt should be"),
         ("- | - | -- | S* x", "only one photo"),
-        ("a.png | b.png | -- | S* x | --base | sd14", "--base comes after --"),
-        ("a.png | -- | S* x | -n | 4", "-n comes after --"),
-        ("a.png | -- | S* x | --seed=4", "--seed=4 comes after --"),
     ],
 )
 def test_photos_come_before_the_dashes(photos, tmp_path, monkeypatch, line, expected):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Sequence
 
 import typer
@@ -19,7 +18,6 @@ from e4t_cli.cli.prompt_files import STDIN
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.prompts import check_placeholder, parse_prompt
 
-_OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?|--", re.DOTALL)
 _BEHIND = "e4t_cli.arguments_behind_dashes"  # in `Context.meta`
 
 
@@ -46,8 +44,7 @@ def split_arguments(
         placeholder: what names the concept.
 
     Raises:
-        UsageError: an argument before `--` is neither a file nor a prompt, one behind it is an option, or two photos
-            are to be stdin.
+        UsageError: an argument before `--` is neither a file nor a prompt, or two photos are to be stdin.
     """
     check_placeholder(placeholder)
     photos, prompts = [first], list(others)
@@ -71,10 +68,6 @@ def split_arguments(
             if one != STDIN and not os.path.exists(one):
                 hint = f"photos come before --; a prompt has the word {word} in it"
                 raise UsageError(f"there is no file {printable(one)}", hint=hint)
-        if late := next((one for one in prompts if _OPTION.fullmatch(one) and not _names(one, placeholder)), None):
-            shown = f" {printable(late)}" if late != "--" else ""
-            hint = f'options come before it: e4t personalize … {printable(first)}{shown} … -- "{word} …"'
-            raise UsageError(f"{printable(late)} comes after --, where everything is a prompt", hint=hint)
     photos += images
     if photos.count(STDIN) > 1:
         raise UsageError("only one photo can be - (stdin)", hint="give the others as files")
