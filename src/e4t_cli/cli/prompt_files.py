@@ -52,8 +52,8 @@ def gather_prompts(
         (one for one in arguments if _LATE.fullmatch(one) and (placeholder or PLACEHOLDER) not in one), ""
     ):
         shown = f"{printable(late)} " if late != "--" else ""
-        hint = f'options come before it: e4t … {shown}… -- "{printable(placeholder or PLACEHOLDER)} …"'
-        raise UsageError(f"{printable(late)} comes after --, where everything is a prompt", hint=hint)
+        late_hint = f'options come before it: e4t … {shown}… -- "{printable(placeholder or PLACEHOLDER)} …"'
+        raise UsageError(f"{printable(late)} comes after --, where everything is a prompt", hint=late_hint)
     prompts = [line for one in arguments for line in (_lines(STDIN) if one == STDIN else [PromptRequest(one)])]
     prompts += _lines(file) if file is not None else []
     if placeholder is not None:
