@@ -377,7 +377,7 @@ def test_wrong_embeddings_are_named(base_folder, tmp_path, kind):
     [
         ("x.pt", b"PK\x03\x04", IntegrityError, "is a pickle"), ("x.bin", b"any", IntegrityError, "is a pickle"),
         ("x.safetensors", b"\x80\x02", IntegrityError, "is a pickle"),
-        ("x.safetensors", b"", IntegrityError, "damaged"), ("x.safetensors", b"<html>" * 9, IntegrityError, "web page"),
+        ("x.safetensors", b"", IntegrityError, "damaged"), ("x.safetensors", b"<html>" * 9, IntegrityError, "a web"),
         (None, b"", UsageError, "no file"),
     ],
 )  # fmt: skip
