@@ -21,7 +21,7 @@ from e4t_cli.api.options import (
     RunOptions,
 )
 from e4t_cli.api.photographs import doubts_about_photo
-from e4t_cli.api.photos import open_photos, stem
+from e4t_cli.api.photos import PhotoSet, open_photos, stem
 from e4t_cli.api.repetition import other_circumstances, repeated
 from e4t_cli.api.requests import (
     Prompts,
@@ -223,7 +223,11 @@ def prepare_all(
     """Do what `prepare` does with each photo of one subject; one that is there twice is prepared once."""
     asked = PrepareOptions(**options)
     value, _ = resolve_domain(domain)
-    photos = open_photos(images, asked.mask)
+    return prepare_opened(value, open_photos(images, asked.mask), asked)
+
+
+def prepare_opened(value: Domain, photos: PhotoSet, asked: PrepareOptions) -> list[PreparedImage]:
+    """Do what `prepare_all` does with photos that were opened, which a stream can be once only."""
     access = HubAccess(offline=asked.offline, accept_license=asked.accept_license, on_progress=asked.on_progress)
     name, size, _ = _look_up_base(value, asked, access)
     if not size:

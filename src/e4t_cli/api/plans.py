@@ -20,8 +20,9 @@ from e4t_cli.api.options import (
     PersonalizeKeywords,
     PersonalizeOptions,
     PrepareKeywords,
+    PrepareOptions,
 )
-from e4t_cli.api.personalization import preparation_target, prepare_all
+from e4t_cli.api.personalization import preparation_target, prepare_opened
 from e4t_cli.api.photos import PhotoSet, open_photos
 from e4t_cli.api.repetition import repeated
 from e4t_cli.api.requests import (
@@ -117,7 +118,7 @@ def plan_personalization(
         "type": "plan",
         "domain": value.name,
         "descriptor": value.descriptor,
-        **_sizes(photos),
+        **_about(photos),
         "prompts": len(parsed),
         **base.cost(wanted, config),
         "tuning": asdict(config),
@@ -133,15 +134,18 @@ def plan_preparation(
         E4TError: as `prepare_all`, without what a parser that is not here would find.
     """
     options["offline"] = True
+    asked = PrepareOptions(**options)
+    value, _ = resolve_domain(domain)
+    photos = open_photos(image, asked.mask)
     with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched
-        prepare_all(domain, image, **options)
-    photos, (value, _) = open_photos(image, options.get("mask", "auto")), resolve_domain(domain)
-    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, **_sizes(photos), "prompts": 0}
+        prepare_opened(value, photos, asked)
+    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, **_about(photos), "prompts": 0}
 
 
-def _sizes(photos: PhotoSet) -> dict[str, Any]:
-    """Return the size of the photo, or those of several, in pixels."""
-    return {"photo": photos.sizes[0]} if len(photos) == 1 else {"photos": photos.sizes}
+def _about(photos: PhotoSet) -> dict[str, Any]:
+    """Return the size of the photo, or those of several, in pixels, and what is to be known of them."""
+    sizes: dict[str, Any] = {"photo": photos.sizes[0]} if len(photos) == 1 else {"photos": photos.sizes}
+    return {**sizes, "notes": list(photos.notes)} if photos.notes else sizes
 
 
 def plan_generation(
