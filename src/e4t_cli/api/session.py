@@ -216,16 +216,20 @@ class Session:
             else:
                 self.model = base
             if weights is not None:
-                self.pretrained = DomainWeights.load(weights)
-                if domain_base and not self.pretrained.is_for(self.model):
-                    self.pretrained.check_shapes(self.model)
-                    name, here = printable(self.pretrained.name), printable(self.model.base.name)
-                    about = f"the weights of {name} for {printable(domain_base)} are used on {here}"
-                    self.note("load", f"{about}: their shapes fit; nobody has measured the quality")
-                elif not domain_base:
-                    self.pretrained.check_base(self.model)
-                self._check_words()
+                self.use_weights(DomainWeights.load(weights), domain_base=domain_base)
         self.report(Progress(stage="load", done=1, total=1))
+
+    def use_weights(self, pretrained: DomainWeights, *, domain_base: str = "") -> None:
+        """Use loaded domain weights with the loaded base; raises as `load`."""
+        self.pretrained = pretrained
+        if domain_base and not pretrained.is_for(self.model):
+            pretrained.check_shapes(self.model)
+            name, here = printable(pretrained.name), printable(self.model.base.name)
+            about = f"the weights of {name} for {printable(domain_base)} are used on {here}"
+            self.note("load", f"{about}: their shapes fit; nobody has measured the quality")
+        elif not domain_base:
+            pretrained.check_base(self.model)
+        self._check_words()
 
     def find_addons(self, recorded: Iterable[Addon] = ()) -> None:
         """Check the files of the add-ons, and fetch a VAE of the hub: also that of a concept, among the `recorded`.
@@ -349,7 +353,7 @@ class Session:
         images: list[GeneratedImage] = []
         withheld: list[GenerationRecord] = []
         with self.stage("generate", counted=True):
-            checker = self._safety_checker()
+            checker = self.safety_checker()
             for one, sampling, spacing, pixels in self._sampled(tuned, wanted):
                 record = record_of(concept, one.prompt, one.seed, sampling, pixels.size, spacing, self.model.addons)
                 if checker is not None and checker.flags([pixels])[0]:
@@ -392,7 +396,7 @@ class Session:
                 yield one, sampling, spacing, pixels
             before += share
 
-    def _safety_checker(self) -> SafetyChecker | None:
+    def safety_checker(self) -> SafetyChecker | None:
         """Return the base's safety checker, if it has one and it is not disabled."""
         from e4t_cli.models.loading import SafetyChecker
 
