@@ -1,4 +1,4 @@
-"""`batch`: personalizes many subjects, one after the other, on a base that is loaded once.
+"""`personalize_many`: personalizes many subjects, one after the other, on a base that is loaded once.
 
 Each job does what `personalize` does with the same arguments, bit for bit. Several processes share the jobs.
 """
@@ -46,7 +46,7 @@ class Processes(Protocol):
 
 
 class BatchCallbacks(Protocol):
-    """What is called with results as soon as there are some; what it raises ends the batch, see `batch`."""
+    """What is called with results as soon as there are some; what it raises ends the job or the batch."""
 
     def on_concept(self, job: Job, key: str, concept: Concept) -> None: ...
     def on_image(self, job: Job, key: str, image: GeneratedImage) -> None: ...
@@ -76,7 +76,7 @@ def check_jobs(jobs: Sequence[Job]) -> list[CheckedJob]:
     return [job.check(found) for job in jobs]
 
 
-def batch(
+def personalize_many(
     jobs: Sequence[Job],
     *,
     is_finished: IsFinished | None = None,
@@ -109,7 +109,7 @@ def batch(
 
 
 class Engine:
-    """What the jobs of one batch share; the arguments are those of `batch`."""
+    """What the jobs of one batch share; the arguments are those of `personalize_many`."""
 
     def __init__(
         self, jobs: list[CheckedJob], options: GenerateOptions, is_finished: IsFinished | None = None,
@@ -161,8 +161,8 @@ class Engine:
             left = processes.of_first(left)
             share = [self.jobs[number] for number in left[processes.rank :: processes.count]]
         with self.loaded, ThreadPoolExecutor(1, "e4t-photos") as reader:
-            # Only files are read and decoded there: a network in a second thread would get the attention kernels
-            # that tuning has switched on for the process, and with them other last bits.
+            # Files are read and decoded there, without Python's lock. Detection would have to share it with tuning:
+            # with forward passes below 100 ms two threads of Python are no faster than one.
             opening = [reader.submit(self.open, job) for job in share[:1]]
             for number, job in enumerate(share):
                 if self.stop is not None and self.stop.asked:
@@ -337,11 +337,11 @@ class _Calls:
         same = (key for key, one in self.waiting.items() if (one.prompt.text, one.seed) == (image.prompt, image.seed))
         key = next(same)
         del self.waiting[key]
-        stop = self.engine.stop
-        self._came = stop is not None and stop.asked
         if self.engine.callbacks is not None:
             with self._fatal():
                 self.engine.callbacks.on_image(self.job, key, image)
+        stop = self.engine.stop
+        self._came = stop is not None and stop.asked
 
     @contextlib.contextmanager
     def _fatal(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""`plan_batch`: what `batch` would do and cost, without a base and without a network."""
+"""`plan_batch`: what `personalize_many` would do and cost, without a base and without a network."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SHARED = ("base", "to_fetch", "download_bytes", "memory_bytes")  # of `plan_pers
 def plan_batch(
     jobs: Sequence[Job], *, is_finished: IsFinished | None = None, **options: Unpack[GenerateKeywords]
 ) -> dict[str, Any]:
-    """Return what `batch`, with these arguments, would do and cost, as plain values; nothing is loaded or fetched.
+    """Return what `personalize_many`, with these arguments, would do and cost, as plain values; nothing is fetched.
 
     Raises:
-        UsageError: as `batch`. What is wrong with a photo is in the plan of its job.
+        UsageError: as `personalize_many`. What is wrong with a photo is in the plan of its job.
     """
     engine = Engine(check_jobs(jobs), GenerateOptions(**options), is_finished)
     shared: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Jobs of `batch`: what one subject's images depend on, as values that are checked before anything is loaded.
+"""Jobs of `personalize_many`: what one subject's images depend on, checked before anything is loaded.
 
 Every image of a job has a key, a hash of all that it depends on: whoever keeps the keys of finished images can
 continue an interrupted batch, and draw only what is new in a changed one.

@@ -101,7 +101,7 @@ def batch(
         if processes is not None and processes.device is not None:
             keywords["device"] = str(processes.device)
         keywords["on_progress"] = on_progress
-        results = api.batch(
+        results = api.personalize_many(
             jobs, is_finished=saver.is_finished, callbacks=saver, processes=processes, stop=stop, **keywords
         )
         for result in results:
