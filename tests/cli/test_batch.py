@@ -115,7 +115,7 @@ def test_the_same_command_continues(batch, world, photos, tmp_path, monkeypatch)
 
 
 def test_what_was_written_meanwhile_stays(batch, world, photos, tmp_path):
-    """Neither another program's picture nor a damaged one of e4t counts as done; half a line of the manifest is none."""
+    """Another program's picture is not taken for a finished one, nor half a line of the manifest for one."""
     arguments = [str(world.pack), photos[0], "-p", PROMPTS[0], "-o", "out", "--seed", "4"]
     path = tmp_path / batch(*arguments).lines[0]
     whole = path.read_bytes()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
+from e4t_cli.api.job_calls import BatchCallbacks, JobCalls
 from e4t_cli.api.jobs import CheckedJob, Job, KeyedJob
 from e4t_cli.api.options import GenerateKeywords, GenerateOptions, PersonalizeOptions
 from e4t_cli.api.personalization import personalize_loaded
@@ -20,13 +21,12 @@ from e4t_cli.api.photos import PhotoSet
 from e4t_cli.api.resolve import refuse_addons, resolve_base, resolve_base_name, resolve_domain_weights
 from e4t_cli.api.session import Session
 from e4t_cli.errors import E4TError, ResourceError, UsageError, printable
-from e4t_cli.images.results import GeneratedImage, Personalization
-from e4t_cli.progress import Progress, StopRequest
+from e4t_cli.images.results import Personalization
+from e4t_cli.progress import StopRequest
 from e4t_cli.registry.domain import Domain
 from e4t_cli.system_memory import memory_ran_out, out_of_memory
 
 if TYPE_CHECKING:
-    from e4t_cli.formats.concept import Concept
     from e4t_cli.hub.bases import Base
     from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.models.loading import SafetyChecker
@@ -43,13 +43,6 @@ class Processes(Protocol):
     @property
     def count(self) -> int: ...
     def of_first(self, values: list[int]) -> list[int]: ...
-
-
-class BatchCallbacks(Protocol):
-    """What is called with results as soon as there are some; what it raises ends the job or the batch."""
-
-    def on_concept(self, job: Job, key: str, concept: Concept) -> None: ...
-    def on_image(self, job: Job, key: str, image: GeneratedImage) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +206,7 @@ class Engine:
             return JobResult(job=job, skipped=skipped)
         self._load()
         weights = self._weights_of(checked.domain, checked.domain_base)
-        calls = _Calls(self, keyed)
+        calls = JobCalls(keyed, self.callbacks, self.options.on_progress, self.stop, self.notes)
         try:
             with calls:
                 result = self._personalize(keyed, photos, weights, calls)
@@ -224,7 +217,7 @@ class Engine:
         return JobResult(job=job, result=result, skipped=skipped, withheld=tuple(calls.waiting))
 
     def _personalize(
-        self, keyed: KeyedJob, photos: PhotoSet, weights: DomainWeights, calls: _Calls
+        self, keyed: KeyedJob, photos: PhotoSet, weights: DomainWeights, calls: JobCalls
     ) -> Personalization:
         checked, shared = keyed.checked, self.options
         assert self.model is not None
@@ -282,76 +275,6 @@ class Engine:
         if not self.checkers:
             self.checkers.append(self.session.safety_checker())
         return self.checkers[0]
-
-
-class _Calls:
-    """The callbacks of one job: they find the key of each image, name the job in notes, and end the batch on request.
-
-    Attributes:
-        waiting: the images that have not come, by their keys; at the end those that were withheld.
-        fatal: the error of a callback that ends the batch.
-    """
-
-    def __init__(self, engine: Engine, keyed: KeyedJob) -> None:
-        self.engine, self.keyed, self.job = engine, keyed, keyed.checked.job
-        self.waiting = dict(zip(keyed.keys, keyed.wanted, strict=True))
-        self.fatal: Exception | None = None
-        self._listening = contextlib.ExitStack()
-        self._came = self._listens = False  # an image since the request to stop; whether that is waited for
-
-    def __enter__(self) -> None:
-        self._listening.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._listening.close()
-
-    def on_progress(self, event: Progress) -> None:
-        """Pass an event on; after a request to stop end the batch, once the images in work have come."""
-        stop = self.engine.stop
-        if stop is not None and event.stage == "generate":
-            if not self._listens:
-                self._listening.enter_context(stop.listening())
-                self._listens = True
-            if stop.asked and self._came and self.waiting:
-                raise KeyboardInterrupt
-        if event.note and event.stage in ("load", "fetch"):
-            if event.note in self.engine.notes:
-                return
-            self.engine.notes.add(event.note)
-        elif self.job.source and (event.note or event.remark):
-            before = f"{self.job.source}: "
-            note, remark = (before + text if text else "" for text in (event.note, event.remark))
-            event = replace(event, note=note, remark=remark)
-        if self.engine.options.on_progress is not None:
-            self.engine.options.on_progress(event)
-
-    def on_concept(self, concept: Concept) -> None:
-        """Pass the concept on."""
-        callbacks, key = self.engine.callbacks, self.keyed.concept_key
-        if callbacks is not None and key is not None:
-            with self._fatal():
-                callbacks.on_concept(self.job, key, concept)
-
-    def on_image(self, image: GeneratedImage) -> None:
-        """Pass an image on, with its key."""
-        same = (key for key, one in self.waiting.items() if (one.prompt.text, one.seed) == (image.prompt, image.seed))
-        key = next(same)
-        del self.waiting[key]
-        if self.engine.callbacks is not None:
-            with self._fatal():
-                self.engine.callbacks.on_image(self.job, key, image)
-        stop = self.engine.stop
-        self._came = stop is not None and stop.asked
-
-    @contextlib.contextmanager
-    def _fatal(self) -> Iterator[None]:
-        """Remember an error that ends the batch: not that of one job, as a file that exists is."""
-        try:
-            yield
-        except Exception as error:
-            if isinstance(error, ResourceError) or not isinstance(error, E4TError):
-                self.fatal = error
-            raise
 
 
 class _JobSession(Session):

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from e4t_cli.api.batch import Engine, IsFinished, check_jobs
 from e4t_cli.api.jobs import CheckedJob, Job
 from e4t_cli.api.options import GenerateKeywords, GenerateOptions
-from e4t_cli.api.plans import plan_personalization
+from e4t_cli.api.plans import find_addons, plan_personalization
 from e4t_cli.errors import E4TError
 
 SHARED = ("base", "to_fetch", "download_bytes", "memory_bytes")  # of `plan_personalization`, the same for every job
@@ -22,7 +22,8 @@ def plan_batch(
     Raises:
         UsageError: as `personalize_many`. What is wrong with a photo is in the plan of its job.
     """
-    engine = Engine(check_jobs(jobs), GenerateOptions(**options), is_finished)
+    asked, _ = find_addons(GenerateOptions(**options))
+    engine = Engine(check_jobs(jobs), asked, is_finished)
     shared: dict[str, Any] = {}
     rows = [_plan(engine, job, options, shared) for job in engine.jobs]
     seconds = [row.pop("seconds") for row in rows]

@@ -113,13 +113,10 @@ def batch(
             on_progress(ended.progress)
         if processes is not None:
             ended = Ended.of(processes.of_all([ended]), len(jobs))
-    if rank == 0:
-        console.note(ended.summary)
-        return ended.check()
-    try:
-        return ended.check()
-    except E4TError as error:  # the first process reports it
-        raise typer.Exit(error.exit_code) from error
+    if rank > 0:
+        return None  # the first process reports the end: the launcher would stop it, if another failed before
+    console.note(ended.summary)
+    return ended.check()
 
 
 # ── jobs ──
