@@ -63,6 +63,8 @@ class JobCalls:
                 self._listens = True
             if stop.asked and self._came and self.waiting:
                 raise KeyboardInterrupt
+        if event.stage == "load" and not (event.note or event.remark):
+            return  # it was loaded before
         if event.note and event.stage in ("load", "fetch"):
             if event.note in self.notes:
                 return
