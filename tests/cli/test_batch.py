@@ -14,6 +14,7 @@ from e4t_cli.formats.batch_manifest import Manifest
 from e4t_cli.images.png_metadata import png_bytes, read_records
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
+from e4t_cli.training import tuning
 from tests.conftest import drawn_face
 
 PROMPTS = ["S* on the beach", "a drawing of S*"]
@@ -59,6 +60,7 @@ def test_files_are_those_of_the_single_command(run, world, batch, photos, tmp_pa
         *({"domain": str(world.pack), "image": one, "seed": 5 + i, "save": f"all/{one[:3]}.e4t"}
           for i, one in enumerate(photos)),
     )  # fmt: skip
+    monkeypatch.setenv("E4T_TUNED_CACHE", "0")  # each is tuned
     (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]} --n 2\n{PROMPTS[1]} --seed 9 --steps 3\n")
     bases, weights = count(monkeypatch, TextToImageModel, "load"), count(monkeypatch, DomainWeights, "load")
     ended = batch(jobs, "-f", "prompts.txt", "-o", "all", "--json")
@@ -79,7 +81,8 @@ def test_files_are_those_of_the_single_command(run, world, batch, photos, tmp_pa
     assert all((tmp_path / one["path"]).is_file() and one["schema"] == 1 for one in records)
 
 
-def test_mini_gives_the_same_bits(batch, run, photos, tmp_path):
+def test_mini_gives_the_same_bits(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("E4T_TUNED_CACHE", "0")
     few = ("--base", "mini", "--steps", "2", "--tune-steps", "2", "--seed", "3")
     arguments = ["-p", PROMPTS[0], "-p", "a pencil sketch of S*", "-o", "all"]
     ended = run("batch", "face", *photos, *arguments, *few)
@@ -103,12 +106,14 @@ def test_the_same_command_continues(batch, world, photos, tmp_path, monkeypatch)
     assert (again.code, again.out, loads) == (0, "", [])
     assert "2 of 2 jobs, 0 images" in again.err and "4 were there before" in again.err
     # What is missing is drawn again, and the same; a new prompt is drawn for all.
+    tuned = count(monkeypatch, tuning, "tune")
     lost = tmp_path / first.lines[3]
     lost.unlink()
     assert batch(*arguments).lines == [first.lines[3]]
     assert pictures(tmp_path / "out") == before
     more = batch(*arguments, "-p", PROMPTS[1])
     assert len(more.lines) == 4 and not set(more.lines) & set(first.lines)
+    assert tuned == []  # the weights are those in the cache
     # The folder can be moved.
     (tmp_path / "out").rename(tmp_path / "moved")
     assert batch(*arguments[:-1], "moved").out == ""
@@ -334,6 +339,7 @@ def test_withheld_images_are_counted_and_not_tried_again(run, world, photos, che
 
 
 def test_python(world, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("E4T_TUNED_CACHE", "0")
     monkeypatch.chdir(tmp_path)
     few = {"sampling": {"steps": 2}, "options": {"tune_steps": 1}, "domain": world.pack, "prompts": PROMPTS[0]}
     jobs = [e4t_cli.Job(image=one, seed=2, source=one, **few) for one in (*photos, "none.png")]

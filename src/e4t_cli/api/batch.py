@@ -278,12 +278,13 @@ class Engine:
 
 
 class _JobSession(Session):
-    """The session of one job, with what the batch has loaded; it owns no model."""
+    """The session of one job, with what the batch has loaded."""
 
     def __init__(self, engine: Engine, options: PersonalizeOptions) -> None:
         super().__init__(options, vram=options.vram, safety=options.safety_checker)
         assert engine.model is not None
         self.engine, self.model = engine, engine.model
+        self._owns_model, self.shares_model = engine.session._owns_model, True
 
     def safety_checker(self) -> SafetyChecker | None:
         """Return the checker of the batch."""

@@ -16,17 +16,16 @@ from typing import Any
 from e4t_cli.api.options import PersonalizeKeywords, PersonalizeOptions
 from e4t_cli.api.personalization import preparation_target
 from e4t_cli.api.photos import NAMED_MASKS, PhotoSet, as_inputs, open_photos
-from e4t_cli.api.resolve import (
+from e4t_cli.api.requests import (
     NEW_TUNING,
     Prompts,
     parse_prompts,
-    resolve_domain,
-    resolve_domain_base,
     resolve_images,
     resolve_sampling,
     resolve_seeds,
     resolve_tuning,
 )
+from e4t_cli.api.resolve import resolve_domain, resolve_domain_base
 from e4t_cli.api.session import ImageRequest
 from e4t_cli.errors import E4TError, UsageError, printable
 from e4t_cli.hub.paths import HubAccess

@@ -23,23 +23,25 @@ from e4t_cli.api.options import (
 from e4t_cli.api.photographs import doubts_about_photo
 from e4t_cli.api.photos import PhotoSet, open_photos, stem
 from e4t_cli.api.repetition import other_circumstances, repeated
-from e4t_cli.api.resolve import (
+from e4t_cli.api.requests import (
     Prompts,
+    parse_prompts,
+    resolve_images,
+    resolve_sampling,
+    resolve_seeds,
+    resolve_tuning,
+    scales_concept,
+)
+from e4t_cli.api.resolve import (
     check_addons,
     load_concept,
     load_concept_models,
-    parse_prompts,
     prefers_half,
     resolve_base,
     resolve_base_name,
     resolve_domain,
     resolve_domain_base,
     resolve_domain_weights,
-    resolve_images,
-    resolve_sampling,
-    resolve_seeds,
-    resolve_tuning,
-    scales_concept,
 )
 from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.errors import UsageError, printable

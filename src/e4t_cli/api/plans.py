@@ -24,25 +24,27 @@ from e4t_cli.api.options import (
 from e4t_cli.api.personalization import preparation_target, prepare_all
 from e4t_cli.api.photos import PhotoSet, open_photos
 from e4t_cli.api.repetition import repeated
-from e4t_cli.api.resolve import (
+from e4t_cli.api.requests import (
     Prompts,
+    parse_prompts,
+    resolve_images,
+    resolve_sampling,
+    resolve_seeds,
+    resolve_tuning,
+)
+from e4t_cli.api.resolve import (
     check_addons,
     check_concept_base,
     find_concept_domain,
     find_weights,
     load_concept,
     needs_image_tower,
-    parse_prompts,
     prefers_half,
     resolve_base,
     resolve_base_name,
     resolve_domain,
     resolve_domain_base,
     resolve_domain_weights,
-    resolve_images,
-    resolve_sampling,
-    resolve_seeds,
-    resolve_tuning,
 )
 from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.devices import choose_device, likely_accelerator
@@ -52,6 +54,7 @@ from e4t_cli.hub.bases import EMBEDDED, PUBLISHED, Base
 from e4t_cli.hub.image_tower import missing_bytes
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import find_cached_base, look_up_base
+from e4t_cli.hub.tuned_files import allowed_bytes
 from e4t_cli.hub.vae import fetch_addons, wanted_source
 from e4t_cli.images.loading import ImageInput, ImageInputs, read_bytes
 from e4t_cli.images.png_metadata import read_records
@@ -171,8 +174,16 @@ def plan_generation(
     if asked.base == "auto":
         asked = replace(asked, base=concept.base_name)
     base = _Base(asked, value, wanted, tower=False, domain_base=concept.domain_base, vae=vae)
-    tuning = concept.config.replace(steps=0) if concept.weights else concept.config
-    return {"type": "plan", "domain": value.name, "prompts": len(parsed), **base.cost(wanted, tuning)}
+    before = bool(concept.weights) or (bool(allowed_bytes()) and _is_tuned(concept))
+    tuning = concept.config.replace(steps=0) if before else concept.config
+    about = {"type": "plan", "domain": value.name, "prompts": len(parsed), "tuned_before": before}
+    return {**about, **base.cost(wanted, tuning)}
+
+
+def _is_tuned(concept: Concept) -> bool:
+    from e4t_cli.formats.tuned_cache import is_tuned
+
+    return is_tuned(concept)
 
 
 _Options = TypeVar("_Options", bound=GenerateOptions)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli.api.resolve import Prompts, prompt_requests
+from e4t_cli.api.requests import Prompts, prompt_requests
 from e4t_cli.hub.addons import Addon
 from e4t_cli.images.png_metadata import GenerationRecord, package_versions
 from e4t_cli.prompts import PromptRequest

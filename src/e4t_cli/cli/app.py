@@ -36,6 +36,7 @@ from e4t_cli.cli import (
     pretrain,
 )
 from e4t_cli.cli.photo_arguments import PhotoCommand
+from e4t_cli.cli.terminal import show_cursor
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 from e4t_cli.files import file_error
 from e4t_cli.system_memory import memory_ran_out, out_of_memory
@@ -218,7 +219,7 @@ def _stop_signals() -> Iterator[list[int]]:
     def stop(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
         if len(arrived) > 1:
-            console.show_cursor()
+            show_cursor()
             os._exit(128 + number)  # files are renamed into place: nothing can be torn
         request = console.current().stop
         if request is not None and request.ask():

@@ -208,7 +208,7 @@ def _processes(device: str) -> Iterator[DistributedContext | None]:
 @contextlib.contextmanager
 def _progress(console: Console, ended: Ended, *, shown: bool) -> Iterator[Callable[[Progress], None]]:
     """Yield the `on_progress` callback: on a terminal a table of jobs and stages, elsewhere a line now and then."""
-    from e4t_cli.cli.console import stderr_is_terminal
+    from e4t_cli.cli.terminal import stderr_is_terminal
 
     with console.progress() if shown else contextlib.nullcontext() as show:
         live = shown and stderr_is_terminal()

@@ -59,7 +59,8 @@ def list_items(json: Json = False) -> None:
         for item in found:
             console.details(item.name, {"type": "cached", **item.as_dict()})
         return None
-    rows = [(item.name, item.kind, shown_size(item.size), str(item.path)) for item in found]
+    kinds = [f"{item.count} {item.kind}" if item.count > 1 else item.kind for item in found]
+    rows = [(item.name, kind, shown_size(item.size), str(item.path)) for item, kind in zip(found, kinds, strict=True)]
     if rows:
         console.table(("name", "kind", "size", "path"), rows)
     total = sum(item.size for item in found)
@@ -87,8 +88,8 @@ def verify(json: Json = False, quiet: Quiet = False) -> None:
 def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     """Remove partial downloads, what killed commands left, and other files that are not needed.
 
-    These are also files that have a smaller copy, and checkpoints of pre-trainings to which nothing was written for
-    30 days.
+    These are also files that have a smaller copy, checkpoints of pre-trainings to which nothing was written for 30
+    days, and tuned concepts that were not used for as long.
     """
     console = terminal.start(json=json, quiet=quiet)
     from e4t_cli.hub import cache as hub_files
@@ -105,7 +106,10 @@ def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
 
 @app.command("rm")
 def remove(names: Names, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Remove downloaded repositories, also for other programs that use the hub's cache."""
+    """Remove downloaded repositories, also for other programs that use the hub's cache, or derived files.
+
+    `tuned` is the weights of all concepts that were tuned here.
+    """
     console = terminal.start(json=json, quiet=quiet)
     from e4t_cli.hub import cache as hub_files
 

@@ -69,7 +69,7 @@ def generate(
     from e4t_cli.api import personalization as api
     from e4t_cli.api.plans import plan_generation
     from e4t_cli.api.repetition import repeated
-    from e4t_cli.api.resolve import count_images
+    from e4t_cli.api.requests import count_images
     from e4t_cli.cli.outputs import ImageSaver, Written
     from e4t_cli.images.loading import read_bytes
     from e4t_cli.images.png_metadata import read_records
@@ -136,7 +136,7 @@ def personalize(
     seeds, count = prompts.seeds(), prompts.num_images
     from e4t_cli.api import personalization as api
     from e4t_cli.api.plans import plan_personalization, plan_preparation
-    from e4t_cli.api.resolve import count_images
+    from e4t_cli.api.requests import count_images
     from e4t_cli.cli.outputs import ImageSaver, PreparedSaver, Written, check_distinct
 
     number = count_images(wanted, seeds, count)
