@@ -60,7 +60,6 @@ def test_files_are_those_of_the_single_command(run, world, batch, photos, tmp_pa
         *({"domain": str(world.pack), "image": one, "seed": 5 + i, "save": f"all/{one[:3]}.e4t"}
           for i, one in enumerate(photos)),
     )  # fmt: skip
-    monkeypatch.setenv("E4T_TUNED_CACHE", "0")  # each is tuned
     (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]} --n 2\n{PROMPTS[1]} --seed 9 --steps 3\n")
     bases, weights = count(monkeypatch, TextToImageModel, "load"), count(monkeypatch, DomainWeights, "load")
     ended = batch(jobs, "-f", "prompts.txt", "-o", "all", "--json")
@@ -81,8 +80,7 @@ def test_files_are_those_of_the_single_command(run, world, batch, photos, tmp_pa
     assert all((tmp_path / one["path"]).is_file() and one["schema"] == 1 for one in records)
 
 
-def test_mini_gives_the_same_bits(run, photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("E4T_TUNED_CACHE", "0")
+def test_mini_gives_the_same_bits(run, photos, tmp_path):
     few = ("--base", "mini", "--steps", "2", "--tune-steps", "2", "--seed", "3")
     arguments = ["-p", PROMPTS[0], "-p", "a pencil sketch of S*", "-o", "all"]
     ended = run("batch", "face", *photos, *arguments, *few)
@@ -95,6 +93,7 @@ def test_mini_gives_the_same_bits(run, photos, tmp_path, monkeypatch):
 
 
 def test_the_same_command_continues(batch, world, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("E4T_TUNED_CACHE", "1")
     arguments = [str(world.pack), *photos, "-p", PROMPTS[0], "-n", "2", "-o", "out"]
     first = batch(*arguments)
     assert first.code == 0 and len(first.lines) == 4
@@ -339,7 +338,6 @@ def test_withheld_images_are_counted_and_not_tried_again(run, world, photos, che
 
 
 def test_python(world, photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("E4T_TUNED_CACHE", "0")
     monkeypatch.chdir(tmp_path)
     few = {"sampling": {"steps": 2}, "options": {"tune_steps": 1}, "domain": world.pack, "prompts": PROMPTS[0]}
     jobs = [e4t_cli.Job(image=one, seed=2, source=one, **few) for one in (*photos, "none.png")]
