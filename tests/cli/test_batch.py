@@ -301,8 +301,9 @@ def test_a_dry_run_prints_the_whole_plan(batch, world, photos, tmp_path, monkeyp
     assert "jobs.jsonl:3: there is no file none.png" in shown.out
 
 
-def test_an_interrupt_stops_after_the_image_in_work(batch, world, photos, tmp_path, monkeypatch):
-    arguments = [str(world.pack), *photos, "-p", PROMPTS[0], "-n", "2", "-o", "out"]
+def test_an_interrupt_stops_after_the_images_in_work(batch, world, photos, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\n{PROMPTS[1]} --steps 3\n")  # two batches of the denoiser
+    arguments = [str(world.pack), *photos, "-f", "prompts.txt", "-o", "out"]
     save = BatchSaver.on_image
 
     def interrupted(self, job, key, image):
