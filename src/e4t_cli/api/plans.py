@@ -105,7 +105,7 @@ def plan_personalization(
     wanted = resolve_images(prompts, parsed, resolve_sampling(sampling), count=num_images_per_prompt, seeds=seeds)
     value, _ = resolve_domain(domain)
     photos = open_photos(image, asked.mask)
-    asked, vae = _find_addons(asked)
+    asked, vae = find_addons(asked)
     asked.addons.check()
     base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base), vae=vae)
     target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
@@ -167,7 +167,7 @@ def plan_generation(
     concept = load_concept(concept)
     parsed = parse_prompts(prompts, placeholder or concept.placeholder)
     wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
-    asked, vae = _find_addons(asked, concept.addons)
+    asked, vae = find_addons(asked, concept.addons)
     if vae:  # nobody knows whether it is the concept's before it is fetched
         others = tuple(one for one in concept.addons if one.kind != "vae")
         check_addons(replace(concept, addons=others), asked, records)
@@ -193,7 +193,7 @@ def _is_tuned(concept: Concept) -> bool:
 _Options = TypeVar("_Options", bound=GenerateOptions)
 
 
-def _find_addons(options: _Options, recorded: Iterable[Addon] = ()) -> tuple[_Options, str]:
+def find_addons(options: _Options, recorded: Iterable[Addon] = ()) -> tuple[_Options, str]:
     """Return the options with a VAE of the hub that is here, or without it and its name, if it would be fetched."""
     source = wanted_source(options.addons, recorded)
     if not source or not isinstance(options.base, str | os.PathLike):
