@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from mini_world.next import base, clip, judge, parser, perceptual, read_out, sets, vae
+from e4t_cli.models.domain_weights import DomainWeights
+from mini_world.next import base, clip, evaluation, judge, parser, perceptual, read_out, sets, today, vae
 from mini_world.next.domains import domain_configs, encode_drawings, train_domain
 from mini_world.next.graph import STAGES
 from mini_world.next.latents import standardize_channels
@@ -50,7 +51,11 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def run_draw(work: Workspace, made: Path) -> Facts:
-    return sets.draw_all(work)
+    return sets.draw_base(work)
+
+
+def run_portraits(work: Workspace, made: Path) -> Facts:
+    return sets.draw_portraits(work)
 
 
 def run_text(work: Workspace, made: Path) -> Facts:
@@ -194,10 +199,11 @@ def run_parser(work: Workspace, made: Path) -> Facts:
 
 
 def run_judge(work: Workspace, made: Path) -> Facts:
-    autoencoder = load_vae(work, "decoder").to(default_device())
-    trained = judge.train_judge(work.state("judge"), sets.judge_drawings(work), autoencoder, steps=work.plan.judge).cpu()
+    old = today.old_drawings(work.plan.judged_old)
+    trained = judge.train_judge(work.state("judge"), sets.judge_drawings(work), steps=work.plan.judge, old=old).cpu()
     save_weights(trained, made / "judge.safetensors")
-    return judge.accuracy(trained, sets.held_out_scenes(work))
+    found = judge.accuracy(trained, sets.held_out_scenes(work))
+    return found | {f"old {name}": value for name, value in judge.accuracy(trained, today.old_drawings(1500, seed=77)).items()}
 
 
 def load_model(work: Workspace):
@@ -233,8 +239,20 @@ def run_art(work: Workspace, made: Path) -> Facts:
     return _run_domain(work, made, "art")
 
 
+def run_evaluate(work: Workspace, made: Path) -> Facts:
+    model, plan, rows = load_model(work), work.plan, work.state("evaluate") / "rows"
+    reader = judge.load_judge(work.result("judge") / "judge.safetensors").to(default_device())
+    domains = {}
+    for kind, count in plan.evaluated.items():
+        pretrained = DomainWeights.load(work.result(kind) / "mini")
+        domains[kind] = evaluation.evaluate_domain(rows, model, reader, pretrained, kind, count)
+    words = evaluation.evaluate_words(rows, model, reader, ("face", "cat", "dog", "art"), plan.word_pictures)
+    return evaluation.write_tables(made, domains, words)
+
+
 def run_report(work: Workspace, made: Path) -> Facts:
     (made / "training.md").write_text(training_table(work) + "\n")
+    shutil.copyfile(work.result("evaluate") / "evaluation.md", made / "evaluation.md")
     return {}
 
 

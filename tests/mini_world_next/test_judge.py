@@ -162,8 +162,8 @@ def test_augmentation_keeps_the_image_and_says_its_contrast():
 
 def test_training_learns_and_goes_on_where_it_was(drawings, tmp_path):
     old = today.old_drawings(8)
-    judge = train_judge(tmp_path / "whole", drawings, None, steps=4, batch=8, old=old)
-    again = train_judge(tmp_path / "whole", drawings, None, steps=4, batch=8, old=old)
+    judge = train_judge(tmp_path / "whole", drawings, steps=4, batch=8, old=old)
+    again = train_judge(tmp_path / "whole", drawings, steps=4, batch=8, old=old)
     for key, value in judge.state_dict().items():
         assert torch.equal(value, again.state_dict()[key])
     assert not judge.training
