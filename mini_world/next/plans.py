@@ -48,7 +48,9 @@ class TrainingPlan:
     domains: dict[str, int]  # steps of pre-training
     domain_batch: int
     evaluated: dict[str, int]  # held-out identities of each kind
-    word_pictures: int  # of every word of the base
+    words: tuple[str, ...]  # the kinds for which every word of the base is drawn
+    word_pictures: int  # of each word
+    sampling_steps: int = 20
 
 
 # Two cores. The U-Net takes .68 s a step for 32 drawings on one core with bf16 (.10 of it the text encoder, .06 its replayed
@@ -82,6 +84,7 @@ CPU = TrainingPlan(
     domains={"face": 1200, "cat": 800, "art": 700},
     domain_batch=32,
     evaluated={"face": 60, "cat": 40, "art": 20},
+    words=("face", "cat", "dog", "art"),
     word_pictures=100,
 )
 # One H200-class GPU, meant for 10 minutes with the drawing on 16 cores and four stages at a time (`--parallel 4`). No run on a
@@ -115,6 +118,7 @@ CUDA = TrainingPlan(
     domains={"face": 800, "cat": 600, "art": 500},
     domain_batch=128,
     evaluated={"face": 60, "cat": 40, "art": 20},
+    words=("face", "cat", "dog", "art"),
     word_pictures=100,
 )
 # A rehearsal of everything: nothing is learned.
@@ -146,8 +150,10 @@ TINY = TrainingPlan(
     judge=3,
     domains={"face": 3, "cat": 2, "art": 2},
     domain_batch=4,
-    evaluated={"face": 2, "cat": 1, "art": 2},
+    evaluated={"face": 1, "cat": 1, "art": 1},
+    words=("art",),
     word_pictures=1,
+    sampling_steps=2,
 )
 PLANS = {plan.name: plan for plan in (CPU, CUDA, TINY)}
 

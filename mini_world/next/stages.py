@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from e4t_cli.models.domain_weights import DomainWeights
 from mini_world.next import base, clip, evaluation, judge, parser, perceptual, read_out, sets, today, vae
 from mini_world.next.domains import domain_configs, encode_drawings, train_domain
+from mini_world.next.evaluate import SAMPLING
 from mini_world.next.graph import STAGES
 from mini_world.next.latents import standardize_channels
 from mini_world.next.loop import default_device, limit_time, process_rank
@@ -202,8 +204,8 @@ def run_judge(work: Workspace, made: Path) -> Facts:
     old = today.old_drawings(work.plan.judged_old)
     trained = judge.train_judge(work.state("judge"), sets.judge_drawings(work), steps=work.plan.judge, old=old).cpu()
     save_weights(trained, made / "judge.safetensors")
-    found = judge.accuracy(trained, sets.held_out_scenes(work))
-    return found | {f"old {name}": value for name, value in judge.accuracy(trained, today.old_drawings(1500, seed=77)).items()}
+    tested = {"drawings": sets.held_out_scenes(work), "old drawings": today.old_drawings(work.plan.scenes * 3 // 4, seed=77)}
+    return {name: judge.accuracy(trained, drawings) for name, drawings in tested.items()}
 
 
 def load_model(work: Workspace):
@@ -242,11 +244,11 @@ def run_art(work: Workspace, made: Path) -> Facts:
 def run_evaluate(work: Workspace, made: Path) -> Facts:
     model, plan, rows = load_model(work), work.plan, work.state("evaluate") / "rows"
     reader = judge.load_judge(work.result("judge") / "judge.safetensors").to(default_device())
-    domains = {}
+    sampling, domains = replace(SAMPLING, steps=plan.sampling_steps), {}
     for kind, count in plan.evaluated.items():
         pretrained = DomainWeights.load(work.result(kind) / "mini")
-        domains[kind] = evaluation.evaluate_domain(rows, model, reader, pretrained, kind, count)
-    words = evaluation.evaluate_words(rows, model, reader, ("face", "cat", "dog", "art"), plan.word_pictures)
+        domains[kind] = evaluation.evaluate_domain(rows, model, reader, pretrained, kind, count, sampling)
+    words = evaluation.evaluate_words(rows, model, reader, plan.words, plan.word_pictures, sampling)
     return evaluation.write_tables(made, domains, words)
 
 
