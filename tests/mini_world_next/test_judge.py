@@ -206,7 +206,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, without_overri
     photos, path = held_out_photos("cat", 3, seed=8), tmp_path / "rows.jsonl"
     tuned, judge = [], Judge(WIDTHS).eval()
     monkeypatch.setattr(
-        evaluate, "generate", lambda model, tuned, tasks, seed, rare="": [photos[0].image] * len(tasks)
+        evaluate, "generate", lambda model, tuned, tasks, seed, rare="", sampling=None: [photos[0].image] * len(tasks)
     )
     method = Method(lambda prepared, seed: tuned.append(seed))
     run_method(Rows(path), None, judge, "ours", method, photos[:2], "cat", seed=5)

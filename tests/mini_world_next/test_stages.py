@@ -52,9 +52,9 @@ def test_every_stage_leads_to_the_report():
 
 def test_only_what_is_missing_runs():
     assert needed(STAGES, ["report"], lambda name: True) == []
-    # A fresh clone with all results but the domains draws and encodes nothing for the U-Net.
+    # A fresh clone with all results but the domains draws and encodes nothing for the other networks.
     kept = {"vae", "text", "tower", "decoder", "unet", "base", "parser", "judge"}
-    assert needed(STAGES, ["report"], kept.__contains__) == ["draw", "face", "cat", "art", "report"]
+    assert needed(STAGES, ["report"], kept.__contains__) == ["portraits", "face", "cat", "art", "evaluate", "report"]
     assert needed(STAGES, ["base"], {"text", "tower", "decoder", "unet"}.__contains__) == ["base"]
 
 
@@ -75,7 +75,9 @@ def test_no_stage_starts_before_its_needs_and_none_is_forgotten(slots):
 
 
 def test_two_slots_train_the_vae_beside_the_others():
-    running = ready(STAGES, [name for name in STAGES if name not in ("draw", "text", "perceptual")], [], 2)
+    running = ready(
+        STAGES, [name for name in STAGES if name not in ("draw", "portraits", "text", "perceptual")], [], 2
+    )
     assert running == ["vae", "tower"]
     assert ready(STAGES, ["parser", "encode", "unet"], ["vae"], 2) == ["parser"]
 
