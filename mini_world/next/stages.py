@@ -28,6 +28,7 @@ from mini_world.next import base, clip, evaluation, judge, parser, perceptual, r
 from mini_world.next.domains import domain_configs, encode_drawings, train_domain
 from mini_world.next.evaluate import SAMPLING
 from mini_world.next.graph import STAGES
+from mini_world.next.keeping import restore_state
 from mini_world.next.latents import standardize_channels
 from mini_world.next.loop import default_device, limit_time, process_rank
 from mini_world.next.plans import PLANS
@@ -276,6 +277,10 @@ def run_stage(work: Workspace, name: str) -> None:
     made.mkdir(parents=True)
     left = seconds_left()
     limit_time(None if left == float("inf") else left / 60)
+    if first:
+        restore_state(work, name)
+    if process_rank()[1] > 1:
+        torch.distributed.barrier()
     work.state(name).mkdir(parents=True, exist_ok=True)
     run: Callable[[Workspace, Path], Facts] = globals()[f"run_{name}"]
     try:

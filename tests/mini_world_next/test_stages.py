@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from mini_world.next import packing, workspace
 from mini_world.next.__main__ import main
 from mini_world.next.graph import STAGES
+from mini_world.next.keeping import keep, restore_state
 from mini_world.next.packing import PackingError, pack, read_parts, unpack
 from mini_world.next.plans import CPU, PLANS, TINY
 from mini_world.next.runner import STOPPED, Node, Runner, StageFailed, needed, ready
@@ -291,6 +293,39 @@ def test_an_empty_run_is_not_packed(work, tmp_path):
         pack(work, ["vae"], tmp_path / "packed")
 
 
+# Keeping
+
+
+def test_a_fresh_clone_goes_on_from_what_is_kept(work, tmp_path):
+    nodes = {"draw": Node(shipped=False), "text": Node(("draw",)), "vae": Node(("draw", "text")), "tower": Node()}
+    finish(work, "draw", shipped=False)
+    finish(work, "text", ("draw",))
+    tensors = state(work.state("vae"))
+    (work.state("vae") / "unet.state.safetensors").rename(work.state("vae") / "vae.state.safetensors")
+    kept = keep(work, nodes)
+    committed = workspace.COMMITTED
+    assert kept == [committed / "text", committed / "states/vae"] and not list(committed.rglob(".*"))
+    clone = Workspace(tmp_path / "clone", CPU)
+    assert clone.find("text") and not restore_state(clone, "text") and not restore_state(clone, "tower")
+    assert restore_state(clone, "vae") and not restore_state(clone, "vae")
+    found = load_file(clone.state("vae") / "vae.state.safetensors")
+    assert torch.equal(found["main/weights.x"], tensors["main/weights.x"])
+    torch.testing.assert_close(found["main/average.x"], tensors["main/average.x"], rtol=0.01, atol=1e-3)
+    assert (clone.state("vae") / "unet.jsonl").exists()
+    assert not restore_state(Workspace(tmp_path / "tiny", TINY), "vae")
+    other = Workspace(tmp_path / "other", CPU)
+    finish(other, "text", value=2.0)
+    with pytest.raises(StaleResult, match="trained on another text"):
+        restore_state(other, "vae")
+    # Finished: the result takes the place of the state.
+    shutil.rmtree(work.state("vae"))
+    finish(work, "vae", ("draw", "text"))
+    assert keep(work, nodes) == [committed / "text", committed / "vae"]
+    assert not (committed / "states/vae").exists() and work.find("vae") == work.results / "vae"
+    with pytest.raises(ValueError, match="rehearsal"):
+        keep(Workspace(tmp_path / "tiny", TINY), nodes)
+
+
 # All of it
 
 
@@ -320,7 +355,7 @@ def run_command(*arguments, **options):
 def test_status_and_wrong_arguments(tmp_path, capsys):
     assert main(["status", "--tiny", "--folder", str(tmp_path)]) == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [[name, "-"] for name in STAGES]
-    for wrong in (["pack"], ["draw", str(tmp_path)], ["nothing"], ["--parallel", "0"]):
+    for wrong in (["pack"], ["keep", "--tiny"], ["draw", str(tmp_path)], ["nothing"], ["--parallel", "0"]):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)
     capsys.readouterr()
