@@ -53,8 +53,10 @@ class TrainingPlan:
     sampling_steps: int = 20
 
 
-# Two cores. The U-Net takes .68 s a step for 32 drawings on one core with bf16 (.10 of it the text encoder, .06 its replayed
-# captions), so 4.9 hours of one core. The lengths of the other networks are not measured in one run yet.
+# Two cores, `--parallel 2`. CPU seconds a step on one core of an EPYC Zen 4 with bf16, shared with other programs: text .33,
+# perceptual .3, VAE .45 on crops and .53 on whole drawings, tower .62, parser .16, decoder .44, judge .18, U-Net 1.36 for a whole
+# batch; .006 s a drawing and .008 s to encode it. So 2.1 hours for the VAE, 7.6 hours of one core for the U-Net, 14 for all of the
+# training, and about 8 on two cores, since no other stage than the U-Net uses both. Domains and evaluation are not measured yet.
 CPU = TrainingPlan(
     name="cpu",
     drawings=60_000,
@@ -77,7 +79,7 @@ CPU = TrainingPlan(
     decoder=7000,
     decoder_batch=4,
     adversarial_from=2333,
-    unet=13_000,
+    unet=20_000,
     unet_batch=64,
     parser=6000,
     judge=12_000,
