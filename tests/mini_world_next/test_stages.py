@@ -18,7 +18,7 @@ from mini_world.next.keeping import keep, restore_state
 from mini_world.next.packing import PackingError, pack, read_parts, unpack
 from mini_world.next.plans import CPU, PLANS, TINY
 from mini_world.next.runner import STOPPED, Node, Runner, StageFailed, needed, ready
-from mini_world.next.state import write_state
+from mini_world.next.state import read_state, write_state
 from mini_world.next.workspace import RESULT, StaleResult, Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -366,16 +366,21 @@ def test_status_and_wrong_arguments(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_to_the_end_and_travels(tmp_path):
-    """All stages at tiny lengths, with a stop and a move to another folder on the way."""
+    """All stages at tiny lengths, two at a time, with a move to another folder and a stop of two processes on the way."""
     one, two, packed = (str(tmp_path / name) for name in ("one", "two", "packed"))
-    first = run_command("decoder", "--tiny", "--folder", one)
-    assert first.returncode == 0, first.stderr
+    for target in ("decoder", "text"):
+        first = run_command(target, "--tiny", "--folder", one)
+        assert first.returncode == 0, first.stderr
     assert run_command("pack", packed, "--tiny", "--folder", one).returncode == 0
     assert run_command("unpack", packed, "--tiny", "--folder", two).returncode == 0
-    stopped = run_command("--tiny", "--folder", two, "--minutes", "0")
+    assert run_command("encode", "--tiny", "--folder", two).returncode == 0
+    stopped = run_command("unet", "--tiny", "--folder", two, "--parallel", "2", "--minutes", "0.05")
     assert stopped.returncode == STOPPED, stopped.stderr
+    _, facts = read_state(tmp_path / "two/states/unet/unet.state.safetensors")
+    assert 1 <= facts["step"] < TINY.unet
     rest = run_command("--tiny", "--folder", two, "--parallel", "2")
     assert rest.returncode == 0, rest.stderr
+    assert "| encoder alone |" in (tmp_path / "two/results/report/evaluation.md").read_text()
     table = (tmp_path / "two/results/report/training.md").read_text()
     for name in set(STAGES) - {"report"}:
         assert f"\n| {name} | tiny |" in table
