@@ -366,7 +366,7 @@ def test_status_and_wrong_arguments(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_to_the_end_and_travels(tmp_path):
-    """All stages at tiny lengths, two at a time, with a move to another folder and a stop of two processes on the way."""
+    """All stages at tiny lengths, two at a time, with a move to another folder and a stop of two processes."""
     one, two, packed = (str(tmp_path / name) for name in ("one", "two", "packed"))
     for target in ("decoder", "text"):
         first = run_command(target, "--tiny", "--folder", one)
