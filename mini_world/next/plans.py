@@ -55,8 +55,8 @@ class TrainingPlan:
 
 # Two cores, `--parallel 2`. CPU seconds a step on one core of an EPYC Zen 4 with bf16, shared with other programs: text .33,
 # perceptual .3, VAE .45 on crops and .53 on whole drawings, tower .62, parser .16, decoder .44, judge .18, U-Net 1.36 for a whole
-# batch; .006 s a drawing and .008 s to encode it. So 2.1 hours for the VAE, 7.6 hours of one core for the U-Net, 13 for these
-# together, and 7 on two cores: 3.2 until the U-Net begins, 3.8 for it. Domains and evaluation are not measured yet.
+# batch; .006 s a drawing and .008 s to encode it. So 3.0 hours for the VAE, 7.6 hours of one core for the U-Net, 14 for these
+# together, and 8 on two cores: 4.2 until the U-Net begins, 3.8 for it. Domains and evaluation are not measured yet.
 CPU = TrainingPlan(
     name="cpu",
     drawings=60_000,
@@ -73,8 +73,8 @@ CPU = TrainingPlan(
     tower=4000,
     pairs=32,
     perceptual=1500,
-    vae_crops=13_000,
-    vae_wholes=3000,
+    vae_crops=18_000,
+    vae_wholes=5000,
     vae_batch=4,
     decoder=7000,
     decoder_batch=4,

@@ -36,7 +36,9 @@ VAE_CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
-SUBJECT_WEIGHT = 4.0  # of a pixel: eyes are small, and stars and windows are many
+# Of a subject's pixel. Its details are small, and most of the error is there even so: after 850 steps the mean square error of
+# subjects was 4.7 times that of the background with a weight of 1, and 3.1 times with 4.
+SUBJECT_WEIGHT = 8.0
 PERCEPTUAL_WEIGHT = 0.05
 ADVERSARIAL_WEIGHT = 0.1  # of the gradient of the other terms: drawings have to be reproduced more than to look real
 KL_WEIGHT = 1e-5
