@@ -37,6 +37,7 @@ from mini_world.next.text import CaptionEncoder, build_text_encoder, build_token
 from mini_world.next.training_report import training_table
 from mini_world.next.validation import ValidationLogger
 from mini_world.next.workspace import Workspace
+from mini_world.next.world import VERSION
 
 Facts = dict[str, Any]
 REPLAYED = 16  # captions a process in a step of the U-Net that keep the text encoder transmitting every word
@@ -53,12 +54,18 @@ def load_weights(module: nn.Module, path: Path) -> None:
     module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
 
 
+def _drawn(made: Path) -> Facts:
+    """Note the version of the drawings, so that what was trained on others is not taken for finished."""
+    (made / "drawings.json").write_text(json.dumps({"version": VERSION}) + "\n")
+    return {"version": VERSION}
+
+
 def run_draw(work: Workspace, made: Path) -> Facts:
-    return sets.draw_base(work)
+    return sets.draw_base(work) | _drawn(made)
 
 
 def run_portraits(work: Workspace, made: Path) -> Facts:
-    return sets.draw_portraits(work)
+    return sets.draw_portraits(work) | _drawn(made)
 
 
 def run_text(work: Workspace, made: Path) -> Facts:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from e4t_cli.files import sha256_of
 from mini_world.next import packing, workspace
 from mini_world.next.__main__ import main
 from mini_world.next.graph import STAGES
@@ -178,6 +179,19 @@ def test_a_result_of_other_inputs_is_refused_and_kept(work):
     finish(work, "unet", ("encode",))
     for name in ("vae", "encode", "unet"):
         work.check(name)
+    # What they say of themselves, such as their version, identifies them; other bits do not.
+    plain = work.identity("draw")
+    for folder in ("old draw", "older draw"):
+        (work.results / "draw").rename(work.folder / folder)
+        made = work.folder / "unfinished" / "draw"
+        made.mkdir()
+        (made / "drawings.json").write_text(folder)
+        work.finish("draw", (), made, {}, shipped=False)
+        assert work.identity("draw") != plain
+        with pytest.raises(StaleResult, match="vae was made from another draw"):
+            work.check("vae")
+    (work.results / "draw").rename(work.folder / "oldest draw")
+    (work.folder / "old draw").rename(work.results / "draw")
     # Drawings and latents made again, with other last bits, are the same.
     (work.results / "draw").rename(work.folder / "old")
     finish(work, "draw", value=1.5, shipped=False)
@@ -324,6 +338,17 @@ def test_a_fresh_clone_goes_on_from_what_is_kept(work, tmp_path):
     assert not (committed / "states/vae").exists() and work.find("vae") == work.results / "vae"
     with pytest.raises(ValueError, match="rehearsal"):
         keep(Workspace(tmp_path / "tiny", TINY), nodes)
+
+
+def test_what_the_repository_keeps_is_whole_and_in_small_files():
+    paths = [path for path in workspace.COMMITTED.rglob("*") if path.is_file()]
+    assert {path.suffix for path in paths} <= {".safetensors", ".json", ".jsonl", ".txt", ".md", ".toml", ".gz"}
+    assert all(path.stat().st_size <= 16 * 2**20 for path in paths)
+    for record in workspace.COMMITTED.glob("*/" + RESULT):
+        said = json.loads(record.read_text())
+        assert said["plan"] in ("cpu", "cuda") and said["stage"] == record.parent.name
+        for name, digest in said["files"].items():
+            assert sha256_of(record.parent / name) == digest, name
 
 
 # All of it
