@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _show(work: Workspace) -> int:
     for name in STAGES:
         found, state = work.find(name), work.state(name)
-        print(f"{name:8}", found or (f"begun: {state}" if state.exists() else "-"))
+        print(f"{name:10}", found or (f"begun: {state}" if state.exists() else "-"))
     return 0
 
 
