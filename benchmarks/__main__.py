@@ -168,7 +168,7 @@ def measure_cold(rounds: int) -> None:
         ]  # fmt: skip
         for _ in range(rounds):
             begun = time.perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "E4T_TUNED_CACHE": "0"})
             times.append(time.perf_counter() - begun)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"photo → first image, fresh process, mini: {spread(times)}, {peak:.0f} MB")

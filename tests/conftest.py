@@ -37,6 +37,7 @@ def _one_thread_and_own_home(tmp_path_factory, monkeypatch):
     home = tmp_path_factory.mktemp("home")
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("E4T_TUNED_CACHE", "0")  # tests that compare two tunings want two
     # `--offline` sets variables of the whole process, which here has other tests to run.
     before = dict(os.environ)
     yield

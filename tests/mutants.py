@@ -141,7 +141,7 @@ MUTANTS = [
     Mutant(
         "tuning passes no mask on",
         "training/tuning.py",
-        "mask=None if self.mask is None else self.mask.expand(count, -1, -1)",
+        "mask=None if self.mask is None else self.mask[which]",
         "mask=None",
         TRAINING,
     ),
@@ -174,8 +174,8 @@ MUTANTS = [
     Mutant(
         "tuning trains on the posterior's mean",
         "training/tuning.py",
-        "self.posterior.sample(posterior)",
-        "self.posterior.sample(0 * posterior)",
+        "self.posterior[which].sample(posterior)",
+        "self.posterior[which].sample(0 * posterior)",
         EXAMPLE,
     ),
     Mutant(

@@ -116,7 +116,8 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?![\w-])")
 OTHERS_OPTIONS = {
     *("--num_machines", "--nnodes", "--nproc-per-node", "--faces", "--photos", "--concept-scales", "--export-ranks"),
     *("--n", "--n-iter", "--s", "--neg", "--cfg-scale", "--sampler-name", "--prompt", "--sale", "--rounds", "--size"),
-    *("--yunet", "--pictures", "--write", "--parallel", "--minutes", "--tiny"),
+    *("--yunet", "--pictures", "--write", "--identities", "--sampling-steps", "--sets"),
+    *("--parallel", "--minutes", "--tiny"),
 }
 
 

@@ -13,6 +13,7 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -28,7 +29,21 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
+# torch has more: "meta" computes nothing, and no other was tried.
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d{1,3})?", re.ASCII)
+
 SMALL = 100_000_000  # weights of a U-Net under which half precision gains nothing
+
+
+def check_device(wanted: str) -> None:
+    """Raise UsageError for a name that means no device, whatever this machine has; without torch."""
+    if _DEVICE.fullmatch(wanted) is None:
+        raise _no_device(wanted)
+
+
+def _no_device(wanted: str) -> UsageError:
+    reason = f"the device {printable(wanted)!r} cannot be used on this machine"
+    return UsageError(reason, hint="--device auto picks one that can")
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -37,6 +52,7 @@ def choose_device(wanted: str) -> torch.device:
     Raises:
         UsageError: the name means nothing, or this machine has no such device.
     """
+    check_device(wanted)
     import torch
 
     if wanted == "auto":
@@ -46,8 +62,7 @@ def choose_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except Exception as error:  # AssertionError, RuntimeError, AcceleratorError: by backend
-        reason = f"the device {printable(wanted)!r} cannot be used on this machine"
-        raise UsageError(reason, hint="--device auto picks one that can") from error
+        raise _no_device(wanted) from error
     return device
 
 

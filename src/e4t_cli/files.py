@@ -26,14 +26,18 @@ _BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
 
 
 def write_atomically(
-    path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO], None], *, overwrite: bool = True
-) -> None:
+    path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO], None], *, overwrite: bool = True,
+    private: bool = False, flush: bool = True,
+) -> None:  # fmt: skip
     """Write a file so that a crash at any moment leaves it absent, old, or complete.
 
     Args:
         path: the final name; its folder must exist.
         data: the content, or a function that writes it to an open binary file.
         overwrite: if False, an existing file stays as it is, also one that appears meanwhile.
+        private: only the user may read it.
+        flush: wait for the disk; False for a file with a checksum that can be made again: after a power failure it may
+            be incomplete.
 
     Raises:
         FileExistsError: the file exists and may not be overwritten.
@@ -44,7 +48,7 @@ def write_atomically(
         raise FileExistsError(errno.EEXIST, "File exists", str(path))
     # Not tempfile: its files are private, and the result should be as readable as any other.
     temporary = temporary_path(path)
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _BINARY, 0o666)
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _BINARY, 0o600 if private else 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             if callable(data):
@@ -52,7 +56,8 @@ def write_atomically(
             else:
                 file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         if overwrite:
             os.replace(temporary, path)
         else:
@@ -61,7 +66,8 @@ def write_atomically(
         with suppress(OSError):  # the first error counts
             temporary.unlink()
         raise
-    _sync_folder(path.parent)
+    if flush:
+        _sync_folder(path.parent)
 
 
 def file_error(error: OSError | ValueError, path: str | os.PathLike[str], *, reading: bool = False) -> E4TError:

@@ -34,11 +34,11 @@ def make_scheduler(model: TextToImageModel, sampling: SamplingConfig) -> Any:
 
     They are on the CPU, as its tables are: a lookup with a value on a GPU would synchronize in each step.
 
-    The time steps have the base's spacing, else the scheduler's, except where that gives another image than it should:
-    few steps that end with one at t = 0 (a single one only begins there), and those that begin much before the last
-    time step, as if the noise there were all of it: "leading" with 5 steps begins at 800, with 334, which are 2 apart,
-    at 666. "trailing" begins at the last time step; rounding gives some numbers of steps, as 61, a further time step
-    of -1, and "linspace" is right for those.
+    The time steps have the base's spacing (of `load_noise_schedule`), else the scheduler's, except where that gives
+    another image than it should: few steps that end with one at t = 0 (a single one only begins there), and those that
+    begin much before the last time step, as if the noise there were all of it: "leading" with 5 steps begins at 800,
+    with 334, which are 2 apart, at 666. "trailing" begins at the last time step; rounding gives some numbers of steps,
+    as 61, a further time step of -1, and "linspace" is right for those.
     """
     name, options = scheduler_class(sampling.scheduler)
     kind, config = getattr(diffusers, name), model.noise_schedule.config

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from e4t_cli.cli import console
+from e4t_cli.cli import console, terminal
 from e4t_cli.errors import UsageError
 from e4t_cli.registry import discovery
 
@@ -271,7 +271,7 @@ def test_plain_progress_is_sparse(capfd, monkeypatch):
     from e4t_cli.progress import Progress
 
     now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     with console.Console().progress() as on_progress:
         on_progress(Progress(stage="load", done=0, total=1))
         on_progress(Progress(stage="load", done=1, total=1))

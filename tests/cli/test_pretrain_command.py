@@ -367,7 +367,7 @@ def test_a_dry_run_fails_as_the_run_would(pretrain, tmp_path):
 
 
 def test_a_long_stage_says_how_long_it_will_take(monkeypatch):
-    from e4t_cli.cli.console import LONG_STAGE, live_display
+    from e4t_cli.cli.terminal import LONG_STAGE, live_display
 
     display = live_display()
     now = [0.0]

@@ -68,7 +68,7 @@ def test_complaints_name_file_and_line(run, tmp_path, line, words):
 
 def test_a_concepts_own_placeholder_is_missed_with_the_line(tmp_path):
     """`generate` learns the placeholder from the concept, after the file was read."""
-    from e4t_cli.api.resolve import parse_prompts
+    from e4t_cli.api.requests import parse_prompts
 
     (tmp_path / "p.txt").write_text("<me> fine\nnobody\n")
     prompts = gather_prompts([], str(tmp_path / "p.txt"), placeholder=None)

@@ -183,6 +183,20 @@ def test_a_base_is_not_fetched_for_a_domain_without_weights_for_it(command, base
     assert (code, out) == (4, "") and "has no weights for the base" in err and "e4t pretrain" in err
 
 
+@pytest.mark.parametrize("command", ["personalize", "fetch"])
+def test_nor_one_of_the_hub_whose_name_is_known(command, hub, made, run, tmp_path):
+    """A repository without base.toml has its address as its name."""
+    photo = [str(TIGER), "S* in space"] if command == "personalize" else []
+    unnamed = shutil.copytree(made, tmp_path / "unnamed")
+    (unnamed / "base.toml").unlink()
+    hub.add("owner/unnamed", unnamed)
+    for _ in range(2):  # also where the list of its files is remembered
+        code, out, err = run(command, "cat", *photo, "--base", "owner/unnamed")
+        assert (code, out) == (4, "") and "e4t pretrain" in err
+        assert "has no weights for the base 'owner-unnamed'" in err
+    assert hub.count("GET", "*/resolve/*") == 0 and not list(hub_cache().rglob("*.safetensors"))
+
+
 def test_auto_with_an_accelerator(hub, accelerator, monkeypatch):
     yes = HubAccess(accept_license=True)
     assert default_base_name(yes)[0] == "sd14"

@@ -108,7 +108,7 @@ def test_a_requested_fp32_is_float32_in_tuning(monkeypatch, model, domain_weight
     from e4t_cli.training import tuning
 
     autocasts, concept = [], SimpleNamespace(
-        config=domain_weights.tuning, prepared=face, seed=0, image_features=None
+        config=domain_weights.tuning, photos=[face], seed=0, image_features=None
     )  # fmt: skip
     monkeypatch.setattr(tuning, "tune", lambda *args, options, **rest: autocasts.append(options.autocast))
     for dtype in ("fp32", "auto", "bf16"):

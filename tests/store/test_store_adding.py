@@ -73,6 +73,20 @@ def test_what_is_there_stays(folder, tmp_path):
     assert stored() == ["my_dogs"]
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_a_name_that_is_taken_is_said_before_anything_is_copied(folder, tmp_path, monkeypatch, packed):
+    add_domain(folder)
+    source, events = write_zip(tmp_path / "dogs.zip", folder) if packed else folder, []
+    monkeypatch.setattr("zipfile.ZipFile.extract", lambda *_: pytest.fail("it was unpacked"))
+    with pytest.raises(UsageError, match="already"):
+        add_domain(source, on_progress=events.append)
+    assert events == [] and stored() == ["my_dogs"]
+    (user_domains_folder() / "my_dogs" / "domain.toml").unlink()  # no whole domain: not even with --force
+    with pytest.raises(UsageError, match="my_dogs"):
+        add_domain(source, force=True, on_progress=events.append)
+    assert events == []
+
+
 def test_of_two_at_once_one_wins(folder):
     def attempt(_):
         try:

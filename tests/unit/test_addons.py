@@ -403,10 +403,10 @@ def test_files_and_what_is_behind_their_colon(tmp_path):
         same.check()
 
 
-def test_a_vae_of_the_hub_is_told_how_to_get():
-    with pytest.raises(UsageError, match="no file or folder owner/vae") as raised:
-        BaseAddons.parse(vae="owner/vae").check()
-    assert "hf download owner/vae" in raised.value.hint
+def test_a_vae_of_the_hub_is_fetched_first(model):
+    with pytest.raises(UsageError, match="the VAE owner/vae was not fetched") as raised:
+        apply_addons(model, BaseAddons.parse(vae="owner/vae"))
+    assert "fetch_addons" in raised.value.hint and model.addons == ()
 
 
 # ── VAE ──

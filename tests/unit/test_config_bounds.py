@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from e4t_cli.api.resolve import resolve_tuning
+from e4t_cli.api.requests import resolve_tuning
 from e4t_cli.errors import IntegrityError, UsageError
 from e4t_cli.formats.concept import Concept
 from e4t_cli.models.domain_folder import empty_encoder

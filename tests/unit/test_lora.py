@@ -166,10 +166,10 @@ def test_diffusers_generates_the_same_from_it(model, tuned, face, tmp_path):
     pipeline.load_textual_inversion(embedding_path(path), token="S*")
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     theirs_generated = pipeline(
-        "S* on the beach", latents=noise, num_inference_steps=4, guidance_scale=3.0,
+        "S* on the beach", latents=noise, num_inference_steps=20, guidance_scale=3.0,
         output_type="latent",
     ).images  # fmt: skip
-    prompt, few = [parse_prompt("S* on the beach")], SamplingConfig(steps=4, guidance=3.0)
+    prompt, few = [parse_prompt("S* on the beach")], SamplingConfig(steps=20, guidance=3.0)
     biases = copy.deepcopy(tuned.unet)  # which no LoRA holds, nor the matrices outside of the blocks
     biases.load_state_dict(
         {

@@ -6,8 +6,9 @@ import os
 import pytest
 from PIL import Image, ImageFilter
 
+from e4t_cli.datasets.held_out import hold_out
 from e4t_cli.datasets.reader import SIGNATURE, ImageReader, NearDuplicateFilter, signature
-from e4t_cli.datasets.sources import FolderSource, ImageItem, find_source, hold_out
+from e4t_cli.datasets.sources import FolderSource, ImageItem, find_source
 from e4t_cli.errors import InputError, UsageError
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage

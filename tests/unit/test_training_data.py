@@ -7,6 +7,8 @@ import io
 import multiprocessing
 import os
 import tracemalloc
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from e4t_cli.api.pretraining_setup import choose_cache, training_data
 from e4t_cli.datasets.reader import SIGNATURE, ImageReader
 from e4t_cli.datasets.sources import IterableSource, find_source
-from e4t_cli.errors import InputError, ResourceError, UsageError
+from e4t_cli.errors import InputError, ResourceError, UsageError, WeightsUnavailable
 from e4t_cli.pretraining import cache as cached_images
 from e4t_cli.pretraining import cache as caching
 from e4t_cli.pretraining.batches import DistributedContext
@@ -89,6 +91,76 @@ def folder(tmp_path):
     for index in range(10):
         (data / f"{index}.png").write_bytes(png(index))
     return data
+
+
+# ── what prepares an image decides on the cache ──
+
+
+def by_detector(image, target):
+    """Stand in for a domain that detects with a network where it is here."""
+    try:
+        target.fetch("owner/detector")
+    except WeightsUnavailable:
+        image = image.rotate(90)
+    return PreparedImage(image=image.resize((target.size, target.size)))
+
+
+class Hub:
+    """What `PreparationTarget.fetch` finds."""
+
+    commit: str | None = None
+
+    def fetch(self, repository):
+        if self.commit is None:
+            raise WeightsUnavailable("it is not here")
+        return Path("snapshots") / self.commit
+
+
+def test_the_cache_is_made_again_when_a_network_of_the_preparation_comes_or_changes(model, folder):
+    domain = replace(FACES, prepare=by_detector, networks=("owner/detector",))
+    hub, notes, made = Hub(), [], []
+
+    def encoded(commit, base="tiny"):
+        hub.commit = commit
+        target = PreparationTarget(size=RESOLUTION, base=base, mask=None, fetch=hub.fetch)
+        cache, found = EncodingCache(model, ImageReader(domain, target)), []
+        data = cache.encode(find_source(folder), on_progress=lambda event: found.append(event.note))
+        notes[:] = [note for note in found if "prepared again" in note]
+        made[:] = [cache.encoded]
+        return cache.folder, rows(data).means
+
+    before, without = encoded(None)
+    assert (made, notes) == ([10], [])
+    assert encoded(None)[0] == before and (made, notes) == ([0], [])
+    first, with_it = encoded("a" * 40)
+    assert first != before and made == [10] and not torch.equal(without, with_it)
+    assert notes == ["images that were encoded before were prepared again: owner/detector was not here then"]
+    second, _ = encoded("b" * 40)
+    assert second not in (first, before)
+    assert "images that were encoded before were prepared again: owner/detector is another version now" in notes
+    # What was made is found again, whichever way it was prepared.
+    for commit, place in ((None, before), ("a" * 40, first)):
+        assert encoded(commit)[0] == place and (made, notes) == ([0], [])
+    # The bases of this package have parts of their own: their networks are neither asked for nor keyed.
+    hub.fetch = None
+    target = PreparationTarget(size=RESOLUTION, base="mini", mask=None, fetch=hub.fetch)
+    assert ImageReader(domain, target).networks == {}
+    plain = PreparationTarget(size=RESOLUTION, base="tiny", mask=None)
+    assert ImageReader(replace(FACES, networks=("owner/detector",)), plain).networks == {}  # nobody uses it
+
+
+def test_opencv_is_part_of_the_key(monkeypatch):
+    from e4t_cli.datasets import reader as reading
+
+    domain = replace(FACES, prepare=by_detector, networks=("owner/detector",))
+    target = PreparationTarget(size=RESOLUTION, base="tiny", mask=None)
+    keys = set()
+    for version in ("missing", "5.0.0", "5.0.1"):
+        monkeypatch.setattr(reading, "_opencv_version", lambda version=version: version)
+        keys.add(ImageReader(domain, target).key)
+    assert len(keys) == 3
+    monkeypatch.undo()
+    assert ImageReader(domain, target).networks["OpenCV"][:1].isdigit()
 
 
 # ── the same data, however it is kept ──

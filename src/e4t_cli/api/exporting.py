@@ -118,7 +118,7 @@ def export(
         with session.stage("export", counted=lora is not None), staging_directory(target) as staging:
             import torch
 
-            found = textual_inversion.mean_concept_embedding(model, tuned, opened.prepared, seed=opened.seed)
+            found = textual_inversion.mean_concept_embedding(model, tuned, opened.photos, seed=opened.seed)
             stored, made = torch.float32 if asked.dtype == "fp32" else torch.float16, staging / target.name
             retained_energy = 1.0
             if in_file:
@@ -148,6 +148,8 @@ def _readme(concept: Concept, token: str, base: Base, *, in_file: bool) -> str:
     if in_file:
         word = f"""It is in {token}.safetensors, a textual inversion. Programs with a folder of embeddings know it by
 that name once it is there, ComfyUI as `embedding:{token}`."""
+    count = len(concept.photos)
+    photos, them = ("one photo", "the photo") if count == 1 else (f"{count} photos", "the photos")
     load = f'\n    pipeline.load_textual_inversion("FOLDER/{token}.safetensors", token="{token}")' if in_file else ""
     stated = f"\nlicense: {base.licence.lower()}" if base.licence else ""
     return f"""---
@@ -158,7 +160,7 @@ pipeline_tag: text-to-image{stated}
 
 # {base.name} that knows one {concept.descriptor}: {token}
 
-Made from one photo by e4t, on the base {base.name}, whose licence goes on for this folder.
+Made from {photos} by e4t, on the base {base.name}, whose licence goes on for this folder.
 
     from diffusers import StableDiffusionPipeline
 
@@ -168,6 +170,6 @@ Made from one photo by e4t, on the base {base.name}, whose licence goes on for t
 The word `{token}` has one embedding for all denoising steps (e4t itself predicts it anew at each).
 {word}
 
-Whoever has this folder can draw what the photo showed. Share it as you would share the photo, a
+Whoever has this folder can draw what {them} showed. Share it as you would share {them}, a
 person's only with that person's consent, and say of its pictures that they were generated.
 """

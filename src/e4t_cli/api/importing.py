@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from e4t_cli.api.options import ImportKeywords, ImportOptions
-from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING, base_name, refuse_addons, resolve_base
+from e4t_cli.api.requests import NEW_PRETRAINING, NEW_TUNING
+from e4t_cli.api.resolve import base_name, refuse_addons, resolve_base
 from e4t_cli.api.session import Session
 from e4t_cli.errors import IntegrityError, UsageError, WeightsUnavailable, printable
 from e4t_cli.files import check_absent, put_in_place, sha256_of, staging_directory

@@ -17,7 +17,7 @@ from e4t_cli.hub.addons import BaseAddons
 if TYPE_CHECKING:
     from e4t_cli.formats.concept import Concept
     from e4t_cli.hub.paths import AskLicence
-    from e4t_cli.images.loading import ImageInput
+    from e4t_cli.images.loading import ImageInputs
     from e4t_cli.images.results import GeneratedImage
     from e4t_cli.models.text_to_image import TextToImageModel
     from e4t_cli.progress import ProgressCallback, StopRequest
@@ -75,15 +75,15 @@ class PhotoOptions:
     Args:
         mask: "auto" as the domain does, "none", "words:a cat" for text-prompted segmentation
             ("words" alone: the domain's prompt), "face-ellipse" around a face, by eyes and mouth, or an image that is
-            white on the concept.
+            white on the concept. Of several photos a word is for all; images are a sequence, one for each photo.
         align: let the domain rotate and crop the photo; False takes its centred square.
-        face: of several, "largest", "left", "right", "center", or a number from the left.
+        face: of several in a photo, "largest", "left", "right", "center", or a number from the left.
         require_face: refuse a photo without a face instead of continuing without a mask.
         strict: refuse a photo (`InputError`) wherever a note would cast doubt on it: no face where the domain looks
             for one, a face that is not clear, an unused mask, too few pixels, a photograph on a base for drawings.
     """
 
-    mask: ImageInput = "auto"
+    mask: ImageInputs = "auto"
     align: bool = True
     face: str | int = "largest"
     require_face: bool = False
@@ -106,7 +106,7 @@ class PersonalizeOptions(GenerateOptions, PhotoOptions):
         keep_weights: keep the tuned tensors in the concept: larger, but usable without tuning.
         domain_base: take the domain weights that were trained for this base, as "sd14" with a base of the same shapes;
             None takes those for the base itself.
-        on_prepared: called with the prepared image and its mask, before tuning.
+        on_prepared: called with the prepared image and its mask, before tuning; with each, of several photos.
         on_concept: called with the concept after tuning, before the first image.
     """
 
@@ -203,7 +203,7 @@ class GenerateKeywords(RunKeywords, total=False):
 
 
 class PhotoKeywords(TypedDict, total=False):
-    mask: ImageInput
+    mask: ImageInputs
     align: bool
     face: str | int
     require_face: bool

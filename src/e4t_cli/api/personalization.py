@@ -1,4 +1,4 @@
-"""`personalize` and `generate`: a photo in, a concept and its images out (section 3.4).
+"""`personalize` and `generate`: photos in, a concept and its images out (section 3.4).
 
 `prepare` does the first part of `personalize` alone.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from e4t_cli.api.options import (
@@ -22,35 +21,37 @@ from e4t_cli.api.options import (
     RunOptions,
 )
 from e4t_cli.api.photographs import doubts_about_photo
+from e4t_cli.api.photos import open_photos, stem
 from e4t_cli.api.repetition import other_circumstances, repeated
-from e4t_cli.api.resolve import (
+from e4t_cli.api.requests import (
     Prompts,
-    check_addons,
-    load_concept,
-    load_concept_models,
     parse_prompts,
-    prefers_half,
-    resolve_base,
-    resolve_base_name,
-    resolve_domain,
-    resolve_domain_base,
-    resolve_domain_weights,
     resolve_images,
     resolve_sampling,
     resolve_seeds,
     resolve_tuning,
     scales_concept,
 )
+from e4t_cli.api.resolve import (
+    check_addons,
+    load_concept,
+    load_concept_models,
+    prefers_half,
+    resolve_base,
+    resolve_base_name,
+    resolve_domain,
+    resolve_domain_base,
+    resolve_domain_weights,
+)
 from e4t_cli.api.session import Session
-from e4t_cli.errors import InputError, UsageError, printable
+from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import look_up_base
-from e4t_cli.images.decoding import OpenedImage
-from e4t_cli.images.loading import ImageInput, open_image, open_mask, read_bytes
+from e4t_cli.images.loading import ImageInput, ImageInputs, read_bytes
 from e4t_cli.images.png_metadata import read_records
-from e4t_cli.images.preparation import MaskSource, prepare_photo, snapshot_downloader
+from e4t_cli.images.preparation import snapshot_downloader
 from e4t_cli.images.results import Personalization
-from e4t_cli.progress import Progress, ProgressCallback
+from e4t_cli.progress import Progress
 from e4t_cli.prompts import PLACEHOLDER, check_placeholder
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage, check_which
 
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 
 def personalize(
     domain: str | os.PathLike[str] | Domain,
-    image: ImageInput,
+    image: ImageInputs,
     prompts: Prompts = (),
     *,
     num_images_per_prompt: int = 1,
@@ -70,11 +71,12 @@ def personalize(
     placeholder: str = PLACEHOLDER,
     **options: Unpack[PersonalizeKeywords],
 ) -> Personalization:
-    """Learn one concept from one photo and generate images of it (section 3.4).
+    """Learn one concept from one photo, or several of it, and generate images of it (section 3.4).
 
     Args:
         domain: "face", "cat", "art", any installed domain, a domain folder, or a `Domain`.
-        image: the photo: a path, "-" for stdin, bytes, an open binary file, or a PIL image.
+        image: the photo: a path, "-" for stdin, bytes, an open binary file, or a PIL image; or a sequence of photos of
+            the same subject, of which each step of tuning draws.
         prompts: with the placeholder where the concept goes; none only makes the concept. A `PromptRequest` has
             settings of its own.
         num_images_per_prompt: image i of every prompt has the seed `seed + i`.
@@ -95,10 +97,9 @@ def personalize(
     seeds = resolve_seeds(seed, num_images_per_prompt)
     wanted = resolve_images(prompts, parsed, resolve_sampling(sampling), count=num_images_per_prompt, seeds=seeds)
     value, package = resolve_domain(domain)
-    photo = open_image(image)
-    mask = resolve_mask(asked.mask, photo)
+    photos = open_photos(image, asked.mask)
     session = Session(asked, vram=asked.vram, safety=asked.safety_checker)
-    asked.addons.check()
+    session.find_addons()
     other = resolve_domain_base(asked.domain_base)
     base = resolve_base(asked, session.access, domain=value, safety=asked.safety_checker, domain_base=other)
     weights = resolve_domain_weights(value, base, session.access, domain_base=other)
@@ -108,26 +109,34 @@ def personalize(
         session.check_prompts(wanted)
         model, pretrained = session.model, session.pretrained
         tuning = resolve_tuning(pretrained.tuning, asked.tuning, asked.tune_steps)
-        if mask.kind != "auto" or photo.alpha is not None:
-            tuning = tuning.replace(mask=mask.kind != "none")
+        tuning = photos.tuning(tuning)
+        for note in photos.notes:
+            session.note("prepare", note)
+        if 0 < (samples := tuning.steps * tuning.batch_size) < len(photos):
+            session.note("prepare", f"tuning draws {samples} samples: not all of the {len(photos)} photos are used")
         with session.stage("prepare"):
+            from e4t_cli.models.photos import mean_image_features
+
             target = preparation_target(
                 value, asked, session.access, size=model.resolution, base=model.base.name, device=str(model.device)
             )
-            prepared = prepare_photo(value, photo, mask, target, masked=tuning.mask)
-            doubts = doubts_about_photo(model, value, prepared, half=prefers_half(asked.device, asked.dtype))
-            _report_preparation(prepared, session.report, doubts, strict=asked.strict)
-            if asked.on_prepared is not None:
-                asked.on_prepared(prepared)
-            features = pretrained.image_features(model, model.pixels([prepared.image]))[0].cpu()
+            prepared = []
+            for photo in photos:
+                one = photo.prepare(value, target, masked=tuning.mask)
+                doubts = doubts_about_photo(model, value, one, half=prefers_half(asked.device, asked.dtype))
+                photo.report(one, session.report, doubts, strict=asked.strict)
+                if asked.on_prepared is not None:
+                    asked.on_prepared(one)
+                prepared.append(one)
+            features = mean_image_features(model, pretrained, prepared)[0].cpu()
 
         from e4t_cli.formats.concept import Concept
 
         concept = Concept(
             domain=value.name, package=package, descriptor=pretrained.descriptor,
             base_name=model.base.name, base_fingerprint=model.weights_fingerprint, weights_digest=pretrained.digest,
-            prepared=prepared, image_features=features, config=tuning, seed=seeds[0],
-            image_sha256=photo.sha256, photo="; ".join(prepared.remarks),
+            prepared=prepared[0], others=prepared[1:], image_features=features, config=tuning, seed=seeds[0],
+            image_sha256=photos.sha256[0], others_sha256=photos.sha256[1:], photo=photos.remarks(prepared),
             placeholder=check_placeholder(placeholder), domain_base=other,
             addons=tuple(one for one in model.addons if one.kind != "embedding"),
         )  # fmt: skip
@@ -136,7 +145,7 @@ def personalize(
             concept = replace(concept, weights=Concept.weights_of(tuned))
         if asked.on_concept is not None:
             asked.on_concept(concept)
-        return session.generate(concept, tuned, wanted, seed=seeds[0], name=_stem(image), on_image=asked.on_image)
+        return session.generate(concept, tuned, wanted, seed=seeds[0], name=photos.name, on_image=asked.on_image)
 
 
 def generate(
@@ -175,11 +184,12 @@ def generate(
     config = resolve_sampling(sampling)
     if placeholder is not None:
         parse_prompts(prompts, placeholder)
-    name = _stem(concept) if isinstance(concept, str | os.PathLike) else ""
+    name = stem(concept) if isinstance(concept, str | os.PathLike) else ""
     session = Session(asked, vram=asked.vram, safety=asked.safety_checker)
     with session.running():
         concept = load_concept(concept)
         parsed = parse_prompts(prompts, placeholder or concept.placeholder)
+        session.find_addons(concept.addons)
         check_addons(concept, session.options, records)
         if records and (note := other_circumstances(records[0], concept)):
             session.note("load", note)
@@ -190,11 +200,6 @@ def generate(
         tuned = concept.tuned(session.model, session.pretrained)
         tuned = tuned or session.tune(concept, keep_base=scales_concept(wanted))
         return session.generate(concept, tuned, wanted, seed=seeds[0], name=name, on_image=asked.on_image)
-
-
-def _stem(source: ImageInput) -> str:
-    """Return the name of a photo's or concept's file without its ending; "" if it has none that is known."""
-    return Path(source).stem if isinstance(source, str | os.PathLike) and source != "-" else ""
 
 
 def prepare(
@@ -209,9 +214,16 @@ def prepare(
     Raises:
         E4TError: as `personalize`.
     """
+    return prepare_all(domain, [image], **options)[0]
+
+
+def prepare_all(
+    domain: str | os.PathLike[str] | Domain, images: ImageInputs, **options: Unpack[PrepareKeywords]
+) -> list[PreparedImage]:
+    """Do what `prepare` does with each photo of one subject; one that is there twice is prepared once."""
     asked = PrepareOptions(**options)
     value, _ = resolve_domain(domain)
-    photo = open_image(image)
+    photos = open_photos(images, asked.mask)
     access = HubAccess(offline=asked.offline, accept_license=asked.accept_license, on_progress=asked.on_progress)
     name, size, _ = _look_up_base(value, asked, access)
     if not size:
@@ -220,9 +232,13 @@ def prepare(
             hint=f"e4t fetch {printable(str(asked.base))}",
         )
     target = preparation_target(value, asked, access, size=size, base=name)
-    mask = resolve_mask(asked.mask, photo)
-    prepared = prepare_photo(value, photo, mask, target, masked=value.tuning.mask)
-    _report_preparation(prepared, asked.on_progress, strict=asked.strict)
+    if asked.on_progress is not None:
+        for note in photos.notes:
+            asked.on_progress(Progress(stage="prepare", note=note))
+    prepared = []
+    for photo in photos:
+        prepared.append(photo.prepare(value, target, masked=value.tuning.mask))
+        photo.report(prepared[-1], asked.on_progress, strict=asked.strict)
     return prepared
 
 
@@ -233,31 +249,6 @@ def _look_up_base(domain: Domain, options: RunOptions, access: HubAccess) -> tup
         return base.base.name, base.resolution, True
     wanted = resolve_base_name(base, access, domain=domain, device=options.device, confirm=False)
     return look_up_base(wanted, half=prefers_half(options.device, options.dtype))
-
-
-NAMED_MASKS = {
-    "auto": MaskSource(kind="auto"),
-    "none": MaskSource(kind="none"),
-    "words": MaskSource(kind="words"),
-    "face-ellipse": MaskSource(kind="face-ellipse"),
-}
-
-
-def resolve_mask(mask: ImageInput, photo: OpenedImage) -> MaskSource:
-    """Return where the mask comes from; `mask` is that of `PhotoOptions`.
-
-    Raises:
-        UsageError: there is no such file, or no words behind the colon.
-        InputError: it cannot be used, or has other proportions than the photo.
-    """
-    if isinstance(mask, str) and mask in NAMED_MASKS:
-        return NAMED_MASKS[mask]
-    if isinstance(mask, str) and mask.startswith("words:"):
-        words = mask.partition(":")[2].strip()
-        if not words:
-            raise UsageError("--mask words: needs words", hint='--mask "words:a cat"')
-        return MaskSource(kind="words", words=words)
-    return MaskSource(kind="image", image=open_mask(mask, photo.image))
 
 
 def preparation_target(
@@ -279,17 +270,3 @@ def preparation_target(
         size=size, base=base, align=options.align, which=which, required=options.require_face, device=device,
         fetch=snapshot_downloader(access),
     )  # fmt: skip
-
-
-def _report_preparation(
-    prepared: PreparedImage, on_progress: ProgressCallback | None, doubts: Sequence[str] = (), *, strict: bool
-) -> None:
-    """Report what is to be known about a photo; with `strict` raise InputError for what casts doubt on it."""
-    notes = (*doubts, *prepared.notes)
-    if strict and notes:
-        raise InputError("; ".join(notes), hint="--strict refuses this; without it, it is a note")
-    if on_progress is not None:
-        for note in notes:
-            on_progress(Progress(stage="prepare", note=note))
-        for remark in prepared.remarks:
-            on_progress(Progress(stage="prepare", remark=remark))

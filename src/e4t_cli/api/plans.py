@@ -10,9 +10,9 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from e4t_cli.api.options import (
     GenerateKeywords,
@@ -21,38 +21,43 @@ from e4t_cli.api.options import (
     PersonalizeOptions,
     PrepareKeywords,
 )
-from e4t_cli.api.personalization import preparation_target, prepare, resolve_mask
+from e4t_cli.api.personalization import preparation_target, prepare_all
+from e4t_cli.api.photos import PhotoSet, open_photos
 from e4t_cli.api.repetition import repeated
-from e4t_cli.api.resolve import (
+from e4t_cli.api.requests import (
     Prompts,
+    parse_prompts,
+    resolve_images,
+    resolve_sampling,
+    resolve_seeds,
+    resolve_tuning,
+)
+from e4t_cli.api.resolve import (
     check_addons,
     check_concept_base,
     find_concept_domain,
     find_weights,
     load_concept,
     needs_image_tower,
-    parse_prompts,
     prefers_half,
     resolve_base,
     resolve_base_name,
     resolve_domain,
     resolve_domain_base,
     resolve_domain_weights,
-    resolve_images,
-    resolve_sampling,
-    resolve_seeds,
-    resolve_tuning,
 )
 from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.devices import choose_device, likely_accelerator
-from e4t_cli.errors import WeightsUnavailable
+from e4t_cli.errors import WeightsUnavailable, printable
+from e4t_cli.hub.addons import Addon
 from e4t_cli.hub.bases import EMBEDDED, PUBLISHED, Base
 from e4t_cli.hub.image_tower import missing_bytes
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import find_cached_base, look_up_base
-from e4t_cli.images.loading import ImageInput, open_image, read_bytes
+from e4t_cli.hub.tuned_files import allowed_bytes
+from e4t_cli.hub.vae import fetch_addons, wanted_source
+from e4t_cli.images.loading import ImageInput, ImageInputs, read_bytes
 from e4t_cli.images.png_metadata import read_records
-from e4t_cli.images.preparation import prepare_photo
 from e4t_cli.prompts import PLACEHOLDER, Prompt, check_placeholder
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.discovery import user_domain
@@ -83,7 +88,7 @@ MEMORY = {
 
 
 def plan_personalization(
-    domain: str | os.PathLike[str] | Domain, image: ImageInput, prompts: Prompts = (), *,
+    domain: str | os.PathLike[str] | Domain, image: ImageInputs, prompts: Prompts = (), *,
     num_images_per_prompt: int = 1, seed: int | Sequence[int] | None = None,
     sampling: SamplingConfig | Mapping[str, Any] | None = None, placeholder: str = PLACEHOLDER,
     **options: Unpack[PersonalizeKeywords],
@@ -98,20 +103,21 @@ def plan_personalization(
     seeds = resolve_seeds(seed, num_images_per_prompt)
     wanted = resolve_images(prompts, parsed, resolve_sampling(sampling), count=num_images_per_prompt, seeds=seeds)
     value, _ = resolve_domain(domain)
-    photo = open_image(image)
-    mask = resolve_mask(asked.mask, photo)
+    photos = open_photos(image, asked.mask)
+    asked, vae = _find_addons(asked)
     asked.addons.check()
-    base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base))
+    base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base), vae=vae)
     target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
     if value.prepare is not None and (target.which != "largest" or target.required):
         with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched: nobody knows
-            prepare_photo(value, photo, mask, target, masked=value.tuning.mask)
+            for photo in photos:
+                photo.prepare(value, target, masked=value.tuning.mask)
     config = resolve_tuning(base.tuning, asked.tuning, asked.tune_steps)
     return {
         "type": "plan",
         "domain": value.name,
         "descriptor": value.descriptor,
-        "photo": {"width": photo.image.width, "height": photo.image.height},
+        **_sizes(photos),
         "prompts": len(parsed),
         **base.cost(wanted, config),
         "tuning": asdict(config),
@@ -119,19 +125,23 @@ def plan_personalization(
 
 
 def plan_preparation(
-    domain: str | os.PathLike[str] | Domain, image: ImageInput, **options: Unpack[PrepareKeywords]
+    domain: str | os.PathLike[str] | Domain, image: ImageInputs, **options: Unpack[PrepareKeywords]
 ) -> dict[str, Any]:
-    """Return what `prepare`, with these arguments, would do, as plain values; nothing is fetched.
+    """Return what `prepare_all`, with these arguments, would do, as plain values; nothing is fetched.
 
     Raises:
-        E4TError: as `prepare`, without what a parser that is not here would find.
+        E4TError: as `prepare_all`, without what a parser that is not here would find.
     """
     options["offline"] = True
     with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched
-        prepare(domain, image, **options)
-    photo, (value, _) = open_image(image), resolve_domain(domain)
-    size = {"width": photo.image.width, "height": photo.image.height}
-    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, "photo": size, "prompts": 0}
+        prepare_all(domain, image, **options)
+    photos, (value, _) = open_photos(image, options.get("mask", "auto")), resolve_domain(domain)
+    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, **_sizes(photos), "prompts": 0}
+
+
+def _sizes(photos: PhotoSet) -> dict[str, Any]:
+    """Return the size of the photo, or those of several, in pixels."""
+    return {"photo": photos.sizes[0]} if len(photos) == 1 else {"photos": photos.sizes}
 
 
 def plan_generation(
@@ -153,14 +163,43 @@ def plan_generation(
     concept = load_concept(concept)
     parsed = parse_prompts(prompts, placeholder or concept.placeholder)
     wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
-    check_addons(concept, asked, records)
+    asked, vae = _find_addons(asked, concept.addons)
+    if vae:  # nobody knows whether it is the concept's before it is fetched
+        others = tuple(one for one in concept.addons if one.kind != "vae")
+        check_addons(replace(concept, addons=others), asked, records)
+    else:
+        check_addons(concept, asked, records)
     check_concept_base(concept, asked.base)
     value = find_concept_domain(concept.domain, concept.package)
     if asked.base == "auto":
         asked = replace(asked, base=concept.base_name)
-    base = _Base(asked, value, wanted, tower=False, domain_base=concept.domain_base)
-    tuning = concept.config.replace(steps=0) if concept.weights else concept.config
-    return {"type": "plan", "domain": value.name, "prompts": len(parsed), **base.cost(wanted, tuning)}
+    base = _Base(asked, value, wanted, tower=False, domain_base=concept.domain_base, vae=vae)
+    before = bool(concept.weights) or (bool(allowed_bytes()) and _is_tuned(concept))
+    tuning = concept.config.replace(steps=0) if before else concept.config
+    about = {"type": "plan", "domain": value.name, "prompts": len(parsed), "tuned_before": before}
+    return {**about, **base.cost(wanted, tuning)}
+
+
+def _is_tuned(concept: Concept) -> bool:
+    from e4t_cli.formats.tuned_cache import is_tuned
+
+    return is_tuned(concept)
+
+
+_Options = TypeVar("_Options", bound=GenerateOptions)
+
+
+def _find_addons(options: _Options, recorded: Iterable[Addon] = ()) -> tuple[_Options, str]:
+    """Return the options with a VAE of the hub that is here, or without it and its name, if it would be fetched."""
+    source = wanted_source(options.addons, recorded)
+    if not source or not isinstance(options.base, str | os.PathLike):
+        return options, ""
+    try:
+        return replace(options, addons=fetch_addons(options.addons, HubAccess(offline=True), recorded)), ""
+    except WeightsUnavailable:
+        if HubAccess(offline=options.offline).cut_off:
+            raise
+        return replace(options, addons=replace(options.addons, vae_source="")), source
 
 
 class _Base:
@@ -179,6 +218,7 @@ class _Base:
         *,
         tower: bool,
         domain_base: str,
+        vae: str = "",
     ) -> None:
         access = Session(options, vram=options.vram, safety=options.safety_checker).access
         half = prefers_half(options.device, options.dtype)
@@ -205,6 +245,9 @@ class _Base:
         else:
             model: TextToImageModel = options.base
             self.name, self.resolution, schedule = model.base.name, model.resolution, model.noise_schedule.config
+        if vae:
+            self.to_fetch.append(f"the VAE {printable(vae)}")
+            self.download = None
         for one in wanted:
             one.sampling.check_schedule(schedule)
         if options.device not in ("auto", "cpu"):

@@ -26,8 +26,9 @@ from e4t_cli.api.pretraining_setup import (
 )
 from e4t_cli.api.resolve import base_name, resolve_base
 from e4t_cli.api.session import Session
+from e4t_cli.datasets.held_out import hold_out
 from e4t_cli.datasets.reader import ImageReader
-from e4t_cli.datasets.sources import ImageSource, find_source, hold_out
+from e4t_cli.datasets.sources import ImageSource, find_source
 from e4t_cli.files import holds_only, put_in_place, sha256_of, staging_directory, sync_tree, write_atomically
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.images.loading import ImageInput

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from e4t_cli.api.options import DomainTrainingOptions
-from e4t_cli.api.resolve import NEW_PRETRAINING, NEW_TUNING, refuse_addons
+from e4t_cli.api.requests import NEW_PRETRAINING, NEW_TUNING
+from e4t_cli.api.resolve import refuse_addons
 from e4t_cli.datasets.reader import ImageReader
 from e4t_cli.datasets.sources import ImageSource, IterableSource, MapStyleSource, SinglePassSource
 from e4t_cli.errors import E4TError, ResourceError, UsageError, WeightsUnavailable, printable

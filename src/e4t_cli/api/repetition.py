@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from e4t_cli.api.resolve import Prompts, prompt_requests
+from e4t_cli.api.requests import Prompts, prompt_requests
+from e4t_cli.hub.addons import Addon
 from e4t_cli.images.png_metadata import GenerationRecord, package_versions
 from e4t_cli.prompts import PromptRequest
 
@@ -57,12 +58,12 @@ def other_circumstances(record: GenerationRecord, concept: Concept) -> str:
     """
     tuning = json.loads(json.dumps({**concept.config.as_dict(), "seed": concept.seed}))
     compared = {
-        "photo": (record.photo_sha256, concept.image_sha256),
+        "photo": ((record.photo_sha256, *record.other_photos_sha256), concept.photos_sha256),
         "base": (record.base_fingerprint, concept.base_fingerprint),
         "domain weights": (record.weights_fingerprint, concept.weights_digest),
         "LoRAs or VAE": (
-            [one for one in record.addons if one.get("kind") != "embedding"],
-            [one.as_dict() for one in concept.addons],
+            [one.identity for one in map(Addon.from_dict, record.addons) if one.kind != "embedding"],
+            [one.identity for one in concept.addons],
         ),
         "tuning": (dict(record.tuning), tuning),
     }

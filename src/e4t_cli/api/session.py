@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,7 @@ from e4t_cli.api.options import ImageCallback, RunOptions
 from e4t_cli.devices import (
     DTYPES,
     budget_of,
+    check_device,
     choose_device,
     choose_dtype,
     limited_memory,
@@ -29,6 +31,8 @@ from e4t_cli.errors import ResourceError, UsageError, printable
 from e4t_cli.hub.addons import Addon, BaseAddons
 from e4t_cli.hub.bases import Base
 from e4t_cli.hub.paths import HubAccess
+from e4t_cli.hub.tuned_files import allowed_bytes
+from e4t_cli.hub.vae import fetch_addons
 from e4t_cli.hub.vocabulary import read_vocabulary, words_of
 from e4t_cli.images.png_metadata import GenerationRecord
 from e4t_cli.images.results import GeneratedImage, Personalization, Timings
@@ -40,11 +44,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from e4t_cli.formats.concept import Concept
+    from e4t_cli.formats.tuned_cache import CacheEntry
     from e4t_cli.models.denoiser import TunedModel
     from e4t_cli.models.domain_weights import DomainWeights
     from e4t_cli.models.loading import SafetyChecker
     from e4t_cli.models.text_to_image import TextToImageModel
+    from e4t_cli.nn.precision import PrecisionPolicy
     from e4t_cli.schedulers import SamplingConfig
+    from e4t_cli.training.memory import Plan
 
 LISTED = 8  # words in one note
 
@@ -91,6 +98,7 @@ def record_of(
         timestep_spacing=spacing, domain=concept.domain, domain_base=concept.domain_base,
         base=concept.base_name, base_fingerprint=concept.base_fingerprint,
         weights_fingerprint=concept.weights_digest, photo_sha256=concept.image_sha256,
+        other_photos_sha256=list(concept.others_sha256),
         tuning={**concept.config.as_dict(), "seed": concept.seed}, addons=[one.as_dict() for one in addons],
     )  # fmt: skip
 
@@ -124,8 +132,10 @@ class Session:
         if options.dtype != "auto" and options.dtype not in DTYPES:
             hint = f"one of {', '.join(['auto', *DTYPES])}"
             raise UsageError(f"there is no dtype {printable(options.dtype)!r}", hint=hint)
+        check_device(options.device)
         if vram != "auto":
             budget_of(vram)
+        allowed_bytes()  # raises if the environment has no number
         self.options = replace(options, on_progress=self.report)
         accept = options.accept_license
         self.access = HubAccess(offline=options.offline, accept_license=accept, on_progress=self.report)
@@ -176,8 +186,7 @@ class Session:
             read_ahead(base.folder)
         check_addresses()
         with self.stage("imports", counted=True), memory_errors(), without_collection():
-            import e4t_cli.sampling
-            import e4t_cli.training.tuning  # noqa: F401
+            import e4t_cli.sampling  # noqa: F401
         with memory_errors(), quiet_libraries, self._limits:
             yield
 
@@ -221,6 +230,17 @@ class Session:
                     self.pretrained.check_base(self.model)
                 self._check_words()
         self.report(Progress(stage="load", done=1, total=1))
+
+    def find_addons(self, recorded: Iterable[Addon] = ()) -> None:
+        """Check the files of the add-ons, and fetch a VAE of the hub: also that of a concept, among the `recorded`.
+
+        Raises:
+            E4TError: a file is no add-on, or the VAE is none or cannot be fetched.
+        """
+        if isinstance(self.options.base, str | os.PathLike):
+            addons = fetch_addons(self.options.addons, self.access, recorded)
+            self.options = replace(self.options, addons=addons)
+        self.options.addons.check()
 
     def _add(self, addons: BaseAddons) -> None:
         from e4t_cli.formats.addons import apply_addons
@@ -289,35 +309,76 @@ class Session:
             one.sampling.check_schedule(self.model.noise_schedule.config)
 
     def tune(self, concept: Concept, *, keep_base: bool = False) -> TunedModel:
-        """Tune on the concept's image with its config and seed, in the memory that is available.
+        """Tune on the concept's images with its config and seed, in the memory that is available.
 
-        Unless `keep_base`, the U-Net of a model that was loaded for this request becomes the tuned one: no copy.
+        A tuning that was computed before is read from the cache, unless the model is the caller's: that may have been
+        changed. Without `keep_base` the U-Net of a model that was loaded for this request becomes the tuned one, which
+        spares a copy.
         """
         from e4t_cli.nn.precision import PrecisionPolicy
         from e4t_cli.training.memory import plan_tuning
         from e4t_cli.training.optim import has_eight_bit
-        from e4t_cli.training.tuning import TuningOptions, tune
 
         model, device = self.model, self.model.device
         consume = self._owns_model and not keep_base
         if self._owns_model:
-            model.release_tower()  # the photo is encoded by now
-        half = PrecisionPolicy.resolve(device, model.dtype, self.autocast).half
+            model.release_tower()  # the photos are encoded by now
+        policy = PrecisionPolicy.resolve(device, model.dtype, self.autocast)
         plan = plan_tuning(
             model, self.pretrained, concept.config,
-            vram=self.vram, consume=consume, half=half, eight_bit=has_eight_bit(device),
+            vram=self.vram, consume=consume, half=policy.half, eight_bit=has_eight_bit(device),
         )  # fmt: skip
+        entry = self._cache_entry(concept, plan, policy) if self._owns_model and allowed_bytes() else None
+        if entry is not None and (found := self._tuned_before(entry, concept)) is not None:
+            if consume:
+                model.unet = found.unet
+            return found
         self.report(Progress(stage="tune", detail=plan.summary()))
         if plan.peak > plan.budget:
             needed = plan.summary().partition(": ")[2]
             less = "" if concept.config.method == "lora" else "; --tuning lora needs less"
             self.note("tune", f"memory may not suffice: {needed}{less}")
+        return self._tune_anew(concept, plan, entry, consume=consume)
+
+    def _tune_anew(self, concept: Concept, plan: Plan, entry: CacheEntry | None, *, consume: bool) -> TunedModel:
+        with self.stage("imports", counted=True), without_collection():
+            from e4t_cli.training.tuning import TuningOptions, tune
+
+        notes: list[str] = []
+
+        def report(event: Progress) -> None:
+            notes.extend([event.note] if event.note else [])
+            self.report(event)
+
         with self.stage("tune", counted=True):
-            return tune(
-                model, self.pretrained, concept.prepared, concept.config,
-                seed=concept.seed, image_features=concept.image_features, on_progress=self.report,
+            tuned = tune(
+                self.model, self.pretrained, concept.photos, concept.config,
+                seed=concept.seed, image_features=concept.image_features, on_progress=report,
                 options=TuningOptions(plan=plan, consume=consume, autocast=self.autocast),
             )  # fmt: skip
+        # One with a note is not kept: the note would be missing the next time, and where memory ran out, the tuning
+        # went on in another way than planned.
+        if entry is not None and not notes and (reason := entry.store(tuned)):
+            self.report(Progress(stage="tune", detail=f"the tuned weights are not kept in the cache: {reason}"))
+        return tuned
+
+    def _cache_entry(self, concept: Concept, plan: Plan, policy: PrecisionPolicy) -> CacheEntry | None:
+        """Return the entry of the cache for a tuning of a model that was loaded for this request."""
+        from e4t_cli.formats.tuned_cache import CacheEntry
+
+        way = asdict(plan.replace(peak=0, budget=0))  # what was free does not matter
+        return CacheEntry.of(
+            concept, self.model, {"plan": way, "policy": {name: str(value) for name, value in vars(policy).items()}}
+        )
+
+    def _tuned_before(self, entry: CacheEntry, concept: Concept) -> TunedModel | None:
+        begun = time.perf_counter()
+        found = entry.load(concept, self.model, self.pretrained)
+        if found is not None:
+            with self.stage("tune"):
+                self.report(Progress(stage="tune", detail="tuned before: the weights are those in the cache"))
+            self.seconds["tune"] += time.perf_counter() - begun
+        return found
 
     def generate(
         self,

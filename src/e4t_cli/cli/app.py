@@ -23,6 +23,8 @@ import typer
 
 from e4t_cli import __version__
 from e4t_cli.cli import cache, console, doctor, domains, export, faces, info, lazy_packages, personalize, pretrain
+from e4t_cli.cli.photo_arguments import PhotoCommand
+from e4t_cli.cli.terminal import show_cursor
 from e4t_cli.errors import E4TError, ResourceError, UsageError
 from e4t_cli.files import file_error
 from e4t_cli.system_memory import memory_ran_out, out_of_memory
@@ -40,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     invoke_without_command=True,
 )
-app.command("personalize", epilog=personalize.EXAMPLES)(personalize.personalize)
+app.command("personalize", cls=PhotoCommand, epilog=personalize.EXAMPLES)(personalize.personalize)
 app.command("generate", epilog=personalize.GENERATE_EXAMPLES)(personalize.generate)
 app.command("faces", epilog=faces.EXAMPLES)(faces.faces)
 app.command("export", epilog=export.EXAMPLES)(export.export)
@@ -204,7 +206,7 @@ def _stop_signals() -> Iterator[list[int]]:
     def stop(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
         if len(arrived) > 1:
-            console.show_cursor()
+            show_cursor()
             os._exit(128 + number)  # files are renamed into place: nothing can be torn
         request = console.current().stop
         if request is not None and request.ask():

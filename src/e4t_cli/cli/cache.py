@@ -59,7 +59,8 @@ def list_items(json: Json = False) -> None:
         for item in found:
             console.details(item.name, {"type": "cached", **item.as_dict()})
         return None
-    rows = [(item.name, item.kind, shown_size(item.size), str(item.path)) for item in found]
+    kinds = [f"{item.count} {item.kind}" if item.count > 1 else item.kind for item in found]
+    rows = [(item.name, kind, shown_size(item.size), str(item.path)) for item, kind in zip(found, kinds, strict=True)]
     if rows:
         console.table(("name", "kind", "size", "path"), rows)
     total = sum(item.size for item in found)
@@ -87,8 +88,8 @@ def verify(json: Json = False, quiet: Quiet = False) -> None:
 def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
     """Remove partial downloads, what killed commands left, and other files that are not needed.
 
-    These are also files that have a smaller copy, and checkpoints of pre-trainings to which nothing was written for
-    30 days.
+    These are also files that have a smaller copy, checkpoints of pre-trainings to which nothing was written for 30
+    days, and tuned concepts that were not used for as long.
     """
     console = terminal.start(json=json, quiet=quiet)
     from e4t_cli.hub import cache as hub_files
@@ -105,7 +106,10 @@ def prune(yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
 
 @app.command("rm")
 def remove(names: Names, yes: Yes = False, json: Json = False, quiet: Quiet = False) -> None:
-    """Remove downloaded repositories, also for other programs that use the hub's cache."""
+    """Remove downloaded repositories, also for other programs that use the hub's cache, or derived files.
+
+    `tuned` is the weights of all concepts that were tuned here.
+    """
     console = terminal.start(json=json, quiet=quiet)
     from e4t_cli.hub import cache as hub_files
 
@@ -134,12 +138,12 @@ def complete_wanted(incomplete: str) -> list[str]:
 
 Wanted = Annotated[list[str], typer.Argument(
     metavar="DOMAIN|BASE", autocompletion=complete_wanted,
-    help="face, …; sd14, sd15, sd21-base, sd21; OWNER/NAME of the hub.")]  # fmt: skip
+    help="face, …; sd14, sd15, sd21-base, sd21; OWNER/NAME of the hub, a base or a VAE.")]  # fmt: skip
 
 
 @options.grouped
 def fetch(wanted: Wanted, run: options.RunFlags, flags: options.TerminalFlags) -> None:
-    """Download bases and domains, complete and verified.
+    """Download bases, VAEs and domains, complete and verified.
 
     What is in the cache of the Hugging Face hub is not downloaded again, unless it is damaged. A
     domain comes with its base, and with the networks it prepares photos with. The folders go to
@@ -160,13 +164,17 @@ def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options
     from e4t_cli.api.resolve import (
         check_weights,
         fetch_named_base,
+        find_weights,
+        name_before_fetching,
         needs_image_tower,
         prefers_half,
         resolve_base_name,
         resolve_domain_weights,
     )
     from e4t_cli.hub.bases import hub_location
+    from e4t_cli.hub.repo_info import get_repo_info
     from e4t_cli.hub.single_file import is_file_name
+    from e4t_cli.hub.vae import fetch_vae, is_only_vae
     from e4t_cli.images.preparation import snapshot_downloader
     from e4t_cli.registry.discovery import find_domain
 
@@ -175,6 +183,15 @@ def _fetch(console: terminal.Console, access: HubAccess, name: str, run: options
         domain = find_domain(name)
         place = resolve_base_name(run.base, access, domain=domain, device=run.device)
         check_weights(domain, place)
+        if own := name_before_fetching(place, access):
+            find_weights(domain, own)
+    if domain is None and (address := hub_location(name)) is not None and name not in PUBLISHED:
+        info = get_repo_info(address.repository, address.revision or None, access)
+        if info is not None and is_only_vae([file.path for file in info.files]):
+            folder = fetch_vae(name, access, repair=True)
+            record = {"type": "vae", "name": address.repository, "revision": folder.name, "path": str(folder)}
+            console.product(str(folder), record)
+            return
     half, tower = prefers_half(run.device, run.dtype), needs_image_tower(domain, place)
     found = fetch_named_base(place, access, half=half, tower=tower, repair=True)
     path = str(found.folder)

@@ -126,7 +126,7 @@ Dtype = Annotated[str, device_option(
 Vram = Annotated[str, device_option(
     envvar="E4T_VRAM", metavar="GB|auto", help="Memory limit: 6, 8, 12, … or auto.")]
 Vae = Annotated[str | None, images_option(
-    metavar="FILE|FOLDER", help="A VAE instead of the base's: .safetensors, or a folder of diffusers.")]
+    metavar="VAE", help="Instead of the base's VAE: a .safetensors, a folder of diffusers, or OWNER/NAME of the hub.")]
 Threads = Annotated[int, device_option(
     metavar="N", envvar="E4T_THREADS", min=0, show_default=False, is_eager=True, callback=_set_threads,
     help="CPU threads; default: the cores that are free.")]
@@ -269,12 +269,13 @@ class PersonalizeFlags(GenerateFlags):
     domain_base: Annotated[str | None, images_option(
         metavar="NAME", autocompletion=complete_base,
         help="Take the domain's weights for this base, as sd14, on another base of the same shapes.")] = None
-    mask: Annotated[str, photo_option(
-        metavar="MASK", help="The part of the photo that counts: auto, none, a FILE that is white there, "
-        "'words:a cat', or face-ellipse.")] = "auto"
+    mask: Annotated[list[str] | None, photo_option(
+        metavar="MASK", help="The part of the photo that counts: auto (the default), none, a FILE that is white "
+        "there, 'words:a cat', or face-ellipse. Repeated: one for each photo.")] = None
     face: Annotated[str, photo_option(
         metavar="WHICH",
-        help="Of several: largest, left, right, center, or a number from the left (`e4t faces`).")] = "largest"
+        help="Of several in one photo: largest, left, right, center, or a number from the left (`e4t faces`).")
+    ] = "largest"
     no_align: Annotated[bool, photo_option(
         "--no-align", help="Use the centre square; do not rotate and crop around the face.")] = False
     require_face: Annotated[bool, photo_option(
@@ -286,7 +287,7 @@ class PersonalizeFlags(GenerateFlags):
         """Return the keywords of `api.options.PhotoOptions`."""
         align = not self.no_align
         return {
-            "mask": self.mask, "align": align, "face": self.face, "require_face": self.require_face,
+            "mask": self.mask or "auto", "align": align, "face": self.face, "require_face": self.require_face,
             "strict": self.strict,
         }
 

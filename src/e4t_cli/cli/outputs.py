@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from e4t_cli.errors import E4TError, PartialResult, UsageError, printable
 from e4t_cli.files import write_atomically
 from e4t_cli.formats.recognition import recognize, todays_names
 from e4t_cli.images.png_metadata import png_bytes, read_metadata
-from e4t_cli.images.results import check_folder, write_free, write_new
+from e4t_cli.images.results import check_folder, free_names, write_free, write_new
 from e4t_cli.prompts import slug
 
 if TYPE_CHECKING:
@@ -106,15 +106,21 @@ class Written:
             raise UsageError(f"saved as {'; as '.join(self.elsewhere)}", hint="--force replaces what e4t wrote")
 
 
-def check_distinct(output: PersonalizeOutputFlags) -> None:
-    """Raise UsageError if two outputs have one name, or one is a file in whose place another needs a folder."""
+def check_distinct(output: PersonalizeOutputFlags, *, photos: int = 1) -> None:
+    """Raise UsageError if two outputs have one name, or one is a file in whose place another needs a folder.
+
+    Args:
+        photos: how many `--save-prepared` is for.
+    """
     prepared = output.save_prepared
     named: list[tuple[str, Path | None, bool]] = [("-o", output.out, _names_file(output.out))]
     named += [("--save", output.save, True)]
     if prepared is not None:
         is_file = bool(prepared.suffix) and not os.path.isdir(prepared)
-        named += [("--save-prepared", prepared, is_file)]
-        named += [("the mask of --save-prepared", _mask_of(prepared), True)] if is_file else []
+        files = itertools.islice(free_names(prepared), photos if is_file else 1)
+        for path in files:
+            named += [("--save-prepared", path, is_file)]
+            named += [("the mask of --save-prepared", _mask_of(path), True)] if is_file else []
     places = [(option, Path(os.path.abspath(path)), is_file) for option, path, is_file in named if path is not None]
     for (one, first, is_file), (other, second, also_file) in itertools.combinations(places, 2):
         same = first == second and (is_file or also_file)
@@ -124,11 +130,12 @@ def check_distinct(output: PersonalizeOutputFlags) -> None:
 
 
 class PreparedSaver:
-    """Saves a prepared image and, in a second file, its mask; prints both paths.
+    """Saves prepared images and, in a second file each, their masks; prints the paths.
 
     Args:
-        path: a folder, or the name of a PNG file; the mask's file has "-mask" in its name.
-        photo: as it was given on the command line; names the files in a folder.
+        path: a folder, where files have the photos' names; or the name of a PNG file, the second photo's with "-2".
+            A mask's file has "-mask" in its name.
+        photos: as they were given on the command line.
         force: replace what e4t wrote there before.
         create: make the folder now.
 
@@ -137,24 +144,28 @@ class PreparedSaver:
     """
 
     def __init__(
-        self, console: Console, written: Written, path: Path, photo: str, *, force: bool, create: bool
+        self, console: Console, written: Written, path: Path, photos: Sequence[str], *, force: bool, create: bool
     ) -> None:
         self.console, self.written, self.force = console, written, force
         self.file = None if os.path.isdir(path) or not path.suffix else path
         self.folder = path if self.file is None else path.parent
-        self.stem = f"{slug('photo' if photo == '-' else Path(photo).stem, limit=40)}-prepared"
         if self.file is not None:
             if self.file.suffix.lower() != ".png":
                 raise UsageError(f"{printable(str(path))} is not the name of a PNG file", hint="such as face.png")
-            for file in (self.file, _mask_of(self.file)):
-                self._user_file(file).check(create=create)
+            for file in itertools.islice(free_names(self.file), len(photos)):
+                for one in (file, _mask_of(file)):
+                    self._user_file(one).check(create=create)
+            self.names = free_names(self.file)
         else:
             check_folder(self.folder, create=create)
 
     def __call__(self, prepared: PreparedImage) -> None:
-        """Save the image and its mask."""
+        """Save an image and its mask."""
         data = png_bytes(prepared.image, None)
-        image = write_new(self.folder, self.stem, data) if self.file is None else self._write(self.file, data)
+        if self.file is None:
+            image = write_new(self.folder, f"{slug(prepared.name or 'photo', limit=40)}-prepared", data)
+        else:
+            image = self._write(next(self.names), data)
         record = {"type": "prepared", "path": str(image)}
         mask_file = self._user_file(_mask_of(image))
         if prepared.mask is None:

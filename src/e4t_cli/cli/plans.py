@@ -23,6 +23,8 @@ def print_plan(console: Console, plan: dict[str, Any], out: Path) -> None:
     if seconds:
         total = _shown_time(seconds["tune"] + seconds["generate"])
         plan["time"] = f"about {total}, as measured on {seconds['on']}, without loading"
+    if (before := plan.pop("tuned_before", None)) is not None:
+        plan["tuning"] = "tuned before: no tuning" if before else "again, to the same bits"
     lines = {key.replace("_", " "): value for key, value in plan.items() if key != "type"}
     return console.details("plan", lines)
 

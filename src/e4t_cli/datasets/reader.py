@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
@@ -11,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -20,8 +23,9 @@ import PIL
 from PIL import Image
 
 from e4t_cli.datasets.sources import ImageItem
-from e4t_cli.errors import InputError, UsageError, printable
+from e4t_cli.errors import InputError, IntegrityError, UsageError, WeightsUnavailable, printable
 from e4t_cli.files import write_atomically
+from e4t_cli.hub.bases import EMBEDDED
 from e4t_cli.registry.domain import Domain, PreparationTarget, PreparedImage
 
 SIGNATURE = 8 + 4 * 4 * 3  # bytes of a signature
@@ -30,6 +34,7 @@ REMEMBERED = 2_000_000  # images among which exact duplicates are searched
 FEW = 100  # with fewer images a domain tends to overfit to them
 _BITS, _COLOUR, _NOISE = 3, 12, 4
 _BUCKET = 32  # of images that agree in a band, the first ones stand for all
+MISSING = "missing"
 _NAMED = 10_000  # of the images left out; more are only counted
 
 
@@ -132,7 +137,27 @@ class ImageReader:
         """Identifies what decodes an image and what preparation does to it, also when a domain's author changes it."""
         heic = "heic" if find_spec("pi_heif") else ""  # such a file is bad until its package is installed
         target = f"{self.target.size} {self.target.mask} {self.target.align}"
-        return f"{_function_key(self.domain)} {target} Pillow {PIL.__version__} {heic}"
+        key = f"{_function_key(self.domain)} {target} Pillow {PIL.__version__} {heic}"
+        return " ".join([key, *(f"{name} {state}" for name, state in self.networks.items())])
+
+    @cached_property
+    def networks(self) -> dict[str, str]:
+        """What the domain's preparation uses where it is here: name → commit or version, or "missing".
+
+        The networks of the domain, which are fetched now if they can be, and OpenCV, with which one of them detects
+        faces. The bases of this package have parts of their own for both.
+        """
+        wanted = self.domain.networks if self.domain.prepare is not None else ()
+        if not wanted or self.target.base in EMBEDDED:
+            return {}
+        found = {repository: self._commit(repository) for repository in wanted}
+        return {**found, "OpenCV": _opencv_version()}
+
+    def _commit(self, repository: str) -> str:
+        with contextlib.suppress(WeightsUnavailable, IntegrityError):
+            if self.target.fetch is not None:
+                return self.target.fetch(repository).name
+        return MISSING
 
     def prepare(self, item: ImageItem) -> PreparedImage | str:
         """Return the prepared image, or why it cannot be used; raise InputError instead if `strict` is set."""
@@ -223,6 +248,17 @@ class ImageReader:
         return _named(*min(self.left_out.items()))
 
 
+def _opencv_version() -> str:
+    """Return the version of OpenCV, of whichever distribution it is; importing it would take a second."""
+    if find_spec("cv2") is None:
+        return MISSING
+    versions = set()
+    for name in packages_distributions().get("cv2", ()):
+        with contextlib.suppress(PackageNotFoundError):
+            versions.add(version(name))
+    return "+".join(sorted(versions)) or "unknown"
+
+
 def _line(name: str, reason: str) -> str:
     return f"{printable(name)}\t{reason}\n"
 
@@ -236,9 +272,14 @@ def _function_key(domain: Domain) -> str:
     if domain.prepare is None:
         return "centre"
     function = inspect.unwrap(domain.prepare)
-    name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
+    module = getattr(function, "__module__", None) or "?"
+    name = f"{module}.{getattr(function, '__qualname__', '?')}"
     try:
         source = Path(inspect.getsourcefile(function) or "")
-        return f"{name} {hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+        digest = hashlib.sha256(source.read_bytes())
+        # What it imports from its own package decides as much.
+        for path in sorted(source.parent.glob("*.py")) if "." in module else ():
+            digest.update(path.read_bytes())
+        return f"{name} {digest.hexdigest()[:16]}"
     except (TypeError, OSError):  # typed into an interpreter: the name identifies nothing
         return f"{name} {secrets.token_hex(8)}"

@@ -57,7 +57,7 @@ def apply_addons(
     first = model.text_encoder.get_input_embeddings().num_embeddings
     model.words = AddedWords(vectors, first) if vectors else NO_WORDS
     if addons.vae is not None:
-        _replace_vae(model, addons.vae)
+        _replace_vae(model, addons.vae, printable(addons.vae_source or str(addons.vae)))
 
 
 def read_vectors(file: EmbeddingFile, model: TextToImageModel) -> Tensor:
@@ -80,8 +80,8 @@ def read_vectors(file: EmbeddingFile, model: TextToImageModel) -> Tensor:
     return vectors.to(model.device)
 
 
-def _replace_vae(model: TextToImageModel, given: Path) -> None:
-    path, shown = vae_file(given), printable(str(given))
+def _replace_vae(model: TextToImageModel, given: Path, shown: str) -> None:
+    path = vae_file(given)
     if os.path.isdir(given):
         vae = load_part(AutoencoderKL, path.parent, model.device, model.dtype)
         ours, theirs = model.vae.config, vae.config

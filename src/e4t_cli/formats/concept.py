@@ -1,8 +1,10 @@
 """A concept: one personalized subject, and its `.e4t` file.
 
-The prepared image, its image features (so that no image tower is needed again), the config and the seed are enough to
-repeat the tuning bit for bit, in seconds. The tuned weights can be stored too, which saves those seconds. The file is
-a safetensors file with JSON in its header. Reading is strict: no entry missing or unknown, every value finite.
+The prepared images, their image features (so that no image tower is needed again), the config and the seed are enough
+to repeat the tuning bit for bit, in seconds. The tuned weights can be stored too, which saves those seconds. The file
+is a safetensors file with JSON in its header. Reading is strict: no entry missing or unknown, every value finite.
+
+The file of one photo has schema 1, as ever. Schema 2 has several: `image.1`, `mask.1`, … beside `image` and `mask`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from e4t_cli.nn.adapters import merge_lora
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.registry.domain import PreparedImage, check_name
 
-SCHEMA = 1
+SCHEMA, SCHEMA_OF_SEVERAL = 1, 2
 # Entries of the header; their values are text, but for the seed.
 _REQUIRED = (
     "domain", "descriptor", "base_name", "base_fingerprint", "pack_digest", "seed", "image_sha256", "placeholder",
@@ -51,10 +53,12 @@ class Concept:
     Args:
         domain, descriptor, weights_digest: whose encoder encoded the image.
         base_name, base_fingerprint: the base it was tuned on.
-        prepared: the square image and its mask.
-        image_features: by the domain's encoder (vectors, width), float32.
+        prepared: the square image and its mask, of the first photo.
+        others: those of further photos of the same subject.
+        image_features: by the domain's encoder (vectors, width), float32; of several photos their mean.
         config, seed: of the tuning.
         image_sha256: of the user's file, "" if there was none.
+        others_sha256: of the other photos' files.
         placeholder: the concept's token in prompts.
         photo: what preparation found in the photo and changed, such as "1 face, turned 4°".
         package: the distribution that the domain came with, "user" for a user domain, or "".
@@ -79,6 +83,22 @@ class Concept:
     domain_base: str = ""
     addons: Sequence[Addon] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Sequence[PreparedImage] = ()
+    others_sha256: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.others) != len(self.others_sha256):
+            raise ValueError("each of the other photos has a SHA-256, and each SHA-256 a photo")
+
+    @property
+    def photos(self) -> tuple[PreparedImage, ...]:
+        """All photos that it is tuned on, at least one."""
+        return self.prepared, *self.others
+
+    @property
+    def photos_sha256(self) -> tuple[str, ...]:
+        """The SHA-256 of each photo's file."""
+        return self.image_sha256, *self.others_sha256
 
     def check(self, model: TextToImageModel, pretrained: DomainWeights) -> None:
         """Raise IntegrityError for another base or other domain weights than the concept was made with."""
@@ -154,14 +174,18 @@ class Concept:
         features = self.image_features.float().cpu()
         if torch.equal(features.half().float(), features):
             features = features.half()
-        tensors = {"image": torch.from_numpy(numpy.array(self.prepared.image)), "image_features": features}
-        if self.prepared.mask is not None:
-            tensors["mask"] = torch.from_numpy(numpy.array(self.prepared.mask))
+        tensors = {"image_features": features}
+        for number, photo in enumerate(self.photos):
+            suffix = f".{number}" if number else ""
+            tensors[f"image{suffix}"] = torch.from_numpy(numpy.array(photo.image))
+            if photo.mask is not None:
+                tensors[f"mask{suffix}"] = torch.from_numpy(numpy.array(photo.mask))
         tensors |= {f"weights.{key}": value for key, value in self.weights.items()}
         header = {
-            "schema": SCHEMA,
+            "schema": SCHEMA_OF_SEVERAL if self.others else SCHEMA,
             **{key: getattr(self, _FIELDS.get(key, key)) for key in _REQUIRED},
             **{key: getattr(self, key) for key in _OPTIONAL if getattr(self, key)},
+            **({"others_sha256": list(self.others_sha256)} if self.others else {}),
             **({"addons": [one.as_dict() for one in self.addons]} if self.addons else {}),
             "recipe": self.config.as_dict(),
         }
@@ -187,10 +211,14 @@ class Concept:
         if not isinstance(header, dict):
             raise ValueError("its header is no table")
         schema = header.pop("schema", None)
-        if type(schema) is not int or schema != SCHEMA:
+        if type(schema) is not int or schema not in (SCHEMA, SCHEMA_OF_SEVERAL):
             raise ValueError("its schema is unknown; a newer e4t may read it")
         config = TuningConfig.from_dict(header.pop("recipe"))
         addons = tuple(Addon.from_dict(one) for one in header.pop("addons", ()))
+        digests = header.pop("others_sha256") if schema == SCHEMA_OF_SEVERAL else []
+        listed = isinstance(digests, list) and all(isinstance(one, str) for one in digests)
+        if not listed or bool(digests) != (schema == SCHEMA_OF_SEVERAL):
+            raise ValueError("its photos are not listed as they should be")
         if set(header) - set(_OPTIONAL) != set(_REQUIRED):
             raise ValueError("its header has other entries than a concept's")
         check_name(header["domain"])
@@ -202,14 +230,22 @@ class Concept:
         for key, values in tensors.items():
             if values.is_floating_point() and not values.isfinite().all():
                 raise ValueError(f"{key} has numbers that are not finite")
-        mask = Image.fromarray(tensors.pop("mask").numpy()) if "mask" in tensors else None
-        prepared = PreparedImage(image=Image.fromarray(tensors.pop("image").numpy()), mask=mask)
+        prepared, *others = (_photo(tensors, f".{number}" if number else "") for number in range(1 + len(digests)))
         features = tensors.pop("image_features").float()
         if features.dim() != 2 or any(not key.startswith("weights.") for key in tensors):
             raise ValueError("it holds other tensors than a concept")
         weights = {key.removeprefix("weights."): value for key, value in tensors.items()}
         fields = {_FIELDS.get(key, key): value for key, value in header.items()}
-        return cls(prepared=prepared, image_features=features, config=config, weights=weights, addons=addons, **fields)
+        return cls(
+            prepared=prepared, others=tuple(others), others_sha256=tuple(digests), image_features=features,
+            config=config, weights=weights, addons=addons, **fields,
+        )  # fmt: skip
+
+
+def _photo(tensors: dict[str, Tensor], suffix: str) -> PreparedImage:
+    """Take one photo and its mask out of a file's tensors."""
+    mask = Image.fromarray(tensors.pop(f"mask{suffix}").numpy()) if f"mask{suffix}" in tensors else None
+    return PreparedImage(image=Image.fromarray(tensors.pop(f"image{suffix}").numpy()), mask=mask)
 
 
 def _unusable(path: Path, error: Exception) -> E4TError:

@@ -132,7 +132,7 @@ def _png(data: bytes, shown: str) -> Recognized:
     except InputError as error:
         raise InputError(f"{shown}: {error.message}", hint=error.hint) from error
     if found.details is None and found.parameters is None and not (found.ai_generated or found.by_e4t):
-        raise InputError(f"{shown} has no record of how it was made", hint=HINT)
+        raise InputError(f"{shown} is a PNG that has no record of how it was made", hint=HINT)
     width, height = (int.from_bytes(data[at : at + 4]) for at in (16, 20))
     facts = {"width": width, "height": height, "marked_as_generated": found.ai_generated}
     if found.details is None and found.by_e4t and not found.ai_generated:
@@ -187,14 +187,18 @@ def _tensors(path: Path, shown: str, facts: dict[str, Any]) -> Recognized:
 def _concept(header: str, shapes: Mapping[str, tuple[int, ...]], shown: str, facts: dict[str, Any]) -> Recognized:
     recorded = _object(header, shown)
     schema = recorded.get("schema")
-    if isinstance(schema, int) and schema > 1:
+    if isinstance(schema, int) and schema > 2:  # 1 has one photo, 2 several
         newer = f"{shown} was written by a newer e4t (schema {schema})"
         raise IntegrityError(newer, hint="pip install --upgrade e4t")
-    if len(shapes.get("image", ())) != 3 or "recipe" not in recorded:
+    whole = "recipe" in recorded and (schema != 2 or "image.1" in shapes)
+    if len(shapes.get("image", ())) != 3 or not whole:
         raise IntegrityError(f"{shown} is a damaged concept: it has no image, or not how it was tuned")
     height, width, _ = shapes["image"]
     kept = any(key.startswith("weights.") for key in shapes)
     facts |= {"image": {"width": width, "height": height, "masked": "mask" in shapes}}
+    if others := [key for key in shapes if re.fullmatch(r"image\.\d+", key)]:
+        facts["photos"] = 1 + len(others)
+        facts["masked_photos"] = sum(bool(re.fullmatch(r"mask(\.\d+)?", key)) for key in shapes)
     facts["weights"] = "kept" if kept else "made again by tuning"
     tuning = recorded.pop("recipe")
     return Recognized(type="concept", facts=facts, recorded={**recorded, "tuning": tuning})

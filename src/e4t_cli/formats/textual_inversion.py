@@ -1,7 +1,7 @@
 """A concept's word embedding, averaged over noise levels, in the file format of textual inversion.
 
 Departure: section 3.1 predicts e_c anew at every denoising step, which other programs cannot do. Here it is the mean
-over the noise levels of training, each of its own noisy latent of the photo; docs/mini.md: what the refinement adds.
+over the noise levels of training, each of its own noisy latent of a photo; docs/mini.md: what the refinement adds.
 
 Programs that read single-file weights keep word embeddings in another folder and use their file names as tokens, so
 the embedding is a second file beside the weights.
@@ -21,10 +21,10 @@ from torch import Tensor
 from e4t_cli.files import check_absent, rename_to_free_name, staging_directory, sync_tree
 from e4t_cli.formats.export_files import WRITER, embedding_path
 from e4t_cli.models.denoiser import TunedModel
+from e4t_cli.models.photos import Photos, as_sequence, encode_latents, photo_of_samples
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.randomness import draw
 from e4t_cli.nn.unet import down_and_mid, embed_latents, pooled_features
-from e4t_cli.registry.domain import PreparedImage
 
 NOISE_LEVELS = 16  # each in its own range of time steps, as in a step of tuning
 
@@ -38,9 +38,9 @@ class ConceptEmbedding(NamedTuple):
 
 @torch.no_grad()
 def mean_concept_embedding(
-    model: TextToImageModel, tuned: TunedModel, prepared: PreparedImage, *, seed: int = 0
+    model: TextToImageModel, tuned: TunedModel, prepared: Photos, *, seed: int = 0
 ) -> ConceptEmbedding:
-    """Return the mean of e_c over noise levels of the photo that `tuned` was tuned on."""
+    """Return the mean of e_c over noise levels of the photo, or photos, that `tuned` was tuned on."""
     if not tuned.encoder.reads_unet:
         return ConceptEmbedding(embedding=tuned.embedding(None)[0], variation=0.0)
     unet = tuned.unet
@@ -48,7 +48,9 @@ def mean_concept_embedding(
     levels, steps = range(NOISE_LEVELS), model.train_timesteps
     draws = draw(seed, 0, levels, batch_size=NOISE_LEVELS, train_timesteps=steps, shape=model.latent_shape)
     draws = draws.to(model.device)
-    z_0 = model.posterior(model.pixels([prepared.image])).sample(draws.posterior)
+    photos = as_sequence(prepared)
+    which = photo_of_samples(seed, 0, photos=len(photos), batch_size=NOISE_LEVELS).to(model.device)
+    z_0 = encode_latents(model, photos)[which].sample(draws.posterior)
     z_t = model.add_noise(z_0, draws.epsilon, draws.timesteps).to(unet.dtype)
     empty_prompt = model.uncond_embeds.to(z_t.dtype)
     features = []

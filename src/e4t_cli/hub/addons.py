@@ -24,11 +24,13 @@ from e4t_cli.errors import InputError, IntegrityError, UsageError, printable
 from e4t_cli.files import file_error
 from e4t_cli.hub.bases import weight_files
 from e4t_cli.hub.paths import REPOSITORY
+from e4t_cli.hub.single_file import SUFFIXES
 from e4t_cli.prompts import plain_text
 
 OPTIONS = {"lora": "--lora", "embedding": "--embedding", "vae": "--vae"}
 _NAMES = {"lora": "LoRA", "embedding": "embedding", "vae": "VAE"}
 MAX_WORD = 100  # characters
+REVISION = re.compile(r"[\w][\w./-]{0,199}", re.ASCII)
 _BLOCK = 1 << 20
 
 # What is no product of two matrices, by the last parts of its keys.
@@ -57,6 +59,7 @@ class Addon:
         sha256: see above.
         scale: of a LoRA.
         word: of a textual inversion, in prompts.
+        source: "owner/name@commit" of a VAE that was fetched from the hub.
     """
 
     kind: str
@@ -64,6 +67,7 @@ class Addon:
     sha256: str
     scale: float = 1.0
     word: str = ""
+    source: str = ""
 
     def __str__(self) -> str:
         of = f":{self.scale:g}" if self.kind == "lora" else f" ({self.word})" if self.word else ""
@@ -72,6 +76,8 @@ class Addon:
     @property
     def option(self) -> str:
         """What adds it, on the command line."""
+        if self.source:
+            return f"{OPTIONS[self.kind]} {shlex.quote(printable(self.source))}"
         file = self.name[:60] + ("" if self.kind == "vae" else ".safetensors")
         of = f":{self.scale:g}" if self.kind == "lora" else f":{self.word}" if self.word else ""
         return f"{OPTIONS[self.kind]} {shlex.quote(printable(file + of))}"
@@ -84,12 +90,20 @@ class Addon:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
         values: dict[str, Any] = {"kind": self.kind, "name": self.name, "sha256": self.sha256}
+        values |= {"source": self.source} if self.source else {}
         return values | ({"scale": self.scale} if self.kind == "lora" else {"word": self.word} if self.word else {})
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
         """Return what `as_dict` wrote; raises ValueError if it is something else."""
-        kinds: dict[str, Any] = {"kind": str, "name": str, "sha256": str, "scale": (int, float), "word": str}
+        kinds: dict[str, Any] = {
+            "kind": str,
+            "name": str,
+            "sha256": str,
+            "scale": (int, float),
+            "word": str,
+            "source": str,
+        }
         if not isinstance(values, Mapping) or not {"kind", "name", "sha256"} <= set(values) <= set(kinds):
             raise ValueError("an add-on has other entries than e4t writes")
         if not all(isinstance(value, kinds[key]) for key, value in values.items()) or values["kind"] not in OPTIONS:
@@ -139,28 +153,32 @@ class BaseAddons:
         loras: merged into the U-Net and the text encoder, all of them.
         embeddings: words that prompts may have.
         vae: a file or a folder, instead of the base's.
+        vae_source: "owner/name[@revision]" of the hub; `hub.vae.fetch_addons` fetches it and sets `vae`.
     """
 
     loras: tuple[LoraFile, ...] = ()
     embeddings: tuple[EmbeddingFile, ...] = ()
     vae: Path | None = None
+    vae_source: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.loras or self.embeddings or self.vae)
+        return bool(self.loras or self.embeddings or self.vae or self.vae_source)
 
     @classmethod
     def parse(
         cls, *, loras: Iterable[str] = (), embeddings: Iterable[str] = (), vae: str | os.PathLike[str] | None = None
     ) -> Self:
-        """Return the add-ons of the command line: "FILE[:SCALE]", "FILE[:WORD]", a file or a folder.
+        """Return the add-ons of the command line: "FILE[:SCALE]", "FILE[:WORD]"; a file, a folder or a repository.
 
         Raises:
             UsageError: a scale is no number.
         """
+        source = os.fspath(vae) if vae is not None and _is_repository(os.fspath(vae)) else ""
         return cls(
             loras=tuple(_parse_lora(one) for one in loras),
             embeddings=tuple(EmbeddingFile(Path(file), word) for file, word in map(_divided, embeddings)),
-            vae=None if vae is None else Path(vae),
+            vae=None if vae is None or source else Path(vae),
+            vae_source=source,
         )
 
     def sorted_loras(self) -> list[LoraFile]:
@@ -190,9 +208,20 @@ class BaseAddons:
             words.add(word.lower())
             found.append(Addon(kind="embedding", name=file.path.stem, sha256=_hash(file.path), word=word))
         if self.vae is not None:
-            path = vae_file(self.vae)
-            found.append(Addon(kind="vae", name=self.vae.name or path.name, sha256=_hash(path)))
+            path, repository = vae_file(self.vae), self.vae_source.partition("@")[0]
+            name = repository.rpartition("/")[2] or self.vae.name or path.name
+            found.append(Addon(kind="vae", name=name, sha256=_hash(path), source=self.vae_source))
+        elif self.vae_source:
+            hint = "e4t_cli.hub.vae.fetch_addons(addons, HubAccess()) fetches it"
+            raise UsageError(f"the VAE {printable(self.vae_source)} was not fetched", hint=hint)
         return tuple(found)
+
+
+def _is_repository(given: str) -> bool:
+    """Whether this is "owner/name[@revision]"; what exists, or is called like a file, never is."""
+    repository, at, revision = given.partition("@")
+    named = REPOSITORY.fullmatch(repository) and not repository.lower().endswith(SUFFIXES)
+    return bool(named and (REVISION.fullmatch(revision) or not at) and not os.path.lexists(given))
 
 
 def _divided(given: str) -> tuple[str, str]:
@@ -209,10 +238,19 @@ def _parse_lora(given: str) -> LoraFile:
         scale = float(text or 1)
     except ValueError:
         scale = math.nan
+    if not math.isfinite(scale) and text.lower().endswith(SUFFIXES) and _is_repository(file):
+        raise _not_downloaded(file, text, OPTIONS["lora"])
     if not math.isfinite(scale):
         message = f"{printable(text)!r} is no scale of a LoRA: it has to be a number"
         raise UsageError(message, hint=f"--lora {printable(file)}:0.8")
     return LoraFile(Path(file), scale)
+
+
+def _not_downloaded(repository: str, file: str, option: str) -> UsageError:
+    """Return the error for a repository of the hub in place of a file."""
+    name = shlex.quote(printable(file))
+    hint = f"of the hub: hf download {printable(repository)} {name} --local-dir ., then {option} {name}"
+    return UsageError(f"there is no file {printable(repository)}", hint=hint)
 
 
 # ── headers ──
@@ -234,6 +272,8 @@ def read_header(path: Path, option: str) -> tuple[dict[str, tuple[int, ...]], di
         with path.open("rb") as file:
             begin = file.read(9)
     except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and _is_repository(path.as_posix()):
+            raise _not_downloaded(path.as_posix(), "FILE.safetensors", option) from error
         raise file_error(error, path, reading=True) from error
     if path.suffix.lower() in (".pt", ".bin", ".ckpt", ".pth", ".pkl") or begin[:2] in (b"PK", b"\x80\x02"):
         message = f"{shown} is a pickle, which can run any program, and e4t opens none"
@@ -316,9 +356,6 @@ def vae_file(path: Path) -> Path:
             hint = "it needs config.json and diffusion_pytorch_model.safetensors"
             raise IntegrityError(f"the folder {printable(str(path))} has no VAE", hint=hint)
         return folder / files[0].partition("/")[2]
-    if not os.path.lexists(path) and REPOSITORY.fullmatch(path.as_posix()):
-        hint = f"of the hub: hf download {path.as_posix()} --local-dir FOLDER, then --vae FOLDER"
-        raise UsageError(f"there is no file or folder {printable(str(path))}", hint=hint)
     shapes, _ = read_header(path, OPTIONS["vae"])
     if describe(shapes)[1] not in (OPTIONS["vae"], "--base"):
         raise _other_kind(path, shapes, "a VAE")

@@ -24,11 +24,13 @@ from e4t_cli.hub.download import ProgressMeter
 from e4t_cli.hub.image_tower import VIT_H_14, has_tower, tower_folder
 from e4t_cli.hub.paths import matches, repository_folder, repository_of, snapshot_folder, user_cache, user_data
 from e4t_cli.hub.single_file import list_converted_files
+from e4t_cli.hub.tuned_files import tuned_files, tuned_folder
 from e4t_cli.progress import ProgressCallback
 from e4t_cli.temporary import final_path, leftovers
 from e4t_cli.temporary import remove as discard
 
 GIVEN_UP_SECONDS = 30 * 24 * 3600  # since a pre-training that was interrupted wrote anything
+TUNED = "tuned concepts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,11 @@ class CacheItem:
 
     Args:
         kind: "repository", "image tower", "converted weights", "converted base" (of a single file), "encoded images",
-            "checkpoints" (of a pre-training that has not ended), "leftover" (of a killed command), "partial download",
-            "published tower", "published checkpoint".
+            "tuned concepts", "checkpoints" (of a pre-training that has not ended), "leftover" (of a killed command),
+            "partial download", "published tower", "published checkpoint".
         size: in bytes, on the disk.
         revision: the commit, of a repository or of converted weights.
+        count: of tuned concepts.
     """
 
     name: str
@@ -48,10 +51,12 @@ class CacheItem:
     path: Path
     size: int
     revision: str = ""
+    count: int = 1
 
     def as_dict(self) -> dict[str, object]:
         """Return it for ``--json``."""
-        return {**asdict(self), "path": str(self.path)}
+        values = {**asdict(self), "path": str(self.path)}
+        return values if self.kind == TUNED else {key: value for key, value in values.items() if key != "count"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,9 @@ def list_cache() -> list[CacheItem]:
     found += [_item(one.name, "converted base", one.folder) for one in list_converted_files()]
     folders = matches(user_cache() / "pretraining", "*/")
     found += [_item(f"pretraining/{folder.name}", "encoded images", folder) for folder in folders]
+    if tuned := tuned_files():
+        size = sum(path.stat().st_size for path in tuned if os.path.isfile(path))
+        found.append(CacheItem(name="tuned", kind=TUNED, path=tuned_folder(), size=size, count=len(tuned)))
     return found + _checkpoints() + _leftovers()
 
 
@@ -145,7 +153,7 @@ def _snapshots() -> list[tuple[str, str]]:
 def prunable() -> list[CacheItem]:
     """Return what can go: partial downloads, sources of converted files, leftovers, and pre-trainings given up.
 
-    Of converted bases those that an older e4t made, or that nobody used for 30 days and can be made again.
+    Of tuned concepts those that nobody used for 30 days, of converted bases also those that an older e4t made.
     """
     partial: list[tuple[str, Path]] = []
     for repository in dict.fromkeys(repository for repository, _ in _repositories()):
@@ -165,6 +173,10 @@ def prunable() -> list[CacheItem]:
         unused = one.source_exists and time.time() - one.last_used > GIVEN_UP_SECONDS
         if one.is_superseded or unused:
             found.append(_item(one.name, "converted base", one.folder))
+    for path in tuned_files():
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > GIVEN_UP_SECONDS:
+                found.append(_item("tuned", TUNED, path))
     return found
 
 

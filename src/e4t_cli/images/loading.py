@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import BinaryIO
 
@@ -23,6 +24,7 @@ MAX_BYTES = 256 * 1024 * 1024
 MIN_COVERAGE = 0.01  # a mask over a smaller part of the image is left out: the loss divides by its area
 
 ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+ImageInputs = ImageInput | Sequence[ImageInput]  # one, or several
 
 
 def open_image(source: ImageInput) -> OpenedImage:
@@ -32,12 +34,12 @@ def open_image(source: ImageInput) -> OpenedImage:
         UsageError: there is no such file, or it is a URL.
         InputError: it is not an image, or damaged, or too large, or too small.
     """
-    return decode(*_read(source))
+    return decode(*read_image(source))
 
 
 def read_bytes(source: ImageInput) -> bytes:
     """Return the bytes of an image's file as they are; raises as `open_image`."""
-    return _read(source)[0]
+    return read_image(source)[0]
 
 
 def open_mask(source: ImageInput, image: Image.Image) -> Image.Image:
@@ -109,8 +111,11 @@ def mask_coverage(mask: Image.Image) -> float:
     return sum(value * count for value, count in enumerate(histogram)) / (255 * sum(histogram))
 
 
-def _read(source: ImageInput) -> tuple[bytes, str]:
-    """Return the bytes and a name for messages; only regular files are read."""
+def read_image(source: ImageInput) -> tuple[bytes, str]:
+    """Return the bytes of an image's file and a name for messages, as `decode` takes them; raises as `open_image`.
+
+    Only regular files are read.
+    """
     if isinstance(source, Image.Image):
         source = _encoded(source)
     if isinstance(source, bytes):

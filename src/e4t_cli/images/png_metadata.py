@@ -83,6 +83,7 @@ class GenerationRecord:
     base_fingerprint: str = ""
     weights_fingerprint: str = ""
     photo_sha256: str = ""  # of the photo's bytes; the photo itself is not stored
+    other_photos_sha256: Sequence[str] = ()  # of further photos of the same subject
     addons: Sequence[Mapping[str, Any]] = ()  # LoRAs, words and a VAE beside the base: `hub.addons.Addon.as_dict()`
     tuning: Mapping[str, Any] = field(default_factory=dict)  # `TuningConfig.as_dict()`, and the seed
     versions: Mapping[str, str] = field(default_factory=package_versions)
@@ -90,7 +91,8 @@ class GenerationRecord:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values under the keys of the file."""
         found = asdict(self)
-        for name in ("domain_base", "addons", "prompt_weights"):  # of earlier pictures' records they are no part
+        # Of earlier pictures' records they are no part.
+        for name in ("domain_base", "addons", "prompt_weights", "other_photos_sha256"):
             if not found[name]:
                 del found[name]
         values = {KEYS_IN_FILES.get(name, name): value for name, value in found.items()}

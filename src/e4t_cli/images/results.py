@@ -230,11 +230,12 @@ class Personalization:
     def save_grid(
         self, folder: str | os.PathLike[str] = "outputs", *, name: str | None = None, metadata: bool = True
     ) -> Path:
-        """Write `<name>-grid.png`: the photo first, then every image above its prompt."""
+        """Write `<name>-grid.png`: the photo, or photos, first, then every image above its prompt."""
         captions = [image.prompt for image in self.images]
         if len(set(captions)) < len(captions):
             captions = [f"{image.prompt} (seed {image.seed})" for image in self.images]
-        images = [self.concept.prepared.image, *(image.image for image in self.images)]
-        sheet = contact_sheet(images, ["the photo", *captions])
+        photos = [photo.image for photo in self.concept.photos]
+        above = ["the photo"] if len(photos) == 1 else [f"photo {number + 1}" for number in range(len(photos))]
+        sheet = contact_sheet([*photos, *(image.image for image in self.images)], [*above, *captions])
         data = png_bytes(sheet, [image.record for image in self.images], metadata=metadata)
         return write_new(folder, f"{_begin(name or self.name, self.concept.domain)}-grid", data)

@@ -25,21 +25,11 @@ from e4t_cli.hub.architecture import read_config
 from e4t_cli.hub.bases import Base, installed_bases
 from e4t_cli.hub.paths import snapshot_folder
 from e4t_cli.hub.repo_info import cached_repo_infos
-from e4t_cli.models.loading import canonical_key, weight_paths
+from e4t_cli.models.loading import SCHEDULE, canonical_key, weight_paths
 from e4t_cli.system_memory import memory_ran_out
 
 _WHOLE = 1 << 16  # values of a tensor that is read whole; of a larger one, as many rows as follows
 _ROWS = 16
-# What a noise schedule was trained with, and the values that diffusers' DDPM takes where a config has none.
-_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-}
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -87,7 +77,7 @@ def part_fingerprints(folder: Path) -> dict[str, str]:
 def _part_fingerprints(folder: Path, stamps: object) -> dict[str, str]:
     schedule = read_config(folder / "scheduler" / "scheduler_config.json")
     found = {
-        "scheduler": _hash_of({key: schedule.get(key, usual) for key, usual in _SCHEDULE.items()}),
+        "scheduler": _hash_of({key: schedule.get(key, usual) for key, usual in SCHEDULE.items()}),
         "tokenizer": _hash_of(_vocabulary(folder / "tokenizer")),
     }
     for part in ("unet", "vae", "text_encoder", "image_tower"):

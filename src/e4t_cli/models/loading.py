@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,9 +30,20 @@ if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
 MIN_LENGTH = 4  # tokens of a prompt that a base reads: begin, a word or two, end
+ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 CHECKER, FEATURE_EXTRACTOR = "safety_checker", "feature_extractor"
 CONFIGS = ("unet/config.json", "text_encoder/config.json")
 TOWER_CONFIGS = ("open_clip_config.json", "config.json")
+# What a noise schedule was trained with, and the values that diffusers' DDPM takes where a config has none.
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
 # Who wrote the file and how it was stored: not part of the model.
 _INCIDENTAL = {"architectures", "dtype", "torch_dtype", "transformers_version", "preprocess_cfg"}
 
@@ -109,7 +121,11 @@ def load_part(kind: Any, folder: Path, device: str | torch.device, dtype: torch.
         for path in weight_paths(folder, half):
             for key, value in load_file(path).items():
                 if (name := names.get(canonical_key(key))) is not None:
-                    tensors[name] = value.to(dtype) if value.is_floating_point() else value
+                    value = value.to(dtype) if value.is_floating_point() else value
+                    # safetensors maps a tensor at any multiple of 8 bytes, and on a CPU the last bits of products of
+                    # matrices depend on that (torch 2.14.1): the same weights in another file gave another image.
+                    moved = torch.device(device).type != "cpu" or value.data_ptr() % ALIGNMENT == 0
+                    tensors[name] = value if moved else value.clone()
         if missing := sorted(names.values() - tensors.keys()):
             raise IntegrityError(f"the base's {folder.name} lacks {len(missing)} weights, as {missing[0]}")
         part.load_state_dict(tensors, strict=True, assign=True)
@@ -171,6 +187,30 @@ def load_settings(kind: Any, folder: Path) -> Any:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what a damaged file raises differs between the libraries
         raise IntegrityError(f"the base's {folder.name} cannot be loaded: {printable(str(error))}") from error
+
+
+def load_noise_schedule(folder: Path) -> DDPMScheduler:
+    """Read what a base says of its noise schedule, and what of its sampling is the base's, not that of a sampler.
+
+    diffusers writes every default of a sampler into the config when a pipeline is saved, and `from_config` takes them
+    for another sampler, which has others (0.42.1). Left out here, they change no image of a base that was saved again,
+    also with another sampler. Of the spacings of time steps, "leading" and "linspace" are defaults; "leading" counts
+    in the config of a DDPM, which is no sampler's but that of training, as of `mini`.
+
+    Raises:
+        WeightsUnavailable: there is none.
+        IntegrityError: it cannot be loaded.
+    """
+    config: Any = load_settings(DDPMScheduler, folder).config
+    kept = {key: config[key] for key in SCHEDULE}
+    stated = _read(folder / "scheduler_config.json")
+    spacing = stated.get("timestep_spacing", "leading")
+    if spacing == "trailing" or (spacing == "leading" and stated.get("_class_name") == "DDPMScheduler"):
+        kept["timestep_spacing"] = spacing
+    # As diffusers' pipelines take every schedule, and Stable Diffusion has it: with another value they would not
+    # generate what we do from an exported model. Training does not use it.
+    schedule: DDPMScheduler = DDPMScheduler.from_config({**kept, "steps_offset": 1})
+    return schedule
 
 
 def load_tokenizer(kind: Any, folder: Path, rows: int) -> Any:

@@ -28,7 +28,7 @@ from e4t_cli.hub.addons import Addon
 from e4t_cli.hub.architecture import USABLE, check_schedule, wrong_schedule
 from e4t_cli.hub.bases import Base, read_base
 from e4t_cli.models.fingerprints import folder_fingerprint, recorded_fingerprint
-from e4t_cli.models.loading import load_part, load_settings, load_tokenizer, load_tower
+from e4t_cli.models.loading import load_noise_schedule, load_part, load_tokenizer, load_tower
 from e4t_cli.models.prompt_embedding import NO_WORDS, AddedWords, Tokens, emphasize, tokenize_prompts, with_embedding
 from e4t_cli.nn.precision import PrecisionPolicy, full_precision, math_attention
 from e4t_cli.nn.unet import check_unet, feature_widths
@@ -46,6 +46,10 @@ class Posterior:
     def sample(self, noise: Tensor) -> Tensor:
         """Return latents z_0 for standard normal `noise`."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def __getitem__(self, index: Tensor) -> Posterior:
+        """Return the rows of `index`, (batch,), which may repeat."""
+        return Posterior(mean=self.mean[index], logvar=self.logvar[index])
 
 
 def to_uint8(images: Sequence[Image.Image], side: int, mode: str) -> Tensor:
@@ -125,7 +129,7 @@ class TextToImageModel:
         settings = base.folder / "scheduler"
         if os.path.isdir(settings):  # before diffusers fills in the values of another kind of schedule
             check_schedule(settings / "scheduler_config.json", base.name)
-        noise_schedule = load_settings(DDPMScheduler, settings)
+        noise_schedule = load_noise_schedule(settings)
         kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
         parts = {
             name: load_part(kind, base.folder / name, device, dtype, half=base.half) for name, kind in kinds.items()
@@ -136,9 +140,6 @@ class TextToImageModel:
                 parts[name] = parts[name].to(memory_format=torch.channels_last)
         rows = parts["text_encoder"].get_input_embeddings().weight.shape[0]
         tokenizer = load_tokenizer(CLIPTokenizer, base.folder / "tokenizer", rows)
-        # As diffusers' pipelines take every schedule, and Stable Diffusion has it: with another value they would not
-        # generate what we do from an exported model. Training does not use it.
-        noise_schedule.register_to_config(steps_offset=1)
         return cls(base=base, tokenizer=tokenizer, noise_schedule=noise_schedule, **parts)
 
     @cached_property

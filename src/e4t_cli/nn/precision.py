@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from e4t_cli.nn.composed_attention import composed_attention
+
 TENSOR_CORES = (7, 0)  # the first CUDA compute capability with fast float16 matrix multiplications
 
 
@@ -132,7 +134,7 @@ def half_precision(
             # The CPU's fused attention is 6 times slower in its bfloat16 backward than the composed one: a third of a
             # whole training step of a small U-Net. That one keeps whole attention matrices, gigabytes of them at 512
             # pixels, so not where memory is short; nor would `backward` know of the choice when it recomputes them.
-            stack.enter_context(math_attention())
+            stack.enter_context(training_attention())
         yield
 
 
@@ -148,8 +150,37 @@ class math_attention(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is functional.scaled_dot_product_attention:
-            return _math_attention(*args, **(kwargs or {}))
+            return self.attend(*args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        return _math_attention(*args, **kwargs)
+
+
+class training_attention(math_attention):
+    """As `math_attention` in a third of the operations where a gradient is needed; equal up to rounding."""
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        causal = kwargs.get("is_causal", False)
+        if not (torch.is_grad_enabled() and len(args) == 3 and _is_plain(*args, **kwargs)):
+            return _math_attention(*args, **kwargs)
+        device = args[0].device
+        if _autocasts(device):
+            dtype = torch.get_autocast_dtype(device.type)
+            args = tuple(_autocast(one, dtype) for one in args)
+        with full_precision(device):
+            return composed_attention(*args, causal=causal)
+
+
+def _is_plain(
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    scale: float | None = None, is_causal: bool = False, enable_gqa: bool = False,
+) -> bool:  # fmt: skip
+    """Return whether attention has no option but a causal mask of a square matrix."""
+    usual = attn_mask is None and not dropout_p and scale in (None, query.shape[-1] ** -0.5)
+    square = not is_causal or query.shape == key.shape
+    same = query.shape[:2] == key.shape[:2] == value.shape[:2] and query.shape[-1] == value.shape[-1]
+    return usual and square and same and query.ndim == 4 and query.dtype == key.dtype == value.dtype
 
 
 def _math_attention(

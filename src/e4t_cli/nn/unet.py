@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Protocol, Self, cast
 import torch
 from torch import Tensor, nn
 
+from e4t_cli.nn.fused_unet import fused_step
+
 if TYPE_CHECKING:
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -43,7 +45,7 @@ class UNetState:
 
     hidden: Tensor  # the current feature map (batch, channels, height, width)
     skips: tuple[Tensor, ...]  # the outputs kept for the up blocks
-    time: Tensor  # the embedding of t (batch, time_width)
+    time: Tensor  # the embedding of t (batch, time_width); in a fused step what the residual blocks make of it
     blocks_done: int  # down blocks already run
 
     @classmethod
@@ -68,6 +70,9 @@ def embed_latents(unet: UNet2DConditionModel, z_t: Tensor, t: Tensor) -> UNetSta
     """
     if unet.config["center_input_sample"]:
         z_t = 2 * z_t - 1.0
+    if (fused := fused_step(unet)) is not None:
+        hidden, kept, time = fused.embed(z_t, t)
+        return UNetState(hidden=hidden, skips=kept, time=time, blocks_done=len(fused.fused.plain))
     time = unet.time_embedding(unet.get_time_embed(sample=z_t, timestep=t), None)
     if unet.time_embed_act is not None:
         time = unet.time_embed_act(time)
@@ -86,6 +91,9 @@ def embed_latents(unet: UNet2DConditionModel, z_t: Tensor, t: Tensor) -> UNetSta
 def down_and_mid(unet: UNet2DConditionModel, state: UNetState, text: Tensor) -> UNetState:
     """Run the remaining down blocks and the mid block on the text encoder's output (batch, tokens, width)."""
     hidden, skips, time = state.hidden, state.skips, state.time
+    if (fused := fused_step(unet)) is not None:
+        hidden, skips = fused.down_and_mid(hidden, skips, time, text)
+        return UNetState(hidden=hidden, skips=skips, time=time, blocks_done=len(unet.down_blocks))
     for block in list(unet.down_blocks)[state.blocks_done :]:
         hidden, outputs = block(hidden_states=hidden, temb=time, **_text(block, text))
         skips += outputs
@@ -99,7 +107,9 @@ def up_and_out(unet: UNet2DConditionModel, state: UNetState, text: Tensor) -> Te
     hidden, skips = state.hidden, state.skips
     scale: int = 2**unet.num_upsamplers
     sized = any(side % scale for side in skips[0].shape[-2:])
-    for block in unet.up_blocks:
+    if (fused := fused_step(unet)) is not None:
+        hidden = fused.up(hidden, skips, state.time, text, sized=sized)
+    for block in unet.up_blocks if fused is None else ():
         count = len(cast(_Block, block).resnets)
         outputs, skips = skips[-count:], skips[:-count]
         hidden = block(

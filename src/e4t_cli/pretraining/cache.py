@@ -2,6 +2,7 @@
 
     <cache>/pretraining/<settings>/<content>.safetensors    up to 256 images: latents, features
     <cache>/pretraining/<settings>/stamps/<stamps>          the content that files with these had
+    <cache>/pretraining/<settings>/settings.json            what the first name is a hash of
 
 The first name is a hash of everything that decides how an image is encoded (base, resolution, dtype, preparation), the
 second one of the images' bytes. So a chunk is valid whichever run wrote it: another run, another folder with the same
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,11 +29,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from e4t_cli.datasets.reader import ImageReader, signature
+from e4t_cli.datasets.reader import MISSING, ImageReader, signature
 from e4t_cli.datasets.sources import ImageItem, ImageSource, SinglePassSource
 from e4t_cli.errors import InputError, IntegrityError
 from e4t_cli.files import file_error, write_atomically
-from e4t_cli.hub.paths import user_cache
+from e4t_cli.hub.architecture import read_config
+from e4t_cli.hub.paths import matches, user_cache
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.pretraining.batches import DistributedContext
 from e4t_cli.pretraining.encoded_images import EncodedRows, encode_images, epoch_indices
@@ -39,6 +42,7 @@ from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.registry.domain import PreparedImage
 
 CHUNK_FORMAT = "1"
+SETTINGS = "settings.json"
 CHUNK = 256  # images in a file: what an interrupted encoding can lose
 OPEN_AT_ONCE = 256  # chunks that stay mapped; the operating system decides what of them is in memory
 _ROWS = ("means", "logvars", "image_features", "masks")
@@ -153,9 +157,11 @@ class EncodingCache:
         self.model, self.reader = model, reader
         settings = {"format": CHUNK_FORMAT, "base": model.fingerprint, "resolution": model.resolution}
         settings |= {"dtype": str(model.dtype), "preparation": reader.key}
+        self._settings: dict[str, Any] = {**settings, "networks": reader.networks}
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = user_cache() / "pretraining" / name
         self.encoded = self.repaired = 0
+        self._changed: dict[str, None] = {}  # why images that are in another folder are encoded again
         self._report: ProgressCallback = lambda event: None
         self._total = 0
 
@@ -196,7 +202,8 @@ class EncodingCache:
             raise self.reader.empty_error()
         self._report(Progress(stage="encode", done=count, total=count))
         repaired = [f"{self.repaired} damaged files of the cache were made again"] if self.repaired else []
-        for note in self.reader.notes(usable) + repaired:
+        again = [f"images that were encoded before were prepared again: {reason}" for reason in self._changed]
+        for note in self.reader.notes(usable) + repaired + again:
             self._report(Progress(stage="encode", note=note))
         return CachedDataset(chunks)
 
@@ -256,9 +263,25 @@ class EncodingCache:
         def advance(event: Progress) -> None:
             self._report(replace(event, done=first + event.done, total=self._total))
 
+        self._changed |= dict.fromkeys(self._changes(content))
         rows = encode_images(self.model, images(), on_progress=advance)
+        if not os.path.isfile(self.folder / SETTINGS):
+            _write(self.folder / SETTINGS, json.dumps(self._settings, indent=1).encode())
         write_chunk(self._path(content), rows, bad=bad, digests=digests, signatures=signatures)
         return read_chunk(self._path(content), len(items))
+
+    def _changes(self, content: str) -> Iterator[str]:
+        """Yield what differs where the same images were encoded for the same base, if only networks do."""
+        for path in matches(self.folder.parent, f"*/{content}.safetensors"):
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                earlier = read_config(path.parent / SETTINGS)
+                if any(earlier.get(name) != self._settings[name] for name in ("base", "resolution", "dtype")):
+                    continue
+                for name, now in self._settings["networks"].items():
+                    then = earlier["networks"].get(name, now)
+                    if now != then:
+                        state = "is not here now" if now == MISSING else "was not here then" if then == MISSING else ""
+                        yield f"{name} {state or 'is another version now'}"
 
     def _count(self, chunk: Chunk, items: list[ImageItem]) -> None:
         """Count a chunk's unusable and duplicate images, whichever run encoded them."""

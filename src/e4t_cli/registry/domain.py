@@ -147,6 +147,7 @@ class PreparedImage:
         remarks: further information for the user, such as "1 face, turned 4°".
         frame: the square of the photo that the image shows; the user's mask is cut with it.
         found: what `PreparationTarget.which` chooses among, from left to right.
+        name: of the photo's file, without its ending; set by the caller of `prepare`, "" if there is none.
     """
 
     image: Image
@@ -155,6 +156,7 @@ class PreparedImage:
     remarks: tuple[str, ...] = ()
     frame: Frame | None = None
     found: tuple[FoundSubject, ...] = ()
+    name: str = ""
 
     def __post_init__(self) -> None:
         size, mode = getattr(self.image, "size", None), getattr(self.image, "mode", None)

@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from e4t_cli.temporary import sweep, temporary_path
 MAX_MEMBERS = 1000
 MAX_ARCHIVE_BYTES = 32 << 30  # larger than any domain folder: an encoder for Stable Diffusion takes 0.2 GB
 MAX_RATIO = 100  # weights hardly compress; what unpacks to a hundred times its size is a zip bomb
+ManifestCallback = Callable[[Manifest], None]
 _REPOSITORY = re.compile(r"(?:hub:|hf://)?([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,200}))?")
 
 
@@ -79,14 +81,20 @@ def add_domain(
     sweep(store / "adding")
     sweep(store / "removing")
     temporary = temporary_path(store / "adding")
+
+    def check_name_free(manifest: Manifest) -> None:  # before anything is unpacked, fetched or copied
+        check_free_in_store(store / manifest.name, force=force)
+
     try:
         with writing(store):
             # Two levels below the store, where discovery does not look for manifests.
             temporary.mkdir()
             copy = temporary / "domain"
-            folder, root = _resolve_source(source, temporary, offline, on_progress)
+            folder, root = _resolve_source(source, temporary, offline, on_progress, check_name_free)
             shown = printable(os.fspath(source))
-            manifest = copy_domain_folder(folder, copy, on_progress, links_into=root, shown=shown)
+            manifest = copy_domain_folder(
+                folder, copy, on_progress, links_into=root, shown=shown, on_manifest=check_name_free
+            )
             user_domain(copy)  # a valid manifest can still make no valid Domain
             if manifest.encoder:  # the first manifests state no sizes
                 check_addresses()
@@ -162,7 +170,11 @@ def remove_domain(name: str) -> Path:
 
 
 def _resolve_source(
-    source: str | os.PathLike[str], temporary: Path, offline: bool, on_progress: ProgressCallback | None
+    source: str | os.PathLike[str],
+    temporary: Path,
+    offline: bool,
+    on_progress: ProgressCallback | None,
+    on_manifest: ManifestCallback,
 ) -> tuple[Path, Path]:
     """Return the folder of a source, unpacked below `temporary` or fetched, and the folder its links may lead into."""
     wanted = os.fspath(source)
@@ -176,11 +188,11 @@ def _resolve_source(
             raise UsageError(message, hint="e4t pretrain makes such a folder")
         return path, path
     if os.path.isfile(path):
-        folder = _unpack(path, temporary / "unpacked")
+        folder = _unpack(path, temporary / "unpacked", on_manifest)
         return folder, folder
     repository = _REPOSITORY.fullmatch(wanted)
     if repository and repository[2]:
-        folder = _fetch(repository[1], repository[2], offline, on_progress)
+        folder = _fetch(repository[1], repository[2], offline, on_progress, on_manifest)
         # A snapshot links to the blobs: repository/snapshots/COMMIT -> repository/blobs.
         return folder, folder.parent.parent
     if repository:
@@ -190,7 +202,13 @@ def _resolve_source(
     raise UsageError(f"there is no folder or zip {shown}", hint=hint)
 
 
-def _fetch(repository: str, revision: str, offline: bool, on_progress: ProgressCallback | None) -> Path:
+def _fetch(
+    repository: str,
+    revision: str,
+    offline: bool,
+    on_progress: ProgressCallback | None,
+    on_manifest: ManifestCallback,
+) -> Path:
     """Return the folder of a repository's snapshot, with the files of its manifest only."""
     from e4t_cli.hub.download import fetch_files
     from e4t_cli.hub.paths import HubAccess
@@ -200,10 +218,11 @@ def _fetch(repository: str, revision: str, offline: bool, on_progress: ProgressC
     fetch = partial(fetch_files, repository, access=access, command=command)
     folder = fetch(revision, [MANIFEST_NAME])
     manifest = read_manifest(folder / MANIFEST_NAME)
+    on_manifest(manifest)
     return fetch(folder.name, [MANIFEST_NAME, *manifest.files])  # of the manifest's commit
 
 
-def _unpack(path: Path, folder: Path) -> Path:
+def _unpack(path: Path, folder: Path, on_manifest: ManifestCallback) -> Path:
     """Unpack what the manifest of a zip lists; it is at the top, or in the one folder there.
 
     One member with a path outside, a link, an encrypted one or absurd sizes are enough to refuse all.
@@ -225,6 +244,7 @@ def _unpack(path: Path, folder: Path) -> Path:
         try:
             with archive.open(tops[0]) as file:
                 manifest = parse_manifest(file.read(MAX_BYTES + 1), f"the {MANIFEST_NAME} of {shown}")
+            on_manifest(manifest)
             for name in (MANIFEST_NAME, *manifest.files):
                 if prefix + name in members:
                     archive.extract(prefix + name, folder)
@@ -272,6 +292,7 @@ def copy_domain_folder(
     *,
     links_into: Path | None = None,
     shown: str = "",
+    on_manifest: ManifestCallback | None = None,
 ) -> Manifest:
     """Copy a domain folder into a new one, the manifest first, and check every byte.
 
@@ -280,6 +301,7 @@ def copy_domain_folder(
         on_progress: called after each file.
         links_into: links may point anywhere below this folder; by default below `folder`.
         shown: the folder's name in error messages.
+        on_manifest: called with the manifest, before anything is copied.
 
     Raises:
         IntegrityError: a file is missing, differs from the manifest, or has an invalid header.
@@ -309,6 +331,8 @@ def copy_domain_folder(
     manifest = parse_manifest(text, f"the {MANIFEST_NAME} of {shown}")
     if not manifest.files:
         raise IntegrityError(f"the {MANIFEST_NAME} of {shown} lists no files: there are no weights")
+    if on_manifest is not None:
+        on_manifest(manifest)
     target.mkdir()
     write_atomically(target / MANIFEST_NAME, text)
     lengths = {name: find(name).stat().st_size for name in manifest.files}

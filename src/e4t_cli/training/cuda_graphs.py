@@ -1,6 +1,6 @@
 """Captures a function as a CUDA graph and replays it.
 
-A step of tuning is over 5,000 kernels; where the GPU waits for the CPU to launch them, a graph launches all as one.
+A step of tuning is over 3,000 operations; where the GPU waits for the CPU to launch them, a graph launches all as one.
 
 A function of tensors can be captured whose work is the same every time: no branch and no Python value changes between
 calls but through its arguments, nothing is read back, and what it reads or writes beside its arguments stays where it

@@ -21,6 +21,7 @@ from e4t_cli.devices import budget_of, free_memory_bytes
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import attention_layers
+from e4t_cli.nn.weight_offsets import projection_shapes
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.system_memory import GB, free_ram
 
@@ -114,7 +115,10 @@ def predicted_peak(
         # At the end of a tuning with a CPU-offloaded optimizer all weights return in float32.
         state = max(state, (unet + encoder) * 4)
         if half and not rounded and not plan.checkpointing:
-            state += unet * 2  # autocast's copies of the weights
+            state += unet * 2  # half-precision copies of the weights
+        if not rounded and not plan.checkpointing:
+            # One matrix of all projections of a shape, see `nn.fused_projections`.
+            state += 4 * sum(rows * columns for rows, columns in projection_shapes(model.unet).values())
         # A weight that is used twice has two new gradients for a moment, beside the one they are added to; the largest
         # of e4t-diffusion's encoder has 211 M values.
         state += 2 * 4 * max((weight.numel() for weight in pretrained.encoder.parameters()), default=0)

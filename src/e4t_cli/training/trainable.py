@@ -20,8 +20,10 @@ from e4t_cli.models.domain_folder import DomainEncoder
 from e4t_cli.models.domain_weights import DomainWeights
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.adapters import LoraAdapters, frozen_copy, linear_layers, lora_target_layers, merge_lora
+from e4t_cli.nn.fused_unet import FusedUNet
 from e4t_cli.nn.precision import PrecisionPolicy
 from e4t_cli.nn.randomness import generator
+from e4t_cli.nn.unet_blocks import has_plain_blocks
 from e4t_cli.nn.weight_offsets import WeightOffsets
 from e4t_cli.nn.word_embedding_encoder import FixedEmbedding
 from e4t_cli.registry.config import TuningConfig
@@ -78,9 +80,12 @@ class FullFineTuning:
         self.rounded: list[nn.Parameter] = list(self.unet.parameters())  # without the offsets
         if self.offsets.paths:
             self.offsets.attach_to(self.unet)
+        self._fused = FusedUNet(self.unet) if has_plain_blocks(self.unet) else None
 
     def cached(self) -> AbstractContextManager[None]:
-        return self.offsets.cached()
+        if self._fused is None or self.unet.is_gradient_checkpointing:
+            return self.offsets.cached()
+        return self._fused.step()
 
     def converted(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         return nullcontext()  # autocast converts the U-Net's weights

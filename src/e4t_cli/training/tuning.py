@@ -1,4 +1,4 @@
-"""Tunes a model on one photo (section 3.4): eq. 5 under many noise levels and prompts at once.
+"""Tunes a model on the photo, or photos, of one subject (section 3.4): eq. 5 under many noise levels and prompts.
 
 "A large batch ensures that our model observes the concept across multiple time scales": a step
 samples 16 time steps, however many micro-batches it is split into, with the same gradient.
@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from e4t_cli.devices import captures_graphs, free_memory, trim_heap
 from e4t_cli.errors import DivergedError, ResourceError
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.models.domain_weights import DomainWeights
+from e4t_cli.models.photos import Photos, as_sequence, encode_latents, mean_image_features, photo_of_samples
 from e4t_cli.models.text_to_image import TextToImageModel
 from e4t_cli.nn.precision import PrecisionPolicy, half_precision
-from e4t_cli.nn.randomness import draw
+from e4t_cli.nn.randomness import draw, sent
 from e4t_cli.nn.word_embedding_encoder import Encoder
 from e4t_cli.progress import Progress, ProgressCallback
 from e4t_cli.prompts import training_prompts
 from e4t_cli.registry.config import TuningConfig
-from e4t_cli.registry.domain import PreparedImage
 from e4t_cli.system_memory import memory_ran_out
 from e4t_cli.training.cuda_graphs import CudaGraphRunner
 from e4t_cli.training.loss import MIN_MASK_AREA, TrainingBatch, latent_mask, training_loss
@@ -50,23 +51,27 @@ class TuningOptions:
 
 
 class PhotoSamples:
-    """The photo, encoded once, and the samples of each step."""
+    """The photos, each encoded once, and the samples of each step."""
 
     def __init__(
-        self, model: TextToImageModel, pretrained: DomainWeights, prepared: PreparedImage,
+        self, model: TextToImageModel, pretrained: DomainWeights, prepared: Photos,
         config: TuningConfig, seed: int, image_features: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model, self.config, self.seed, self.note = model, config, seed, ""
-        pixels = model.pixels([prepared.image])
-        self.posterior = model.posterior(pixels)
-        given = None if image_features is None else image_features[None].to(model.device).float()
-        self.image_features = pretrained.image_features(model, pixels) if given is None else given
-        self.mask: Tensor | None = None
-        if config.mask and prepared.mask is not None:
-            whole = model.masks([prepared.mask])
+        photos = as_sequence(prepared)
+        self.photos, self.posterior = len(photos), encode_latents(model, photos)
+        if image_features is None:
+            self.image_features = mean_image_features(model, pretrained, photos)
+        else:
+            self.image_features = image_features[None].to(model.device).float()
+        self.mask: Tensor | None = None  # of each photo
+        if config.mask and any(one.mask is not None for one in photos):
+            all_of_it = Image.new("L", (model.resolution, model.resolution), 255)
+            whole = model.masks([all_of_it if one.mask is None else one.mask for one in photos])
             self.mask = latent_mask(whole, model.latent_shape[1:])
-            if float(whole.mean()) < MIN_MASK_AREA:
-                self.note = "the mask is empty: tuning on the whole image"
+            if any(float(one.mean()) < MIN_MASK_AREA for one in whole):
+                which = "the mask" if len(photos) == 1 else "the mask of a photo"
+                self.note = f"{which} is empty: tuning on the whole image"
         prompts = training_prompts(tuple(pretrained.templates))
         self.tokens = model.tokenize(prompts, model.descriptor_id(pretrained.descriptor))
 
@@ -76,26 +81,26 @@ class PhotoSamples:
         steps, shape = model.train_timesteps, model.latent_shape
         samples = draw(self.seed, step, range(size), batch_size=size, train_timesteps=steps, shape=shape)
         samples = samples.to(model.device)
-        return samples.posterior, samples.epsilon, samples.timesteps, samples.sentences(len(self.tokens.ids))
+        which = sent(photo_of_samples(self.seed, step, photos=self.photos, batch_size=size), model.device)
+        return samples.posterior, samples.epsilon, samples.timesteps, samples.sentences(len(self.tokens.ids)), which
 
     def batch(self, samples: Sequence[Tensor], encoder: Encoder) -> TrainingBatch:
         """Return what eq. 5 is evaluated on, from what `of` returned or the same rows of each."""
-        posterior, epsilon, timesteps, prompts = samples
-        count = len(timesteps)
+        posterior, epsilon, timesteps, prompts, which = samples
         return TrainingBatch(
-            # Paper silent: one encoding of the photo, a sample of its posterior for each element.
-            z_0=self.posterior.sample(posterior), timesteps=timesteps, epsilon=epsilon,
-            encoded_image=encoder.encode_image(self.image_features).expand(count, -1),
+            # Paper silent: one encoding of each photo, a sample of its posterior for each element.
+            z_0=self.posterior[which].sample(posterior), timesteps=timesteps, epsilon=epsilon,
+            encoded_image=encoder.encode_image(self.image_features).expand(len(timesteps), -1),
             tokens=self.tokens[prompts],
-            mask=None if self.mask is None else self.mask.expand(count, -1, -1),
+            mask=None if self.mask is None else self.mask[which],
         )  # fmt: skip
 
 
 class Trainer:
-    """The weights in training, the photo they are trained on, and one step of them."""
+    """The weights in training, the photos they are trained on, and one step of them."""
 
     def __init__(
-        self, model: TextToImageModel, pretrained: DomainWeights, prepared: PreparedImage, config: TuningConfig,
+        self, model: TextToImageModel, pretrained: DomainWeights, prepared: Photos, config: TuningConfig,
         seed: int = 0, image_features: Tensor | None = None, options: TuningOptions | None = None,
     ) -> None:  # fmt: skip
         options = options or TuningOptions()
@@ -244,7 +249,7 @@ LOG_EVERY = 5  # steps between two reads of the losses on an accelerator, which 
 def tune(
     model: TextToImageModel,
     pretrained: DomainWeights,
-    prepared: PreparedImage,
+    prepared: Photos,
     config: TuningConfig | None = None,
     *,
     seed: int = 0,
@@ -252,16 +257,16 @@ def tune(
     options: TuningOptions | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> TunedModel:
-    """Learn one concept from one photo; `model` and `pretrained` stay as they are.
+    """Learn one concept from one photo, or several of it; `model` and `pretrained` stay as they are.
 
     Args:
         pretrained: encoder, offsets and prompt templates of the domain. Baselines are other
             values of it: a `FixedEmbedding` for an encoder, no offsets, other templates.
-        prepared: the photo and, if the config wants one, its mask.
+        prepared: the photo, or the photos of one subject, and, if the config wants them, their masks.
         config: the domain's by default; with 0 steps the encoder's prediction is used as it is, a
             rate of 0 freezes its group of weights, and `method` selects what is trained.
         seed: of every random number.
-        image_features: the photo's, (layers, width), if they were computed before.
+        image_features: `mean_image_features` of the photos, (layers, width), if they were computed before.
         on_progress: called after each step with its losses, on an accelerator every few steps.
 
     Raises:
