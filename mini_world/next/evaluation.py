@@ -1,7 +1,7 @@
-"""The stage that measures a finished base with its domains: every method on held-out identities, and every word of the base.
+"""The stages that measure a finished base: every method of its domains on held-out identities, and every word of the base.
 
-Its rows are appended to JSON lines files in the stage's state, so that it goes on after any interruption with the image after the
-last; its result are the tables and the rows, compressed.
+Their rows are appended to JSON lines files in the stage's state, so that they go on after any interruption with the image after
+the last; their results are tables, and the rows compressed.
 """
 
 from __future__ import annotations
@@ -65,18 +65,26 @@ def evaluate_words(folder: Path, model, judge: Judge, kinds: tuple[str, ...], pi
     return rows
 
 
-def write_tables(made: Path, domains: dict[str, Rows], words: Rows) -> dict[str, int]:
-    """Write evaluation.md and the compressed rows; returns the numbers of images."""
+def write_domains(made: Path, domains: dict[str, Rows]) -> dict[str, int]:
+    """Write domains.md and the compressed rows of every domain; returns the numbers of images."""
     parts = []
     for kind, rows in domains.items():
         methods = list(dict.fromkeys(row["method"] for row in rows.rows))
         parts += [f"## {kind}", tables.table(rows.rows), _errors(rows, methods)]
-    parts += ["## Words of the base", tables.words_table(words.rows)]
-    (made / "evaluation.md").write_text("\n\n".join(part for part in parts if part) + "\n")
-    for rows in (*domains.values(), words):
-        content = rows.path.read_bytes() if rows.path.exists() else b""
-        (made / f"{rows.path.name}.gz").write_bytes(gzip.compress(content, mtime=0))
-    return {rows.path.stem: len(rows.rows) for rows in (*domains.values(), words)}
+    (made / "domains.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    return {kind: _keep_rows(made, rows) for kind, rows in domains.items()}
+
+
+def write_words(made: Path, rows: Rows) -> dict[str, int]:
+    """Write words.md and the compressed rows; returns the number of images."""
+    (made / "words.md").write_text(f"## Words of the base\n\n{tables.words_table(rows.rows)}\n")
+    return {"images": _keep_rows(made, rows)}
+
+
+def _keep_rows(made: Path, rows: Rows) -> int:
+    content = rows.path.read_bytes() if rows.path.exists() else b""
+    (made / f"{rows.path.name}.gz").write_bytes(gzip.compress(content, mtime=0))
+    return len(rows.rows)
 
 
 def _errors(rows: Rows, methods: list[str]) -> str:

@@ -22,9 +22,10 @@ STAGES: dict[str, Node] = {
     "judge": Node(("draw",)),
     "unet": Node(("draw", "encode", "text"), shared=True),
     "base": Node(("unet", "text", "decoder", "tower")),
+    "words": Node(("base", "judge")),
     "face": Node(("portraits", "base")),
     "cat": Node(("portraits", "base")),
     "art": Node(("portraits", "base")),
     "evaluate": Node(("base", "judge", "face", "cat", "art")),
-    "report": Node(("base", "parser", "judge", "face", "cat", "art", "evaluate")),
+    "report": Node(("base", "parser", "judge", "face", "cat", "art", "words", "evaluate")),
 }

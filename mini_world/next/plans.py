@@ -55,8 +55,9 @@ class TrainingPlan:
 
 # Two cores, `--parallel 2`. CPU seconds a step on one core of an EPYC Zen 4 with bf16, shared with other programs: text .33,
 # perceptual .3, VAE .45 on crops and .53 on whole drawings, tower .62, parser .16, decoder .44, judge .18, U-Net 1.36 for a whole
-# batch; .006 s a drawing and .008 s to encode it. So 3.0 hours for the VAE, 7.6 hours of one core for the U-Net, 14 for these
-# together, and 8 on two cores: 4.2 until the U-Net begins, 3.8 for it. Domains and evaluation are not measured yet.
+# batch, domains .54; .006 s a drawing, .008 s to encode it, .42 s to generate an image. So 3.0 hours for the VAE, 7.6 for the
+# U-Net, 2.1 for 100 pictures of every word, and 17 for everything. On two cores it is 10: 4.2 until the U-Net begins, 3.8 for it,
+# and 2.1 after it, as the words are drawn beside the domains and their evaluation.
 CPU = TrainingPlan(
     name="cpu",
     drawings=60_000,

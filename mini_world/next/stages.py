@@ -249,20 +249,31 @@ def run_art(work: Workspace, made: Path) -> Facts:
     return _run_domain(work, made, "art")
 
 
+def load_reader(work: Workspace) -> judge.Judge:
+    """The judge, on the default device."""
+    return judge.load_judge(work.result("judge") / "judge.safetensors").to(default_device())
+
+
+def run_words(work: Workspace, made: Path) -> Facts:
+    model, reader, plan = load_model(work), load_reader(work), work.plan
+    sampling = replace(SAMPLING, steps=plan.sampling_steps)
+    rows = evaluation.evaluate_words(work.state("words") / "rows", model, reader, plan.words, plan.word_pictures, sampling)
+    return evaluation.write_words(made, rows)
+
+
 def run_evaluate(work: Workspace, made: Path) -> Facts:
-    model, plan, rows = load_model(work), work.plan, work.state("evaluate") / "rows"
-    reader = judge.load_judge(work.result("judge") / "judge.safetensors").to(default_device())
+    model, reader, plan, rows = load_model(work), load_reader(work), work.plan, work.state("evaluate") / "rows"
     sampling, domains = replace(SAMPLING, steps=plan.sampling_steps), {}
     for kind, count in plan.evaluated.items():
         pretrained = DomainWeights.load(work.result(kind) / "mini")
         domains[kind] = evaluation.evaluate_domain(rows, model, reader, pretrained, kind, count, sampling)
-    words = evaluation.evaluate_words(rows, model, reader, plan.words, plan.word_pictures, sampling)
-    return evaluation.write_tables(made, domains, words)
+    return evaluation.write_domains(made, domains)
 
 
 def run_report(work: Workspace, made: Path) -> Facts:
     (made / "training.md").write_text(training_table(work) + "\n")
-    shutil.copyfile(work.result("evaluate") / "evaluation.md", made / "evaluation.md")
+    for stage, table in (("evaluate", "domains.md"), ("words", "words.md")):
+        shutil.copyfile(work.result(stage) / table, made / table)
     return {}
 
 

@@ -10,7 +10,14 @@ import torch
 from e4t_cli.registry.config import TuningConfig
 from e4t_cli.schedulers import SamplingConfig
 from mini_world.next import evaluate, evaluation
-from mini_world.next.evaluation import StoppableRows, evaluate_domain, evaluate_words, methods_of, write_tables
+from mini_world.next.evaluation import (
+    StoppableRows,
+    evaluate_domain,
+    evaluate_words,
+    methods_of,
+    write_domains,
+    write_words,
+)
 from mini_world.next.judge import Judge
 from mini_world.next.loop import Unfinished
 from mini_world.next.stopping import STOP_AT
@@ -69,10 +76,11 @@ def test_tables_and_rows_are_the_result(tmp_path, calls, judge):
     words = evaluate_words(tmp_path / "rows", None, judge, ("cat",), 3, SAMPLING)
     assert len(words.rows) == 3 and words.rows[0]["kind"] == "cat"
     (tmp_path / "made").mkdir()
-    assert write_tables(tmp_path / "made", {"cat": rows}, words) == {"cat": len(rows.rows), "words": 3}
-    page = (tmp_path / "made" / "evaluation.md").read_text()
+    assert write_domains(tmp_path / "made", {"cat": rows}) == {"cat": len(rows.rows)}
+    assert write_words(tmp_path / "made", words) == {"images": 3}
+    page = (tmp_path / "made" / "domains.md").read_text()
     assert "## cat" in page and "| encoder alone |" in page and "| mean absolute error | width | tint |" in page
-    assert "| cat | place | a cat on the beach |" in page
+    assert "| cat | place | a cat on the beach |" in (tmp_path / "made" / "words.md").read_text()
     stored = gzip.decompress((tmp_path / "made" / "cat.jsonl.gz").read_bytes())
     assert [json.loads(line) for line in stored.splitlines()] == rows.rows
 

@@ -57,7 +57,15 @@ def test_only_what_is_missing_runs():
     assert needed(STAGES, ["report"], lambda name: True) == []
     # A fresh clone with all results but the domains draws and encodes nothing for the other networks.
     kept = {"vae", "text", "tower", "decoder", "unet", "base", "parser", "judge"}
-    assert needed(STAGES, ["report"], kept.__contains__) == ["portraits", "face", "cat", "art", "evaluate", "report"]
+    assert needed(STAGES, ["report"], kept.__contains__) == [
+        "portraits",
+        "words",
+        "face",
+        "cat",
+        "art",
+        "evaluate",
+        "report",
+    ]
     assert needed(STAGES, ["base"], {"text", "tower", "decoder", "unet"}.__contains__) == ["base"]
 
 
@@ -405,7 +413,8 @@ def test_a_rehearsal_runs_to_the_end_and_travels(tmp_path):
     assert 1 <= facts["step"] < TINY.unet
     rest = run_command("--tiny", "--folder", two, "--parallel", "2")
     assert rest.returncode == 0, rest.stderr
-    assert "| encoder alone |" in (tmp_path / "two/results/report/evaluation.md").read_text()
+    assert "| encoder alone |" in (tmp_path / "two/results/report/domains.md").read_text()
+    assert "| art | attribute |" in (tmp_path / "two/results/report/words.md").read_text()
     table = (tmp_path / "two/results/report/training.md").read_text()
     for name in set(STAGES) - {"report"}:
         assert f"\n| {name} | tiny |" in table
