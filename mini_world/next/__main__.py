@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.what in ("pack", "unpack"):
             return _pack_or_unpack(options.what, work, options.path)
-        return _run(work, [*STAGES] if options.what == "all" else [options.what], options.parallel, options.minutes)
+        # Drawings and latents are made only if something needs them.
+        shipped = [name for name, node in STAGES.items() if node.shipped]
+        return _run(work, shipped if options.what == "all" else [options.what], options.parallel, options.minutes)
     except (StageFailed, StaleResult) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

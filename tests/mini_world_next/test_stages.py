@@ -379,6 +379,15 @@ def test_every_stage_is_a_function():
     }
 
 
+def test_a_finished_run_makes_no_drawings_again(tmp_path, capsys):
+    work = Workspace(tmp_path / "run", TINY)
+    for name, node in STAGES.items():
+        if node.shipped:
+            finish(work, name)
+    assert main(["--tiny", "--folder", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err == "" and work.find("draw") is None
+
+
 def run_command(*arguments, **options):
     return subprocess.run(
         [sys.executable, "-m", "mini_world.next", *arguments], cwd=ROOT, capture_output=True, text=True, **options
