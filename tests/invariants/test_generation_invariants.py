@@ -1,10 +1,12 @@
 """Invariants of sampling: section 3.1's refinement, and reproducibility from a seed."""
 
 import copy
+import random
 
 import pytest
 import torch
 
+from e4t_cli import sampling as loop
 from e4t_cli.errors import UsageError
 from e4t_cli.models.denoiser import TunedModel
 from e4t_cli.nn.weight_offsets import FactoredWeightOffset, WeightOffset
@@ -40,6 +42,59 @@ def test_an_image_is_the_same_alone_and_in_a_batch(model, tuned):
     assert together == alone
 
 
+VARIANTS = {
+    "default": {},
+    "no guidance": {"guidance": 1.0},
+    "negative": {"negative_prompt": "red (hat:1.3)", "prompt_weights": True},
+    "random": {"scheduler": "euler-a"},
+    "second order": {"scheduler": "heun", "steps": 4},
+    "weaker": {"concept_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize(("variant", "method"), [("default", "lora"), *((name, "full") for name in VARIANTS)])
+def test_an_image_is_the_same_in_any_company_and_order(model, domain_weights, face, variant, method):
+    """Also at the last place of a chunk, beside copies, and beside prompts that have weights."""
+    tuned = tune(model, domain_weights, face, domain_weights.tuning.replace(steps=1, method=method))
+    texts = ("S* on the beach", "a (photo:1.5) of S*", "S* and S* with hat", "a drawing of S*", "S*", "a cat, S*")
+    wanted = [(parse_prompt(text), 7 * seed) for seed, text in enumerate(texts)]
+    sampling = SamplingConfig(**{"steps": 2, **VARIANTS[variant]})
+
+    def drawn(some):
+        prompts, seeds = zip(*(wanted[index] for index in some), strict=True)
+        return pixels(sample(model, tuned, prompts, seeds, sampling))
+
+    alone = [drawn([index])[0] for index in range(len(wanted))]
+    assert len(set(alone)) == len(wanted)
+    chance = random.Random(1)
+    for count in (6, 5, 4, 3, 2):
+        some = chance.sample(range(len(wanted)), count)
+        assert drawn(some) == [alone[index] for index in some]
+
+
+def test_how_many_images_are_sampled_at_once(model, monkeypatch):
+    assert loop.images_at_once(model) == loop.CHUNK
+    monkeypatch.setattr(loop, "SMALL", 1000)  # as if it were Stable Diffusion: one by one
+    assert loop.images_at_once(model) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "DECODED_PIXELS", 2 * model.resolution**2)
+    assert loop.images_at_once(model) == 1
+
+
+def test_the_last_chunk_is_filled_up_and_no_copy_is_decoded(model, tuned, monkeypatch):
+    sizes, events, decoded, denoise, decode = [], [], [], loop.denoise, type(model).decode
+    monkeypatch.setattr(loop, "denoise", lambda *all: sizes.append(len(all[2].ids)) or denoise(*all))
+    monkeypatch.setattr(type(model), "decode", lambda self, z: decoded.append(len(z)) or decode(self, z))
+    prompts = [PROMPTS[index % 3] for index in range(5)]
+    images = sample(model, tuned, prompts, list(range(5)), FEW, on_progress=events.append)
+    assert sizes == []
+    next(images)
+    assert sizes == [4]  # the first images are there before the last chunk begins
+    assert len(list(images)) == 4 and sizes == [4, 4] and decoded == [1] * 5
+    assert [event.done for event in events] == [4, 8, 12, 13, 14, 15]
+    assert {event.total for event in events} == {15}
+
+
 def test_a_batch_differs_by_rounding_only(model, tuned):
     whole = generate_latents(model, tuned, PROMPTS, [5, 6, 7], FEW)
     for index in range(3):
@@ -49,7 +104,7 @@ def test_a_batch_differs_by_rounding_only(model, tuned):
 
 def test_images_are_yielded_one_by_one_with_progress(model, tuned):
     events = []
-    images = sample(model, tuned, PROMPTS, [1, 2, 3], FEW, on_progress=events.append)
+    images = sample(model, tuned, PROMPTS, [1, 2, 3], FEW, batch=1, on_progress=events.append)
     next(images)
     assert [event.done for event in events] == [1, 2, 3]
     list(images)
@@ -278,8 +333,6 @@ def test_an_invalid_prompt_stops_the_first_image(model, tuned):
 
 
 def test_T4_batches_are_reduced_when_memory_runs_out(model, tuned, monkeypatch):
-    from e4t_cli import sampling as loop
-
     denoise, sizes, notes = loop.denoise, [], []
 
     def short_of_memory(model, tuned, tokens, *rest):
@@ -298,7 +351,7 @@ def test_T4_batches_are_reduced_when_memory_runs_out(model, tuned, monkeypatch):
     assert sizes == [3, 2, 1, 1, 1]
     assert len(notes) == 2
     monkeypatch.undo()
-    assert found == pixels(sample(model, tuned, PROMPTS, [5, 6, 7], FEW))
+    assert found == pixels(sample(model, tuned, PROMPTS, [5, 6, 7], FEW, batch=1))
     monkeypatch.setattr(loop, "denoise", lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         list(sample(model, tuned, PROMPTS[:1], [1], FEW))

@@ -1,22 +1,33 @@
 """Postpones the imports of packages that libraries import and this program seldom uses.
 
 diffusers' U-Net needs one module of `diffusers.models.transformers`, whose `__init__` imports some forty models, and
-the image tower needs one of `open_clip`, whose `__init__` imports timm and all else it has. `install` makes those
-packages lazy: their `__init__` runs at the first use of a name that no submodule is called. Only the command line does
-so, because modules belong to the process. `torch._dynamo` would be worth more, but torchvision imports its parts.
+the image tower needs one of `open_clip`, whose `__init__` imports timm and all else it has. transformers and diffusers
+import 490 modules of scipy, 59 MB, for a loss and for two schedulers. `install` makes those packages lazy:
+their `__init__` runs at the first use of a name that no submodule is called. Where there is no accelerator it hides
+triton, of which `torch._dynamo` reads one name, 75 MB. Only the command line does so, because modules belong to the
+process. `torch._dynamo` would be worth more, but torchvision imports its parts.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from threading import RLock
 from types import ModuleType
 from typing import Any
 
-PACKAGES = ("diffusers.models.transformers", "open_clip")
+from e4t_cli.devices import likely_accelerator
+
+# Package -> its functions that are imported by name, and may never be called.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "diffusers.models.transformers": (),
+    "open_clip": (),
+    "scipy.integrate": (),
+    "scipy.optimize": ("linear_sum_assignment",),
+    "scipy.stats": (),
+}
 
 
 class _LazyPackage(ModuleType):
@@ -27,6 +38,8 @@ class _LazyPackage(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        if name in PACKAGES[self.__name__] and "_e4t_loader" in self.__dict__:
+            return _postponed(self, name)
         _load(self)
         try:
             return self.__dict__[name]
@@ -47,6 +60,16 @@ def _load(package: ModuleType) -> None:
         loader = package.__dict__.pop("_e4t_loader", None)
         if loader is not None:
             loader.exec_module(package)
+
+
+def _postponed(package: ModuleType, name: str) -> Callable[..., Any]:
+    """Return a function that loads the package when it is called, and calls the package's function."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _load(package)
+        return package.__dict__[name](*args, **kwargs)
+
+    return call
 
 
 class _LazyLoader(Loader):
@@ -81,6 +104,8 @@ class _Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """Make the packages lazy that are not imported yet."""
+    """Make the packages lazy that are not imported yet, and hide triton where nothing can run its kernels."""
+    if not likely_accelerator():
+        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
