@@ -216,7 +216,7 @@ def choose(faces: Sequence[AnyFace], which: str, size: tuple[int, int]) -> AnyFa
     number = {"left": 1, "right": len(faces)}.get(which) or int(which)
     if number > len(faces):
         count = "is 1 face" if len(faces) == 1 else f"are {len(faces)} faces"
-        hint = "--face 1 is leftmost; e4t faces PHOTO shows the numbers"
+        hint = "--face 1 is leftmost; e4t faces PHOTO shows the numbers, of drawings with --base mini"
         raise InputError(f"there {count} in the image, not {number}", hint=hint)
     return ordered[number - 1]
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from .api.batch import personalize_many
     from .api.dry_run import plan_pretraining
     from .api.exporting import export
+    from .api.jobs import Job
     from .api.personalization import generate, personalize
     from .api.pretraining import pretrain
     from .errors import (
@@ -48,8 +50,10 @@ if TYPE_CHECKING:
     from .schedulers import SamplingConfig
 
 _IMPORT_STRUCTURE = {
+    "api.batch": ["personalize_many"],
     "api.dry_run": ["plan_pretraining"],
     "api.exporting": ["export"],
+    "api.jobs": ["Job"],
     "api.personalization": ["generate", "personalize"],
     "api.pretraining": ["pretrain"],
     "errors": [
@@ -83,11 +87,11 @@ _HOME = {name: module for module, names in _IMPORT_STRUCTURE.items() for name in
 
 __all__ = [
     "BaseAddons", "Concept", "DivergedError", "Domain", "DomainWeights", "E4TError", "FoundSubject", "Frame",
-    "GeneratedImage", "InputError", "IntegrityError", "PartialResult", "Personalization", "PreparationTarget",
+    "GeneratedImage", "InputError", "IntegrityError", "Job", "PartialResult", "Personalization", "PreparationTarget",
     "PreparedImage", "PretrainingConfig", "Progress", "PromptRequest", "ResourceError", "SUBJECT_TEMPLATES",
     "SamplingConfig", "TextToImageModel", "TuningConfig", "UsageError", "WeightsUnavailable", "__version__",
     "center_square", "check_domain", "export", "find_base", "find_domain", "generate", "installed_domains",
-    "load_segmenter", "mask_by_words", "open_image", "personalize", "plan_pretraining", "pretrain",
+    "load_segmenter", "mask_by_words", "open_image", "personalize", "personalize_many", "plan_pretraining", "pretrain",
 ]  # fmt: skip
 
 

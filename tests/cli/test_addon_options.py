@@ -132,6 +132,11 @@ def test_an_export_has_the_lora_in_it(run, world, files):
     assert run(*world.personalize("--save", "me.e4t", "--seed", "1", *LORA_AND_VAE, prompts=())).code == 0
     refused = run("export", "me.e4t", "model", "--base", str(world.base))
     assert refused.code == 5 and not (files / "model").exists()
+    assert "add --base-lora style.safetensors:0.5 --vae" in refused.err
+    wrong = ("export", "me.e4t", "model", "--base", str(world.base), "--base-lora")
+    for file, hint in (("style.safetensors:x", "--base-lora style.safetensors:0.8"), ("", "--base-lora has an empty")):
+        refused = run(*wrong, file)
+        assert refused.code == 2 and hint in refused.err and " --lora" not in refused.err
     given = ["--base", str(world.base), "--base-lora", "style.safetensors:0.5", "--vae", "soft.safetensors"]
     made = run("export", "me.e4t", "model", *given)
     assert made.code == 0, made.err

@@ -268,3 +268,10 @@ def test_a_part_of_a_folder_names_the_folder(run, world):
 def test_a_file_with_other_tensors_is_not_a_concept(run, tmp_path):
     save_file({"a.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     assert "e4t does not know: a.weight" in run("info", "x.safetensors").err
+
+
+def test_the_first_line_is_never_empty(run, written, tmp_path):
+    (tmp_path / "text.md").write_text("words")
+    ended = run("info", "text.md", str(written["concept"]), str(written["lora"]))
+    assert ended.code == 3 and ended.lines[0] == str(written["concept"])
+    assert ended.lines.count("") == 1

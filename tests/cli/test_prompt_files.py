@@ -165,3 +165,18 @@ def test_every_line_is_generated_with_its_own_settings(run, world, tmp_path):
         assert one.tobytes() == other.tobytes()
     plan = json.loads(run(*world.personalize("-f", "p.txt", "--dry-run", "--json", prompts=())).out)
     assert (plan["prompts"], plan["images"]) == (3, 4)
+
+
+@pytest.mark.parametrize("placeholder", ["S*", None])
+@pytest.mark.parametrize("option", ["--base", "-n", "--seed=4", "--"])
+def test_options_behind_the_dashes(placeholder, option):
+    with pytest.raises(UsageError, match=f"^{option} comes after --, where everything is a prompt$") as raised:
+        gather_prompts(["S* x", option, "sd14"], None, placeholder=placeholder)
+    assert raised.value.hint.startswith("options come before it: e4t … ")
+    for prompt in ("-S* x", "--S*", "- S* x", "-1 S*", "--a S*"):
+        assert [one.prompt for one in gather_prompts([prompt], None, placeholder=placeholder)] == [prompt]
+
+
+def test_a_command_ends_at_an_option_behind_the_dashes(run, world, tmp_path):
+    ended = run("generate", "--dry-run", "me.e4t", "--", "S* x", "--steps", "3")
+    assert (ended.code, ended.out) == (2, "") and "--steps comes after --" in ended.err

@@ -1,5 +1,6 @@
 """Several photos of one subject, on the command line and in Python."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -141,6 +142,12 @@ def test_a_photo_that_is_there_twice_is_used_once(several, photos):
         (["a.png", "b.png", "--mask", "a.png", "--mask", "c.jpg", "--", PROMPT], 2, "photo 2 (b.png): there is no"),
         (["-", PROMPT, "--image", "-"], 2, "only one photo can be -"),
         (["a.png", "-", "--", "-"], 2, "only one input can be -"),
+        (["-", PROMPT, "--mask", "-"], 2, "only one input can be -"),
+        (["a.png", "-", "--mask", "auto", "--mask", "-", "--", PROMPT], 2, "only one input can be -"),
+        (["a.png", "--mask", "-", "-f", "-"], 2, "only one input can be -"),
+        (["a.png", "b.png", "--", PROMPT, "--steps", "3"], 2, "options come before it"),
+        (["a.png", PROMPT, "--image", ""], 2, "photo 2: the name of an image is empty"),
+        (["a.png", PROMPT, "--mask", ""], 2, "the name of an image is empty"),
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
@@ -228,6 +235,26 @@ def test_a_dry_run_shows_every_photo(several, photos):
     ended = several("--dry-run", "--json", "a.png", "b.png", "--save-prepared", "x", "--")
     assert len(json.loads(ended.out)["photos"]) == 2 and not Path("x").exists()
     assert "photos" not in json.loads(several("--dry-run", "--json", "a.png", PROMPT).out)
+
+
+@pytest.mark.parametrize("more", [["--", PROMPT], ["--save-prepared", "x", "--"]])
+def test_a_dry_run_says_that_a_photo_is_there_twice(several, photos, more):
+    shutil.copy("b.png", "copy.png")
+    ended = several("--dry-run", "a.png", "b.png", "copy.png", *more)
+    assert ended.code == 0 and "warning: photo 3 (copy.png) is photo 2 (b.png) again" in ended.err
+    ended = several("--dry-run", "--json", "a.png", "b.png", "copy.png", *more)
+    assert json.loads(ended.out)["notes"] == ["photo 3 (copy.png) is photo 2 (b.png) again: it is used once"]
+
+
+@pytest.mark.parametrize("more", [[PROMPT], ["--save-prepared", "x"]])
+def test_a_dry_run_reads_stdin_once(several, photos, monkeypatch, more):
+    for options in ([], ["--mask", "a.png"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("a.png").read_bytes())))
+        ended = several("--dry-run", "-", *options, *more)
+        assert (ended.code, ended.err) == (0, "") and "96×96" in ended.out
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("a.png").read_bytes())))
+    ended = several("--dry-run", "a.png", "--mask", "-", *more)
+    assert (ended.code, ended.err) == (0, "")
 
 
 # ── in Python ──

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import struct
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from e4t_cli.errors import IntegrityError, UsageError
 from e4t_cli.formats.addons import apply_addons
 from e4t_cli.formats.lora import kohya_name, lora_of
+from e4t_cli.formats.recognition import recognize
 from e4t_cli.formats.stable_diffusion import vae_name
 from e4t_cli.hub.addons import Addon, BaseAddons, check_same
 from e4t_cli.models.denoiser import TunedModel
@@ -375,7 +377,7 @@ def test_wrong_embeddings_are_named(base_folder, tmp_path, kind):
     [
         ("x.pt", b"PK\x03\x04", IntegrityError, "is a pickle"), ("x.bin", b"any", IntegrityError, "is a pickle"),
         ("x.safetensors", b"\x80\x02", IntegrityError, "is a pickle"),
-        ("x.safetensors", b"", IntegrityError, "damaged"), ("x.safetensors", b"<html>" * 9, IntegrityError, "damaged"),
+        ("x.safetensors", b"", IntegrityError, "damaged"), ("x.safetensors", b"<html>" * 9, IntegrityError, "a web"),
         (None, b"", UsageError, "no file"),
     ],
 )  # fmt: skip
@@ -500,3 +502,39 @@ def test_what_is_compared():
             check_same(then, now, "this concept")
         assert raised.value.message == f"this concept {words}"
     assert raised.value.hint.startswith("leave --lora out")
+
+
+@pytest.mark.parametrize("option", ["loras", "embeddings", "vae"])
+def test_empty_names_and_addresses_are_refused(option):
+    for given, hint in (
+        ("", "may be unset"),
+        ("https://huggingface.co/owner/name", "owner/name"),
+        ("https://civitai.com/api/download/1?type=Model&format=SafeTensor", "'https://civitai.com/api"),
+    ):
+        with pytest.raises(UsageError, match="empty name|takes no address") as raised:
+            BaseAddons.parse(**{option: given if option == "vae" else [given]})
+        assert hint in raised.value.hint and "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"), (b"\n<!DOCTYPE html>", "a web page")],
+)
+def test_downloads_that_failed_are_named(tmp_path, data, words):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    for option in ("loras", "embeddings", "vae"):
+        with pytest.raises(IntegrityError, match=words) as raised:
+            BaseAddons.parse(**{option: str(path) if option == "vae" else [str(path)]}).check()
+        assert raised.value.hint
+
+
+@pytest.mark.parametrize("length", [640, 1152, 19280])
+def test_the_length_of_a_header_is_no_sign_of_another_format(tmp_path, length):
+    """Its bytes are those that pickles (640, 1152) and zip archives (19280) begin with."""
+    table = {"emb_params": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}}
+    path = tmp_path / "word.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + json.dumps(table).encode().ljust(length) + bytes(8))
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"PK")
+    assert BaseAddons.parse(embeddings=[str(path)]).check()[0].word == "word"
+    assert recognize(path).type == "word"

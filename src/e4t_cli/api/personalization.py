@@ -21,7 +21,7 @@ from e4t_cli.api.options import (
     RunOptions,
 )
 from e4t_cli.api.photographs import doubts_about_photo
-from e4t_cli.api.photos import open_photos, stem
+from e4t_cli.api.photos import PhotoSet, open_photos, stem
 from e4t_cli.api.repetition import other_circumstances, repeated
 from e4t_cli.api.requests import (
     Prompts,
@@ -43,7 +43,7 @@ from e4t_cli.api.resolve import (
     resolve_domain_base,
     resolve_domain_weights,
 )
-from e4t_cli.api.session import Session
+from e4t_cli.api.session import ImageRequest, Session
 from e4t_cli.errors import UsageError, printable
 from e4t_cli.hub.paths import HubAccess
 from e4t_cli.hub.resolve import look_up_base
@@ -105,47 +105,66 @@ def personalize(
     weights = resolve_domain_weights(value, base, session.access, domain_base=other)
     with session.running(base):
         session.load(base, weights, domain_base=other)
-        session.check_sampling(wanted)
-        session.check_prompts(wanted)
-        model, pretrained = session.model, session.pretrained
-        tuning = resolve_tuning(pretrained.tuning, asked.tuning, asked.tune_steps)
-        tuning = photos.tuning(tuning)
-        for note in photos.notes:
-            session.note("prepare", note)
-        if 0 < (samples := tuning.steps * tuning.batch_size) < len(photos):
-            session.note("prepare", f"tuning draws {samples} samples: not all of the {len(photos)} photos are used")
-        with session.stage("prepare"):
-            from e4t_cli.models.photos import mean_image_features
-
-            target = preparation_target(
-                value, asked, session.access, size=model.resolution, base=model.base.name, device=str(model.device)
-            )
-            prepared = []
-            for photo in photos:
-                one = photo.prepare(value, target, masked=tuning.mask)
-                doubts = doubts_about_photo(model, value, one, half=prefers_half(asked.device, asked.dtype))
-                photo.report(one, session.report, doubts, strict=asked.strict)
-                if asked.on_prepared is not None:
-                    asked.on_prepared(one)
-                prepared.append(one)
-            features = mean_image_features(model, pretrained, prepared)[0].cpu()
-
-        from e4t_cli.formats.concept import Concept
-
-        concept = Concept(
-            domain=value.name, package=package, descriptor=pretrained.descriptor,
-            base_name=model.base.name, base_fingerprint=model.weights_fingerprint, weights_digest=pretrained.digest,
-            prepared=prepared[0], others=prepared[1:], image_features=features, config=tuning, seed=seeds[0],
-            image_sha256=photos.sha256[0], others_sha256=photos.sha256[1:], photo=photos.remarks(prepared),
-            placeholder=check_placeholder(placeholder), domain_base=other,
-            addons=tuple(one for one in model.addons if one.kind != "embedding"),
+        return personalize_loaded(
+            session, asked, photos, wanted,
+            domain=value, package=package, seed=seeds[0], placeholder=placeholder, domain_base=other,
         )  # fmt: skip
-        tuned = session.tune(concept, keep_base=scales_concept(wanted))
-        if asked.keep_weights:
-            concept = replace(concept, weights=Concept.weights_of(tuned))
-        if asked.on_concept is not None:
-            asked.on_concept(concept)
-        return session.generate(concept, tuned, wanted, seed=seeds[0], name=photos.name, on_image=asked.on_image)
+
+
+def personalize_loaded(
+    session: Session,
+    asked: PersonalizeOptions,
+    photos: PhotoSet,
+    wanted: Sequence[ImageRequest],
+    *,
+    domain: Domain,
+    package: str,
+    seed: int,
+    placeholder: str,
+    domain_base: str,
+) -> Personalization:
+    """Do the work of `personalize` in a session that has the base and the domain weights; `seed` is that of tuning."""
+    session.check_sampling(wanted)
+    session.check_prompts(wanted)
+    model, pretrained = session.model, session.pretrained
+    tuning = resolve_tuning(pretrained.tuning, asked.tuning, asked.tune_steps)
+    tuning = photos.tuning(tuning)
+    for note in photos.notes:
+        session.note("prepare", note)
+    if 0 < (samples := tuning.steps * tuning.batch_size) < len(photos):
+        session.note("prepare", f"tuning draws {samples} samples: not all of the {len(photos)} photos are used")
+    with session.stage("prepare"):
+        from e4t_cli.models.photos import mean_image_features
+
+        target = preparation_target(
+            domain, asked, session.access, size=model.resolution, base=model.base.name, device=str(model.device)
+        )
+        prepared = []
+        for photo in photos:
+            one = photo.prepare(domain, target, masked=tuning.mask)
+            doubts = doubts_about_photo(model, domain, one, half=prefers_half(asked.device, asked.dtype))
+            photo.report(one, session.report, doubts, strict=asked.strict)
+            if asked.on_prepared is not None:
+                asked.on_prepared(one)
+            prepared.append(one)
+        features = mean_image_features(model, pretrained, prepared)[0].cpu()
+
+    from e4t_cli.formats.concept import Concept
+
+    concept = Concept(
+        domain=domain.name, package=package, descriptor=pretrained.descriptor,
+        base_name=model.base.name, base_fingerprint=model.weights_fingerprint, weights_digest=pretrained.digest,
+        prepared=prepared[0], others=prepared[1:], image_features=features, config=tuning, seed=seed,
+        image_sha256=photos.sha256[0], others_sha256=photos.sha256[1:], photo=photos.remarks(prepared),
+        placeholder=check_placeholder(placeholder), domain_base=domain_base,
+        addons=tuple(one for one in model.addons if one.kind != "embedding"),
+    )  # fmt: skip
+    tuned = session.tune(concept, keep_base=scales_concept(wanted))
+    if asked.keep_weights:
+        concept = replace(concept, weights=Concept.weights_of(tuned))
+    if asked.on_concept is not None:
+        asked.on_concept(concept)
+    return session.generate(concept, tuned, wanted, seed=seed, name=photos.name, on_image=asked.on_image)
 
 
 def generate(
@@ -223,7 +242,11 @@ def prepare_all(
     """Do what `prepare` does with each photo of one subject; one that is there twice is prepared once."""
     asked = PrepareOptions(**options)
     value, _ = resolve_domain(domain)
-    photos = open_photos(images, asked.mask)
+    return prepare_opened(value, open_photos(images, asked.mask), asked)
+
+
+def prepare_opened(value: Domain, photos: PhotoSet, asked: PrepareOptions) -> list[PreparedImage]:
+    """Do what `prepare_all` does with photos that were opened, which a stream can be once only."""
     access = HubAccess(offline=asked.offline, accept_license=asked.accept_license, on_progress=asked.on_progress)
     name, size, _ = _look_up_base(value, asked, access)
     if not size:

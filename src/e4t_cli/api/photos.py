@@ -205,7 +205,7 @@ def _is_word(mask: ImageInput) -> bool:
 
 def _label(number: int, source: ImageInput) -> str:
     """Return what messages call one of several photos."""
-    if not isinstance(source, str | os.PathLike) or source == "-":
+    if not isinstance(source, str | os.PathLike) or source in ("", "-"):
         return f"photo {number}"
     return f"photo {number} ({printable(Path(source).name)})"
 

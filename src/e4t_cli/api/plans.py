@@ -20,8 +20,9 @@ from e4t_cli.api.options import (
     PersonalizeKeywords,
     PersonalizeOptions,
     PrepareKeywords,
+    PrepareOptions,
 )
-from e4t_cli.api.personalization import preparation_target, prepare_all
+from e4t_cli.api.personalization import preparation_target, prepare_opened
 from e4t_cli.api.photos import PhotoSet, open_photos
 from e4t_cli.api.repetition import repeated
 from e4t_cli.api.requests import (
@@ -104,7 +105,7 @@ def plan_personalization(
     wanted = resolve_images(prompts, parsed, resolve_sampling(sampling), count=num_images_per_prompt, seeds=seeds)
     value, _ = resolve_domain(domain)
     photos = open_photos(image, asked.mask)
-    asked, vae = _find_addons(asked)
+    asked, vae = find_addons(asked)
     asked.addons.check()
     base = _Base(asked, value, wanted, tower=True, domain_base=resolve_domain_base(asked.domain_base), vae=vae)
     target = preparation_target(value, asked, HubAccess(offline=True), size=base.resolution or 512, base=base.name)
@@ -117,7 +118,7 @@ def plan_personalization(
         "type": "plan",
         "domain": value.name,
         "descriptor": value.descriptor,
-        **_sizes(photos),
+        **_about(photos),
         "prompts": len(parsed),
         **base.cost(wanted, config),
         "tuning": asdict(config),
@@ -133,15 +134,18 @@ def plan_preparation(
         E4TError: as `prepare_all`, without what a parser that is not here would find.
     """
     options["offline"] = True
+    asked = PrepareOptions(**options)
+    value, _ = resolve_domain(domain)
+    photos = open_photos(image, asked.mask)
     with contextlib.suppress(WeightsUnavailable):  # the parser was not fetched
-        prepare_all(domain, image, **options)
-    photos, (value, _) = open_photos(image, options.get("mask", "auto")), resolve_domain(domain)
-    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, **_sizes(photos), "prompts": 0}
+        prepare_opened(value, photos, asked)
+    return {"type": "plan", "domain": value.name, "descriptor": value.descriptor, **_about(photos), "prompts": 0}
 
 
-def _sizes(photos: PhotoSet) -> dict[str, Any]:
-    """Return the size of the photo, or those of several, in pixels."""
-    return {"photo": photos.sizes[0]} if len(photos) == 1 else {"photos": photos.sizes}
+def _about(photos: PhotoSet) -> dict[str, Any]:
+    """Return the size of the photo, or those of several, in pixels, and what is to be known of them."""
+    sizes: dict[str, Any] = {"photo": photos.sizes[0]} if len(photos) == 1 else {"photos": photos.sizes}
+    return {**sizes, "notes": list(photos.notes)} if photos.notes else sizes
 
 
 def plan_generation(
@@ -163,7 +167,7 @@ def plan_generation(
     concept = load_concept(concept)
     parsed = parse_prompts(prompts, placeholder or concept.placeholder)
     wanted = resolve_images(prompts, parsed, config, count=num_images_per_prompt, seeds=seeds)
-    asked, vae = _find_addons(asked, concept.addons)
+    asked, vae = find_addons(asked, concept.addons)
     if vae:  # nobody knows whether it is the concept's before it is fetched
         others = tuple(one for one in concept.addons if one.kind != "vae")
         check_addons(replace(concept, addons=others), asked, records)
@@ -189,7 +193,7 @@ def _is_tuned(concept: Concept) -> bool:
 _Options = TypeVar("_Options", bound=GenerateOptions)
 
 
-def _find_addons(options: _Options, recorded: Iterable[Addon] = ()) -> tuple[_Options, str]:
+def find_addons(options: _Options, recorded: Iterable[Addon] = ()) -> tuple[_Options, str]:
     """Return the options with a VAE of the hub that is here, or without it and its name, if it would be fetched."""
     source = wanted_source(options.addons, recorded)
     if not source or not isinstance(options.base, str | os.PathLike):

@@ -141,7 +141,8 @@ class Session:
         self.access = HubAccess(offline=options.offline, accept_license=accept, on_progress=self.report)
         self.vram, self.safety = vram, safety
         self._limits = contextlib.ExitStack()
-        self._owns_model = False  # whether the model was loaded for this one request
+        self._owns_model = False  # whether the model was loaded for this one request, and not by the caller
+        self.shares_model = False  # with the sessions of other requests: it stays as it is, and keeps its tower
 
     def report(self, event: Progress) -> None:
         """Pass an event on to the caller's callback."""
@@ -220,16 +221,20 @@ class Session:
             else:
                 self.model = base
             if weights is not None:
-                self.pretrained = DomainWeights.load(weights)
-                if domain_base and not self.pretrained.is_for(self.model):
-                    self.pretrained.check_shapes(self.model)
-                    name, here = printable(self.pretrained.name), printable(self.model.base.name)
-                    about = f"the weights of {name} for {printable(domain_base)} are used on {here}"
-                    self.note("load", f"{about}: their shapes fit; nobody has measured the quality")
-                elif not domain_base:
-                    self.pretrained.check_base(self.model)
-                self._check_words()
+                self.use_weights(DomainWeights.load(weights), domain_base=domain_base)
         self.report(Progress(stage="load", done=1, total=1))
+
+    def use_weights(self, pretrained: DomainWeights, *, domain_base: str = "") -> None:
+        """Use loaded domain weights with the loaded base; raises as `load`."""
+        self.pretrained = pretrained
+        if domain_base and not pretrained.is_for(self.model):
+            pretrained.check_shapes(self.model)
+            name, here = printable(pretrained.name), printable(self.model.base.name)
+            about = f"the weights of {name} for {printable(domain_base)} are used on {here}"
+            self.note("load", f"{about}: their shapes fit; nobody has measured the quality")
+        elif not domain_base:
+            pretrained.check_base(self.model)
+        self._check_words()
 
     def find_addons(self, recorded: Iterable[Addon] = ()) -> None:
         """Check the files of the add-ons, and fetch a VAE of the hub: also that of a concept, among the `recorded`.
@@ -320,8 +325,8 @@ class Session:
         from e4t_cli.training.optim import has_eight_bit
 
         model, device = self.model, self.model.device
-        consume = self._owns_model and not keep_base
-        if self._owns_model:
+        consume = self._owns_model and not keep_base and not self.shares_model
+        if self._owns_model and not self.shares_model:
             model.release_tower()  # the photos are encoded by now
         policy = PrecisionPolicy.resolve(device, model.dtype, self.autocast)
         plan = plan_tuning(
@@ -394,7 +399,7 @@ class Session:
         images: list[GeneratedImage] = []
         withheld: list[GenerationRecord] = []
         with self.stage("generate", counted=True):
-            checker = self._safety_checker()
+            checker = self.safety_checker()
             for one, sampling, spacing, pixels in self._sampled(tuned, wanted):
                 record = record_of(concept, one.prompt, one.seed, sampling, pixels.size, spacing, self.model.addons)
                 if checker is not None and checker.flags([pixels])[0]:
@@ -437,7 +442,7 @@ class Session:
                 yield one, sampling, spacing, pixels
             before += share
 
-    def _safety_checker(self) -> SafetyChecker | None:
+    def safety_checker(self) -> SafetyChecker | None:
         """Return the base's safety checker, if it has one and it is not disabled."""
         from e4t_cli.models.loading import SafetyChecker
 

@@ -22,7 +22,19 @@ from typing import Annotated, NoReturn, get_origin, get_type_hints
 import typer
 
 from e4t_cli import __version__
-from e4t_cli.cli import cache, console, doctor, domains, export, faces, info, lazy_packages, personalize, pretrain
+from e4t_cli.cli import (
+    batch,
+    cache,
+    console,
+    doctor,
+    domains,
+    export,
+    faces,
+    info,
+    lazy_packages,
+    personalize,
+    pretrain,
+)
 from e4t_cli.cli.photo_arguments import PhotoCommand
 from e4t_cli.cli.terminal import show_cursor
 from e4t_cli.errors import E4TError, ResourceError, UsageError
@@ -44,6 +56,7 @@ app = typer.Typer(
 )
 app.command("personalize", cls=PhotoCommand, epilog=personalize.EXAMPLES)(personalize.personalize)
 app.command("generate", epilog=personalize.GENERATE_EXAMPLES)(personalize.generate)
+app.command("batch", epilog=batch.EXAMPLES)(batch.batch)
 app.command("faces", epilog=faces.EXAMPLES)(faces.faces)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +14,7 @@ import typer
 from e4t_cli.cli import options
 from e4t_cli.cli.console import show_help
 from e4t_cli.cli.personalize import OwnPlaceholder, Saved, check_concept
-from e4t_cli.errors import UsageError, printable
+from e4t_cli.errors import E4TError, UsageError, printable
 from e4t_cli.hub.addons import BaseAddons
 
 if TYPE_CHECKING:
@@ -114,6 +117,19 @@ Word = Annotated[str, typer.Option(
     help="Of a folder: included in its vocabulary, or separate.")]  # fmt: skip
 
 
+_OTHER_COMMANDS = re.compile(r"--lora(?! \d+$)")  # with a number alone it is this command's rank
+
+
+@contextlib.contextmanager
+def _naming_base_lora() -> Iterator[None]:
+    """Let errors name the option for a LoRA of the base as it is called here: `--lora` is the rank of the export."""
+    try:
+        yield
+    except E4TError as error:
+        message, hint = (_OTHER_COMMANDS.sub("--base-lora", text) for text in (error.message, error.hint or ""))
+        raise type(error)(message, hint=hint or None) from error
+
+
 @options.grouped
 def export(
     concept: Saved, path: Target, run: options.RunFlags, terminal: options.TerminalFlags, lora: Lora = None,
@@ -136,10 +152,11 @@ def export(
 
     with console.progress() as on_progress:
         asked = run.run_keywords(console, on_progress)
-        asked["addons"] = BaseAddons.parse(loras=base_lora or (), vae=vae)
-        made = exporting.export(
-            concept, path, lora=lora, placeholder=placeholder, word=word, vram=vram, force=force, **asked
-        )  # fmt: skip
+        with _naming_base_lora():
+            asked["addons"] = BaseAddons.parse(loras=base_lora or (), vae=vae)
+            made = exporting.export(
+                concept, path, lora=lora, placeholder=placeholder, word=word, vram=vram, force=force, **asked
+            )  # fmt: skip
     record: dict[str, str | float] = {
         "type": "model" if lora is None else "lora", "path": str(made.path), "token": made.token,
         "variation": round(made.variation, 4), "retained_energy": round(made.retained_energy, 4),

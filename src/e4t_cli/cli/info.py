@@ -27,7 +27,8 @@ def info(files: Files, json: Json = False) -> None:
     """
     console = terminal.start(json=json)
     failures: list[E4TError] = []
-    for number, given in enumerate(files):
+    shown = 0
+    for given in files:
         try:
             about = _about(given)
         except E4TError as error:
@@ -36,8 +37,9 @@ def info(files: Files, json: Json = False) -> None:
             console.error(error)
             failures.append(error)
             continue
-        if number and not json:
+        if shown and not json:
             terminal.write_stdout("")
+        shown += 1
         console.details(printable(given), about if json else _rows(about))
     if failures:
         raise typer.Exit(failures[0].exit_code)

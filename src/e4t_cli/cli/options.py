@@ -109,7 +109,7 @@ def _go_offline(offline: bool) -> bool:
 def _set_threads(context: typer.Context, threads: int) -> int:
     """Set the number of threads before torch is imported; a command of hours does not go by the load of a moment."""
     if not context.resilient_parsing:
-        set_threads(threads, None if context.info_name == "pretrain" else STARTED)
+        set_threads(threads, None if context.info_name in ("pretrain", "batch") else STARTED)
     return threads
 
 

@@ -62,7 +62,9 @@ def generate(
     Saved paths go to stdout, one a line.
     """
     console = terminal.start()
-    wanted = gather_prompts(prompts.prompts or [], prompts.prompts_file, placeholder=placeholder)
+    wanted = gather_prompts(
+        prompts.prompts or [], prompts.prompts_file, placeholder=placeholder, stdin_taken=int(like == STDIN)
+    )
     if not wanted and like is None:
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')
     seeds, count = prompts.seeds(), prompts.num_images
@@ -127,7 +129,8 @@ def personalize(
     photos, texts = split_arguments(
         context, image, prompts.prompts or [], images=images or [], placeholder=placeholder or PLACEHOLDER
     )
-    wanted = gather_prompts(texts, prompts.prompts_file, placeholder=placeholder, stdin_taken=STDIN in photos)
+    taken = [*photos, *(run.mask or ())].count(STDIN)
+    wanted = gather_prompts(texts, prompts.prompts_file, placeholder=placeholder, stdin_taken=taken)
     save, save_prepared = output.save, output.save_prepared
     if not wanted and save is None and save_prepared is None:
         raise UsageError("there is no prompt", hint='for example: "S* as an astronaut"')

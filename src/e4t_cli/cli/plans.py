@@ -14,6 +14,8 @@ def print_plan(console: Console, plan: dict[str, Any], out: Path) -> None:
     plan = {**plan, "folder": str(out)}
     if console.json:
         return console.details("plan", plan)
+    for note in plan.pop("notes", ()):
+        console.warning(note)
     download, memory, seconds = (plan.pop(key, None) for key in ("download_bytes", "memory_bytes", "seconds"))
     if plan.get("to_fetch"):
         plan["download"] = "of unknown size" if download is None else f"about {shown_size(download)}"

@@ -28,21 +28,32 @@ STDIN = "-"
 MAX_FILE_BYTES = 4_000_000  # a list of prompts, not a book
 
 
+# Behind `--` an option arrives as a prompt.
+_LATE = re.compile(r"--?[A-Za-z][\w-]*(=.*)?|--", re.DOTALL)
+
+
 def gather_prompts(
-    arguments: Sequence[str], file: str | None, *, placeholder: str | None, stdin_taken: bool = False
+    arguments: Sequence[str], file: str | None, *, placeholder: str | None, stdin_taken: int = 0
 ) -> list[PromptRequest]:
     """Return all prompts in the order given: arguments first, then the file's lines; ``-`` is stdin.
 
     Args:
         placeholder: the word that stands for the concept; None if only the concept's file knows.
-        stdin_taken: the photo comes from stdin already.
+        stdin_taken: how many photos, masks and pictures are to come from stdin.
 
     Raises:
-        UsageError: two inputs want stdin, a prompt does not name the concept, or a line has an option that is none.
+        UsageError: two inputs want stdin, an option is behind `--`, a prompt does not name the concept, or a line has
+            an option that is none.
         InputError: the file cannot be read as text.
     """
     if [*arguments, file].count(STDIN) + stdin_taken > 1:
         raise UsageError("only one input can be - (stdin)", hint="give the others as files")
+    if late := next(
+        (one for one in arguments if _LATE.fullmatch(one) and (placeholder or PLACEHOLDER) not in one), ""
+    ):
+        shown = f"{printable(late)} " if late != "--" else ""
+        late_hint = f'options come before it: e4t … {shown}… -- "{printable(placeholder or PLACEHOLDER)} …"'
+        raise UsageError(f"{printable(late)} comes after --, where everything is a prompt", hint=late_hint)
     prompts = [line for one in arguments for line in (_lines(STDIN) if one == STDIN else [PromptRequest(one)])]
     prompts += _lines(file) if file is not None else []
     if placeholder is not None:

@@ -99,6 +99,8 @@ class Rows:
         if event.stage not in self.stages:
             self.stages[event.stage] = self.display.add_task(printable(event.stage), values="")
         scale, unit = (1e-6, "MB  ") if event.unit == "bytes" else (1, "")
+        if event.total and event.done < event.total and self.display.tasks[self.stages[event.stage]].finished:
+            self.display.reset(self.stages[event.stage])  # the stage of the next photo
         self.display.update(
             self.stages[event.stage],
             completed=int(event.done * scale),

@@ -108,11 +108,12 @@ def _file(path: Path, shown: str) -> Recognized:
             return _png(begin + opened.read(MAX_PICTURE), shown)
     if not begin:
         raise InputError(f"{shown} is empty", hint=HINT)
+    is_safetensors = begin[8:9] == b"{"  # before it the header's length: any bytes, also those of another format
     for magic, what in _OTHERS.items():
-        if begin.startswith(magic):
+        if begin.startswith(magic) and not is_safetensors:
             raise InputError(f"{shown} is {what}", hint=HINT)
     header = int.from_bytes(begin[:8], "little")
-    if begin[8:9] == b"{" or path.suffix in (".e4t", ".safetensors"):
+    if is_safetensors or path.suffix in (".e4t", ".safetensors"):
         if header > min(MAX_HEADER, size - 8):
             raise IntegrityError(f"{shown} is damaged: the length of its header does not fit a file of {size:,} bytes")
         return _tensors(path, shown, {"bytes": size})

@@ -24,7 +24,7 @@ from e4t_cli.errors import InputError, IntegrityError, UsageError, printable
 from e4t_cli.files import file_error
 from e4t_cli.hub.bases import weight_files
 from e4t_cli.hub.paths import REPOSITORY
-from e4t_cli.hub.single_file import SUFFIXES
+from e4t_cli.hub.single_file import NO_WEIGHTS, SUFFIXES
 from e4t_cli.prompts import plain_text
 
 OPTIONS = {"lora": "--lora", "embedding": "--embedding", "vae": "--vae"}
@@ -171,8 +171,13 @@ class BaseAddons:
         """Return the add-ons of the command line: "FILE[:SCALE]", "FILE[:WORD]"; a file, a folder or a repository.
 
         Raises:
-            UsageError: a scale is no number.
+            UsageError: a scale is no number, a name is empty or an address.
         """
+        loras, embeddings = list(loras), list(embeddings)
+        named = {"lora": loras, "embedding": embeddings, "vae": [] if vae is None else [os.fspath(vae)]}
+        for kind, given in named.items():
+            for one in given:
+                _check_name(one, OPTIONS[kind])
         source = os.fspath(vae) if vae is not None and _is_repository(os.fspath(vae)) else ""
         return cls(
             loras=tuple(_parse_lora(one) for one in loras),
@@ -215,6 +220,19 @@ class BaseAddons:
             hint = "e4t_cli.hub.vae.fetch_addons(addons, HubAccess()) fetches it"
             raise UsageError(f"the VAE {printable(self.vae_source)} was not fetched", hint=hint)
         return tuple(found)
+
+
+def _check_name(given: str, option: str) -> None:
+    """Raise UsageError for the name of no file, and for the address of one."""
+    if not given:
+        raise UsageError(f"{option} has an empty name", hint="a variable of the shell may be unset")
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", given):
+        shown = printable(given)
+        page = re.fullmatch(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)/?", given, re.ASCII)
+        hint = f"download it first: curl -L -o FILE.safetensors {shlex.quote(shown)}, then {option} FILE.safetensors"
+        if page:
+            hint = f"--vae {page[1]}" if option == OPTIONS["vae"] else f"hf download {page[1]} FILE.safetensors"
+        raise UsageError(f"{option} takes no address: {shown}", hint=hint)
 
 
 def _is_repository(given: str) -> bool:
@@ -270,12 +288,20 @@ def read_header(path: Path, option: str) -> tuple[dict[str, tuple[int, ...]], di
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UsageError(f"{option} needs a file, and {shown} is a folder or a device")
         with path.open("rb") as file:
-            begin = file.read(9)
+            begin = file.read(32)
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and _is_repository(path.as_posix()):
             raise _not_downloaded(path.as_posix(), "FILE.safetensors", option) from error
-        raise file_error(error, path, reading=True) from error
-    if path.suffix.lower() in (".pt", ".bin", ".ckpt", ".pth", ".pkl") or begin[:2] in (b"PK", b"\x80\x02"):
+        refused = file_error(error, path, reading=True)
+        if isinstance(error, FileNotFoundError) and option == OPTIONS["vae"]:
+            refused.hint = "--vae takes a file, a folder, or OWNER/NAME of the hub"
+        raise refused from error
+    is_safetensors = begin[8:9] == b"{"  # before it the header's length: any bytes, also those of another format
+    found = next((about for magic, about in NO_WEIGHTS.items() if begin.lstrip().startswith(magic)), None)
+    if found and not is_safetensors:
+        raise IntegrityError(f"{shown} is {found[0]}", hint=found[1])
+    is_pickle = not is_safetensors and begin[:2] in (b"PK", b"\x80\x02")
+    if is_pickle or path.suffix.lower() in (".pt", ".bin", ".ckpt", ".pth", ".pkl"):
         message = f"{shown} is a pickle, which can run any program, and e4t opens none"
         raise IntegrityError(message, hint="look for it as .safetensors, or save its tensors as such a file")
     try:

@@ -134,6 +134,8 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
             )
         return read_base(folder)
     shown = printable(wanted)
+    if not wanted:
+        raise UsageError("the name of a base is empty", hint="a variable of the shell may be unset")
     if "\0" in wanted:
         raise UsageError(f"{shown} cannot be the name of a folder")
     if os.path.isdir(wanted):
@@ -144,7 +146,8 @@ def find_base(name_or_path: str | os.PathLike[str] = "auto") -> Base:
         recognize_file(wanted)
         raise WeightsUnavailable(f"{shown} was not converted yet", hint=f"e4t fetch {shown} does it")
     if wanted.startswith((".", "/", "~")) or wanted.count("/") > 1 or "\\" in wanted:
-        raise UsageError(f"there is no folder {shown}")
+        hint = "--base takes OWNER/NAME of the hub, a folder or a .safetensors file"
+        raise UsageError(f"there is no folder {shown}", hint=hint)
     names = ", ".join([*EMBEDDED, *PUBLISHED])
     hint = f"--base {EMBEDDED[0]}, or one of {names}, OWNER/NAME of the hub, a folder or a .safetensors file"
     if wanted in PUBLISHED:

@@ -35,13 +35,16 @@ _PICKLE = (
     "a checkpoint of pickles, which can run any code and is not opened",
     "take the .safetensors file of the same model, or convert it where you trust its source",
 )
+NO_WEIGHTS: dict[bytes, tuple[str, str]] = {
+    b"version https://git-lfs": ("a pointer of Git LFS, without the weights", "git lfs pull fetches them"),
+    b"<": ("a web page: its download did not deliver the model", "download it again; sites may ask for a login"),
+}
 # First bytes, what they are of, and what to do.
 _MAGIC: dict[bytes, tuple[str, str]] = {
     b"\x89PNG": ("a picture", _PICTURE), b"\xff\xd8\xff": ("a picture", _PICTURE), b"GIF8": ("a picture", _PICTURE),
     b"RIFF": ("a picture", _PICTURE), b"PK\x03\x04": _PICKLE, b"\x80": _PICKLE,
     b"GGUF": ("a quantized model (GGUF)", "take the .safetensors file of the same model"),
-    b"version https://git-lfs": ("a pointer of Git LFS, without the weights", "git lfs pull fetches them"),
-    b"<": ("a web page: its download did not deliver the model", "download it again; sites may ask for a login"),
+    **NO_WEIGHTS,
 }  # fmt: skip
 # Parts of tensors' names, what has them, and what to do; the first that is found counts.
 _SDXL = ("a Stable Diffusion XL, which has two text encoders", "docs/bases.md says what it would take; " + USABLE)

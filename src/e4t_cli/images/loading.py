@@ -131,6 +131,8 @@ def read_image(source: ImageInput) -> tuple[bytes, str]:
         return _bounded(source, "the image"), "the image"
     path = os.fspath(source)
     shown = printable(path)
+    if not path:
+        raise UsageError("the name of an image is empty", hint="a variable of the shell may be unset")
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path):
         raise UsageError("images are not fetched from the web", hint=f"curl -L -o photo.jpg '{shown}'")
     # Without O_NONBLOCK, opening a FIFO without a writer would block.

@@ -191,9 +191,11 @@ class GeneratedImage:
             UsageError: the folder cannot be one, or may not be written to.
             ResourceError: the disk is full.
         """
-        begin = _begin(name or self.name, self.record.domain)
-        data = png_bytes(self.image, self.record, metadata=metadata)
-        return write_new(folder, f"{begin}-{slug(self.prompt)}-{self.seed}", data)
+        return write_new(folder, self.file_name(name), png_bytes(self.image, self.record, metadata=metadata))
+
+    def file_name(self, name: str | None = None) -> str:
+        """Return the name of the image's file, without its ending; `name` is that of `save`."""
+        return f"{_begin(name or self.name, self.record.domain)}-{slug(self.prompt)}-{self.seed}"
 
 
 def _begin(name: str, domain: str) -> str:

@@ -10,7 +10,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -28,6 +30,8 @@ from e4t_cli.pretraining.encoded_images import TrainingData
 from e4t_cli.prompts import training_prompts
 from e4t_cli.registry.config import PretrainingConfig
 from e4t_cli.training.loss import Losses, TrainingBatch, training_loss
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,22 @@ class DistributedContext:
         """Return whether it holds in any process; all of them have to call this."""
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
+    def of_first(self, values: list[T]) -> list[T]:
+        """Return the list of the first process; all of them have to call this, with lists of any length."""
+        if self.count > 1:
+            from accelerate.utils import broadcast_object_list
+
+            values = broadcast_object_list([values])[0]
+        return values
+
+    def of_all(self, values: list[T]) -> list[T]:
+        """Return the lists of all processes as one, in the order of the processes; all of them have to call this."""
+        if self.count > 1:
+            from accelerate.utils import gather_object
+
+            values = gather_object(values)
+        return values
+
     def check_same(self, value: int, what: str) -> None:
         """Raise UsageError if the processes hold different values."""
         values = [value]
@@ -84,20 +104,28 @@ class DistributedContext:
 
 
 @contextlib.contextmanager
-def init_distributed(device: str = "auto") -> Iterator[DistributedContext]:
+def init_distributed(device: str = "auto", *, timeout: timedelta | None = None) -> Iterator[DistributedContext]:
     """Join the other processes that torchrun or `accelerate launch` has started, if any.
 
     Args:
         device: "cpu" for the CPU (gloo), anything else for the GPU of this process where there are some (NCCL).
+        timeout: how long a process waits for the others in a collective; None is torch's default.
+
+    Raises:
+        UsageError: the launcher started several processes, and they do not find each other.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if (wanted := int(os.environ.get("WORLD_SIZE", "1"))) < 2:
         yield DistributedContext()
         return
     from accelerate import PartialState
 
     # Without `cpu=True`, accelerate 1.15.0 finds no other process on a machine without GPUs.
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    options = {} if timeout is None else {"timeout": timeout}
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), **options)
     try:
+        if state.num_processes != wanted:
+            message = f"the launcher started {wanted} processes, and this one knows of {state.num_processes}"
+            raise UsageError(message, hint="torchrun --nproc-per-node N -m e4t_cli …; on CPUs with --device cpu")
         yield DistributedContext(rank=state.process_index, count=state.num_processes, device=state.device)
     finally:
         state.destroy_process_group()
