@@ -117,7 +117,7 @@ OTHERS_OPTIONS = {
     *("--num_machines", "--nnodes", "--nproc-per-node", "--faces", "--photos", "--concept-scales", "--export-ranks"),
     *("--n", "--n-iter", "--s", "--neg", "--cfg-scale", "--sampler-name", "--prompt", "--sale", "--rounds", "--size"),
     *("--yunet", "--pictures", "--write", "--identities", "--sampling-steps", "--sets"),
-    *("--against", "--pairs", "--rows", "--cores", "--tiny", "--parts", "--table"),
+    *("--against", "--pairs", "--rows", "--cores", "--tiny", "--parts", "--table", "--parallel", "--minutes"),
 }
 
 

@@ -4,6 +4,7 @@ python -m mini_world.next              everything that is not finished (all), or
 python -m mini_world.next status       which stages are finished, and where each would begin
 python -m mini_world.next pack OUT     all results and states as at most 8 files of 16 MiB
 python -m mini_world.next unpack IN    restore them; then a run resumes
+python -m mini_world.next keep         copy results and states into mini_world/next/results, where a fresh clone resumes
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mini_world.next.runner import STOPPED, Runner, StageFailed, needed
 from mini_world.next.workspace import StaleResult, Workspace
 
 FOLDER = Path(".mini-next")
-COMMANDS = ("all", "status", "pack", "unpack")
+COMMANDS = ("all", "status", "pack", "unpack", "keep")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,14 +40,23 @@ def main(arguments: list[str] | None = None) -> int:
     if options.parallel < 1:
         parser.error("--parallel takes 1 or more")
     plan = "tiny" if options.tiny else options.plan
+    if options.what == "keep" and plan == "tiny":
+        parser.error("a rehearsal is not kept")
     folder = options.folder or (Path(f"{FOLDER}-tiny") if plan == "tiny" else FOLDER)
     work = Workspace(folder, training_plan(plan))
     try:
         if options.what == "status":
             return _show(work)
+        if options.what == "keep":
+            from mini_world.next.keeping import keep
+
+            print(*keep(work, STAGES), sep="\n")
+            return 0
         if options.what in ("pack", "unpack"):
             return _pack_or_unpack(options.what, work, options.path)
-        return _run(work, [*STAGES] if options.what == "all" else [options.what], options.parallel, options.minutes)
+        # Drawings and latents are made only if something needs them.
+        shipped = [name for name, node in STAGES.items() if node.shipped]
+        return _run(work, shipped if options.what == "all" else [options.what], options.parallel, options.minutes)
     except (StageFailed, StaleResult) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -55,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _show(work: Workspace) -> int:
     for name in STAGES:
         found, state = work.find(name), work.state(name)
-        print(f"{name:8}", found or (f"begun: {state}" if state.exists() else "-"))
+        print(f"{name:10}", found or (f"begun: {state}" if state.exists() else "-"))
     return 0
 
 

@@ -6,6 +6,7 @@ captioned images. The text encoder is trained before, on captions alone (read_ou
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -15,12 +16,13 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from mini_world.loop import default_device, random_rows, train
 from mini_world.next.data import WHO_KINDS, Drawings
 from mini_world.next.identities import ATTRIBUTES, DEGREES
+from mini_world.next.loop import default_device, random_rows, train
+from mini_world.next.optimizers import adamw
 from mini_world.next.scenes import FRAMINGS, MEDIA
 from mini_world.next.text import WIDTH, CaptionEncoder, TokenizedCaptions
-from mini_world.vae import to_pixels
+from mini_world.next.vae import to_pixels
 
 TOWER_CONFIG = {"image_size": 128, "patch_size": 16, "width": 128, "layers": 8, "heads": 4, "mlp_ratio": 4.0, "output_dim": 128}
 MEAN, STD = 0.5, 0.5
@@ -146,7 +148,8 @@ def train_tower(
         return losses
 
     modules = {"tower": tower, "heads": heads}
-    train("tower", folder, modules, loss_of_step, steps=steps, learning_rate=1e-3, warm_up=150, weight_decay=0.05, average=0.99)
+    options = {"learning_rate": 1e-3, "warm_up": 150, "average": 0.99, "optimizer": partial(adamw, weight_decay=0.05)}
+    train("tower", folder, modules, loss_of_step, steps=steps, **options)  # type: ignore[arg-type]
     return tower, heads
 
 

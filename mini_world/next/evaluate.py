@@ -158,7 +158,9 @@ def tasks_for(who: Identity, word: str, world: World = WORLD) -> list[Task]:
     return [*world.prompts(who.kind), *overridden, *class_tasks(who.kind, word)]
 
 
-def generate(model, tuned: TunedModel, tasks: Sequence[Task], seed: int, *, rare: str = "") -> list[Image.Image]:
+def generate(
+    model, tuned: TunedModel, tasks: Sequence[Task], seed: int, *, rare: str = "", sampling: SamplingConfig = SAMPLING
+) -> list[Image.Image]:
     """One image per task; overridden attributes are asked for at `OVERRIDE_SCALE`. `rare`: the word after the placeholder."""
     images: dict[int, Image.Image] = {}
     for scale in (1.0, OVERRIDE_SCALE):
@@ -167,15 +169,15 @@ def generate(model, tuned: TunedModel, tasks: Sequence[Task], seed: int, *, rare
             continue
         texts = [tasks[k].prompt.replace("S*", f"S* {rare}") if rare else tasks[k].prompt for k in some]
         prompts = [parse_prompt(text, require_placeholder=False) for text in texts]
-        sampling = replace(SAMPLING, concept_scale=scale)
-        drawn = sample(model, tuned, prompts, [seed + k for k in some], sampling, batch=len(some))
+        scaled = replace(sampling, concept_scale=scale)
+        drawn = sample(model, tuned, prompts, [seed + k for k in some], scaled, batch=len(some))
         images |= dict(zip(some, drawn, strict=True))
     return [images[k] for k in range(len(tasks))]
 
 
 def run_method(
     rows: Rows, model, judge: Judge, name: str, method: Method, photos: Sequence[Drawing], word: str, *,
-    seed: int = 0, world: World = WORLD,
+    seed: int = 0, world: World = WORLD, sampling: SamplingConfig = SAMPLING,
 ) -> None:  # fmt: skip
     """Generate and score what `rows` does not have yet of one method; `word` is the domain's descriptor."""
     for number, photo in enumerate(photos):
@@ -184,7 +186,7 @@ def run_method(
             continue
         tuned = method.tune(prepared_photo(photo), seed + number)
         tasks = tasks_for(photo.who, word, world)
-        images = generate(model, tuned, tasks, 1000 * (seed + number), rare=word if method.rare else "")
+        images = generate(model, tuned, tasks, 1000 * (seed + number), rare=word if method.rare else "", sampling=sampling)
         head = {"method": name, "kind": photo.who.kind, "number": number}
         rows.append([head | row for row in rows_of(judge, photo, tasks, images, world)])
 
@@ -231,8 +233,9 @@ def plain_method(model, word: str) -> Method:
 
 
 def run_words(
-    rows: Rows, model, judge: Judge, kind: str, *, count: int = WORD_PICTURES, batch: int = 25, world: World = WORLD
-) -> None:
+    rows: Rows, model, judge: Judge, kind: str, *,
+    count: int = WORD_PICTURES, batch: int = 25, world: World = WORLD, sampling: SamplingConfig = SAMPLING,
+) -> None:  # fmt: skip
     """The base alone: `count` images of every word of `tasks.base_words`, of attributes that exist in the world."""
     word = "art" if kind == "art" else kind
     plain = TunedModel.plain(model, word)
@@ -244,7 +247,7 @@ def run_words(
         for first in range(done, count, batch):
             seeds = list(range(first, min(first + batch, count)))
             prompts = [parse_prompt(asked.prompt, require_placeholder=False)] * len(seeds)
-            images = list(sample(model, plain, prompts, seeds, SAMPLING, batch=len(seeds)))
+            images = list(sample(model, plain, prompts, seeds, sampling, batch=len(seeds)))
             found = []
             for seed, read in zip(seeds, read_images(judge, kind, images, world), strict=True):
                 bound = asked.bound(read)

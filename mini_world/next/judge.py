@@ -1,7 +1,8 @@
 """The judge: a convolutional network that reads identity, context, and the colours of clothes and background from an image.
 
-It is trained on drawings only and shares nothing with the encoder's image tower. Drawings are blurred, noised, shifted, scaled
-and passed through the VAE in training, so that the typical artifacts of generated images do not change what it reads.
+It is trained on drawings only and shares nothing with the encoder's image tower. Drawings are blurred, noised, shifted and
+scaled in training, so that the typical artifacts of generated images do not change what it reads. None pass through the VAE: the
+judge depends on no other network, and can be trained at any time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -149,7 +149,7 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     soft = F.interpolate(small, size=size, mode="bilinear", align_corners=False)
     softer = F.interpolate(F.avg_pool2d(small, 2), size=size, mode="bilinear", align_corners=False)
     mixed = torch.lerp(pixels, soft, (amount[:, 0] * 1.7 - 0.6).clamp(0, 1))
-    mixed = torch.lerp(mixed, softer, (amount[:, 3] * 2.0 - 1.5).clamp(0, 0.4))
+    mixed = torch.lerp(mixed, softer, (amount[:, 3] * 2.0 - 1.4).clamp(0, 0.6))
     contrast = 0.92 + 0.16 * amount[:, 1]
     noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
     mixed = mixed * contrast + 0.08 * amount[:, 2] * noise
@@ -191,7 +191,6 @@ def pixels_at(images: numpy.ndarray, rows: Tensor, device: torch.device) -> Tens
 def train_judge(
     folder: Path,
     drawings: Drawings,
-    vae: AutoencoderKL | None,
     *,
     steps: int = STEPS,
     batch: int = 32,
@@ -199,7 +198,7 @@ def train_judge(
 ) -> Judge:
     """Train on drawings of a set of their own.
 
-    With a VAE, one image in 16 passes through it. `old`: drawings of another world, one image in eight, so that the judge can
+    `old`: drawings of another world, one image in eight, so that the judge can
     read images of today's base too (`today.old_drawings`).
     """
     device = default_device()
@@ -214,12 +213,7 @@ def train_judge(
             rows = random_rows(len(some), size, generator)
             images.append(pixels_at(some.images, rows, device))
             wanted.append(targets.select(rows.cpu(), device))
-        pixels = torch.cat(images)
-        if vae is not None:
-            with torch.no_grad():
-                coded = batch // 16
-                pixels[:coded] = vae.decode(vae.encode(pixels[:coded]).latent_dist.mean).sample.float()
-        pixels, contrast = _augment(pixels, generator)
+        pixels, contrast = _augment(torch.cat(images), generator)
         found = judge(pixels.contiguous(memory_format=torch.channels_last))
         return losses(found, Targets.concatenated(wanted), contrast)
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 
-def adamw(parameters: dict[str, nn.Parameter], learning_rate: float) -> list[torch.optim.Optimizer]:
-    """AdamW with weight decay 0.01 on all parameters."""
-    options = {"lr": learning_rate, "betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}
+def adamw(
+    parameters: dict[str, nn.Parameter], learning_rate: float, *, weight_decay: float = 0.01
+) -> list[torch.optim.Optimizer]:
+    """AdamW with weight decay on all parameters."""
+    options = {"lr": learning_rate, "betas": (0.9, 0.98), "weight_decay": weight_decay, "fused": True}
     return [torch.optim.AdamW(parameters.values(), **options)]
 
 

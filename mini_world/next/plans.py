@@ -13,8 +13,9 @@ class TrainingPlan:
 
     drawings: of the base, in pairs of one identity; latents: how many of them the U-Net is trained on; portraits: of each domain,
     for the encoder's pre-training; held_out: portraits of held-out identities; scenes: held-out drawings of every kind;
-    judged: drawings of every kind for the judge, which shares none with the base, and as many portraits of cats and of styles
-    together; captions: variants of the caption of a drawing; pairs: of drawings in a batch of the image tower.
+    judged: drawings of every kind for the judge, which shares none with the base, and a third as many of cats and styles;
+    judged_old: drawings of the base of 64 pixels; captions: variants of the caption of a drawing; pairs: of drawings in a batch
+    of the image tower.
     """
 
     name: str
@@ -24,6 +25,7 @@ class TrainingPlan:
     held_out: dict[str, int]
     scenes: int
     judged: int
+    judged_old: int
     captions: int
     text: int
     text_batch: int
@@ -45,10 +47,17 @@ class TrainingPlan:
     judge: int
     domains: dict[str, int]  # steps of pre-training
     domain_batch: int
+    evaluated: dict[str, int]  # held-out identities of each kind
+    words: tuple[str, ...]  # the kinds for which every word of the base is drawn
+    word_pictures: int  # of each word
+    sampling_steps: int = 20
 
 
-# Two cores. The U-Net takes .68 s a step for 32 drawings on one core with bf16 (.10 of it the text encoder, .06 its replayed
-# captions), so 4.9 hours of one core. The lengths of the other networks are not measured in one run yet.
+# Two cores, `--parallel 2`. CPU seconds a step on one core of an EPYC Zen 4 with bf16, shared with other programs: text .33,
+# perceptual .3, VAE .45 on crops and .53 on whole drawings, tower .62, parser .16, decoder .44, judge .18, U-Net 1.36 for a whole
+# batch, domains .54; .006 s a drawing, .008 s to encode it, .42 s to generate an image. So 3.0 hours for the VAE, 7.6 for the
+# U-Net, 2.1 for 100 pictures of every word, and 17 for everything. On two cores it is 10: 4.2 until the U-Net begins, 3.8 for it,
+# and 2.1 after it, as the words are drawn beside the domains and their evaluation.
 CPU = TrainingPlan(
     name="cpu",
     drawings=60_000,
@@ -57,25 +66,29 @@ CPU = TrainingPlan(
     held_out={"face": 600, "cat": 300, "art": 300},
     scenes=2000,
     judged=50_000,
+    judged_old=6000,
     captions=8,
-    text=1500,
-    text_batch=64,
-    text_captions=60_000,
-    tower=1200,
+    text=4500,
+    text_batch=128,
+    text_captions=200_000,
+    tower=4000,
     pairs=32,
     perceptual=1500,
-    vae_crops=3000,
-    vae_wholes=1500,
+    vae_crops=18_000,
+    vae_wholes=5000,
     vae_batch=4,
-    decoder=4000,
-    decoder_batch=8,
-    adversarial_from=1500,
-    unet=13_000,
+    decoder=7000,
+    decoder_batch=4,
+    adversarial_from=2333,
+    unet=20_000,
     unet_batch=64,
     parser=6000,
     judge=12_000,
     domains={"face": 1200, "cat": 800, "art": 700},
     domain_batch=32,
+    evaluated={"face": 60, "cat": 40, "art": 20},
+    words=("face", "cat", "dog", "art"),
+    word_pictures=100,
 )
 # One H200-class GPU, meant for 10 minutes with the drawing on 16 cores and four stages at a time (`--parallel 4`). No run on a
 # GPU has been made.
@@ -87,6 +100,7 @@ CUDA = TrainingPlan(
     held_out=CPU.held_out,
     scenes=2000,
     judged=40_000,
+    judged_old=6000,
     captions=8,
     text=1500,
     text_batch=256,
@@ -106,6 +120,9 @@ CUDA = TrainingPlan(
     judge=4000,
     domains={"face": 800, "cat": 600, "art": 500},
     domain_batch=128,
+    evaluated={"face": 60, "cat": 40, "art": 20},
+    words=("face", "cat", "dog", "art"),
+    word_pictures=100,
 )
 # A rehearsal of everything: nothing is learned.
 TINY = TrainingPlan(
@@ -116,6 +133,7 @@ TINY = TrainingPlan(
     held_out={"face": 12, "cat": 8, "art": 8},
     scenes=24,
     judged=48,
+    judged_old=12,
     captions=2,
     text=4,
     text_batch=4,
@@ -135,6 +153,10 @@ TINY = TrainingPlan(
     judge=3,
     domains={"face": 3, "cat": 2, "art": 2},
     domain_batch=4,
+    evaluated={"face": 1, "cat": 1, "art": 1},
+    words=("art",),
+    word_pictures=1,
+    sampling_steps=2,
 )
 PLANS = {plan.name: plan for plan in (CPU, CUDA, TINY)}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from mini_world.loop import default_device, random_rows, train
 from mini_world.next.captions import Caption, write_caption
 from mini_world.next.identities import ATTRIBUTES, DEGREES, Identity, draw_identity
+from mini_world.next.loop import default_device, random_rows, train
+from mini_world.next.optimizers import adamw
 from mini_world.next.scenes import COLOURS, FRAMINGS, MEDIA, PLACES, ROLES
 from mini_world.next.text import LENGTH, WIDTH, CaptionEncoder, CaptionTokenizer, TokenizedCaptions
 from mini_world.next.things import THINGS
@@ -201,7 +203,8 @@ def train_text(folder: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextMod
         return read_out_loss(heads(hidden, tokens.ends[rows], generator), targets[rows])
 
     modules = {"text_encoder": text_encoder, "heads": heads}
-    train("text", folder, modules, loss_of_step, steps=steps, learning_rate=1e-3, warm_up=100, weight_decay=0.03, average=0.99)
+    decayed = partial(adamw, weight_decay=0.03)
+    train("text", folder, modules, loss_of_step, steps=steps, learning_rate=1e-3, average=0.99, optimizer=decayed)
     return heads
 
 

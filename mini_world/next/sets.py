@@ -65,10 +65,13 @@ def judge_drawings(work: Workspace) -> Drawings:
     return concatenate(load_drawings(work.folder, "judge", count, seed=9), *more)
 
 
-def draw_all(work: Workspace) -> dict[str, int]:
-    """Draw every set; return their sizes."""
-    sets = {"base": base_drawings(work), "scenes": held_out_scenes(work)}
-    for kind in work.plan.portraits:
-        sets |= {f"portraits {kind}": portraits(work, kind), f"held out {kind}": held_out_portraits(work, kind)}
-    judge_drawings(work)
-    return {name: len(found) for name, found in sets.items()} | {"judge": work.plan.judged}
+def draw_base(work: Workspace) -> dict[str, int]:
+    """Draw the base's images and the held-out scenes; return their numbers."""
+    return {"base": len(base_drawings(work)), "scenes": len(held_out_scenes(work))}
+
+
+def draw_portraits(work: Workspace) -> dict[str, int]:
+    """Draw all portraits; return their numbers."""
+    sets = {kind: portraits(work, kind) for kind in work.plan.portraits}
+    sets |= {f"held out {kind}": held_out_portraits(work, kind) for kind in work.plan.held_out}
+    return {name: len(found) for name, found in sets.items()}

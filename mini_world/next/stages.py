@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from mini_world.next import base, clip, judge, parser, perceptual, read_out, sets, vae
+from e4t_cli.models.domain_weights import DomainWeights
+from mini_world.next import base, clip, evaluation, judge, parser, perceptual, read_out, sets, today, vae
 from mini_world.next.domains import domain_configs, encode_drawings, train_domain
+from mini_world.next.evaluate import SAMPLING
 from mini_world.next.graph import STAGES
+from mini_world.next.keeping import restore_state
 from mini_world.next.latents import standardize_channels
 from mini_world.next.loop import default_device, limit_time, process_rank
 from mini_world.next.plans import PLANS
@@ -33,6 +37,7 @@ from mini_world.next.text import CaptionEncoder, build_text_encoder, build_token
 from mini_world.next.training_report import training_table
 from mini_world.next.validation import ValidationLogger
 from mini_world.next.workspace import Workspace
+from mini_world.next.world import VERSION
 
 Facts = dict[str, Any]
 REPLAYED = 16  # captions a process in a step of the U-Net that keep the text encoder transmitting every word
@@ -49,8 +54,18 @@ def load_weights(module: nn.Module, path: Path) -> None:
     module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
 
 
+def _drawn(made: Path) -> Facts:
+    """Note the version of the drawings, so that what was trained on others is not taken for finished."""
+    (made / "drawings.json").write_text(json.dumps({"version": VERSION}) + "\n")
+    return {"version": VERSION}
+
+
 def run_draw(work: Workspace, made: Path) -> Facts:
-    return sets.draw_all(work)
+    return sets.draw_base(work) | _drawn(made)
+
+
+def run_portraits(work: Workspace, made: Path) -> Facts:
+    return sets.draw_portraits(work) | _drawn(made)
 
 
 def run_text(work: Workspace, made: Path) -> Facts:
@@ -194,10 +209,11 @@ def run_parser(work: Workspace, made: Path) -> Facts:
 
 
 def run_judge(work: Workspace, made: Path) -> Facts:
-    autoencoder = load_vae(work, "decoder").to(default_device())
-    trained = judge.train_judge(work.state("judge"), sets.judge_drawings(work), autoencoder, steps=work.plan.judge).cpu()
+    old = today.old_drawings(work.plan.judged_old)
+    trained = judge.train_judge(work.state("judge"), sets.judge_drawings(work), steps=work.plan.judge, old=old).cpu()
     save_weights(trained, made / "judge.safetensors")
-    return judge.accuracy(trained, sets.held_out_scenes(work))
+    tested = {"drawings": sets.held_out_scenes(work), "old drawings": today.old_drawings(work.plan.scenes * 3 // 4, seed=77)}
+    return {name: judge.accuracy(trained, drawings) for name, drawings in tested.items()}
 
 
 def load_model(work: Workspace):
@@ -233,8 +249,31 @@ def run_art(work: Workspace, made: Path) -> Facts:
     return _run_domain(work, made, "art")
 
 
+def load_reader(work: Workspace) -> judge.Judge:
+    """The judge, on the default device."""
+    return judge.load_judge(work.result("judge") / "judge.safetensors").to(default_device())
+
+
+def run_words(work: Workspace, made: Path) -> Facts:
+    model, reader, plan = load_model(work), load_reader(work), work.plan
+    sampling = replace(SAMPLING, steps=plan.sampling_steps)
+    rows = evaluation.evaluate_words(work.state("words") / "rows", model, reader, plan.words, plan.word_pictures, sampling)
+    return evaluation.write_words(made, rows)
+
+
+def run_evaluate(work: Workspace, made: Path) -> Facts:
+    model, reader, plan, rows = load_model(work), load_reader(work), work.plan, work.state("evaluate") / "rows"
+    sampling, domains = replace(SAMPLING, steps=plan.sampling_steps), {}
+    for kind, count in plan.evaluated.items():
+        pretrained = DomainWeights.load(work.result(kind) / "mini")
+        domains[kind] = evaluation.evaluate_domain(rows, model, reader, pretrained, kind, count, sampling)
+    return evaluation.write_domains(made, domains)
+
+
 def run_report(work: Workspace, made: Path) -> Facts:
     (made / "training.md").write_text(training_table(work) + "\n")
+    for stage, table in (("evaluate", "domains.md"), ("words", "words.md")):
+        shutil.copyfile(work.result(stage) / table, made / table)
     return {}
 
 
@@ -256,6 +295,10 @@ def run_stage(work: Workspace, name: str) -> None:
     made.mkdir(parents=True)
     left = seconds_left()
     limit_time(None if left == float("inf") else left / 60)
+    if first:
+        restore_state(work, name)
+    if process_rank()[1] > 1:
+        torch.distributed.barrier()
     work.state(name).mkdir(parents=True, exist_ok=True)
     run: Callable[[Workspace, Path], Facts] = globals()[f"run_{name}"]
     try:

@@ -36,9 +36,12 @@ def training_table(work: Workspace) -> str:
 def _facts(facts: dict[str, Any]) -> list[str]:
     shown = []
     for name, value in facts.items():
-        if isinstance(value, dict):
-            mean = sum(value.values()) / max(1, len(value))
-            shown.append(f"{name}: {mean:.3f} mean of {len(value)} probes")
+        if isinstance(value, dict):  # probes by name: shares of what is right, mean errors, distances
+            shares = {probe: share for probe, share in value.items() if not ({"error", "distance"} & set(probe.split()))}
+            if shares:
+                least = min(shares, key=shares.__getitem__)
+                mean = sum(shares.values()) / len(shares)
+                shown.append(f"{name}: {mean:.3f} mean of {len(shares)}, least {least} {shares[least]:.3f}")
         else:
             shown.append(f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}")
     return shown

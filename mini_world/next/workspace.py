@@ -76,7 +76,8 @@ class Workspace:
 
         Args:
             needs: the stages that it was made from.
-            shipped: whether its files identify it; else they can be made again, perhaps with other last bits.
+            shipped: whether its files identify it; else they can be made again, perhaps with other last bits, and what it says
+                in JSON identifies it, such as the version of drawings.
         """
         state = self.state(stage)
         for log in sorted(state.glob("*.jsonl")):
@@ -87,7 +88,7 @@ class Workspace:
             "stage": stage,
             "plan": self.plan.name,
             "facts": facts,
-            "files": files if shipped else {},
+            "files": {name: digest for name, digest in files.items() if shipped or name.endswith(".json")},
             "needs": {name: self.identity(name) for name in needs},
         }
         (made / RESULT).write_text(json.dumps(record, indent=1) + "\n")

@@ -17,8 +17,14 @@ EXPECTED = (
 LIMIT = 40 * 10**6  # bytes
 
 
+def files_of(place):
+    """All files and folders in a place, but for the results of the next base, which are not shipped yet."""
+    kept = ROOT / "mini_world" / "next" / "results"
+    return [path for path in (ROOT / place).rglob("*") if kept not in (path, *path.parents)]
+
+
 def shipped():
-    return sorted(path for place in PLACES for path in (ROOT / place).rglob("*.safetensors"))
+    return sorted(path for place in PLACES for path in files_of(place) if path.suffix == ".safetensors")
 
 
 def test_they_are_small_enough_to_ship():
@@ -45,7 +51,7 @@ def test_nothing_else_holds_weights():
     """No pickles: whatever is large is safetensors, a word list or an image."""
     known = {".safetensors", ".json", ".txt", ".toml", ".py", ".md", ".pyc"}
     for place in PLACES:
-        for path in (ROOT / place).rglob("*"):
+        for path in files_of(place):
             if ".ruff_cache" in path.parts:
                 continue
             assert path.is_dir() or path.suffix in known, path

@@ -197,7 +197,7 @@ def parts(tmp_path):
 
 def train(folder, parts, **options):
     drawings, tokenizer, unet, text_encoder = parts
-    settings = {"steps": 3, "learning_rate": 1e-3, "words_rate": 1e-3, "batch": 2, "captions_per_image": 2} | options
+    settings = {"steps": 2, "learning_rate": 1e-3, "words_rate": 1e-3, "batch": 2, "captions_per_image": 2} | options
     encoded = torch.zeros(6, 16, 16, 16)
     base.train_unet(folder, unet, drawings, encoded, 1.0, tokenizer, text_encoder, **settings)
     return {name: weight.detach().clone() for name, weight in unet.named_parameters()}
@@ -231,7 +231,7 @@ def test_a_further_loss_of_the_text_encoder_is_minimized(tmp_path, parts):
     tokens = tokenize_drawings(parts[0], parts[1], 1)
     before = head.weight.detach().clone()
     train(tmp_path, parts, text_loss=text_loss, heads=head)
-    assert len(set(seen)) == 3
+    assert len(set(seen)) == 2
     assert not torch.equal(head.weight, before)
 
 

@@ -162,8 +162,8 @@ def test_augmentation_keeps_the_image_and_says_its_contrast():
 
 def test_training_learns_and_goes_on_where_it_was(drawings, tmp_path):
     old = today.old_drawings(8)
-    judge = train_judge(tmp_path / "whole", drawings, None, steps=4, batch=8, old=old)
-    again = train_judge(tmp_path / "whole", drawings, None, steps=4, batch=8, old=old)
+    judge = train_judge(tmp_path / "whole", drawings, steps=4, batch=8, old=old)
+    again = train_judge(tmp_path / "whole", drawings, steps=4, batch=8, old=old)
     for key, value in judge.state_dict().items():
         assert torch.equal(value, again.state_dict()[key])
     assert not judge.training
@@ -206,7 +206,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, without_overri
     photos, path = held_out_photos("cat", 3, seed=8), tmp_path / "rows.jsonl"
     tuned, judge = [], Judge(WIDTHS).eval()
     monkeypatch.setattr(
-        evaluate, "generate", lambda model, tuned, tasks, seed, rare="": [photos[0].image] * len(tasks)
+        evaluate, "generate", lambda model, tuned, tasks, seed, rare="", sampling=None: [photos[0].image] * len(tasks)
     )
     method = Method(lambda prepared, seed: tuned.append(seed))
     run_method(Rows(path), None, judge, "ours", method, photos[:2], "cat", seed=5)

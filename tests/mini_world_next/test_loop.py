@@ -86,19 +86,20 @@ def test_a_killed_training_ends_where_an_unbroken_one_does(tmp_path, average, op
     assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["duel.state.safetensors"]
 
 
-def test_lines_of_the_log_are_written_once(tmp_path):
+def test_lines_of_the_log_are_written_once(tmp_path, monkeypatch):
     """Also those between the last saved state and the kill, with the sums of both parts of a run."""
-    duel(tmp_path / "whole", steps=110)
+    monkeypatch.setattr(loop, "LOG_EVERY", 10)
+    duel(tmp_path / "whole", steps=22)
     with pytest.raises(Unfinished):
-        duel(tmp_path / "broken", steps=110, minutes=0.0)  # stops after one step
+        duel(tmp_path / "broken", steps=22, minutes=0.0)  # stops after one step
     with pytest.raises(Killed):
-        duel(tmp_path / "broken", steps=110, kill=105)  # saves nothing
-    duel(tmp_path / "broken", steps=110)
+        duel(tmp_path / "broken", steps=22, kill=21)  # saves nothing
+    duel(tmp_path / "broken", steps=22)
     whole, broken = (
         [json.loads(line) for line in (tmp_path / name / "duel.jsonl").read_text().splitlines()]
         for name in ("whole", "broken")
     )
-    assert [line["step"] for line in broken] == [50, 100]
+    assert [line["step"] for line in broken] == [10, 20]
     for one, other in zip(whole, broken, strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
@@ -129,6 +130,7 @@ def test_sigterm_saves_the_state(tmp_path):
     assert same(duel(tmp_path / "broken"), duel(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_the_exit_code_says_unfinished(tmp_path):
     script = f"""
 import torch

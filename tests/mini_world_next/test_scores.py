@@ -61,7 +61,7 @@ SCENES = [
 def test_what_is_visible_changes_the_drawing(kind):
     rng = random.Random(kind)
     scenes = [Scene(), Scene(framing="afar")] if kind == "art" else [Scene(), *SCENES]
-    for who, scene in zip(identities(kind, 3 * len(scenes)), scenes * 3, strict=True):
+    for who, scene in zip(identities(kind, 2 * len(scenes)), scenes * 2, strict=True):
         for name in [*ATTRIBUTES[kind], *DEGREES[kind]]:
             if visible(who, scene, name):
                 assert changed_pixels(who, changed(who, name, rng), scene) >= 8, (name, scene, who)

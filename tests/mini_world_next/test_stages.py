@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from e4t_cli.files import sha256_of
 from mini_world.next import packing, workspace
 from mini_world.next.__main__ import main
 from mini_world.next.graph import STAGES
+from mini_world.next.keeping import keep, restore_state
 from mini_world.next.packing import PackingError, pack, read_parts, unpack
 from mini_world.next.plans import CPU, PLANS, TINY
 from mini_world.next.runner import STOPPED, Node, Runner, StageFailed, needed, ready
-from mini_world.next.state import write_state
+from mini_world.next.state import read_state, write_state
 from mini_world.next.workspace import RESULT, StaleResult, Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -52,9 +55,17 @@ def test_every_stage_leads_to_the_report():
 
 def test_only_what_is_missing_runs():
     assert needed(STAGES, ["report"], lambda name: True) == []
-    # A fresh clone with all results but the domains draws and encodes nothing for the U-Net.
+    # A fresh clone with all results but the domains draws and encodes nothing for the other networks.
     kept = {"vae", "text", "tower", "decoder", "unet", "base", "parser", "judge"}
-    assert needed(STAGES, ["report"], kept.__contains__) == ["draw", "face", "cat", "art", "report"]
+    assert needed(STAGES, ["report"], kept.__contains__) == [
+        "portraits",
+        "words",
+        "face",
+        "cat",
+        "art",
+        "evaluate",
+        "report",
+    ]
     assert needed(STAGES, ["base"], {"text", "tower", "decoder", "unet"}.__contains__) == ["base"]
 
 
@@ -75,7 +86,9 @@ def test_no_stage_starts_before_its_needs_and_none_is_forgotten(slots):
 
 
 def test_two_slots_train_the_vae_beside_the_others():
-    running = ready(STAGES, [name for name in STAGES if name not in ("draw", "text", "perceptual")], [], 2)
+    running = ready(
+        STAGES, [name for name in STAGES if name not in ("draw", "portraits", "text", "perceptual")], [], 2
+    )
     assert running == ["vae", "tower"]
     assert ready(STAGES, ["parser", "encode", "unet"], ["vae"], 2) == ["parser"]
 
@@ -174,6 +187,19 @@ def test_a_result_of_other_inputs_is_refused_and_kept(work):
     finish(work, "unet", ("encode",))
     for name in ("vae", "encode", "unet"):
         work.check(name)
+    # What they say of themselves, such as their version, identifies them; other bits do not.
+    plain = work.identity("draw")
+    for folder in ("old draw", "older draw"):
+        (work.results / "draw").rename(work.folder / folder)
+        made = work.folder / "unfinished" / "draw"
+        made.mkdir()
+        (made / "drawings.json").write_text(folder)
+        work.finish("draw", (), made, {}, shipped=False)
+        assert work.identity("draw") != plain
+        with pytest.raises(StaleResult, match="vae was made from another draw"):
+            work.check("vae")
+    (work.results / "draw").rename(work.folder / "oldest draw")
+    (work.folder / "old draw").rename(work.results / "draw")
     # Drawings and latents made again, with other last bits, are the same.
     (work.results / "draw").rename(work.folder / "old")
     finish(work, "draw", value=1.5, shipped=False)
@@ -289,6 +315,50 @@ def test_an_empty_run_is_not_packed(work, tmp_path):
         pack(work, ["vae"], tmp_path / "packed")
 
 
+# Keeping
+
+
+def test_a_fresh_clone_goes_on_from_what_is_kept(work, tmp_path):
+    nodes = {"draw": Node(shipped=False), "text": Node(("draw",)), "vae": Node(("draw", "text")), "tower": Node()}
+    finish(work, "draw", shipped=False)
+    finish(work, "text", ("draw",))
+    tensors = state(work.state("vae"))
+    (work.state("vae") / "unet.state.safetensors").rename(work.state("vae") / "vae.state.safetensors")
+    kept = keep(work, nodes)
+    committed = workspace.COMMITTED
+    assert kept == [committed / "text", committed / "states/vae"] and not list(committed.rglob(".*"))
+    clone = Workspace(tmp_path / "clone", CPU)
+    assert clone.find("text") and not restore_state(clone, "text") and not restore_state(clone, "tower")
+    assert restore_state(clone, "vae") and not restore_state(clone, "vae")
+    found = load_file(clone.state("vae") / "vae.state.safetensors")
+    assert torch.equal(found["main/weights.x"], tensors["main/weights.x"])
+    torch.testing.assert_close(found["main/average.x"], tensors["main/average.x"], rtol=0.01, atol=1e-3)
+    assert (clone.state("vae") / "unet.jsonl").exists()
+    assert not restore_state(Workspace(tmp_path / "tiny", TINY), "vae")
+    other = Workspace(tmp_path / "other", CPU)
+    finish(other, "text", value=2.0)
+    with pytest.raises(StaleResult, match="trained on another text"):
+        restore_state(other, "vae")
+    # Finished: the result takes the place of the state.
+    shutil.rmtree(work.state("vae"))
+    finish(work, "vae", ("draw", "text"))
+    assert keep(work, nodes) == [committed / "text", committed / "vae"]
+    assert not (committed / "states/vae").exists() and work.find("vae") == work.results / "vae"
+    with pytest.raises(ValueError, match="rehearsal"):
+        keep(Workspace(tmp_path / "tiny", TINY), nodes)
+
+
+def test_what_the_repository_keeps_is_whole_and_in_small_files():
+    paths = [path for path in workspace.COMMITTED.rglob("*") if path.is_file()]
+    assert {path.suffix for path in paths} <= {".safetensors", ".json", ".jsonl", ".txt", ".md", ".toml", ".gz"}
+    assert all(path.stat().st_size <= 16 * 2**20 for path in paths)
+    for record in workspace.COMMITTED.glob("*/" + RESULT):
+        said = json.loads(record.read_text())
+        assert said["plan"] in ("cpu", "cuda") and said["stage"] == record.parent.name
+        for name, digest in said["files"].items():
+            assert sha256_of(record.parent / name) == digest, name
+
+
 # All of it
 
 
@@ -309,6 +379,15 @@ def test_every_stage_is_a_function():
     }
 
 
+def test_a_finished_run_makes_no_drawings_again(tmp_path, capsys):
+    work = Workspace(tmp_path / "run", TINY)
+    for name, node in STAGES.items():
+        if node.shipped:
+            finish(work, name)
+    assert main(["--tiny", "--folder", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err == "" and work.find("draw") is None
+
+
 def run_command(*arguments, **options):
     return subprocess.run(
         [sys.executable, "-m", "mini_world.next", *arguments], cwd=ROOT, capture_output=True, text=True, **options
@@ -318,7 +397,7 @@ def run_command(*arguments, **options):
 def test_status_and_wrong_arguments(tmp_path, capsys):
     assert main(["status", "--tiny", "--folder", str(tmp_path)]) == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [[name, "-"] for name in STAGES]
-    for wrong in (["pack"], ["draw", str(tmp_path)], ["nothing"], ["--parallel", "0"]):
+    for wrong in (["pack"], ["keep", "--tiny"], ["draw", str(tmp_path)], ["nothing"], ["--parallel", "0"]):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)
     capsys.readouterr()
@@ -329,16 +408,22 @@ def test_status_and_wrong_arguments(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_to_the_end_and_travels(tmp_path):
-    """All stages at tiny lengths, with a stop and a move to another folder on the way."""
+    """All stages at tiny lengths, two at a time, with a move to another folder and a stop of two processes."""
     one, two, packed = (str(tmp_path / name) for name in ("one", "two", "packed"))
-    first = run_command("decoder", "--tiny", "--folder", one)
-    assert first.returncode == 0, first.stderr
+    for target in ("decoder", "text"):
+        first = run_command(target, "--tiny", "--folder", one)
+        assert first.returncode == 0, first.stderr
     assert run_command("pack", packed, "--tiny", "--folder", one).returncode == 0
     assert run_command("unpack", packed, "--tiny", "--folder", two).returncode == 0
-    stopped = run_command("--tiny", "--folder", two, "--minutes", "0")
+    assert run_command("encode", "--tiny", "--folder", two).returncode == 0
+    stopped = run_command("unet", "--tiny", "--folder", two, "--parallel", "2", "--minutes", "0.05")
     assert stopped.returncode == STOPPED, stopped.stderr
+    _, facts = read_state(tmp_path / "two/states/unet/unet.state.safetensors")
+    assert 1 <= facts["step"] < TINY.unet
     rest = run_command("--tiny", "--folder", two, "--parallel", "2")
     assert rest.returncode == 0, rest.stderr
+    assert "| encoder alone |" in (tmp_path / "two/results/report/domains.md").read_text()
+    assert "| art | attribute |" in (tmp_path / "two/results/report/words.md").read_text()
     table = (tmp_path / "two/results/report/training.md").read_text()
     for name in set(STAGES) - {"report"}:
         assert f"\n| {name} | tiny |" in table
