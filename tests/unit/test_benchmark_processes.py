@@ -88,7 +88,7 @@ def test_what_a_process_took(tmp_path):
     told = "\nprint('out'); print('seed 7; 3.5 s: imports 1.5, tune 2.0', file=sys.stderr)"
     found = run([sys.executable, "-c", code + told], os.environ, tmp_path)
     assert found.wall >= found.cpu * 0.5 and 0.2 <= found.cpu < 5
-    assert 80 << 20 < found.memory < 1 << 30
+    assert found.memory > 80 << 20  # at least: Linux counts what the process that starts another one held
     assert found.stages == {"imports": 1.5, "tune": 2.0} and found.output == "out\n"
 
 

@@ -83,8 +83,8 @@ SECONDS = {
 # GB of the smallest and of the fastest tuning on 512 pixels, as `plan_tuning` predicts; on mini as it was measured.
 MEMORY = {
     "mini": {"full": (1.2, 1.2), "lora": (1.2, 1.2)},
-    "accelerator": {"full": (4.8, 35.4), "lora": (3.2, 14.6)},
-    "cpu": {"full": (16.0, 53.6), "lora": (6.1, 28.6)},
+    "accelerator": {"full": (4.8, 35.7), "lora": (3.2, 14.6)},
+    "cpu": {"full": (16.0, 53.9), "lora": (6.1, 28.6)},
 }
 
 

@@ -135,7 +135,7 @@ def _jobs(
         prompts.prompts or [], prompts.prompts_file, placeholder=placeholder, stdin_taken=file == STDIN
     )
     seed = prompts.seeds()
-    if output.out.suffix.lower() == ".png" and not output.out.is_dir():
+    if output.out.suffix.lower() == ".png" and not os.path.isdir(output.out):
         raise UsageError(f"{printable(str(output.out))} is no folder, and a batch needs one", hint="-o FOLDER")
     own: dict[str, Any] = {
         **run.photo_keywords(), "tuning": run.tuning, "tune_steps": run.tune_steps,

@@ -96,7 +96,7 @@ class Manifest:
             return None
         path = self.folder / name
         try:
-            size = path.stat().st_size if path.is_file() else None
+            size = path.stat().st_size if os.path.isfile(path) else None
         except (OSError, ValueError):
             return None
         return path if size is not None and entry.get("bytes", size) == size else None
