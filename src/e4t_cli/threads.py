@@ -20,7 +20,8 @@ from e4t_cli.cgroups import cgroup_folders
 VARIABLE = "OMP_NUM_THREADS"  # an explicit number, of the user or of a launcher as torchrun
 # For GNU's runtime, in torch's wheels for Linux, in turns of a loop, and for LLVM's and Intel's, in those for other
 # systems, in milliseconds. Asleep at once (OMP_WAIT_POLICY=PASSIVE), the loops of a small base are slower: on two
-# quiet cores the demo takes 15.7 s, with 3,000 turns 13.1 s, and with GNU's default of 300,000 13.6 s.
+# quiet cores `time` of the demo's command was 15.7 s, with 3,000 turns 13.1 s, with GNU's default of 300,000 13.6 s
+# (one run each).
 WAITING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 SHORTEST = 0.1  # seconds that a load is measured over: the kernel counts in hundredths
 FREE_ENOUGH = 0.65  # the share of a core that has to be free for a thread on it

@@ -18,7 +18,8 @@ from torch import Tensor
 from e4t_cli.errors import IntegrityError, printable
 from e4t_cli.formats.lora_files import base_layers, merge_loras, read_lora
 from e4t_cli.formats.stable_diffusion import vae_name
-from e4t_cli.hub.addons import BaseAddons, EmbeddingFile, vae_file, word_of
+from e4t_cli.hub.addon_files import EmbeddingFile, vae_file, word_of
+from e4t_cli.hub.addons import BaseAddons
 from e4t_cli.models.loading import canonical_key, load_part
 from e4t_cli.models.prompt_embedding import NO_WORDS, AddedWords
 from e4t_cli.models.text_to_image import TextToImageModel

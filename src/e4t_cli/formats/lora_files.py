@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from e4t_cli.errors import IntegrityError, printable
 from e4t_cli.formats.lora import KOHYA_PREFIXES, kohya_name
-from e4t_cli.hub.addons import OPTIONS, LoraFile, read_header
+from e4t_cli.hub.addon_files import OPTIONS, LoraFile, read_header
 
 # The layer, and which of its two matrices; ".processor.to_q_lora" is how diffusers named them first.
 _MATRIX = re.compile(r"(.+?)[._](?:lora_|lora(?:_linear_layer)?\.)(down|up|A|B)(?:\.\w+)?\.weight")
